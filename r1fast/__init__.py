@@ -1,0 +1,26 @@
+"""r1fast: DeepSeek-R1-style post-training on kernels written for it.
+
+Shape letters, used as suffixes of tensor names everywhere:
+B prompts, G samples per prompt, N samples (B * G), T packed tokens, S padded length, D model width,
+H heads, V vocabulary, E experts, K experts per token, F expert width.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Resolved on first use: reward workers import this package and must not pay for torch.
+_LAZY = {
+    "load_model": "r1fast.models.weights",
+    "RolloutEngine": "r1fast.rollout.engine",
+    "SamplingParams": "r1fast.rollout.sampling",
+    "Completion": "r1fast.rollout.sampling",
+}
+__all__ = ["Completion", "RolloutEngine", "SamplingParams", "__version__", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'r1fast' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Sources, templates, packing, and the embedded tasks."""

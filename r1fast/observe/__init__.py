@@ -1,0 +1,1 @@
+"""Metrics, progress, trackers and the report page."""

@@ -1,0 +1,1 @@
+"""Rule rewards and the worker pool that runs them."""

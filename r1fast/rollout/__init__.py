@@ -1,0 +1,1 @@
+"""Generation from the trainer's own weights."""

@@ -1,0 +1,1 @@
+"""The stages of the R1 recipe, one file per verb."""
