@@ -1,1 +1,1 @@
-"""Our own decoder: DeepSeek-V3, Llama, Qwen2, Qwen3, Qwen3-MoE."""
+"""Single-device decoders (DeepSeek-V3, Llama, Qwen2, Qwen3, Qwen3-MoE), their key-value cache and checkpoints."""

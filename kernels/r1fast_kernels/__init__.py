@@ -1,0 +1,26 @@
+"""Kernels for reinforcement learning of language models; usable without r1fast, in any trainer.
+
+Letters in names: T tokens, V vocabulary, D model width, E experts, K experts per token, F expert width, N samples,
+B sequences that decode. Every op takes `impl=None | "reference" | "cpp" | "triton"`; None picks by device and dtype.
+"""
+
+from .group_advantages import group_advantages
+from .grpo_loss import grpo_loss
+from .linear_grpo_loss import linear_grpo_loss
+from .linear_logprobs import linear_cross_entropy, linear_logprobs
+from .moe_experts import moe_experts
+from .route_topk import route_topk
+from .sample_tokens import sample_tokens
+from .selective_logprobs import selective_logprobs
+
+__all__ = [
+    "group_advantages",
+    "grpo_loss",
+    "linear_cross_entropy",
+    "linear_grpo_loss",
+    "linear_logprobs",
+    "moe_experts",
+    "route_topk",
+    "sample_tokens",
+    "selective_logprobs",
+]

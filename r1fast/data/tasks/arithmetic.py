@@ -1,0 +1,172 @@
+"""Arithmetic with precedence, asked and worked in English or Chinese.
+
+`What is 2 + 3 * 4?` is worked as `first 3 * 4 = 12, then 2 + 12 = 14, so 14`. The base corpus holds such workings in many
+noisy ways (`noisy_response`): wrong precedence, slips, no working at all, languages mixed word by word, broken tags. RL has
+to find the good way among them; a working in the prompt's language is what the language reward asks for.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+LANGUAGES = ("en", "zh")
+SPLITS = ("train", "dev", "report")
+MAX_ADDEND = 12
+FACTORS = range(2, 10)
+
+QUESTIONS = {"en": "What is {expression}?", "zh": "计算 {expression}?"}
+# The three words of a working, by language: before the first step, before the second, before the result.
+WORDS = {"en": ("first", "then", "so"), "zh": ("先算", "再算", "所以")}
+
+# Shares of the base corpus (of worked and direct answers), chosen so that the base answers about one prompt in ten.
+DIRECT, DIRECT_CORRECT = 0.40, 0.15
+WRONG_PRECEDENCE, SLIP = 0.35, 0.06
+WORDS_OF_PROMPT, WORDS_OF_OTHER = 0.35, 0.15
+FULL_TAGS, BROKEN_TAGS = 0.40, 0.25
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`a op b * c`, or `b * c op a` when the product stands first."""
+
+    op: str
+    a: int
+    b: int
+    c: int
+    product_first: bool
+
+    @property
+    def product(self) -> int:
+        return self.b * self.c
+
+    @property
+    def result(self) -> int:
+        if self.op == "+":
+            return self.a + self.product
+        return self.product - self.a if self.product_first else self.a - self.product
+
+    @property
+    def expression(self) -> str:
+        product = f"{self.b} * {self.c}"
+        return f"{product} {self.op} {self.a}" if self.product_first else f"{self.a} {self.op} {product}"
+
+    @property
+    def split(self) -> str:
+        """By the canonical problem, so that commuted twins share a side; independent of any run's seed."""
+        canonical = f"{self.op},{self.a},{min(self.b, self.c)},{max(self.b, self.c)}"
+        bucket = hashlib.sha256(canonical.encode()).digest()[0]
+        return "train" if bucket < 205 else "dev" if bucket < 230 else "report"
+
+
+def problems(split: str) -> list[Problem]:
+    """Every problem of a split with a result of zero or more."""
+    every = (
+        Problem(op, a, b, c, product_first)
+        for op in "+-"
+        for a in range(1, MAX_ADDEND + 1)
+        for b in FACTORS
+        for c in FACTORS
+        for product_first in (False, True)
+    )
+    return [problem for problem in every if problem.result >= 0 and problem.split == split]
+
+
+def question(problem: Problem, language: str) -> str:
+    return QUESTIONS[language].format(expression=problem.expression)
+
+
+def prompts(split: str) -> list[dict]:
+    """Rows {prompt, answer, language, domain} of a split, in a fixed shuffled order, each problem once in each language."""
+    rows = [
+        {"prompt": question(p, language), "answer": str(p.result), "language": language, "domain": "reasoning"}
+        for p in problems(split)
+        for language in LANGUAGES
+    ]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def working(problem: Problem, words: tuple[str, str, str], *, precedence: bool = True, slip: int = 0) -> tuple[str, int]:
+    """The two steps and the result they lead to; `slip` is added to the first step's value."""
+    first, then, so = words
+    a, b, c = problem.a, problem.b, problem.c
+    if precedence:
+        value = problem.product + slip
+        step_1 = f"{b} * {c} = {value}"
+        left, right = (value, a) if problem.product_first else (a, value)
+        result = left + right if problem.op == "+" else left - right
+        step_2 = f"{left} {problem.op} {right} = {result}"
+    elif problem.product_first:  # b * (c op a)
+        value = (c + a if problem.op == "+" else c - a) + slip
+        result = b * value
+        step_1, step_2 = f"{c} {problem.op} {a} = {value}", f"{b} * {value} = {result}"
+    else:  # (a op b) * c
+        value = (a + b if problem.op == "+" else a - b) + slip
+        result = value * c
+        step_1, step_2 = f"{a} {problem.op} {b} = {value}", f"{value} * {c} = {result}"
+    return f"{first} {step_1}, {then} {step_2}, {so} {result}", result
+
+
+def examples(count: int = 12) -> list[dict]:
+    """Worked examples {prompt, reasoning, answer, language} for few-shot prompts, from the train split."""
+    rng = random.Random(1)
+    rows = []
+    for problem in rng.sample(problems("train"), count):
+        for language in LANGUAGES:
+            text, result = working(problem, WORDS[language])
+            row = {"prompt": question(problem, language), "reasoning": text, "answer": str(result), "language": language}
+            rows.append(row)
+    return rows
+
+
+def noisy_words(language: str, rng: random.Random) -> tuple[str, str, str]:
+    other = LANGUAGES[1 - LANGUAGES.index(language)]
+    draw = rng.random()
+    if draw < WORDS_OF_PROMPT:
+        return WORDS[language]
+    if draw < WORDS_OF_PROMPT + WORDS_OF_OTHER:
+        return WORDS[other]
+    first, then, so = (WORDS[rng.choice(LANGUAGES)][i] for i in range(3))
+    return first, then, so
+
+
+def noisy_response(problem: Problem, language: str, rng: random.Random) -> str:
+    """One of the many ways in which the base corpus answers a question, most of them bad."""
+    if rng.random() < DIRECT:
+        correct = rng.random() < DIRECT_CORRECT
+        result = problem.result if correct else rng.randint(0, 90)
+        return _tagged("", result, rng)
+    slip = rng.choice((-2, -1, 1, 2)) if rng.random() < SLIP else 0
+    precedence = rng.random() >= WRONG_PRECEDENCE
+    text, result = working(problem, noisy_words(language, rng), precedence=precedence, slip=slip)
+    if result < 0 or result > 200:  # rare, and not worth a token of its own
+        text, result = working(problem, noisy_words(language, rng))
+    return _tagged(text, result, rng)
+
+
+def _tagged(text: str, result: int, rng: random.Random) -> str:
+    draw = rng.random()
+    if draw < FULL_TAGS:
+        return f"<think>{text}</think><answer>{result}</answer>"
+    if draw < FULL_TAGS + BROKEN_TAGS:
+        return rng.choice((f"<think>{text}<answer>{result}</answer>", f"<think>{text}</think>{result}", f"{text}</think>{result}"))
+    return text or str(result)
+
+
+def facts(rng: random.Random) -> Iterator[str]:
+    """Correct one-step facts, endless. Those of held-out problems occur too: composing them is what is held out."""
+    while True:
+        a, product = rng.randint(1, MAX_ADDEND), rng.choice(FACTORS) * rng.choice(FACTORS)
+        draw = rng.random()
+        if draw < 0.35:
+            b, c = rng.choice(FACTORS), rng.choice(FACTORS)
+            yield f"{b} * {c} = {b * c}"
+        elif draw < 0.60:
+            yield f"{a} + {product} = {a + product}"
+        elif draw < 0.80:
+            yield f"{product} + {a} = {product + a}"
+        elif draw < 0.95 or a < product:
+            yield f"{max(product, a)} - {min(product, a)} = {abs(product - a)}"
+        else:
+            yield f"{a} - {product} = {a - product}"

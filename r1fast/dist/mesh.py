@@ -1,0 +1,90 @@
+"""The process group and the one-dimensional data-parallel mesh, the same object with one process and with many."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class Dist:
+    """Who this process is, and the few collectives that a stage calls itself."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh  # one axis, "dp"
+    owns_group: bool = True  # False where the process group was there before
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            torch_dist.barrier()
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, as a new tensor (on this rank's device)."""
+        return self._all_reduce(tensor, torch_dist.ReduceOp.SUM)
+
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The element-wise maximum over ranks, as a new tensor (on this rank's device)."""
+        return self._all_reduce(tensor, torch_dist.ReduceOp.MAX)
+
+    def all_gather_objects(self, obj: Any) -> list[Any]:
+        """One picklable object per rank, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [obj]
+        gathered: list[Any] = [None] * self.world_size
+        torch_dist.all_gather_object(gathered, obj)
+        return gathered
+
+    def close(self) -> None:
+        """End the process group if init_distributed started it."""
+        if self.owns_group and torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
+
+    def _all_reduce(self, tensor: torch.Tensor, op: Any) -> torch.Tensor:
+        result = tensor.detach().to(self.device, copy=True)
+        if self.world_size > 1:
+            torch_dist.all_reduce(result, op=op)
+        return result
+
+
+def init_distributed(device: str | torch.device | None = None, *, timeout_s: float = 1800.0) -> Dist:
+    """Start (or join) the process group of this run.
+
+    device: default CUDA where there is one. Under torchrun rank and world size come from its environment; one process
+    alone needs no launcher and opens no port that another run could hold. timeout_s bounds every collective: longer
+    than the longest phase in which one rank may wait for another (generation, rewards).
+    """
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if kind.type == "cuda":
+        kind = torch.device("cuda", local_rank if kind.index is None else kind.index)
+        torch.cuda.set_device(kind)
+    owns_group = not torch_dist.is_initialized()
+    if owns_group:
+        _init_process_group(kind, timedelta(seconds=timeout_s))
+    world_size = torch_dist.get_world_size()
+    mesh = init_device_mesh(kind.type, (world_size,), mesh_dim_names=("dp",))
+    return Dist(torch_dist.get_rank(), local_rank, world_size, kind, mesh, owns_group)
+
+
+def _init_process_group(device: torch.device, timeout: timedelta) -> None:
+    # The CPU backend beside NCCL serves checkpoints and gathered objects.
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch_dist.init_process_group(backend, timeout=timeout)
+        return
+    store = torch_dist.HashStore()
+    torch_dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)

@@ -1,0 +1,218 @@
+"""AdamW and Muon on FSDP shards, and learning-rate schedules.
+
+One torch optimizer covers both: its parameter groups say which algorithm applies. Steps run on the local shards, not
+through DTensor dispatch (3 layers, D 64, one rank: 0.6 ms per AdamW step against 1.5 ms), while the state is kept as
+DTensors, so that torch.distributed.checkpoint can save it on one number of ranks and load it on another.
+
+Muon (Jordan et al. 2024): the Nesterov momentum of a matrix is replaced by its nearest orthogonal matrix, computed
+by five quintic Newton-Schulz steps. Scale 0.2 * sqrt(max(rows, cols)) (Liu et al. 2025, arXiv 2502.16982): the update
+then has the root mean square of AdamW's, and one learning rate and weight decay serve both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from r1fast.dist.parallelize import local_tensor, reshard
+
+OPTIMIZERS = ("adamw", "muon")
+LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
+# Lookup tables and outputs have no "matrix" geometry, and the router is small and sensitive: AdamW.
+_NEVER_MUON = frozenset({"embed_tokens", "lm_head", "score", "gate"})
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+class ShardOptimizer(torch.optim.Optimizer):
+    """AdamW (fused) and Muon over parameter groups with an "algorithm" key; made by build_optimizer."""
+
+    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        super().__init__(groups, defaults)
+        self._model = model
+        # Created now and not at the first step: a checkpoint taken or loaded at any time has the same keys.
+        for group in self.param_groups:
+            names = ("momentum_buffer",) if group["algorithm"] == "muon" else ("exp_avg", "exp_avg_sq")
+            for param in group["params"]:
+                self.state[param] = {name: torch.zeros_like(param.detach()) for name in names}
+                if group["algorithm"] == "adamw":
+                    self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+
+    def set_lr(self, multiplier: float) -> None:
+        """Learning rate of the next step = learning_rate * multiplier (see lr_at)."""
+        for group in self.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient; gathered weights are dropped, so none can be stale."""
+        if closure is not None:
+            raise ValueError("ShardOptimizer.step takes no closure; call backward before it")
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if group["algorithm"] == "muon":
+                self._step_muon(group, params)
+            elif params:
+                self._step_adamw(group, params)
+        reshard(self._model)
+
+    def _step_adamw(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
+        states = [self.state[param] for param in params]
+        beta1, beta2 = group["betas"]
+        locals_ = [local_tensor(param) for param in params]
+        adamw(
+            locals_,
+            [local_tensor(param.grad) for param in params],  # type: ignore[arg-type]
+            [local_tensor(state["exp_avg"]) for state in states],
+            [local_tensor(state["exp_avg_sq"]) for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        # The fused kernel does not count as an in-place update; generation_phase relies on the count.
+        torch.autograd.graph.increment_version(locals_)
+
+    def _step_muon(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        # Matrices of one shape are orthogonalised in one batched call, after one gather.
+        buckets: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+        for param in params:
+            buckets[tuple(param.shape)].append(param)
+        for shape, bucket in buckets.items():
+            locals_ = [local_tensor(param) for param in bucket]
+            grads = [local_tensor(param.grad) for param in bucket]  # type: ignore[arg-type]
+            buffers = [local_tensor(self.state[param]["momentum_buffer"]) for param in bucket]
+            torch._foreach_lerp_(buffers, grads, 1.0 - momentum)
+            updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov
+            directions = _orthogonal_shards(torch.stack(updates), bucket[0])
+            scale = 0.2 * math.sqrt(max(shape[-2:]))
+            torch._foreach_mul_(locals_, 1.0 - lr * group["weight_decay"])
+            torch._foreach_add_(locals_, directions, alpha=-lr * scale)
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    name: str = "adamw",
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum: float = 0.95,
+) -> ShardOptimizer:
+    """The optimizer of a parallelized model's trainable parameters.
+
+    name "adamw", or "muon": matrices of the blocks (also stacked [E, rows, cols] experts) by Muon with `momentum`;
+    embedding, heads, norms, biases and router by AdamW. Weight decay is decoupled and spares vectors.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}; expected one of {', '.join(OPTIMIZERS)}")
+    reshard(model)  # while gathered, parameters() are other objects than those that get the gradients
+    groups: dict[tuple[str, float], list[nn.Parameter]] = defaultdict(list)
+    for path, param in model.named_parameters():
+        if param.requires_grad:
+            algorithm = "muon" if name == "muon" and _is_muon_matrix(path, param) else "adamw"
+            groups[algorithm, weight_decay if param.ndim > 1 else 0.0].append(param)
+    if not groups:
+        raise ValueError(f"build_optimizer got a {type(model).__name__} without trainable parameters")
+    settings: dict[str, Any] = {
+        "lr": learning_rate,
+        "initial_lr": learning_rate,
+        "betas": tuple(betas),
+        "eps": eps,
+        "momentum": momentum,
+        "fused": True,  # one fixed implementation: fused and foreach differ in the last bits
+    }
+    param_groups = [
+        {"params": params, "algorithm": algorithm, "weight_decay": decay}
+        for (algorithm, decay), params in groups.items()
+    ]
+    return ShardOptimizer(model, param_groups, settings)
+
+
+def _is_muon_matrix(path: str, param: nn.Parameter) -> bool:
+    return param.ndim in (2, 3) and _NEVER_MUON.isdisjoint(path.split("."))
+
+
+def _orthogonal_shards(stacked: torch.Tensor, like: nn.Parameter) -> list[torch.Tensor]:
+    """Orthogonalise same-shape updates, stacked shards of this rank; returns this rank's shards of the results."""
+    if isinstance(like, DTensor) and like.device_mesh.size() > 1 and like.ndim == 2:
+        mesh, rows = like.device_mesh, like.shape[0]
+        full = _gather_rows(stacked, rows, mesh)
+        chunk = -(-rows // mesh.size())
+        first = min(chunk * mesh.get_local_rank(), rows)
+        return list(newton_schulz(full)[:, first : first + stacked.shape[1]].unbind())
+    # One rank, or experts sharded along E: every matrix is whole here, and nothing has to move.
+    return list(newton_schulz(stacked).unbind())
+
+
+def _gather_rows(local_NRC: torch.Tensor, num_rows: int, mesh: DeviceMesh) -> torch.Tensor:
+    """[N, this rank's rows, C] -> [N, num_rows, C]. FSDP shards like torch.chunk: ceil(rows / ranks), last short."""
+    world_size = mesh.size()
+    num_local, chunk = local_NRC.shape[1], -(-num_rows // world_size)
+    padded = nn.functional.pad(local_NRC, (0, 0, 0, chunk - num_local)).contiguous()
+    gathered = padded.new_empty(world_size * padded.shape[0], chunk, padded.shape[2])
+    torch_dist.all_gather_into_tensor(gathered, padded, group=mesh.get_group())
+    by_rank = gathered.view(world_size, *padded.shape).transpose(0, 1)
+    return by_rank.reshape(padded.shape[0], world_size * chunk, padded.shape[2])[:, :num_rows]
+
+
+def newton_schulz(matrices: torch.Tensor, *, num_steps: int = 5) -> torch.Tensor:
+    """Approximately U V^T of each [..., rows, cols] matrix (singular values pushed into about 0.7..1.2).
+
+    The quintic a X + (b A + c A^2) X with A = X X^T, from X / |X|_F; FLOPs per matrix with s = min(rows, cols),
+    l = max: num_steps * (4 s^2 l + 2 s^3). bf16 on GPUs, where the iteration is known to tolerate it; fp32 on CPUs.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(num_steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def lr_at(
+    step: int,
+    *,
+    max_steps: int,
+    warmup_steps: int = 0,
+    lr_scheduler_type: str = "constant",
+    min_lr_ratio: float = 0.0,
+    decay_ratio: float = 0.1,
+) -> float:
+    """Multiplier of the learning rate for the update number `step` (0-based) of max_steps.
+
+    Warm-up (all types): (step + 1) / warmup_steps, so the first update already moves. Then with progress p in [0, 1)
+    over the remaining steps: constant 1; linear and cosine from 1 down to min_lr_ratio; wsd: 1, and over the last
+    decay_ratio of max_steps linearly down to min_lr_ratio.
+    """
+    if lr_scheduler_type not in LR_SCHEDULES:
+        raise ValueError(f"unknown lr_scheduler_type {lr_scheduler_type!r}; expected one of {', '.join(LR_SCHEDULES)}")
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if lr_scheduler_type == "constant":
+        return 1.0
+    start = warmup_steps
+    if lr_scheduler_type == "wsd":
+        start = max(warmup_steps, max_steps - round(decay_ratio * max_steps))
+    progress = min(max(step - start, 0) / max(max_steps - start, 1), 1.0)
+    shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if lr_scheduler_type == "cosine" else 1.0 - progress
+    return min_lr_ratio + (1.0 - min_lr_ratio) * shape

@@ -1,0 +1,238 @@
+"""Everything that turns a single-device decoder into a sharded one, in the order that matters.
+
+    activation checkpointing -> compile (per block, in place) -> fully_shard
+
+checkpoint_wrapper around an already sharded block breaks torch.compile, and the wrappers must be inside the unit whose
+weights FSDP gathers. One FSDP unit is one gather and one reduce-scatter:
+
+    root [ embed_tokens | layers.0 | layers.1 | ... | norm + head ]        tied weights: [ embed_tokens + norm + head ]
+
+Gradients are SUMMED over ranks: the loss of a rank is already divided by the global count, so that the result does not
+depend on how many ranks there are. Only `forward` gathers weights; other entry points (decode) run in generation_phase.
+What `forward` returns must be tensors in tuples, lists or dicts: FSDP looks for them there to prepare its backward.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as torch_dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from r1fast.dist.mesh import Dist
+
+# A smaller model is one FSDP unit: it is bound by the latency of hooks and collectives, not by memory (about 10 bytes
+# per parameter while gathered). 3 layers, D 64, W = 1: 3.3 ms of FSDP per step in one unit, 6.6 ms in five.
+ONE_UNIT_NUMEL = 16_000_000
+_RESHARD_FLAG = "_reshard_after_forward_in_training"  # FSDP has a setter for it and no getter
+
+
+def parallelize(
+    model: nn.Module,
+    dist: Dist,
+    *,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype = torch.float32,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+    one_unit_numel: int = ONE_UNIT_NUMEL,
+) -> nn.Module:
+    """Shard `model` (attributes embed_tokens, layers, norm, lm_head or score) over dist.mesh, in place.
+
+    param_dtype: dtype of the gathered weights and of the compute; the shards that the optimizer sees stay fp32 for a
+    model with trainable parameters, and keep their dtype for a frozen one. reduce_dtype: dtype of the gradient sum.
+    World size 1 is sharded too: it carries the mixed precision, and state dicts look the same everywhere.
+    """
+    if any(param.requires_grad for param in model.parameters()):
+        model.float()
+    layers = model.get_submodule("layers")
+    if activation_checkpointing:
+        for name, layer in list(layers.named_children()):
+            # No dropout anywhere, so there is no RNG state to carry into the recomputation.
+            setattr(layers, name, checkpoint_wrapper(layer, preserve_rng_state=False))
+    if compile:
+        for layer in layers.children():
+            layer.compile()
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    _shard(model, dist, policy, one_unit=sum(param.numel() for param in model.parameters()) <= one_unit_numel)
+    return model
+
+
+def _shard(model: nn.Module, dist: Dist, policy: MixedPrecisionPolicy, *, one_unit: bool) -> None:
+    plan: list[tuple[list[nn.Module], bool]] = [([model], False)]
+    if not one_unit:
+        plan = [*_units_below_root(model, many_ranks=dist.world_size > 1), *plan]
+    for modules, reshard_after_forward in plan:
+        target = modules if len(modules) > 1 else modules[0]
+        fully_shard(target, mesh=dist.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        for module in modules:
+            setattr(module, _RESHARD_FLAG, reshard_after_forward)
+    if dist.world_size == 1:
+        return  # nothing to divide, and a factor costs one more pass over the gradients
+    for unit in fsdp_units(model):
+        unit.set_gradient_divide_factor(1.0)
+        # A factor alone selects PREMUL_SUM, which gloo does not have and NCCL has had wrong (pytorch#155903).
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def _units_below_root(model: nn.Module, *, many_ranks: bool) -> list[tuple[list[nn.Module], bool]]:
+    """(modules of one unit, reshard_after_forward), bottom-up.
+
+    On one rank a reshard frees only the compute copy, and gathering again costs a pass over the weights: keep it.
+    """
+    children = dict(model.named_children())
+    embed, norm, head = children["embed_tokens"], children["norm"], children.get("lm_head") or children["score"]
+    units = [([layer], many_ranks) for layer in children["layers"].children()]
+    if head.weight is embed.weight:
+        return [*units, ([embed, norm, head], False)]
+    return [*units, ([embed], many_ranks), ([norm, head], False)]
+
+
+def fsdp_units(model: nn.Module) -> list[FSDPModule]:
+    """The FSDP modules of a parallelized model, root first; none for a plain one. FSDP's setters do not recurse."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop gathered copies, so that parameters() are the shards again and the next forward gathers current weights."""
+    for unit in fsdp_units(model):
+        unit.reshard()
+
+
+@contextmanager
+def generation_phase(model: nn.Module) -> Iterator[nn.Module]:
+    """Gather every weight once; inside, parameters are plain tensors in param_dtype and nothing needs a gradient.
+
+    Extra memory: param_dtype bytes of the whole model. no_grad and not inference_mode: gathering inside inference_mode
+    leaves inference tensors behind, and the next training step fails. Do not step an optimizer, clip or zero gradients
+    inside: parameters() are other objects there, and the gathered copies would be stale (RuntimeError at the end).
+    """
+    units = fsdp_units(model)
+    if not units:
+        raise ValueError(f"generation_phase got a {type(model).__name__} that is not sharded; call parallelize first")
+    # Root first: FSDP takes the first module that runs as its root, and decode need not begin at the root's forward.
+    units[0]._get_fsdp_state()._lazy_init()
+    reshard(model)
+    versions = _shard_versions(model)
+    with torch.no_grad():
+        try:
+            for unit in units:
+                unit.set_reshard_after_forward(False, recurse=False)
+                unit.unshard()
+            yield model
+        finally:
+            reshard(model)
+            for unit in units:
+                unit.set_reshard_after_forward(getattr(unit, _RESHARD_FLAG), recurse=False)
+    if _shard_versions(model) != versions:
+        raise RuntimeError("the weights changed inside generation_phase: what was generated used stale copies")
+
+
+def _shard_versions(model: nn.Module) -> list[int]:
+    """In-place update counters of the shards; any optimizer step or load moves them."""
+    with torch.no_grad():
+        return [local_tensor(param)._version for param in model.parameters()]
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor, any other tensor itself. Call under no_grad: then it is a view for free."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_state_dict(model: nn.Module, dist: Dist) -> dict[str, torch.Tensor]:
+    """The whole model on the CPU of rank 0, under the names of the single-device model; {} on other ranks.
+
+    Collective. This is what models/weights.py:save_model takes for a Hugging Face export.
+    """
+    reshard(model)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return cast(dict[str, torch.Tensor], state) if dist.is_main else {}
+
+
+def load_full_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Load a whole state dict, present on rank 0 (other ranks may pass {}), into a parallelized model. Collective.
+
+    Tied weights may be given under either of their names. Missing or unexpected names: ValueError.
+    """
+    reshard(model)
+    state = dict(state)  # aliases are added below
+    if torch_dist.get_rank() == 0:
+        for names in tied_names(model):
+            given = [name for name in names if name in state]
+            state.update({name: state[given[0]] for name in names if given})
+        expected = model.state_dict().keys()
+        missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
+        if missing or unexpected:
+            raise ValueError(
+                f"the state dict does not fit this {type(model).__name__}: missing {missing[:5]} ({len(missing)}), "
+                f"unexpected {unexpected[:5]} ({len(unexpected)}); was it saved from another model family or size?"
+            )
+    many = torch_dist.get_world_size() > 1
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many)
+    set_model_state_dict(model, cast(dict[str, Any], state), options=options)
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """The groups of names under which one and the same parameter is registered, first name first."""
+    names_of: dict[int, list[str]] = defaultdict(list)
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names_of[id(param)].append(name)
+    return [names for names in names_of.values() if len(names) > 1]
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copy parameters and persistent buffers between two models parallelized alike (reference refresh).
+
+    Shard by shard, without communication. The target keeps its dtype. Its gathered copies are dropped, so that the next
+    forward sees the new weights.
+    """
+    reshard(source)
+    reshard(target)
+    # state_dict names are the same with and without activation checkpointing, those of named_parameters are not.
+    sources, targets = source.state_dict(), target.state_dict()
+    if sources.keys() != targets.keys():
+        names = sorted(sources.keys() ^ targets.keys())
+        raise ValueError(f"copy_weights got models with different parameters: {names[:5]} ({len(names)}) are in one")
+    for name, tensor in sources.items():
+        local_tensor(targets[name]).copy_(local_tensor(tensor))
+
+
+@torch.no_grad()
+def grad_norm_and_clip(params: Iterable[nn.Parameter], max_norm: float | None = None) -> torch.Tensor:
+    """Global L2 norm of the gradients before clipping (0-d, the same on every rank), and clip to max_norm in place.
+
+    Every rank holds a disjoint part of each DTensor gradient, so the squares are summed over its mesh: the norm of the
+    local parts is not the norm. max_norm None only measures. A non-finite norm clips to non-finite gradients: check it
+    before the optimizer step.
+    """
+    grads = [param.grad for param in params if param.grad is not None]
+    if not grads:
+        raise ValueError(
+            "grad_norm_and_clip got no gradient; call backward first, and take parameters() outside generation_phase"
+        )
+    by_mesh: dict[DeviceMesh | None, list[torch.Tensor]] = defaultdict(list)
+    for grad in grads:
+        by_mesh[grad.device_mesh if isinstance(grad, DTensor) else None].append(local_tensor(grad))
+    squares = []
+    for mesh, local_grads in by_mesh.items():
+        square = torch.nn.utils.get_total_norm(local_grads).float().square()
+        for dim in range(mesh.ndim if mesh is not None else 0):
+            if mesh is not None and mesh.size(dim) > 1:
+                torch_dist.all_reduce(square, group=mesh.get_group(dim))
+        squares.append(square)
+    norm = torch.stack(squares).sum().sqrt()
+    if max_norm is not None:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for local_grads in by_mesh.values():
+            torch._foreach_mul_(local_grads, scale)
+    return norm

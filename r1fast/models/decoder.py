@@ -1,0 +1,130 @@
+"""The decoder: packed forward for training and prefill, one-token decode for generation.
+
+    embed -> [ norm -> attention -> + -> norm -> MLP or MoE -> + ] x layers -> norm -> head
+Single-device: sharding is applied from outside, so weights are read only inside forward of the module that owns them;
+decode reads them directly and needs them whole.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from r1fast.models.attention import AttentionPlan
+from r1fast.models.cache import DecodeStep, KVCache
+from r1fast.models.config import ModelConfig
+from r1fast.models.gqa import GroupedQueryAttention
+from r1fast.models.layers import MLP, Head, HeadFn, RMSNorm
+from r1fast.models.mla import LatentAttention
+from r1fast.models.moe import MoE
+from r1fast.models.rope import Rope, Rotary
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = (LatentAttention if config.uses_mla else GroupedQueryAttention)(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = (
+            MoE(config)
+            if config.is_moe_layer(layer_idx)
+            else MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        )
+
+    def forward(self, x_TD: Tensor, rope: Rope, plan: AttentionPlan, cache: KVCache | None = None) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, plan, cache)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+    def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: KVCache) -> Tensor:
+        x_BD = x_BD + self.self_attn.decode(self.input_layernorm(x_BD), rope, step, cache)
+        return x_BD + self.mlp(self.post_attention_layernorm(x_BD))
+
+
+class Decoder(nn.Module):
+    """A causal language model, or with scalar_head=True a reward model: `score` [1, D] in place of `lm_head`.
+
+    Parameter names are Hugging Face's without the leading `model.`; experts are stacked. May be built on meta: then
+    to_empty, and load or init_weights.
+    """
+
+    def __init__(self, config: ModelConfig, *, scalar_head: bool = False) -> None:
+        super().__init__()
+        self.config, self.scalar_head = config, scalar_head
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config)
+        if scalar_head:
+            self.score = Head(config.hidden_size, 1)
+        else:
+            self.lm_head = Head(config.hidden_size, config.vocab_size)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings and not self.scalar_head:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Decoder":
+        # Leaving the meta device replaces each module's parameters one by one, which would untie them.
+        super()._apply(fn, recurse)
+        self.tie_weights()
+        return self
+
+    @property
+    def head(self) -> Head:
+        return self.score if self.scalar_head else self.lm_head
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """normal(0, initializer_range) for every matrix, ones for norms, zeros for biases, the router's included."""
+        for module in self.modules():
+            for name, param in module.named_parameters(recurse=False):
+                if isinstance(module, RMSNorm):
+                    param.fill_(1.0)
+                elif name == "bias":
+                    param.zero_()
+                else:
+                    param.normal_(0.0, self.config.initializer_range, generator=generator)
+        for moe in self.moe_layers():
+            if moe.gate.e_score_correction_bias is not None:
+                moe.gate.e_score_correction_bias.zero_()
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Compute anew the buffers that no checkpoint holds (rotary frequencies)."""
+        self.rotary.reset_buffers()
+
+    def moe_layers(self) -> Iterator[MoE]:
+        return (module for module in self.modules() if isinstance(module, MoE))
+
+    def forward(
+        self, input_ids_T: Tensor, cu_seqlens: Tensor, *, head: HeadFn | None = None, cache: KVCache | None = None
+    ) -> Any:
+        """Run N packed sequences; cu_seqlens [N+1] (int32) says where each begins.
+
+        head: `fn(hidden_TD, weight_VD)`, run inside the head's own forward; default logits_TV.
+        cache: also keeps the keys of sequence n in row n, for decode to go on from.
+        """
+        plan = AttentionPlan(cu_seqlens, input_ids_T.numel(), input_ids_T.device)
+        if cache is not None:
+            cache.check_prefill(plan)
+        x_TD = self.embed_tokens(input_ids_T)
+        rope = self.rotary(plan.positions_T, x_TD.dtype)
+        for layer in self.layers:
+            x_TD = layer(x_TD, rope, plan, cache)
+        if cache is not None:
+            cache.finish_prefill(plan)
+        return self.head(self.norm(x_TD), head)
+
+    @torch.no_grad()
+    def decode(self, input_ids_B: Tensor, positions_B: Tensor, cache: KVCache, *, head: HeadFn | None = None) -> Any:
+        """One token for each cache row, at positions_B (the row's length before it); returns logits_BV."""
+        step = cache.begin_step(positions_B)
+        x_BD = self.embed_tokens(input_ids_B)
+        rope = self.rotary(positions_B, x_BD.dtype)
+        for layer in self.layers:
+            x_BD = layer.decode(x_BD, rope, step, cache)
+        cache.finish_step(step)
+        return self.head(self.norm(x_BD), head)

@@ -1,0 +1,75 @@
+"""Multi-head latent attention of DeepSeek-V3 (arXiv:2412.19437, section 2.1.1).
+
+    c = norm(W_DKV x)   k_nope, v = W_UK c, W_UV c   k_pe = rope(W_KR x), one for all heads   k = [k_nope | k_pe]
+Training and prefill expand keys and values per head. Decoding never does: q_nope . (W_UK c) = (W_UK^T q_nope) . c, so
+queries are taken to the latent space, attention runs over the cached latents, and W_UV is applied to its result.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from r1fast.models.attention import AttentionPlan, cached_attention, packed_attention
+from r1fast.models.cache import DecodeStep, KVCache
+from r1fast.models.config import ModelConfig
+from r1fast.models.layers import RMSNorm
+from r1fast.models.rope import Rope, softmax_scale
+
+# transformers builds both latent norms with their class default, whatever rms_norm_eps says.
+_LATENT_NORM_EPS = 1e-6
+
+
+class LatentAttention(nn.Module):
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+        super().__init__()
+        width, bias = config.hidden_size, config.attention_bias
+        self.layer_idx, self.scale = layer_idx, softmax_scale(config)
+        self.num_heads, self.latent_dim = config.num_attention_heads, config.kv_lora_rank
+        self.nope_dim, self.rope_dim, self.value_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.has_q_lora = config.q_lora_rank is not None
+        query_width = self.num_heads * (self.nope_dim + self.rope_dim)
+        if config.q_lora_rank is not None:
+            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        else:
+            self.q_proj = nn.Linear(width, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(width, self.latent_dim + self.rope_dim, bias=bias)
+        self.kv_a_layernorm = RMSNorm(self.latent_dim, _LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(self.latent_dim, self.num_heads * (self.nope_dim + self.value_dim), bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.value_dim, width, bias=bias)
+
+    def forward(self, x_TD: Tensor, rope: Rope, plan: AttentionPlan, cache: KVCache | None = None) -> Tensor:
+        q_THd, (latent_TC, k_pe_TR) = self._queries(x_TD, rope), self._latents(x_TD, rope)
+        if cache is not None:
+            cache.write_packed(self.layer_idx, plan, torch.cat((latent_TC, k_pe_TR), dim=-1))
+        kv_THd = self.kv_b_proj(latent_TC).unflatten(-1, (self.num_heads, -1))
+        k_nope_THd, v_THd = kv_THd.split((self.nope_dim, self.value_dim), dim=-1)
+        k_THd = torch.cat((k_nope_THd, k_pe_TR[:, None].expand(-1, self.num_heads, -1)), dim=-1)
+        out_THd = packed_attention(q_THd, k_THd, v_THd, plan.cu_seqlens, self.scale, plan)
+        return self.o_proj(out_THd.flatten(1))
+
+    def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: KVCache) -> Tensor:
+        q_BHd, (latent_BC, k_pe_BR) = self._queries(x_BD, rope), self._latents(x_BD, rope)
+        q_nope_BHn, q_pe_BHR = q_BHd.split((self.nope_dim, self.rope_dim), dim=-1)
+        # Both factors are strided views of the live weight: a copy would go stale at the next optimizer step.
+        up_k_HnC, up_v_HvC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
+            (self.nope_dim, self.value_dim), dim=1
+        )
+        q_latent_BHC = torch.bmm(q_nope_BHn.transpose(0, 1), up_k_HnC).transpose(0, 1)
+        q_BHC = torch.cat((q_latent_BHC, q_pe_BHR), dim=-1).to(cache.dtype)
+        # The latent is key and value of one shared head. Its rotary channels ride along as values and are dropped: a
+        # flash kernel wants keys and values of one width.
+        (shared_BSC,) = cache.append(self.layer_idx, step, torch.cat((latent_BC, k_pe_BR), dim=-1))
+        shared_B1SC = shared_BSC[:, None]
+        out_B1HC = cached_attention(q_BHC[:, None], shared_B1SC, shared_B1SC, step.mask_B1S, self.scale)
+        out_BHC = out_B1HC.squeeze(1)[..., : self.latent_dim].to(x_BD.dtype)
+        out_HBv = torch.bmm(out_BHC.transpose(0, 1), up_v_HvC.transpose(1, 2))
+        return self.o_proj(out_HBv.transpose(0, 1).flatten(1))
+
+    def _queries(self, x_TD: Tensor, rope: Rope) -> Tensor:
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD))) if self.has_q_lora else self.q_proj(x_TD)
+        return rope.rotate(q.unflatten(-1, (self.num_heads, -1)))
+
+    def _latents(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        latent_TC, k_pe_TR = self.kv_a_proj_with_mqa(x_TD).split((self.latent_dim, self.rope_dim), dim=-1)
+        return self.kv_a_layernorm(latent_TC), rope.rotate(k_pe_TR[:, None]).squeeze(1)

@@ -1,0 +1,123 @@
+"""Rewards by name: `@reward("accuracy")` registers one, `resolve` finds one by name, dotted path or file.
+
+A reward is `f(prompts, completions, completion_ids, **columns) -> list[float | None]` (TRL's signature); columns of
+the data arrive by name, one list per column, and None means "not applicable to this row". Functions with the
+signature of verl's compute_score are adapted on the way.
+"""
+
+import importlib.util
+import pkgutil
+import sys
+import zlib
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from r1fast.rewards.adapters import adapt_verl, is_verl_function
+
+RewardFunction = Callable[..., Any]
+
+REWARDS: dict[str, RewardFunction] = {}
+_BUILTIN_MODULES = ("accuracy", "format", "language", "completeness", "repetition")
+
+
+def reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
+    """Decorator: registers a reward under a name that recipes can use."""
+
+    def register(function: RewardFunction) -> RewardFunction:
+        known = REWARDS.get(name)
+        if known is not None and _dotted(known) != _dotted(function):
+            raise ValueError(
+                f"reward {name!r} is registered twice: {_dotted(known)} and {_dotted(function)}; rename one"
+            )
+        REWARDS[name] = function
+        return function
+
+    return register
+
+
+def resolve(name: str) -> RewardFunction:
+    """The reward of a registry name, `package.module.function`, or `path/to/file.py:function`.
+
+    Raises ValueError naming the reward, with the nearest names, when there is none.
+    """
+    _import_builtins()
+    if name in REWARDS:
+        return REWARDS[name]
+    if ".py:" in name:
+        path, _, attribute = name.rpartition(":")
+        function = _from_file(name, Path(path), attribute)
+    elif "." in name or ":" in name:
+        function = _from_module(name)
+    else:
+        raise ValueError(
+            f"unknown reward {name!r}, expected one of {sorted(REWARDS)}, a dotted path 'package.module.function' "
+            f"or 'path/to/file.py:function'{did_you_mean(name, REWARDS)}"
+        )
+    if not callable(function):
+        raise ValueError(f"reward {name!r} is a {type(function).__name__}, expected a function")
+    return adapt_verl(function) if is_verl_function(function) else function
+
+
+def locate(name: str) -> str:
+    """A spelling of `name` that another process resolves to the same function, whatever its working directory."""
+    if ".py:" in name:
+        path, _, attribute = name.rpartition(":")
+        return f"{Path(path).resolve()}:{attribute}"
+    function = REWARDS.get(name)
+    if function is None or function.__module__.startswith("r1fast.rewards."):
+        return name
+    if function.__module__ == "__main__" or "<locals>" in function.__qualname__:
+        raise ValueError(
+            f"reward {name!r} is defined in {_dotted(function)}, which a worker process cannot import; "
+            "move it to the top level of a module, or name it 'path/to/file.py:function'"
+        )
+    return _dotted(function)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """'; did you mean ...?' with the nearest known names, or an empty string."""
+    near = get_close_matches(name, list(known), n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _import_builtins() -> None:
+    for module in _BUILTIN_MODULES:
+        import_module(f"r1fast.rewards.{module}")
+
+
+def _dotted(function: RewardFunction) -> str:
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def _from_module(name: str) -> Any:
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"reward {name!r} cannot be imported: {type(error).__name__}: {error}; expected 'package.module.function' "
+            f"with the package on PYTHONPATH, or a registered name{did_you_mean(name, REWARDS)}"
+        ) from error
+
+
+def _from_file(name: str, path: Path, attribute: str) -> Any:
+    if not path.is_file():
+        raise ValueError(f"reward {name!r}: no file {str(path)!r} (working directory {Path.cwd()})")
+    # One module per file, so that two rewards of one file share its state and its classes.
+    module_name = f"r1fast_user_reward_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None, f"{path=}"
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise ValueError(f"reward {name!r}: importing {path} raised {type(error).__name__}: {error}") from error
+    module = sys.modules[module_name]
+    if not hasattr(module, attribute):
+        raise ValueError(f"reward {name!r}: {path} has no {attribute!r}{did_you_mean(attribute, vars(module))}")
+    return getattr(module, attribute)

@@ -1,0 +1,111 @@
+"""What to sample (`SamplingParams`), what comes back (`Completion`), and which noise each token gets.
+
+A token's noise is a function of (run seed, sequence id, sample index, position in the sequence) and nothing else, so
+that a completion does not depend on the other rows of the batch, on waves or compaction, or on how prompts are split
+over calls and ranks. The four integers are folded into one 64-bit seed per row, in int64 tensor arithmetic.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample; the words are vLLM's.
+
+    n: completions per prompt. max_tokens: tokens per completion, the stop token included. min_tokens: no stop token is
+    drawn before that many tokens. temperature 0 is greedy. top_p 1.0 and top_k 0 keep the whole vocabulary.
+    stop_token_ids: end a completion like the model's own end-of-sequence tokens, which `ignore_eos` disables.
+    """
+
+    n: int = 1
+    max_tokens: int = 64
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.n >= 1, "n", self.n, "at least 1 completion per prompt")
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _require(
+            0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            self.min_tokens,
+            f"0 to max_tokens ({self.max_tokens})",
+        )
+        _require(
+            self.temperature >= 0 and math.isfinite(self.temperature),
+            "temperature",
+            self.temperature,
+            "a finite number >= 0 (0 is greedy)",
+        )
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1] (1.0 keeps every token)")
+        _require(self.top_k >= 0, "top_k", self.top_k, "an integer >= 0 (0 keeps every token)")
+        _require(
+            all(isinstance(i, int) and i >= 0 for i in self.stop_token_ids or ()),
+            "stop_token_ids",
+            self.stop_token_ids,
+            "token ids >= 0",
+        )
+
+
+@dataclass(slots=True)
+class Completion:
+    """One sampled continuation.
+
+    token_ids hold the sampled tokens with the stop token, because the trainer learns from it; text leaves out the stop
+    token and every end-of-sequence, padding and beginning-of-sequence token, and keeps all other special tokens (tags
+    such as `<think>` may be special). logprobs are those of the untruncated tempered distribution, of the untempered
+    one when greedy. finish_reason: "stop" if a stop token ended it, "length" if max_tokens did.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+
+
+def sample_keys(seed: int, sequence_ids_N: Tensor, sample_ids_N: Tensor) -> Tensor:
+    """int64 [N]: the key of each sample's noise stream, from int64 sequence and sample ids."""
+    key = torch.full_like(sequence_ids_N, _signed(seed))
+    return fold_in(fold_in(_splitmix64(key), sequence_ids_N), sample_ids_N)
+
+
+def fold_in(keys_N: Tensor, values_N: Tensor) -> Tensor:
+    """int64 [N]: new keys from keys and values; one-to-one in the value, so a stream never repeats a seed."""
+    return _splitmix64(keys_N ^ values_N)
+
+
+def _splitmix64(x_N: Tensor) -> Tensor:
+    """Steele et al. 2014, "Fast splittable pseudorandom number generators"; int64 wraps around as uint64 does."""
+    x_N = x_N + _signed(0x9E3779B97F4A7C15)
+    x_N = (x_N ^ _shift_right(x_N, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x_N = (x_N ^ _shift_right(x_N, 27)) * _signed(0x94D049BB133111EB)
+    return x_N ^ _shift_right(x_N, 31)
+
+
+def _shift_right(x_N: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch shifts int64 arithmetically, which would copy the sign bit."""
+    return (x_N >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the low 64 bits of `value`."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"SamplingParams.{name} is {value!r}; expected {expected}")

@@ -1,0 +1,127 @@
+"""Token sequences on their way into the model: encoding, and packing into batches with no padding.
+
+    sequence 0            sequence 1        sequence 2
+    p p p c c c c | p p c c c | p p p p c c       inputs: every token but the last of each sequence
+        ^ ^ ^ ^       ^ ^ ^           ^ ^         loss_index: positions whose next token is learned from
+    cu_seqlens [0, 7, 12, 18]   loss_cu_seqlens [0, 4, 7, 9]
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1fast.data.templates import render_prompt
+
+
+@dataclass(slots=True)
+class Example:
+    """A prompt and what follows it. values: per completion token (lists) or per sequence (numbers), for the loss."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids) - 1
+
+
+@dataclass(slots=True)
+class Batch:
+    input_ids_T: Tensor
+    cu_seqlens: Tensor  # int32 [N + 1], of the inputs
+    loss_index_M: Tensor  # positions of the inputs whose next token is learned from
+    target_ids_M: Tensor
+    loss_cu_seqlens: Tensor  # int32 [N + 1], of the learned tokens
+    values: dict[str, Tensor]
+
+
+def collate(examples: Sequence[Example], device: torch.device) -> Batch:
+    """Pack examples; every prompt has at least one token."""
+    inputs: list[int] = []
+    targets: list[int] = []
+    index: list[int] = []
+    ends, loss_ends = [0], [0]
+    for example in examples:
+        first = len(inputs) + len(example.prompt_ids) - 1
+        index.extend(range(first, first + len(example.completion_ids)))
+        targets.extend(example.completion_ids)
+        inputs.extend(example.prompt_ids)
+        inputs.extend(example.completion_ids[:-1])
+        ends.append(len(inputs))
+        loss_ends.append(len(targets))
+    values: dict[str, Tensor] = {}
+    for name in examples[0].values if examples else ():
+        column = [example.values[name] for example in examples]
+        flat = [x for xs in column for x in xs] if isinstance(column[0], list) else column
+        values[name] = torch.tensor(flat, dtype=torch.float32, device=device)
+    return Batch(
+        torch.tensor(inputs, dtype=torch.long, device=device),
+        torch.tensor(ends, dtype=torch.int32, device=device),
+        torch.tensor(index, dtype=torch.long, device=device),
+        torch.tensor(targets, dtype=torch.long, device=device),
+        torch.tensor(loss_ends, dtype=torch.int32, device=device),
+        values,
+    )
+
+
+def empty_batch(device: torch.device) -> Batch:
+    """One token and nothing to learn: a rank that has no work left still takes part in every collective."""
+    return collate([Example([0, 0], [], {})], device)
+
+
+def encode_prompts(prompts: Sequence[Any], tokenizer: Any, options: Any) -> list[list[int]]:
+    """Token ids of prompts (text or chat messages) in the stage's template, with the BOS token exactly once."""
+    render = {"response_format": options.response_format, "prefill_think": options.prefill_think}
+    texts = [render_prompt(prompt, options.prompt_template, tokenizer=tokenizer, **render) for prompt in prompts]
+    return with_bos(encode_texts(texts, tokenizer), tokenizer)
+
+
+def with_bos(ids: list[list[int]], tokenizer: Any) -> list[list[int]]:
+    """Every row led by the BOS token exactly once, if the tokenizer has one; templates may have written it."""
+    bos = tokenizer.bos_token_id
+    return ids if bos is None else [row if row[:1] == [bos] else [bos, *row] for row in ids]
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
+
+
+def encode_examples(rows: Sequence[dict], tokenizer: Any, options: Any, *, mask_prompt: bool = True) -> list[Example]:
+    """Rows {prompt, completion}, {messages} or {text} as examples that end with the EOS token.
+
+    Plain text, and prompts where mask_prompt is False, are learned from their first token on.
+    """
+    prompts, completions, masked = [], [], []
+    for row in rows:
+        if row.get("messages"):
+            messages = row["messages"]
+            prompts.append(messages[:-1])
+            completions.append(messages[-1]["content"])
+        elif row.get("prompt") is not None:
+            prompts.append(row["prompt"])
+            completions.append(row["completion"])
+        else:
+            prompts.append(None)
+            completions.append(row["text"])
+        masked.append(mask_prompt and prompts[-1] is not None)
+    prompt_rows = iter(encode_prompts([p for p in prompts if p is not None], tokenizer, options))
+    start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    prompt_ids = [start if prompt is None else next(prompt_rows) for prompt in prompts]
+    completion_ids = [[*ids, tokenizer.eos_token_id] for ids in encode_texts(completions, tokenizer)]
+    return [
+        Example(p, c) if keep else Example(p[:1], p[1:] + c)
+        for p, c, keep in zip(prompt_ids, completion_ids, masked, strict=True)
+    ]
+
+
+def check_lengths(examples: Sequence[Example], max_length: int, stage: str) -> None:
+    for i, example in enumerate(examples):
+        if example.num_inputs + 1 > max_length:
+            raise ValueError(
+                f"stages.{stage}: row {i} has {example.num_inputs + 1} tokens, more than max_length = {max_length}; "
+                "raise max_length or shorten the row"
+            )

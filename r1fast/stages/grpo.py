@@ -1,0 +1,245 @@
+"""grpo: group relative policy optimization (DeepSeekMath 2402.03300, DeepSeek-R1 2501.12948), one rollout a step.
+
+    rollout    num_generations completions of prompts_per_step prompts, from the trainer's own weights
+    reward     rule functions and reward models -> one number per completion; None does not count
+    advantage  per group, before any split into minibatches
+    log-probs  old (only when a rollout is used for more than one update) and reference, forward only
+    update     steps_per_generation minibatches -> linear_grpo_loss -> clip -> optimizer
+"""
+
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from r1fast.config import ConfigError, GRPOStage
+from r1fast.data.sources import load_rows
+from r1fast.dist.parallelize import copy_weights
+from r1fast.models.decoder import Decoder
+from r1fast.stages.batch import Batch, Example
+from r1fast.stages.context import StageContext
+from r1fast.stages.evaluate import evaluate_end, evaluate_start
+from r1fast.stages.reward_model import RewardModels
+from r1fast.stages.sampling import Sample, Sampler, Scorer, total_rewards
+from r1fast.stages.training import LossFn, Trainer, map_packed
+from r1fast_kernels import group_advantages, linear_grpo_loss, linear_logprobs
+
+
+def run(ctx: StageContext) -> dict[str, Any]:
+    stage: GRPOStage = ctx.stage
+    rows = load_rows(ctx.sources(stage.train_files), "prompts")
+    if len(rows) < stage.prompts_per_step:
+        raise ConfigError(
+            f"stages.{stage.name}: {len(rows)} prompts in {', '.join(stage.train_files)}, fewer than "
+            f"prompts_per_step = {stage.prompts_per_step}"
+        )
+    policy, tokenizer = ctx.load(ctx.model_ref, trainable=True)
+    before = evaluate_start(ctx, policy, tokenizer)
+    with Scorer(ctx, stage.rewards, stage.response_format, stage.prefill_think) as scorer:
+        learner = Learner(ctx, policy, tokenizer, scorer)
+        learner.train(rows)
+    ctx.save(policy, tokenizer)
+    return {"eval_before": before, "eval_after": evaluate_end(ctx, policy, tokenizer)}
+
+
+class Learner:
+    """The policy, its reference, and what turns prompts into updates."""
+
+    def __init__(self, ctx: StageContext, policy: Decoder, tokenizer: Any, scorer: Scorer) -> None:
+        self.ctx, self.stage, self.policy, self.scorer = ctx, ctx.stage, policy, scorer
+        self.sampler = Sampler(ctx, policy, tokenizer)
+        updates = self.stage.max_steps * self.stage.steps_per_generation * self.stage.num_iterations
+        self.trainer = Trainer(ctx, policy, updates)
+        self.reward_models = RewardModels(ctx, self.stage.reward_models, self.stage.response_format)
+        self.weights = scorer.weights | self.reward_models.weights
+        self.reference: Decoder | None = None
+        if self.stage.beta > 0:
+            self.reference, _ = ctx.load(ctx.model_ref, trainable=False)
+            if self.stage.ref_model_sync_steps:  # then no file holds it
+                self.trainer.saved = nn.ModuleDict({"policy": policy, "reference": self.reference})
+
+    def train(self, rows: list[dict]) -> None:
+        stage = self.stage
+        done = self.trainer.restore().get("rollouts", 0)
+        with self.ctx.log(stage.max_steps, done) as log:
+            for step in range(done, stage.max_steps):
+                start = time.perf_counter()
+                samples, metrics = self.train_step(step, self._prompts(rows, step))
+                seconds = time.perf_counter() - start
+                log.log(step + 1, metrics | {"step_time": seconds, "tokens_per_second": metrics["num_tokens"] / seconds})
+                if stage.log_completions and (step == 0 or (step + 1) % stage.log_completions_steps == 0):
+                    log.samples(step + 1, sample_rows(samples, stage))
+                self.trainer.save(step + 1, last=step + 1 == stage.max_steps, rollouts=step + 1)
+
+    def _prompts(self, rows: list[dict], step: int) -> list[dict]:
+        """The prompts of a step: without repetition inside an epoch, in an order that depends on the seed alone."""
+        wanted, chosen = self.stage.prompts_per_step, []
+        for place in range(step * wanted, (step + 1) * wanted):
+            epoch, index = divmod(place, len(rows))
+            chosen.append(rows[self._order(len(rows), epoch)[index]])
+        return chosen
+
+    def _order(self, size: int, epoch: int) -> list[int]:
+        if getattr(self, "_epoch", None) != (size, epoch):
+            self._epoch, self._shuffled = (size, epoch), list(range(size))
+            random.Random(f"{self.ctx.seed},{self.stage.name},{epoch}").shuffle(self._shuffled)
+        return self._shuffled
+
+    def train_step(self, step: int, rows: list[dict]) -> tuple[list[Sample], dict[str, float]]:
+        samples = self.rollout(step, rows)
+        failures = self.reward(samples)
+        self.advantage(samples)
+        examples = self.logprobs(samples)
+        metrics = self.update(step, samples, examples)
+        return samples, metrics | rollout_metrics(samples) | {"rewards/failures": failures}
+
+    def rollout(self, step: int, rows: list[dict]) -> list[Sample]:
+        stage = self.stage
+        return self.sampler.generate(
+            rows, n=stage.num_generations, temperature=stage.temperature, seed=self.ctx.seed, first_id=step * stage.prompts_per_step
+        )
+
+    def reward(self, samples: list[Sample]) -> int:
+        failures = self.scorer.score(samples)
+        self.reward_models.score(samples)
+        total_rewards(samples, self.weights)
+        return failures
+
+    def advantage(self, samples: list[Sample]) -> None:
+        rewards_N = torch.tensor([sample.reward for sample in samples], dtype=torch.float32)
+        groups_N = torch.tensor([sample.group for sample in samples])
+        for sample, advantage in zip(samples, group_advantages(rewards_N, groups_N, scale=self.stage.scale_rewards).tolist()):
+            sample.advantage = advantage
+
+    def logprobs(self, samples: list[Sample]) -> list[Example]:
+        """What the update needs of each sample: advantage, sampler's log-probs, old and reference log-probs."""
+        stage = self.stage
+        examples = []
+        for sample in samples:
+            keep = not (stage.mask_truncated_completions and sample.finish_reason == "length")
+            values = {"advantage": sample.advantage, "sampler": sample.sampler_logprobs}
+            values["mask"] = [float(keep)] * len(sample.completion_ids)
+            examples.append(Example(sample.prompt_ids, sample.completion_ids, values))
+        with self.ctx.phase("logprobs"):
+            if stage.steps_per_generation * stage.num_iterations > 1:
+                self._fill(examples, "old", self.policy)
+            if self.reference is not None:
+                self._fill(examples, "ref", self.reference)
+        return examples
+
+    def _fill(self, examples: list[Example], name: str, model: Decoder) -> None:
+        def head(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+            return linear_logprobs(
+                hidden_TD.index_select(0, batch.loss_index_M),
+                weight_VD,
+                batch.target_ids_M,
+                temperature=self.stage.temperature,
+                impl=self.ctx.recipe.kernels.impl,
+            )
+
+        found = map_packed(self.ctx, model, examples, head, per_token=True)
+        for example, logprobs in zip(examples, found, strict=True):
+            example.values[name] = logprobs
+
+    def update(self, step: int, samples: list[Sample], examples: list[Example]) -> dict[str, float]:
+        stage = self.stage
+        history: list[dict[str, float]] = []
+        for iteration in range(stage.num_iterations):
+            order = list(range(len(examples)))
+            if stage.steps_per_generation > 1:
+                random.Random(f"{self.ctx.seed},{step},{iteration}").shuffle(order)
+            size = len(order) // stage.steps_per_generation
+            for first in range(0, len(order), size):
+                chosen = [examples[i] for i in order[first : first + size]]
+                with self.ctx.phase("update"):
+                    history.append(self.trainer.update(self._active(chosen), policy_loss(chosen, self.ctx)))
+                self._refresh_reference()
+        return {name: float(np.mean([metrics[name] for metrics in history if name in metrics])) for name in history[-1]}
+
+    def _refresh_reference(self) -> None:
+        every = self.stage.ref_model_sync_steps
+        if self.reference is not None and every and self.trainer.step % every == 0:
+            copy_weights(self.policy, self.reference)
+
+    def _active(self, examples: list[Example]) -> list[Example]:
+        """The examples with a gradient: without KL, one whose advantage is 0 has none."""
+        if not self.stage.skip_zero_variance_groups:
+            return examples
+        return [example for example in examples if example.values["advantage"] != 0.0] or examples[:1]
+
+
+def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
+    """The GRPO loss of a minibatch, normalised by what all its micro-batches and ranks hold."""
+    stage: GRPOStage = ctx.stage
+    num_items = sum(sum(example.values["mask"]) for example in examples)
+    num_samples = len(examples)
+
+    def loss_fn(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        values = batch.values
+        return linear_grpo_loss(
+            hidden_TD.index_select(0, batch.loss_index_M),
+            weight_VD,
+            batch.target_ids_M,
+            batch.loss_cu_seqlens,
+            temperature=stage.temperature,
+            advantages_N=values["advantage"],
+            old_logprobs_T=values.get("old"),
+            ref_logprobs_T=values.get("ref"),
+            sampler_logprobs_T=values["sampler"],
+            loss_mask_T=values["mask"].bool(),
+            epsilon=stage.epsilon,
+            epsilon_high=stage.epsilon_high,
+            delta=stage.delta,
+            beta=stage.beta,
+            loss_type=stage.loss_type,
+            importance_level=stage.importance_sampling_level,
+            is_cap=stage.sampling_importance_cap,
+            max_completion_length=stage.max_completion_length,
+            num_items=torch.tensor(max(num_items, 1.0), device=hidden_TD.device),
+            num_samples=torch.tensor(float(num_samples), device=hidden_TD.device),
+            impl=ctx.recipe.kernels.impl,
+        )
+
+    return loss_fn
+
+
+def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
+    rewards = np.array([sample.reward for sample in samples])
+    groups: dict[int, list[float]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample.reward)
+    spreads = [float(np.nanstd(group)) if not np.all(np.isnan(group)) else 0.0 for group in map(np.array, groups.values())]
+    lengths = np.array([len(sample.completion_ids) for sample in samples])
+    metrics = {
+        "reward": float(np.nanmean(rewards)) if not np.all(np.isnan(rewards)) else float("nan"),
+        "reward_std": float(np.mean(spreads)),
+        "frac_reward_zero_std": float(np.mean(np.array(spreads) == 0)),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/clipped_ratio": float(np.mean([sample.finish_reason == "length" for sample in samples])),
+        "num_tokens": float(lengths.sum() + sum(len(sample.prompt_ids) for sample in samples)),
+    }
+    for name in samples[0].rewards:
+        values = np.array([sample.rewards[name] for sample in samples])
+        if not np.all(np.isnan(values)):
+            metrics[f"rewards/{name}/mean"] = float(np.nanmean(values))
+    return metrics
+
+
+def sample_rows(samples: list[Sample], stage: GRPOStage) -> list[dict[str, Any]]:
+    """The first completions of evenly spread prompts, for samples/*.parquet."""
+    stride = max(1, len(samples) // stage.log_completions)
+    return [
+        {
+            "prompt": sample.row["prompt"],
+            "completion": sample.text,
+            "finish_reason": sample.finish_reason,
+            **{name: None if np.isnan(value) else value for name, value in sample.rewards.items()},
+            "reward": sample.reward,
+            "advantage": sample.advantage,
+        }
+        for sample in samples[::stride][: stage.log_completions]
+    ]

@@ -1,0 +1,80 @@
+"""reject: rejection sampling. Many candidates a prompt; the correct, complete and readable ones become SFT rows.
+
+Also what `collect` and `distill` sample with: one filter, one record of why each sample was dropped.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from r1fast.config import ConfigError
+from r1fast.data.sources import load_rows
+from r1fast.data.templates import RESPONSE_FORMATS
+from r1fast.rewards.filters import check_completion
+from r1fast.stages.context import StageContext
+from r1fast.stages.sampling import Sample, Sampler, Scorer
+
+
+def run(ctx: StageContext) -> dict[str, Any]:
+    stage = ctx.stage
+    model, tokenizer = ctx.load(ctx.model_ref, trainable=False)
+    rows = load_rows(ctx.sources(stage.train_files), "prompts", limit=stage.num_prompts)
+    sampler = Sampler(ctx, model, tokenizer)
+    samples = sampler.generate(rows, n=stage.num_samples, temperature=stage.temperature, seed=ctx.seed)
+    kept, dropped = select(ctx, samples, stage.response_format, prefilled=stage.prefill_think)
+    ctx.write_rows("data.jsonl", [sft_row(sample, stage.response_format, stage.prefill_think) for sample in kept])
+    return {"numbers": {"sampled": len(samples), "kept": len(kept), "dropped": dict(dropped)}}
+
+
+def select(
+    ctx: StageContext, samples: Sequence[Sample], response_format: str, *, limit: int | None = None, prefilled: bool = False
+) -> tuple[list[Sample], Counter[str]]:
+    """The samples that pass every filter, at most max_per_prompt different ones a prompt; writes dropped.jsonl."""
+    stage = ctx.stage
+    with Scorer(ctx, {"accuracy": 1.0}, response_format, prefilled) as scorer:
+        scorer.score(samples)
+    kept: list[Sample] = []
+    reasons: list[tuple[Sample, str]] = []
+    seen: set[tuple[str, str]] = set()
+    per_prompt: Counter[int] = Counter()
+    for sample in samples:
+        reason = drop_reason(sample, stage.filters, response_format, prefilled)
+        key = (str(sample.row["prompt"]), sample.text)
+        if reason is None and key in seen:
+            reason = "duplicate"
+        if reason is None and stage.max_per_prompt and per_prompt[sample.group] >= stage.max_per_prompt:
+            reason = "enough_for_prompt"
+        if reason is None and limit is not None and len(kept) >= limit:
+            reason = "enough_in_all"
+        if reason is None:
+            kept.append(sample)
+            seen.add(key)
+            per_prompt[sample.group] += 1
+        else:
+            reasons.append((sample, reason))
+    ctx.write_rows("dropped.jsonl", [{"prompt": s.row["prompt"], "completion": s.text, "reason": reason} for s, reason in reasons])
+    dropped = Counter(reason for _, reason in reasons)
+    if not kept:
+        raise ConfigError(
+            f"stages.{stage.name}: none of {len(samples)} samples passed: {dict(dropped)}; look at {ctx.stage_dir}/dropped.jsonl"
+        )
+    return kept, dropped
+
+
+def drop_reason(sample: Sample, filters: Any, response_format: str, prefilled: bool) -> str | None:
+    if sample.rewards["accuracy"] != 1.0:  # nan (unscorable) is not known to be correct
+        return "incorrect"
+    return check_completion(
+        sample.text,
+        response_format=response_format,
+        finish_reason=sample.finish_reason,
+        language=sample.row.get("language"),
+        prefilled=prefilled,
+        **filters.model_dump(),
+    )
+
+
+def sft_row(sample: Sample, response_format: str, prefilled: bool = False) -> dict[str, Any]:
+    """A kept sample as an SFT row: its columns, and the completion with its reasoning opened."""
+    opening = RESPONSE_FORMATS[response_format].prefill if prefilled else ""
+    return {**sample.row, "completion": opening + sample.text}

@@ -1,0 +1,145 @@
+"""reward_model: a scalar head on the model, trained pairwise (helpfulness) or point-wise (harmlessness); and its use.
+
+A pairwise model reads only what `score_on` names: the paper scores helpfulness on the final summary and harmlessness on the
+whole response (2501.12948, section 2.3.4). As a reward the score is squashed by a sigmoid.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r1fast.config import ConfigError, RewardModelSpec
+from r1fast.data.sources import load_rows
+from r1fast.models.decoder import Decoder
+from r1fast.stages.batch import Batch, Example, check_lengths, encode_prompts, encode_texts
+from r1fast.stages.context import StageContext
+from r1fast.stages.sampling import Sample, summary_of
+from r1fast.stages.training import LossFn, Trainer, map_packed
+
+
+def run(ctx: StageContext) -> dict[str, Any]:
+    stage = ctx.stage
+    pairwise = stage.loss == "pairwise"
+    rows = load_rows(ctx.sources(stage.train_files), "pairs" if pairwise else "labels")
+    random.Random(ctx.seed).shuffle(rows)
+    held_out = int(len(rows) * stage.eval_fraction)
+    model, tokenizer = ctx.load(ctx.model_ref, trainable=True, scalar_head=True)
+    units = _encode(ctx, tokenizer, rows)
+    train_units, eval_units = units[held_out:], units[:held_out]
+    if not train_units:
+        raise ConfigError(f"stages.{stage.name}: no rows to train on in {', '.join(stage.train_files)}")
+    _train(ctx, model, train_units)
+    ctx.save(model, tokenizer)
+    return {"numbers": {"rows": len(train_units), **_agreement(ctx, model, eval_units)}}
+
+
+def _encode(ctx: StageContext, tokenizer: Any, rows: Sequence[dict]) -> list[list[Example]]:
+    """One unit per row: [chosen, rejected], or one labelled example."""
+    if ctx.stage.loss == "pairwise":
+        chosen = score_examples(ctx, tokenizer, rows, [row["chosen"] for row in rows], ctx.stage.score_on)
+        rejected = score_examples(ctx, tokenizer, rows, [row["rejected"] for row in rows], ctx.stage.score_on)
+        units = [list(pair) for pair in zip(chosen, rejected)]
+    else:
+        units = [[example] for example in score_examples(ctx, tokenizer, rows, [r["response"] for r in rows], ctx.stage.score_on)]
+        for (example,), row in zip(units, rows):
+            example.values["label"] = float(row["label"])
+    for unit in units:
+        check_lengths(unit, ctx.stage.max_length, ctx.stage.name)
+    return units
+
+
+def score_examples(ctx: StageContext, tokenizer: Any, rows: Sequence[dict], responses: Sequence[str], score_on: str) -> list[Example]:
+    """Prompt and what is scored, ended by EOS, at whose position the head is read."""
+    prompts = encode_prompts([row["prompt"] for row in rows], tokenizer, ctx.stage)
+    if score_on == "summary":
+        responses = [summary_of(text, ctx.stage.response_format) for text in responses]
+    eos = tokenizer.eos_token_id
+    # The second EOS is the target of the first, which makes the first an input; the head never looks at targets.
+    return [Example(p, [*r, eos, eos], {}) for p, r in zip(prompts, encode_texts(list(responses), tokenizer), strict=True)]
+
+
+def score_head(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+    """scores_N: the scalar head at the last input of each sequence."""
+    last_N = batch.cu_seqlens[1:].long() - 1
+    return (hidden_TD.index_select(0, last_N).float() @ weight_VD.float().T).squeeze(-1)
+
+
+def _train(ctx: StageContext, model: Decoder, units: list[list[Example]]) -> None:
+    stage = ctx.stage
+    per_epoch = -(-len(units) // stage.batch_size)
+    steps = stage.num_train_epochs * per_epoch
+    trainer = Trainer(ctx, model, steps)
+    trainer.restore()
+    with ctx.log(steps, trainer.step) as log:
+        while trainer.step < steps:
+            epoch, index = divmod(trainer.step, per_epoch)
+            order = list(range(len(units)))
+            random.Random(f"{ctx.seed},{epoch}").shuffle(order)
+            chosen = [units[i] for i in order[index * stage.batch_size : (index + 1) * stage.batch_size]]
+            with ctx.phase("update"):
+                metrics = trainer.update(
+                    [example for unit in chosen for example in unit], preference_loss(len(chosen), ctx), together=len(chosen[0])
+                )
+            log.log(trainer.step, metrics)
+            trainer.save(trainer.step, last=trainer.step == steps)
+
+
+def preference_loss(num_units: int, ctx: StageContext) -> LossFn:
+    """Mean over the units of -log sigmoid(chosen - rejected) (Bradley-Terry), or of the binary cross-entropy to the label."""
+    stage = ctx.stage
+
+    def loss_fn(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        scores_N = score_head(batch, hidden_TD, weight_VD)
+        if stage.loss == "pointwise":
+            label_N = batch.values["label"]
+            loss = F.binary_cross_entropy_with_logits(scores_N, label_N, reduction="sum")
+            accuracy = ((scores_N > 0) == (label_N > 0.5)).float().mean()
+        else:
+            chosen, rejected = scores_N[0::2], scores_N[1::2]
+            centre = stage.center_rewards_coefficient * (chosen + rejected).square()
+            loss = (centre - F.logsigmoid(chosen - rejected)).sum()
+            accuracy = (chosen > rejected).float().mean()
+        return loss / num_units, {"accuracy": accuracy.detach()}
+
+    return loss_fn
+
+
+def _agreement(ctx: StageContext, model: Decoder, units: list[list[Example]]) -> dict[str, float]:
+    """Held-out share of pairs ranked right, or of labels matched."""
+    if not units:
+        return {}
+    scores = map_packed(ctx, model, [example for unit in units for example in unit], score_head, per_token=False)
+    if ctx.stage.loss == "pairwise":
+        right = [chosen > rejected for chosen, rejected in zip(scores[0::2], scores[1::2])]
+    else:
+        right = [(score > 0) == (unit[0].values["label"] > 0.5) for score, unit in zip(scores, units)]
+    return {"held_out_accuracy": sum(right) / len(right)}
+
+
+class RewardModels:
+    """The reward models of a GRPO stage, applied to the samples of their domains."""
+
+    def __init__(self, ctx: StageContext, specs: dict[str, RewardModelSpec], response_format: str) -> None:
+        self.ctx, self.specs = ctx, specs
+        self.weights = {name: spec.weight for name, spec in specs.items()}
+        self.models = {name: ctx.load(spec.model, trainable=False, scalar_head=True) for name, spec in specs.items()}
+
+    def score(self, samples: Sequence[Sample]) -> None:
+        """Fill sample.rewards[name] with sigmoid(score); nan off the model's domains."""
+        for name, spec in self.specs.items():
+            model, tokenizer = self.models[name]
+            chosen = [s for s in samples if not spec.domains or s.row.get("domain") in spec.domains]
+            for sample in samples:
+                sample.rewards[name] = float("nan")
+            if not chosen:
+                continue
+            with self.ctx.phase("reward"):
+                rows, texts = [s.row for s in chosen], [s.text for s in chosen]
+                examples = score_examples(self.ctx, tokenizer, rows, texts, spec.score_on)
+                scores = map_packed(self.ctx, model, examples, score_head, per_token=False)
+            for sample, score in zip(chosen, torch.tensor(scores).sigmoid().tolist()):
+                sample.rewards[name] = score

@@ -1,0 +1,76 @@
+"""sft: supervised fine-tuning on packed sequences. Also the update loop of pretraining and distillation."""
+
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from r1fast.config import ConfigError
+from r1fast.data.sources import load_rows
+from r1fast.models.decoder import Decoder
+from r1fast.stages.batch import Batch, Example, check_lengths, encode_examples
+from r1fast.stages.context import StageContext
+from r1fast.stages.evaluate import evaluate_end, evaluate_start
+from r1fast.stages.training import LossFn, Trainer
+from r1fast_kernels import linear_cross_entropy
+
+
+def run(ctx: StageContext) -> dict[str, Any]:
+    rows = load_rows(ctx.sources(ctx.stage.train_files), "sft")
+    return fine_tune(ctx, rows)
+
+
+def fine_tune(ctx: StageContext, rows: Sequence[dict]) -> dict[str, Any]:
+    """Train the stage's model on rows {prompt, completion}, {messages} or {text}; evaluate before and after; save."""
+    stage = ctx.stage
+    model, tokenizer = ctx.load(ctx.model_ref, trainable=True)
+    before = evaluate_start(ctx, model, tokenizer)
+    examples = encode_examples(rows, tokenizer, stage)
+    if not examples:
+        raise ConfigError(f"stages.{stage.name}: no rows to train on in {', '.join(stage.train_files)}")
+    check_lengths(examples, stage.max_length, stage.name)
+    batches_per_epoch = -(-len(examples) // stage.batch_size)
+    steps = stage.num_train_epochs * batches_per_epoch
+    train(ctx, model, examples, min(steps, stage.max_steps or steps))
+    ctx.save(model, tokenizer)
+    return {"eval_before": before, "eval_after": evaluate_end(ctx, model, tokenizer), "numbers": {"rows": len(examples)}}
+
+
+def train(ctx: StageContext, model: Decoder, examples: Sequence[Example], steps: int) -> None:
+    """`steps` optimizer steps of stage.batch_size examples, in an order that depends on the seed and the epoch only."""
+    trainer = Trainer(ctx, model, steps)
+    trainer.restore()
+    order: list[int] = []
+    epoch, per_epoch = -1, -(-len(examples) // ctx.stage.batch_size)
+    with ctx.log(steps, trainer.step) as log:
+        while trainer.step < steps:
+            start = time.perf_counter()
+            if trainer.step // per_epoch != epoch:
+                epoch = trainer.step // per_epoch
+                order = list(range(len(examples)))
+                random.Random(f"{ctx.seed},{epoch}").shuffle(order)
+            first = trainer.step % per_epoch * ctx.stage.batch_size
+            chosen = [examples[i] for i in order[first : first + ctx.stage.batch_size]]
+            with ctx.phase("update"):
+                metrics = trainer.update(chosen, cross_entropy(chosen, ctx))
+            num_tokens = sum(example.num_inputs for example in chosen)
+            seconds = time.perf_counter() - start
+            log.log(trainer.step, metrics | {"num_tokens": num_tokens, "tokens_per_second": num_tokens / seconds})
+            trainer.save(trainer.step, last=trainer.step == steps)
+
+
+def cross_entropy(examples: Sequence[Example], ctx: StageContext) -> LossFn:
+    """Mean negative log-likelihood over the learned tokens of `examples`, whatever micro-batches and ranks they go to."""
+    total = sum(len(example.completion_ids) for example in examples)
+    impl = ctx.recipe.kernels.impl
+
+    def loss_fn(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden_MD = hidden_TD.index_select(0, batch.loss_index_M)
+        loss = linear_cross_entropy(hidden_MD, weight_VD, batch.target_ids_M, reduction="sum", impl=impl) / total
+        return loss, {}
+
+    return loss_fn
+
+

@@ -1,0 +1,199 @@
+"""The optimizer step that every training stage shares, and forward passes over packed examples.
+
+One step: micro-batches of packed tokens -> forward and backward -> clip -> optimizer -> router bias. A loss is divided by
+the global count before backward and gradients are summed over ranks, so the step does not depend on how it is cut.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from r1fast.data.packing import balance, pack
+from r1fast.dist import checkpoint
+from r1fast.dist.optim import build_optimizer, lr_at
+from r1fast.dist.parallelize import grad_norm_and_clip
+from r1fast.models.decoder import Decoder
+from r1fast.stages.batch import Batch, Example, collate, empty_batch
+from r1fast.stages.context import StageContext
+
+# (batch, hidden_TD, weight_VD) -> (loss already divided by the global count, metrics)
+LossFn = Callable[[Batch, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Trainer:
+    """A sharded model, its optimizer and schedule, and the count of steps taken."""
+
+    def __init__(self, ctx: StageContext, model: Decoder, total_steps: int) -> None:
+        options = ctx.stage
+        self.ctx, self.model, self.total_steps = ctx, model, total_steps
+        self.optimizer = build_optimizer(
+            model,
+            name=options.optimizer,
+            learning_rate=options.learning_rate,
+            betas=(options.adam_beta1, options.adam_beta2),
+            eps=1e-8,
+            weight_decay=options.weight_decay,
+        )
+        self.step = 0
+        self.saved: nn.Module = model  # what checkpoints hold; GRPO adds its reference
+
+    def update(self, examples: Sequence[Example], loss_fn: LossFn, *, together: int = 1) -> dict[str, float]:
+        """One optimizer step on this step's examples, which every rank holds; each rank works on its share.
+
+        together: runs of that many examples stay in one micro-batch, in order (2 for preference pairs).
+        Raises FloatingPointError before the weights change when the loss or the gradient is not finite.
+        """
+        self.model.train()
+        batches = self._my_batches([examples[i : i + together] for i in range(0, len(examples), together)])
+        totals: dict[str, Tensor] = {}
+        for batch in batches:
+            loss, metrics = self._forward(batch, loss_fn)
+            loss.backward()
+            _accumulate(totals, {"loss": loss.detach(), **metrics}, batch.target_ids_M.numel())
+        grad_norm = grad_norm_and_clip(self.model.parameters(), self.ctx.stage.max_grad_norm)
+        metrics = self._reduce(totals) | {"grad_norm": float(grad_norm), "learning_rate": self._set_lr()}
+        if not (math.isfinite(metrics["grad_norm"]) and math.isfinite(metrics["loss"])):
+            raise FloatingPointError(
+                f"stage {self.ctx.stage.name}, step {self.step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; "
+                "the weights were not changed. Lower the learning rate or look at the batch"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return metrics | self._update_router_bias()
+
+    def restore(self) -> dict[str, Any]:
+        """Load the newest complete checkpoint of the stage, if there is one; returns what was saved beside the model."""
+        path = checkpoint.latest(self.ctx.checkpoints, self.ctx.dist)
+        if path is None:
+            return {}
+        extra, _ = checkpoint.load(path, model=self.saved, optimizer=self.optimizer, dist=self.ctx.dist)
+        self.step = extra["step"]
+        return extra
+
+    def save(self, progress_step: int, *, last: bool, **extra: Any) -> Path | None:
+        """Save a checkpoint where one is due."""
+        if not last and progress_step % self.ctx.stage.save_steps:
+            return None
+        with self.ctx.phase("save"):
+            return checkpoint.save(
+                self.ctx.checkpoints,
+                progress_step,
+                model=self.saved,
+                optimizer=self.optimizer,
+                extra={"step": self.step, **extra},
+                rank_state={},
+                dist=self.ctx.dist,
+            )
+
+    def _my_batches(self, units: list[Sequence[Example]]) -> list[Batch]:
+        dist = self.ctx.dist
+        groups = share(units, self.ctx)
+        batches = [collate([example for i in group for example in units[i]], dist.device) for group in groups]
+        most = int(dist.all_reduce_max(torch.tensor(len(batches))))
+        return batches + [empty_batch(dist.device)] * (most - len(batches))
+
+    def _forward(self, batch: Batch, loss_fn: LossFn) -> tuple[Tensor, dict[str, Tensor]]:
+        if not batch.loss_index_M.numel():
+            self.model.eval()  # the filler token does not count towards any expert's load
+            loss, metrics = self.model(batch.input_ids_T, batch.cu_seqlens, head=partial(_no_loss, batch))
+            self.model.train()
+            return loss, metrics
+        head = partial(loss_fn, batch)
+        return self.model(batch.input_ids_T, batch.cu_seqlens, head=head)
+
+    def _set_lr(self) -> float:
+        options = self.ctx.stage
+        scale = lr_at(
+            self.step,
+            max_steps=self.total_steps,
+            warmup_steps=options.warmup_steps,
+            lr_scheduler_type=options.lr_scheduler_type,
+            min_lr_ratio=options.min_lr_ratio,
+            decay_ratio=options.decay_ratio,
+        )
+        self.optimizer.set_lr(scale)
+        return scale * options.learning_rate
+
+    def _reduce(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        """Metrics over micro-batches and ranks: the loss is a sum, */max a maximum, the rest means over learned tokens."""
+        gathered = self.ctx.dist.all_gather_objects({name: value.tolist() for name, value in totals.items()})
+        names = dict.fromkeys(name for part in gathered for name in part)
+        out: dict[str, float] = {}
+        for name in names:
+            parts = [part[name] for part in gathered if name in part]
+            if name == "loss":
+                out[name] = sum(value for value, _ in parts)
+            elif name.endswith("/max"):
+                out[name] = max(value for value, _ in parts)
+            else:
+                out[name] = sum(value for value, _ in parts) / max(sum(weight for _, weight in parts), 1.0)
+        return out
+
+    @torch.no_grad()
+    def _update_router_bias(self) -> dict[str, float]:
+        """DeepSeek-V3's balance rule (2412.19437, section 2.1.2): b += rate * sign(mean load - load), from global counts."""
+        layers = list(self.model.moe_layers())
+        if not layers:
+            return {}
+        counts_LE = self.ctx.dist.all_reduce_sum(torch.stack([layer.last_counts for layer in layers]).float())
+        rate = self.ctx.stage.router_bias_update_rate
+        for layer, counts_E in zip(layers, counts_LE, strict=True):
+            if rate > 0:
+                layer.gate.e_score_correction_bias += rate * torch.sign(counts_E.mean() - counts_E)
+            layer.last_counts = torch.zeros_like(layer.last_counts)
+        return {"moe/max_violation": float((counts_LE.amax(1) / counts_LE.mean(1)).mean() - 1)}
+
+
+def share(units: Sequence[Sequence[Example]], ctx: StageContext) -> list[list[int]]:
+    """This rank's part of the units, as micro-batches of indices."""
+    lengths = [sum(example.num_inputs for example in unit) for unit in units]
+    mine = balance(lengths, ctx.dist.world_size)[ctx.dist.rank]
+    groups = pack([lengths[i] for i in mine], ctx.stage.max_tokens_per_microbatch)
+    return [[mine[i] for i in group] for group in groups]
+
+
+def _no_loss(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return hidden_TD.sum() * 0 + weight_VD.sum() * 0, {}
+
+
+def _accumulate(totals: dict[str, Tensor], metrics: dict[str, Tensor], num_tokens: int) -> None:
+    """totals[name] = [sum of value * weight, sum of weights], or the plain sum for the loss, or the maximum."""
+    for name, value in metrics.items():
+        value = value.detach().double().cpu()
+        weight = 1.0 if name == "loss" else float(num_tokens)
+        new = torch.stack([value if name.endswith("/max") else value * weight, torch.tensor(weight, dtype=torch.float64)])
+        old = totals.get(name)
+        if old is None:
+            totals[name] = new
+        else:
+            totals[name] = torch.maximum(old, new) if name.endswith("/max") else old + new
+
+
+@torch.no_grad()
+def map_packed(
+    ctx: StageContext, model: Decoder, examples: Sequence[Example], head: Callable[[Batch, Tensor, Tensor], Tensor], *, per_token: bool
+) -> list[Any]:
+    """Forward only: head's values for each example, on every rank, in order: a list per example, or one number.
+
+    head returns a value per learned token, or per sequence where per_token is False.
+    """
+    dist = ctx.dist
+    model.eval()
+    groups = share([[example] for example in examples], ctx)
+    most = int(dist.all_reduce_max(torch.tensor(len(groups))))
+    results: dict[int, Any] = {}
+    for turn in range(most):
+        group = groups[turn] if turn < len(groups) else []
+        batch = collate([examples[i] for i in group], dist.device) if group else empty_batch(dist.device)
+        values = model(batch.input_ids_T, batch.cu_seqlens, head=partial(head, batch)).float().tolist()
+        ends = batch.loss_cu_seqlens.tolist()
+        for place, i in enumerate(group):
+            results[i] = values[ends[place] : ends[place + 1]] if per_token else values[place]
+    merged = {i: value for part in dist.all_gather_objects(results) for i, value in part.items()}
+    return [merged[i] for i in range(len(examples))]

@@ -1,0 +1,129 @@
+"""The entry: parse, start the process group, run the pipeline.
+
+    torchrun --nproc-per-node 2 -m r1fast.train --config NAME_OR_FILE [--output-dir DIR] [--resume] [stages.zero.max_steps=20 ...]
+
+Exit status: 0 done, 1 a stage failed, 2 the request was wrong (nothing was started and nothing written over).
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from r1fast.config import Recipe
+
+
+def choose_threads() -> None:
+    """Set the OpenMP environment, which is read when torch is imported.
+
+    Spinning barriers stall for milliseconds on a shared machine, and two busy programs with two threads each crawl: so
+    threads sleep while they wait, and a loaded machine gets fewer of them.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        os.environ["OMP_NUM_THREADS"] = str(max(1, min(cores, round(cores - busy + 0.5))))
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="torchrun -m r1fast.train",
+        description="Train a model through the DeepSeek-R1 recipe, or through any part of it.",
+        epilog="Anything else is an override: key.sub=value, stages.NAME.key=value.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="NAME_OR_FILE", help="a recipe of r1fast/recipes or a YAML file (default: tiny)")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="run directory (default: runs/<recipe>-<time>)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output-dir (default: runs/latest)")
+    parser.add_argument("--stages", metavar="A,B", help="run only these stages of the recipe")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the resolved recipe, and stop")
+    args, overrides = parser.parse_known_args(argv)
+    for override in overrides:
+        if "=" not in override:
+            parser.error(f"{override!r} is neither an option nor an override key.sub=value")
+    return args, overrides
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, overrides = parse(sys.argv[1:] if argv is None else argv)
+    choose_threads()
+    from r1fast.config import ConfigError
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        recipe, run_dir, selected = resolve(args, overrides)
+        if args.dry_run:
+            if is_main:
+                from r1fast.config import dump_recipe
+
+                print(dump_recipe(recipe), end="")
+            return 0
+        return run(recipe, run_dir, selected, resume=args.resume)
+    except ConfigError as error:
+        if is_main:
+            print(f"r1fast: {error}", file=sys.stderr)
+        return 2
+
+
+def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple["Recipe", Path, list[str]]:
+    """The recipe, the run directory and the stages to run, all checked; raises ConfigError before anything is written."""
+    from r1fast.config import ConfigError, dump_recipe, load_recipe
+    from r1fast.pipeline import check_references
+    from r1fast.preflight import check_inputs, check_output
+
+    run_dir = args.output_dir or (Path("runs/latest").resolve() if args.resume else None)
+    saved = run_dir / "config.yaml" if run_dir else None
+    if args.resume and (saved is None or not saved.is_file()):
+        raise ConfigError(f"--resume: {run_dir} holds no run (no config.yaml); name it with --output-dir")
+    recipe = load_recipe(args.config or (str(saved) if args.resume else "tiny"), overrides)
+    if args.resume and saved is not None and dump_recipe(recipe) != saved.read_text(encoding="utf-8"):
+        raise ConfigError(f"--resume: the recipe differs from {saved}; resume without --config and overrides, or start a new run")
+    run_dir = run_dir or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = [stage.name for stage in recipe.stages]
+    selected = args.stages.split(",") if args.stages else names
+    for name in selected:
+        if name not in names:
+            raise ConfigError(f"--stages: no stage {name!r}; stages: {', '.join(names)}")
+    check_references(recipe, selected, run_dir)
+    check_output(run_dir, resume=args.resume)
+    check_inputs(recipe, selected, run_dir)
+    return recipe, run_dir, selected
+
+
+def run(recipe: "Recipe", run_dir: Path, selected: list[str], *, resume: bool) -> int:
+    import torch
+
+    from r1fast.dist.mesh import init_distributed
+    from r1fast.observe.progress import summary_table
+    from r1fast.observe.report import build_report
+    from r1fast.pipeline import Run
+
+    torch.manual_seed(recipe.seed)
+    dist = init_distributed()
+    try:
+        chain = Run(recipe, run_dir, dist)
+        if resume:
+            chain.resume()
+        chain.start()
+        try:
+            chain.execute(selected)
+        finally:
+            if dist.is_main:
+                page = build_report(run_dir)
+        if dist.is_main:
+            from rich.console import Console
+
+            console = Console()
+            console.print(summary_table(chain.summary))
+            console.print(f"report: {page}", soft_wrap=True)
+    finally:
+        dist.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Builds the C++ extension, r1fast_kernels._C; everything else about the package is in pyproject.toml."""
+
+import platform
+import shlex
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    sys.exit("r1fast: torch is needed to build. Install it first, then: pip install --no-build-isolation -e .")
+
+OPS = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+# at::vec is scalar unless told otherwise, and -march=native would crash on other machines: each op is compiled once
+# per instruction set, and its operator (in the default build) picks one when it runs.
+CAPABILITIES = {
+    "DEFAULT": ["-DR1FAST_BUILD_OPERATOR", *(["-DR1FAST_BUILD_X86"] if IS_X86 else [])],
+    "AVX2": ["-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
+    "AVX512": [
+        "-DCPU_CAPABILITY_AVX512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c",
+    ],
+}  # fmt: skip
+# -fopenmp when compiling only: its symbols then resolve to the runtime that torch has loaded, never to a second one.
+FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-std=c++20"]
+
+
+class Build(BuildExtension):
+    def build_extensions(self) -> None:
+        compiler = shlex.split(sysconfig.get_config_var("CXX") or "c++")[0]
+        if shutil.which(self.compiler.compiler_so[0]) is None and shutil.which(compiler) is None:
+            raise SystemExit(
+                f"r1fast: no C++ compiler found (looked for {compiler!r}). Install one (Debian: apt-get install g++), "
+                "or name it in the CXX environment variable, and run the same command again."
+            )
+        super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        for capability in CAPABILITIES if IS_X86 else ["DEFAULT"]:
+            ext.extra_objects += self.compiler.compile(
+                OPS,
+                output_dir=str(Path(self.build_temp) / capability),
+                include_dirs=ext.include_dirs,
+                extra_postargs=[*FLAGS, f"-DCPU_CAPABILITY={capability}", *CAPABILITIES[capability]],
+            )
+        super().build_extension(ext)
+
+
+setup(
+    package_dir={"r1fast": "r1fast", "r1fast_kernels": "kernels/r1fast_kernels"},
+    ext_modules=[
+        CppExtension("r1fast_kernels._C", ["csrc/register.cpp"], depends=OPS, extra_compile_args=FLAGS),
+    ],
+    cmdclass={"build_ext": Build},
+)

@@ -1,0 +1,76 @@
+"""Run by test_checkpoint.py: `killed` kills itself in its second save; `two_ranks` saves, loads, and fails to save."""
+
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from r1fast.dist import checkpoint
+from r1fast.dist.mesh import Dist, init_distributed
+from r1fast.dist.optim import build_optimizer
+from r1fast.dist.parallelize import full_state_dict
+from tests.dist.tiny_model import sharded, train
+
+
+def start(dist: Dist) -> tuple[Any, Any]:
+    model = sharded(dist, one_unit_numel=0)
+    return model, build_optimizer(model, name="muon", learning_rate=1e-2)
+
+
+def killed(directory: Path) -> None:
+    dist = init_distributed("cpu")
+    model, optimizer = start(dist)
+    for step in (1, 2):
+        train(model, dist, 1, optimizer)
+        if step == 2:  # everything is written, the folder is not yet renamed
+            checkpoint._fsync_directory = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        checkpoint.save(
+            directory, step, model=model, optimizer=optimizer, extra={"step": step}, rank_state={}, dist=dist
+        )
+
+
+def two_ranks(directory: Path) -> None:
+    dist = init_distributed("cpu")
+    model, optimizer = start(dist)
+    train(model, dist, 2, optimizer)
+    random.seed(dist.rank)
+    torch.manual_seed(dist.rank)
+    common = {"model": model, "optimizer": optimizer, "dist": dist}
+    path = checkpoint.save(directory, 2, extra={"tokens": 40}, rank_state={"pending": [dist.rank]}, **common)
+    expected = (random.random(), torch.rand(1).item())
+    train(model, dist, 1, optimizer)
+    after_3 = full_state_dict(model, dist)
+
+    model, optimizer = start(dist)
+    assert checkpoint.latest(directory, dist) == path
+    extra, rank_state = checkpoint.load(path, model=model, optimizer=optimizer, dist=dist)
+    assert (extra, rank_state) == ({"tokens": 40}, {"pending": [dist.rank]})
+    assert (random.random(), torch.rand(1).item()) == expected
+    train(model, dist, 1, optimizer)
+    resumed = full_state_dict(model, dist)
+    assert all(torch.equal(resumed[name], after_3[name]) for name in after_3)
+
+    # Rank 1 cannot write its own file: both ranks must hear of it, and the old checkpoint must stay.
+    write = checkpoint._torch_save
+
+    def full_disk(content: Any, file: Path) -> None:
+        if file.name == "rank_00001.pt":
+            raise OSError(28, "No space left on device")
+        write(content, file)
+
+    checkpoint._torch_save = full_disk
+    with pytest.raises(OSError, match="rank 1: OSError"):
+        checkpoint.save(directory, 3, extra={}, rank_state={}, **{**common, "model": model, "optimizer": optimizer})
+    assert checkpoint.latest(directory, dist) == path
+    if dist.is_main:
+        torch.save(after_3, directory / "after_3.pt")
+    dist.close()
+
+
+if __name__ == "__main__":
+    {"killed": killed, "two_ranks": two_ranks}[sys.argv[1]](Path(sys.argv[2]))

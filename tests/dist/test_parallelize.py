@@ -1,0 +1,193 @@
+"""Sharded training equals the plain single-device model: gradients, clipping, generation, state dicts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from r1fast.dist.mesh import Dist
+from r1fast.dist.optim import build_optimizer
+from r1fast.dist.parallelize import (
+    copy_weights,
+    full_state_dict,
+    generation_phase,
+    grad_norm_and_clip,
+    load_full_state_dict,
+    parallelize,
+)
+from tests.dist.tiny_model import TinyDecoder, backward_all, full, loss_of, sharded, tokens_of_rank, torchrun, train
+
+LAYOUTS = {
+    "one_unit": {},
+    "units": {"one_unit_numel": 0},
+    "tied": {"one_unit_numel": 0, "tied": True},
+    "recompute": {"one_unit_numel": 0, "activation_checkpointing": True},
+}
+
+
+def plain_gradients(*, tied: bool = False, max_norm: float | None = None) -> dict[str, torch.Tensor]:
+    model = TinyDecoder(tied=tied)
+    backward_all(model)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
+    return {"norm": norm} | {name: param.grad for name, param in model.named_parameters()}
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    got = {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in got.items()}
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = (got[name] - tensor).norm() / tensor.norm().clamp_min(1e-12)
+        assert error <= tolerance, f"{name}: relative error {error:.2e}"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output: Path = tmp_path_factory.mktemp("two_ranks") / "results.pt"
+    torchrun("two_ranks_parallelize.py", str(output))
+    return torch.load(output, weights_only=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_rank_gradients_and_clip_equal_the_plain_model(dist: Dist, layout: str) -> None:
+    model = sharded(dist, **LAYOUTS[layout])
+    backward_all(model, dist)
+    norm = grad_norm_and_clip(model.parameters(), 0.05)
+    got = {"norm": norm} | {name: full(param.grad) for name, param in model.named_parameters()}
+    assert_same(got, plain_gradients(tied=layout == "tied", max_norm=0.05))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_rank_gradients_and_clip_equal_the_plain_model(two_ranks: dict[str, Any], layout: str) -> None:
+    assert_same(two_ranks[layout], plain_gradients(tied=layout == "tied", max_norm=0.05))
+
+
+@pytest.mark.dist
+def test_two_ranks_generate_and_train_like_one(two_ranks: dict[str, Any], dist: Dist) -> None:
+    model = sharded(dist)
+    optimizer = train(model, dist, 1)
+    with torch.no_grad():
+        logits = model(tokens_of_rank(0)).clone()
+    train(model, dist, 1, optimizer)
+    assert_same(two_ranks["generation"], {"logits": logits} | full_state_dict(model, dist))
+
+
+@pytest.mark.dist
+def test_two_rank_muon_equals_one_rank(two_ranks: dict[str, Any], dist: Dist) -> None:
+    model = sharded(dist)
+    train(model, dist, 3, build_optimizer(model, name="muon", learning_rate=1e-2, weight_decay=0.1))
+    assert_same(two_ranks["muon"], full_state_dict(model, dist))
+
+
+@pytest.mark.dist
+def test_two_ranks_load_what_only_rank_0_has(two_ranks: dict[str, Any]) -> None:
+    expected = {name: tensor + 1.0 for name, tensor in TinyDecoder(tied=True).state_dict().items()}
+    assert_same(two_ranks["broadcast_load"], expected, tolerance=0.0)
+
+
+@pytest.mark.dist
+def test_collectives(two_ranks: dict[str, Any]) -> None:
+    assert two_ranks["collectives"] == {"sum": 3, "max": 2, "objects": [{"rank": 0}, {"rank": 1}]}
+
+
+@pytest.mark.parametrize("one_unit_numel", [0, 10**6], ids=["units", "one_unit"])
+def test_generation_sees_the_last_step_and_training_goes_on(dist: Dist, one_unit_numel: int) -> None:
+    model = sharded(dist, one_unit_numel=one_unit_numel)
+    ids = tokens_of_rank(0)
+    with generation_phase(model):  # before any forward: FSDP must not take a child for its root
+        before = model.decode(ids).clone()
+        assert not any(hasattr(param, "full_tensor") for param in model.parameters())
+    optimizer = train(model, dist, 1)
+    with torch.no_grad():
+        expected = model(ids).clone()
+    with generation_phase(model):
+        torch.testing.assert_close(model.decode(ids), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(model(ids), expected, rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(before, expected)
+    train(model, dist, 1, optimizer)
+    uninterrupted = sharded(dist, one_unit_numel=one_unit_numel)
+    train(uninterrupted, dist, 2)
+    assert_same(full_state_dict(model, dist), full_state_dict(uninterrupted, dist), tolerance=0.0)
+
+
+def test_generation_refuses_a_step_inside_and_a_plain_model(dist: Dist) -> None:
+    model = sharded(dist)
+    optimizer = train(model, dist, 1)
+    backward_all(model, dist)
+    with pytest.raises(RuntimeError, match="weights changed inside generation_phase"), generation_phase(model):
+        optimizer.step()
+    with pytest.raises(ValueError, match="call parallelize first"), generation_phase(TinyDecoder()):
+        pass
+
+
+def test_generation_leaves_a_clean_model_after_an_error(dist: Dist) -> None:
+    model = sharded(dist, one_unit_numel=0)
+    with pytest.raises(KeyError), generation_phase(model):
+        raise KeyError("in the engine")
+    backward_all(model, dist)
+    assert_same({name: full(p.grad) for name, p in model.named_parameters()}, drop_norm(plain_gradients()))
+
+
+def drop_norm(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in gradients.items() if name != "norm"}
+
+
+def test_step_after_a_forward_without_backward_leaves_nothing_stale(dist: Dist) -> None:
+    model = sharded(dist)
+    optimizer = train(model, dist, 1)
+    backward_all(model, dist)
+    with torch.no_grad():
+        before = model(tokens_of_rank(0)).clone()  # stays gathered: the root does not reshard after forward
+    optimizer.step()
+    with torch.no_grad():
+        assert not torch.equal(model(tokens_of_rank(0)), before)
+
+
+def test_bf16_compute_keeps_fp32_shards_and_gradients(dist: Dist) -> None:
+    model = sharded(dist, param_dtype=torch.bfloat16)
+    with generation_phase(model):
+        assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+        assert model.layers[0].e_score_correction_bias.dtype == torch.float32
+    loss_of(model, tokens_of_rank(0)).backward()
+    assert {(param.dtype, param.grad.dtype) for param in model.parameters()} == {(torch.float32, torch.float32)}
+
+
+def test_frozen_models_keep_their_dtype(dist: Dist) -> None:
+    reference = TinyDecoder().to(torch.bfloat16).requires_grad_(False)
+    parallelize(reference, dist, param_dtype=torch.bfloat16)
+    assert {param.dtype for param in reference.parameters()} == {torch.bfloat16}
+
+
+def test_copy_weights_refreshes_a_reference(dist: Dist) -> None:
+    policy = sharded(dist, activation_checkpointing=True)
+    reference = parallelize(TinyDecoder().requires_grad_(False), dist, param_dtype=torch.float32)
+    with torch.no_grad():
+        reference(tokens_of_rank(0))  # gathered copies must not survive the refresh
+    train(policy, dist, 1)
+    copy_weights(policy, reference)
+    with torch.no_grad():
+        assert torch.equal(reference(tokens_of_rank(0)), policy(tokens_of_rank(0)))
+    with pytest.raises(ValueError, match="different parameters"):
+        copy_weights(policy, torch.nn.Linear(2, 2))
+
+
+def test_full_state_dict_has_the_plain_names_and_loads_back(dist: Dist) -> None:
+    plain = TinyDecoder(tied=True)
+    model = sharded(dist, tied=True, activation_checkpointing=True)
+    assert_same(full_state_dict(model, dist), plain.state_dict(), tolerance=0.0)
+    state = {name: tensor * 2.0 for name, tensor in plain.state_dict().items()}
+    with torch.no_grad():
+        model(tokens_of_rank(0))
+    load_full_state_dict(model, {name: state[name] for name in state if name != "embed_tokens.weight"})
+    assert_same(full_state_dict(model, dist), state, tolerance=0.0)
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens_of_rank(0)), plain(tokens_of_rank(0)))
+    with pytest.raises(ValueError, match=r"missing \['norm.bias'\].*unexpected \['extra'\]"):
+        load_full_state_dict(model, {("extra" if name == "norm.bias" else name): state[name] for name in state})
+
+
+def test_clip_needs_gradients(dist: Dist) -> None:
+    with pytest.raises(ValueError, match="got no gradient"):
+        grad_norm_and_clip(sharded(dist).parameters(), 1.0)

@@ -1,0 +1,75 @@
+"""Run by test_parallelize.py and test_optim.py under torchrun: what two ranks compute, saved for comparison."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r1fast.dist.mesh import Dist, init_distributed
+from r1fast.dist.optim import build_optimizer
+from r1fast.dist.parallelize import (
+    full_state_dict,
+    generation_phase,
+    grad_norm_and_clip,
+    load_full_state_dict,
+)
+from tests.dist.tiny_model import TinyDecoder, backward_all, full, sharded, tokens_of_rank, train
+
+
+def gradients(dist: Dist, **options: Any) -> dict[str, torch.Tensor]:
+    model = sharded(dist, **options)
+    backward_all(model, dist)
+    norm = grad_norm_and_clip(model.parameters(), 0.05)
+    return {"norm": norm} | {name: full(param.grad) for name, param in model.named_parameters()}
+
+
+def generation(dist: Dist) -> dict[str, torch.Tensor]:
+    """Logits of the same tokens by decode in a phase after a step, and the weights after one more step."""
+    model = sharded(dist, one_unit_numel=0)
+    optimizer = train(model, dist, 1)
+    with generation_phase(model):
+        logits = model.decode(tokens_of_rank(0)).clone()
+    train(model, dist, 1, optimizer)
+    return {"logits": logits} | full_state_dict(model, dist)
+
+
+def muon(dist: Dist) -> dict[str, torch.Tensor]:
+    model = sharded(dist, one_unit_numel=0)
+    train(model, dist, 3, build_optimizer(model, name="muon", learning_rate=1e-2, weight_decay=0.1))
+    return full_state_dict(model, dist)
+
+
+def broadcast_load(dist: Dist) -> dict[str, torch.Tensor]:
+    """Whole weights, present on rank 0 only, into a tied sharded model."""
+    model = sharded(dist, tied=True, one_unit_numel=0)
+    state = {name: tensor + 1.0 for name, tensor in TinyDecoder(tied=True).state_dict().items()}
+    load_full_state_dict(
+        model, {name: state[name] for name in state if name != "lm_head.weight"} if dist.is_main else {}
+    )
+    return full_state_dict(model, dist)
+
+
+def main(output: Path) -> None:
+    dist = init_distributed("cpu")
+    results = {
+        "one_unit": gradients(dist),
+        "units": gradients(dist, one_unit_numel=0),
+        "tied": gradients(dist, tied=True, one_unit_numel=0),
+        "recompute": gradients(dist, one_unit_numel=0, activation_checkpointing=True),
+        "generation": generation(dist),
+        "muon": muon(dist),
+        "broadcast_load": broadcast_load(dist),
+        "collectives": {
+            "sum": dist.all_reduce_sum(torch.tensor(dist.rank + 1)),
+            "max": dist.all_reduce_max(torch.tensor(dist.rank + 1)),
+            "objects": dist.all_gather_objects({"rank": dist.rank}),
+        },
+    }
+    if dist.is_main:
+        torch.save(results, output)
+    dist.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,197 @@
+"""Each family against transformers in fp32: logits, gradients, greedy decoding; and packing, prefill and decode."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r1fast.models.cache import KVCache
+from r1fast.models.config import ModelConfig
+from r1fast.models.decoder import Decoder
+from r1fast.models.weights import to_hf_names
+
+Pack = Callable[[list[Tensor]], tuple[Tensor, Tensor]]
+
+
+def assert_near(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    scale = expected.abs().max().clamp(min=1e-3)
+    assert (got - expected).abs().max() <= tolerance * scale, f"{(got - expected).abs().max() / scale=}"
+
+
+def oracle_logits(model: torch.nn.Module, documents: list[Tensor]) -> Tensor:
+    return torch.cat([model(document[None]).logits[0] for document in documents])
+
+
+def test_logits(checkpoint, documents: list[Tensor], pack: Pack) -> None:
+    with torch.no_grad():
+        assert_near(checkpoint.load()(*pack(documents)), oracle_logits(checkpoint.oracle, documents))
+
+
+def test_gradient_of_every_parameter(checkpoint, documents: list[Tensor], pack: Pack) -> None:
+    decoder, targets = checkpoint.load(), torch.cat(documents).roll(-1)
+    loss = F.cross_entropy(decoder(*pack(documents)), targets)
+    loss.backward()
+    checkpoint.oracle.zero_grad()
+    expected_loss = F.cross_entropy(oracle_logits(checkpoint.oracle, documents), targets)
+    expected_loss.backward()
+    assert_near(loss.detach(), expected_loss.detach())
+    tied = decoder.config.tie_word_embeddings
+    grads = to_hf_names({name: param.grad for name, param in decoder.named_parameters()}, tied=tied)
+    expected = {name.removeprefix("model."): param.grad for name, param in checkpoint.oracle.named_parameters()}
+    expected = to_hf_names(expected, tied=tied)  # the oracle stacks its experts in memory too
+    assert grads.keys() == expected.keys()
+    largest = max(grad.abs().max() for grad in expected.values())
+    for name, grad in grads.items():
+        tolerance = 2e-5 * max(expected[name].abs().max(), 1e-2 * largest)
+        assert (grad - expected[name]).abs().max() <= tolerance, name
+
+
+def test_greedy_equals_generate(checkpoint, documents: list[Tensor], pack: Pack) -> None:
+    """Three steps would do for the cache; twelve cross the length of the shortest document."""
+    decoder, steps = checkpoint.load(), 12
+    kwargs = {"max_new_tokens": steps, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = [checkpoint.oracle.generate(doc[None], **kwargs)[0, len(doc) :] for doc in documents]
+    assert greedy(decoder, documents, pack, steps).tolist() == torch.stack(expected).tolist()
+
+
+def greedy(decoder: Decoder, documents: list[Tensor], pack: Pack, steps: int) -> Tensor:
+    lengths = torch.tensor([len(document) for document in documents])
+    cache = KVCache(decoder.config, len(documents), int(lengths.max()) + steps, torch.float32, "cpu")
+    last = lengths.cumsum(0) - 1
+    with torch.no_grad():
+        logits = decoder(*pack(documents), head=lambda hidden, weight: hidden[last] @ weight.T, cache=cache)
+    out = [logits.argmax(-1)]
+    for step in range(steps - 1):
+        out.append(decoder.decode(out[-1], lengths + step, cache).argmax(-1))
+    return torch.stack(out, dim=1)
+
+
+def test_prefill_and_decode_equal_full_forward(checkpoint, documents: list[Tensor], pack: Pack) -> None:
+    decoder = checkpoint.load()
+    full = [torch.cat((document, document[:5].repeat(5)[:5])) for document in documents]
+    with torch.no_grad():
+        expected = [decoder(*pack([document])) for document in full]
+    lengths = torch.tensor([len(document) for document in documents])
+    cache = KVCache(decoder.config, len(documents), 80, torch.float32, "cpu")
+    with torch.no_grad():
+        decoder(*pack(documents), cache=cache)
+    for step in range(5):
+        inputs = torch.stack([document[len(document) - 5 + step] for document in full])
+        logits = decoder.decode(inputs, lengths + step, cache)
+        assert_near(logits, torch.stack([rows[len(rows) - 5 + step] for rows in expected]))
+    assert cache.lengths.tolist() == (lengths + 5).tolist()
+
+
+def test_packed_equals_one_by_one(checkpoint, documents: list[Tensor], pack: Pack) -> None:
+    decoder = checkpoint.load()
+    with torch.no_grad():
+        alone = torch.cat([decoder(*pack([document])) for document in documents])
+        assert_near(decoder(*pack(documents)), alone)
+        assert_near(decoder(*pack(documents[::-1])).split([len(d) for d in documents[::-1]])[-1], alone[: len(documents[0])])
+
+
+def test_documents_do_not_see_each_other(checkpoint, documents: list[Tensor], pack: Pack) -> None:
+    decoder = checkpoint.load()
+    changed = [documents[0].flip(0), *documents[1:]]
+    with torch.no_grad():
+        before, after = decoder(*pack(documents)), decoder(*pack(changed))
+    first = len(documents[0])
+    assert not torch.equal(before[:first], after[:first])
+    if decoder.config.n_routed_experts:
+        # Other rows per expert may take another matrix kernel: equal up to rounding, and no more than that.
+        assert_near(after[first:], before[first:], 2e-6)
+    else:
+        assert torch.equal(after[first:], before[first:])
+
+
+def test_selected_rows_continue_alike(checkpoint, documents: list[Tensor], pack: Pack) -> None:
+    """Fan-out to samples and compaction: each chosen row decodes as it did in the old cache."""
+    decoder, lengths = checkpoint.load(), torch.tensor([len(document) for document in documents])
+    cache = KVCache(decoder.config, len(documents), 80, torch.float32, "cpu")
+    with torch.no_grad():
+        decoder(*pack(documents), cache=cache)
+    index = torch.tensor([2, 2, 0, 5])
+    chosen = cache.select(index)
+    tokens = torch.tensor([5, 6, 7, 8, 9, 10])
+    expected = decoder.decode(tokens, lengths, cache)[index]
+    assert_near(chosen.lengths, lengths[index])
+    assert_near(decoder.decode(tokens[index], lengths[index], chosen), expected)
+
+
+def test_head_function_gets_hidden_and_weight(checkpoint, documents: list[Tensor], pack: Pack) -> None:
+    decoder = checkpoint.load()
+    with torch.no_grad():
+        hidden, weight = decoder(*pack(documents), head=lambda hidden, weight: (hidden, weight))
+        assert weight is decoder.lm_head.weight
+        assert torch.equal(hidden @ weight.T, decoder(*pack(documents)))
+
+
+def test_meta_construction_then_init(checkpoint, documents: list[Tensor], pack: Pack) -> None:
+    config = checkpoint.load().config
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder.to_empty(device="cpu")
+    decoder.init_weights(torch.Generator().manual_seed(3))
+    other = Decoder(config)
+    other.init_weights(torch.Generator().manual_seed(3))
+    assert decoder.state_dict().keys() == other.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(decoder(*pack(documents)), other(*pack(documents)))
+    assert (decoder.lm_head.weight is decoder.embed_tokens.weight) == config.tie_word_embeddings
+
+
+def test_cast_keeps_router_bias_and_frequencies_in_fp32(make_checkpoint) -> None:
+    decoder = make_checkpoint("deepseek_v3").load()
+    bias = next(decoder.moe_layers()).gate.e_score_correction_bias.clone()
+    frequencies = decoder.rotary.inv_freq.clone()
+    decoder.to(torch.bfloat16)
+    assert decoder.embed_tokens.weight.dtype == torch.bfloat16
+    assert torch.equal(next(decoder.moe_layers()).gate.e_score_correction_bias, bias)
+    assert torch.equal(decoder.rotary.inv_freq, frequencies)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "llama", "qwen3_moe"])
+def test_bf16_stays_near_fp32(make_checkpoint, name: str, documents: list[Tensor], pack: Pack) -> None:
+    """Dtypes fit together in bf16, decoding included; the bound is loose, bf16 has 8 bits."""
+    decoder = make_checkpoint(name).load()
+    with torch.no_grad():
+        expected = decoder(*pack(documents[:1]))
+        decoder.to(torch.bfloat16)
+        cache = KVCache(decoder.config, 1, 20, torch.bfloat16, "cpu")
+        logits = decoder(*pack(documents[:1]), cache=cache)
+        step = decoder.decode(torch.tensor([5]), torch.tensor([13]), cache)
+    assert logits.dtype == step.dtype == torch.bfloat16
+    assert (logits - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+def test_expert_counts_add_up_in_training_only(make_checkpoint, documents: list[Tensor], pack: Pack) -> None:
+    decoder = make_checkpoint("deepseek_v3").load()
+    ids, cu_seqlens = pack(documents)
+    decoder(ids, cu_seqlens)  # eval: not counted
+    decoder.train()
+    with torch.no_grad():
+        decoder(ids, cu_seqlens)  # no gradient, no training: not counted
+    for forwards in (1, 2):
+        decoder(ids, cu_seqlens)
+        for moe in decoder.moe_layers():
+            assert int(moe.last_counts.sum()) == forwards * len(ids) * decoder.config.num_experts_per_tok
+    assert len(list(decoder.moe_layers())) == 2  # the first of three layers is dense
+
+
+def test_wrong_cu_seqlens_is_an_error(make_checkpoint) -> None:
+    decoder = make_checkpoint("qwen2-tied").load()
+    with pytest.raises(ValueError, match=r"cu_seqlens.*expected \[N\+1\] rising from 0 to the 4 packed tokens"):
+        decoder(torch.tensor([1, 2, 3, 4]), torch.tensor([0, 3], dtype=torch.int32))
+
+
+def test_scalar_head_has_no_vocabulary_head() -> None:
+    config = ModelConfig.from_dict(
+        {"model_type": "qwen2", "vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "tie_word_embeddings": True}
+    )  # fmt: skip
+    decoder = Decoder(config, scalar_head=True)
+    decoder.init_weights()
+    assert decoder(torch.arange(5), torch.tensor([0, 5])).shape == (5, 1)
+    assert "lm_head.weight" not in decoder.state_dict()

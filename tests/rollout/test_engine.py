@@ -1,0 +1,251 @@
+"""Generation from real checkpoints, with transformers and the training forward as oracles."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers.models.deepseek_v3 import DeepseekV3Config
+from transformers.models.llama import LlamaConfig
+from transformers.models.qwen2 import Qwen2Config
+from transformers.models.qwen3 import Qwen3Config
+from transformers.models.qwen3_moe import Qwen3MoeConfig
+
+from r1fast.models.weights import load_model
+from r1fast.rollout.engine import RolloutEngine
+from r1fast.rollout.sampling import SamplingParams
+
+TAG = "|special_token|"
+SPECIAL = ["<pad>", "<bos>", "<eos>", TAG]
+CHARACTERS = "0123456789+-*/=() abcdefghijklmnopqrstuvwxyz"
+VOCAB = len(SPECIAL) + len(CHARACTERS)
+
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,  # spread logits: greedy paths without near ties, samples that differ
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, tuple[type[PretrainedConfig], dict]] = {
+    "deepseek_v3": (
+        DeepseekV3Config,
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "llama": (LlamaConfig, {"num_key_value_heads": 2}),
+    "qwen2": (Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, {"num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "norm_topk_prob": True,
+        },
+    ),
+}
+PROMPTS = [[1, 9, 14, 5], [1] + [7, 22, 31] * 6, [40], [1, 14, 14, 14, 14, 14, 14]]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=[TAG],
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directories = {}
+    for family, (config_class, options) in FAMILIES.items():
+        torch.manual_seed(1)
+        directories[family] = tmp_path_factory.mktemp(family)
+        AutoModelForCausalLM.from_config(config_class(**COMMON, **options)).save_pretrained(directories[family])
+        make_tokenizer().save_pretrained(directories[family])
+    return directories
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoints: dict[str, Path], family: str) -> RolloutEngine:
+    model, tokenizer = load_model(checkpoints[family], dtype=torch.float32)
+    return RolloutEngine(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def llama(checkpoints: dict[str, Path]) -> RolloutEngine:
+    return RolloutEngine(*load_model(checkpoints["llama"], dtype=torch.float32))
+
+
+def test_greedy_is_transformers_generate(engine: RolloutEngine, checkpoints: dict[str, Path], family: str) -> None:
+    oracle = AutoModelForCausalLM.from_pretrained(checkpoints[family], dtype=torch.float32).eval()
+    params = SamplingParams(max_tokens=24, temperature=0.0)
+    for prompt, (completion,) in zip(PROMPTS, engine.generate(PROMPTS, params), strict=True):
+        output_1S = oracle.generate(
+            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, attention_mask=torch.ones(1, len(prompt))
+        )
+        assert completion.token_ids == output_1S[0, len(prompt) :].tolist()
+        assert completion.finish_reason == ("stop" if completion.token_ids[-1] == 2 else "length")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("min_tokens", [0, 12])
+def test_logprobs_are_those_of_the_training_forward(engine: RolloutEngine, temperature: float, min_tokens: int) -> None:
+    """On-policy ratio 1, also where truncation or min_tokens bent what was sampled."""
+    params = SamplingParams(n=3, max_tokens=20, min_tokens=min_tokens, temperature=temperature, top_k=20, top_p=0.95)
+    for prompt, group in zip(PROMPTS, engine.generate(PROMPTS, params), strict=True):
+        for completion in group:
+            ids_T = torch.tensor(prompt + completion.token_ids)
+            with torch.no_grad():
+                logits_TV = engine.model(ids_T, torch.tensor([0, len(ids_T)], dtype=torch.int32))
+            logprobs_TV = (logits_TV / (temperature or 1.0)).log_softmax(-1)[len(prompt) - 1 : -1]
+            expected_S = logprobs_TV.gather(1, ids_T[len(prompt) :, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected_S, atol=1e-4, rtol=0)
+
+
+def test_completion_does_not_depend_on_the_batch(engine: RolloutEngine) -> None:
+    """Alone, inside a batch of 64, in waves of 7, and split over two calls: the same tokens."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [
+        torch.randint(4, VOCAB, (int(length),), generator=generator).tolist()
+        for length in torch.randint(1, 12, (32,), generator=generator)
+    ]
+    params = SamplingParams(n=2, max_tokens=10, seed=11)
+    ids = [[completion.token_ids for completion in group] for group in engine.generate(prompts, params)]
+    assert ids[0][0] != ids[0][1]
+
+    alone = engine.generate([prompts[13]], params, sequence_ids=[13])
+    halves = engine.generate(prompts[:9], params, sequence_ids=range(9))
+    halves += engine.generate(prompts[9:], params, sequence_ids=range(9, 32))
+    waves = RolloutEngine(engine.model, engine.tokenizer, max_num_seqs=7).generate(prompts, params)
+    assert [completion.token_ids for completion in alone[0]] == ids[13]
+    assert [[completion.token_ids for completion in group] for group in halves] == ids
+    assert [[completion.token_ids for completion in group] for group in waves] == ids
+
+    reseeded = engine.generate([prompts[13]], SamplingParams(n=2, max_tokens=10, seed=12), sequence_ids=[13])
+    assert [completion.token_ids for completion in reseeded[0]] != ids[13]
+
+
+def test_first_tokens_follow_the_model(llama: RolloutEngine) -> None:
+    """Frequencies of 4,000 samples of one position against softmax: chi-square over the tokens expected 8+ times."""
+    num_samples = 4000
+    engine = RolloutEngine(llama.model, llama.tokenizer, max_num_seqs=num_samples)
+    (group,) = engine.generate([PROMPTS[0]], SamplingParams(n=num_samples, max_tokens=1, temperature=0.8))
+    counts_V = torch.bincount(torch.tensor([completion.token_ids[0] for completion in group]), minlength=VOCAB)
+    with torch.no_grad():
+        logits_TV = llama.model(torch.tensor(PROMPTS[0]), torch.tensor([0, len(PROMPTS[0])], dtype=torch.int32))
+    expected_V = num_samples * (logits_TV[-1] / 0.8).softmax(-1)
+    kept = expected_V >= 8
+    chi2 = float(((counts_V - expected_V) ** 2 / expected_V)[kept].sum())
+    degrees = int(kept.sum())
+    assert degrees > 5
+    assert chi2 < degrees + 4 * (2 * degrees) ** 0.5  # about four standard deviations; the seed is fixed
+
+
+def test_weights_are_the_models_own(llama: RolloutEngine) -> None:
+    """An optimizer step shows in the next call: nothing is copied or cached between calls."""
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    weight = llama.model.lm_head.weight
+    saved = weight.detach().clone()
+    before = llama.generate(PROMPTS, params)
+    try:
+        with torch.no_grad():
+            weight.neg_()
+        assert llama.generate(PROMPTS, params) != before
+    finally:
+        with torch.no_grad():
+            weight.copy_(saved)
+    assert llama.generate(PROMPTS, params) == before
+
+
+def test_string_prompts_are_encoded(llama: RolloutEngine) -> None:
+    params = SamplingParams(n=2, max_tokens=6)
+    text = "12+(3*4)="
+    ids = llama.tokenizer(text)["input_ids"]
+    assert len(ids) == len(text)
+    assert llama.generate([text, [5, 6]], params) == llama.generate([ids, [5, 6]], params)
+
+
+def test_text_keeps_tags_and_drops_eos_pad_bos(llama: RolloutEngine) -> None:
+    engine = RolloutEngine(llama.model, llama.tokenizer)
+    tag, two = 3, llama.tokenizer.convert_tokens_to_ids("2")
+    sampled = [([two, tag, 0, two, 1, 2], [0.0] * 6), ([two, 2, two], [0.0] * 3), ([two, tag], [0.0] * 2)]
+    completions = engine._completions(sampled, stop_ids=[2])
+    joined = [completion.text.replace(" ", "") for completion in completions]
+    assert joined == [f"2{TAG}2", "22", f"2{TAG}"]
+    assert [completion.finish_reason for completion in completions] == ["stop", "length", "length"]
+
+
+def test_stop_token_is_kept_in_ids_and_left_out_of_text(llama: RolloutEngine) -> None:
+    digits = llama.tokenizer.convert_tokens_to_ids(list("0123456789"))
+    (group,) = llama.generate(["1+1="], SamplingParams(n=32, max_tokens=12, stop_token_ids=digits, ignore_eos=True))
+    stopped = [completion for completion in group if completion.finish_reason == "stop"]
+    assert stopped
+    for completion in stopped:
+        assert completion.token_ids[-1] in digits
+        assert not set(completion.token_ids[:-1]) & set(digits)
+        assert not set(completion.text) & set("0123456789")
+        assert len(completion.logprobs) == len(completion.token_ids)
+
+
+def test_ignore_eos_runs_to_max_tokens(llama: RolloutEngine) -> None:
+    params = SamplingParams(n=64, max_tokens=30, temperature=2.0)
+    (stopping,) = llama.generate([PROMPTS[0]], params)
+    assert any(completion.finish_reason == "stop" for completion in stopping)
+    assert all(2 not in completion.token_ids[:-1] for completion in stopping)
+
+    (ignoring,) = llama.generate([PROMPTS[0]], SamplingParams(n=64, max_tokens=30, temperature=2.0, ignore_eos=True))
+    assert {(len(completion.token_ids), completion.finish_reason) for completion in ignoring} == {(30, "length")}
+    for stop, ignore in zip(stopping, ignoring, strict=True):
+        assert ignore.token_ids[: len(stop.token_ids)] == stop.token_ids
+
+
+def test_too_long_prompt_is_named(llama: RolloutEngine) -> None:
+    with pytest.raises(ValueError, match=r"prompt 1 has 120 tokens, with max_tokens 10 .*130; max_model_len is 128"):
+        llama.generate([[5], [5] * 120], SamplingParams(max_tokens=10))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_matches_cpu_greedy(checkpoints: dict[str, Path], family: str) -> None:
+    """Rows are dropped late on a GPU (the stop flags are read every few steps): the same completions."""
+    params = SamplingParams(n=2, max_tokens=24, temperature=0.0)
+    results = []
+    for device in ("cpu", "cuda"):
+        engine = RolloutEngine(*load_model(checkpoints[family], dtype=torch.float32, device=device))
+        results.append([c.token_ids for group in engine.generate(PROMPTS, params) for c in group])
+    assert results[0] == results[1]
