@@ -59,6 +59,7 @@ class RewardSpec(Strict):
     """A reward's weight, the domains it applies to (all when empty), and keyword arguments of the function."""
 
     model_config = ConfigDict(extra="allow")
+    function: str | None = None  # registry name or dotted path; None: the name of the reward
     weight: float = 1.0
     domains: list[str] = []
 
@@ -346,6 +347,7 @@ def _read(config: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(raw).__name__}")
+    raw = {key: value for key, value in raw.items() if not str(key).startswith("x-")}  # a place for YAML anchors
     parents = raw.pop("defaults", [])
     merged: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:

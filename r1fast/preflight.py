@@ -104,12 +104,10 @@ def _check_model(ref: str) -> None:
 
 
 def _check_rewards(rewards: dict[str, Any], columns: set[str]) -> None:
-    from r1fast.config import RewardSpec
     from r1fast.rewards.pool import RewardPool
+    from r1fast.stages.sampling import pool_arguments, reward_specs
 
-    specs = {n: RewardSpec(weight=v) if isinstance(v, (int, float)) else RewardSpec.model_validate(v) for n, v in rewards.items()}
-    arguments = {name: {"weight": spec.weight, **(spec.model_extra or {})} for name, spec in specs.items()}
-    with RewardPool(arguments) as pool:
+    with RewardPool(pool_arguments(reward_specs(rewards))) as pool:
         pool.check(columns or None)
 
 

@@ -53,8 +53,9 @@ inline float reduce_max(const Vec& v) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, v);
 }
 
-// `size` is a multiple of the vector width.
-template <bool kEntropy>
+// `size` is a multiple of the vector width. kTempered: a vector division costs more than half of an exponential, so
+// temperature 1 goes without.
+template <bool kEntropy, bool kTempered>
 inline void fold_block(const float* x, int64_t size, const Vec& temperature, float scale, RowState& row) {
   Vec block_max(-kInf);
   for (int64_t i = 0; i < size; i += kLanes) {
@@ -79,7 +80,8 @@ inline void fold_block(const float* x, int64_t size, const Vec& temperature, flo
   Vec sum(0.f);
   Vec weighted(0.f);
   for (int64_t i = 0; i < size; i += kLanes) {
-    const Vec distance = Vec::loadu(x + i) / temperature - max;
+    const Vec logits = Vec::loadu(x + i);
+    const Vec distance = (kTempered ? logits / temperature : logits) - max;
     const Vec weight = distance.exp();
     sum = sum + weight;
     if constexpr (kEntropy) {
@@ -93,7 +95,7 @@ inline void fold_block(const float* x, int64_t size, const Vec& temperature, flo
   }
 }
 
-template <bool kEntropy>
+template <bool kEntropy, bool kTempered>
 void fold_rows(const SelectiveLogprobsArgs& args, int64_t begin, int64_t end) {
   const Vec temperature(args.temperature);
   const int64_t whole = args.vocab - args.vocab % kLanes;
@@ -101,13 +103,13 @@ void fold_rows(const SelectiveLogprobsArgs& args, int64_t begin, int64_t end) {
     const float* x = args.logits + t * args.row_stride;
     RowState row;
     for (int64_t i = 0; i < whole; i += kBlock) {
-      fold_block<kEntropy>(x + i, std::min(kBlock, whole - i), temperature, args.temperature, row);
+      fold_block<kEntropy, kTempered>(x + i, std::min(kBlock, whole - i), temperature, args.temperature, row);
     }
     if (whole < args.vocab) {
       float tail[kLanes];
       std::fill(tail, tail + kLanes, -kInf);
       std::copy(x + whole, x + args.vocab, tail);
-      fold_block<kEntropy>(tail, kLanes, temperature, args.temperature, row);
+      fold_block<kEntropy, kTempered>(tail, kLanes, temperature, args.temperature, row);
     }
     const double log_sum = std::log(row.sum);
     const float target = x[args.target_ids[t]] / args.temperature;
@@ -127,10 +129,12 @@ void fold_rows(const SelectiveLogprobsArgs& args, int64_t begin, int64_t end) {
 #define R1FAST_PASTE_(a, b) a##b
 #define R1FAST_PASTE(a, b) R1FAST_PASTE_(a, b)
 void R1FAST_PASTE(selective_logprobs_, CPU_CAPABILITY)(const SelectiveLogprobsArgs& args, int64_t begin, int64_t end) {
-  if (args.entropy != nullptr) {
-    fold_rows<true>(args, begin, end);
+  const bool entropy = args.entropy != nullptr;
+  const bool tempered = args.temperature != 1.f;
+  if (entropy) {
+    tempered ? fold_rows<true, true>(args, begin, end) : fold_rows<true, false>(args, begin, end);
   } else {
-    fold_rows<false>(args, begin, end);
+    tempered ? fold_rows<false, true>(args, begin, end) : fold_rows<false, false>(args, begin, end);
   }
 }
 

@@ -107,7 +107,11 @@ def load(
         raise ValueError(f"checkpoint {path} is not usable: {problem}; resume from latest({path.parent}) instead")
     reshard(model)
     state = _distributed_state(model, optimizer)
-    dcp.load(state, storage_reader=dcp.FileSystemReader(path))  # fills the tensors in place
+    try:
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path))  # fills the tensors in place
+    except CheckpointException as error:  # no subclass of Exception: it would pass through every handler above
+        cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"checkpoint {path} does not fit this model and optimizer: {cause}") from error
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     extra = torch.load(path / "shared.pt", map_location="cpu", weights_only=False)
     saved_world_size = _manifest(path)["world_size"]

@@ -123,11 +123,11 @@ def build_optimizer(
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}; expected one of {', '.join(OPTIMIZERS)}")
     reshard(model)  # while gathered, parameters() are other objects than those that get the gradients
-    groups: dict[tuple[str, float], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
     for path, param in model.named_parameters():
         if param.requires_grad:
             algorithm = "muon" if name == "muon" and _is_muon_matrix(path, param) else "adamw"
-            groups[algorithm, weight_decay if param.ndim > 1 else 0.0].append(param)
+            groups[algorithm, param.ndim > 1].append(param)
     if not groups:
         raise ValueError(f"build_optimizer got a {type(model).__name__} without trainable parameters")
     settings: dict[str, Any] = {
@@ -139,8 +139,8 @@ def build_optimizer(
         "fused": True,  # one fixed implementation: fused and foreach differ in the last bits
     }
     param_groups = [
-        {"params": params, "algorithm": algorithm, "weight_decay": decay}
-        for (algorithm, decay), params in groups.items()
+        {"params": params, "algorithm": algorithm, "weight_decay": weight_decay if decays else 0.0}
+        for (algorithm, decays), params in groups.items()
     ]
     return ShardOptimizer(model, param_groups, settings)
 

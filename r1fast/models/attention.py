@@ -17,11 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import Version
 
 # A bucket takes sequences down to this share of its longest (or within this many tokens): at most 20% of its
 # rows are padding beyond very short sequences, and lengths 79-383 make seven buckets.
 _MIN_FILL = 0.8
 _MIN_SLACK = 8
+# enable_gqa and window_size came to varlen_attn with torch 2.12.
+_VARLEN_HAS_GQA = Version(torch.__version__) >= Version("2.12")
 
 
 class AttentionPlan:
@@ -106,41 +109,39 @@ def packed_attention(
 
 def _varlen_usable(q_THd: Tensor) -> bool:
     half = q_THd.dtype in (torch.bfloat16, torch.float16)
-    # enable_gqa and window_size came with torch 2.12; flash kernels stop at 256 channels per head.
-    return q_THd.is_cuda and half and q_THd.shape[-1] <= 256 and torch.__version__ >= (2, 12)
+    # Flash kernels stop at 256 channels per head.
+    return _VARLEN_HAS_GQA and q_THd.is_cuda and half and q_THd.shape[-1] <= 256
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_length: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, max_length, max_length,
-        scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
+    spans = (cu_seqlens, cu_seqlens, max_length, max_length)
+    out = varlen_attn(q, k, v, *spans, scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+    assert isinstance(out, Tensor), "varlen_attn returns a tuple only when asked for return_aux"
+    return out
 
 
 def _bucketed(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float, layout: PaddedLayout) -> Tensor:
     sizes = [count * width for count, width in layout.buckets]
     q, k, v = (_Pad.apply(x, layout.token_P, layout.slot_T).split(sizes) for x in (q_THd, k_TKd, v_TKd))
-    outs = [
-        _attend(*(x.unflatten(0, bucket) for x in qkv), scale).flatten(0, 1)
-        for bucket, *qkv in zip(layout.buckets, q, k, v, strict=True)
-    ]
+    outs = [_attend(q[i], k[i], v[i], bucket, scale) for i, bucket in enumerate(layout.buckets)]
     out_PHd = torch.cat(outs) if outs else q_THd.new_empty(0, *q_THd.shape[1:])
     return _Unpad.apply(out_PHd, layout.slot_T)
 
 
-def _attend(q_NSHd: Tensor, k_NSKd: Tensor, v_NSKd: Tensor, scale: float) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q_NSHd, k_NSKd, v_NSKd))
+def _attend(q_PHd: Tensor, k_PKd: Tensor, v_PKd: Tensor, bucket: tuple[int, int], scale: float) -> Tensor:
+    """The slots of one bucket, as rows x padded length."""
+    q, k, v = (x.unflatten(0, bucket).transpose(1, 2) for x in (q_PHd, k_PKd, v_PKd))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def cached_attention(q_BKgd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, mask_B1S: Tensor, scale: float) -> Tensor:
     """One decoded token per row against its cache; the g query heads of a kv head are the rows of one small product.
 
     No key is repeated, in memory or in views. mask_B1S is added to the scores. Returns [B, K, g, d].
-    fp32 takes two batched products: 0.58 ms against 1.02 ms for 512 rows of 4 heads x 16 over 30 tokens on one CPU core,
+    fp32 takes two batched products: 0.58 ms against 1.02 ms for 512 rows of 4 heads x 16 over 30 tokens (one CPU core),
     equal at 700 tokens. In half precision those would round the scores, which flash kernels keep in fp32.
     """
     if q_BKgd.dtype != torch.float32:

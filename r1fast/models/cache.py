@@ -35,6 +35,7 @@ class KVCache:
         self.config, self.num_rows, self.max_len, self.dtype = config, num_rows, max_len, dtype
         self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.max_length = 0  # of lengths, known without asking the device
+        shapes: list[tuple[int, ...]]
         if config.uses_mla:
             shapes = [(num_rows, max_len, config.kv_lora_rank + config.qk_rope_head_dim)]
         else:
@@ -64,7 +65,7 @@ class KVCache:
     def begin_step(self, positions_B: Tensor) -> DecodeStep:
         """Room for one more token per row. positions_B: the place of that token, at most the row's length."""
         if len(positions_B) != self.num_rows:
-            raise ValueError(f"decode got {len(positions_B)} positions for a cache of {self.num_rows} rows; give one each")
+            raise ValueError(f"decode got {len(positions_B)} positions for {self.num_rows} cache rows; give one each")
         if self.max_length >= self.max_len:
             raise ValueError(f"the cache is full: {self.max_length} of {self.max_len} tokens; make max_len larger")
         span = self.max_length + 1

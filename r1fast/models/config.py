@@ -74,7 +74,8 @@ class ModelConfig:
             rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
         normal = {
             "rope_parameters": rope,
-            "num_key_value_heads": self.num_key_value_heads or self.num_attention_heads,
+            # transformers' DeepSeek default is 128 whatever the query heads; MLA has as many of both.
+            "num_key_value_heads": self.num_attention_heads if self.uses_mla else self.kv_heads,
             "head_dim": self.head_dim or self.hidden_size // self.num_attention_heads,
             "n_group": self.n_group or 1,
             "topk_group": self.topk_group or 1,
@@ -85,8 +86,8 @@ class ModelConfig:
         self._check_dims()
 
     def _check_dims(self) -> None:
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        _require(heads % self.kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
+        heads, kv_heads = self.num_attention_heads, self.kv_heads
+        _require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
         if self.uses_mla:
             for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
                 _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number for deepseek_v3")
@@ -179,11 +180,11 @@ class ModelConfig:
             names += ["head_dim", "mlp_bias"]
         elif self.model_type in ("qwen3", "qwen3_moe"):
             names.append("head_dim")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in names} | {"rope_parameters": dict(self.rope_parameters)}
         if self.model_type == "qwen3_moe":
             values |= {name: getattr(self, name) for name in (*_MOE, "decoder_sparse_step")}
             values |= {"num_experts": self.n_routed_experts, "mlp_only_layers": list(self.mlp_only_layers)}
-        return AutoConfig.for_model(self.model_type, **{**values, "rope_parameters": dict(self.rope_parameters), **overrides})
+        return AutoConfig.for_model(self.model_type, **{**values, **overrides})
 
 
 def _require(condition: bool, name: str, got: Any, expected: str) -> None:

@@ -5,8 +5,8 @@ Single-device: sharding is applied from outside, so weights are read only inside
 decode reads them directly and needs them whole.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,8 @@ class Decoder(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        if self.config.tie_word_embeddings and not self.scalar_head:
+        tied = self.config.tie_word_embeddings and not self.scalar_head
+        if tied and self.lm_head.weight is not self.embed_tokens.weight:
             self.lm_head.weight = self.embed_tokens.weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Decoder":
@@ -124,7 +125,7 @@ class Decoder(nn.Module):
         step = cache.begin_step(positions_B)
         x_BD = self.embed_tokens(input_ids_B)
         rope = self.rotary(positions_B, x_BD.dtype)
-        for layer in self.layers:
+        for layer in cast(Iterable[DecoderLayer], self.layers):
             x_BD = layer.decode(x_BD, rope, step, cache)
         cache.finish_step(step)
         return self.head(self.norm(x_BD), head)

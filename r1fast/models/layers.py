@@ -37,6 +37,8 @@ class Head(nn.Module):
     """Vocabulary (or scalar) projection. A loss that fuses the product takes the weight here, inside forward, where a
     sharded weight is whole: `fn(hidden_TD, weight_VD)` runs in place of the product."""
 
+    weight: Tensor
+
     def __init__(self, hidden_size: int, num_outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_outputs, hidden_size))

@@ -24,7 +24,8 @@ class LatentAttention(nn.Module):
         width, bias = config.hidden_size, config.attention_bias
         self.layer_idx, self.scale = layer_idx, softmax_scale(config)
         self.num_heads, self.latent_dim = config.num_attention_heads, config.kv_lora_rank
-        self.nope_dim, self.rope_dim, self.value_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.value_dim = config.v_head_dim
         self.has_q_lora = config.q_lora_rank is not None
         query_width = self.num_heads * (self.nope_dim + self.rope_dim)
         if config.q_lora_rank is not None:

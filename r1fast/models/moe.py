@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from r1fast_kernels import moe_experts, route_topk
 from torch import Tensor, nn
 
 from r1fast.models.config import ModelConfig
 from r1fast.models.layers import MLP
+from r1fast_kernels import moe_experts, route_topk
 
 
 class Gate(nn.Module):

@@ -18,7 +18,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from r1fast.models.config import FAMILIES, ModelConfig
 from r1fast.models.decoder import Decoder
@@ -204,7 +210,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, bool]:
         raise ValueError(f"{file}: model_type is {model_type!r}, expected one of {', '.join(FAMILIES)}")
     if "quantization_config" in values:
         method = values["quantization_config"].get("quant_method")
-        raise ValueError(f"{file}: quantization_config ({method}) is not supported; convert the checkpoint to bf16 first")
+        raise ValueError(f"{file}: quantization_config ({method}) cannot be read; convert the checkpoint to bf16 first")
     try:
         config = ModelConfig.from_hf(AutoConfig.from_pretrained(folder))
     except ValueError as error:
@@ -221,7 +227,7 @@ def _weight_files(folder: Path) -> list[Path]:
         files = [folder / "model.safetensors"]
     for file in files:
         if not file.is_file():
-            raise ValueError(f"{folder}: {file.name} is missing; expected model.safetensors, or {_INDEX_NAME} and its shards")
+            raise ValueError(f"{folder}: no {file.name}; expected model.safetensors, or {_INDEX_NAME} and its shards")
     return files
 
 
@@ -255,13 +261,11 @@ def _some(names: Iterable[str]) -> str:
 def _resolve_dtype(dtype: torch.dtype | str, folder: Path, state: StateDict) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype == "auto":
+    name = dtype
+    if name == "auto":
         values = json.loads((folder / "config.json").read_text())
-        name = values.get("dtype") or values.get("torch_dtype")
-        if name is None:
-            return state["embed_tokens.weight"].dtype
-        dtype = name
-    resolved = getattr(torch, dtype.removeprefix("torch."), None)
+        name = str(values.get("dtype") or values.get("torch_dtype") or state["embed_tokens.weight"].dtype)
+    resolved = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(resolved, torch.dtype):
         raise ValueError(f"dtype={dtype!r}, expected a torch.dtype, its name (bfloat16, float16, float32), or 'auto'")
     return resolved
@@ -276,6 +280,12 @@ def _dtype_of(name: str, tensor: Tensor, target: torch.dtype | None) -> torch.dt
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
+    file = folder / "tokenizer_config.json"
+    declared = json.loads(file.read_text()).get("tokenizer_class") if file.is_file() else None
+    if declared in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        # AutoTokenizer goes by model type for some families: a tokenizer of one's own in a Qwen2 checkpoint would get
+        # Qwen2's splitting and an extra token (transformers 5.23). tokenizer.json alone is right.
+        return PreTrainedTokenizerFast.from_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -15,6 +15,7 @@ PHASE_CLASSES = {
     "log-probs": "c3",
     "update": "c4",
     "eval": "c5",
+    "evaluate": "c5",
     "save": "c6",
     "other": "c0",
 }
@@ -43,13 +44,16 @@ def thin(points: Sequence[tuple[int, float]], limit: int = _MAX_POINTS) -> list[
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Centred moving average over a twelfth of the curve; shorter at the ends, so that a straight line stays one."""
-    half, last = max(2, len(values) // 24), len(values) - 1
+    """Local straight-line fit over a twelfth of the curve: no lag, and no jump to the last raw value at the ends."""
+    half = max(2, len(values) // 24)
     out = []
     for i in range(len(values)):
-        reach = min(half, i, last - i)
-        window = values[i - reach : i + reach + 1]
-        out.append(sum(window) / len(window))
+        first = max(0, i - half)
+        window = values[first : i + half + 1]
+        centre, mean = first + (len(window) - 1) / 2, sum(window) / len(window)
+        spread = sum((first + j - centre) ** 2 for j in range(len(window)))
+        slope = sum((first + j - centre) * value for j, value in enumerate(window)) / spread if spread else 0.0
+        out.append(mean + slope * (i - centre))
     return out
 
 

@@ -116,7 +116,7 @@ class ChainProgress:
         """Close a stage; prints one line that stays."""
         self.status[name] = status
         if self.stage == name:
-            self.stage = None
+            self.stage, self.numbers = None, []
         if not self.is_main:
             return
         mark, colour = _MARKS.get(status, _MARKS["pending"])
@@ -180,13 +180,14 @@ class ChainProgress:
         done = sum(status == "done" for status in self.status.values())
         grid.add_row(
             "chain",
-            ProgressBar(total=max(1, len(self.status)), completed=done, width=40),
+            ProgressBar(total=max(1, len(self.status)), completed=done, width=40, complete_style="cyan"),
             f"{done}/{len(self.status)}",
             Text(format_seconds(time.monotonic() - self.started), "dim"),
         )
         if self.stage is not None:
             steps = f"{self.last_step}/{self.total_steps}" if self.total_steps else str(self.last_step or "")
-            bar = ProgressBar(total=self.total_steps, completed=self.last_step, width=40, pulse=not self.total_steps)
+            total = self.total_steps
+            bar = ProgressBar(total, self.last_step, width=40, pulse=not total, complete_style="cyan")
             grid.add_row(Text(self._label(self.stage), "bold cyan"), bar, steps, Text(self._time_left(), "dim"))
         return grid
 
@@ -216,7 +217,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=f"{summary.get('recipe') or 'run'}: scores in %", title_justify="left")
     table.caption, table.caption_justify = f"total {format_seconds(summary.get('seconds'))}", "left"
     rows = [_summary_row(stage) for stage in summary.get("stages") or [] if isinstance(stage, Mapping)]
-    headings = ["stage", "kind", "time", "pass@1", "95% CI", *_SCORES]
+    headings = ["stage", "kind", "time", "pass@1", "CI", *_SCORES]
     used = [i for i in range(len(headings)) if i < 4 or any(row[i] for row in rows)]
     for i in used:
         table.add_column(
@@ -240,7 +241,8 @@ def _summary_row(stage: Mapping[str, Any]) -> list[str | Text]:
         _change(before, after, "pass@1"),
         f"{format_percent(bounds[0])}–{format_percent(bounds[1])}" if bounds else "",
     ]
-    return [name, *texts, *(_change(before, after, key) for key in _SCORES)]
+    others = [_change(before, after, key) if key == "language" else _change({}, after, key) for key in _SCORES]
+    return [name, *texts, *others]
 
 
 def _change(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> str:

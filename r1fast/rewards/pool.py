@@ -105,7 +105,7 @@ class RewardPool:
         """Scores N completions with every reward; each column holds one value per completion."""
         if not self._closer.alive:
             raise ValueError("this RewardPool is closed, make a new one")
-        table = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        table = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         num_rows = len(completions)
         if wrong := {name: len(column) for name, column in table.items() if len(column) != num_rows}:
             raise ValueError(f"expected one value per completion ({num_rows}), got columns of other lengths: {wrong}")

@@ -83,10 +83,11 @@ class Scorer:
 
     def __init__(self, ctx: StageContext, rewards: dict[str, Any], response_format: str, prefilled: bool = False) -> None:
         self.ctx, self.response_format, self.prefilled = ctx, response_format, prefilled
-        specs = {name: RewardSpec(weight=v) if isinstance(v, (int, float)) else RewardSpec.model_validate(v) for name, v in rewards.items()}
+        specs = reward_specs(rewards)
+        self.functions = {name: spec.function or name for name, spec in specs.items()}
         self.domains = {name: set(spec.domains) for name, spec in specs.items()}
         self.weights = {name: spec.weight for name, spec in specs.items()}
-        arguments = {name: {"weight": spec.weight, **(spec.model_extra or {})} for name, spec in specs.items()}
+        arguments = pool_arguments(specs)
         workers = ctx.recipe.reward_workers
         self.pool: RewardPool | None = None
         if arguments and ctx.dist.is_main:
@@ -96,7 +97,8 @@ class Scorer:
         """Fill sample.rewards; returns how many calls failed (their values are nan)."""
         with self.ctx.phase("reward"):
             values, failures = self.ctx.dist.all_gather_objects(self._score(samples) if self.pool else ({}, []))[0]
-        for name, column in values.items():
+        for name in self.weights:
+            column = values[self.functions[name]]
             for sample, value in zip(samples, column, strict=True):
                 wanted = not self.domains[name] or sample.row.get("domain") in self.domains[name]
                 sample.rewards[name] = float(value) if wanted else float("nan")
@@ -125,6 +127,24 @@ class Scorer:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def reward_specs(rewards: dict[str, Any]) -> dict[str, RewardSpec]:
+    return {
+        name: RewardSpec(weight=value) if isinstance(value, (int, float)) else RewardSpec.model_validate(value)
+        for name, value in rewards.items()
+    }
+
+
+def pool_arguments(specs: dict[str, RewardSpec]) -> dict[str, dict[str, Any]]:
+    """What RewardPool is given: each function once, with its keyword arguments."""
+    arguments: dict[str, dict[str, Any]] = {}
+    for name, spec in specs.items():
+        function = spec.function or name
+        if function in arguments:
+            raise ConfigError(f"reward {name}: the function {function} is used by another reward already; name it once")
+        arguments[function] = {"weight": spec.weight, **(spec.model_extra or {})}
+    return arguments
 
 
 def total_rewards(samples: Sequence[Sample], weights: dict[str, float]) -> None:

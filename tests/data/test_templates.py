@@ -1,6 +1,7 @@
 """Response formats and prompt templates: what is well formed, and the exact strings of the papers and models."""
 
 import pytest
+
 from r1fast.data.templates import (
     FEW_SHOT_STOP,
     RESPONSE_FORMATS,
@@ -138,7 +139,8 @@ def test_chat_is_the_released_models_layout():
         {"role": "user", "content": "q2"},
     ]
     assert render_prompt(turns, "chat") == (
-        "<｜begin▁of▁sentence｜>be brief<｜User｜>q1<｜Assistant｜>\n\na1<｜end▁of▁sentence｜><｜User｜>q2<｜Assistant｜>"
+        "<｜begin▁of▁sentence｜>be brief<｜User｜>q1<｜Assistant｜>\n\na1<｜end▁of▁sentence｜>"
+        "<｜User｜>q2<｜Assistant｜>"
     )
 
 

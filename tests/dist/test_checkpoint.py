@@ -151,6 +151,13 @@ def test_nothing_to_resume_from(dist: Dist, tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "step_1", model=model, optimizer=optimizer, dist=dist)
 
 
+def test_another_optimizer_or_model_is_one_clear_error(dist: Dist, tmp_path: Path) -> None:
+    path = save(tmp_path, 1, *started(dist, "adamw"), dist)
+    model, optimizer = started(dist, "muon")
+    with pytest.raises(ValueError, match=r"does not fit this model and optimizer: .*Missing key"):
+        checkpoint.load(path, model=model, optimizer=optimizer, dist=dist)
+
+
 def test_a_directory_that_cannot_be_written_is_one_clear_error(dist: Dist, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     model, optimizer = started(dist)
@@ -172,7 +179,7 @@ def test_generation_after_load_uses_the_loaded_weights(dist: Dist, tmp_path: Pat
 @pytest.mark.dist
 def test_kill_during_a_save_leaves_the_one_before(dist: Dist, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tests/dist/checkpoint_worker.py"), "killed", str(tmp_path)]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "OMP_NUM_THREADS": "1"}
     assert subprocess.run(command, env=environment, timeout=60, check=False).returncode == -9
     assert (tmp_path / "tmp_step_2" / "manifest.json").exists()
     path = checkpoint.latest(tmp_path)

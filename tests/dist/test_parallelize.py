@@ -16,7 +16,19 @@ from r1fast.dist.parallelize import (
     load_full_state_dict,
     parallelize,
 )
-from tests.dist.tiny_model import TinyDecoder, backward_all, full, loss_of, sharded, tokens_of_rank, torchrun, train
+from r1fast.models.cache import KVCache
+from tests.dist.tiny_model import (
+    TinyDecoder,
+    backward_all,
+    decoder_gradients,
+    full,
+    loss_of,
+    moe_decoder,
+    sharded,
+    tokens_of_rank,
+    torchrun,
+    train,
+)
 
 LAYOUTS = {
     "one_unit": {},
@@ -61,6 +73,24 @@ def test_one_rank_gradients_and_clip_equal_the_plain_model(dist: Dist, layout: s
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_rank_gradients_and_clip_equal_the_plain_model(two_ranks: dict[str, Any], layout: str) -> None:
     assert_same(two_ranks[layout], plain_gradients(tied=layout == "tied", max_norm=0.05))
+
+
+@pytest.mark.dist
+def test_two_rank_gradients_of_the_real_decoder(two_ranks: dict[str, Any]) -> None:
+    assert_same(two_ranks["decoder"], decoder_gradients())
+
+
+@pytest.mark.parametrize("one_unit_numel", [0, 10**6], ids=["units", "one_unit"])
+def test_the_real_decoder_trains_and_decodes(dist: Dist, one_unit_numel: int) -> None:
+    assert_same(decoder_gradients(dist, one_unit_numel=one_unit_numel), decoder_gradients())
+    model = parallelize(moe_decoder(), dist, param_dtype=torch.float32, one_unit_numel=one_unit_numel)
+    ids_T = tokens_of_rank(0)
+    cache = KVCache(model.config, 1, 16, torch.float32, torch.device("cpu"))
+    with generation_phase(model):
+        for position, token in enumerate(ids_T):  # decode before any forward
+            logits_BV = model.decode(token[None], torch.tensor([position]), cache)
+    plain = moe_decoder()(ids_T, torch.tensor([0, len(ids_T)], dtype=torch.int32))
+    torch.testing.assert_close(logits_BV[0], plain[-1].detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.dist

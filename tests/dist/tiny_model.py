@@ -18,6 +18,8 @@ from torch import nn
 from r1fast.dist.mesh import Dist
 from r1fast.dist.optim import ShardOptimizer, build_optimizer
 from r1fast.dist.parallelize import parallelize
+from r1fast.models.config import ModelConfig
+from r1fast.models.decoder import Decoder
 
 ROOT = Path(__file__).parents[2]
 NUM_TOKENS_OF_RANK = (7, 13)  # unequal: a mean of per-rank means would differ from the mean over tokens
@@ -108,6 +110,40 @@ def train(model: nn.Module, dist: Dist, num_steps: int, optimizer: ShardOptimize
         optimizer.step()
         optimizer.zero_grad()
     return optimizer
+
+
+def moe_decoder() -> Decoder:
+    """The real thing, small: MLA, a dense layer, a MoE layer of 5 experts."""
+    config = ModelConfig(
+        model_type="deepseek_v3",
+        vocab_size=17,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        n_routed_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+    )
+    decoder = Decoder(config)
+    decoder.init_weights(torch.Generator().manual_seed(0))
+    return decoder
+
+
+def decoder_gradients(dist: Dist | None = None, **options: Any) -> dict[str, torch.Tensor]:
+    """backward_all for the real decoder; sharded if dist is given, one packed sequence per rank."""
+    model = moe_decoder() if dist is None else parallelize(moe_decoder(), dist, param_dtype=torch.float32, **options)
+    for rank in (dist.rank,) if dist is not None and dist.world_size == 2 else (0, 1):
+        input_ids_T = tokens_of_rank(rank)
+        cu_seqlens = torch.tensor([0, 3, input_ids_T.numel()], dtype=torch.int32)
+        F.cross_entropy(model(input_ids_T, cu_seqlens), input_ids_T.flip(0), reduction="sum").backward()
+    return {name: full(param.grad) for name, param in model.named_parameters() if param.grad is not None}
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

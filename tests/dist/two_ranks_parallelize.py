@@ -14,7 +14,7 @@ from r1fast.dist.parallelize import (
     grad_norm_and_clip,
     load_full_state_dict,
 )
-from tests.dist.tiny_model import TinyDecoder, backward_all, full, sharded, tokens_of_rank, train
+from tests.dist.tiny_model import TinyDecoder, backward_all, decoder_gradients, full, sharded, tokens_of_rank, train
 
 
 def gradients(dist: Dist, **options: Any) -> dict[str, torch.Tensor]:
@@ -57,6 +57,7 @@ def main(output: Path) -> None:
         "units": gradients(dist, one_unit_numel=0),
         "tied": gradients(dist, tied=True, one_unit_numel=0),
         "recompute": gradients(dist, one_unit_numel=0, activation_checkpointing=True),
+        "decoder": decoder_gradients(dist, one_unit_numel=0, activation_checkpointing=True),
         "generation": generation(dist),
         "muon": muon(dist),
         "broadcast_load": broadcast_load(dist),

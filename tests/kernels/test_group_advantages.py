@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from r1fast_kernels import group_advantages
 
 NAN = float("nan")

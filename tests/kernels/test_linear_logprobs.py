@@ -3,6 +3,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+
 from r1fast_kernels import linear_cross_entropy, linear_logprobs, selective_logprobs
 
 

@@ -1,12 +1,18 @@
 import pytest
 import torch
-from r1fast_kernels import moe_experts
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
+from r1fast_kernels import moe_experts
+
 
 def random_layer(
-    num_tokens: int, num_experts: int = 5, k: int = 2, width: int = 12, inner: int = 7, dtype: torch.dtype = torch.float64
+    num_tokens: int,
+    num_experts: int = 5,
+    k: int = 2,
+    width: int = 12,
+    inner: int = 7,
+    dtype: torch.dtype = torch.float64,
 ) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
 
@@ -62,9 +68,7 @@ def test_all_skipped_is_zero_with_zero_gradients() -> None:
 @pytest.mark.parametrize(("num_tokens", "k"), [(1, 1), (3, 1), (4, 5)], ids=["T1-K1", "K1", "K-is-E"])
 def test_gradcheck(num_tokens: int, k: int) -> None:
     hidden, gate_up, down, ids, weights = random_layer(num_tokens, k=k, width=3, inner=2)
-    assert torch.autograd.gradcheck(
-        lambda h, g, d, w: moe_experts(h, g, d, ids, w), (hidden, gate_up, down, weights)
-    )
+    assert torch.autograd.gradcheck(lambda h, g, d, w: moe_experts(h, g, d, ids, w), (hidden, gate_up, down, weights))
 
 
 def test_bf16_is_as_exact_as_transformers() -> None:

@@ -2,7 +2,9 @@ import math
 
 import pytest
 import torch
+
 from r1fast_kernels import sample_tokens, selective_logprobs
+
 
 # Upper 1e-6 point of chi-square with `degrees` degrees of freedom (Wilson-Hilferty, z = 4.75).
 def chi_square_limit(degrees: int) -> float:

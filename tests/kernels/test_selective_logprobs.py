@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from r1fast_kernels import dispatch, selective_logprobs
 
 needs_cpp = pytest.mark.skipif(not dispatch.HAS_EXTENSION, reason="the C++ extension is not built")
@@ -55,7 +56,9 @@ def reference_with_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     leaf = logits.detach().to(dtype).requires_grad_()
     logprobs, entropy = selective_logprobs(leaf, ids, temperature=temperature, with_entropy=True, impl="reference")
-    (logprobs * torch.linspace(0.5, -1, len(ids))).sum().add((entropy * torch.linspace(-1, 2, len(ids))).sum()).backward()
+    (logprobs * torch.linspace(0.5, -1, len(ids))).sum().add(
+        (entropy * torch.linspace(-1, 2, len(ids))).sum()
+    ).backward()
     return logprobs.detach(), entropy.detach(), leaf.grad
 
 
@@ -80,7 +83,9 @@ def test_cpp_is_as_exact_as_torch(name: str, temperature: float) -> None:
     eager = reference_with_gradients(logits, ids, temperature, torch.float32)
     leaf = logits.detach().requires_grad_()
     logprobs, entropy = selective_logprobs(leaf, ids, temperature=temperature, with_entropy=True, impl="cpp")
-    (logprobs * torch.linspace(0.5, -1, len(ids))).sum().add((entropy * torch.linspace(-1, 2, len(ids))).sum()).backward()
+    (logprobs * torch.linspace(0.5, -1, len(ids))).sum().add(
+        (entropy * torch.linspace(-1, 2, len(ids))).sum()
+    ).backward()
     assert torch.equal(selective_logprobs(logits, ids, temperature=temperature, impl="cpp"), logprobs)
     for got, plain, want, times in zip((logprobs, entropy, leaf.grad), eager, exact, (2, 2, 3)):
         assert got is not None and got.dtype == torch.float32 and got.shape == want.shape
@@ -89,7 +94,11 @@ def test_cpp_is_as_exact_as_torch(name: str, temperature: float) -> None:
         assert torch.equal(got[infinite].double(), want[infinite])
         error = (got.double() - want)[~infinite].abs()
         floor = 1e-6 * want[~infinite].abs().clamp(min=1)  # some ulps, where torch happens to be exact
-        assert (error <= times * (plain.double() - want)[~infinite].abs().max().item() + floor).all() if len(error) else True
+        assert (
+            (error <= times * (plain.double() - want)[~infinite].abs().max().item() + floor).all()
+            if len(error)
+            else True
+        )
 
 
 @needs_cpp
@@ -169,7 +178,7 @@ def test_errors_say_what_to_do() -> None:
         selective_logprobs(logits, ids, temperature=0)
     with pytest.raises(ValueError, match="expected None or one of reference, cpp"):
         selective_logprobs(logits, ids, impl="cuda")
-    with pytest.raises(ValueError, match="float32 on CPU, got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"float32 on CPU, got torch\.bfloat16"):
         selective_logprobs(logits.bfloat16(), ids, impl="cpp")
 
 

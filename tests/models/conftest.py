@@ -49,14 +49,22 @@ FAMILIES = {
         **_MLA, "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "rope_parameters": _YARN, "attention_bias": True,
     },
     "deepseek_v3-plain-q-tied": {
-        **_MLA, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_interleave": False, "tie_word_embeddings": True,
-        "n_shared_experts": 2, "routed_scaling_factor": 1.0,
+        **_MLA, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_interleave": False,
+        "tie_word_embeddings": True, "n_shared_experts": 2, "routed_scaling_factor": 1.0,
     },
     "llama": {"num_key_value_heads": 2, "rope_parameters": _LLAMA3, "attention_bias": True, "mlp_bias": True},
-    "qwen2-tied": {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+    "qwen2-tied": {
+        "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0},
+    },
     "qwen3": {"num_key_value_heads": 1, "head_dim": 10, "rope_parameters": _YARN | {"mscale_all_dim": None}},
-    "qwen3_moe": {"num_key_value_heads": 4, "head_dim": 12, "num_experts": 6, "norm_topk_prob": True, "decoder_sparse_step": 2, **_EXPERTS},
-    "qwen3_moe-unnormed": {"num_key_value_heads": 2, "num_experts": 6, "norm_topk_prob": False, "mlp_only_layers": [0], **_EXPERTS},
+    "qwen3_moe": {
+        **_EXPERTS, "num_key_value_heads": 4, "head_dim": 12, "num_experts": 6, "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+    },
+    "qwen3_moe-unnormed": {
+        **_EXPERTS, "num_key_value_heads": 2, "num_experts": 6, "norm_topk_prob": False, "mlp_only_layers": [0],
+    },
 }  # fmt: skip
 
 

@@ -69,3 +69,7 @@ def test_time_rows_share_one_scale() -> None:
 def test_count_rows_label_counts_and_shares() -> None:
     drawing = count_rows([("kept", 1637, "c3"), ("mixed_language", 0, "c2")])
     assert re.findall(r">([\d,]+ · \d+%)<", drawing) == ["1,637 · 100%", "0 · 0%"]
+
+
+def test_smooth_does_not_jump_to_an_outlier_at_the_end() -> None:
+    assert abs(smooth([0.0] * 100 + [1.0])[-1]) < 0.7

@@ -1,0 +1,55 @@
+# run, test, lint, bench: each sets up what it needs (.venv, pinned dependencies, the C++ extension), once.
+#   make run ARGS="--config tiny --output-dir runs/mine stages.zero.max_steps=20"
+#   make test TESTS=tests/kernels
+
+PYTHON ?= python3
+ARGS ?=
+TESTS ?= tests
+BIN := .venv/bin
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: run test test-gpu bench lint clean
+.DELETE_ON_ERROR:
+
+run: .venv/built
+	$(BIN)/torchrun --nproc-per-node 1 -m r1fast.train $(ARGS)
+
+test: .venv/built
+	$(BIN)/python -m pytest $(TESTS) -m "not gpu and not slow"
+
+test-gpu: .venv/built
+	$(BIN)/python -m pytest $(TESTS) -m gpu
+
+bench: .venv/built
+	$(BIN)/python -m pytest bench --benchmark-only
+
+lint: .venv/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info kernels/r1fast_kernels/*.so
+
+# An NVIDIA GPU gets the current CUDA build of torch, everything else the pinned one.
+.venv/installed: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "r1fast: $$($(PYTHON) --version 2>&1) is too old or missing; Python 3.11 or newer is needed (make PYTHON=/path/to/python3)"; exit 1; }
+	@test "$$(df -Pk . | awk 'NR == 2 {print $$4}')" -gt 4000000 || { \
+	  echo "r1fast: less than 4 GB free in $$(pwd); the environment needs about 3 GB"; exit 1; }
+	@echo "r1fast: installing dependencies into .venv (a few minutes, once)"
+	@$(PYTHON) -m venv .venv || { \
+	  echo "r1fast: $(PYTHON) cannot make a virtual environment (Debian: apt-get install python3-venv)"; exit 1; }
+	@if command -v nvidia-smi > /dev/null; then torch='torch>=2.11'; else torch='torch==2.13.0'; fi; \
+	$(BIN)/pip install -q --disable-pip-version-check "$$torch" && \
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements.lock || { \
+	  echo "r1fast: pip could not install the dependencies; the reason stands above (no network? run make again when there is)"; exit 1; }
+	@touch $@
+
+.venv/built: .venv/installed pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*.h csrc/*/*.h)
+	@command -v $${CXX:-c++} > /dev/null || command -v g++ > /dev/null || { \
+	  echo "r1fast: no C++ compiler found (Debian: apt-get install g++)"; exit 1; }
+	@echo "r1fast: building the C++ extension"
+	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . || { \
+	  echo "r1fast: the C++ extension did not build; the compiler's message stands above (Debian: apt-get install g++ python3-dev)"; exit 1; }
+	@touch $@

@@ -1,0 +1,95 @@
+"""Packed attention against one masked softmax per sequence; the plan's layout."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from r1fast.models.attention import AttentionPlan, cached_attention, packed_attention
+
+# N, lengths: one token; a prime; empty sequences between others; alike lengths that share a bucket; far apart.
+LENGTHS = {
+    "one-token": [1],
+    "prime": [13],
+    "with-empty": [0, 5, 0, 3, 0],
+    "alike": [30, 29, 31, 30, 24],
+    "far-apart": [1, 64, 7, 130, 2, 33],
+}
+# H, K, d, dv: plain; grouped; one kv head; MLA's narrower values
+SHAPES = {"mha": (4, 4, 8, 8), "gqa": (6, 2, 8, 8), "mqa": (4, 1, 5, 5), "mla": (4, 4, 12, 8)}
+
+
+def plan_of(lengths: list[int]) -> AttentionPlan:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return AttentionPlan(cu_seqlens, sum(lengths), torch.device("cpu"))
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    outs = []
+    for q_SHd, k_SHd, v_SHd in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        scores = torch.einsum("shd,thd->hst", q_SHd, k_SHd) * scale
+        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        outs.append(torch.einsum("hst,thd->shd", scores.masked_fill(future, -torch.inf).softmax(-1), v_SHd))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_forward_and_gradients(lengths: list[int], shape: tuple[int, int, int, int]) -> None:
+    heads, kv_heads, dim, value_dim = shape
+    generator, tokens = torch.Generator().manual_seed(0), sum(lengths)
+    sizes = ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
+    q, k, v = (torch.randn(tokens, *size, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes)
+    grad = torch.randn(tokens, heads, value_dim, generator=generator, dtype=torch.float64)
+    plan = plan_of(lengths)
+    out = packed_attention(q, k, v, plan.cu_seqlens, 0.3, plan)
+    expected = reference(q, k, v, lengths, 0.3)
+    torch.testing.assert_close(out, expected)
+    got_grads = torch.autograd.grad(out, (q, k, v), grad)
+    for got, want in zip(got_grads, torch.autograd.grad(expected, (q, k, v), grad), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_no_sequence_at_all() -> None:
+    plan, empty = plan_of([]), torch.empty(0, 2, 4)
+    assert packed_attention(empty, empty, empty, plan.cu_seqlens, 1.0, plan).shape == (0, 2, 4)
+
+
+def test_plan_positions_and_rows() -> None:
+    plan = plan_of([3, 0, 2])
+    assert plan.rows_T.tolist() == [0, 0, 0, 2, 2]
+    assert plan.positions_T.tolist() == [0, 1, 2, 0, 1]
+    assert (plan.num_sequences, plan.max_length) == (3, 3)
+
+
+def test_buckets_are_few_and_nearly_full() -> None:
+    lengths = torch.randint(20, 45, (512,), generator=torch.Generator().manual_seed(0)).tolist()
+    layout = plan_of(lengths).padded
+    assert len(layout.buckets) <= 4
+    assert len(layout.token_P) < 1.2 * sum(lengths)
+    assert torch.equal(layout.token_P[layout.slot_T], torch.arange(sum(lengths)))  # every token has its own slot
+
+
+@pytest.mark.parametrize(
+    "cu_seqlens", [[0, 3], [1, 5], [0, 4, 2, 5], []], ids=["short", "not-from-0", "falling", "empty"]
+)
+def test_bad_cu_seqlens(cu_seqlens: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"expected \[N\+1\] rising from 0 to the 5 packed tokens"):
+        AttentionPlan(torch.tensor(cu_seqlens, dtype=torch.int32), 5, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(4, 4, 8), (6, 2, 8), (4, 1, 5)], ids=["mha", "gqa", "mqa"])
+def test_cached_attention(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Rows of different length in one strided cache; slots beyond a row's length must not count."""
+    heads, kv_heads, dim = shape
+    lengths, generator = [1, 9, 4], torch.Generator().manual_seed(0)
+    k, v = (torch.randn(3, kv_heads, 16, dim, generator=generator).to(dtype)[:, :, :9] for _ in range(2))
+    q = torch.randn(3, heads, dim, generator=generator).to(dtype)
+    mask = torch.where(torch.arange(9) < torch.tensor(lengths)[:, None, None], 0.0, -torch.inf).to(dtype)
+    out = cached_attention(q.unflatten(1, (kv_heads, -1)), k, v, mask, 0.3).flatten(1, 2)
+    for row, length in enumerate(lengths):
+        keys, values = (x[row, :, :length].double().repeat_interleave(heads // kv_heads, dim=0) for x in (k, v))
+        probs = (torch.einsum("hd,hsd->hs", q[row].double(), keys) * 0.3).softmax(-1)
+        expected = torch.einsum("hs,hsd->hd", probs, values)
+        assert (out[row].double() - expected).abs().max() < (1e-6 if dtype == torch.float32 else 1e-2)

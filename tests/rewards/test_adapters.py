@@ -1,0 +1,46 @@
+"""verl's compute_score behind our signature."""
+
+import inspect
+
+from r1fast.rewards.adapters import adapt_verl, is_verl_function
+from r1fast.rewards.registry import resolve
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, bonus=0.0):
+    assert data_source in ("", "gsm8k") and extra_info in ({}, {"index": 7})
+    return {"score": float(solution_str == ground_truth) + bonus, "acc": 1}
+
+
+def plain_score(solution_str, ground_truth):
+    return solution_str == ground_truth
+
+
+def anything_goes(solution_str, ground_truth, **kwargs):
+    return len(kwargs)
+
+
+def test_rows_are_scored_one_by_one():
+    adapted = adapt_verl(compute_score)
+    assert adapted(completions=["14", "13"], answer=["14", "14"]) == [1.0, 0.0]
+    columns = {"data_source": ["gsm8k"], "extra_info": [{"index": 7}]}
+    assert adapted(completions=["14"], answer=["14"], bonus=0.5, **columns) == [1.5]
+    assert adapt_verl(plain_score)(completions=["14"], answer=["14"], **columns) == [True]
+    assert adapt_verl(anything_goes)(completions=["14"], answer=["14"]) == [2]
+
+
+def test_signature_shows_the_columns_and_the_options():
+    assert set(inspect.signature(adapt_verl(compute_score)).parameters) == {
+        "completions",
+        "answer",
+        "data_source",
+        "extra_info",
+        "bonus",
+    }
+
+
+def test_verl_functions_are_recognised(tmp_path):
+    assert is_verl_function(compute_score) and is_verl_function(plain_score)
+    assert not is_verl_function(lambda completions, **_: [])
+    file = tmp_path / "verl_reward.py"
+    file.write_text("def compute_score(data_source, solution_str, ground_truth, extra_info=None): return 1.0\n")
+    assert resolve(f"{file}:compute_score")(completions=["a"], answer=["b"]) == [1.0]

@@ -1,0 +1,33 @@
+"""Format reward: the known holes of published format rewards stay closed."""
+
+from r1fast.rewards.format import format_reward
+
+
+def score(*completions, **columns):
+    return format_reward([""] * len(completions), list(completions), [[]] * len(completions), **columns)
+
+
+def test_only_the_whole_layout_pays():
+    assert score(
+        "<think>real thought</think><answer>14</answer>",
+        "<think></think><answer>14</answer>",  # empty-think hack
+        "<think>real <think>thought</think></think><answer>14</answer>",  # nested
+        "<think>real thought</think><answer>14</answer><answer>15</answer>",  # repeated
+        "<think>real thought</think><answer>14</answer>\nand more",  # `$` of a regex matches before this line end
+        "14",
+    ) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_rows_have_their_own_format_and_prefill():
+    assert score(
+        "real thought</think><answer>14</answer>",
+        "real thought</think><answer>14</answer>",
+        "<think>\nreal thought\n</think>\n\n14",
+        "|special_token|real thought|special_token|14",
+        response_format=["think_answer", "think_answer", "think_summary", "special_token"],
+        prefilled=[True, False, False, False],
+    ) == [1.0, 0.0, 1.0, 1.0]
+
+
+def test_no_rows():
+    assert score() == []

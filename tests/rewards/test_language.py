@@ -1,0 +1,59 @@
+"""Language consistency: hand-counted ratios, with LaTeX, code and tags left out."""
+
+import pytest
+
+from r1fast.rewards.language import language_consistency, language_ratio
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "expected"),
+    [
+        ("first multiply then add", "en", 1.0),
+        ("first multiply then add", "zh", 0.0),
+        ("先乘后加", "zh", 1.0),
+        ("先乘 then add", "zh", 2 / 4),
+        ("先乘 then add", "en-US", 2 / 4),
+        ("先乘, 设 x 为 $y + \\text{foo bar}$", "zh", 1.0),  # variables and formulas are no words
+        ("we get \\[ \\text{结果} = 5 \\] here", "en", 1.0),
+        ("we run ```python\n打印 = 1\n``` and `变量` here", "en", 1.0),
+        ("<think>先算</think>", "zh", 1.0),
+        ("结果 \\boxed{14} 和 \\frac{1}{2}", "zh", 1.0),
+        ("costs $5\nand 他 has $10", "en", 3 / 4),  # a price opens no formula across lines
+        ("don't naïve café", "fr", 1.0),
+        ("сначала умножить then", "ru", 2 / 3),
+        ("まず計算する", "ja", 1.0),
+        ("まず計算する", "zh", 2 / 6),
+        ("먼저 곱하고 add", "ko", 2 / 3),
+        ("3*4=12, 2+12=14", "zh", 1.0),  # no words: nothing is mixed
+        ("", "en", 1.0),
+    ],
+)
+def test_ratio(text, language, expected):
+    assert language_ratio(text, language) == pytest.approx(expected)
+
+
+def test_reward_counts_the_reasoning_only():
+    completions = [
+        "<think>first 先</think><answer>答案 is 14</answer>",
+        "<think>first step</think><answer>答案</answer>",
+        "no tags 先乘",
+        "<think>first step 先乘",
+        "first step</think><answer>答案</answer>",
+    ]
+    values = language_consistency(
+        [""] * 5, completions, [[]] * 5, language=["en", None, "en", "en", "en"], prefilled=[False] * 4 + [True]
+    )
+    assert values == [0.5, None, 0.5, 0.5, 1.0]
+
+
+def test_without_the_column_it_does_not_apply():
+    assert language_consistency(["", ""], ["a", "b"], [[], []]) == [None, None]
+
+
+def test_unknown_language_is_an_error():
+    with pytest.raises(ValueError, match="unknown language 'xx'"):
+        language_ratio("text", "xx")
+
+
+def test_openings_that_never_close_stay_cheap():
+    assert language_ratio("\\( word " * 4000, "en") == 1.0

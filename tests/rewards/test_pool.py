@@ -1,0 +1,308 @@
+"""The pool survives whatever a reward does, and refuses what cannot work before any work."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from r1fast.rewards.pool import RewardPool
+
+REWARDS_PY = """
+import asyncio, os, re, subprocess, sys, time
+
+def length(completions, scale=1.0, **columns):
+    return [scale * len(c) for c in completions]
+
+def hangs(completions, **_):
+    if "hang" in completions:
+        while True:
+            pass
+    return [1.0] * len(completions)
+
+def regex(completions, **_):  # holds the interpreter lock for ever
+    if "hang" in completions:
+        re.match(r"(a+)+$", "a" * 64 + "b")
+    return [1.0] * len(completions)
+
+def spawns(completions, pid_file, **_):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    open(pid_file[0], "w").write(str(child.pid))
+    time.sleep(600)
+
+def exits(completions, **_):
+    if "exit" in completions:
+        os._exit(3)
+    if "segfault" in completions:
+        import ctypes
+        ctypes.string_at(0)
+    if "quit" in completions:
+        sys.exit(5)
+    return [1.0] * len(completions)
+
+def noisy(completions, **_):
+    print("noise" * 10_000)
+    os.write(1, b"\\x00" * 100_000)
+    subprocess.run(["echo", "noise of a child"])
+    return [1.0] * len(completions)
+
+def raises(completions, **_):
+    raise KeyError("what went wrong")
+
+async def slow(completions, **_):
+    await asyncio.sleep(0.01)
+    return [None if c == "none" else 2.0 for c in completions]
+
+def short(completions, **_):
+    return [1.0] * (len(completions) - 1)
+
+def texts(completions, **_):
+    return ["1.0"] * len(completions)
+
+def infinite(completions, **_):
+    return [float("inf")] * len(completions)
+
+def scalar(completions, **_):
+    return 1.0
+
+def nans(completions, **_):
+    return [float("nan")] * len(completions)
+
+def sees(prompts, completions, completion_ids, hint, **_):
+    return [float(p == "p" and i == [1, 2] and h == "h") for p, i, h in zip(prompts, completion_ids, hint)]
+
+def process(completions, **_):
+    return [os.getpid()] * len(completions)
+
+def chunk(completions, **_):
+    return [len(completions)] * len(completions)
+
+def positional(completions, /):
+    return []
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, bonus=0.0):
+    return {"score": float(solution_str == ground_truth) + bonus}
+
+def writes_pid(completions, pid_file, **_):
+    open(pid_file[0], "w").write(str(os.getpid()))
+    while True:
+        pass
+"""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    file = tmp_path_factory.mktemp("rewards") / "user_rewards.py"
+    file.write_text(REWARDS_PY)
+    return str(file)
+
+
+def score(pool, completions, **columns):
+    num_rows = len(completions)
+    return pool.score(["p"] * num_rows, completions, [[1, 2]] * num_rows, columns)
+
+
+def is_alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def test_builtin_rewards_and_weighted_total():
+    completions = [
+        "<think>real thought</think><answer>14</answer>",
+        "<think></think><answer>14</answer>",
+        "<think>real thought</think><answer>13</answer>",
+        "<think>real thought</think><answer>13</answer>",
+    ]
+    with RewardPool({"accuracy": 1.0, "format": {"weight": 0.5}, "language": {"weight": 2.0}}) as pool:
+        result = score(pool, completions, answer=["14", "14", "14", None], language=["en", None, None, None])
+    assert result.failures == []
+    np.testing.assert_array_equal(result.values["accuracy"], [1, 1, 0, np.nan])
+    np.testing.assert_array_equal(result.values["format"], [1, 0, 1, 1])
+    np.testing.assert_array_equal(result.values["language"], [1, np.nan, np.nan, np.nan])
+    np.testing.assert_array_equal(result.total, [3.5, 1.0, 0.5, 0.5])
+    assert result.total.dtype == np.float64
+
+
+def test_formulas_are_compared_inside_a_worker():
+    with RewardPool({"accuracy": 1.0}) as pool:
+        result = score(pool, ["<think>hm</think><answer>$\\frac12 x$</answer>"], answer=["x/2"])
+    assert result.total.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("name", ["hangs", "regex"])
+def test_a_hanging_reward_is_killed_and_the_next_call_works(path, name, caplog):
+    with RewardPool({f"{path}:{name}": 1.0, "format": 1.0}, timeout_s=0.5) as pool:
+        assert score(pool, ["fine"]).total.tolist() == [1.0]
+        start = time.monotonic()
+        with caplog.at_level(logging.WARNING):
+            result = score(pool, ["hang"] + ["fine"] * 64)
+        assert time.monotonic() - start < 5.0
+        values = result.values[f"{path}:{name}"]
+        assert np.isnan(values[:64]).all() and values[64] == 1.0, "only the chunk that hung is lost"
+        assert len(result.failures) == 1 and "rows 0-63: no result after 0.5 s" in result.failures[0]
+        assert result.failures[0] in caplog.text
+        assert result.total.tolist() == [0.0] * 64 + [1.0]
+        assert score(pool, ["fine"]).failures == []
+
+
+def test_what_a_reward_started_dies_with_it(path, tmp_path):
+    pid_file = tmp_path / "pid"
+    with RewardPool({f"{path}:spawns": 1.0}, timeout_s=2.0) as pool:
+        assert "no result" in score(pool, ["a"], pid_file=[str(pid_file)]).failures[0]
+    wait_until(lambda: not is_alive(int(pid_file.read_text())))
+
+
+def test_a_crash_costs_only_its_rows(path):
+    with RewardPool({f"{path}:exits": 1.0}) as pool:
+        assert "the worker died: exit code 3" in score(pool, ["exit"]).failures[0]
+        assert "signal 11" in score(pool, ["segfault"]).failures[0]
+        assert "SystemExit: 5" in score(pool, ["quit"]).failures[0]
+        result = score(pool, ["fine"])
+        assert result.total.tolist() == [1.0] and result.failures == []
+
+
+def test_prints_do_not_reach_the_protocol(path):
+    with RewardPool({f"{path}:noisy": 1.0}) as pool:
+        result = score(pool, ["a", "b"])
+    assert result.total.tolist() == [1.0, 1.0] and result.failures == []
+
+
+def test_an_exception_is_reported_with_its_traceback(path):
+    with RewardPool({f"{path}:raises": 1.0}) as pool:
+        result = score(pool, ["a"])
+    assert np.isnan(result.total).all()
+    assert "raises" in result.failures[0] and "KeyError: 'what went wrong'" in result.failures[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("short", "returned 1 values for 2 completions"),
+        ("texts", "returned '1.0' for row 0, expected a finite number or None"),
+        ("infinite", "returned inf for row 0"),
+        ("scalar", "returned float, expected a list of 2 numbers"),
+    ],
+)
+def test_a_wrong_result_names_the_reward(path, name, message):
+    with RewardPool({f"{path}:{name}": 1.0}) as pool:
+        failure = score(pool, ["a", "b"]).failures[0]
+    assert f"{name}' {message}" in failure
+
+
+def test_async_none_and_nan(path):
+    with RewardPool({f"{path}:slow": 1.0, f"{path}:nans": 1.0}) as pool:
+        result = score(pool, ["a", "none"])
+    assert result.failures == []
+    np.testing.assert_array_equal(result.total, [2.0, np.nan])
+
+
+def test_columns_options_and_verl(path, monkeypatch):
+    monkeypatch.syspath_prepend(os.path.dirname(path))
+    rewards = {
+        "user_rewards.sees": 1.0,
+        "user_rewards.length": {"scale": 0.5},
+        f"{path}:compute_score": {"bonus": 0.25},
+    }
+    with RewardPool(rewards) as pool:
+        result = score(pool, ["14", "1"], hint=["h", "x"], answer=["14", "14"])
+    assert result.failures == []
+    assert [values.tolist() for values in result.values.values()] == [[1.0, 0.0], [1.0, 0.5], [1.25, 0.25]]
+
+
+def test_rows_are_spread_over_workers_in_chunks_of_at_most_64(path):
+    with RewardPool({f"{path}:process": 1.0, f"{path}:chunk": 1.0}, num_workers=2) as pool:
+        result = score(pool, ["a"] * 200)
+        few = score(pool, ["a"] * 2)
+    assert result.values[f"{path}:chunk"].tolist() == [64.0] * 192 + [8.0] * 8
+    assert few.values[f"{path}:chunk"].tolist() == [1.0, 1.0]
+    assert 1 <= len(set(result.values[f"{path}:process"])) <= 2
+
+
+def test_a_message_larger_than_a_pipe_goes_through(path):
+    completions = ["x" * 200_000] * 8
+    with RewardPool({f"{path}:length": 1.0}) as pool:
+        assert score(pool, completions).total.tolist() == [200_000.0] * 8
+
+
+def test_no_rows_and_worker_start(path):
+    with RewardPool({"accuracy": 1.0}) as pool:
+        assert score(pool, [], answer=[]).total.shape == (0,)
+
+
+def test_close_kills_the_workers(path):
+    pool = RewardPool({f"{path}:process": 1.0})
+    pid = int(score(pool, ["a"]).total[0])
+    assert is_alive(pid)
+    pool.close()
+    assert not is_alive(pid)
+    with pytest.raises(ValueError, match="closed"):
+        score(pool, ["a"])
+
+
+def test_an_endless_reward_does_not_outlive_a_killed_trainer(path, tmp_path):
+    pid_file = tmp_path / "pid"
+    code = (
+        "import json, os, sys; from r1fast.rewards.pool import RewardPool; path, pid_file = json.loads(sys.argv[1]);"
+        "os.cpu_count = lambda: 1;"  # the worker's own limit is CPU seconds for every core: make it come soon
+        "RewardPool({path + ':writes_pid': 1.0}, timeout_s=1.0).score(['p'], ['c'], [[]], {'pid_file': [pid_file]})"
+    )
+    arguments = [sys.executable, "-c", code, json.dumps([path, str(pid_file)])]
+    environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}
+    trainer = subprocess.Popen(arguments, env=environment)
+    wait_until(lambda: pid_file.exists() and pid_file.read_text())
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait()
+    wait_until(lambda: not is_alive(int(pid_file.read_text())), seconds=20.0)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ({}, "rewards is empty"),
+        ({"acuracy": 1.0}, "did you mean 'accuracy'"),
+        ({"accuracy": "high"}, "reward 'accuracy' has weight 'high'"),
+        ({"accuracy": float("nan")}, "reward 'accuracy' has weight nan"),
+        ({"accuracy": {"weight": True}}, "reward 'accuracy' has weight True"),
+        ({"accuracy": {"weight": 1.0, "strickt": False}}, "no keyword 'strickt'.*did you mean 'strict'"),
+        ({"accuracy": {"completions": []}}, "no keyword 'completions'"),
+        ({"USER:positional": 1.0}, "takes 'completions' by position only"),
+        ({"USER:compute_score": {"bonuss": 1.0}}, "did you mean 'bonus'"),
+    ],
+)
+def test_a_wrong_recipe_fails_before_any_work(path, rewards, message):
+    with pytest.raises(ValueError, match=message):
+        RewardPool({name.replace("USER", path): setting for name, setting in rewards.items()})
+
+
+def test_columns_are_checked_against_signatures(path):
+    pool = RewardPool({"accuracy": 1.0, "completeness": 1.0, f"{path}:sees": 1.0})
+    pool.check(None)
+    pool.check({"answer", "hint"})
+    with pytest.raises(ValueError, match=r"reward 'accuracy' needs the columns \['answer'\].*did you mean 'answers'"):
+        pool.check({"answers", "hint"})
+    with pytest.raises(ValueError, match=r"reward 'completeness' needs the columns \['finish_reason'\]"):
+        score(pool, ["a"], answer=["1"], hint=["h"])
+    with pytest.raises(ValueError, match=r"columns of other lengths: \{'answer': 2\}"):
+        score(pool, ["a"], answer=["1", "2"], hint=["h"], finish_reason=["stop"])
+
+
+@pytest.mark.parametrize("settings", [{"num_workers": 0}, {"timeout_s": 0.0}])
+def test_bad_limits(settings):
+    with pytest.raises(ValueError, match="expected num_workers >= 1 and timeout_s > 0"):
+        RewardPool({"format": 1.0}, **settings)
