@@ -1,10 +1,10 @@
 """Builds the C++ extension, r1fast_kernels._C; everything else about the package is in pyproject.toml."""
 
+import os
 import platform
 import shlex
 import shutil
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -31,8 +31,8 @@ FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-std=c++20"]
 
 class Build(BuildExtension):
     def build_extensions(self) -> None:
-        compiler = shlex.split(sysconfig.get_config_var("CXX") or "c++")[0]
-        if shutil.which(self.compiler.compiler_so[0]) is None and shutil.which(compiler) is None:
+        compiler = shlex.split(os.environ.get("CXX") or "c++")[0]  # torch reads the same variable
+        if shutil.which(compiler) is None:
             raise SystemExit(
                 f"r1fast: no C++ compiler found (looked for {compiler!r}). Install one (Debian: apt-get install g++), "
                 "or name it in the CXX environment variable, and run the same command again."

@@ -169,6 +169,7 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     train_files: list[str]
     rewards: dict[str, float | RewardSpec] = {"accuracy": 1.0, "format": 1.0}
     reward_models: dict[str, RewardModelSpec] = {}
+    domain_weights: dict[str, NonNegative] = {}  # share of a step's prompts by column `domain`; empty: as they come
     num_generations: Annotated[int, Field(ge=2)] = 8
     prompts_per_step: Positive = 16  # per rollout
     steps_per_generation: Positive = 1  # optimizer steps (minibatches) per rollout

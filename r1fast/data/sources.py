@@ -249,14 +249,14 @@ def _absent(row: Row, column: str) -> bool:
 
 def _missing(row: Row, kind: str, column: str, aliases: tuple[str, ...], where: str) -> str:
     present = [name for name in row if row[name] is not None]
+    listed = ", ".join(present) or "none"
     near = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
     also = f" (or {', '.join(aliases)})" if aliases else ""
     if kind == "sft":
         also += "; sft rows have messages, or prompt and completion, or text"
     empty = f" ({column} is null)" if column in row else ""
-    return (
-        f"{where}: no column {column!r}{empty}, expected{also or ' it'}; columns present: {', '.join(present) or 'none'}"
-        + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"{where}: no column {column!r}{empty}{also}; columns present: {listed}" + (
+        f"; did you mean {near[0]!r}?" if near else ""
     )
 
 

@@ -1,8 +1,8 @@
 """AdamW and Muon on FSDP shards, and learning-rate schedules.
 
 One torch optimizer covers both: its parameter groups say which algorithm applies. Steps run on the local shards, not
-through DTensor dispatch (3 layers, D 64, one rank: 0.6 ms per AdamW step against 1.5 ms), while the state is kept as
-DTensors, so that torch.distributed.checkpoint can save it on one number of ranks and load it on another.
+through DTensor dispatch (MLA + MoE of 3 layers, D 64, one rank: 0.6 ms per AdamW step against 1.0 ms), while the state
+is kept as DTensors, so that torch.distributed.checkpoint can save it on one number of ranks and load it on another.
 
 Muon (Jordan et al. 2024): the Nesterov momentum of a matrix is replaced by its nearest orthogonal matrix, computed
 by five quintic Newton-Schulz steps. Scale 0.2 * sqrt(max(rows, cols)) (Liu et al. 2025, arXiv 2502.16982): the update

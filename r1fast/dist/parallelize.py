@@ -31,7 +31,8 @@ from torch.distributed.tensor import DTensor
 from r1fast.dist.mesh import Dist
 
 # A smaller model is one FSDP unit: it is bound by the latency of hooks and collectives, not by memory (about 10 bytes
-# per parameter while gathered). 3 layers, D 64, W = 1: 3.3 ms of FSDP per step in one unit, 6.6 ms in five.
+# per parameter while gathered). MLA + MoE of 3 layers, D 64, 1,024 tokens, one rank, one CPU thread: a whole step takes
+# 35.1 ms without FSDP, 37.6 in one unit, 41.2 in five.
 ONE_UNIT_NUMEL = 16_000_000
 _RESHARD_FLAG = "_reshard_after_forward_in_training"  # FSDP has a setter for it and no getter
 

@@ -60,31 +60,47 @@ def load_model(
         state["score.weight"] = torch.zeros(1, config.hidden_size)
     elif scalar_head is False and is_scalar:
         raise ValueError(f"{folder}: is a reward model (`score`), expected a language model with an lm_head")
-    with torch.device("meta"):
-        decoder = Decoder(config, scalar_head=is_scalar or bool(scalar_head))
-    if config.tie_word_embeddings and not decoder.scalar_head and "embed_tokens.weight" in state:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
-    _check_against(decoder, state, folder)
+    decoder = _meta_decoder(config, is_scalar or bool(scalar_head), state, folder)
     target = _resolve_dtype(dtype, folder, state)
     state = {name: tensor.to(device, _dtype_of(name, tensor, target)) for name, tensor in state.items()}
     decoder.load_state_dict(state, assign=True)
     decoder.tie_weights()
     decoder.rotary.to_empty(device=device or "cpu")
-    return decoder.eval(), _load_tokenizer(folder)
+    return decoder.eval(), load_tokenizer(folder)
 
 
 def load_state_dict(path: str | Path) -> StateDict:
     """The tensors of a checkpoint folder (or Hub id) under our names, on the CPU, in the dtypes stored."""
     folder = _resolve(path)
-    num_layers = _read_config(folder)[0].num_hidden_layers
-    stored: StateDict = {}
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                stored |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error}); copy or download it again") from error
-    return from_hf_names(stored, num_layers, source=folder)
+    return from_hf_names(_read_tensors(folder), _read_config(folder)[0].num_hidden_layers, source=folder)
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """The errors of load_model, without reading a weight: config, tensor names and shapes of a folder.
+
+    A Hub id is checked by its config.json alone, the only file that is fetched.
+    """
+    if not _is_local(path):
+        _read_config(_fetch(str(path), ["config.json"]))
+        return
+    folder = _resolve(path)
+    config, is_scalar = _read_config(folder)
+    state = from_hf_names(_read_tensors(folder, shapes_only=True), config.num_hidden_layers, source=folder)
+    _meta_decoder(config, is_scalar, state, folder)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint folder or Hub id, None if it has none."""
+    folder = _resolve(path)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    file = folder / "tokenizer_config.json"
+    declared = json.loads(file.read_text()).get("tokenizer_class") if file.is_file() else None
+    if declared in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        # AutoTokenizer goes by model type for some families: a tokenizer of one's own in a Qwen2 checkpoint would get
+        # Qwen2's splitting and an extra token (transformers 5.23). tokenizer.json alone is right.
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def save_model(
@@ -98,6 +114,8 @@ def save_model(
     overwrite: bool = False,
 ) -> None:
     """Write a checkpoint that AutoModelForCausalLM (or ...ForSequenceClassification) and AutoTokenizer load.
+
+    One exception, see load_tokenizer: a qwen2 checkpoint with a tokenizer that is not Qwen2's.
 
     state_dict: our names, whole tensors on any device. dtype: of the floating-point weights on disk, None as given.
     Raises ValueError if the directory holds weights already and overwrite is False.
@@ -179,19 +197,29 @@ def _stack_experts(layer_name: str, parts: dict[tuple[str, int], Tensor], source
     return {f"{layer_name}.gate_up_proj": torch.stack(gate_up), f"{layer_name}.down_proj": torch.stack(down)}
 
 
+def _is_local(path: str | Path) -> bool:
+    """A folder, or what can only be meant as one: Hub ids are `name` or `owner/name`."""
+    folder = Path(path).expanduser()
+    shape = isinstance(path, Path) or folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2
+    return shape or folder.exists()
+
+
 def _resolve(path: str | Path) -> Path:
     """A local folder, or the local snapshot of a Hub repository."""
+    if not _is_local(path):
+        return _fetch(str(path), ["*.json", "*.safetensors", "tokenizer*", "*.txt"])
     folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    looks_local = isinstance(path, Path) or folder.is_absolute() or str(path).startswith(".") or folder.exists()
-    if looks_local or len(folder.parts) > 2:
+    if not folder.is_dir():
         raise ValueError(f"{path}: no such folder; expected a checkpoint folder with config.json, or a Hub id")
+    return folder
+
+
+def _fetch(hub_id: str, patterns: list[str]) -> Path:
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.txt"]))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"{path}: neither a folder nor a Hub repository that can be reached ({type(error).__name__}); "
+            f"{hub_id}: neither a folder nor a Hub repository that can be reached ({type(error).__name__}); "
             "check the spelling, the network, and HF_TOKEN for gated models"
         ) from error
 
@@ -229,6 +257,32 @@ def _weight_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise ValueError(f"{folder}: no {file.name}; expected model.safetensors, or {_INDEX_NAME} and its shards")
     return files
+
+
+def _read_tensors(folder: Path, *, shapes_only: bool = False) -> StateDict:
+    """Every stored tensor by its name on disk; shapes_only: as meta tensors, from the file headers."""
+    stored: StateDict = {}
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    if shapes_only:
+                        stored[name] = torch.empty(tensors.get_slice(name).get_shape(), device="meta")
+                    else:
+                        stored[name] = tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error}); copy or download it again") from error
+    return stored
+
+
+def _meta_decoder(config: ModelConfig, scalar_head: bool, state: StateDict, folder: Path) -> Decoder:
+    """A decoder on meta that `state` fits; a tied head, absent on disk, is added to `state`."""
+    with torch.device("meta"):
+        decoder = Decoder(config, scalar_head=scalar_head)
+    if config.tie_word_embeddings and not scalar_head and "embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["embed_tokens.weight"]
+    _check_against(decoder, state, folder)
+    return decoder
 
 
 def _check_against(decoder: Decoder, state: StateDict, folder: Path) -> None:
@@ -275,18 +329,6 @@ def _dtype_of(name: str, tensor: Tensor, target: torch.dtype | None) -> torch.dt
     if name.endswith(_ROUTER_BIAS):
         return torch.float32
     return target if target is not None and tensor.is_floating_point() else tensor.dtype
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    file = folder / "tokenizer_config.json"
-    declared = json.loads(file.read_text()).get("tokenizer_class") if file.is_file() else None
-    if declared in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-        # AutoTokenizer goes by model type for some families: a tokenizer of one's own in a Qwen2 checkpoint would get
-        # Qwen2's splitting and an extra token (transformers 5.23). tokenizer.json alone is right.
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def _own_storage(tensor: Tensor) -> Tensor:

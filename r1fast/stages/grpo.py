@@ -46,6 +46,48 @@ def run(ctx: StageContext) -> dict[str, Any]:
     return {"eval_before": before, "eval_after": evaluate_end(ctx, policy, tokenizer)}
 
 
+class Prompts:
+    """Which prompts a step takes: a function of the seed and the step, so there is no cursor to save.
+
+    Each domain (one, if no weights are given) is a pool of its own, visited in a fresh order every epoch.
+    """
+
+    def __init__(self, rows: list[dict], stage: GRPOStage, seed: int) -> None:
+        self.seed = f"{seed},{stage.name}"
+        weights = stage.domain_weights
+        self.pools = {name: [row for row in rows if row.get("domain") == name] for name in weights} if weights else {"": rows}
+        for name, pool in self.pools.items():
+            if not pool:
+                raise ConfigError(f"stages.{stage.name}.domain_weights: no prompt has domain {name!r}")
+        self.shares = _shares(stage.prompts_per_step, weights or {"": 1.0})
+        self.orders: dict[tuple[str, int], list[int]] = {}
+
+    def of_step(self, step: int) -> list[dict]:
+        chosen = []
+        for name, pool in self.pools.items():
+            for place in range(step * self.shares[name], (step + 1) * self.shares[name]):
+                epoch, index = divmod(place, len(pool))
+                chosen.append(pool[self._order(name, epoch)[index]])
+        return chosen
+
+    def _order(self, name: str, epoch: int) -> list[int]:
+        if (name, epoch) not in self.orders:
+            order = list(range(len(self.pools[name])))
+            random.Random(f"{self.seed},{name},{epoch}").shuffle(order)
+            self.orders[name, epoch] = order
+        return self.orders[name, epoch]
+
+
+def _shares(total: int, weights: dict[str, float]) -> dict[str, int]:
+    """Whole numbers that add up to total, as near to the weights as they can be (largest remainder)."""
+    exact = {name: total * weight / sum(weights.values()) for name, weight in weights.items()}
+    shares = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: shares[name] - exact[name])
+    for name in by_remainder[: total - sum(shares.values())]:
+        shares[name] += 1
+    return shares
+
+
 class Learner:
     """The policy, its reference, and what turns prompts into updates."""
 
@@ -64,30 +106,17 @@ class Learner:
 
     def train(self, rows: list[dict]) -> None:
         stage = self.stage
+        prompts = Prompts(rows, stage, self.ctx.seed)
         done = self.trainer.restore().get("rollouts", 0)
         with self.ctx.log(stage.max_steps, done) as log:
             for step in range(done, stage.max_steps):
                 start = time.perf_counter()
-                samples, metrics = self.train_step(step, self._prompts(rows, step))
+                samples, metrics = self.train_step(step, prompts.of_step(step))
                 seconds = time.perf_counter() - start
                 log.log(step + 1, metrics | {"step_time": seconds, "tokens_per_second": metrics["num_tokens"] / seconds})
                 if stage.log_completions and (step == 0 or (step + 1) % stage.log_completions_steps == 0):
                     log.samples(step + 1, sample_rows(samples, stage))
                 self.trainer.save(step + 1, last=step + 1 == stage.max_steps, rollouts=step + 1)
-
-    def _prompts(self, rows: list[dict], step: int) -> list[dict]:
-        """The prompts of a step: without repetition inside an epoch, in an order that depends on the seed alone."""
-        wanted, chosen = self.stage.prompts_per_step, []
-        for place in range(step * wanted, (step + 1) * wanted):
-            epoch, index = divmod(place, len(rows))
-            chosen.append(rows[self._order(len(rows), epoch)[index]])
-        return chosen
-
-    def _order(self, size: int, epoch: int) -> list[int]:
-        if getattr(self, "_epoch", None) != (size, epoch):
-            self._epoch, self._shuffled = (size, epoch), list(range(size))
-            random.Random(f"{self.ctx.seed},{self.stage.name},{epoch}").shuffle(self._shuffled)
-        return self._shuffled
 
     def train_step(self, step: int, rows: list[dict]) -> tuple[list[Sample], dict[str, float]]:
         samples = self.rollout(step, rows)

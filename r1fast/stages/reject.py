@@ -62,7 +62,7 @@ def select(
 
 
 def drop_reason(sample: Sample, filters: Any, response_format: str, prefilled: bool) -> str | None:
-    if sample.rewards["accuracy"] != 1.0:  # nan (unscorable) is not known to be correct
+    if sample.row.get("answer") is not None and sample.rewards["accuracy"] != 1.0:  # nan: the gold could not be read
         return "incorrect"
     return check_completion(
         sample.text,

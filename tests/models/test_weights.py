@@ -17,7 +17,7 @@ from transformers import (
 
 from r1fast.models import weights
 from r1fast.models.decoder import Decoder
-from r1fast.models.weights import load_model, load_state_dict, save_model
+from r1fast.models.weights import check_checkpoint, load_model, load_state_dict, save_model
 
 IDS = torch.tensor([5, 6, 7, 60, 3, 9, 11])
 CU_SEQLENS = torch.tensor([0, len(IDS)], dtype=torch.int32)
@@ -123,6 +123,13 @@ def test_tokenizer_travels_unchanged(make_checkpoint, tmp_path: Path, name: str)
     assert len(loaded) == 4
 
 
+def test_sound_checkpoints_pass_the_check(checkpoint, tmp_path: Path) -> None:
+    check_checkpoint(checkpoint.folder)
+    decoder, _ = load_model(checkpoint.folder, scalar_head=True)
+    save_model(decoder.config, decoder.state_dict(), tmp_path, scalar_head=True)
+    check_checkpoint(str(tmp_path))
+
+
 def damaged(folder: Path, tmp_path: Path, **config: object) -> Path:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     values = json.loads((tmp_path / "config.json").read_text())
@@ -139,8 +146,9 @@ def test_missing_key(make_checkpoint, tmp_path: Path, key: str) -> None:
     stored = load_file(folder / "model.safetensors")
     del stored[key]
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"{folder}: missing {key}"):
-        load_model(folder)
+    for load in (load_model, check_checkpoint):
+        with pytest.raises(ValueError, match=f"{folder}: missing {key}"):
+            load(folder)
 
 
 def test_unexpected_key_and_wrong_shape(make_checkpoint, tmp_path: Path) -> None:
@@ -150,8 +158,9 @@ def test_unexpected_key_and_wrong_shape(make_checkpoint, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=f"{folder}: unexpected model.extra.weight"):
         load_model(folder)
     save_file(stored | {"model.norm.weight": torch.ones(5)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"{folder}: model.norm.weight has shape \(5,\), expected \(32,\)"):
-        load_model(folder)
+    for load in (load_model, check_checkpoint):
+        with pytest.raises(ValueError, match=rf"{folder}: model.norm.weight has shape \(5,\), expected \(32,\)"):
+            load(folder)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +199,20 @@ def test_unreachable_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "snapshot_download", offline)
     with pytest.raises(ValueError, match="owner/model: neither a folder nor a Hub repository"):
         load_model("owner/model")
+    with pytest.raises(ValueError, match="owner/model: neither"):
+        check_checkpoint("owner/model")
+
+
+def test_hub_check_fetches_the_config_only(make_checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def fetch(hub_id: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(make_checkpoint("llama").folder)
+
+    monkeypatch.setattr(weights, "snapshot_download", fetch)
+    check_checkpoint("owner/model")
+    assert asked == [["config.json"]]
 
 
 def test_bad_dtype(make_checkpoint) -> None:

@@ -1,0 +1,187 @@
+"""Rows under canonical names from every kind of source, and one clear error for each way to be wrong."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from r1fast.data.sources import load_rows
+
+CHAT = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> str:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_files_of_every_kind_give_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    rows = [{"prompt": "2+2?", "answer": "4", "level": 1}, {"prompt": "3+3?", "answer": "6", "level": 2}]
+    assert load_rows([written(tmp_path / f"rows{suffix}", rows)], "prompts") == rows
+
+
+def test_sources_follow_each_other_and_limit_counts_over_all(tmp_path: Path) -> None:
+    first = written(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
+    second = written(tmp_path / "b.parquet", [{"text": "c"}, {"text": "d"}])
+    assert [row["text"] for row in load_rows([first, second], "text")] == ["a", "b", "c", "d"]
+    assert [row["text"] for row in load_rows([first, second], "text", limit=3)] == ["a", "b", "c"]
+    assert [row["text"] for row in load_rows([first, second], "text", limit=1)] == ["a"]
+    assert [row["text"] for row in load_rows([str(tmp_path)], "text")] == ["a", "b", "c", "d"]  # a folder of files
+
+
+VERL = {
+    "data_source": "gsm8k",
+    "prompt": [{"role": "user", "content": "2+2?"}],
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "4"},
+    "extra_info": {"index": 0},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "expected"),
+    [
+        ("prompts", {"problem": "p", "solution": "s"}, {"prompt": "p", "answer": "s"}),
+        ("prompts", {"question": "p", "ground_truth": 4}, {"prompt": "p", "answer": "4"}),
+        ("prompts", {"prompt": "p", "problem": "q", "answer": "a"}, {"prompt": "p", "problem": "q", "answer": "a"}),
+        ("prompts", {"prompt": "p"}, {"prompt": "p", "answer": None}),
+        ("prompts", {"messages": CHAT[:1], "answer": "4"}, {"prompt": CHAT[:1], "answer": "4"}),
+        ("prompts", VERL, {**VERL, "answer": "4"}),
+        ("sft", {"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "c"}),
+        ("sft", {"instruction": "p", "output": "c"}, {"prompt": "p", "completion": "c"}),
+        ("sft", {"messages": CHAT, "prompt": "kept"}, {"messages": CHAT, "prompt": "kept"}),
+        ("sft", {"text": "t"}, {"text": "t"}),
+        ("pairs", {"question": "p", "chosen": "c", "rejected": "r"}, {"prompt": "p", "chosen": "c", "rejected": "r"}),
+        ("labels", {"prompt": "p", "response": "r", "safe": True}, {"prompt": "p", "response": "r", "label": 1}),
+        ("text", {"content": "t", "id": 3}, {"text": "t", "id": 3}),
+    ],
+)
+def test_columns_become_canonical(tmp_path: Path, kind: Any, row: dict, expected: dict) -> None:
+    assert load_rows([written(tmp_path / "rows.jsonl", [row])], kind) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "message"),
+    [
+        ('{"text": "a"}\n\n{"text": oops}\n', "text", r"rows.jsonl:3: wrong JSON at column 10: Expecting value"),
+        ('{"text": "a"}\n[1]\n', "text", r"rows.jsonl:2: got a JSON list, expected an object"),
+        ('{"txt": "a", "id": 1}\n', "text", r"rows.jsonl:1: no column 'text' \(or content\); columns present: txt, id"),
+        ('{"txt": "a", "id": 1}\n', "text", r"did you mean 'txt'\?"),
+        ('{"text": null}\n', "text", r"no column 'text' \(text is null\)"),
+        ('{"text": 3}\n', "text", r"rows.jsonl:1: column 'text' is int 3, expected a string"),
+        ('{"prompt": "p"}\n', "sft", r"no column 'completion'.*sft rows have messages, or prompt and completion"),
+        ('{"prompt": "p", "chosen": "c"}\n', "pairs", r"no column 'rejected'; columns present: prompt, chosen"),
+        ('{"prompt": "p", "response": "r", "label": 2}\n', "labels", r"column 'label' is int 2, expected 1 \(safe\)"),
+        ('{"messages": [{"role": "bot", "content": "c"}]}\n', "sft", r"messages\[0\] has role 'bot', expected system"),
+        ('{"messages": [{"role": "user"}]}\n', "sft", r"messages\[0\] is dict .*expected \{role, content: string\}"),
+        ('{"prompt": [], "answer": "a"}\n', "prompts", r"column 'prompt' is list \[\], expected a list of"),
+        ("", "text", r"rows.jsonl has no rows"),
+    ],
+)
+def test_wrong_rows_are_named_by_file_and_line(tmp_path: Path, content: str, kind: Any, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows([str(path)], kind)
+
+
+def test_files_that_are_not_what_they_say(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
+    (tmp_path / "lines.json").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "number.json").write_text("3")
+    (tmp_path / "text.parquet").write_text("hello")
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    for name, message in [
+        ("latin.jsonl", r"latin.jsonl:1: not UTF-8"),
+        ("lines.json", r"lines.json:2: wrong JSON.*\.jsonl file"),
+        ("number.json", r"number.json: got a JSON int, expected a list of rows"),
+        ("text.parquet", r"text.parquet: not a readable parquet file"),
+        ("rows.csv", r"unknown kind of file '\.csv'; expected \.jsonl, \.json, \.parquet"),
+        ("txt.parquet", r"there is no such file; did you mean .*text\.parquet\?"),
+        ("absent/rows.jsonl", r"there is no such file, nor the folder"),
+        ("absent", r"there is no such file or folder"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_rows([str(tmp_path / name)], "text")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="neither a folder of"):
+        load_rows([str(tmp_path / "empty")], "text")
+
+
+def test_a_row_of_a_parquet_file_is_named_by_its_number(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.parquet", [{"text": "a"}, {"text": None}])
+    with pytest.raises(ValueError, match=r"rows.parquet: row 1: no column 'text'"):
+        load_rows([path], "text")
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match="unknown kind of rows 'prompt'"):
+        load_rows(["a.jsonl"], "prompt")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected a list of at least one"):
+        load_rows("a.jsonl", "text")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected task:NAME/SPLIT"):
+        load_rows(["task:arithmetic"], "prompts")
+
+
+def test_embedded_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = types.ModuleType("r1fast.data.tasks")
+    tasks.load = lambda name, split: [{"prompt": f"{name} of {split}", "answer": "1"}]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "r1fast.data.tasks", tasks)
+    assert load_rows(["task:sums/train"], "prompts") == [{"prompt": "sums of train", "answer": "1"}]
+
+
+def test_folders_of_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list([{"prompt": "p", "answer": "a"}])
+    data.save_to_disk(str(tmp_path / "one"))
+    assert load_rows([str(tmp_path / "one")], "prompts") == [{"prompt": "p", "answer": "a"}]
+    datasets.DatasetDict({"train": data}).save_to_disk(str(tmp_path / "many"))
+    with pytest.raises(ValueError, match=r"holds several splits; name one of .*many/train"):
+        load_rows([str(tmp_path / "many")], "prompts")
+
+
+def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name: str, split: str) -> list[dict[str, str]]:
+        if name == "org/absent":
+            raise FileNotFoundError("404")
+        asked.append((name, split))
+        return [{"text": "t"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_rows(["org/name", "org/name:test"], "text") == [{"text": "t"}] * 2
+    assert asked == [("org/name", "train"), ("org/name", "test")]
+    with pytest.raises(ValueError, match="org/absent: no such file or folder here, and as a Hub data set it failed"):
+        load_rows(["org/absent"], "text")
+
+
+def test_reasoning_gym() -> None:
+    pytest.importorskip("reasoning_gym")
+    rows = load_rows(["reasoning_gym:basic_arithmetic?size=3&seed=7"], "prompts")
+    assert len(rows) == 3 and rows[0]["prompt"] and rows[0]["answer"]
+    assert rows == load_rows(["reasoning_gym:basic_arithmetic?size=3&seed=7"], "prompts")
+    with pytest.raises(ValueError, match="nearest names: basic_arithmetic"):
+        load_rows(["reasoning_gym:basic_arithmetics"], "prompts")
+    with pytest.raises(ValueError, match="colour"):
+        load_rows(["reasoning_gym:basic_arithmetic?colour=red"], "prompts")
+
+
+def test_sources_import_neither_torch_nor_datasets() -> None:
+    code = "import sys, r1fast.data.sources; print([m for m in ('torch', 'datasets', 'pyarrow') if m in sys.modules])"
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
