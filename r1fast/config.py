@@ -1,14 +1,14 @@
 """The recipe: a typed schema, YAML files with inheritance, overrides, and errors that name the key.
 
-Precedence: defaults < the files under `defaults:` < the recipe file < overrides, left to right. Stages merge by name, and an
-override addresses a stage by its name: `stages.zero.max_steps=20`. Names are TRL's or verl's where they have one.
+Precedence: defaults < the files under `defaults:` < the recipe file < overrides, left to right. Stages merge by name,
+and an override addresses a stage by its name: `stages.zero.max_steps=20`. Names are TRL's or verl's where they exist.
 """
 
 import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
@@ -196,8 +196,8 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
             raise ValueError("rewards and reward_models are both empty; name at least one")
         if (self.prompts_per_step * self.num_generations) % self.steps_per_generation:
             raise ValueError(
-                f"prompts_per_step * num_generations = {self.prompts_per_step * self.num_generations} is not a multiple of "
-                f"steps_per_generation = {self.steps_per_generation}"
+                f"prompts_per_step * num_generations = {self.prompts_per_step * self.num_generations} is not a "
+                f"multiple of steps_per_generation = {self.steps_per_generation}"
             )
         if self.skip_zero_variance_groups and self.beta > 0:
             raise ValueError("skip_zero_variance_groups needs beta 0: such groups still have a KL gradient")
@@ -205,7 +205,7 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
 
 
 class FewShotOptions(Strict):
-    """Cold-start samples by prompting with worked examples (Problem, Solution, Summary) instead of asking the model itself."""
+    """Cold-start samples by prompting with worked examples (Problem, Solution, Summary)."""
 
     model: str | None = None  # None: the stage's model
     examples_files: list[str]  # rows {prompt, reasoning, answer, language}: examples of the prompt's language are shown
@@ -266,16 +266,14 @@ class EvaluateStage(StageBase, EvalOptions, GenerateOptions):
 
 
 Stage = Annotated[
-    Union[
-        Annotated[PretrainStage, Tag("pretrain")],
-        Annotated[SFTStage, Tag("sft")],
-        Annotated[GRPOStage, Tag("grpo")],
-        Annotated[CollectStage, Tag("collect")],
-        Annotated[RejectStage, Tag("reject")],
-        Annotated[RewardModelStage, Tag("reward_model")],
-        Annotated[DistillStage, Tag("distill")],
-        Annotated[EvaluateStage, Tag("evaluate")],
-    ],
+    Annotated[PretrainStage, Tag("pretrain")]
+    | Annotated[SFTStage, Tag("sft")]
+    | Annotated[GRPOStage, Tag("grpo")]
+    | Annotated[CollectStage, Tag("collect")]
+    | Annotated[RejectStage, Tag("reject")]
+    | Annotated[RewardModelStage, Tag("reward_model")]
+    | Annotated[DistillStage, Tag("distill")]
+    | Annotated[EvaluateStage, Tag("evaluate")],
     Discriminator("kind"),
 ]
 KINDS: dict[str, type[StageBase]] = {get_args(arg)[1].tag: get_args(arg)[0] for arg in get_args(get_args(Stage)[0])}
@@ -415,7 +413,9 @@ def _explain(detail: Mapping[str, Any], raw: Mapping[str, Any]) -> str:
     if detail["type"] == "extra_forbidden":
         for part in loc[:-1]:
             annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-            models = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+            models = [
+                a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)
+            ]
             model = models[0] if models else None
         known = list(getattr(model, "model_fields", {}))
         near = get_close_matches(str(loc[-1]), known, n=1)
@@ -428,4 +428,8 @@ def _explain(detail: Mapping[str, Any], raw: Mapping[str, Any]) -> str:
     if detail["type"] == "missing":
         return f"{key}: missing; it has no default"
     message = detail["msg"].removeprefix("Value error, ")
-    return f"{key or 'recipe'}: {message}; got {detail['input']!r}" if detail["type"] != "value_error" else f"{key}: {message}"
+    return (
+        f"{key or 'recipe'}: {message}; got {detail['input']!r}"
+        if detail["type"] != "value_error"
+        else f"{key}: {message}"
+    )

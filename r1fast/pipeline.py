@@ -29,7 +29,11 @@ MAKES_DATA = {"collect", "reject"}
 def references(stage: Any) -> Iterator[tuple[str, str, str]]:
     """(key, stage referred to, "model" or "data") for every @stage in a stage's settings."""
     settings = stage.model_dump()
-    models = {"model": settings.get("model"), "teacher": settings.get("teacher"), "tokenizer": settings.get("tokenizer")}
+    models = {
+        "model": settings.get("model"),
+        "teacher": settings.get("teacher"),
+        "tokenizer": settings.get("tokenizer"),
+    }
     for name, spec in (settings.get("reward_models") or {}).items():
         models[f"reward_models.{name}.model"] = spec["model"]
     few_shot = settings.get("few_shot") or {}
@@ -59,7 +63,9 @@ def check_references(recipe: Recipe, selected: list[str], run_dir: Path) -> None
                 raise ConfigError(f"{where} makes {made} (kind {kinds[name]}), expected a stage that makes a {wanted}")
             artifact = run_dir / name / ("model" if wanted == "model" else "data.jsonl")
             if stage.name in selected and name not in selected and not artifact.exists():
-                raise ConfigError(f"{where}: {artifact} does not exist, and {name} is not among the stages to run; run it first")
+                raise ConfigError(
+                    f"{where}: {artifact} does not exist, and {name} is not among the stages to run; run it first"
+                )
         if stage.model is None and stage.kind != "pretrain" and recipe.model.path is None:
             raise ConfigError(f"stages.{stage.name}.model: missing, and the recipe has no model.path; name one")
         kinds[stage.name] = stage.kind
@@ -77,7 +83,8 @@ class Run:
             "seed": recipe.seed,
             "seconds": 0.0,
             "stages": [
-                {"name": s.name, "kind": s.kind, "status": "pending", "inputs": [name for _, name, _ in references(s)]} for s in recipe.stages
+                {"name": s.name, "kind": s.kind, "status": "pending", "inputs": [name for _, name, _ in references(s)]}
+                for s in recipe.stages
             ],
         }
         self.evaluations: dict[str, dict] = {}
@@ -128,7 +135,9 @@ class Run:
                 if stage.name not in selected:
                     continue
                 if entry["status"] == "done":
-                    progress.finish_stage(stage.name, status="done", seconds=entry["seconds"], evaluation=entry.get("eval_after"))
+                    progress.finish_stage(
+                        stage.name, status="done", seconds=entry["seconds"], evaluation=entry.get("eval_after")
+                    )
                     continue
                 self._stage(stage, entry, progress, trackers)
                 self.summary["seconds"] = round(before + time.monotonic() - start, 2)

@@ -10,7 +10,14 @@ from typing import Any
 
 from r1fast.config import ConfigError, Recipe
 
-DATA_KIND = {"pretrain": "sft", "sft": "sft", "distill": "sft", "grpo": "prompts", "collect": "prompts", "reject": "prompts"}
+DATA_KIND = {
+    "pretrain": "sft",
+    "sft": "sft",
+    "distill": "sft",
+    "grpo": "prompts",
+    "collect": "prompts",
+    "reject": "prompts",
+}
 
 
 def check_output(run_dir: Path, *, resume: bool) -> None:
@@ -19,13 +26,17 @@ def check_output(run_dir: Path, *, resume: bool) -> None:
         if not run_dir.is_dir():
             raise ConfigError(f"--output-dir {run_dir}: is a file, expected a folder")
         if any(run_dir.iterdir()):
-            raise ConfigError(f"--output-dir {run_dir}: holds files already; choose another, or continue that run with --resume")
+            raise ConfigError(
+                f"--output-dir {run_dir}: holds files already; choose another, or continue that run with --resume"
+            )
     parent = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise ConfigError(f"--output-dir {run_dir}: cannot write in {parent} ({error.strerror}); choose another") from None
+        raise ConfigError(
+            f"--output-dir {run_dir}: cannot write in {parent} ({error.strerror}); choose another"
+        ) from None
 
 
 def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> None:
@@ -87,7 +98,7 @@ def _rows(sources: list[str], kind: str) -> list[dict]:
     return _cache[key]
 
 
-def _model_refs(recipe: Recipe, stage: Any) -> Iterator[tuple[str, str]]:
+def _model_refs(recipe: Recipe, stage: Any) -> Iterator[tuple[str, Any]]:
     if stage.kind != "pretrain":
         yield "model", stage.model or recipe.model.path
     if getattr(stage, "teacher", None):
@@ -116,13 +127,13 @@ def _long_prompts(recipe: Recipe, stage: Any, key: str, rows: list[dict]) -> Ite
     ref = stage.model or recipe.model.path
     if ref is None or ref.startswith("@"):
         return
-    from transformers import AutoTokenizer
-
+    from r1fast.models.weights import load_tokenizer
     from r1fast.stages.batch import encode_prompts
 
-    tokenizer = AutoTokenizer.from_pretrained(ref)
+    tokenizer = load_tokenizer(ref)
     for i, ids in enumerate(encode_prompts([row["prompt"] for row in rows], tokenizer, stage)):
         if len(ids) > stage.max_prompt_length:
             text = str(rows[i]["prompt"])[:60]
-            yield f"{key}: row {i + 1} ({text!r}) has {len(ids)} prompt tokens, more than max_prompt_length = {stage.max_prompt_length}"
+            limit = f"max_prompt_length = {stage.max_prompt_length}"
+            yield f"{key}: row {i + 1} ({text!r}) has {len(ids)} prompt tokens, more than {limit}; raise it or drop the row"
             return

@@ -1,6 +1,6 @@
 """The entry: parse, start the process group, run the pipeline.
 
-    torchrun --nproc-per-node 2 -m r1fast.train --config NAME_OR_FILE [--output-dir DIR] [--resume] [stages.zero.max_steps=20 ...]
+    torchrun --nproc-per-node 2 -m r1fast.train --config NAME_OR_FILE [--output-dir DIR] [--resume] [key=value]
 
 Exit status: 0 done, 1 a stage failed, 2 the request was wrong (nothing was started and nothing written over).
 """
@@ -36,7 +36,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         epilog="Anything else is an override: key.sub=value, stages.NAME.key=value.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="NAME_OR_FILE", help="a recipe of r1fast/recipes or a YAML file (default: tiny)")
+    parser.add_argument(
+        "--config", metavar="NAME_OR_FILE", help="a recipe of r1fast/recipes or a YAML file (default: tiny)"
+    )
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="run directory (default: runs/<recipe>-<time>)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output-dir (default: runs/latest)")
     parser.add_argument("--stages", metavar="A,B", help="run only these stages of the recipe")
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple["Recipe", Path, list[str]]:
-    """The recipe, the run directory and the stages to run, all checked; raises ConfigError before anything is written."""
+    """The recipe, the run directory and the stages to run, all checked; ConfigError before anything is written"""
     from r1fast.config import ConfigError, dump_recipe, load_recipe
     from r1fast.pipeline import check_references
     from r1fast.preflight import check_inputs, check_output
@@ -81,7 +83,9 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple["Recipe", P
         raise ConfigError(f"--resume: {run_dir} holds no run (no config.yaml); name it with --output-dir")
     recipe = load_recipe(args.config or (str(saved) if args.resume else "tiny"), overrides)
     if args.resume and saved is not None and dump_recipe(recipe) != saved.read_text(encoding="utf-8"):
-        raise ConfigError(f"--resume: the recipe differs from {saved}; resume without --config and overrides, or start a new run")
+        raise ConfigError(
+            f"--resume: the recipe differs from {saved}; resume without --config and overrides, or start a new run"
+        )
     run_dir = run_dir or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = [stage.name for stage in recipe.stages]
     selected = args.stages.split(",") if args.stages else names

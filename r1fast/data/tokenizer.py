@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer for a model trained from scratch, with the special tokens of the released R1 models."""
+"""A small byte-level BPE tokenizer for a model from scratch, with the special tokens of the released R1 models."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -29,7 +29,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -1,9 +1,9 @@
 """Token sequences on their way into the model: encoding, and packing into batches with no padding.
 
-    sequence 0            sequence 1        sequence 2
-    p p p c c c c | p p c c c | p p p p c c       inputs: every token but the last of each sequence
-        ^ ^ ^ ^       ^ ^ ^           ^ ^         loss_index: positions whose next token is learned from
-    cu_seqlens [0, 7, 12, 18]   loss_cu_seqlens [0, 4, 7, 9]
+sequence 0            sequence 1        sequence 2
+p p p c c c c | p p c c c | p p p p c c       inputs: every token but the last of each sequence
+    ^ ^ ^ ^       ^ ^ ^           ^ ^         loss_index: positions whose next token is learned from
+cu_seqlens [0, 7, 12, 18]   loss_cu_seqlens [0, 4, 7, 9]
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,8 @@
-"""collect: cold-start data (2501.12948, section 2.3.1). Readable, correct samples of the zero model, and of few-shot prompts
-with worked examples, laid out in the cold-start form `|special_token|<reasoning>|special_token|<summary>`."""
+"""collect: cold-start data (2501.12948, section 2.3.1).
+
+Readable, correct samples of the zero model, and of few-shot prompts with worked examples, laid out in the cold-start
+form `|special_token|<reasoning>|special_token|<summary>`.
+"""
 
 import random
 from typing import Any
@@ -50,14 +53,19 @@ def few_shot_samples(ctx: StageContext, rows: list[dict], first_group: int) -> l
         same = [example for example in examples if example.get("language") == row.get("language")]
         if len(same) < few_shot.num_examples:
             raise ConfigError(
-                f"stages.{ctx.stage.name}.few_shot: {len(same)} examples in language {row.get('language')!r}, expected at least "
-                f"num_examples = {few_shot.num_examples}"
+                f"stages.{ctx.stage.name}.few_shot: {len(same)} examples in language {row.get('language')!r}, "
+                f"expected at least num_examples = {few_shot.num_examples}"
             )
         shown = rng.sample(same, few_shot.num_examples)
         texts.append(render_prompt(row["prompt"], "few_shot", examples=shown, prefill_think=True))
     prompts = with_bos(encode_texts(texts, tokenizer), tokenizer)
     samples = Sampler(ctx, model, tokenizer).generate(
-        rows, n=few_shot.num_samples, temperature=ctx.stage.temperature, seed=ctx.seed, first_id=first_group, prompts=prompts
+        rows,
+        n=few_shot.num_samples,
+        temperature=ctx.stage.temperature,
+        seed=ctx.seed,
+        first_id=first_group,
+        prompts=prompts,
     )
     for sample in samples:
         sample.group += first_group

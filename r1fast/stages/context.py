@@ -73,7 +73,9 @@ class StageContext:
         path = self.model_path(ref)
         model, tokenizer = load_model(path, dtype=dtype, device=self.dist.device, scalar_head=scalar_head)
         if tokenizer is None:
-            raise ConfigError(f"stages.{self.stage.name}: {path} has no tokenizer; expected tokenizer.json beside the weights")
+            raise ConfigError(
+                f"stages.{self.stage.name}: {path} has no tokenizer; expected tokenizer.json beside the weights"
+            )
         model.requires_grad_(trainable)
         return self.shard(model), tokenizer
 
@@ -116,7 +118,11 @@ class StageContext:
 
     def log(self, total_steps: int, resume_step: int = 0) -> StageLog:
         return StageLog(
-            self.stage_dir, total_steps=total_steps, trackers=self.trackers, is_main=self.dist.is_main, resume_step=resume_step
+            self.stage_dir,
+            total_steps=total_steps,
+            trackers=self.trackers,
+            is_main=self.dist.is_main,
+            resume_step=resume_step,
         )
 
     def message(self, text: str) -> None:

@@ -21,7 +21,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
 
 def evaluate_start(ctx: StageContext, model: Decoder, tokenizer: Any) -> dict[str, Any] | None:
-    """The evaluation of the model that a stage starts from, taken over where an earlier stage measured the same."""
+    """The evaluation of the model that a stage starts from, or what an earlier stage measured the same way."""
     stage = ctx.stage
     if not stage.eval_files or not stage.eval_before:
         return None
@@ -67,7 +67,7 @@ def evaluate(ctx: StageContext, model: Decoder, tokenizer: Any) -> dict[str, Any
 
 
 def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
-    """pass@1 is the mean accuracy over k samples a prompt; its 95% interval is over prompts, which are what was drawn."""
+    """pass@1 is the mean accuracy over k samples a prompt; its 95% interval is over prompts, the units that were drawn."""
     groups: dict[int, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.group, []).append(sample)
@@ -88,7 +88,7 @@ def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
 
 
 def _majority(group: list[Sample], response_format: str) -> float:
-    """Accuracy of the most frequent answer of a group (ties: the one that came first); nan where accuracy does not apply."""
+    """Accuracy of the most frequent answer of a group (ties: the first); nan where accuracy does not apply."""
     answers = [summary_of(sample.text, response_format).strip() for sample in group]
     given = Counter(answer for answer in answers if answer)
     if all(math.isnan(s.rewards.get("accuracy", math.nan)) for s in group):

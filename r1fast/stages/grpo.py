@@ -1,10 +1,10 @@
 """grpo: group relative policy optimization (DeepSeekMath 2402.03300, DeepSeek-R1 2501.12948), one rollout a step.
 
-    rollout    num_generations completions of prompts_per_step prompts, from the trainer's own weights
-    reward     rule functions and reward models -> one number per completion; None does not count
-    advantage  per group, before any split into minibatches
-    log-probs  old (only when a rollout is used for more than one update) and reference, forward only
-    update     steps_per_generation minibatches -> linear_grpo_loss -> clip -> optimizer
+rollout    num_generations completions of prompts_per_step prompts, from the trainer's own weights
+reward     rule functions and reward models -> one number per completion; None does not count
+advantage  per group, before any split into minibatches
+log-probs  old (only when a rollout is used for more than one update) and reference, forward only
+update     steps_per_generation minibatches -> linear_grpo_loss -> clip -> optimizer
 """
 
 import random
@@ -55,7 +55,9 @@ class Prompts:
     def __init__(self, rows: list[dict], stage: GRPOStage, seed: int) -> None:
         self.seed = f"{seed},{stage.name}"
         weights = stage.domain_weights
-        self.pools = {name: [row for row in rows if row.get("domain") == name] for name in weights} if weights else {"": rows}
+        self.pools = (
+            {name: [row for row in rows if row.get("domain") == name] for name in weights} if weights else {"": rows}
+        )
         for name, pool in self.pools.items():
             if not pool:
                 raise ConfigError(f"stages.{stage.name}.domain_weights: no prompt has domain {name!r}")
@@ -113,7 +115,9 @@ class Learner:
                 start = time.perf_counter()
                 samples, metrics = self.train_step(step, prompts.of_step(step))
                 seconds = time.perf_counter() - start
-                log.log(step + 1, metrics | {"step_time": seconds, "tokens_per_second": metrics["num_tokens"] / seconds})
+                log.log(
+                    step + 1, metrics | {"step_time": seconds, "tokens_per_second": metrics["num_tokens"] / seconds}
+                )
                 if stage.log_completions and (step == 0 or (step + 1) % stage.log_completions_steps == 0):
                     log.samples(step + 1, sample_rows(samples, stage))
                 self.trainer.save(step + 1, last=step + 1 == stage.max_steps, rollouts=step + 1)
@@ -129,7 +133,11 @@ class Learner:
     def rollout(self, step: int, rows: list[dict]) -> list[Sample]:
         stage = self.stage
         return self.sampler.generate(
-            rows, n=stage.num_generations, temperature=stage.temperature, seed=self.ctx.seed, first_id=step * stage.prompts_per_step
+            rows,
+            n=stage.num_generations,
+            temperature=stage.temperature,
+            seed=self.ctx.seed,
+            first_id=step * stage.prompts_per_step,
         )
 
     def reward(self, samples: list[Sample]) -> int:
@@ -141,7 +149,9 @@ class Learner:
     def advantage(self, samples: list[Sample]) -> None:
         rewards_N = torch.tensor([sample.reward for sample in samples], dtype=torch.float32)
         groups_N = torch.tensor([sample.group for sample in samples])
-        for sample, advantage in zip(samples, group_advantages(rewards_N, groups_N, scale=self.stage.scale_rewards).tolist()):
+        for sample, advantage in zip(
+            samples, group_advantages(rewards_N, groups_N, scale=self.stage.scale_rewards).tolist()
+        ):
             sample.advantage = advantage
 
     def logprobs(self, samples: list[Sample]) -> list[Example]:
@@ -162,7 +172,7 @@ class Learner:
 
     def _fill(self, examples: list[Example], name: str, model: Decoder) -> None:
         def head(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
-            return linear_logprobs(
+            return linear_logprobs(  # type: ignore[return-value]
                 hidden_TD.index_select(0, batch.loss_index_M),
                 weight_VD,
                 batch.target_ids_M,
@@ -241,7 +251,9 @@ def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
     groups: dict[int, list[float]] = {}
     for sample in samples:
         groups.setdefault(sample.group, []).append(sample.reward)
-    spreads = [float(np.nanstd(group)) if not np.all(np.isnan(group)) else 0.0 for group in map(np.array, groups.values())]
+    spreads = [
+        float(np.nanstd(group)) if not np.all(np.isnan(group)) else 0.0 for group in map(np.array, groups.values())
+    ]
     lengths = np.array([len(sample.completion_ids) for sample in samples])
     metrics = {
         "reward": float(np.nanmean(rewards)) if not np.all(np.isnan(rewards)) else float("nan"),

@@ -11,6 +11,7 @@ from r1fast.data.sources import load_rows
 from r1fast.data.tokenizer import TAGS, train_tokenizer
 from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
+from r1fast.models.weights import load_tokenizer
 from r1fast.stages.batch import check_lengths, encode_examples
 from r1fast.stages.context import StageContext
 from r1fast.stages.evaluate import evaluate_end
@@ -20,7 +21,7 @@ from r1fast.stages.sft import train
 def run(ctx: StageContext) -> dict[str, Any]:
     stage = ctx.stage
     rows = load_rows(ctx.sources(stage.train_files), "sft")
-    tokenizer = load_tokenizer(ctx, rows)
+    tokenizer = make_tokenizer(ctx, rows)
     # Rows beyond those that the steps visit would be encoded for nothing.
     needed = stage.max_steps * stage.batch_size
     rows = random.Random(ctx.seed).sample(rows, min(needed, len(rows)))
@@ -34,12 +35,10 @@ def run(ctx: StageContext) -> dict[str, Any]:
     return {"eval_after": evaluate_end(ctx, model, tokenizer), "numbers": numbers}
 
 
-def load_tokenizer(ctx: StageContext, rows: list[dict]) -> Any:
+def make_tokenizer(ctx: StageContext, rows: list[dict]) -> Any:
     stage = ctx.stage
     if stage.tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(ctx.model_path(stage.tokenizer))
+        return load_tokenizer(ctx.model_path(stage.tokenizer))
     texts = chain.from_iterable((row.get("text"), row.get("prompt"), row.get("completion")) for row in rows[:20_000])
     return train_tokenizer((_without_tags(text) for text in texts if text), stage.vocab_size)
 

@@ -27,7 +27,12 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
 
 def select(
-    ctx: StageContext, samples: Sequence[Sample], response_format: str, *, limit: int | None = None, prefilled: bool = False
+    ctx: StageContext,
+    samples: Sequence[Sample],
+    response_format: str,
+    *,
+    limit: int | None = None,
+    prefilled: bool = False,
 ) -> tuple[list[Sample], Counter[str]]:
     """The samples that pass every filter, at most max_per_prompt different ones a prompt; writes dropped.jsonl."""
     stage = ctx.stage
@@ -52,11 +57,14 @@ def select(
             per_prompt[sample.group] += 1
         else:
             reasons.append((sample, reason))
-    ctx.write_rows("dropped.jsonl", [{"prompt": s.row["prompt"], "completion": s.text, "reason": reason} for s, reason in reasons])
+    ctx.write_rows(
+        "dropped.jsonl", [{"prompt": s.row["prompt"], "completion": s.text, "reason": reason} for s, reason in reasons]
+    )
     dropped = Counter(reason for _, reason in reasons)
     if not kept:
         raise ConfigError(
-            f"stages.{stage.name}: none of {len(samples)} samples passed: {dict(dropped)}; look at {ctx.stage_dir}/dropped.jsonl"
+            f"stages.{stage.name}: none of {len(samples)} samples passed: {dict(dropped)}; "
+            f"look at {ctx.stage_dir}/dropped.jsonl"
         )
     return kept, dropped
 

@@ -1,7 +1,7 @@
 """reward_model: a scalar head on the model, trained pairwise (helpfulness) or point-wise (harmlessness); and its use.
 
-A pairwise model reads only what `score_on` names: the paper scores helpfulness on the final summary and harmlessness on the
-whole response (2501.12948, section 2.3.4). As a reward the score is squashed by a sigmoid.
+A model reads only what `score_on` names: the paper scores helpfulness on the final summary, harmlessness on the whole
+response (2501.12948, section 2.3.4). As a reward the score is squashed by a sigmoid.
 """
 
 import random
@@ -44,7 +44,10 @@ def _encode(ctx: StageContext, tokenizer: Any, rows: Sequence[dict]) -> list[lis
         rejected = score_examples(ctx, tokenizer, rows, [row["rejected"] for row in rows], ctx.stage.score_on)
         units = [list(pair) for pair in zip(chosen, rejected)]
     else:
-        units = [[example] for example in score_examples(ctx, tokenizer, rows, [r["response"] for r in rows], ctx.stage.score_on)]
+        units = [
+            [example]
+            for example in score_examples(ctx, tokenizer, rows, [r["response"] for r in rows], ctx.stage.score_on)
+        ]
         for (example,), row in zip(units, rows):
             example.values["label"] = float(row["label"])
     for unit in units:
@@ -52,14 +55,18 @@ def _encode(ctx: StageContext, tokenizer: Any, rows: Sequence[dict]) -> list[lis
     return units
 
 
-def score_examples(ctx: StageContext, tokenizer: Any, rows: Sequence[dict], responses: Sequence[str], score_on: str) -> list[Example]:
+def score_examples(
+    ctx: StageContext, tokenizer: Any, rows: Sequence[dict], responses: Sequence[str], score_on: str
+) -> list[Example]:
     """Prompt and what is scored, ended by EOS, at whose position the head is read."""
     prompts = encode_prompts([row["prompt"] for row in rows], tokenizer, ctx.stage)
     if score_on == "summary":
         responses = [summary_of(text, ctx.stage.response_format) for text in responses]
     eos = tokenizer.eos_token_id
     # The second EOS is the target of the first, which makes the first an input; the head never looks at targets.
-    return [Example(p, [*r, eos, eos], {}) for p, r in zip(prompts, encode_texts(list(responses), tokenizer), strict=True)]
+    return [
+        Example(p, [*r, eos, eos], {}) for p, r in zip(prompts, encode_texts(list(responses), tokenizer), strict=True)
+    ]
 
 
 def score_head(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -82,14 +89,16 @@ def _train(ctx: StageContext, model: Decoder, units: list[list[Example]]) -> Non
             chosen = [units[i] for i in order[index * stage.batch_size : (index + 1) * stage.batch_size]]
             with ctx.phase("update"):
                 metrics = trainer.update(
-                    [example for unit in chosen for example in unit], preference_loss(len(chosen), ctx), together=len(chosen[0])
+                    [example for unit in chosen for example in unit],
+                    preference_loss(len(chosen), ctx),
+                    together=len(chosen[0]),
                 )
             log.log(trainer.step, metrics)
             trainer.save(trainer.step, last=trainer.step == steps)
 
 
 def preference_loss(num_units: int, ctx: StageContext) -> LossFn:
-    """Mean over the units of -log sigmoid(chosen - rejected) (Bradley-Terry), or of the binary cross-entropy to the label."""
+    """Mean over the units of -log sigmoid(chosen - rejected) (Bradley-Terry), or of binary cross-entropy."""
     stage = ctx.stage
 
     def loss_fn(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -46,8 +46,8 @@ class Sampler:
         for row, ids in zip(rows, prompts):
             if len(ids) > self.options.max_prompt_length:
                 raise ConfigError(
-                    f"stages.{self.ctx.stage.name}: the prompt {str(row['prompt'])[:60]!r} has {len(ids)} tokens, more than "
-                    f"max_prompt_length = {self.options.max_prompt_length}; raise it or drop the row"
+                    f"stages.{self.ctx.stage.name}: the prompt {str(row['prompt'])[:60]!r} has {len(ids)} tokens, more "
+                    f"than max_prompt_length = {self.options.max_prompt_length}; raise it or drop the row"
                 )
         return prompts
 
@@ -65,11 +65,11 @@ class Sampler:
         dist = self.ctx.dist
         prompts = self.encode(rows) if prompts is None else prompts
         mine = range(dist.rank, len(rows), dist.world_size)
-        params = SamplingParams(
-            n=n, max_tokens=self.options.max_completion_length, temperature=temperature, seed=seed
-        )
+        params = SamplingParams(n=n, max_tokens=self.options.max_completion_length, temperature=temperature, seed=seed)
         with self.ctx.phase("generate"), generation_phase(self.model):
-            outputs = self.engine.generate([prompts[i] for i in mine], params, sequence_ids=[first_id + i for i in mine])
+            outputs = self.engine.generate(
+                [prompts[i] for i in mine], params, sequence_ids=[first_id + i for i in mine]
+            )
         local = {
             i: [(c.token_ids, c.logprobs, c.finish_reason, c.text) for c in completions]
             for i, completions in zip(mine, outputs, strict=True)
@@ -81,7 +81,9 @@ class Sampler:
 class Scorer:
     """Rule rewards in worker processes, routed by domain. Rank 0 scores; every rank gets the numbers."""
 
-    def __init__(self, ctx: StageContext, rewards: dict[str, Any], response_format: str, prefilled: bool = False) -> None:
+    def __init__(
+        self, ctx: StageContext, rewards: dict[str, Any], response_format: str, prefilled: bool = False
+    ) -> None:
         self.ctx, self.response_format, self.prefilled = ctx, response_format, prefilled
         specs = reward_specs(rewards)
         self.functions = {name: spec.function or name for name, spec in specs.items()}
@@ -114,7 +116,10 @@ class Scorer:
         columns["finish_reason"] = [sample.finish_reason for sample in samples]
         columns["prefilled"] = [self.prefilled] * len(samples)
         result = self.pool.score(
-            [sample.row["prompt"] for sample in samples], [s.text for s in samples], [s.completion_ids for s in samples], columns
+            [sample.row["prompt"] for sample in samples],
+            [s.text for s in samples],
+            [s.completion_ids for s in samples],
+            columns,
         )
         return result.values, result.failures
 
@@ -150,7 +155,9 @@ def pool_arguments(specs: dict[str, RewardSpec]) -> dict[str, dict[str, Any]]:
 def total_rewards(samples: Sequence[Sample], weights: dict[str, float]) -> None:
     """sample.reward = weighted sum of the rewards that apply; nan where none does."""
     for sample in samples:
-        terms = [weight * sample.rewards[name] for name, weight in weights.items() if not np.isnan(sample.rewards[name])]
+        terms = [
+            weight * sample.rewards[name] for name, weight in weights.items() if not np.isnan(sample.rewards[name])
+        ]
         sample.reward = sum(terms) if terms else float("nan")
 
 

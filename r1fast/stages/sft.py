@@ -35,7 +35,11 @@ def fine_tune(ctx: StageContext, rows: Sequence[dict]) -> dict[str, Any]:
     steps = stage.num_train_epochs * batches_per_epoch
     train(ctx, model, examples, min(steps, stage.max_steps or steps))
     ctx.save(model, tokenizer)
-    return {"eval_before": before, "eval_after": evaluate_end(ctx, model, tokenizer), "numbers": {"rows": len(examples)}}
+    return {
+        "eval_before": before,
+        "eval_after": evaluate_end(ctx, model, tokenizer),
+        "numbers": {"rows": len(examples)},
+    }
 
 
 def train(ctx: StageContext, model: Decoder, examples: Sequence[Example], steps: int) -> None:
@@ -62,7 +66,7 @@ def train(ctx: StageContext, model: Decoder, examples: Sequence[Example], steps:
 
 
 def cross_entropy(examples: Sequence[Example], ctx: StageContext) -> LossFn:
-    """Mean negative log-likelihood over the learned tokens of `examples`, whatever micro-batches and ranks they go to."""
+    """Mean negative log-likelihood over the learned tokens of `examples`, however they are cut."""
     total = sum(len(example.completion_ids) for example in examples)
     impl = ctx.recipe.kernels.impl
 
@@ -72,5 +76,3 @@ def cross_entropy(examples: Sequence[Example], ctx: StageContext) -> LossFn:
         return loss, {}
 
     return loss_fn
-
-

@@ -1,7 +1,7 @@
 """The optimizer step that every training stage shares, and forward passes over packed examples.
 
-One step: micro-batches of packed tokens -> forward and backward -> clip -> optimizer -> router bias. A loss is divided by
-the global count before backward and gradients are summed over ranks, so the step does not depend on how it is cut.
+One step: micro-batches of packed tokens -> forward and backward -> clip -> optimizer -> router bias. A loss is divided
+by the global count before backward and gradients are summed over ranks, so the step does not depend on how it is cut.
 """
 
 import math
@@ -52,15 +52,15 @@ class Trainer:
         batches = self._my_batches([examples[i : i + together] for i in range(0, len(examples), together)])
         totals: dict[str, Tensor] = {}
         for batch in batches:
-            loss, metrics = self._forward(batch, loss_fn)
+            loss, found = self._forward(batch, loss_fn)
             loss.backward()
-            _accumulate(totals, {"loss": loss.detach(), **metrics}, batch.target_ids_M.numel())
+            _accumulate(totals, {"loss": loss.detach(), **found}, batch.target_ids_M.numel())
         grad_norm = grad_norm_and_clip(self.model.parameters(), self.ctx.stage.max_grad_norm)
         metrics = self._reduce(totals) | {"grad_norm": float(grad_norm), "learning_rate": self._set_lr()}
         if not (math.isfinite(metrics["grad_norm"]) and math.isfinite(metrics["loss"])):
             raise FloatingPointError(
-                f"stage {self.ctx.stage.name}, step {self.step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; "
-                "the weights were not changed. Lower the learning rate or look at the batch"
+                f"stage {self.ctx.stage.name}, step {self.step + 1}: loss {metrics['loss']}, gradient norm "
+                f"{metrics['grad_norm']}; the weights were not changed. Lower the learning rate or look at the batch"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -68,7 +68,7 @@ class Trainer:
         return metrics | self._update_router_bias()
 
     def restore(self) -> dict[str, Any]:
-        """Load the newest complete checkpoint of the stage, if there is one; returns what was saved beside the model."""
+        """Load the newest complete checkpoint of the stage, if any; returns what was saved beside the model."""
         path = checkpoint.latest(self.ctx.checkpoints, self.ctx.dist)
         if path is None:
             return {}
@@ -121,7 +121,7 @@ class Trainer:
         return scale * options.learning_rate
 
     def _reduce(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        """Metrics over micro-batches and ranks: the loss is a sum, */max a maximum, the rest means over learned tokens."""
+        """Metrics over micro-batches and ranks: loss a sum, */max a maximum, the rest means over learned tokens."""
         gathered = self.ctx.dist.all_gather_objects({name: value.tolist() for name, value in totals.items()})
         names = dict.fromkeys(name for part in gathered for name in part)
         out: dict[str, float] = {}
@@ -137,7 +137,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_router_bias(self) -> dict[str, float]:
-        """DeepSeek-V3's balance rule (2412.19437, section 2.1.2): b += rate * sign(mean load - load), from global counts."""
+        """V3's balance rule (2412.19437, section 2.1.2): b += rate * sign(mean load - load), from global counts."""
         layers = list(self.model.moe_layers())
         if not layers:
             return {}
@@ -167,7 +167,9 @@ def _accumulate(totals: dict[str, Tensor], metrics: dict[str, Tensor], num_token
     for name, value in metrics.items():
         value = value.detach().double().cpu()
         weight = 1.0 if name == "loss" else float(num_tokens)
-        new = torch.stack([value if name.endswith("/max") else value * weight, torch.tensor(weight, dtype=torch.float64)])
+        new = torch.stack(
+            [value if name.endswith("/max") else value * weight, torch.tensor(weight, dtype=torch.float64)]
+        )
         old = totals.get(name)
         if old is None:
             totals[name] = new
@@ -177,7 +179,12 @@ def _accumulate(totals: dict[str, Tensor], metrics: dict[str, Tensor], num_token
 
 @torch.no_grad()
 def map_packed(
-    ctx: StageContext, model: Decoder, examples: Sequence[Example], head: Callable[[Batch, Tensor, Tensor], Tensor], *, per_token: bool
+    ctx: StageContext,
+    model: Decoder,
+    examples: Sequence[Example],
+    head: Callable[[Batch, Tensor, Tensor], Tensor],
+    *,
+    per_token: bool,
 ) -> list[Any]:
     """Forward only: head's values for each example, on every rank, in order: a list per example, or one number.
 

@@ -3,52 +3,8 @@
 import random
 
 import pytest
-import torch
 
-from r1fast.data.packing import balance, collate, pack
-
-
-def test_collate_by_hand() -> None:
-    batch = collate(
-        [
-            {"input_ids": [5, 6, 7, 8], "loss_mask": [False, False, True, True], "advantages": 2.0},
-            {"input_ids": [9], "loss_mask": [True], "advantages": 3.0},  # its only token is nobody's target
-            {"input_ids": torch.tensor([1, 2]), "loss_mask": [True, True], "advantages": [0.5, -0.5]},
-        ]
-    )
-    assert batch.input_ids_T.tolist() == [5, 6, 7, 8, 9, 1, 2]
-    assert batch.target_ids_T.tolist() == [6, 7, 8, 0, 0, 2, 0]
-    assert batch.loss_mask_T.tolist() == [False, True, True, False, False, True, False]
-    assert batch.cu_seqlens.tolist() == [0, 4, 5, 7]
-    assert batch.extra["advantages"].tolist() == [2.0, 2.0, 2.0, 0.0, 0.0, -0.5, 0.0]
-    assert batch.num_items == 3
-    dtypes = [t.dtype for t in (batch.input_ids_T, batch.target_ids_T, batch.loss_mask_T, batch.cu_seqlens)]
-    assert dtypes == [torch.int64, torch.int64, torch.bool, torch.int32]
-    assert torch.equal(batch.to("cpu").extra["advantages"], batch.extra["advantages"])
-
-
-def test_collate_learns_every_target_without_a_mask() -> None:
-    batch = collate([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}])
-    assert batch.loss_mask_T.tolist() == [True, True, False, True, False]
-
-
-def test_collate_of_nothing_is_an_empty_batch() -> None:
-    batch = collate([])
-    assert batch.num_items == 0 and batch.cu_seqlens.tolist() == [0] and batch.input_ids_T.shape == (0,)
-
-
-@pytest.mark.parametrize(
-    ("sequences", "message"),
-    [
-        ([{"input_ids": [1, 2], "loss_mask": [True]}], r"sequence 0: loss_mask has shape \(1,\), expected \(2,\)"),
-        ([{"input_ids": [1]}, {"input_ids": [1], "adv": 1.0}], r"sequence 1 has keys \['adv', 'input_ids'\]"),
-        ([{"input_ids": [1]}, {"input_ids": []}], "sequence 1 is empty"),
-    ],
-    ids=["short_mask", "other_keys", "empty"],
-)
-def test_collate_names_the_wrong_sequence(sequences: list[dict], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        collate(sequences)
+from r1fast.data.packing import balance, pack
 
 
 def test_pack_by_hand() -> None:

@@ -27,7 +27,10 @@ def load(name: str, split: str) -> list[dict]:
     if name not in _LOADERS:
         raise ValueError(f"unknown task {name!r}{_nearest(name, _LOADERS)}; tasks: {', '.join(_LOADERS)}")
     if split not in _LOADERS[name]:
-        raise ValueError(f"task {name!r} has no split {split!r}{_nearest(split, _LOADERS[name])}; splits: {', '.join(_LOADERS[name])}")
+        raise ValueError(
+            f"task {name!r} has no split {split!r}{_nearest(split, _LOADERS[name])}; "
+            f"splits: {', '.join(_LOADERS[name])}"
+        )
     return _LOADERS[name][split]()
 
 

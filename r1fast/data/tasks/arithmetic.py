@@ -1,8 +1,8 @@
 """Arithmetic with precedence, asked and worked in English or Chinese.
 
-`What is 2 + 3 * 4?` is worked as `first 3 * 4 = 12, then 2 + 12 = 14, so 14`. The base corpus holds such workings in many
-noisy ways (`noisy_response`): wrong precedence, slips, no working at all, languages mixed word by word, broken tags. RL has
-to find the good way among them; a working in the prompt's language is what the language reward asks for.
+`What is 2 + 3 * 4?` is worked as `first 3 * 4 = 12, then 2 + 12 = 14, so 14`. The base corpus holds such workings
+in many noisy ways (`noisy_response`): wrong precedence, slips, no working at all, languages mixed word by word, broken
+tags. RL has to find the good way among them; a working in the prompt's language is what the language reward asks for.
 """
 
 import hashlib
@@ -77,7 +77,7 @@ def question(problem: Problem, language: str) -> str:
 
 
 def prompts(split: str) -> list[dict]:
-    """Rows {prompt, answer, language, domain} of a split, in a fixed shuffled order, each problem once in each language."""
+    """Rows {prompt, answer, language, domain} of a split, in a fixed order, each problem in both languages."""
     rows = [
         {"prompt": question(p, language), "answer": str(p.result), "language": language, "domain": "reasoning"}
         for p in problems(split)
@@ -87,7 +87,9 @@ def prompts(split: str) -> list[dict]:
     return rows
 
 
-def working(problem: Problem, words: tuple[str, str, str], *, precedence: bool = True, slip: int = 0) -> tuple[str, int]:
+def working(
+    problem: Problem, words: tuple[str, str, str], *, precedence: bool = True, slip: int = 0
+) -> tuple[str, int]:
     """The two steps and the result they lead to; `slip` is added to the first step's value."""
     first, then, so = words
     a, b, c = problem.a, problem.b, problem.c
@@ -115,7 +117,12 @@ def examples(count: int = 12) -> list[dict]:
     for problem in rng.sample(problems("train"), count):
         for language in LANGUAGES:
             text, result = working(problem, WORDS[language])
-            row = {"prompt": question(problem, language), "reasoning": text, "answer": str(result), "language": language}
+            row = {
+                "prompt": question(problem, language),
+                "reasoning": text,
+                "answer": str(result),
+                "language": language,
+            }
             rows.append(row)
     return rows
 
@@ -150,7 +157,9 @@ def _tagged(text: str, result: int, rng: random.Random) -> str:
     if draw < FULL_TAGS:
         return f"<think>{text}</think><answer>{result}</answer>"
     if draw < FULL_TAGS + BROKEN_TAGS:
-        return rng.choice((f"<think>{text}<answer>{result}</answer>", f"<think>{text}</think>{result}", f"{text}</think>{result}"))
+        return rng.choice(
+            (f"<think>{text}<answer>{result}</answer>", f"<think>{text}</think>{result}", f"{text}</think>{result}")
+        )
     return text or str(result)
 
 

@@ -42,7 +42,7 @@ def documents(count: int = 60_000, seed: int = 0) -> list[dict]:
 
 
 def few_shot_page(problems: list[arithmetic.Problem], rng: random.Random) -> str:
-    """Problem, Solution, Summary, a few times over, in one language: the form that cold-start collection prompts with."""
+    """Problem, Solution, Summary, a few times over, in one language: what cold-start collection prompts with."""
     language = rng.choice(arithmetic.LANGUAGES)
     parts = []
     for problem in problems:
