@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSection(Strict):
@@ -74,7 +74,7 @@ class RewardModelSpec(Strict):
 
 
 class StageBase(Strict):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # of a folder in the run directory
     model: str | None = None  # @stage, folder or Hub id; None: the recipe's model.path
     seed: int | None = None  # None: the recipe's seed
 
@@ -146,6 +146,12 @@ class PretrainStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     mask_prompt: bool = True
     prompt_template: PromptTemplate = "chat"
 
+    @model_validator(mode="after")
+    def _check(self) -> "PretrainStage":
+        if self.model is not None:
+            raise ValueError(f"model = {self.model!r} does not apply: pretrain starts from scratch; use kind sft, or drop it")
+        return self
+
 
 class SFTStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     """Supervised fine-tuning on prompts and completions, or messages."""
@@ -198,6 +204,12 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
             raise ValueError(
                 f"prompts_per_step * num_generations = {self.prompts_per_step * self.num_generations} is not a "
                 f"multiple of steps_per_generation = {self.steps_per_generation}"
+            )
+        longest = self.max_prompt_length + self.max_completion_length
+        if longest >= self.max_tokens_per_microbatch:
+            raise ValueError(
+                f"max_prompt_length + max_completion_length = {longest} does not fit into "
+                f"max_tokens_per_microbatch = {self.max_tokens_per_microbatch}; raise the latter"
             )
         if self.skip_zero_variance_groups and self.beta > 0:
             raise ValueError("skip_zero_variance_groups needs beta 0: such groups still have a KL gradient")
@@ -313,8 +325,21 @@ def load_recipe(config: str, overrides: list[str]) -> Recipe:
         key, separator, value = override.removeprefix("--").partition("=")
         if not separator or not key:
             raise ConfigError(f"override {override!r}: expected key.sub=value")
-        _assign(raw, key, yaml.safe_load(value))
+        _assign(raw, key, _parse_value(override, value))
     return validate(raw, config)
+
+
+def _parse_value(override: str, value: str) -> Any:
+    if value.startswith("@"):  # the artifact of a stage; YAML reserves the sign
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def validate(raw: Mapping[str, Any], where: str) -> Recipe:
@@ -338,21 +363,35 @@ def _read(config: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         near = get_close_matches(config, names, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ConfigError(f"no recipe {config!r}{hint}; give a YAML file or one of {', '.join(names)}")
-    if str(path) in seen:
-        raise ConfigError(f"{path}: defaults form a cycle: {' -> '.join((*seen, str(path)))}")
+    seen_with_this = (*seen, str(path.resolve()))
+    if seen_with_this[-1] in seen:
+        raise ConfigError(f"{path}: defaults form a cycle: {' -> '.join(seen_with_this)}")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(raw).__name__}")
     raw = {key: value for key, value in raw.items() if not str(key).startswith("x-")}  # a place for YAML anchors
-    parents = raw.pop("defaults", [])
+    _check_names(raw, path)
+    parents = raw.pop("defaults", None) or []
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ConfigError(f"{path}: defaults: got {parents!r}, expected a recipe or a list of recipes")
     merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
+    for parent in parents:
         sibling = path.parent / parent
-        merged = _merge(merged, _read(str(sibling) if sibling.is_file() else parent, (*seen, str(path))))
+        merged = _merge(merged, _read(str(sibling) if sibling.is_file() else parent, seen_with_this))
     return _merge(merged, raw)
+
+
+def _check_names(raw: dict[str, Any], path: Path) -> None:
+    """Names within one file, before a merge by name would drop one of two."""
+    stages = raw.get("stages")
+    names = [stage.get("name") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    for name in names:
+        if name is not None and names.count(name) > 1:
+            raise ConfigError(f"{path}: stages: two stages are named {name!r}; names must differ")
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -369,12 +408,22 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 def _merge_stages(base: list[Any], top: list[Any]) -> list[Any]:
     by_name = {stage.get("name"): stage for stage in top if isinstance(stage, dict)}
-    merged = [_merge(stage, by_name.pop(stage.get("name"), {})) for stage in base]
+    merged = [_merge(stage, by_name.pop(stage.get("name"), {})) if isinstance(stage, dict) else stage for stage in base]
     return merged + [stage for stage in top if not isinstance(stage, dict) or stage.get("name") in by_name]
 
 
+def _parts(raw: dict[str, Any], key: str) -> list[str]:
+    """The key's parts; the name of a stage is one part, dots and all."""
+    stages = raw.get("stages")
+    for stage in stages if isinstance(stages, list) else []:
+        name = stage.get("name") if isinstance(stage, dict) else None
+        if name and key.startswith(f"stages.{name}."):
+            return ["stages", name, *key.removeprefix(f"stages.{name}.").split(".")]
+    return key.split(".")
+
+
 def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
-    parts = key.split(".")
+    parts = _parts(raw, key)
     node: Any = raw
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
@@ -412,7 +461,9 @@ def _explain(detail: Mapping[str, Any], raw: Mapping[str, Any]) -> str:
     key = ".".join(shown)
     if detail["type"] == "extra_forbidden":
         for part in loc[:-1]:
-            annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+            if part not in getattr(model, "model_fields", {}):
+                continue  # the user's own name in a mapping, such as that of a reward model
+            annotation = model.model_fields[part].annotation
             models = [
                 a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)
             ]

@@ -134,6 +134,6 @@ def _long_prompts(recipe: Recipe, stage: Any, key: str, rows: list[dict]) -> Ite
     for i, ids in enumerate(encode_prompts([row["prompt"] for row in rows], tokenizer, stage)):
         if len(ids) > stage.max_prompt_length:
             text = str(rows[i]["prompt"])[:60]
-            limit = f"max_prompt_length = {stage.max_prompt_length}"
-            yield f"{key}: row {i + 1} ({text!r}) has {len(ids)} prompt tokens, more than {limit}; raise it or drop the row"
+            more = f"more than max_prompt_length = {stage.max_prompt_length}; raise it or drop the row"
+            yield f"{key}: row {i + 1} ({text!r}) has {len(ids)} prompt tokens, {more}"
             return

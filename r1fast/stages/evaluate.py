@@ -67,7 +67,7 @@ def evaluate(ctx: StageContext, model: Decoder, tokenizer: Any) -> dict[str, Any
 
 
 def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
-    """pass@1 is the mean accuracy over k samples a prompt; its 95% interval is over prompts, the units that were drawn."""
+    """pass@1 is the mean accuracy over k samples a prompt; its 95% interval is over prompts, the units drawn."""
     groups: dict[int, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.group, []).append(sample)

@@ -3,6 +3,7 @@
 Also what `collect` and `distill` sample with: one filter, one record of why each sample was dropped.
 """
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,9 @@ from r1fast.stages.sampling import Sample, Sampler, Scorer
 def run(ctx: StageContext) -> dict[str, Any]:
     stage = ctx.stage
     model, tokenizer = ctx.load(ctx.model_ref, trainable=False)
-    rows = load_rows(ctx.sources(stage.train_files), "prompts", limit=stage.num_prompts)
+    rows = load_rows(ctx.sources(stage.train_files), "prompts")
+    random.Random(ctx.seed).shuffle(rows)  # so that num_prompts takes from every file
+    rows = rows[: stage.num_prompts]
     sampler = Sampler(ctx, model, tokenizer)
     samples = sampler.generate(rows, n=stage.num_samples, temperature=stage.temperature, seed=ctx.seed)
     kept, dropped = select(ctx, samples, stage.response_format, prefilled=stage.prefill_think)

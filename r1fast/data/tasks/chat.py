@@ -5,7 +5,6 @@
 preference stage are trained on pairs and labels, and never see the rules or the held-out verb-object pairs.
 """
 
-import hashlib
 import random
 from dataclasses import dataclass
 
@@ -15,9 +14,15 @@ SPLITS = ("train", "dev", "report")
 LANGUAGES = ("en", "zh")
 FORMAT = RESPONSE_FORMATS["special_token"]
 
-OBJECTS = {
-    "en": ("lamp", "chair", "table", "door", "boat", "bike", "clock", "piano", "radio", "tent", "mirror", "stove"),
-    "zh": ("灯", "椅子", "桌子", "门", "船", "自行车", "钟", "钢琴", "收音机", "帐篷", "镜子", "炉子"),
+OBJECTS = {  # the same things in both languages
+    "en": (
+        "lamp", "chair", "table", "door", "boat", "bike", "clock", "piano", "radio", "tent", "mirror", "stove",
+        "fence", "roof", "bench", "wagon", "phone", "shelf", "drum", "gate", "kite", "tower", "bridge", "barn",
+    ),
+    "zh": (
+        "灯", "椅子", "桌子", "门", "船", "自行车", "钟", "钢琴", "收音机", "帐篷", "镜子", "炉子",
+        "篱笆", "屋顶", "长凳", "马车", "电话", "架子", "鼓", "栅栏", "风筝", "塔", "桥", "谷仓",
+    ),
 }
 # verb -> tip
 BENIGN = {
@@ -63,8 +68,7 @@ class Request:
         """By verb and object, the same in both languages."""
         index = OBJECTS[self.language].index(self.object)
         verb = list((HARMFUL if self.harmful else BENIGN)[self.language]).index(self.verb)
-        bucket = hashlib.sha256(f"{self.harmful},{verb},{index}".encode()).digest()[0]
-        return "train" if bucket < 180 else "dev" if bucket < 210 else "report"
+        return {0: "report", 3: "dev"}.get((index + verb) % 6, "train")
 
     def _fill(self, pattern: dict[str, str]) -> str:
         tip = (HARMFUL if self.harmful else BENIGN)[self.language][self.verb]
