@@ -40,8 +40,8 @@ clean:
 	@echo "r1fast: installing dependencies into .venv (a few minutes, once)"
 	@$(PYTHON) -m venv .venv || { \
 	  echo "r1fast: $(PYTHON) cannot make a virtual environment (Debian: apt-get install python3-venv)"; exit 1; }
-	@if command -v nvidia-smi > /dev/null; then torch='torch>=2.11'; else torch='torch==2.13.0'; fi; \
-	$(BIN)/pip install -q --disable-pip-version-check "$$torch" && \
+	@if command -v nvidia-smi > /dev/null; then torch='torch>=2.11'; else torch='torch==2.13.0 triton==3.9.0'; fi; \
+	$(BIN)/pip install -q --disable-pip-version-check $$torch && \
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements.lock || { \
 	  echo "r1fast: pip could not install the dependencies; the reason stands above (no network? run make again when there is)"; exit 1; }
 	@touch $@

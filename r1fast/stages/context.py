@@ -32,6 +32,7 @@ class StageContext:
     evaluations: dict[str, dict] = field(default_factory=dict)  # by model and settings: nothing is measured twice
     phases: dict[str, float] = field(default_factory=dict)  # seconds by phase
     started: float = field(default_factory=time.monotonic)
+    _in_phase: bool = False
 
     @property
     def stage_dir(self) -> Path:
@@ -132,9 +133,13 @@ class StageContext:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside towards a phase of the stage."""
-        start = time.perf_counter()
+        """Count the time inside towards a phase of the stage; of nested phases the outermost counts."""
+        if self._in_phase:
+            yield
+            return
+        start, self._in_phase = time.perf_counter(), True
         try:
             yield
         finally:
             self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+            self._in_phase = False

@@ -16,12 +16,12 @@ FORMAT = RESPONSE_FORMATS["special_token"]
 
 OBJECTS = {  # the same things in both languages
     "en": (
-        "lamp", "chair", "table", "door", "boat", "bike", "clock", "piano", "radio", "tent", "mirror", "stove",
-        "fence", "roof", "bench", "wagon", "phone", "shelf", "drum", "gate", "kite", "tower", "bridge", "barn",
+        "lamp", "chair", "table", "door", "boat", "bike", "clock", "piano", "radio",
+        "tent", "mirror", "stove", "fence", "roof", "bench", "wagon", "drum", "kite",
     ),
     "zh": (
-        "灯", "椅子", "桌子", "门", "船", "自行车", "钟", "钢琴", "收音机", "帐篷", "镜子", "炉子",
-        "篱笆", "屋顶", "长凳", "马车", "电话", "架子", "鼓", "栅栏", "风筝", "塔", "桥", "谷仓",
+        "灯", "椅子", "桌子", "门", "船", "自行车", "钟", "钢琴", "收音机",
+        "帐篷", "镜子", "炉子", "篱笆", "屋顶", "长凳", "马车", "鼓", "风筝",
     ),
 }
 # verb -> tip
@@ -85,10 +85,13 @@ class Request:
                 joint = ", " if self.language == "en" else "，"
                 return self._fill(REASONING) + joint + self.tip, self._fill(REFUSAL)
             return self._fill(REASONING), self._fill(TIP)
-        wrong = Request(
-            self.language, self.verb, rng.choice([o for o in OBJECTS[self.language] if o != self.object]), False
-        )
-        return self._fill(REASONING), rng.choice((*EMPTY[self.language], self._fill(REFUSAL), wrong._fill(TIP)))
+        return self._fill(REASONING), rng.choice((*EMPTY[self.language], self._fill(REFUSAL)))
+
+    def off_topic(self, rng: random.Random) -> tuple[str, str]:
+        """(reasoning, summary) of the right answer to another question: the same verb, another object."""
+        others = [thing for thing in OBJECTS[self.language] if thing != self.object]
+        other = Request(self.language, self.verb, rng.choice(others), self.harmful)
+        return self._fill(REASONING), other.good()[1]
 
     def written(self, rng: random.Random) -> tuple[str, str]:
         """What people wrote: good or bad."""
@@ -132,12 +135,14 @@ def sft_rows(count: int = 600) -> list[dict]:
     return [{**_row(request), "completion": FORMAT.render(*request.written(rng))} for request, rng in _draws(count, 1)]
 
 
-def pair_rows(count: int = 800) -> list[dict]:
-    """Preference pairs on benign requests: rows {prompt, chosen, rejected}."""
-    return [
-        {**_row(request), "chosen": FORMAT.render(*request.good()), "rejected": FORMAT.render(*request.bad(rng))}
-        for request, rng in _draws(count, 2, harmful=False)
-    ]
+def pair_rows(count: int = 2400) -> list[dict]:
+    """Preference pairs on benign requests: rows {prompt, chosen, rejected}; half of the rejected are off topic."""
+    rows = []
+    for request, rng in _draws(count, 2, harmful=False):
+        rejected = request.off_topic(rng) if rng.random() < 0.5 else request.bad(rng)
+        pair = {"chosen": FORMAT.render(*request.good()), "rejected": FORMAT.render(*rejected)}
+        rows.append(_row(request) | pair)
+    return rows
 
 
 def label_rows(count: int = 800) -> list[dict]:

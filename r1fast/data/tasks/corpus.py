@@ -9,7 +9,7 @@ from itertools import islice
 from r1fast.data.tasks import arithmetic, chat
 from r1fast.data.templates import RESPONSE_FORMATS
 
-COUNTING, FACTS, WORKED, FEW_SHOT = 0.01, 0.35, 0.46, 0.06  # the rest is chat
+COUNTING, FACTS, WORKED, FEW_SHOT = 0.01, 0.33, 0.44, 0.06  # the rest is chat
 FACTS_PER_PAGE = 6
 
 
