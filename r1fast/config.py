@@ -43,7 +43,7 @@ class TrainerSection(Strict):
 
 
 class KernelsSection(Strict):
-    impl: Literal["reference", "cpp", "triton"] | None = None  # None: by device
+    impl: Literal["reference"] | None = None  # None: the best that an op has on this device
 
 
 class RolloutSection(Strict):
@@ -149,7 +149,9 @@ class PretrainStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     @model_validator(mode="after")
     def _check(self) -> "PretrainStage":
         if self.model is not None:
-            raise ValueError(f"model = {self.model!r} does not apply: pretrain starts from scratch; use kind sft, or drop it")
+            raise ValueError(
+                f"model = {self.model!r} does not apply: pretrain starts from scratch; drop it, or use sft"
+            )
         return self
 
 
@@ -211,6 +213,8 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
                 f"max_prompt_length + max_completion_length = {longest} does not fit into "
                 f"max_tokens_per_microbatch = {self.max_tokens_per_microbatch}; raise the latter"
             )
+        if self.loss_type == "cispo" and (self.epsilon_high is None or self.delta is not None):
+            raise ValueError("loss_type cispo caps the ratio at epsilon_high itself: set it (5.0, say), and no delta")
         if self.skip_zero_variance_groups and self.beta > 0:
             raise ValueError("skip_zero_variance_groups needs beta 0: such groups still have a KL gradient")
         return self
@@ -319,7 +323,7 @@ class Recipe(Strict):
 
 def load_recipe(config: str, overrides: list[str]) -> Recipe:
     """Read a recipe by name or file, apply overrides `key.sub=value`, validate. Raises ConfigError."""
-    raw = _read(config)
+    raw = _unshared(_read(config))
     raw.setdefault("name", Path(config).stem)
     for override in overrides:
         key, separator, value = override.removeprefix("--").partition("=")
@@ -327,6 +331,13 @@ def load_recipe(config: str, overrides: list[str]) -> Recipe:
             raise ConfigError(f"override {override!r}: expected key.sub=value")
         _assign(raw, key, _parse_value(override, value))
     return validate(raw, config)
+
+
+def _unshared(node: Any) -> Any:
+    """A copy without aliases: an override of one stage must not reach others through a YAML anchor."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    return [_unshared(value) for value in node] if isinstance(node, list) else node
 
 
 def _parse_value(override: str, value: str) -> Any:
@@ -356,7 +367,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _read(config: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     path = Path(config)
-    if not path.suffix:
+    if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{config}.yaml"
     if not path.is_file():
         names = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))

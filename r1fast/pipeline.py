@@ -22,25 +22,31 @@ from r1fast.observe.progress import ChainProgress
 from r1fast.observe.trackers import open_trackers
 from r1fast.stages.context import StageContext
 
-MAKES_MODEL = {"pretrain", "sft", "grpo", "reward_model", "distill"}
+MAKES_MODEL = {"pretrain", "sft", "grpo", "distill"}
 MAKES_DATA = {"collect", "reject"}
 
 
-def references(stage: Any) -> Iterator[tuple[str, str, str]]:
-    """(key, stage referred to, "model" or "data") for every @stage in a stage's settings."""
+def start_model(recipe: Recipe, stage: Any) -> str | None:
+    """The model that a stage starts from, as the recipe names it; a pretrain stage starts from none."""
+    return None if stage.kind == "pretrain" else stage.model or recipe.model.path
+
+
+def references(recipe: Recipe, stage: Any) -> Iterator[tuple[str, str, str]]:
+    """(key, stage referred to, "model", "reward model" or "data") for every @stage in a stage's settings."""
     settings = stage.model_dump()
+    few_shot = settings.get("few_shot") or {}
     models = {
-        "model": settings.get("model"),
+        "model": start_model(recipe, stage),
         "teacher": settings.get("teacher"),
         "tokenizer": settings.get("tokenizer"),
+        "few_shot.model": few_shot.get("model"),
     }
-    for name, spec in (settings.get("reward_models") or {}).items():
-        models[f"reward_models.{name}.model"] = spec["model"]
-    few_shot = settings.get("few_shot") or {}
-    models["few_shot.model"] = few_shot.get("model")
     for key, ref in models.items():
         if ref and ref.startswith("@"):
             yield key, ref[1:], "model"
+    for name, spec in (settings.get("reward_models") or {}).items():
+        if spec["model"].startswith("@"):
+            yield f"reward_models.{name}.model", spec["model"][1:], "reward model"
     files = {key: settings.get(key) or [] for key in ("train_files", "eval_files")}
     files["few_shot.examples_files"] = few_shot.get("examples_files") or []
     for key, refs in files.items():
@@ -51,24 +57,38 @@ def references(stage: Any) -> Iterator[tuple[str, str, str]]:
 
 def check_references(recipe: Recipe, selected: list[str], run_dir: Path) -> None:
     """Every @stage names an earlier stage that makes what is wanted, and that runs or has run."""
-    kinds: dict[str, str] = {}
+    earlier: dict[str, Any] = {}
     for stage in recipe.stages:
-        for key, name, wanted in references(stage):
+        for key, name, wanted in references(recipe, stage):
             where = f"stages.{stage.name}.{key}: @{name}"
-            if name not in kinds:
-                earlier = ", ".join(kinds) or "none"
-                raise ConfigError(f"{where} names no earlier stage; earlier stages: {earlier}")
-            made = "model" if kinds[name] in MAKES_MODEL else "data" if kinds[name] in MAKES_DATA else "nothing"
-            if made != wanted and not (wanted == "data" and kinds[name] == "distill"):
-                raise ConfigError(f"{where} makes {made} (kind {kinds[name]}), expected a stage that makes a {wanted}")
-            artifact = run_dir / name / ("model" if wanted == "model" else "data.jsonl")
+            if name not in earlier:
+                raise ConfigError(f"{where} names no earlier stage; earlier stages: {', '.join(earlier) or 'none'}")
+            if wanted not in makes(earlier[name]):
+                made = " and ".join(makes(earlier[name])) or "nothing"
+                raise ConfigError(
+                    f"{where} makes {made} (kind {earlier[name].kind}), expected a stage that makes {wanted}"
+                )
+            artifact = run_dir / name / ("data.jsonl" if wanted == "data" else "model")
             if stage.name in selected and name not in selected and not artifact.exists():
                 raise ConfigError(
                     f"{where}: {artifact} does not exist, and {name} is not among the stages to run; run it first"
                 )
-        if stage.model is None and stage.kind != "pretrain" and recipe.model.path is None:
+        if stage.kind != "pretrain" and start_model(recipe, stage) is None:
             raise ConfigError(f"stages.{stage.name}.model: missing, and the recipe has no model.path; name one")
-        kinds[stage.name] = stage.kind
+        earlier[stage.name] = stage
+
+
+def makes(stage: Any) -> list[str]:
+    """What others may name of a stage."""
+    if stage.kind == "reward_model":
+        return ["reward model"]
+    if stage.kind == "distill" and stage.teacher is not None:
+        return ["model", "data"]
+    return ["model"] * (stage.kind in MAKES_MODEL) + ["data"] * (stage.kind in MAKES_DATA)
+
+
+def inputs(recipe: Recipe, stage: Any) -> list[str]:
+    return list(dict.fromkeys(name for _, name, _ in references(recipe, stage)))
 
 
 class Run:
@@ -83,7 +103,7 @@ class Run:
             "seed": recipe.seed,
             "seconds": 0.0,
             "stages": [
-                {"name": s.name, "kind": s.kind, "status": "pending", "inputs": [name for _, name, _ in references(s)]}
+                {"name": s.name, "kind": s.kind, "status": "pending", "inputs": inputs(recipe, s)}
                 for s in recipe.stages
             ],
         }
@@ -92,6 +112,8 @@ class Run:
     def start(self) -> None:
         if self.dist.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            if self.run_dir.parent.name == "runs":
+                point_latest(self.run_dir)
             (self.run_dir / "config.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
             self.write()
         self.dist.barrier()
@@ -148,18 +170,29 @@ class Run:
     def _stage(self, stage: Any, entry: dict[str, Any], progress: ChainProgress, trackers: Any) -> None:
         ctx = StageContext(self.recipe, stage, self.dist, self.run_dir, trackers, self.evaluations)
         progress.start_stage(stage.name, stage.kind)
-        entry |= {"status": "running", "model": (stage.model or self.recipe.model.path or "").removeprefix("@")}
+        entry |= {"status": "running", "model": (start_model(self.recipe, stage) or "").removeprefix("@")}
         self.write()
         try:
             result = import_module(f"r1fast.stages.{stage.kind}").run(ctx)
         except BaseException:
-            entry |= {"status": "failed", "phases": _rounded(ctx.phases)}
+            seconds = entry.get("seconds", 0.0) + time.monotonic() - ctx.started
+            entry |= {"status": "failed", "seconds": round(seconds, 2), "phases": _rounded(ctx.phases)}
             self.write()
+            progress.finish_stage(stage.name, status="failed", seconds=seconds)
             raise
         seconds = entry.get("seconds", 0.0) + time.monotonic() - ctx.started
         entry |= {"status": "done", "seconds": round(seconds, 2), "phases": _rounded(ctx.phases)}
         entry |= {key: value for key, value in result.items() if value is not None}
         progress.finish_stage(stage.name, seconds=seconds, evaluation=entry.get("eval_after"))
+
+
+def point_latest(run_dir: Path) -> None:
+    """runs/latest -> this run, which a --resume without --output-dir takes up."""
+    link, new = run_dir.parent / "latest", run_dir.parent / "latest.partial"
+    if link.is_symlink() or not link.exists():
+        new.unlink(missing_ok=True)
+        new.symlink_to(run_dir.name)
+        os.replace(new, link)
 
 
 def _rounded(phases: dict[str, float]) -> dict[str, float]:

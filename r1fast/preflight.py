@@ -1,23 +1,22 @@
-"""What is checked before any work: the output can be written, data and models can be read, rewards exist.
+"""What is checked before any work: the output can be written, data and models can be read and fit, rewards exist.
 
 A mistake found here costs seconds and changes nothing on disk.
 """
 
+import importlib.util
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from r1fast.config import ConfigError, Recipe
 
 DATA_KIND = {
-    "pretrain": "sft",
-    "sft": "sft",
-    "distill": "sft",
-    "grpo": "prompts",
-    "collect": "prompts",
-    "reject": "prompts",
-}
+    "pretrain": "sft", "sft": "sft", "distill": "sft",
+    "grpo": "prompts", "collect": "prompts", "reject": "prompts",
+}  # fmt: skip
 
 
 def check_output(run_dir: Path, *, resume: bool) -> None:
@@ -41,33 +40,38 @@ def check_output(run_dir: Path, *, resume: bool) -> None:
 
 def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> None:
     """Every file, model and reward that the recipe names from outside the run can be used."""
-    for stage in recipe.stages:
-        if stage.name not in selected:
-            continue
-        for problem in _problems(recipe, stage):
-            raise ConfigError(f"stages.{stage.name}.{problem}")
+    for name in recipe.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"report_to: {name} is not installed; pip install {name}, or take it out of report_to")
+    try:
+        for stage in recipe.stages:
+            if stage.name in selected:
+                for problem in _problems(recipe, stage):
+                    raise ConfigError(f"stages.{stage.name}.{problem}")
+    finally:
+        _cache.clear()
 
 
 def _problems(recipe: Recipe, stage: Any) -> Iterator[str]:
-    for key, ref in _model_refs(recipe, stage):
-        try:
-            _check_model(ref)
-        except ValueError as error:
-            yield f"{key}: {error}"
-    columns: set[str] = set()
+    """What is wrong, the first thing first; a caller that goes on after one may see what follows from it."""
+    yield from _model_problems(recipe, stage)
+    rows_of: dict[str, list[dict]] = {}  # not of files that earlier stages write
     for key, kind in _file_keys(stage):
-        sources = [source for source in getattr(stage, key) if not source.startswith("@")]
+        sources = attrgetter(key)(stage)
+        outside = [source for source in sources if not source.startswith("@")]
         try:
-            rows = _rows(sources, kind)
+            rows = _rows(outside, kind)
         except ValueError as error:
             yield f"{key}: {error}"
-            return
-        columns |= set(rows[0]) if rows else set()
-        if kind == "prompts" and rows and hasattr(stage, "max_prompt_length"):
-            yield from _long_prompts(recipe, stage, key, rows)
-    for key in ("rewards", "eval_rewards"):
+            continue
+        if len(outside) == len(sources):
+            rows_of[key] = rows
+        yield from _text_problems(recipe, stage, key, kind, rows)
+    yield from _row_problems(stage, rows_of)
+    for key, files in (("rewards", "train_files"), ("eval_rewards", "eval_files")):
         rewards = getattr(stage, key, None)
         if rewards and (key == "rewards" or stage.eval_files):
+            columns = {name for row in rows_of[files] for name in row} if files in rows_of else None
             try:
                 _check_rewards(rewards, columns)
             except ValueError as error:
@@ -84,6 +88,8 @@ def _file_keys(stage: Any) -> Iterator[tuple[str, str]]:
         yield "train_files", kind
     if getattr(stage, "eval_files", None):
         yield "eval_files", "prompts"
+    if getattr(stage, "few_shot", None):
+        yield "few_shot.examples_files", "prompts"
 
 
 _cache: dict[tuple[tuple[str, ...], str], list[dict]] = {}
@@ -98,42 +104,138 @@ def _rows(sources: list[str], kind: str) -> list[dict]:
     return _cache[key]
 
 
-def _model_refs(recipe: Recipe, stage: Any) -> Iterator[tuple[str, Any]]:
+def _model_refs(recipe: Recipe, stage: Any) -> Iterator[tuple[str, str]]:
     if stage.kind != "pretrain":
-        yield "model", stage.model or recipe.model.path
+        yield "model", stage.model or recipe.model.path or ""  # check_references has asked for one
     if getattr(stage, "teacher", None):
         yield "teacher", stage.teacher
+    if getattr(stage, "few_shot", None) and stage.few_shot.model:
+        yield "few_shot.model", stage.few_shot.model
     for name, spec in getattr(stage, "reward_models", {}).items():
         yield f"reward_models.{name}.model", spec.model
 
 
-def _check_model(ref: str) -> None:
-    if not ref.startswith("@"):
-        from r1fast.models.weights import check_checkpoint
+def _model_problems(recipe: Recipe, stage: Any) -> Iterator[str]:
+    from r1fast.models.config import ModelConfig
+    from r1fast.models.weights import check_checkpoint
 
-        check_checkpoint(ref)
+    for key, ref in _model_refs(recipe, stage):
+        if ref.startswith("@"):
+            continue
+        try:
+            _, is_reward_model = check_checkpoint(ref)
+        except ValueError as error:
+            yield f"{key}: {error}"
+            continue
+        yield from _tokenizer_problems(key, ref)
+        if is_reward_model != key.startswith("reward_models.") and stage.kind != "reward_model":
+            kinds = ("a language model", "a reward model (a `score` head)")
+            yield f"{key}: {ref} is {kinds[is_reward_model]}, expected {kinds[not is_reward_model]}"
+    if stage.kind == "pretrain":
+        tokenizer = stage.tokenizer
+        try:
+            ModelConfig.from_dict({"vocab_size": stage.vocab_size, **stage.architecture})
+        except (ValueError, TypeError) as error:
+            yield f"architecture: {error}"
+        if tokenizer and not tokenizer.startswith("@"):
+            yield from _tokenizer_problems("tokenizer", tokenizer)
 
 
-def _check_rewards(rewards: dict[str, Any], columns: set[str]) -> None:
-    from r1fast.rewards.pool import RewardPool
-    from r1fast.stages.sampling import pool_arguments, reward_specs
-
-    with RewardPool(pool_arguments(reward_specs(rewards))) as pool:
-        pool.check(columns or None)
-
-
-def _long_prompts(recipe: Recipe, stage: Any, key: str, rows: list[dict]) -> Iterator[str]:
-    """Prompts longer than the limit, where the tokenizer is there before the run."""
-    ref = stage.model or recipe.model.path
-    if ref is None or ref.startswith("@"):
-        return
+def _tokenizer_problems(key: str, ref: str) -> Iterator[str]:
     from r1fast.models.weights import load_tokenizer
-    from r1fast.stages.batch import encode_prompts
 
-    tokenizer = load_tokenizer(ref)
-    for i, ids in enumerate(encode_prompts([row["prompt"] for row in rows], tokenizer, stage)):
-        if len(ids) > stage.max_prompt_length:
-            text = str(rows[i]["prompt"])[:60]
-            more = f"more than max_prompt_length = {stage.max_prompt_length}; raise it or drop the row"
-            yield f"{key}: row {i + 1} ({text!r}) has {len(ids)} prompt tokens, {more}"
-            return
+    try:
+        if load_tokenizer(ref) is None:
+            yield f"{key}: {ref} has no tokenizer; expected tokenizer.json in it"
+    except Exception as error:  # the tokenizers library raises plain Exception
+        yield f"{key}: the tokenizer of {ref} cannot be read ({error}); copy or download it again"
+
+
+def _check_rewards(rewards: dict[str, Any], columns: set[str] | None) -> None:
+    from r1fast.rewards.pool import RewardPool
+    from r1fast.stages.scoring import pool_arguments, reward_specs
+
+    for arguments in pool_arguments(reward_specs(rewards)).values():
+        with RewardPool(arguments) as pool:
+            pool.check(columns)
+
+
+def _text_problems(recipe: Recipe, stage: Any, key: str, kind: str, rows: list[dict]) -> Iterator[str]:
+    """Prompts that the template cannot render; and too long rows, where there is a tokenizer before the run."""
+    if key.startswith("few_shot."):
+        return
+    from r1fast.models.weights import check_checkpoint, load_tokenizer
+    from r1fast.stages.batch import check_lengths, encode_examples, encode_prompts
+
+    ref = getattr(stage, "tokenizer", None) if stage.kind == "pretrain" else stage.model or recipe.model.path
+    if key == "train_files" and kind == "prompts":
+        ref = getattr(stage, "teacher", None) or ref
+    outside = ref is not None and not ref.startswith("@")
+    tokenizer = load_tokenizer(ref) if outside else None  # type: ignore[arg-type]
+    unrendered = list(_unrendered(stage, tokenizer, kind, rows))
+    if unrendered:
+        yield f"{key}: {unrendered[0]}"
+    elif tokenizer is not None and kind == "sft":
+        examples = encode_examples(rows, tokenizer, stage)
+        try:
+            check_lengths([[example] for example in examples], rows, stage)
+        except ConfigError as error:
+            yield f"{key}: {str(error).removeprefix(f'stages.{stage.name}: ')}"
+    elif tokenizer is not None and kind == "prompts":
+        limit = check_checkpoint(ref)[0].max_position_embeddings  # type: ignore[arg-type]
+        for i, (ids, _) in enumerate(encode_prompts([row["prompt"] for row in rows], tokenizer, stage)):
+            row = f"row {i + 1} ({str(rows[i]['prompt'])[:60]!r}) has {len(ids)} prompt tokens"
+            if len(ids) > stage.max_prompt_length:
+                yield f"{key}: {row}, more than max_prompt_length = {stage.max_prompt_length}"
+            elif len(ids) + stage.max_completion_length > limit:
+                yield (
+                    f"{key}: {row}, with max_completion_length = {stage.max_completion_length} more than the "
+                    f"{limit} positions of {ref} (max_position_embeddings)"
+                )
+
+
+def _unrendered(stage: Any, tokenizer: Any, kind: str, rows: list[dict]) -> Iterator[str]:
+    from r1fast.data.templates import render_prompt
+
+    if tokenizer is None and stage.prompt_template == "tokenizer":
+        return
+    for i, row in enumerate(rows):
+        prompt = row["messages"][:-1] if kind == "sft" and row.get("messages") else row.get("prompt")
+        if prompt is None:
+            continue
+        try:
+            text = render_prompt(
+                prompt, stage.prompt_template, tokenizer=tokenizer, response_format=stage.response_format
+            )
+        except ValueError as error:
+            yield f"row {i + 1}: {error}"
+            continue
+        if not text and tokenizer is not None and tokenizer.bos_token_id is None:
+            yield f"row {i + 1}: the prompt is empty, and the tokenizer has no BOS token; drop the row"
+
+
+def _row_problems(stage: Any, rows_of: dict[str, list[dict]]) -> Iterator[str]:
+    """Rows that this kind of stage needs, and that are not there."""
+    rows = rows_of.get("train_files")
+    if stage.kind == "grpo" and rows is not None:
+        if len(rows) < stage.prompts_per_step:
+            yield f"train_files: {len(rows)} prompts, fewer than prompts_per_step = {stage.prompts_per_step}"
+        domains = {row.get("domain") for row in rows}
+        for name in stage.domain_weights:
+            if name not in domains:
+                yield f"domain_weights: no row of train_files has domain {name!r}; domains: {sorted(map(str, domains))}"
+        for name in sorted(map(str, domains)) if stage.domain_weights else ():
+            if name not in stage.domain_weights:
+                yield f"domain_weights: rows of train_files have domain {name!r}; give it a weight (0 leaves it out)"
+    examples = rows_of.get("few_shot.examples_files")
+    if examples is not None:
+        for i, row in enumerate(examples):
+            if missing := [name for name in ("reasoning", "answer") if row.get(name) is None]:
+                yield f"few_shot.examples_files: row {i + 1} lacks {' and '.join(missing)}"
+        shown = Counter(row.get("language") for row in examples)
+        for language in dict.fromkeys(row.get("language") for row in rows or []):
+            if shown[language] < stage.few_shot.num_examples:
+                yield (
+                    f"few_shot.examples_files: {shown[language]} examples in language {language!r}, expected at least "
+                    f"num_examples = {stage.few_shot.num_examples}"
+                )

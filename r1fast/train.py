@@ -6,31 +6,50 @@ Exit status: 0 done, 1 a stage failed, 2 the request was wrong (nothing was star
 """
 
 import argparse
+import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from r1fast.config import Recipe
 
 
-def choose_threads() -> None:
+def choose_threads(resumed: Path | None) -> None:
     """Set the OpenMP environment, which is read when torch is imported.
 
     Spinning barriers stall for milliseconds on a shared machine, and two busy programs with two threads each crawl: so
-    threads sleep while they wait, and a loaded machine gets fewer of them.
+    threads sleep while they wait, and a loaded machine gets fewer of them. Sums over threads round differently, so a
+    resumed run takes as many as it had.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    summary = resumed / "summary.json" if resumed else None
+    if summary is not None and summary.is_file():
+        threads = json.loads(summary.read_text(encoding="utf-8"))["machine"]["threads"]
+    else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        os.environ["OMP_NUM_THREADS"] = str(max(1, min(cores, round(cores - busy + 0.5))))
+        threads = max(1, min(cores, round(cores - busy + 0.5)))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+RUNS = Path("runs")  # where runs go that are given no --output-dir
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake, from one rank."""
+        if os.environ.get("RANK", "0") == "0":
+            print(f"r1fast: {message}; --help lists the options", file=sys.stderr)
+        sys.exit(2)
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="torchrun -m r1fast.train",
         description="Train a model through the DeepSeek-R1 recipe, or through any part of it.",
         epilog="Anything else is an override: key.sub=value, stages.NAME.key=value.",
@@ -52,7 +71,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     args, overrides = parse(sys.argv[1:] if argv is None else argv)
-    choose_threads()
+    choose_threads((args.output_dir or RUNS / "latest") if args.resume else None)
     from r1fast.config import ConfigError
 
     is_main = os.environ.get("RANK", "0") == "0"
@@ -64,11 +83,16 @@ def main(argv: list[str] | None = None) -> int:
 
                 print(dump_recipe(recipe), end="")
             return 0
-        return run(recipe, run_dir, selected, resume=args.resume)
     except ConfigError as error:
         if is_main:
             print(f"r1fast: {error}", file=sys.stderr)
         return 2
+    try:
+        return run(recipe, run_dir, selected, resume=args.resume)
+    except ConfigError as error:  # what only the run could show, as when no sample passes a filter
+        if is_main:
+            print(f"r1fast: {error}", file=sys.stderr)
+        return 1
 
 
 def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple["Recipe", Path, list[str]]:
@@ -77,7 +101,7 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple["Recipe", P
     from r1fast.pipeline import check_references
     from r1fast.preflight import check_inputs, check_output
 
-    run_dir = args.output_dir or (Path("runs/latest").resolve() if args.resume else None)
+    run_dir = args.output_dir or ((RUNS / "latest").resolve() if args.resume else None)
     saved = run_dir / "config.yaml" if run_dir else None
     if args.resume and (saved is None or not saved.is_file()):
         raise ConfigError(f"--resume: {run_dir} holds no run (no config.yaml); name it with --output-dir")
@@ -86,7 +110,7 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple["Recipe", P
         raise ConfigError(
             f"--resume: the recipe differs from {saved}; resume without --config and overrides, or start a new run"
         )
-    run_dir = run_dir or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = run_dir or RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = [stage.name for stage in recipe.stages]
     selected = args.stages.split(",") if args.stages else names
     for name in selected:
@@ -108,6 +132,7 @@ def run(recipe: "Recipe", run_dir: Path, selected: list[str], *, resume: bool) -
 
     torch.manual_seed(recipe.seed)
     dist = init_distributed()
+    run_dir = dist.all_gather_objects(run_dir)[0]  # its default name holds the time, which differs between ranks
     try:
         chain = Run(recipe, run_dir, dist)
         if resume:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import compute_dtype, resolve
-from .selective_logprobs import logits_gradient, selective_logprobs_reference
+from .selective_logprobs import logits_gradient, selective_logprobs, selective_logprobs_reference
 
 # Logits held at one time (256 MB in fp32). Below this a call keeps them for the backward pass, above it works through
 # chunks of tokens and computes each chunk's logits twice.
@@ -100,9 +100,14 @@ def _linear_logprobs(
     bias_V: Tensor | None,
     temperature: float,
     with_entropy: bool,
+    impl: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     vocab = weight_VD.shape[0]
     if hidden_TD.shape[0] * vocab < MAX_LOGITS:
+        if not torch.is_grad_enabled() and impl is None:  # old and reference log-probs: one pass over the logits
+            logits_TV = F.linear(hidden_TD, weight_VD, bias_V)
+            found = selective_logprobs(logits_TV, target_ids_T, temperature=temperature, with_entropy=with_entropy)
+            return found if isinstance(found, tuple) else (found, None)
         return linear_logprobs_reference(hidden_TD, weight_VD, target_ids_T, bias_V, temperature, with_entropy)
     chunk_size = max(1, MAX_LOGITS // vocab)
     return _ChunkedLinearLogprobs.apply(hidden_TD, weight_VD, bias_V, target_ids_T, temperature, chunk_size)
@@ -142,7 +147,9 @@ def linear_logprobs(
     if temperature <= 0:
         raise ValueError(f"linear_logprobs: got temperature={temperature}, expected > 0; for greedy use 1.0")
     resolve("linear_logprobs", impl)
-    logprobs_T, entropy_T = _linear_logprobs(hidden_TD, weight_VD, target_ids_T, bias_V, temperature, with_entropy)
+    logprobs_T, entropy_T = _linear_logprobs(
+        hidden_TD, weight_VD, target_ids_T, bias_V, temperature, with_entropy, impl
+    )
     if with_entropy:
         assert entropy_T is not None
         return logprobs_T, entropy_T
@@ -170,7 +177,7 @@ def linear_cross_entropy(
     kept = (target_ids_T != ignore_index).nonzero().squeeze(1)
     if kept.numel() < target_ids_T.numel():
         hidden_TD = hidden_TD.index_select(0, kept)
-    losses, _ = _linear_logprobs(hidden_TD, weight_VD, target_ids_T[kept], None, 1.0, with_entropy=False)
+    losses, _ = _linear_logprobs(hidden_TD, weight_VD, target_ids_T[kept], None, 1.0, False, impl)
     if reduction == "none":
         return losses.new_zeros(target_ids_T.shape).index_copy(0, kept, -losses)
     total = -losses.sum()

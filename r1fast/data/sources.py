@@ -224,6 +224,11 @@ def _canonical(row: Row, kind: Kind, where: str) -> Row:
         row["answer"] = row["reward_model"].get("ground_truth")  # verl; the original column stays for its reward
     if kind == "sft" and not _absent(row, "messages"):
         _check_chat(row["messages"], "messages", where)
+        if row["messages"][-1].get("role") != "assistant":
+            raise ValueError(
+                f"{where}: messages ends with a turn of {row['messages'][-1].get('role')!r}, expected 'assistant': "
+                "its last turn is what is learned"
+            )
         return row
     if kind == "sft" and not _absent(row, "text") and _absent(row, "completion"):
         _check_text(row["text"], "text", where)

@@ -37,7 +37,13 @@ class Gate(nn.Module):
         config = self.config
         logits_TE = F.linear(x_TD.float(), self.weight.float())
         if self.e_score_correction_bias is None:
-            return route_softmax(logits_TE, top_k=config.num_experts_per_tok, norm_topk_prob=config.norm_topk_prob)
+            return route_topk(
+                logits_TE,
+                None,
+                top_k=config.num_experts_per_tok,
+                norm_topk_prob=config.norm_topk_prob,
+                scoring="softmax",
+            )
         return route_topk(
             logits_TE,
             self.e_score_correction_bias,
@@ -47,15 +53,6 @@ class Gate(nn.Module):
             norm_topk_prob=config.norm_topk_prob,
             routed_scaling_factor=config.routed_scaling_factor,
         )
-
-
-def route_softmax(logits_TE: Tensor, *, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Qwen3-MoE's router: the K largest softmax probabilities, summing to one if norm_topk_prob."""
-    weights_TK, expert_ids_TK = logits_TE.softmax(dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
-    if norm_topk_prob:
-        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-    counts_E = torch.bincount(expert_ids_TK.flatten(), minlength=logits_TE.shape[-1])
-    return expert_ids_TK, weights_TK, counts_E
 
 
 class Experts(nn.Module):

@@ -7,6 +7,7 @@ stacked here and one key per expert on disk:
     disk  model.layers.3.mlp.experts.7.{gate,up,down}_proj.weight
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -75,23 +76,24 @@ def load_state_dict(path: str | Path) -> StateDict:
     return from_hf_names(_read_tensors(folder), _read_config(folder)[0].num_hidden_layers, source=folder)
 
 
-def check_checkpoint(path: str | Path) -> None:
+def check_checkpoint(path: str | Path) -> tuple[ModelConfig, bool]:
     """The errors of load_model, without reading a weight: config, tensor names and shapes of a folder.
 
-    A Hub id is checked by its config.json alone, the only file that is fetched.
+    Returns the architecture, and whether it is a reward model. A Hub id is checked by its config.json alone, the only
+    file that is fetched.
     """
     if not _is_local(path):
-        _read_config(_fetch(str(path), ["config.json"]))
-        return
+        return _read_config(_fetch(str(path), ["config.json"]))
     folder = _resolve(path)
     config, is_scalar = _read_config(folder)
     state = from_hf_names(_read_tensors(folder, shapes_only=True), config.num_hidden_layers, source=folder)
     _meta_decoder(config, is_scalar, state, folder)
+    return config, is_scalar
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a checkpoint folder or Hub id, None if it has none."""
-    folder = _resolve(path)
+    folder = _resolve(path) if _is_local(path) else _fetch(str(path), ["tokenizer*", "config.json", "vocab*", "*.txt"])
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     file = folder / "tokenizer_config.json"
@@ -243,8 +245,19 @@ def _read_config(folder: Path) -> tuple[ModelConfig, bool]:
         config = ModelConfig.from_hf(AutoConfig.from_pretrained(folder))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    config = dataclasses.replace(config, eos_token_id=_all_eos_ids(config, folder / "generation_config.json"))
     architectures = values.get("architectures") or ["ForCausalLM"]
     return config, architectures[0].endswith("ForSequenceClassification")
+
+
+def _all_eos_ids(config: ModelConfig, generation_config: Path) -> int | list[int] | None:
+    """config.json's and those that only generation_config.json knows, such as the end of a turn of chat models."""
+    found = [config.eos_token_id]
+    if generation_config.is_file():
+        found.append(json.loads(generation_config.read_text()).get("eos_token_id"))
+    ids = [i for eos in found if eos is not None for i in (eos if isinstance(eos, list) else [eos])]
+    ids = list(dict.fromkeys(ids))
+    return ids if len(ids) > 1 else ids[0] if ids else None
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -39,11 +39,13 @@ _ALWAYS_THERE = {"prompts", "completions", "completion_ids", "response_format", 
 @dataclass(frozen=True)
 class RewardResult:
     """values: reward name -> float64 [N], NaN where it gave None or failed. total: weighted sum over the rewards
-    that applied, NaN where none did. failures: one text per failed call, naming reward, rows and reason."""
+    that applied, NaN where none did. failures: one text per failed call, naming reward, rows and reason.
+    failed: bool [N], True where any reward's call failed: such a completion is not scored, rather than scored low."""
 
     values: dict[str, np.ndarray]
     total: np.ndarray
     failures: list[str]
+    failed: np.ndarray
 
 
 class RewardPool:
@@ -114,16 +116,18 @@ class RewardPool:
         chunk_rows = max(1, min(MAX_CHUNK_ROWS, math.ceil(num_rows / self._num_workers)))
         calls = [(reward, slice(i, i + chunk_rows)) for reward in self._rewards for i in range(0, num_rows, chunk_rows)]
         failures: list[str] = []
+        failed = np.zeros(num_rows, dtype=bool)
         with ThreadPoolExecutor(self._num_workers) as executor:
             outcomes = executor.map(lambda call: self._run(call[0], table, call[1]), calls)
             for (reward, rows), outcome in zip(calls, outcomes, strict=True):
                 if isinstance(outcome, str):
                     last = min(rows.stop, num_rows) - 1
                     failures.append(f"reward {reward.name!r}, rows {rows.start}-{last}: {outcome}")
+                    failed[rows] = True
                     logger.warning("%s", failures[-1])
                 else:
                     values[reward.name][rows] = [np.nan if value is None else value for value in outcome]
-        return RewardResult(values, self._weighted_total(values, num_rows), failures)
+        return RewardResult(values, self._weighted_total(values, num_rows), failures, failed)
 
     def _run(self, reward: "_Reward", table: Mapping[str, Sequence[Any]], rows: slice) -> list[float | None] | str:
         """The chunk's values, or why there are none."""

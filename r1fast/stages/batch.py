@@ -1,19 +1,19 @@
 """Token sequences on their way into the model: encoding, and packing into batches with no padding.
 
-sequence 0            sequence 1        sequence 2
-p p p c c c c | p p c c c | p p p p c c       inputs: every token but the last of each sequence
-    ^ ^ ^ ^       ^ ^ ^           ^ ^         loss_index: positions whose next token is learned from
-cu_seqlens [0, 7, 12, 18]   loss_cu_seqlens [0, 4, 7, 9]
+p p p c c c (c) | p p c c (c) | p p p p c (c)    inputs: every token but the last of each sequence
+    ^ ^ ^ ^         ^ ^ ^             ^ ^        loss_index: positions whose next token is learned from
+cu_seqlens [0, 6, 10, 15]   loss_cu_seqlens [0, 4, 7, 9]
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from r1fast.data.templates import render_prompt
+from r1fast.config import ConfigError
+from r1fast.data.templates import RESPONSE_FORMATS, render_prompt
 
 
 @dataclass(slots=True)
@@ -69,20 +69,29 @@ def collate(examples: Sequence[Example], device: torch.device) -> Batch:
 
 
 def empty_batch(device: torch.device) -> Batch:
-    """One token and nothing to learn: a rank that has no work left still takes part in every collective."""
+    """Two tokens and nothing to learn: a rank that has no work left still takes part in every collective."""
     return collate([Example([0, 0], [], {})], device)
 
 
-def encode_prompts(prompts: Sequence[Any], tokenizer: Any, options: Any) -> list[list[int]]:
-    """Token ids of prompts (text or chat messages) in the stage's template, with the BOS token exactly once."""
+class Prompt(NamedTuple):
+    ids: list[int]
+    prefilled: bool  # it opens the reasoning itself: prefill_think, or a chat template that does
+
+
+def encode_prompts(prompts: Sequence[Any], tokenizer: Any, options: Any) -> list[Prompt]:
+    """Prompts (text or chat messages) in the stage's template, with the BOS token exactly once."""
     render = {"response_format": options.response_format, "prefill_think": options.prefill_think}
     texts = [render_prompt(prompt, options.prompt_template, tokenizer=tokenizer, **render) for prompt in prompts]
-    return with_bos(encode_texts(texts, tokenizer), tokenizer)
+    layout = RESPONSE_FORMATS[options.response_format]
+    ids = with_bos(encode_texts(texts, tokenizer), tokenizer)
+    return [Prompt(row, layout.is_prefilled(text)) for row, text in zip(ids, texts, strict=True)]
 
 
 def with_bos(ids: list[list[int]], tokenizer: Any) -> list[list[int]]:
     """Every row led by the BOS token exactly once, if the tokenizer has one; templates may have written it."""
     bos = tokenizer.bos_token_id
+    if bos is None and [] in ids:
+        raise ValueError(f"row {ids.index([])} has an empty prompt, and the tokenizer no BOS token; drop the row")
     return ids if bos is None else [row if row[:1] == [bos] else [bos, *row] for row in ids]
 
 
@@ -108,9 +117,15 @@ def encode_examples(rows: Sequence[dict], tokenizer: Any, options: Any, *, mask_
             prompts.append(None)
             completions.append(row["text"])
         masked.append(mask_prompt and prompts[-1] is not None)
-    prompt_rows = iter(encode_prompts([p for p in prompts if p is not None], tokenizer, options))
+    encoded = iter(encode_prompts([p for p in prompts if p is not None], tokenizer, options))
     start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
-    prompt_ids = [start if prompt is None else next(prompt_rows) for prompt in prompts]
+    opening = RESPONSE_FORMATS[options.response_format].prefill
+    prompt_ids = []
+    for i, prompt in enumerate(prompts):
+        ids, prefilled = (start, False) if prompt is None else next(encoded)
+        prompt_ids.append(ids)
+        if prefilled:  # then the prompt ends with it
+            completions[i] = completions[i].removeprefix(opening)
     completion_ids = [[*ids, tokenizer.eos_token_id] for ids in encode_texts(completions, tokenizer)]
     return [
         Example(p, c) if keep else Example(p[:1], p[1:] + c)
@@ -118,10 +133,14 @@ def encode_examples(rows: Sequence[dict], tokenizer: Any, options: Any, *, mask_
     ]
 
 
-def check_lengths(examples: Sequence[Example], max_length: int, stage: str) -> None:
-    for i, example in enumerate(examples):
-        if example.num_inputs + 1 > max_length:
-            raise ValueError(
-                f"stages.{stage}: row {i} has {example.num_inputs + 1} tokens, more than max_length = {max_length}; "
-                "raise max_length or shorten the row"
-            )
+def check_lengths(units: Sequence[Sequence[Example]], rows: Sequence[dict], stage: Any) -> None:
+    """Every example fits into max_length, and what must stay together (one unit a row) into a micro-batch."""
+    for unit, row in zip(units, rows, strict=True):
+        shown = repr(next((str(row[name]) for name in ("prompt", "messages", "text") if row.get(name)), ""))[:60]
+        longest, total = max(example.num_inputs + 1 for example in unit), sum(example.num_inputs for example in unit)
+        for name, length in (("max_length", longest), ("max_tokens_per_microbatch", total)):
+            if length > getattr(stage, name):
+                raise ConfigError(
+                    f"stages.{stage.name}: the row {shown} has {length} tokens, more than {name} = "
+                    f"{getattr(stage, name)}; raise it or shorten the row"
+                )

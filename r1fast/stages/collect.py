@@ -10,7 +10,7 @@ from typing import Any
 from r1fast.config import ConfigError, FewShotOptions
 from r1fast.data.sources import load_rows
 from r1fast.data.templates import FEW_SHOT_STOP, RESPONSE_FORMATS, render_prompt
-from r1fast.stages.batch import encode_texts, with_bos
+from r1fast.stages.batch import Prompt, encode_texts, with_bos
 from r1fast.stages.context import StageContext
 from r1fast.stages.reject import select, sft_row
 from r1fast.stages.sampling import Sample, Sampler
@@ -38,7 +38,7 @@ def own_samples(ctx: StageContext, rows: list[dict]) -> list[Sample]:
     sampler = Sampler(ctx, model, tokenizer)
     samples = sampler.generate(rows, n=stage.num_samples, temperature=stage.temperature, seed=ctx.seed)
     for sample in samples:
-        _lay_out(sample, stage.response_format, stage.output_format, prefilled=stage.prefill_think)
+        _lay_out(sample, stage.response_format, stage.output_format)
     return samples
 
 
@@ -58,7 +58,7 @@ def few_shot_samples(ctx: StageContext, rows: list[dict], first_group: int) -> l
             )
         shown = rng.sample(same, few_shot.num_examples)
         texts.append(render_prompt(row["prompt"], "few_shot", examples=shown, prefill_think=True))
-    prompts = with_bos(encode_texts(texts, tokenizer), tokenizer)
+    prompts = [Prompt(ids, True) for ids in with_bos(encode_texts(texts, tokenizer), tokenizer)]
     samples = Sampler(ctx, model, tokenizer).generate(
         rows,
         n=few_shot.num_samples,
@@ -73,12 +73,13 @@ def few_shot_samples(ctx: StageContext, rows: list[dict], first_group: int) -> l
         sample.text = text
         if stop:  # it went on to a next problem: this one is complete
             sample.finish_reason = "stop"
-        _lay_out(sample, FEW_SHOT_FORMAT, ctx.stage.output_format, prefilled=True)
+        _lay_out(sample, FEW_SHOT_FORMAT, ctx.stage.output_format)
     return samples
 
 
-def _lay_out(sample: Sample, written: str, wanted: str, *, prefilled: bool) -> None:
+def _lay_out(sample: Sample, written: str, wanted: str) -> None:
     """Rewrite a well-formed response from one form into another; leave others for the filter to drop."""
-    parsed = RESPONSE_FORMATS[written].parse(sample.text, prefilled=prefilled)
+    parsed = RESPONSE_FORMATS[written].parse(sample.text, prefilled=sample.prefilled)
     if parsed.well_formed and parsed.reasoning and parsed.answer:
         sample.text = RESPONSE_FORMATS[wanted].render(parsed.reasoning, parsed.answer.removeprefix("Summary:").strip())
+        sample.prefilled = False

@@ -1,5 +1,6 @@
 """distill: SFT of a student on a teacher's samples (2501.12948, section 2.4): no RL stage."""
 
+import json
 import random
 from collections import Counter
 from typing import Any
@@ -26,14 +27,15 @@ def teacher_rows(ctx: StageContext) -> tuple[list[dict], Counter[str]]:
     stage = ctx.stage
     path = ctx.stage_dir / "data.jsonl"
     if path.exists():
-        return load_rows([str(path)], "sft"), Counter()
+        reasons = (ctx.stage_dir / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
+        return load_rows([str(path)], "sft"), Counter(json.loads(line)["reason"] for line in reasons)
     teacher, tokenizer = ctx.load(stage.teacher, trainable=False)
     prompts = load_rows(ctx.sources(stage.train_files), "prompts")
     random.Random(ctx.seed).shuffle(prompts)  # so that num_prompts takes from every file
     samples = Sampler(ctx, teacher, tokenizer).generate(
         prompts[: stage.num_prompts], n=stage.num_samples, temperature=stage.temperature, seed=ctx.seed
     )
-    kept, dropped = select(ctx, samples, stage.response_format, prefilled=stage.prefill_think)
-    rows = [sft_row(sample, stage.response_format, stage.prefill_think) for sample in kept]
+    kept, dropped = select(ctx, samples, stage.response_format)
+    rows = [sft_row(sample, stage.response_format) for sample in kept]
     ctx.write_rows("data.jsonl", rows)
     return rows, dropped

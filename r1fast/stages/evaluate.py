@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections import Counter
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 
 from r1fast.data.sources import load_rows
 from r1fast.models.decoder import Decoder
+from r1fast.rewards.accuracy import last_box, plain_number
 from r1fast.stages.context import StageContext
-from r1fast.stages.sampling import Sample, Sampler, Scorer, summary_of
+from r1fast.stages.sampling import Sample, Sampler, summary_of
+from r1fast.stages.scoring import Scorer
 
 EVAL_SEED = 1_000_003  # noise of its own: an evaluation never repeats a rollout's
 
@@ -49,9 +52,11 @@ def _key(ctx: StageContext, ref: str) -> str:
 def evaluate(ctx: StageContext, model: Decoder, tokenizer: Any) -> dict[str, Any]:
     """Measure a model on the stage's eval_files; see the module docstring for the keys."""
     stage = ctx.stage
-    rows = load_rows(ctx.sources(stage.eval_files), "prompts", limit=stage.eval_limit)
+    rows = load_rows(ctx.sources(stage.eval_files), "prompts")
+    if stage.eval_limit is not None and stage.eval_limit < len(rows):
+        rows = random.Random(0).sample(rows, stage.eval_limit)  # from every file, the same in every run
     sampler = Sampler(ctx, model, tokenizer)
-    with ctx.phase("evaluate"), Scorer(ctx, stage.eval_rewards, stage.response_format, stage.prefill_think) as scorer:
+    with ctx.phase("evaluate"), Scorer(ctx, stage.eval_rewards, stage.response_format) as scorer:
         prompts = sampler.encode(rows)
         samples = sampler.generate(
             rows, n=stage.eval_num_samples, temperature=stage.eval_temperature, seed=EVAL_SEED, prompts=prompts
@@ -61,42 +66,66 @@ def evaluate(ctx: StageContext, model: Decoder, tokenizer: Any) -> dict[str, Any
         if stage.eval_greedy:
             greedy = sampler.generate(rows, n=1, temperature=0.0, seed=EVAL_SEED, prompts=prompts)
             scorer.score(greedy)
-            result["greedy"] = _mean([sample.rewards.get("accuracy", math.nan) for sample in greedy])
-    split = ",".join(stage.eval_files)
-    return result | {"split": split, "temperature": stage.eval_temperature, "k": stage.eval_num_samples}
+            result["greedy"] = _mean(_accuracies(greedy))
+    result = {name: value for name, value in result.items() if not math.isnan(value)}
+    settings = {"split": ",".join(stage.eval_files), "temperature": stage.eval_temperature, "k": stage.eval_num_samples}
+    return result | settings
 
 
 def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
-    """pass@1 is the mean accuracy over k samples a prompt; its 95% interval is over prompts, the units drawn."""
+    """pass@1 is the mean accuracy over k samples a prompt; `_half_width` says how sure that is."""
     groups: dict[int, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.group, []).append(sample)
+    scored = [group for group in groups.values() if not math.isnan(_mean(_accuracies(group)))]
     result: dict[str, Any] = {}
-    per_prompt = np.array([_mean([s.rewards.get("accuracy", math.nan) for s in group]) for group in groups.values()])
-    per_prompt = per_prompt[~np.isnan(per_prompt)]
-    if per_prompt.size:
-        result["pass@1"] = float(per_prompt.mean())
-        spread = per_prompt.std(ddof=1) if per_prompt.size > 1 else 0.0
-        result["pass@1_ci"] = float(1.96 * spread / math.sqrt(per_prompt.size))
-        result["n"] = int(per_prompt.size)
-        result["cons@k"] = _mean([_majority(group, response_format) for group in groups.values()])
+    if scored:
+        means = np.array([_mean(_accuracies(group)) for group in scored])
+        problems = [str(group[0].row.get("problem", group[0].group)) for group in scored]
+        result["pass@1"], result["pass@1_ci"] = float(means.mean()), _half_width(means, problems)
+        result["n"] = len(scored)
+        result["cons@k"] = _mean([_majority(group, response_format) for group in scored])
     for name in samples[0].rewards if samples else ():
         if name != "accuracy":
             result[name] = _mean([sample.rewards[name] for sample in samples])
-    result["length"] = _mean([len(sample.completion_ids) for sample in samples])
-    return {name: value for name, value in result.items() if not (isinstance(value, float) and math.isnan(value))}
+    return result | {"length": _mean([len(sample.completion_ids) for sample in samples])}
+
+
+def _half_width(means: np.ndarray, problems: list[str]) -> float:
+    """Half of the 95% interval of the mean over prompts.
+
+    Prompts that ask the same problem (column `problem`: in another language, say) are not independent: their deviations
+    are added up before they are squared.
+    """
+    sums: dict[str, float] = {}
+    for problem, deviation in zip(problems, means - means.mean()):
+        sums[problem] = sums.get(problem, 0.0) + float(deviation)
+    count = len(sums)
+    if count < 2:
+        return 0.0
+    variance = sum(value**2 for value in sums.values()) * count / (count - 1) / len(means) ** 2
+    return float(1.96 * math.sqrt(variance))
+
+
+def _accuracies(group: list[Sample]) -> list[float]:
+    return [sample.rewards.get("accuracy", math.nan) for sample in group]
 
 
 def _majority(group: list[Sample], response_format: str) -> float:
-    """Accuracy of the most frequent answer of a group (ties: the first); nan where accuracy does not apply."""
-    answers = [summary_of(sample.text, response_format).strip() for sample in group]
+    """Accuracy of the most frequent answer of a group (ties: the one that came first)."""
+    answers = [_answer_key(summary_of(s.text, response_format, s.prefilled)) for s in group]
     given = Counter(answer for answer in answers if answer)
-    if all(math.isnan(s.rewards.get("accuracy", math.nan)) for s in group):
-        return math.nan
     if not given:
         return 0.0
     winner = given.most_common(1)[0][0]
     return group[answers.index(winner)].rewards["accuracy"]
+
+
+def _answer_key(summary: str) -> str:
+    """Equal for answers that say the same: the last box if there is one, numbers by value."""
+    text = last_box(summary).content or summary
+    number = plain_number(text)
+    return text.strip() if number is None else str(number)
 
 
 def _mean(values: list[float]) -> float:

@@ -24,7 +24,8 @@ from r1fast.stages.batch import Batch, Example
 from r1fast.stages.context import StageContext
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
 from r1fast.stages.reward_model import RewardModels
-from r1fast.stages.sampling import Sample, Sampler, Scorer, total_rewards
+from r1fast.stages.sampling import Sample, Sampler
+from r1fast.stages.scoring import Scorer, total_rewards
 from r1fast.stages.training import LossFn, Trainer, map_packed
 from r1fast_kernels import group_advantages, linear_grpo_loss, linear_logprobs
 
@@ -32,6 +33,9 @@ from r1fast_kernels import group_advantages, linear_grpo_loss, linear_logprobs
 def run(ctx: StageContext) -> dict[str, Any]:
     stage: GRPOStage = ctx.stage
     rows = load_rows(ctx.sources(stage.train_files), "prompts")
+    # A step may draw from one file alone; a reward still gets the columns of all.
+    columns = dict.fromkeys(name for row in rows for name in row)
+    rows = [{name: row.get(name) for name in columns} for row in rows]
     if len(rows) < stage.prompts_per_step:
         raise ConfigError(
             f"stages.{stage.name}: {len(rows)} prompts in {', '.join(stage.train_files)}, fewer than "
@@ -39,7 +43,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
         )
     policy, tokenizer = ctx.load(ctx.model_ref, trainable=True)
     before = evaluate_start(ctx, policy, tokenizer)
-    with Scorer(ctx, stage.rewards, stage.response_format, stage.prefill_think) as scorer:
+    with Scorer(ctx, stage.rewards, stage.response_format) as scorer:
         learner = Learner(ctx, policy, tokenizer, scorer)
         learner.train(rows)
     ctx.save(policy, tokenizer)
@@ -197,7 +201,10 @@ class Learner:
                 with self.ctx.phase("update"):
                     history.append(self.trainer.update(self._active(chosen), policy_loss(chosen, self.ctx)))
                 self._refresh_reference()
-        return {name: float(np.mean([metrics[name] for metrics in history if name in metrics])) for name in history[-1]}
+        return {
+            name: float((max if name.endswith("/max") else np.mean)([m[name] for m in history if name in m]))  # type: ignore[operator]
+            for name in history[-1]
+        }
 
     def _refresh_reference(self) -> None:
         every = self.stage.ref_model_sync_steps
@@ -219,7 +226,7 @@ def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
 
     def loss_fn(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         values = batch.values
-        return linear_grpo_loss(
+        loss, metrics = linear_grpo_loss(
             hidden_TD.index_select(0, batch.loss_index_M),
             weight_VD,
             batch.target_ids_M,
@@ -242,6 +249,7 @@ def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
             num_samples=torch.tensor(float(num_samples), device=hidden_TD.device),
             impl=ctx.recipe.kernels.impl,
         )
+        return loss, metrics | {"weight": values["mask"].sum()}
 
     return loss_fn
 
@@ -251,14 +259,16 @@ def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
     groups: dict[int, list[float]] = {}
     for sample in samples:
         groups.setdefault(sample.group, []).append(sample.reward)
-    spreads = [
-        float(np.nanstd(group)) if not np.all(np.isnan(group)) else 0.0 for group in map(np.array, groups.values())
-    ]
+    scored = [[reward for reward in group if not np.isnan(reward)] for group in groups.values()]
+    spreads = [float(np.std(group, ddof=1)) if len(group) > 1 else 0.0 for group in scored]
+    # By their extremes: the standard deviation of equal rewards need not be exactly 0.
+    equal = [not group or min(group) == max(group) for group in scored]
     lengths = np.array([len(sample.completion_ids) for sample in samples])
     metrics = {
-        "reward": float(np.nanmean(rewards)) if not np.all(np.isnan(rewards)) else float("nan"),
+        "reward": float(np.nanmean(rewards)) if any(scored) else float("nan"),
+        "frac_unscorable": float(np.mean(np.isnan(rewards))),
         "reward_std": float(np.mean(spreads)),
-        "frac_reward_zero_std": float(np.mean(np.array(spreads) == 0)),
+        "frac_reward_zero_std": float(np.mean(equal)),
         "completions/mean_length": float(lengths.mean()),
         "completions/clipped_ratio": float(np.mean([sample.finish_reason == "length" for sample in samples])),
         "num_tokens": float(lengths.sum() + sum(len(sample.prompt_ids) for sample in samples)),

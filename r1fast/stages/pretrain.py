@@ -1,6 +1,7 @@
 """pretrain: next-token training from scratch, tokenizer included, so that the chain runs with nothing to download."""
 
 import random
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -26,7 +27,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     needed = stage.max_steps * stage.batch_size
     rows = random.Random(ctx.seed).sample(rows, min(needed, len(rows)))
     examples = encode_examples(rows, tokenizer, stage, mask_prompt=stage.mask_prompt)
-    check_lengths(examples, stage.max_length, stage.name)
+    check_lengths([[example] for example in examples], rows, stage)
     model = build_model(ctx, tokenizer)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     train(ctx, model, examples, stage.max_steps)
@@ -39,8 +40,17 @@ def make_tokenizer(ctx: StageContext, rows: list[dict]) -> Any:
     stage = ctx.stage
     if stage.tokenizer is not None:
         return load_tokenizer(ctx.model_path(stage.tokenizer))
-    texts = chain.from_iterable((row.get("text"), row.get("prompt"), row.get("completion")) for row in rows[:20_000])
+    texts = chain.from_iterable(_texts(row) for row in rows[:20_000])
     return train_tokenizer((_without_tags(text) for text in texts if text), stage.vocab_size)
+
+
+def _texts(row: dict) -> Iterator[str | None]:
+    for name in ("text", "prompt", "completion", "messages"):
+        value = row.get(name)
+        if isinstance(value, list):  # a chat
+            yield from (message["content"] for message in value)
+        else:
+            yield value
 
 
 def _without_tags(text: str) -> str:

@@ -13,7 +13,8 @@ from r1fast.data.sources import load_rows
 from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.rewards.filters import check_completion
 from r1fast.stages.context import StageContext
-from r1fast.stages.sampling import Sample, Sampler, Scorer
+from r1fast.stages.sampling import Sample, Sampler
+from r1fast.stages.scoring import Scorer
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -24,8 +25,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
     rows = rows[: stage.num_prompts]
     sampler = Sampler(ctx, model, tokenizer)
     samples = sampler.generate(rows, n=stage.num_samples, temperature=stage.temperature, seed=ctx.seed)
-    kept, dropped = select(ctx, samples, stage.response_format, prefilled=stage.prefill_think)
-    ctx.write_rows("data.jsonl", [sft_row(sample, stage.response_format, stage.prefill_think) for sample in kept])
+    kept, dropped = select(ctx, samples, stage.response_format)
+    ctx.write_rows("data.jsonl", [sft_row(sample, stage.response_format) for sample in kept])
     return {"numbers": {"sampled": len(samples), "kept": len(kept), "dropped": dict(dropped)}}
 
 
@@ -35,18 +36,17 @@ def select(
     response_format: str,
     *,
     limit: int | None = None,
-    prefilled: bool = False,
 ) -> tuple[list[Sample], Counter[str]]:
     """The samples that pass every filter, at most max_per_prompt different ones a prompt; writes dropped.jsonl."""
     stage = ctx.stage
-    with Scorer(ctx, {"accuracy": 1.0}, response_format, prefilled) as scorer:
+    with Scorer(ctx, {"accuracy": 1.0}, response_format) as scorer:
         scorer.score(samples)
     kept: list[Sample] = []
     reasons: list[tuple[Sample, str]] = []
     seen: set[tuple[str, str]] = set()
     per_prompt: Counter[int] = Counter()
     for sample in samples:
-        reason = drop_reason(sample, stage.filters, response_format, prefilled)
+        reason = drop_reason(sample, stage.filters, response_format)
         key = (str(sample.row["prompt"]), sample.text)
         if reason is None and key in seen:
             reason = "duplicate"
@@ -72,7 +72,7 @@ def select(
     return kept, dropped
 
 
-def drop_reason(sample: Sample, filters: Any, response_format: str, prefilled: bool) -> str | None:
+def drop_reason(sample: Sample, filters: Any, response_format: str) -> str | None:
     if sample.row.get("answer") is not None and sample.rewards["accuracy"] != 1.0:  # nan: the gold could not be read
         return "incorrect"
     return check_completion(
@@ -80,12 +80,14 @@ def drop_reason(sample: Sample, filters: Any, response_format: str, prefilled: b
         response_format=response_format,
         finish_reason=sample.finish_reason,
         language=sample.row.get("language"),
-        prefilled=prefilled,
+        prefilled=sample.prefilled,
         **filters.model_dump(),
     )
 
 
-def sft_row(sample: Sample, response_format: str, prefilled: bool = False) -> dict[str, Any]:
+def sft_row(sample: Sample, response_format: str) -> dict[str, Any]:
     """A kept sample as an SFT row: its columns, and the completion with its reasoning opened."""
-    opening = RESPONSE_FORMATS[response_format].prefill if prefilled else ""
-    return {**sample.row, "completion": opening + sample.text}
+    opening = RESPONSE_FORMATS[response_format].prefill if sample.prefilled else ""
+    # Other forms of the row's own solution would be learned from in place of the sample.
+    row = {name: value for name, value in sample.row.items() if name not in ("messages", "text")}
+    return {**row, "completion": opening + sample.text}

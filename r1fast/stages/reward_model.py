@@ -26,10 +26,11 @@ def run(ctx: StageContext) -> dict[str, Any]:
     pairwise = stage.loss == "pairwise"
     rows = load_rows(ctx.sources(stage.train_files), "pairs" if pairwise else "labels")
     random.Random(ctx.seed).shuffle(rows)
-    held_out = int(len(rows) * stage.eval_fraction)
+    prompts = list(dict.fromkeys(str(row["prompt"]) for row in rows))
+    held_out = set(prompts[: int(len(prompts) * stage.eval_fraction)])  # by prompt: none is on both sides
     model, tokenizer = ctx.load(ctx.model_ref, trainable=True, scalar_head=True)
-    units = _encode(ctx, tokenizer, rows)
-    train_units, eval_units = units[held_out:], units[:held_out]
+    train_units = _encode(ctx, tokenizer, [row for row in rows if str(row["prompt"]) not in held_out])
+    eval_units = _encode(ctx, tokenizer, [row for row in rows if str(row["prompt"]) in held_out])
     if not train_units:
         raise ConfigError(f"stages.{stage.name}: no rows to train on in {', '.join(stage.train_files)}")
     _train(ctx, model, train_units)
@@ -50,8 +51,7 @@ def _encode(ctx: StageContext, tokenizer: Any, rows: Sequence[dict]) -> list[lis
         ]
         for (example,), row in zip(units, rows):
             example.values["label"] = float(row["label"])
-    for unit in units:
-        check_lengths(unit, ctx.stage.max_length, ctx.stage.name)
+    check_lengths(units, rows, ctx.stage)
     return units
 
 
@@ -65,7 +65,8 @@ def score_examples(
     eos = tokenizer.eos_token_id
     # The second EOS is the target of the first, which makes the first an input; the head never looks at targets.
     return [
-        Example(p, [*r, eos, eos], {}) for p, r in zip(prompts, encode_texts(list(responses), tokenizer), strict=True)
+        Example(p.ids, [*r, eos, eos], {})
+        for p, r in zip(prompts, encode_texts(list(responses), tokenizer), strict=True)
     ]
 
 
@@ -112,7 +113,8 @@ def preference_loss(num_units: int, ctx: StageContext) -> LossFn:
             centre = stage.center_rewards_coefficient * (chosen + rejected).square()
             loss = (centre - F.logsigmoid(chosen - rejected)).sum()
             accuracy = (chosen > rejected).float().mean()
-        return loss / num_units, {"accuracy": accuracy.detach()}
+        weight = torch.tensor(float(scores_N.numel()))
+        return loss / num_units, {"accuracy": accuracy.detach(), "weight": weight}
 
     return loss_fn
 

@@ -30,7 +30,7 @@ def fine_tune(ctx: StageContext, rows: Sequence[dict]) -> dict[str, Any]:
     examples = encode_examples(rows, tokenizer, stage)
     if not examples:
         raise ConfigError(f"stages.{stage.name}: no rows to train on in {', '.join(stage.train_files)}")
-    check_lengths(examples, stage.max_length, stage.name)
+    check_lengths([[example] for example in examples], rows, stage)
     batches_per_epoch = -(-len(examples) // stage.batch_size)
     steps = stage.num_train_epochs * batches_per_epoch
     train(ctx, model, examples, min(steps, stage.max_steps or steps))

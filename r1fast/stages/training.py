@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from r1fast.config import ConfigError
 from r1fast.data.packing import balance, pack
 from r1fast.dist import checkpoint
 from r1fast.dist.optim import build_optimizer, lr_at
@@ -21,7 +22,8 @@ from r1fast.models.decoder import Decoder
 from r1fast.stages.batch import Batch, Example, collate, empty_batch
 from r1fast.stages.context import StageContext
 
-# (batch, hidden_TD, weight_VD) -> (loss already divided by the global count, metrics)
+# (batch, hidden_TD, weight_VD) -> (loss already divided by the global count, metrics). Metrics are means over
+# the learned tokens, or over metrics["weight"] items.
 LossFn = Callable[[Batch, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -30,6 +32,12 @@ class Trainer:
 
     def __init__(self, ctx: StageContext, model: Decoder, total_steps: int) -> None:
         options = ctx.stage
+        biased = all(layer.gate.e_score_correction_bias is not None for layer in model.moe_layers())
+        if options.router_bias_update_rate > 0 and not biased:
+            raise ConfigError(
+                f"stages.{options.name}.router_bias_update_rate = {options.router_bias_update_rate}: the router of "
+                f"{model.config.model_type} has no bias; leave it at 0"
+            )
         self.ctx, self.model, self.total_steps = ctx, model, total_steps
         self.optimizer = build_optimizer(
             model,
@@ -54,7 +62,8 @@ class Trainer:
         for batch in batches:
             loss, found = self._forward(batch, loss_fn)
             loss.backward()
-            _accumulate(totals, {"loss": loss.detach(), **found}, batch.target_ids_M.numel())
+            weight = float(found.pop("weight", batch.target_ids_M.numel()))
+            _accumulate(totals, {"loss": loss.detach(), **found}, weight)
         grad_norm = grad_norm_and_clip(self.model.parameters(), self.ctx.stage.max_grad_norm)
         metrics = self._reduce(totals) | {"grad_norm": float(grad_norm), "learning_rate": self._set_lr()}
         if not (math.isfinite(metrics["grad_norm"]) and math.isfinite(metrics["loss"])):
@@ -121,7 +130,7 @@ class Trainer:
         return scale * options.learning_rate
 
     def _reduce(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        """Metrics over micro-batches and ranks: loss a sum, */max a maximum, the rest means over learned tokens."""
+        """Metrics over micro-batches and ranks: loss a sum, */max a maximum, the rest weighted means."""
         gathered = self.ctx.dist.all_gather_objects({name: value.tolist() for name, value in totals.items()})
         names = dict.fromkeys(name for part in gathered for name in part)
         out: dict[str, float] = {}
@@ -162,11 +171,11 @@ def _no_loss(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor
     return hidden_TD.sum() * 0 + weight_VD.sum() * 0, {}
 
 
-def _accumulate(totals: dict[str, Tensor], metrics: dict[str, Tensor], num_tokens: int) -> None:
+def _accumulate(totals: dict[str, Tensor], metrics: dict[str, Tensor], num_items: float) -> None:
     """totals[name] = [sum of value * weight, sum of weights], or the plain sum for the loss, or the maximum."""
     for name, value in metrics.items():
         value = value.detach().double().cpu()
-        weight = 1.0 if name == "loss" else float(num_tokens)
+        weight = 1.0 if name == "loss" else num_items
         new = torch.stack(
             [value if name.endswith("/max") else value * weight, torch.tensor(weight, dtype=torch.float64)]
         )

@@ -52,10 +52,14 @@ class Problem:
         return f"{product} {self.op} {self.a}" if self.product_first else f"{self.a} {self.op} {product}"
 
     @property
+    def canonical(self) -> str:
+        """The same for commuted twins."""
+        return f"{self.op},{self.a},{min(self.b, self.c)},{max(self.b, self.c)}"
+
+    @property
     def split(self) -> str:
         """By the canonical problem, so that commuted twins share a side; independent of any run's seed."""
-        canonical = f"{self.op},{self.a},{min(self.b, self.c)},{max(self.b, self.c)}"
-        bucket = hashlib.sha256(canonical.encode()).digest()[0]
+        bucket = hashlib.sha256(self.canonical.encode()).digest()[0]
         return "train" if bucket < 205 else "dev" if bucket < 230 else "report"
 
 
@@ -77,12 +81,12 @@ def question(problem: Problem, language: str) -> str:
 
 
 def prompts(split: str) -> list[dict]:
-    """Rows {prompt, answer, language, domain} of a split, in a fixed order, each problem in both languages."""
-    rows = [
-        {"prompt": question(p, language), "answer": str(p.result), "language": language, "domain": "reasoning"}
-        for p in problems(split)
-        for language in LANGUAGES
-    ]
+    """Rows {prompt, answer, language, domain, problem} of a split, in a fixed order, each problem in both languages."""
+    rows = []
+    for problem in problems(split):
+        for language in LANGUAGES:
+            row = {"prompt": question(problem, language), "answer": str(problem.result), "language": language}
+            rows.append(row | {"domain": "reasoning", "problem": problem.canonical})
     random.Random(0).shuffle(rows)
     return rows
 

@@ -1,0 +1,108 @@
+"""Rewards of samples: rule functions in worker processes, routed by domain, and the weighted sum."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from r1fast.config import ConfigError, RewardSpec
+from r1fast.rewards.pool import RewardPool
+from r1fast.stages.context import StageContext
+from r1fast.stages.sampling import Sample
+
+
+class Scorer:
+    """The rule rewards of a stage. Rank 0 scores; every rank gets the numbers.
+
+    A reward sees the rows of its domains only: one worker pool for each set of domains.
+    """
+
+    def __init__(self, ctx: StageContext, rewards: dict[str, Any], response_format: str) -> None:
+        self.ctx, self.response_format = ctx, response_format
+        self.specs = reward_specs(rewards)
+        self.weights = {name: spec.weight for name, spec in self.specs.items()}
+        workers = ctx.recipe.reward_workers
+        self.pools: dict[tuple[str, ...], RewardPool] = {}
+        for domains, arguments in pool_arguments(self.specs).items() if ctx.dist.is_main else ():
+            pool = RewardPool(arguments, num_workers=workers.num_workers, timeout_s=workers.timeout_s)
+            self.pools[domains] = pool
+
+    def score(self, samples: Sequence[Sample]) -> int:
+        """Fill sample.rewards (nan where a reward does not apply) and sample.failed; returns how many calls failed."""
+        with self.ctx.phase("reward"):
+            values, failed, failures = self.ctx.dist.all_gather_objects(self._score(samples))[0]
+        for i, sample in enumerate(samples):
+            sample.failed = bool(failed[i])
+            for name in self.specs:
+                sample.rewards[name] = float(values[name][i])
+        for failure in failures[:3]:
+            self.ctx.message(f"reward failed: {failure}")
+        return len(failures)
+
+    def _score(self, samples: Sequence[Sample]) -> tuple[dict[str, np.ndarray], np.ndarray, list[str]]:
+        values = {name: np.full(len(samples), np.nan) for name in self.specs}
+        failed = np.zeros(len(samples), dtype=bool)
+        failures: list[str] = []
+        for domains, pool in self.pools.items():
+            index = [i for i, s in enumerate(samples) if not domains or s.row.get("domain") in domains]
+            if not index:
+                continue
+            chosen = [samples[i] for i in index]
+            result = pool.score(
+                [sample.row["prompt"] for sample in chosen],
+                [sample.text for sample in chosen],
+                [sample.completion_ids for sample in chosen],
+                self._columns(chosen),
+            )
+            for name, spec in self.specs.items():
+                if tuple(spec.domains) == domains:
+                    values[name][index] = result.values[spec.function or name]
+            failed[index] |= result.failed
+            failures += result.failures
+        return values, failed, failures
+
+    def _columns(self, samples: Sequence[Sample]) -> dict[str, list]:
+        names = dict.fromkeys(name for sample in samples for name in sample.row if name not in ("prompt", "completion"))
+        columns: dict[str, list] = {name: [sample.row.get(name) for sample in samples] for name in names}
+        columns["response_format"] = [self.response_format] * len(samples)
+        columns["finish_reason"] = [sample.finish_reason for sample in samples]
+        columns["prefilled"] = [sample.prefilled for sample in samples]
+        return columns
+
+    def close(self) -> None:
+        for pool in self.pools.values():
+            pool.close()
+
+    def __enter__(self) -> "Scorer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def reward_specs(rewards: dict[str, Any]) -> dict[str, RewardSpec]:
+    return {
+        name: RewardSpec(weight=value) if isinstance(value, (int, float)) else RewardSpec.model_validate(value)
+        for name, value in rewards.items()
+    }
+
+
+def pool_arguments(specs: dict[str, RewardSpec]) -> dict[tuple[str, ...], dict[str, dict[str, Any]]]:
+    """What the RewardPool of each set of domains is given: each function once, with its keyword arguments."""
+    pools: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for name, spec in specs.items():
+        arguments = pools.setdefault(tuple(spec.domains), {})
+        function = spec.function or name
+        if function in arguments:
+            raise ConfigError(f"reward {name}: the function {function} is used by another reward already; name it once")
+        arguments[function] = {"weight": spec.weight, **(spec.model_extra or {})}
+    return pools
+
+
+def total_rewards(samples: Sequence[Sample], weights: dict[str, float]) -> None:
+    """sample.reward = weighted sum of the rewards that apply; nan where none does, or where a reward's call failed."""
+    for sample in samples:
+        terms = [
+            weight * sample.rewards[name] for name, weight in weights.items() if not np.isnan(sample.rewards[name])
+        ]
+        sample.reward = sum(terms) if terms and not sample.failed else float("nan")

@@ -1,0 +1,66 @@
+"""A model taught to answer in several ways, some of them wrong: what sampling stages need to be tested on."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_checkpoint import QWEN2, write_checkpoint, write_jsonl, write_recipe
+
+NAMES = {1: "one", 2: "two", 3: "three", 4: "four"}
+PAIRS = [(a, b) for a in (1, 2) for b in (1, 2, 3, 4)]
+QUESTIONS = [{"prompt": f"What is {a} + {b} ?", "answer": str(a + b)} for a, b in PAIRS]
+EXAMPLES = [
+    {"prompt": "What is 3 + 3 ?", "reasoning": "three and three", "answer": "6"},
+    {"prompt": "What is 4 + 4 ?", "reasoning": "four and four", "answer": "8"},
+]
+
+
+def solution(a: int, b: int, result: int) -> str:
+    return f"<think>{NAMES[a]} and {NAMES[b]}</think><answer>{result}</answer>"
+
+
+def lessons() -> list[dict]:
+    """Of four answers to a question: two right, one wrong, one right but malformed. And few-shot pages, all right."""
+    from r1fast.data.templates import FEW_SHOT_STOP, render_prompt
+
+    rows = []
+    for (a, b), row in zip(PAIRS, QUESTIONS, strict=True):
+        right = solution(a, b, a + b)
+        texts = [right, right, solution(a, b, a + b + 1), right.replace("</think>", "")]
+        rows += [{**row, "messages": [{"role": "user", "content": row["prompt"]}, said(text)]} for text in texts]
+        for examples in itertools.permutations(EXAMPLES):
+            page = render_prompt(row["prompt"], "few_shot", examples=examples, prefill_think=True)
+            text = f"{NAMES[a]} with {NAMES[b]}|special_token|Summary: {a + b}{FEW_SHOT_STOP} What"
+            # A plain page: the chat template would wrap it.
+            rows.append({"text": page + text})
+    return rows
+
+
+def said(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture(scope="session")
+def taught_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made by an sft stage on messages and plain text."""
+    import torch
+
+    from r1fast.train import main
+
+    folder = tmp_path_factory.mktemp("taught")
+    start = write_checkpoint(folder / "start", **{**QWEN2, "max_position_embeddings": 256})
+    write_jsonl(folder / "lessons.jsonl", lessons())
+    stage = {
+        "name": "taught",
+        "kind": "sft",
+        "train_files": [str(folder / "lessons.jsonl")],
+        "learning_rate": 1e-2,
+        "batch_size": 24,
+        "num_train_epochs": 60,
+        "warmup_steps": 5,
+    }
+    recipe = write_recipe(folder / "recipe.yaml", stage, model={"path": str(start)})
+    torch.set_num_threads(1)
+    assert main(["--config", str(recipe), "--output-dir", str(folder / "run")]) == 0
+    return folder / "run" / "taught" / "model"

@@ -1,0 +1,277 @@
+"""Recipes: precedence, inheritance, overrides; every error names the key, the value and the nearest valid one."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from r1fast.config import RECIPES, ConfigError, Recipe, dump_recipe, load_recipe
+
+ZERO = "{name: zero, kind: grpo, train_files: [a.jsonl]}"
+ALL_KINDS = """
+name: everything
+seed: 3
+model: {path: "@base", dtype: float32}
+report_to: [tensorboard]
+stages:
+  - {name: base, kind: pretrain, train_files: [t.jsonl], architecture: {model_type: llama}, max_steps: 2}
+  - name: zero
+    kind: grpo
+    train_files: [a.jsonl]
+    rewards: {accuracy: 1, format: {weight: 0.5, domains: [math]}, mine: {function: a.b.c, weight: 2, threshold: 0.25}}
+    domain_weights: {math: 2, chat: 1}
+    learning_rate: 1e-6
+  - name: cold
+    kind: collect
+    model: "@zero"
+    train_files: [a.jsonl]
+    few_shot: {examples_files: [e.jsonl]}
+    filters: {allow_code: true}
+  - {name: kept, kind: reject, model: "@zero", train_files: [a.jsonl]}
+  - {name: tuned, kind: sft, train_files: ["@cold", "@kept"]}
+  - {name: rm, kind: reward_model, model: "@tuned", train_files: [p.jsonl], loss: pairwise}
+  - name: r1
+    kind: grpo
+    model: "@tuned"
+    train_files: [a.jsonl]
+    rewards: {}
+    reward_models: {helpful: {model: "@rm", domains: [chat], score_on: summary}}
+  - {name: student, kind: distill, teacher: "@r1", train_files: [a.jsonl]}
+  - {name: test, kind: evaluate, model: "@student", eval_files: [b.jsonl], eval_rewards: {accuracy: {strict: false}}}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write_recipe(text: str, name: str = "mine.yaml") -> str:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write_recipe
+
+
+@pytest.fixture
+def zero(write) -> str:
+    return write(f"model: {{path: m}}\nstages: [{ZERO}]")
+
+
+def message_of(config: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_recipe(config, list(overrides))
+    return str(error.value)
+
+
+def test_later_sources_win(write) -> None:
+    write("seed: 1\nmodel: {path: a, dtype: float32}\nrollout: {max_num_seqs: 1}\nstages: []", "grandparent.yaml")
+    write(f"defaults: grandparent.yaml\nseed: 2\nmodel: {{path: b}}\nstages: [{ZERO}]", "parent.yaml")
+    child = write("defaults: parent.yaml\nmodel: {path: c}")
+    recipe = load_recipe(child, [])
+    assert (recipe.seed, recipe.model.path, recipe.model.dtype, recipe.rollout.max_num_seqs) == (2, "c", "float32", 1)
+    assert recipe.reward_workers.timeout_s == 30.0  # from the schema: nobody set it
+    recipe = load_recipe(child, ["seed=3", "model.path=d", "seed=4"])
+    assert (recipe.seed, recipe.model.path, recipe.model.dtype) == (4, "d", "float32")
+
+
+def test_of_several_defaults_the_last_wins(write) -> None:
+    write(f"seed: 1\nmodel: {{path: one}}\nstages: [{ZERO}]", "one.yaml")
+    write("seed: 2\nmodel: {dtype: float32}", "two.yaml")
+    recipe = load_recipe(write("defaults: [one.yaml, two.yaml]"), [])
+    assert (recipe.seed, recipe.model.path, recipe.model.dtype) == (2, "one", "float32")
+
+
+def test_stages_merge_by_name_in_the_order_of_the_parent(write) -> None:
+    write(
+        "model: {path: m}\nstages:\n"
+        "- {name: zero, kind: grpo, train_files: [a], rewards: {accuracy: 1.0}, max_steps: 3}\n"
+        "- {name: dev1, kind: sft, train_files: [b]}",
+        "parent.yaml",
+    )
+    child = write(
+        "defaults: parent.yaml\nstages:\n"
+        "- {name: last, kind: evaluate, eval_files: [c]}\n"
+        "- {name: dev1, batch_size: 7}\n"
+        "- {name: zero, max_steps: 5, rewards: {format: 0.5}, train_files: [z]}"
+    )
+    recipe = load_recipe(child, [])
+    assert [stage.name for stage in recipe.stages] == ["zero", "dev1", "last"]
+    zero, dev1 = recipe.stage("zero"), recipe.stage("dev1")
+    assert (zero.max_steps, zero.rewards, zero.train_files) == (5, {"accuracy": 1.0, "format": 0.5}, ["z"])
+    assert (dev1.batch_size, dev1.train_files, dev1.kind) == (7, ["b"], "sft")
+
+
+def test_defaults_name_a_recipe_or_a_file_beside(write) -> None:
+    write(f"seed: 11\nmodel: {{path: m}}\nstages: [{ZERO}]", "tiny.yaml")
+    assert load_recipe(write("defaults: tiny.yaml"), []).seed == 11
+    recipe = load_recipe(write("defaults: tiny\nseed: 12", "elsewhere/child.yaml"), [])
+    assert recipe.seed == 12 and recipe.stages[0].kind == "pretrain"
+
+
+def test_anchors_have_a_place_of_their_own(write) -> None:
+    text = f"x-common: &common {{max_steps: 9, beta: 0}}\nmodel: {{path: m}}\nstages: [{{<<: *common, {ZERO[1:]}]"
+    stage = load_recipe(write(text), []).stages[0]
+    assert (stage.max_steps, stage.beta) == (9, 0.0)
+
+
+def test_name_is_that_of_the_file(write) -> None:
+    assert load_recipe(write(f"model: {{path: m}}\nstages: [{ZERO}]", "my-run.yaml"), []).name == "my-run"
+    assert load_recipe("tiny", []).name == "tiny"
+
+
+OVERRIDES = [
+    ("stages.zero.max_steps=7", "max_steps", 7),
+    ("--stages.zero.max_steps=7", "max_steps", 7),
+    ("stages.zero.learning_rate=1e-5", "learning_rate", 1e-5),  # YAML reads a string there
+    ("stages.zero.model=@base", "model", "@base"),  # YAML reserves the sign
+    ("stages.zero.model=a=b", "model", "a=b"),
+    ("stages.zero.train_files=[x.jsonl, '@cold']", "train_files", ["x.jsonl", "@cold"]),
+    ("stages.zero.epsilon_high=null", "epsilon_high", None),
+    ("stages.zero.rewards.accuracy=0.25", "rewards", {"accuracy": 0.25}),
+    ("stages.zero.domain_weights.math=2", "domain_weights", {"math": 2.0}),
+]
+
+
+@pytest.mark.parametrize(("override", "key", "value"), OVERRIDES, ids=[override for override, _, _ in OVERRIDES])
+def test_override_sets_a_key_of_a_stage(zero: str, override: str, key: str, value: object) -> None:
+    assert getattr(load_recipe(zero, [override]).stage("zero"), key) == value
+
+
+def test_override_reaches_a_stage_whose_name_has_dots(write) -> None:
+    config = write(f"model: {{path: m}}\nstages: [{ZERO.replace('zero', 'qwen2.5-1.5b')}]")
+    assert load_recipe(config, ["stages.qwen2.5-1.5b.max_steps=7"]).stages[0].max_steps == 7
+
+
+def test_override_changes_no_shared_anchor(write) -> None:
+    stages = "- {name: a, kind: grpo, <<: *s}\n- {name: b, kind: grpo, <<: *s}"
+    config = write(f"x-s: &s {{train_files: [f], rewards: {{accuracy: 1.0}}}}\nmodel: {{path: m}}\nstages:\n{stages}")
+    recipe = load_recipe(config, ["stages.a.rewards.accuracy=3"])
+    assert recipe.stage("a").rewards == {"accuracy": 3.0}
+    assert recipe.stage("b").rewards == {"accuracy": 1.0}
+
+
+def test_dump_load_round_trip(write) -> None:
+    recipe = load_recipe(write(ALL_KINDS), [])
+    dumped = dump_recipe(recipe)
+    again = load_recipe(write(dumped, "again.yaml"), [])
+    assert again == recipe and dump_recipe(again) == dumped
+    reward = again.stage("zero").rewards["mine"]
+    assert reward.model_extra == {"threshold": 0.25} and again.stage("zero").learning_rate == 1e-6
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_shipped_recipes_load_and_round_trip(write, name: str) -> None:
+    recipe = load_recipe(name, [])
+    assert load_recipe(write(dump_recipe(recipe)), []) == recipe
+
+
+WRONG_OVERRIDES = [
+    ("sead=3", ["sead", "unknown key", "'seed'"]),
+    ("stages.zero.max_stepz=3", ["stages.zero.max_stepz", "unknown key", "'max_steps'"]),
+    ("rollout.max_num=3", ["rollout.max_num", "unknown key", "'max_num_seqs'"]),
+    ("stages.zero.reward_models.h.modle=x", ["stages.zero.reward_models.h.modle", "unknown key", "'model'"]),
+    ("model.xyz=3", ["model.xyz", "unknown key", "known: path, dtype"]),  # nothing is near
+    ("stages.zero.max_steps=many", ["stages.zero.max_steps", "integer", "'many'"]),
+    ("stages.zero.max_steps=0", ["stages.zero.max_steps", "greater than 0", "got 0"]),
+    ("stages.zero.temperature=.inf", ["stages.zero.temperature", "finite", "got inf"]),
+    ("stages.zero.optimizer=adam", ["stages.zero.optimizer", "'adamw' or 'muon'", "'adam'"]),
+    ("stages.zero.train_files=a.jsonl", ["stages.zero.train_files", "list", "'a.jsonl'"]),
+    ("stages.zero.rewards.accuracy=high", ["stages.zero.rewards.accuracy", "number", "'high'"]),
+    ("stages.zero.eval_rewards.accuracy=1", ["stages.zero.eval_rewards.accuracy", "dictionary", "got 1"]),
+    ("stages.zero.kind=grop", ["stages.zero.kind", "grop", "'grpo'", "reward_model"]),
+    ("stages.zero.kind=", ["stages.zero.kind", "None", "expected one of", "grpo"]),
+    ("stages.zero.name=..", ["stages...", "'..'"]),  # would be a folder outside the run directory
+    ("stages.zero.name=a/b", ["stages.a/b", "'a/b'"]),
+    ("rollout=3", ["rollout", "dictionary", "got 3"]),
+    ("stages=3", ["stages", "list", "got 3"]),
+    ("stages.zer.max_steps=3", ["stages.zer.max_steps", "no stage 'zer'", "'zero'"]),
+    ("stages.zero=3", ["stages.zero", "stages.zero.max_steps=10"]),
+    ("model.path.x=3", ["model.path.x", "model.path is 'm'"]),
+    ("=3", ["'=3'", "key.sub=value"]),
+    ("seed", ["'seed'", "key.sub=value"]),
+    ("stages.zero.train_files=[a", ["stages.zero.train_files=[a", "not valid YAML"]),
+    ("stages.zero.rewards={}", ["stages.zero", "rewards and reward_models are both empty"]),
+    ("stages.zero.steps_per_generation=3", ["stages.zero", "= 128", "steps_per_generation = 3"]),
+    ("stages.zero.skip_zero_variance_groups=true", ["stages.zero", "skip_zero_variance_groups", "beta"]),
+    (
+        "stages.zero.max_completion_length=16384",
+        ["stages.zero", "max_completion_length = 16896", "max_tokens_per_microbatch = 16384"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("override", "parts"), WRONG_OVERRIDES, ids=[override for override, _ in WRONG_OVERRIDES])
+def test_wrong_override_is_named(zero: str, override: str, parts: list[str]) -> None:
+    message = message_of(zero, override)
+    for part in parts:
+        assert part in message
+
+
+WRONG_FILES = {
+    "empty": ("", ["stages", "missing"]),
+    "a-list": ("[1, 2]", ["expected a mapping", "list"]),
+    "not-yaml": ("stages: [", ["not valid YAML", "line 1"]),
+    "no-stages": ("stages: []", ["stages", "name at least one"]),
+    "stage-is-a-string": ("stages: [zero]", ["stages.0", "'zero'"]),
+    "stage-without-name": ("stages: [{kind: grpo, train_files: [a]}]", ["stages.0.name", "missing"]),
+    "stage-without-data": ("stages: [{name: zero, kind: grpo}]", ["stages.zero.train_files", "missing"]),
+    "stage-without-kind": ("stages: [{name: zero, train_files: [a]}]", ["stages.zero.kind", "nothing", "grpo"]),
+    "one-name-twice": (f"stages: [{ZERO}, {ZERO}]", ["two stages", "'zero'"]),
+    "one-name-twice-in-a-child": (f"defaults: tiny\nstages: [{ZERO}, {ZERO}]", ["two stages", "'zero'"]),
+    "defaults-is-a-mapping": ("defaults: {a: 1}", ["defaults", "{'a': 1}"]),
+    "defaults-holds-a-number": ("defaults: [tiny, 3]", ["defaults", "3"]),
+    "pretrain-from-a-model": (
+        "stages: [{name: b, kind: pretrain, model: x, train_files: [t], architecture: {}, max_steps: 1}]",
+        ["stages.b", "'x'", "does not apply"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_wrong_file_is_named(write, case: str) -> None:
+    text, parts = WRONG_FILES[case]
+    config = write(text)
+    message = message_of(config)
+    for part in [config, *parts]:
+        assert part in message
+
+
+def test_wrong_parent_is_named(write) -> None:
+    message = message_of(write("defaults: tinny"))
+    assert "'tinny'" in message and "'tiny'" in message
+
+
+def test_every_mistake_of_a_recipe_is_listed(zero: str) -> None:
+    message = message_of(zero, "sead=1", "stages.zero.max_steps=x", "stages.zero.bta=0")
+    assert re.search(r"sead.*seed", message) and "max_steps" in message and re.search(r"bta.*'beta'", message)
+
+
+@pytest.mark.parametrize("link", ["a.yaml", "../loop/a.yaml"], ids=["plain", "through-the-parent"])
+def test_cyclic_defaults_are_named(write, link: str) -> None:
+    write("defaults: b.yaml", "loop/a.yaml")
+    config = write(f"defaults: {link}", "loop/b.yaml")
+    message = message_of(config)
+    assert "cycle" in message and message.count("b.yaml") >= 2 and "a.yaml" in message
+
+
+def test_binary_recipe_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert str(path) in message_of(str(path))
+
+
+@pytest.mark.parametrize(("config", "hint"), [("tinny", "'tiny'"), ("no/such/file.yaml", "tiny")])
+def test_missing_recipe_is_named(config: str, hint: str) -> None:
+    message = message_of(config)
+    assert config in message and hint in message
+
+
+def test_defaults_of_the_schema_are_valid() -> None:
+    minimal = {"stages": [yaml.safe_load(ZERO)]}
+    assert load_recipe_defaults(minimal).stages[0].rewards == {"accuracy": 1.0, "format": 1.0}
+
+
+def load_recipe_defaults(raw: dict) -> Recipe:
+    """Defaults are not validated on the way in; validating the dump does it."""
+    return Recipe.model_validate(Recipe.model_validate(raw).model_dump())

@@ -1,0 +1,458 @@
+"""A user's mistakes on the command line: one error that says what and where, exit status 2, nothing on disk changed."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_checkpoint import GRPO, PROMPTS, QWEN2, tree, write_checkpoint, write_jsonl, write_recipe
+
+ROOT = Path(__file__).parents[1]
+SFT: dict[str, Any] = {"name": "tuned", "kind": "sft", "train_files": ["sft.jsonl"]}
+PRETRAIN: dict[str, Any] = {
+    "name": "base",
+    "kind": "pretrain",
+    "train_files": ["sft.jsonl"],
+    "architecture": {key: value for key, value in QWEN2.items() if key != "initializer_range"},
+    "max_steps": 1,
+}
+COLLECT: dict[str, Any] = {
+    "name": "cold",
+    "kind": "collect",
+    "train_files": ["train.jsonl"],
+    "prompt_template": "chat",
+    "max_completion_length": 8,
+    "few_shot": {"examples_files": ["examples.jsonl"]},
+}
+REWARD_FILE = """
+def needs_gold(completions, gold, **columns):
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.fixture
+def refuse(command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command line that must be refused; returns the error's text."""
+
+    def run(*argv: object) -> str:
+        before = tree(tmp_path)
+        capsys.readouterr()
+        status = command(*argv)
+        out, err = capsys.readouterr()
+        assert status == 2, err
+        assert tree(tmp_path) == before
+        assert out == "" and "Traceback" not in err
+        assert [line.startswith("r1fast: ") for line in err.splitlines()] == [True], err
+        return err
+
+    return run
+
+
+@pytest.fixture
+def refuse_recipe(refuse, base_model: Path, tmp_path: Path) -> Callable[..., str]:
+    """Refuses a recipe of these stages, whose model is base_model unless the stage or `model` says otherwise."""
+    write_jsonl(tmp_path / "train.jsonl", PROMPTS)
+    write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "one ?", "completion": "two"}] * 4)
+    (tmp_path / "rewards.py").write_text(REWARD_FILE)
+
+    def run(*stages: dict, argv: tuple[object, ...] = (), model: object = base_model, **sections: Any) -> str:
+        sections["model"] = {"path": str(model)}
+        config = write_recipe(tmp_path / "mine.yaml", *stages, **sections)
+        return refuse("--config", config, "--output-dir", tmp_path / "run", *argv)
+
+    return run
+
+
+def test_the_recipe_of_these_tests_is_accepted(command, base_model: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", PROMPTS)
+    config = write_recipe(tmp_path / "mine.yaml", GRPO, model={"path": str(base_model)})
+    before = tree(tmp_path)
+    assert command("--config", config, "--output-dir", tmp_path / "run", "--dry-run") == 0
+    assert tree(tmp_path) == before
+
+
+def test_as_a_process(base_model: Path, tmp_path: Path) -> None:
+    """The whole of stderr and the exit status, with nothing captured or patched in between."""
+    rows = [*PROMPTS[:4], {"promt": "What is 1 + 1 ?", "answer": "2"}]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_recipe(tmp_path / "mine.yaml", GRPO, model={"path": str(base_model)})
+    before = tree(tmp_path)
+    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    result = subprocess.run(
+        [sys.executable, "-m", "r1fast.train", "--config", "mine.yaml", "--output-dir", "run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert "stages.zero.train_files: train.jsonl:5: no column 'prompt'" in result.stderr
+    assert "did you mean 'promt'?" in result.stderr
+    assert tree(tmp_path) == before
+
+
+# Data
+
+
+def test_wrong_json_names_the_line(refuse_recipe, tmp_path: Path) -> None:
+    lines = [json.dumps(row) for row in PROMPTS]
+    lines[16] = lines[16][:-1]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    message = refuse_recipe(GRPO)
+    assert "stages.zero.train_files" in message and "train.jsonl:17" in message and "wrong JSON" in message
+
+
+@pytest.mark.parametrize("key", ["train_files", "eval_files"])
+def test_long_prompt_names_the_row_and_the_limit(refuse_recipe, tmp_path: Path, key: str) -> None:
+    long = {"prompt": "red " * 50, "answer": "1"}
+    write_jsonl(tmp_path / "long.jsonl", [*PROMPTS[:6], long])
+    message = refuse_recipe({**GRPO, key: ["long.jsonl"]})
+    assert f"stages.zero.{key}: row 7" in message and "max_prompt_length = 40" in message and "red red" in message
+
+
+def test_completion_beyond_the_positions_of_the_model(refuse_recipe) -> None:
+    message = refuse_recipe({**GRPO, "max_completion_length": 128})
+    assert "max_completion_length = 128" in message and "128 positions" in message
+
+
+def test_prompt_that_the_template_cannot_render(refuse_recipe, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    write_jsonl(tmp_path / "train.jsonl", [*PROMPTS[:2], {"prompt": chat, "answer": "1"}])
+    message = refuse_recipe({**GRPO, "prompt_template": "r1_zero"})
+    assert "stages.zero.train_files: row 3" in message and "'r1_zero' takes one user message" in message
+
+
+def test_fewer_prompts_than_a_step_takes(refuse_recipe) -> None:
+    message = refuse_recipe({**GRPO, "prompts_per_step": 32})
+    assert "20 prompts" in message and "prompts_per_step = 32" in message
+
+
+def test_domain_that_no_prompt_has(refuse_recipe) -> None:
+    message = refuse_recipe({**GRPO, "domain_weights": {"math": 1}})
+    assert "stages.zero.domain_weights" in message and "'math'" in message
+
+
+@pytest.mark.parametrize(
+    ("file", "parts"),
+    [
+        ("trian.jsonl", ["trian.jsonl", "did you mean", "train.jsonl"]),
+        ("no/such/train.jsonl", ["no/such/train.jsonl", "no/such"]),
+        ("task:arithmetik/train", ["'arithmetik'", "'arithmetic'"]),
+        ("train.csv", ["train.csv"]),
+    ],
+    ids=["misspelt", "no-folder", "no-task", "unknown-kind"],
+)
+def test_missing_data_names_the_nearest(refuse_recipe, tmp_path: Path, file: str, parts: list[str]) -> None:
+    (tmp_path / "train.csv").write_text("prompt,answer\n")
+    message = refuse_recipe({**GRPO, "train_files": [file]})
+    for part in ["stages.zero.train_files", *parts]:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"prompt": "one ?"}, ["sft.jsonl:5", "'completion'"]),
+        ({"messages": [{"role": "user", "content": "one ?"}]}, ["sft.jsonl:5", "'user'", "assistant"]),
+        ({"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]}, ["row 5", "'tool'"]),
+        ({"prompt": "one ?", "completion": "red " * 40}, ["max_length = 30", "one ?"]),
+    ],
+    ids=["no-completion", "ends-with-the-user", "tool-turn", "too-long"],
+)
+def test_wrong_sft_row(refuse_recipe, tmp_path: Path, row: dict, parts: list[str]) -> None:
+    write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "one ?", "completion": "two"}] * 4 + [row])
+    message = refuse_recipe({**SFT, "max_length": 30})
+    for part in ["stages.tuned.train_files", *parts]:
+        assert part in message
+
+
+def test_sft_row_that_no_microbatch_holds(refuse_recipe, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "one ?", "completion": "red " * 40}])
+    assert "max_tokens_per_microbatch = 30" in refuse_recipe({**SFT, "max_tokens_per_microbatch": 30})
+
+
+@pytest.mark.parametrize(
+    ("example", "parts"),
+    [
+        ({"prompt": "a", "answer": "b"}, ["row 1 lacks reasoning"]),
+        ({"prompt": "a", "reasoning": "r", "answer": "b", "language": "zh"}, ["0 examples in language None"]),
+    ],
+    ids=["no-reasoning", "other-language"],
+)
+def test_wrong_few_shot_examples(refuse_recipe, tmp_path: Path, example: dict, parts: list[str]) -> None:
+    write_jsonl(tmp_path / "examples.jsonl", [example] * 2)
+    message = refuse_recipe(COLLECT)
+    for part in ["stages.cold.few_shot.examples_files", *parts]:
+        assert part in message
+
+
+def test_missing_few_shot_examples(refuse_recipe) -> None:
+    assert "stages.cold.few_shot.examples_files: examples.jsonl" in refuse_recipe(COLLECT)
+
+
+# Rewards
+
+
+@pytest.mark.parametrize(
+    ("key", "rewards", "parts"),
+    [
+        ("rewards", {"acuracy": 1.0}, ["'acuracy'", "'accuracy'"]),
+        ("rewards", {"accuracy": {"weight": 1.0, "stirct": True}}, ["'stirct'", "'strict'"]),
+        ("rewards", {"no.such.module.reward": 1.0}, ["'no.such.module.reward'", "cannot be imported"]),
+        ("rewards", {"mine": {"function": "rewards.py:needs_gould"}}, ["rewards.py", "'needs_gold'"]),
+        ("rewards", {"mine": {"function": "rewards.py:needs_gold"}}, ["['gold']", "'answer'", "'prompt'"]),
+        ("rewards", {"a": {"function": "accuracy"}, "b": {"function": "accuracy"}}, ["reward b", "accuracy"]),
+        ("eval_rewards", {"acuracy": {}}, ["'acuracy'", "'accuracy'"]),
+        ("eval_rewards", {"mine": {"function": "rewards.py:needs_gold"}}, ["['gold']"]),
+    ],
+    ids=["name", "keyword", "module", "function", "column", "twice", "eval-name", "eval-column"],
+)
+def test_unknown_reward(refuse_recipe, tmp_path: Path, key: str, rewards: dict, parts: list[str]) -> None:
+    # The column that the reward lacks is in the other file: each is checked against its own.
+    write_jsonl(tmp_path / "gold.jsonl", [{**row, "gold": 1} for row in PROMPTS])
+    files = {"train_files": ["gold.jsonl"], "eval_files": ["gold.jsonl"]}
+    files["train_files" if key == "rewards" else "eval_files"] = ["train.jsonl"]
+    message = refuse_recipe({**GRPO, **files, key: rewards})
+    for part in [f"stages.zero.{key}", *parts]:
+        assert part in message
+
+
+def test_tracker_that_is_not_installed(refuse_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "report_to: wandb" in refuse_recipe(GRPO, report_to=["wandb"])
+
+
+# Checkpoints
+
+
+def no_folder(folder: Path) -> list[str]:
+    shutil.rmtree(folder)
+    return ["no such folder"]
+
+
+def no_config(folder: Path) -> list[str]:
+    (folder / "config.json").unlink()
+    return ["no config.json"]
+
+
+def no_weights(folder: Path) -> list[str]:
+    (folder / "model.safetensors").unlink()
+    return ["no model.safetensors"]
+
+
+def no_tokenizer(folder: Path) -> list[str]:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    return ["no tokenizer", "tokenizer.json"]
+
+
+def broken_config(folder: Path) -> list[str]:
+    path = folder / "config.json"
+    path.write_text(path.read_text()[:-10])
+    return ["config.json", "not valid JSON"]
+
+
+def broken_tokenizer(folder: Path) -> list[str]:
+    (folder / "tokenizer.json").write_text("{")
+    return ["the tokenizer of", "cannot be read"]
+
+
+def unsupported_family(folder: Path) -> list[str]:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "gpt2"}))
+    return ["'gpt2'", "qwen2"]
+
+
+def other_width(folder: Path) -> list[str]:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 64}))
+    return ["mlp.gate_proj.weight", "(48, 32)", "(64, 32)"]
+
+
+def truncated_weights(folder: Path) -> list[str]:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return ["model.safetensors", "not a readable safetensors file"]
+
+
+def missing_key(folder: Path) -> list[str]:
+    """The header without one tensor; the bytes stay."""
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+    header["model.norm.wight"] = header.pop("model.norm.weight")
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + content[8 + size :])
+    return ["missing model.norm.weight", "unexpected model.norm.wight"]
+
+
+def reward_model(folder: Path) -> list[str]:
+    from r1fast.models.weights import load_model, save_model
+
+    decoder, _ = load_model(folder, scalar_head=True)
+    save_model(decoder.config, decoder.state_dict(), folder, scalar_head=True, overwrite=True)
+    return ["reward model", "expected a language model"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        no_folder, no_config, no_weights, no_tokenizer, broken_config, broken_tokenizer,
+        unsupported_family, other_width, truncated_weights, missing_key, reward_model,
+    ],
+    ids=lambda damage: damage.__name__,
+)  # fmt: skip
+def test_unloadable_checkpoint(refuse_recipe, base_model: Path, tmp_path: Path, damage: Callable) -> None:
+    folder = shutil.copytree(base_model, tmp_path / "checkpoint")
+    parts = damage(folder)
+    message = refuse_recipe(GRPO, model=folder)
+    for part in ["stages.zero.model", str(folder), *parts]:
+        assert part in message
+
+
+def test_model_that_is_neither_a_folder_nor_on_the_hub(refuse_recipe) -> None:
+    message = refuse_recipe(GRPO, model="no-such-owner/no-such-model")
+    assert "stages.zero.model: no-such-owner/no-such-model" in message and "Hub" in message
+
+
+@pytest.mark.parametrize(
+    ("stage", "key"),
+    [
+        ({**SFT, "kind": "distill", "teacher": "no-such-folder/x/y"}, "teacher"),
+        ({**COLLECT, "few_shot": {"examples_files": ["train.jsonl"], "model": "no-such-folder/x/y"}}, "few_shot.model"),
+        ({**GRPO, "reward_models": {"rm": {"model": "no-such-folder/x/y"}}}, "reward_models.rm.model"),
+        ({**PRETRAIN, "tokenizer": "no-such-folder/x/y"}, "tokenizer"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_models_are_checked_too(refuse_recipe, stage: dict, key: str) -> None:
+    message = refuse_recipe(stage)
+    assert f"stages.{stage['name']}.{key}: " in message and "no-such-folder/x/y: no such folder" in message
+
+
+def test_language_model_as_reward_model(refuse_recipe, base_model: Path) -> None:
+    message = refuse_recipe({**GRPO, "reward_models": {"rm": {"model": str(base_model)}}})
+    assert "stages.zero.reward_models.rm.model" in message and "expected a reward model" in message
+
+
+def test_unknown_key_of_an_architecture(refuse_recipe) -> None:
+    message = refuse_recipe({**PRETRAIN, "architecture": {**PRETRAIN["architecture"], "hiden_act": "silu"}})
+    assert "stages.base.architecture" in message and "'hiden_act'" in message
+
+
+# The graph of stages
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"model": "@bsae"}, ["stages.zero.model: @bsae", "base, data, rm"]),
+        ({"model": "@zero"}, ["stages.zero.model: @zero", "no earlier stage"]),
+        ({"model": "@data"}, ["stages.zero.model: @data", "makes data", "expected a stage that makes model"]),
+        ({"model": "@rm"}, ["stages.zero.model: @rm", "makes reward model"]),
+        ({"train_files": ["train.jsonl", "@base"]}, ["stages.zero.train_files: @base", "makes model"]),
+        ({"reward_models": {"h": {"model": "@base"}}}, ["stages.zero.reward_models.h.model: @base", "reward model"]),
+    ],
+    ids=["misspelt", "itself", "data-for-model", "reward-model-for-model", "model-for-data", "model-for-reward-model"],
+)
+def test_missing_artifact(refuse_recipe, changes: dict, parts: list[str]) -> None:
+    reject = {"name": "data", "kind": "reject", "train_files": ["train.jsonl"]}
+    rewarder = {"name": "rm", "kind": "reward_model", "train_files": ["pairs.jsonl"], "loss": "pairwise"}
+    message = refuse_recipe(PRETRAIN, reject, rewarder, {**GRPO, **changes})
+    for part in parts:
+        assert part in message
+
+
+def test_missing_artifact_as_the_model_of_the_recipe(refuse_recipe) -> None:
+    assert "stages.zero.model: @bsae names no earlier stage" in refuse_recipe(PRETRAIN, GRPO, model="@bsae")
+
+
+def test_no_model_at_all(refuse, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", PROMPTS)
+    config = write_recipe(tmp_path / "mine.yaml", GRPO)
+    assert "stages.zero.model: missing" in refuse("--config", config, "--output-dir", tmp_path / "run")
+
+
+@pytest.mark.parametrize("model", ["@base", None], ids=["of-the-stage", "of-the-recipe"])
+def test_stage_whose_input_is_neither_there_nor_to_be_run(refuse_recipe, model: str | None) -> None:
+    sections = {} if model else {"model": "@base"}
+    message = refuse_recipe(PRETRAIN, {**GRPO, "model": model}, argv=("--stages", "zero"), **sections)
+    assert "stages.zero.model: @base" in message and "base/model does not exist" in message
+
+
+def test_unknown_stage_on_the_command_line(refuse_recipe) -> None:
+    message = refuse_recipe(PRETRAIN, GRPO, argv=("--stages", "base,zeor"))
+    assert "--stages" in message and "'zeor'" in message and "base, zero" in message
+
+
+# The run directory
+
+
+def test_output_where_a_file_is(refuse_recipe, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    assert "--output-dir" in (message := refuse_recipe(GRPO)) and "is a file" in message
+
+
+def test_output_under_a_file(refuse_recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    message = refuse_recipe(GRPO, argv=("--output-dir", tmp_path / "file" / "run"))
+    assert f"--output-dir {tmp_path / 'file' / 'run'}: cannot write" in message
+
+
+def test_output_that_holds_files(refuse_recipe, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("mine")
+    assert "holds files already" in (message := refuse_recipe(GRPO)) and "--resume" in message
+
+
+def test_resume_of_nothing(refuse, refuse_recipe, tmp_path: Path) -> None:
+    assert f"{tmp_path / 'run'} holds no run" in refuse("--resume", "--output-dir", tmp_path / "run")
+    assert "runs/latest holds no run" in refuse("--resume")
+    assert "holds no run" in refuse_recipe(GRPO, argv=("--resume",))
+
+
+def test_resume_with_another_recipe(refuse, refuse_recipe, base_model: Path, tmp_path: Path) -> None:
+    from r1fast.config import dump_recipe, load_recipe
+
+    config = write_recipe(tmp_path / "mine.yaml", GRPO, model={"path": str(base_model)})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump_recipe(load_recipe(str(config), [])))
+    message = refuse("--resume", "--output-dir", tmp_path / "run", "stages.zero.max_steps=7")
+    assert "the recipe differs" in message and "config.yaml" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--config", "tinny"], "'tiny'"),
+        (["stages.zero.max_stepz=3"], "'max_steps'"),
+        (["stages.zero.train_files=[a"], "not valid YAML"),
+        (["--outptu-dir", "x"], "--outptu-dir"),
+        (["zero"], "'zero'"),
+    ],
+    ids=["recipe", "key", "yaml", "option", "word"],
+)
+def test_wrong_command_line(refuse, argv: list[str], part: str) -> None:
+    assert part in refuse(*argv)
+
+
+def test_deepseek_checkpoint_with_a_missing_expert(refuse_recipe, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from tests.tiny_checkpoint import DEEPSEEK_V3
+
+    folder = write_checkpoint(tmp_path / "checkpoint", **DEEPSEEK_V3)
+    state = load_file(folder / "model.safetensors")
+    del state["model.layers.1.mlp.experts.2.up_proj.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "model.layers.1.mlp.experts.2.up_proj.weight" in refuse_recipe(GRPO, model=folder)
