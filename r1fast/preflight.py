@@ -4,6 +4,7 @@ A mistake found here costs seconds and changes nothing on disk.
 """
 
 import importlib.util
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -182,7 +183,7 @@ def _text_problems(recipe: Recipe, stage: Any, key: str, kind: str, rows: list[d
         except ConfigError as error:
             yield f"{key}: {str(error).removeprefix(f'stages.{stage.name}: ')}"
     elif tokenizer is not None and kind == "prompts":
-        limit = check_checkpoint(ref)[0].max_position_embeddings  # type: ignore[arg-type]
+        limit = math.inf if stage.kind == "pretrain" else check_checkpoint(ref)[0].max_position_embeddings  # type: ignore[arg-type]
         for i, (ids, _) in enumerate(encode_prompts([row["prompt"] for row in rows], tokenizer, stage)):
             row = f"row {i + 1} ({str(rows[i]['prompt'])[:60]!r}) has {len(ids)} prompt tokens"
             if len(ids) > stage.max_prompt_length:

@@ -151,11 +151,11 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def torchrun(script: str, *args: str, num_ranks: int = 2, timeout_s: float = 60) -> None:
-    """Run tests/dist/<script> on gloo processes of one thread each."""
+    """Run a script of tests/dist (or a whole path) on gloo processes of one thread each."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     result = subprocess.run(
-        [*command, str(Path(__file__).with_name(script)), *args],
+        [*command, str(Path(__file__).parent / script), *args],
         env=environment,
         timeout=timeout_s,
         capture_output=True,

@@ -229,3 +229,15 @@ def test_nothing_is_overwritten_unasked(make_checkpoint, tmp_path: Path, monkeyp
         save_model(decoder.config, decoder.state_dict(), tmp_path)
     save_model(decoder.config, decoder.state_dict(), tmp_path, overwrite=True)
     assert [file.name for file in tmp_path.glob("*safetensors*")] == ["model.safetensors"]  # no stale shards
+
+
+def test_eos_ids_of_the_generation_config_count(make_checkpoint, tmp_path: Path) -> None:
+    """Chat models end a turn with a token that only generation_config.json knows."""
+    folder = shutil.copytree(make_checkpoint("qwen2-tied").folder, tmp_path / "chat")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [7, 2, 9]}))
+    assert load_model(folder)[0].config.eos_token_id == [2, 7, 9]
+    file.write_text(json.dumps({"eos_token_id": None}))
+    assert load_model(folder)[0].config.eos_token_id == 2
+    file.unlink()
+    assert load_model(folder)[0].config.eos_token_id == 2

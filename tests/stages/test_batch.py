@@ -1,0 +1,122 @@
+"""What the model is fed: encoding with one BOS and one EOS, which tokens are learned, the packed layout, limits."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from r1fast.config import ConfigError
+from r1fast.data.tokenizer import train_tokenizer
+from r1fast.stages.batch import Example, check_lengths, collate, empty_batch, encode_examples, encode_prompts
+from tests.tiny_checkpoint import TEXTS
+
+CPU = torch.device("cpu")
+OPTIONS: dict[str, Any] = {"prompt_template": "chat", "response_format": "think_answer", "prefill_think": False}
+
+
+def options(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{**OPTIONS, **changes})
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(TEXTS, 320)
+
+
+@pytest.fixture
+def without_bos() -> PreTrainedTokenizerBase:
+    """As Qwen's."""
+    found = train_tokenizer(TEXTS, 320)
+    found.bos_token = None
+    return found
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_packed_layout() -> None:
+    """Two examples by hand: inputs drop each last token; a learned token's input is the one before it."""
+    batch = collate([Example([1, 2, 3], [4, 5], {"a": 0.5, "m": [1, 0]}), Example([6], [7], {"a": 2.0, "m": [1]})], CPU)
+    assert batch.input_ids_T.tolist() == [1, 2, 3, 4, 6]
+    assert (batch.cu_seqlens.tolist(), batch.loss_cu_seqlens.tolist()) == ([0, 4, 5], [0, 2, 3])
+    assert batch.loss_index_M.tolist() == [2, 3, 4] and batch.target_ids_M.tolist() == [4, 5, 7]
+    assert batch.values["a"].tolist() == [0.5, 2.0] and batch.values["m"].tolist() == [1, 0, 1]
+    assert batch.cu_seqlens.dtype == batch.loss_cu_seqlens.dtype == torch.int32
+
+
+def test_empty_batch_learns_nothing() -> None:
+    batch = empty_batch(CPU)
+    assert batch.input_ids_T.numel() > 0 and batch.loss_index_M.numel() == batch.target_ids_M.numel() == 0
+
+
+@pytest.mark.parametrize("template", ["chat", "plain", "r1_zero", "tokenizer"])
+def test_one_bos_and_one_eos_whatever_the_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    rows = [{"prompt": "one ?", "completion": "two"}]
+    (example,) = encode_examples(rows, tokenizer, options(prompt_template=template, response_format="think_summary"))
+    ids = example.prompt_ids + example.completion_ids
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+
+
+def test_messages_and_prompt_with_completion_are_the_same_example(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [{"role": "user", "content": "one ?"}, {"role": "assistant", "content": "two"}]
+    rows = [{"messages": turns}, {"prompt": "one ?", "completion": "two"}, {"prompt": turns[:1], "completion": "two"}]
+    first, *others = encode_examples(rows, tokenizer, options())
+    assert others == [first, first]
+    assert text_of(tokenizer, first.completion_ids) == f"two{tokenizer.eos_token}"
+
+
+def test_all_turns_but_the_last_are_the_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [("system", "red"), ("user", "one ?"), ("assistant", "two"), ("user", "three ?"), ("assistant", "four")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (example,) = encode_examples([row], tokenizer, options())
+    assert text_of(tokenizer, example.completion_ids) == f"four{tokenizer.eos_token}"
+    prompt = text_of(tokenizer, example.prompt_ids)
+    assert all(text in prompt for text in ("red", "one ?", "two", "three ?")) and "four" not in prompt
+
+
+def test_text_is_learned_from_its_first_token(tokenizer: PreTrainedTokenizerBase, without_bos) -> None:
+    (example,) = encode_examples([{"text": "red blue"}], tokenizer, options())
+    assert example.prompt_ids == [tokenizer.bos_token_id]
+    assert text_of(tokenizer, example.completion_ids) == f"red blue{tokenizer.eos_token}"
+    (example,) = encode_examples([{"text": "red blue"}], without_bos, options())
+    assert example.prompt_ids == [tokenizer.eos_token_id]  # something has to stand before the first token
+
+
+def test_unmasked_prompts_are_learned(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"prompt": "one ?", "completion": "two"}]
+    masked, whole = (encode_examples(rows, tokenizer, options(), mask_prompt=mask)[0] for mask in (True, False))
+    assert whole.prompt_ids + whole.completion_ids == masked.prompt_ids + masked.completion_ids
+    assert len(whole.prompt_ids) == 1 < len(masked.prompt_ids)
+
+
+@pytest.mark.parametrize("completion", ["<think> yes </think> no", " yes </think> no"], ids=["opened", "not-opened"])
+def test_prefilled_prompts_open_the_reasoning_once(tokenizer: PreTrainedTokenizerBase, completion: str) -> None:
+    rows = [{"prompt": "one ?", "completion": completion}]
+    (example,) = encode_examples(rows, tokenizer, options(prefill_think=True))
+    text = text_of(tokenizer, example.prompt_ids + example.completion_ids)
+    assert text.count("<think>") == 1 and text.endswith(f"<think> yes </think> no{tokenizer.eos_token}")
+    assert text_of(tokenizer, example.prompt_ids).endswith("<think>")
+
+
+def test_empty_prompt_needs_a_bos_token(tokenizer: PreTrainedTokenizerBase, without_bos) -> None:
+    """Without one there is no input from which the first token could be predicted."""
+    (example,) = encode_examples([{"prompt": "", "completion": "x"}], tokenizer, options(prompt_template="plain"))
+    assert example.prompt_ids == [tokenizer.bos_token_id]
+    with pytest.raises(ValueError, match="row 1 has an empty prompt"):
+        encode_prompts(["one", ""], without_bos, options(prompt_template="plain"))
+
+
+def test_lengths_count_every_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"prompt": "one ?", "completion": "two"}, {"prompt": "red ? " * 5, "completion": "blue"}]
+    units = [[example] for example in encode_examples(rows, tokenizer, options())]
+    longest = max(len(unit[0].prompt_ids) + len(unit[0].completion_ids) for unit in units)
+    stage = SimpleNamespace(name="s", max_length=longest, max_tokens_per_microbatch=longest - 1)
+    check_lengths(units, rows, stage)
+    with pytest.raises(ConfigError, match=rf"stages.s: the row 'red .* {longest} tokens, more than max_length"):
+        check_lengths(units, rows, SimpleNamespace(**{**vars(stage), "max_length": longest - 1}))
+    with pytest.raises(ConfigError, match=r"more than max_tokens_per_microbatch"):
+        check_lengths(units, rows, SimpleNamespace(**{**vars(stage), "max_tokens_per_microbatch": longest - 2}))

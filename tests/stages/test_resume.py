@@ -1,0 +1,252 @@
+"""A stage that is killed and resumed ends with the same bits as one that was not: weights, metrics, samples."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from r1fast.stages import grpo, sft
+from r1fast.stages.training import Trainer
+from tests.tiny_checkpoint import DEEPSEEK_V3, PROMPTS, tree, write_checkpoint, write_jsonl, write_recipe
+
+ROOT = Path(__file__).parents[2]
+CLOCK = ("time", "step_time", "tokens_per_second")  # the metrics that need not be the same
+SFT = {
+    "name": "tuned", "kind": "sft", "train_files": ["sft.jsonl"], "batch_size": 3, "num_train_epochs": 3,
+    "optimizer": "muon", "learning_rate": 1e-3, "save_steps": 2, "router_bias_update_rate": 0.01,
+}  # fmt: skip
+GRPO = {
+    "name": "zero", "kind": "grpo", "train_files": ["train.jsonl"], "prompt_template": "chat", "max_prompt_length": 40,
+    "max_completion_length": 6, "num_generations": 4, "prompts_per_step": 3, "steps_per_generation": 2, "max_steps": 7,
+    "beta": 0.05, "ref_model_sync_steps": 3, "learning_rate": 5e-3, "lr_scheduler_type": "linear", "save_steps": 2,
+    "rewards": {"mine": {"function": "rewards.py:count"}}, "router_bias_update_rate": 0.01,
+    "log_completions_steps": 1,
+}  # fmt: skip
+# KILL names a file: the reward's call after it appeared kills the trainer, which is the parent of the reward's process.
+REWARDS = """
+import os, pathlib, signal
+
+def count(completions, completion_ids, **_):
+    marker = pathlib.Path("kill")
+    if marker.exists():
+        marker.unlink()
+        os.kill(os.getppid(), signal.SIGKILL)
+    return [len(set(ids)) / len(ids) for ids in completion_ids]
+"""
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where the process has to live on."""
+
+
+@pytest.fixture(scope="module")
+def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("moe"), **DEEPSEEK_V3)
+
+
+@pytest.fixture
+def start(command: Callable[..., int], moe_model: Path, tmp_path: Path) -> Callable[..., int]:
+    """Starts a recipe of these stages in RUN."""
+    write_jsonl(tmp_path / "train.jsonl", PROMPTS)
+    rows = [{"prompt": f"What is {i} ?", "completion": "red " * (1 + i % 4)} for i in range(8)]
+    write_jsonl(tmp_path / "sft.jsonl", rows)
+    (tmp_path / "rewards.py").write_text(REWARDS)
+
+    def run(run_dir: str, *stages: dict[str, Any]) -> int:
+        config = write_recipe(tmp_path / f"{run_dir}.yaml", *stages, name="same", model={"path": str(moe_model)})
+        return command("--config", config, "--output-dir", run_dir)
+
+    return run
+
+
+def results(stage_dir: Path) -> dict[str, Any]:
+    """What must not depend on having been killed."""
+    files = tree(stage_dir)
+    rows = [json.loads(line) for line in (stage_dir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        for name in CLOCK:
+            row.pop(name, None)
+    kept = {path: content for path, content in files.items() if path.startswith(("model", "samples"))}
+    return {"metrics": rows, "checkpoints": sorted(path.name for path in (stage_dir / "checkpoints").iterdir()), **kept}
+
+
+def assert_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert got.keys() == expected.keys()
+    assert got["metrics"] == expected["metrics"]
+    assert [name for name in expected if got[name] != expected[name]] == []
+
+
+def trainer_process(tmp_path: Path, run_dir: str) -> subprocess.Popen:
+    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    return subprocess.Popen(
+        [sys.executable, "-m", "r1fast.train", "--config", f"{run_dir}.yaml", "--output-dir", run_dir],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_grpo_killed_in_the_middle_of_a_step(start, command, moe_model: Path, tmp_path: Path) -> None:
+    assert start("whole", GRPO) == 0
+    write_recipe(tmp_path / "killed.yaml", GRPO, name="same", model={"path": str(moe_model)})
+    process = trainer_process(tmp_path, "killed")
+    zero = tmp_path / "killed" / "zero"
+    wait_for(zero / "checkpoints" / "step_2", process)
+    (tmp_path / "kill").touch()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    steps_before = len((zero / "metrics.jsonl").read_text().splitlines())
+    assert 2 <= steps_before < 7
+    assert json.loads((tmp_path / "killed" / "summary.json").read_text())["stages"][0]["status"] == "running"
+    assert command("--resume", "--output-dir", "killed") == 0
+    assert_same(results(zero), results(tmp_path / "whole" / "zero"))
+
+
+def test_sft_killed_at_any_time(start, command, moe_model: Path, tmp_path: Path) -> None:
+    stage = {**SFT, "num_train_epochs": 12, "save_steps": 1}
+    assert start("whole", stage) == 0
+    write_recipe(tmp_path / "killed.yaml", stage, name="same", model={"path": str(moe_model)})
+    process = trainer_process(tmp_path, "killed")
+    wait_for(tmp_path / "killed" / "tuned" / "checkpoints" / "step_3", process)
+    process.kill()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "tuned" / "model").exists()
+    assert command("--resume", "--output-dir", "killed") == 0
+    assert_same(results(tmp_path / "killed" / "tuned"), results(tmp_path / "whole" / "tuned"))
+
+
+def before_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int) -> None:
+    """The given call of owner.name raises Killed in place of running; later ones run."""
+    calls = iter(range(1, 10**6))
+    original = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.fixture
+def kill_and_resume(start, command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Runs a stage whole, and again with kills at the given (owner, name, number of the call); compares the results."""
+
+    def run(stage: dict[str, Any], *kills: tuple[Any, str, int]) -> None:
+        assert start("whole", stage) == 0
+        for i, kill in enumerate(kills):
+            with monkeypatch.context() as patch:
+                before_call(patch, *kill)
+                with pytest.raises(Killed):
+                    _ = command("--resume", "--output-dir", "killed") if i else start("killed", stage)
+        assert command("--resume", "--output-dir", "killed") == 0
+        assert_same(results(tmp_path / "killed" / stage["name"]), results(tmp_path / "whole" / stage["name"]))
+
+    return run
+
+
+# What is called in place of the next thing that is killed.
+POINTS = {
+    "before-the-first-step": ("update", 1),
+    "between-checkpoints": ("update", 6),
+    "while-a-checkpoint-is-written": ("publish", 2),
+    "after-the-last-step": ("save", 1),
+    "after-the-model-is-saved": ("end", 1),
+}
+
+
+def point(name: str, module: Any) -> tuple[Any, str, int]:
+    from r1fast.dist import checkpoint
+    from r1fast.stages.context import StageContext
+
+    where, number = POINTS[name]
+    owners = {
+        "update": (Trainer, "update"),
+        "publish": (checkpoint, "_publish"),
+        "save": (StageContext, "save"),
+        "end": (module, "evaluate_end"),
+    }
+    return *owners[where], number
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_sft_killed(kill_and_resume, name: str) -> None:
+    kill_and_resume(SFT, point(name, sft))
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_grpo_killed(kill_and_resume, name: str) -> None:
+    kill_and_resume(GRPO, point(name, grpo))
+
+
+def test_grpo_killed_between_the_updates_of_a_rollout(kill_and_resume) -> None:
+    """Step 4 begins at update 7 and has two: the rollout is sampled again from the checkpoint of step 2."""
+    kill_and_resume(GRPO, (Trainer, "update", 8))
+
+
+def test_grpo_killed_three_times(kill_and_resume) -> None:
+    kill_and_resume(GRPO, (Trainer, "update", 6), (Trainer, "update", 5), (Trainer, "update", 3))
+
+
+def test_grpo_with_a_frozen_reference_and_repeated_rollouts(kill_and_resume) -> None:
+    stage = {**GRPO, "ref_model_sync_steps": None, "num_iterations": 2, "save_steps": 1, "max_steps": 4}
+    kill_and_resume(stage, (Trainer, "update", 11))
+
+
+def test_torn_checkpoint_is_passed_over(start, command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert start("whole", SFT) == 0
+    with monkeypatch.context() as patch:
+        before_call(patch, Trainer, "update", 6)
+        with pytest.raises(Killed):
+            start("killed", SFT)
+    payload = next((tmp_path / "killed" / "tuned" / "checkpoints" / "step_4").glob("*.distcp"))
+    content = bytearray(payload.read_bytes())
+    content[len(content) // 2] ^= 1
+    payload.write_bytes(content)
+    assert command("--resume", "--output-dir", "killed") == 0
+    assert_same(results(tmp_path / "killed" / "tuned"), results(tmp_path / "whole" / "tuned"))
+
+
+def test_finished_stages_are_not_touched(start, command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    second = {**GRPO, "model": "@tuned"}
+    assert start("whole", SFT, second) == 0
+    with monkeypatch.context() as patch:
+        before_call(patch, Trainer, "update", 9 + 5)  # sft takes nine
+        with pytest.raises(Killed):
+            start("killed", SFT, second)
+    tuned = tmp_path / "killed" / "tuned"
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tuned.rglob("*")}
+    assert command("--resume", "--output-dir", "killed") == 0
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tuned.rglob("*")} == before
+    assert_same(results(tmp_path / "killed" / "zero"), results(tmp_path / "whole" / "zero"))
+    summary = json.loads((tmp_path / "killed" / "summary.json").read_text())
+    assert [entry["status"] for entry in summary["stages"]] == ["done", "done"]
+
+
+def test_resume_of_a_finished_run_changes_no_result(start, command, tmp_path: Path) -> None:
+    assert start("whole", SFT) == 0
+    before = tree(tmp_path / "whole" / "tuned")
+    assert command("--resume", "--output-dir", "whole") == 0
+    assert tree(tmp_path / "whole" / "tuned") == before
+
+
+def test_seeds_matter(start, tmp_path: Path) -> None:
+    """The comparisons above could not fail if nothing in a run depended on its history."""
+    assert start("one", GRPO) == 0
+    assert start("other", {**GRPO, "seed": 1}) == 0
+    one, other = results(tmp_path / "one" / "zero"), results(tmp_path / "other" / "zero")
+    assert one["metrics"] != other["metrics"] and one["model/model.safetensors"] != other["model/model.safetensors"]

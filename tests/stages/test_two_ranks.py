@@ -1,0 +1,94 @@
+"""Same numbers, however it is cut (design.md, contract 1): one step on two gloo processes, and in micro-batches, is the
+step of one process in one batch: loss, metrics and the whole gradient in fp32 to 1e-5."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from r1fast.dist.mesh import init_distributed
+from tests.dist.tiny_model import torchrun
+from tests.stages import gradient_cases
+from tests.stages.gradient_cases import CASES, run_cases
+from tests.tiny_checkpoint import DEEPSEEK_V3, write_checkpoint
+
+STEPS = [name for name in CASES if name not in ("rollout", "sft-local-denominator")]
+MICRO = [name for name in STEPS if name.removesuffix("-micro") in STEPS and name.endswith("-micro")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("moe"), **DEEPSEEK_V3)
+
+
+@pytest.fixture(scope="module")
+def one_rank(model: Path) -> Iterator[dict[str, Any]]:
+    num_threads = torch.get_num_threads()
+    dist = init_distributed("cpu")
+    yield run_cases(dist, str(model))
+    dist.close()
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("two_ranks") / "results.pt"
+    torchrun(gradient_cases.__file__, str(model), str(output))
+    return torch.load(output, weights_only=False)
+
+
+def difference(got: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The largest relative error of the loss and of any parameter's gradient (in norm), over all updates."""
+    assert len(got["gradients"]) == len(expected["gradients"]) > 0
+    loss = expected["metrics"]["loss"]
+    errors = [abs(got["metrics"]["loss"] - loss) / max(abs(loss), 1e-3)]
+    for ours, theirs in zip(got["gradients"], expected["gradients"], strict=True):
+        assert ours.keys() == theirs.keys()
+        whole = torch.cat([grad.flatten() for grad in theirs.values()]).norm()
+        # A tensor whose gradient is all but zero is compared to the whole.
+        errors += [float((ours[name] - grad).norm() / max(grad.norm(), 1e-3 * whole)) for name, grad in theirs.items()]
+    return max(errors)
+
+
+def assert_same_metrics(got: dict[str, float], expected: dict[str, float]) -> None:
+    assert got == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_has_a_gradient(one_rank, name: str) -> None:
+    """Else all comparisons would be of zeros."""
+    for gradients in one_rank[name]["gradients"]:
+        assert all(torch.isfinite(grad).all() for grad in gradients.values())
+    first = one_rank[name]["gradients"][0]
+    assert min(float(grad.norm()) for key, grad in first.items() if "layers.0" in key or "embed" in key) > 0
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_micro_batches_change_nothing(one_rank, name: str) -> None:
+    got, expected = one_rank[name], one_rank[name.removesuffix("-micro")]
+    assert difference(got, expected) < 1e-5
+    assert_same_metrics(got["metrics"], expected["metrics"])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", STEPS)
+def test_two_ranks_are_one(one_rank, two_ranks, name: str) -> None:
+    assert difference(two_ranks[name], one_rank[name]) < 1e-5
+    assert_same_metrics(two_ranks[name]["metrics"], one_rank[name]["metrics"])
+
+
+@pytest.mark.dist
+def test_a_local_denominator_would_be_seen(one_rank, two_ranks) -> None:
+    assert difference(one_rank["sft-local-denominator"], one_rank["sft"]) == 0.0  # one rank: the same thing
+    assert difference(two_ranks["sft-local-denominator"], one_rank["sft"]) > 0.1
+
+
+@pytest.mark.dist
+def test_two_ranks_sample_what_one_does(one_rank, two_ranks) -> None:
+    got, expected = two_ranks["rollout"], one_rank["rollout"]
+    assert got["ids"] == expected["ids"] and got["groups"] == expected["groups"] == [0] * 4 + [1] * 4 + [2] * 4
+    assert len({tuple(ids) for ids in expected["ids"]}) > 9  # samples differ
+    for ours, theirs in zip(got["logprobs"], expected["logprobs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
