@@ -14,6 +14,7 @@ import pytest
 
 from r1fast.stages import grpo, sft
 from r1fast.stages.training import Trainer
+from tests.stages.conftest import QUESTIONS
 from tests.tiny_checkpoint import DEEPSEEK_V3, PROMPTS, tree, write_checkpoint, write_jsonl, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,11 @@ def results(stage_dir: Path) -> dict[str, Any]:
     for row in rows:
         for name in CLOCK:
             row.pop(name, None)
-    kept = {path: content for path, content in files.items() if path.startswith(("model", "samples"))}
+    kept = {
+        path: content
+        for path, content in files.items()
+        if path.startswith(("model", "samples", "data.jsonl", "dropped.jsonl"))
+    }
     return {"metrics": rows, "checkpoints": sorted(path.name for path in (stage_dir / "checkpoints").iterdir()), **kept}
 
 
@@ -205,6 +210,32 @@ def test_grpo_killed_three_times(kill_and_resume) -> None:
 def test_grpo_with_a_frozen_reference_and_repeated_rollouts(kill_and_resume) -> None:
     stage = {**GRPO, "ref_model_sync_steps": None, "num_iterations": 2, "save_steps": 1, "max_steps": 4}
     kill_and_resume(stage, (Trainer, "update", 11))
+
+
+def test_reward_model_killed(kill_and_resume, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {i} ?", "chosen": "good " * (1 + i % 3), "rejected": "bad"} for i in range(12)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    stage = {"name": "rm", "kind": "reward_model", "train_files": ["pairs.jsonl"], "loss": "pairwise", "batch_size": 3}
+    kill_and_resume({**stage, "num_train_epochs": 2, "learning_rate": 1e-3, "save_steps": 2}, (Trainer, "update", 6))
+
+
+def test_pretrain_killed(kill_and_resume) -> None:
+    stage = {"name": "base", "kind": "pretrain", "train_files": ["sft.jsonl"], "architecture": dict(DEEPSEEK_V3)}
+    kill_and_resume({**stage, "max_steps": 6, "batch_size": 3, "save_steps": 2}, (Trainer, "update", 4))
+
+
+@pytest.mark.parametrize("number", [1, 4], ids=["after-sampling", "between-checkpoints"])
+def test_distill_killed(kill_and_resume, taught_model: Path, tmp_path: Path, number: int) -> None:
+    """The teacher's samples are those of before, and so is the record of what was dropped."""
+    write_jsonl(tmp_path / "questions.jsonl", QUESTIONS)
+    stage = {
+        "name": "small", "kind": "distill", "teacher": str(taught_model), "train_files": ["questions.jsonl"],
+        "response_format": "think_answer", "max_prompt_length": 100, "max_completion_length": 32, "num_samples": 4,
+        "batch_size": 3, "num_train_epochs": 2, "save_steps": 2, "learning_rate": 1e-3,
+    }  # fmt: skip
+    kill_and_resume(stage, (Trainer, "update", number))
+    runs = [json.loads((tmp_path / run / "summary.json").read_text())["stages"][0] for run in ("killed", "whole")]
+    assert runs[0]["numbers"] == runs[1]["numbers"] and runs[0]["numbers"]["dropped"]
 
 
 def test_torn_checkpoint_is_passed_over(start, command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
