@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from r1fast.config import ConfigError, Recipe, dump_recipe
+from r1fast.config import ConfigError, dump_recipe
 from r1fast.dist.mesh import Dist
 from r1fast.observe.progress import ChainProgress
 from r1fast.observe.trackers import open_trackers
+from r1fast.schema import Recipe
 from r1fast.stages.context import StageContext
 
 MAKES_MODEL = {"pretrain", "sft", "grpo", "distill"}

@@ -12,7 +12,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from r1fast.config import ConfigError, Recipe
+from r1fast.config import ConfigError
+from r1fast.schema import Recipe
 
 DATA_KIND = {
     "pretrain": "sft", "sft": "sft", "distill": "sft",

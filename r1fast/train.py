@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from r1fast.config import Recipe
+    from r1fast.schema import Recipe
 
 
 def choose_threads(resumed: Path | None) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from r1fast.config import RECIPES, ConfigError, Recipe, dump_recipe, load_recipe
+from r1fast.config import RECIPES, ConfigError, dump_recipe, load_recipe
+from r1fast.schema import Recipe
 
 ZERO = "{name: zero, kind: grpo, train_files: [a.jsonl]}"
 ALL_KINDS = """

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from r1fast import pipeline
-from r1fast.config import ConfigError, Recipe
+from r1fast.config import ConfigError
 from r1fast.dist.mesh import Dist
 from r1fast.pipeline import Run, check_references, references
+from r1fast.schema import Recipe
 from tests.tiny_checkpoint import GRPO, PROMPTS, write_jsonl, write_recipe
 
 STAGES: list[dict[str, Any]] = [

@@ -7,9 +7,10 @@ form `|special_token|<reasoning>|special_token|<summary>`.
 import random
 from typing import Any
 
-from r1fast.config import ConfigError, FewShotOptions
+from r1fast.config import ConfigError
 from r1fast.data.sources import load_rows
 from r1fast.data.templates import FEW_SHOT_STOP, RESPONSE_FORMATS, render_prompt
+from r1fast.schema import FewShotOptions
 from r1fast.stages.batch import Prompt, encode_texts, with_bos
 from r1fast.stages.context import StageContext
 from r1fast.stages.reject import select, sft_row

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from r1fast.config import ConfigError, Recipe
+from r1fast.config import ConfigError
 from r1fast.dist.mesh import Dist
 from r1fast.dist.parallelize import full_state_dict, parallelize
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model, save_model
 from r1fast.observe.metrics import StageLog
 from r1fast.observe.progress import active_progress
+from r1fast.schema import Recipe
 
 
 @dataclass

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from r1fast.config import ConfigError, GRPOStage
+from r1fast.config import ConfigError
 from r1fast.data.sources import load_rows
 from r1fast.dist.parallelize import copy_weights
 from r1fast.models.decoder import Decoder
+from r1fast.schema import GRPOStage
 from r1fast.stages.batch import Batch, Example
 from r1fast.stages.context import StageContext
 from r1fast.stages.evaluate import evaluate_end, evaluate_start

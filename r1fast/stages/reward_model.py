@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1fast.config import ConfigError, RewardModelSpec
+from r1fast.config import ConfigError
 from r1fast.data.sources import load_rows
 from r1fast.models.decoder import Decoder
+from r1fast.schema import RewardModelSpec
 from r1fast.stages.batch import Batch, Example, check_lengths, encode_prompts, encode_texts
 from r1fast.stages.context import StageContext
 from r1fast.stages.sampling import Sample, summary_of
@@ -40,33 +41,32 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
 def _encode(ctx: StageContext, tokenizer: Any, rows: Sequence[dict]) -> list[list[Example]]:
     """One unit per row: [chosen, rejected], or one labelled example."""
-    if ctx.stage.loss == "pairwise":
-        chosen = score_examples(ctx, tokenizer, rows, [row["chosen"] for row in rows], ctx.stage.score_on)
-        rejected = score_examples(ctx, tokenizer, rows, [row["rejected"] for row in rows], ctx.stage.score_on)
-        units = [list(pair) for pair in zip(chosen, rejected)]
+    stage = ctx.stage
+
+    def read(column: str) -> list[Example]:
+        texts = [row[column] for row in rows]
+        if stage.score_on == "summary":
+            texts = [summary_of(text, stage.response_format) for text in texts]
+        return score_examples(tokenizer, rows, texts, stage)
+
+    if stage.loss == "pairwise":
+        units = [[chosen, rejected] for chosen, rejected in zip(read("chosen"), read("rejected"))]
     else:
-        units = [
-            [example]
-            for example in score_examples(ctx, tokenizer, rows, [r["response"] for r in rows], ctx.stage.score_on)
-        ]
+        units = [[example] for example in read("response")]
         for (example,), row in zip(units, rows):
             example.values["label"] = float(row["label"])
-    check_lengths(units, rows, ctx.stage)
+    check_lengths(units, rows, stage)
     return units
 
 
-def score_examples(
-    ctx: StageContext, tokenizer: Any, rows: Sequence[dict], responses: Sequence[str], score_on: str
-) -> list[Example]:
-    """Prompt and what is scored, ended by EOS, at whose position the head is read."""
-    prompts = encode_prompts([row["prompt"] for row in rows], tokenizer, ctx.stage)
-    if score_on == "summary":
-        responses = [summary_of(text, ctx.stage.response_format) for text in responses]
+def score_examples(tokenizer: Any, rows: Sequence[dict], texts: Sequence[str], options: Any) -> list[Example]:
+    """Prompt and the text that is scored, ended by EOS, at whose position the head is read."""
+    prompts = encode_prompts([row["prompt"] for row in rows], tokenizer, options)
     eos = tokenizer.eos_token_id
     # The second EOS is the target of the first, which makes the first an input; the head never looks at targets.
     return [
-        Example(p.ids, [*r, eos, eos], {})
-        for p, r in zip(prompts, encode_texts(list(responses), tokenizer), strict=True)
+        Example(prompt.ids, [*ids, eos, eos], {})
+        for prompt, ids in zip(prompts, encode_texts(texts, tokenizer), strict=True)
     ]
 
 
@@ -135,7 +135,7 @@ class RewardModels:
     """The reward models of a GRPO stage, applied to the samples of their domains."""
 
     def __init__(self, ctx: StageContext, specs: dict[str, RewardModelSpec], response_format: str) -> None:
-        self.ctx, self.specs = ctx, specs
+        self.ctx, self.specs, self.response_format = ctx, specs, response_format
         self.weights = {name: spec.weight for name, spec in specs.items()}
         self.models = {name: ctx.load(spec.model, trainable=False, scalar_head=True) for name, spec in specs.items()}
 
@@ -149,8 +149,13 @@ class RewardModels:
             if not chosen:
                 continue
             with self.ctx.phase("reward"):
-                rows, texts = [s.row for s in chosen], [s.text for s in chosen]
-                examples = score_examples(self.ctx, tokenizer, rows, texts, spec.score_on)
+                texts = [s.text for s in chosen]
+                if spec.score_on == "summary":
+                    texts = [summary_of(s.text, self.response_format, s.prefilled) for s in chosen]
+                # The policy's prompts may be rendered otherwise than those that the reward model learned from.
+                how = {"prompt_template": spec.prompt_template, "prefill_think": False}
+                options = self.ctx.stage.model_copy(update=how)
+                examples = score_examples(tokenizer, [s.row for s in chosen], texts, options)
                 scores = map_packed(self.ctx, model, examples, score_head, per_token=False)
             for sample, score in zip(chosen, torch.tensor(scores).sigmoid().tolist()):
                 sample.rewards[name] = score

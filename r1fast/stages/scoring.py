@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from r1fast.config import ConfigError, RewardSpec
+from r1fast.config import ConfigError
 from r1fast.rewards.pool import RewardPool
+from r1fast.schema import RewardSpec
 from r1fast.stages.context import StageContext
 from r1fast.stages.sampling import Sample
 

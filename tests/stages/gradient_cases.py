@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from r1fast.config import Recipe
 from r1fast.dist.mesh import Dist, init_distributed
+from r1fast.schema import Recipe
 from r1fast.stages.batch import Example, encode_examples
 from r1fast.stages.context import StageContext
 from r1fast.stages.grpo import Learner

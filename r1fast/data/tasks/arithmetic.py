@@ -23,7 +23,7 @@ WORDS = {"en": ("first", "then", "so"), "zh": ("先算", "再算", "所以")}
 DIRECT, DIRECT_CORRECT = 0.40, 0.15
 WRONG_PRECEDENCE, SLIP = 0.35, 0.06
 WORDS_OF_PROMPT, WORDS_OF_OTHER = 0.35, 0.15
-FULL_TAGS, BROKEN_TAGS = 0.40, 0.25
+FULL_TAGS, BROKEN_TAGS = 0.33, 0.27
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,308 @@
+"""Every option of a recipe, with its meaning: the typed schema. Names are TRL's or verl's where they exist."""
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+PromptTemplate = Literal["r1_zero", "chat", "plain", "few_shot", "tokenizer"]
+ResponseFormatName = Literal["think_answer", "special_token", "think_summary"]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+class ModelSection(Strict):
+    """The model that a stage starts from when it names none."""
+
+    path: str | None = None  # a folder, a Hub id, or @stage
+    dtype: Dtype = "auto"  # of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU. Master weights are float32.
+
+
+class TrainerSection(Strict):
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradient reduction over ranks
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+class KernelsSection(Strict):
+    impl: Literal["reference"] | None = None  # None: the best that an op has on this device
+
+
+class RolloutSection(Strict):
+    max_num_seqs: Positive = 512
+
+
+class RewardWorkers(Strict):
+    num_workers: Positive = 1
+    timeout_s: Annotated[float, Field(gt=0)] = 30.0
+
+
+class RewardSpec(Strict):
+    """A reward's weight, the domains it applies to (all when empty), and keyword arguments of the function."""
+
+    model_config = ConfigDict(extra="allow")
+    function: str | None = None  # registry name or dotted path; None: the name of the reward
+    weight: float = 1.0
+    domains: list[str] = []
+
+
+class RewardModelSpec(Strict):
+    """A reward model's part in the reward: sigmoid(score) * weight, on the domains named."""
+
+    model: str
+    prompt_template: PromptTemplate = "chat"  # that it was trained with
+    weight: float = 1.0
+    domains: list[str] = []
+    score_on: Literal["summary", "response"] = "response"
+
+
+class StageBase(Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # of a folder in the run directory
+    model: str | None = None  # @stage, folder or Hub id; None: the recipe's model.path
+    seed: int | None = None  # None: the recipe's seed
+
+
+class EvalOptions(Strict):
+    """What is measured before and after a stage, on samples at `eval_temperature`."""
+
+    eval_files: list[str] = []
+    eval_rewards: dict[str, dict[str, Any]] = {"accuracy": {}, "format": {}}
+    eval_num_samples: Positive = 4  # k of pass@1 over k samples, and of cons@k
+    eval_temperature: NonNegative = 1.0
+    eval_greedy: bool = True
+    eval_limit: Positive | None = None  # rows of eval_files
+    eval_before: bool = True
+
+
+class GenerateOptions(Strict):
+    prompt_template: PromptTemplate = "r1_zero"
+    response_format: ResponseFormatName = "think_answer"
+    prefill_think: bool = False  # end the prompt with <think>
+    max_prompt_length: Positive = 512
+    max_completion_length: Positive = 512
+
+
+class TrainOptions(Strict):
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # of learning_rate, at the end of a decaying schedule
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.4  # share of the steps that decay (wsd)
+    weight_decay: NonNegative = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_tokens_per_microbatch: Positive = 16384
+    router_bias_update_rate: NonNegative = 0.0  # DeepSeek-V3's balance rule; 0 freezes the bias, as in V3's last phase
+    save_steps: Positive = 100  # the last step is always saved
+
+
+class FilterOptions(Strict):
+    """What keeps a sampled response out of a data set; the first reason that applies is recorded."""
+
+    min_language: Annotated[float, Field(ge=0, le=1)] = 1.0
+    max_repetition: Annotated[float, Field(ge=0, le=1)] = 0.2  # share of repeated 10-grams of words
+    max_paragraph_chars: Positive = 2000
+    allow_code: bool = False
+
+
+class SampleOptions(Strict):
+    num_prompts: Positive | None = None  # None: every row of train_files
+    num_samples: Positive = 4
+    temperature: NonNegative = 1.0
+    max_per_prompt: Positive | None = None  # kept, of the samples that pass
+    filters: FilterOptions = FilterOptions()
+
+
+class PretrainStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
+    """Next-token training of a model from scratch; trains its tokenizer too unless it takes one."""
+
+    kind: Literal["pretrain"]
+    train_files: list[str]
+    architecture: dict[str, Any]  # model_type and the fields of the Hugging Face configuration
+    tokenizer: str | None = None  # @stage or a folder; None: train one of vocab_size on train_files
+    vocab_size: Positive = 1024
+    batch_size: Positive = 64  # documents per step
+    max_steps: Positive
+    max_length: Positive = 1024
+    mask_prompt: bool = True
+    prompt_template: PromptTemplate = "chat"
+
+    @model_validator(mode="after")
+    def _check(self) -> "PretrainStage":
+        if self.model is not None:
+            raise ValueError(
+                f"model = {self.model!r} does not apply: pretrain starts from scratch; drop it, or use sft"
+            )
+        return self
+
+
+class SFTStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
+    """Supervised fine-tuning on prompts and completions, or messages."""
+
+    kind: Literal["sft"]
+    train_files: list[str]
+    batch_size: Positive = 128
+    num_train_epochs: Positive = 2
+    max_steps: Positive | None = None  # stops earlier than num_train_epochs
+    max_length: Positive = 32768
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    prompt_template: PromptTemplate = "chat"
+
+
+class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
+    """Group relative policy optimization on rule rewards and reward models."""
+
+    kind: Literal["grpo"]
+    train_files: list[str]
+    rewards: dict[str, float | RewardSpec] = {"accuracy": 1.0, "format": 1.0}
+    reward_models: dict[str, RewardModelSpec] = {}
+    domain_weights: dict[str, NonNegative] = {}  # share of a step's prompts by column `domain`; empty: as they come
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    prompts_per_step: Positive = 16  # per rollout
+    steps_per_generation: Positive = 1  # optimizer steps (minibatches) per rollout
+    num_iterations: Positive = 1  # passes over a rollout
+    max_steps: Positive = 200  # rollouts
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    beta: NonNegative = 0.001
+    epsilon: Annotated[float, Field(gt=0)] = 0.2
+    epsilon_high: Annotated[float, Field(gt=0)] | None = None
+    delta: Annotated[float, Field(gt=1)] | None = None
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "grpo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    mask_truncated_completions: bool = False
+    ref_model_sync_steps: Positive | None = None  # optimizer steps between copies of the policy into the reference
+    sampling_importance_cap: Annotated[float, Field(gt=0)] | None = None  # truncated importance sampling
+    skip_zero_variance_groups: bool = False  # leave them out of the update; exact where beta is 0
+    log_completions: Annotated[int, Field(ge=0)] = 16  # rows of samples/*.parquet per logged step
+    log_completions_steps: Positive = 10
+
+    @model_validator(mode="after")
+    def _check(self) -> "GRPOStage":
+        if not self.rewards and not self.reward_models:
+            raise ValueError("rewards and reward_models are both empty; name at least one")
+        if (self.prompts_per_step * self.num_generations) % self.steps_per_generation:
+            raise ValueError(
+                f"prompts_per_step * num_generations = {self.prompts_per_step * self.num_generations} is not a "
+                f"multiple of steps_per_generation = {self.steps_per_generation}"
+            )
+        longest = self.max_prompt_length + self.max_completion_length
+        if longest >= self.max_tokens_per_microbatch:
+            raise ValueError(
+                f"max_prompt_length + max_completion_length = {longest} does not fit into "
+                f"max_tokens_per_microbatch = {self.max_tokens_per_microbatch}; raise the latter"
+            )
+        if self.loss_type == "cispo" and (self.epsilon_high is None or self.delta is not None):
+            raise ValueError("loss_type cispo caps the ratio at epsilon_high itself: set it (5.0, say), and no delta")
+        if self.skip_zero_variance_groups and self.beta > 0:
+            raise ValueError("skip_zero_variance_groups needs beta 0: such groups still have a KL gradient")
+        return self
+
+
+class FewShotOptions(Strict):
+    """Cold-start samples by prompting with worked examples (Problem, Solution, Summary)."""
+
+    model: str | None = None  # None: the stage's model
+    examples_files: list[str]  # rows {prompt, reasoning, answer, language}: examples of the prompt's language are shown
+    num_examples: Positive = 2
+    num_prompts: Positive | None = None
+    num_samples: Positive = 4
+
+
+class CollectStage(StageBase, GenerateOptions, SampleOptions):
+    """Cold-start data: readable, correct samples of the zero model, and of few-shot prompts, in the cold-start form."""
+
+    kind: Literal["collect"]
+    train_files: list[str]
+    output_format: ResponseFormatName = "special_token"
+    few_shot: FewShotOptions | None = None
+    limit: Positive | None = None  # rows kept
+
+
+class RejectStage(StageBase, GenerateOptions, SampleOptions):
+    """Rejection sampling: many candidates per prompt, only the correct, complete and readable ones kept."""
+
+    kind: Literal["reject"]
+    train_files: list[str]
+    prompt_template: PromptTemplate = "chat"
+    response_format: ResponseFormatName = "special_token"
+
+
+class RewardModelStage(StageBase, TrainOptions, GenerateOptions):
+    """A scalar head on the model, trained on preference pairs (pairwise) or labels (pointwise)."""
+
+    kind: Literal["reward_model"]
+    train_files: list[str]
+    loss: Literal["pairwise", "pointwise"]
+    score_on: Literal["summary", "response"] = "response"
+    batch_size: Positive = 256
+    num_train_epochs: Positive = 1
+    max_length: Positive = 8192
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    center_rewards_coefficient: NonNegative = 0.01  # keeps pairwise scores around 0
+    learning_rate: Annotated[float, Field(gt=0)] = 6e-6
+    prompt_template: PromptTemplate = "chat"
+    response_format: ResponseFormatName = "special_token"
+
+
+class DistillStage(SFTStage, SampleOptions):
+    """SFT of a student on a teacher's samples: those of train_files, or fresh ones when `teacher` is given."""
+
+    kind: Literal["distill"]  # type: ignore[assignment]
+    teacher: str | None = None  # then train_files are prompts
+    response_format: ResponseFormatName = "special_token"
+
+
+class EvaluateStage(StageBase, EvalOptions, GenerateOptions):
+    """pass@1 over k samples with a confidence interval, cons@k, greedy, and the means of eval_rewards."""
+
+    kind: Literal["evaluate"]
+    eval_files: list[str]
+
+
+Stage = Annotated[
+    Annotated[PretrainStage, Tag("pretrain")]
+    | Annotated[SFTStage, Tag("sft")]
+    | Annotated[GRPOStage, Tag("grpo")]
+    | Annotated[CollectStage, Tag("collect")]
+    | Annotated[RejectStage, Tag("reject")]
+    | Annotated[RewardModelStage, Tag("reward_model")]
+    | Annotated[DistillStage, Tag("distill")]
+    | Annotated[EvaluateStage, Tag("evaluate")],
+    Discriminator("kind"),
+]
+KINDS: dict[str, type[StageBase]] = {get_args(arg)[1].tag: get_args(arg)[0] for arg in get_args(get_args(Stage)[0])}
+
+
+class Recipe(Strict):
+    name: str = "recipe"
+    seed: int = 0
+    model: ModelSection = ModelSection()
+    trainer: TrainerSection = TrainerSection()
+    kernels: KernelsSection = KernelsSection()
+    rollout: RolloutSection = RolloutSection()
+    reward_workers: RewardWorkers = RewardWorkers()
+    report_to: list[Literal["wandb", "trackio", "tensorboard"]] = []
+    stages: list[Stage]
+
+    @field_validator("stages")
+    @classmethod
+    def _unique(cls, stages: list[Any]) -> list[Any]:
+        names = [stage.name for stage in stages]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two stages are named {name!r}; names must differ")
+        if not stages:
+            raise ValueError("no stages; name at least one")
+        return stages
+
+    def stage(self, name: str) -> Any:
+        return next(stage for stage in self.stages if stage.name == name)
