@@ -6,16 +6,17 @@ PYTHON ?= python3
 ARGS ?=
 TESTS ?= tests
 BIN := .venv/bin
-export OMP_WAIT_POLICY ?= passive
+# One process per core, two at most: data-parallel processes of one thread each share a busy machine better than threads.
+NPROC ?= $(shell n=$$(nproc); echo $$((n < 2 ? n : 2)))
 
 .PHONY: run test test-gpu bench lint clean
 .DELETE_ON_ERROR:
 
 run: .venv/built
-	$(BIN)/torchrun --nproc-per-node 1 -m r1fast.train $(ARGS)
+	$(BIN)/torchrun --nproc-per-node $(NPROC) -m r1fast.train $(ARGS)
 
 test: .venv/built
-	$(BIN)/python -m pytest $(TESTS) -m "not gpu and not slow"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(TESTS) -m "not gpu and not slow"
 
 test-gpu: .venv/built
 	$(BIN)/python -m pytest $(TESTS) -m gpu

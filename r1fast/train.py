@@ -21,10 +21,11 @@ def choose_threads(resumed: Path | None) -> None:
     """Set the OpenMP environment, which is read when torch is imported.
 
     Spinning barriers stall for milliseconds on a shared machine, and two busy programs with two threads each crawl: so
-    threads sleep while they wait, and a loaded machine gets fewer of them. Sums over threads round differently, so a
+    threads spin for about 0.1 ms and then sleep (docs/LOG.md), and a loaded machine gets fewer of them. Sums over threads round differently, so a
     resumed run takes as many as it had.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if "OMP_NUM_THREADS" in os.environ:
         return
     summary = resumed / "summary.json" if resumed else None
@@ -147,6 +148,8 @@ def run(recipe: "Recipe", run_dir: Path, selected: list[str], *, resume: bool) -
             from rich.console import Console
 
             console = Console()
+            if not console.is_terminal:
+                console = Console(width=120)
             console.print(summary_table(chain.summary))
             console.print(f"report: {page}", soft_wrap=True)
     finally:
