@@ -21,8 +21,8 @@ def choose_threads(resumed: Path | None) -> None:
     """Set the OpenMP environment, which is read when torch is imported.
 
     Spinning barriers stall for milliseconds on a shared machine, and two busy programs with two threads each crawl: so
-    threads spin for about 0.1 ms and then sleep (docs/LOG.md), and a loaded machine gets fewer of them. Sums over threads round differently, so a
-    resumed run takes as many as it had.
+    threads spin for about 0.1 ms and then sleep (docs/LOG.md), and a loaded machine gets fewer of them. Sums over
+    threads round differently, so a resumed run takes as many as it had.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
