@@ -36,6 +36,8 @@ clean:
 .venv/installed: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "r1fast: $$($(PYTHON) --version 2>&1) is too old or missing; Python 3.11 or newer is needed (make PYTHON=/path/to/python3)"; exit 1; }
+	@command -v $${CXX:-c++} > /dev/null || command -v g++ > /dev/null || { \
+	  echo "r1fast: no C++ compiler found (Debian: apt-get install g++)"; exit 1; }
 	@test "$$(df -Pk . | awk 'NR == 2 {print $$4}')" -gt 4000000 || { \
 	  echo "r1fast: less than 4 GB free in $$(pwd); the environment needs about 3 GB"; exit 1; }
 	@echo "r1fast: installing dependencies into .venv (a few minutes, once)"
@@ -48,8 +50,6 @@ clean:
 	@touch $@
 
 .venv/built: .venv/installed pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*.h csrc/*/*.h)
-	@command -v $${CXX:-c++} > /dev/null || command -v g++ > /dev/null || { \
-	  echo "r1fast: no C++ compiler found (Debian: apt-get install g++)"; exit 1; }
 	@echo "r1fast: building the C++ extension"
 	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . || { \
 	  echo "r1fast: the C++ extension did not build; the compiler's message stands above (Debian: apt-get install g++ python3-dev)"; exit 1; }
