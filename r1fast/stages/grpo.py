@@ -132,7 +132,7 @@ class Learner:
         failures = self.reward(samples)
         self.advantage(samples)
         examples = self.logprobs(samples)
-        metrics = self.update(step, samples, examples)
+        metrics = self.update(step, examples)
         return samples, metrics | rollout_metrics(samples) | {"rewards/failures": failures}
 
     def rollout(self, step: int, rows: list[dict]) -> list[Sample]:
@@ -189,7 +189,7 @@ class Learner:
         for example, logprobs in zip(examples, found, strict=True):
             example.values[name] = logprobs
 
-    def update(self, step: int, samples: list[Sample], examples: list[Example]) -> dict[str, float]:
+    def update(self, step: int, examples: list[Example]) -> dict[str, float]:
         stage = self.stage
         history: list[dict[str, float]] = []
         for iteration in range(stage.num_iterations):

@@ -129,7 +129,7 @@ def grpo(dist: Dist, model: str, options: dict[str, Any]) -> dict[str, Any]:
     gradients = capture(learner.trainer)
     rollout = samples(same)
     learner.advantage(rollout)
-    return record(learner.update(0, rollout, learner.logprobs(rollout)), gradients)
+    return record(learner.update(0, learner.logprobs(rollout)), gradients)
 
 
 def rollout(dist: Dist, model: str) -> dict[str, Any]:
