@@ -149,7 +149,7 @@ def run(recipe: "Recipe", run_dir: Path, selected: list[str], *, resume: bool) -
 
             console = Console()
             if not console.is_terminal:
-                console = Console(width=120)
+                console = Console(width=132)
             console.print(summary_table(chain.summary))
             console.print(f"report: {page}", soft_wrap=True)
     finally:

@@ -214,18 +214,32 @@ _SCORES = ("cons@k", "language", "format", "helpful", "harmless")
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """The chain's result, one row per stage, from summary.json; all scores are percentages."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"{summary.get('recipe') or 'run'}: scores in %", title_justify="left")
+    title = f"{summary.get('recipe') or 'run'}: scores in %{_sample_size(summary)}"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.caption, table.caption_justify = f"total {format_seconds(summary.get('seconds'))}", "left"
     rows = [_summary_row(stage) for stage in summary.get("stages") or [] if isinstance(stage, Mapping)]
     headings = ["stage", "kind", "time", "pass@1", "CI", *_SCORES]
     used = [i for i in range(len(headings)) if i < 4 or any(row[i] for row in rows)]
     for i in used:
-        table.add_column(
-            headings[i], justify="left" if i < 2 else "right", no_wrap=i >= 2, style="bold" if i == 0 else ""
-        )
+        if i < 2:
+            table.add_column(headings[i], overflow="fold", style="bold" if i == 0 else "")
+        else:
+            table.add_column(headings[i], justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(row[i] for i in used))
     return table
+
+
+def _sample_size(summary: Mapping[str, Any]) -> str:
+    """What pass@1 was measured on, if every stage was measured alike."""
+    found = {
+        (evaluation.get("n"), evaluation.get("k"), evaluation.get("temperature"))
+        for stage in summary.get("stages") or []
+        if isinstance(stage, Mapping) and isinstance(evaluation := stage.get("eval_after"), Mapping)
+    }
+    if len(found) != 1 or None in (size := found.pop()):
+        return ""
+    return f" ({size[0]} prompts, {size[1]} samples each, temperature {format_number(size[2])})"
 
 
 def _summary_row(stage: Mapping[str, Any]) -> list[str | Text]:
