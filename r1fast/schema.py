@@ -202,6 +202,8 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
             )
         if self.loss_type == "cispo" and (self.epsilon_high is None or self.delta is not None):
             raise ValueError("loss_type cispo caps the ratio at epsilon_high itself: set it (5.0, say), and no delta")
+        if self.ref_model_sync_steps and self.beta == 0:
+            raise ValueError("ref_model_sync_steps needs beta above 0: without KL there is no reference to copy into")
         if self.skip_zero_variance_groups and self.beta > 0:
             raise ValueError("skip_zero_variance_groups needs beta 0: such groups still have a KL gradient")
         return self
@@ -259,6 +261,14 @@ class DistillStage(SFTStage, SampleOptions):
     kind: Literal["distill"]  # type: ignore[assignment]
     teacher: str | None = None  # then train_files are prompts
     response_format: ResponseFormatName = "special_token"
+
+    @model_validator(mode="after")
+    def _samples_need_a_teacher(self) -> "DistillStage":
+        # By value: the recipe that a run saves names every option.
+        changed = [name for name, option in SampleOptions.model_fields.items() if getattr(self, name) != option.default]
+        if self.teacher is None and changed:
+            raise ValueError(f"{changed[0]} applies to a teacher's samples: name a teacher, or drop it")
+        return self
 
 
 class EvaluateStage(StageBase, EvalOptions, GenerateOptions):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from r1fast.config import RECIPES, ConfigError, dump_recipe, load_recipe
+from r1fast.config import RECIPES, ConfigError, dump_recipe, load_recipe, validate
 from r1fast.schema import Recipe
 
 ZERO = "{name: zero, kind: grpo, train_files: [a.jsonl]}"
@@ -276,3 +276,18 @@ def test_defaults_of_the_schema_are_valid() -> None:
 def load_recipe_defaults(raw: dict) -> Recipe:
     """Defaults are not validated on the way in; validating the dump does it."""
     return Recipe.model_validate(Recipe.model_validate(raw).model_dump())
+
+
+def test_reference_refresh_needs_a_reference() -> None:
+    stage = {"name": "zero", "kind": "grpo", "train_files": ["a.jsonl"], "beta": 0.0, "ref_model_sync_steps": 4}
+    with pytest.raises(ConfigError, match=r"stages\.zero: ref_model_sync_steps needs beta above 0"):
+        validate({"stages": [stage]}, "recipe")
+
+
+def test_sample_options_need_a_teacher() -> None:
+    stage = {"name": "student", "kind": "distill", "train_files": ["a.jsonl"]}
+    with pytest.raises(ConfigError, match=r"stages\.student: num_samples applies to a teacher's samples"):
+        validate({"stages": [stage | {"num_samples": 2}]}, "recipe")
+    assert validate({"stages": [stage | {"num_samples": 2, "teacher": "t"}]}, "recipe").stages[0].num_samples == 2
+    saved = yaml.safe_load(dump_recipe(validate({"stages": [stage]}, "recipe")))
+    assert validate(saved, "saved").stages[0].teacher is None
