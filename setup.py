@@ -15,6 +15,7 @@ except ImportError:
     sys.exit("r1fast: torch is needed to build. Install it first, then: pip install --no-build-isolation -e .")
 
 OPS = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 # at::vec is scalar unless told otherwise, and -march=native would crash on other machines: each op is compiled once
 # per instruction set, and its operator (in the default build) picks one when it runs.
@@ -53,7 +54,7 @@ class Build(BuildExtension):
 setup(
     package_dir={"r1fast": "r1fast", "r1fast_kernels": "kernels/r1fast_kernels"},
     ext_modules=[
-        CppExtension("r1fast_kernels._C", ["csrc/register.cpp"], depends=OPS, extra_compile_args=FLAGS),
+        CppExtension("r1fast_kernels._C", ["csrc/register.cpp"], depends=[*OPS, *HEADERS], extra_compile_args=FLAGS),
     ],
     cmdclass={"build_ext": Build},
 )

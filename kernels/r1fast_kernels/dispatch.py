@@ -2,14 +2,16 @@
 
 import importlib.util
 import logging
+import os
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger("r1fast_kernels")
 
 # The implementations that exist, per op. A public function refuses any other name.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "selective_logprobs": ("reference", "cpp"),
+    "selective_logprobs": ("reference", "cpp", "triton"),
     "linear_logprobs": ("reference",),
     "linear_cross_entropy": ("reference",),
     "group_advantages": ("reference",),
@@ -20,7 +22,15 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "sample_tokens": ("reference",),
 }
 
-HAS_EXTENSION = importlib.util.find_spec("r1fast_kernels._C") is not None
+CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Triton's own switch: its kernels then run on CPU tensors, one program after the other. They take the place of the C++
+# ops in that process, so that the same tests can be run on both.
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_DEVICE = "cpu" if INTERPRETING else "cuda"
+
+HAS_EXTENSION = not INTERPRETING and importlib.util.find_spec("r1fast_kernels._C") is not None
 if HAS_EXTENSION:
     try:
         importlib.import_module("r1fast_kernels._C")
@@ -33,20 +43,49 @@ if HAS_EXTENSION:
 _logged: set[tuple[str, str]] = set()
 
 
-def resolve(op: str, impl: str | None, *, default: str = "reference", reason: str = "the only one so far") -> str:
-    """The implementation that this call of `op` runs: `impl`, or `default` when it is None. Logged once per outcome.
+def choose(op: str, impl: str | None, tensor: Tensor) -> str:
+    """The implementation that this call of `op` on `tensor` runs: `impl`, or the best when it is None.
 
-    Raises ValueError when `impl` does not exist for this op.
+    Logged once per outcome. Raises ValueError when `impl` does not exist for this op, or cannot run here.
     """
-    if impl is not None and impl not in IMPLEMENTATIONS[op]:
-        raise ValueError(f"{op}: got impl={impl!r}, expected None or one of {', '.join(IMPLEMENTATIONS[op])}")
-    chosen = default if impl is None else impl
+    exists = IMPLEMENTATIONS[op]
+    if impl is not None and impl not in exists:
+        raise ValueError(f"{op}: got impl={impl!r}, expected None or one of {', '.join(exists)}")
+    if exists == ("reference",):
+        chosen, reason = "reference", "the only one so far"
+    else:
+        fused = "triton" if tensor.device.type == TRITON_DEVICE else "cpp"
+        obstacle = _obstacle(impl or fused, tensor)
+        if impl is not None and obstacle is not None:
+            raise ValueError(f"{op}: impl={impl!r} cannot run here: {obstacle}")
+        if impl is not None:
+            chosen, reason = impl, "asked for"
+        elif obstacle is not None:
+            chosen, reason = "reference", obstacle
+        else:
+            chosen, reason = fused, f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
     if (op, chosen) not in _logged and not torch.compiler.is_compiling():
         _logged.add((op, chosen))
-        logger.info("%s runs %s (%s)", op, chosen, reason if impl is None else "asked for")
+        logger.info("%s runs %s (%s)", op, chosen, reason)
     return chosen
 
 
-def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+def _obstacle(impl: str, tensor: Tensor) -> str | None:
+    """Why `impl` cannot take this tensor; None when it can."""
+    if impl == "reference":
+        return None
+    device, dtypes = (TRITON_DEVICE, TRITON_DTYPES) if impl == "triton" else ("cpu", CPP_DTYPES)
+    name = "Triton" if impl == "triton" else "C++"
+    if tensor.device.type != device:
+        return f"the {name} kernels take tensors on {device}, got {tensor.device.type}"
+    if tensor.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"the {name} kernels take {names}, got {str(tensor.dtype).removeprefix('torch.')}"
+    if impl == "cpp" and not HAS_EXTENSION:
+        return "the C++ extension is not built: pip install --no-build-isolation -e ."
+    return None
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
     """float64 stays (gradcheck needs it); everything else is computed in float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

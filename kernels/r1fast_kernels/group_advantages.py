@@ -9,7 +9,7 @@ A few kilobytes and as many FLOPs: bound by the number of launches.
 import torch
 from torch import Tensor
 
-from .dispatch import resolve
+from .dispatch import choose
 
 
 def group_advantages_reference(rewards_N: Tensor, group_ids_N: Tensor, scale: str, eps: float) -> Tensor:
@@ -53,6 +53,6 @@ def group_advantages(
         )
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"group_advantages: got scale={scale!r}, expected group, batch or none")
-    resolve("group_advantages", impl)
+    choose("group_advantages", impl, rewards_N)
     dtype = torch.float64 if rewards_N.dtype == torch.float64 else torch.float32
     return group_advantages_reference(rewards_N, group_ids_N, scale, eps).to(dtype)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import compute_dtype, resolve
+from .dispatch import choose, compute_dtype
 from .group_advantages import group_advantages
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
@@ -278,7 +278,7 @@ def grpo_loss(
     }
     _check(logprobs_T, cu_seqlens, per_token, beta, is_cap)
     advantages_N = _resolve_advantages(advantages_N, rewards_N, group_ids_N, scale_rewards, len(cu_seqlens) - 1)
-    resolve("grpo_loss", impl)
+    choose("grpo_loss", impl, logprobs_T)
 
     dtype = compute_dtype(logprobs_T)
     packing = Packing.build(cu_seqlens, loss_mask_T, len(logprobs_T))

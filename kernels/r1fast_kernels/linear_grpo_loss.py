@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .dispatch import resolve
+from .dispatch import choose
 from .grpo_loss import grpo_loss
 from .linear_logprobs import linear_logprobs
 
@@ -39,7 +39,7 @@ def linear_grpo_loss(
         raise ValueError(
             f"linear_grpo_loss: got loss_mask_T {tuple(loss_mask_T.shape)}, expected {tuple(hidden_TD.shape[:1])}"
         )
-    resolve("linear_grpo_loss", impl)
+    choose("linear_grpo_loss", impl, hidden_TD)
     if loss_mask_T is None:
         logprobs_T, entropy_T = linear_logprobs(
             hidden_TD, weight_VD, target_ids_T, temperature=temperature, with_entropy=True

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import compute_dtype, resolve
-from .selective_logprobs import logits_gradient, selective_logprobs, selective_logprobs_reference
+from .dispatch import choose, compute_dtype
+from .selective_logprobs import selective_logprobs, selective_logprobs_reference
 
 # Logits held at one time (256 MB in fp32). Below this a call keeps them for the backward pass, above it works through
 # chunks of tokens and computes each chunk's logits twice.
@@ -31,6 +31,25 @@ def linear_logprobs_reference(
 ) -> tuple[Tensor, Tensor | None]:
     """The specification: all logits at once."""
     return selective_logprobs_reference(F.linear(hidden_TD, weight_VD, bias_V), target_ids_T, temperature, with_entropy)
+
+
+def logits_gradient(
+    logp_TV: Tensor,
+    target_ids_T: Tensor,
+    entropy_T: Tensor | None,
+    grad_logprobs_T: Tensor,
+    grad_entropy_T: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """d loss / d logits from the log-probabilities of all tokens. Pass `grad_entropy_T=None` to leave entropy out."""
+    p_TV = logp_TV.exp()
+    grad_TV = p_TV * -grad_logprobs_T[:, None]
+    if grad_entropy_T is not None and entropy_T is not None:
+        # p = 0 also where logits are -inf: ln p must not turn the product into NaN.
+        surprise_TV = logp_TV.masked_fill(p_TV == 0, 0) + entropy_T[:, None]
+        grad_TV = grad_TV - p_TV * surprise_TV * grad_entropy_T[:, None]
+    grad_TV.scatter_add_(1, target_ids_T[:, None], grad_logprobs_T[:, None])
+    return grad_TV.div_(temperature)
 
 
 class _ChunkedLinearLogprobs(torch.autograd.Function):
@@ -146,7 +165,7 @@ def linear_logprobs(
     _check("linear_logprobs", hidden_TD, weight_VD, target_ids_T)
     if temperature <= 0:
         raise ValueError(f"linear_logprobs: got temperature={temperature}, expected > 0; for greedy use 1.0")
-    resolve("linear_logprobs", impl)
+    choose("linear_logprobs", impl, hidden_TD)
     logprobs_T, entropy_T = _linear_logprobs(
         hidden_TD, weight_VD, target_ids_T, bias_V, temperature, with_entropy, impl
     )
@@ -173,7 +192,7 @@ def linear_cross_entropy(
     _check("linear_cross_entropy", hidden_TD, weight_VD, target_ids_T)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy: got reduction={reduction!r}, expected mean, sum or none")
-    resolve("linear_cross_entropy", impl)
+    choose("linear_cross_entropy", impl, hidden_TD)
     kept = (target_ids_T != ignore_index).nonzero().squeeze(1)
     if kept.numel() < target_ids_T.numel():
         hidden_TD = hidden_TD.index_select(0, kept)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import resolve
+from .dispatch import choose
 
 
 def _gather(rows_TD: Tensor, token_M: Tensor) -> Tensor:
@@ -101,5 +101,5 @@ def moe_experts(
             f"moe_experts: got expert ids {tuple(expert_ids_TK.shape)} and weights {tuple(weights_TK.shape)} for "
             f"{hidden_TD.shape[0]} tokens, expected both [T, K]"
         )
-    resolve("moe_experts", impl)
+    choose("moe_experts", impl, hidden_TD)
     return moe_experts_reference(hidden_TD, gate_up_E2FD, down_EDF, expert_ids_TK, weights_TK)

@@ -10,7 +10,7 @@ Launch-bound: reads 4 T E bytes, writes 12 T K.
 import torch
 from torch import Tensor
 
-from .dispatch import compute_dtype, resolve
+from .dispatch import choose, compute_dtype
 
 
 def _top_ids(scores: Tensor, count: int) -> Tensor:
@@ -71,7 +71,7 @@ def route_topk(
             f"route_topk: got top_k={top_k}, expected 1 <= top_k <= {num_experts // n_group * topk_group} (experts in "
             "the allowed groups)"
         )
-    resolve("route_topk", impl)
+    choose("route_topk", impl, router_logits_TE)
     expert_ids_TK, weights_TK = route_topk_reference(router_logits_TE, bias_E, top_k, n_group, topk_group, scoring)
     if norm_topk_prob:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)

@@ -9,7 +9,7 @@ Memory-bound: reads 4 B V bytes; this version writes 12 B V more (weights and th
 import torch
 from torch import Tensor
 
-from .dispatch import compute_dtype, resolve
+from .dispatch import choose, compute_dtype
 
 
 def _uniform(seeds_B: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def sample_tokens(
             f"sample_tokens: got temperature={temperature}, top_k={top_k}, top_p={top_p}, expected temperature >= 0, "
             "top_k >= 0 (0 = off) and 0 < top_p <= 1"
         )
-    resolve("sample_tokens", impl)
+    choose("sample_tokens", impl, logits_BV)
     logits_BV = logits_BV.to(compute_dtype(logits_BV))
     if temperature == 0:
         ids_B = logits_BV.argmax(-1)

@@ -3,13 +3,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from r1fast_kernels import dispatch, selective_logprobs
+from r1fast_kernels import selective_logprobs
+from tests.kernels.backends import BF16, FP16, FP32, FP64, Backend, assert_as_exact, assert_same_bits, needs_cpp
 
-needs_cpp = pytest.mark.skipif(not dispatch.HAS_EXTENSION, reason="the C++ extension is not built")
 INF = float("inf")
 
 
@@ -46,140 +47,210 @@ def hostile_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         "V7-below-a-vector": random_case(3, 7),
         "V2048-a-block": random_case(3, 2048),
         "V2049-past-a-block": random_case(3, 2049),
+        "V8192-a-triton-block": random_case(3, 8192),
         "V10007-prime": random_case(3, 10007),
         "T0": (torch.zeros(0, 17), torch.zeros(0, dtype=torch.long)),
     }
 
 
-def reference_with_gradients(
-    logits: torch.Tensor, ids: torch.Tensor, temperature: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    leaf = logits.detach().to(dtype).requires_grad_()
-    logprobs, entropy = selective_logprobs(leaf, ids, temperature=temperature, with_entropy=True, impl="reference")
-    (logprobs * torch.linspace(0.5, -1, len(ids))).sum().add(
-        (entropy * torch.linspace(-1, 2, len(ids))).sum()
-    ).backward()
-    return logprobs.detach(), entropy.detach(), leaf.grad
+NAMES = tuple(hostile_cases())
 
 
-def test_two_tokens_by_hand() -> None:
-    logits = torch.tensor([[0.0, math.log(3.0)]])  # p = 1/4, 3/4
-    for impl in ("reference", "cpp") if dispatch.HAS_EXTENSION else ("reference",):
-        logprobs, entropy = selective_logprobs(logits, torch.tensor([1]), with_entropy=True, impl=impl)
-        assert logprobs.item() == pytest.approx(math.log(0.75), abs=1e-7)
-        assert entropy.item() == pytest.approx(0.25 * math.log(4) + 0.75 * math.log(4 / 3), abs=1e-7)
+def outputs_and_gradient(
+    logits: torch.Tensor, ids: torch.Tensor, temperature: float, device: str, **options: Any
+) -> list[torch.Tensor]:
+    """Log-probs, entropy, and the gradient of a sum in which every row has other weights for the two."""
+    leaf = logits.detach().clone(memory_format=torch.preserve_format).to(device).requires_grad_()
+    outputs = selective_logprobs(leaf, ids.to(device), temperature=temperature, with_entropy=True, **options)
+    weights = torch.linspace(0.5, -1, len(ids)), torch.linspace(-1, 2, len(ids))
+    sum((x * w.to(x)).sum() for x, w in zip(outputs, weights)).backward()
+    return [*outputs, leaf.grad]
+
+
+def test_two_tokens_by_hand(backend: Backend) -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)]], device=backend.device)  # p = 1/4, 3/4
+    ids = torch.tensor([1], device=backend.device)
+    for impl in ("reference", backend.impl):
+        logprobs, entropy = selective_logprobs(logits, ids, with_entropy=True, impl=impl)
+        assert logprobs.item() == pytest.approx(math.log(0.75), abs=2e-7)
+        assert entropy.item() == pytest.approx(0.25 * math.log(4) + 0.75 * math.log(4 / 3), abs=2e-7)
         # At temperature 1/2 the odds are squared: 1/10, 9/10.
-        tempered = selective_logprobs(logits, torch.tensor([1]), temperature=0.5, impl=impl)
-        assert tempered.item() == pytest.approx(math.log(0.9), abs=1e-7)
+        tempered = selective_logprobs(logits, ids, temperature=0.5, impl=impl)
+        assert tempered.item() == pytest.approx(math.log(0.9), abs=2e-7)
 
 
-@needs_cpp
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16, FP64], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("temperature", [1.0, 0.1, 7.0])
-@pytest.mark.parametrize("name", hostile_cases())
-def test_cpp_is_as_exact_as_torch(name: str, temperature: float) -> None:
-    """Against fp64: outputs within 2x, gradients within 3x the error of plain torch in fp32."""
+@pytest.mark.parametrize("name", NAMES)
+def test_as_exact_as_torch(backend: Backend, name: str, temperature: float, dtype: torch.dtype) -> None:
+    """Against fp64 on the same rounded logits: outputs within 2x, gradients within 3x the error of plain torch."""
+    if dtype not in backend.dtypes:
+        pytest.skip(f"{backend.name} does not take {dtype}")
     logits, ids = hostile_cases()[name]
-    exact = reference_with_gradients(logits, ids, temperature, torch.float64)
-    eager = reference_with_gradients(logits, ids, temperature, torch.float32)
-    leaf = logits.detach().requires_grad_()
-    logprobs, entropy = selective_logprobs(leaf, ids, temperature=temperature, with_entropy=True, impl="cpp")
-    (logprobs * torch.linspace(0.5, -1, len(ids))).sum().add(
-        (entropy * torch.linspace(-1, 2, len(ids))).sum()
-    ).backward()
-    assert torch.equal(selective_logprobs(logits, ids, temperature=temperature, impl="cpp"), logprobs)
-    for got, plain, want, times in zip((logprobs, entropy, leaf.grad), eager, exact, (2, 2, 3)):
-        assert got is not None and got.dtype == torch.float32 and got.shape == want.shape
-        got = got.detach()
-        infinite = want.isinf()
-        assert torch.equal(got[infinite].double(), want[infinite])
-        error = (got.double() - want)[~infinite].abs()
-        floor = 1e-6 * want[~infinite].abs().clamp(min=1)  # some ulps, where torch happens to be exact
-        assert (
-            (error <= times * (plain.double() - want)[~infinite].abs().max().item() + floor).all()
-            if len(error)
-            else True
-        )
+    logits = logits.to(dtype)
+    exact = outputs_and_gradient(logits.double(), ids, temperature, "cpu", impl="reference")
+    plain = outputs_and_gradient(logits, ids, temperature, "cpu", impl="reference")
+    got = outputs_and_gradient(logits, ids, temperature, backend.device, impl=backend.impl)
+    for part, g, p, e, times in zip(("logprobs", "entropy", "gradient"), got, plain, exact, (2, 2, 3)):
+        assert g.dtype == p.dtype, part
+        assert_as_exact(g, p, e, times, part)
+    alone = selective_logprobs(
+        logits.to(backend.device), ids.to(backend.device), temperature=temperature, impl=backend.impl
+    )
+    assert torch.equal(alone, got[0])
 
 
-@needs_cpp
-def test_nan_reaches_its_row_and_no_other() -> None:
+def test_in_place_gradient(backend: Backend) -> None:
+    """The same bits, written over the logits; a second backward pass through them is refused."""
+    logits, ids = random_case(5, 301)
+    want = outputs_and_gradient(logits, ids, 0.7, backend.device, impl=backend.impl)[2]
+    leaf = logits.to(backend.device).requires_grad_()
+    logits = leaf * 1.0
+    logprobs, entropy = selective_logprobs(
+        logits, ids.to(backend.device), temperature=0.7, with_entropy=True, inplace_backward=True, impl=backend.impl
+    )
+    weights = torch.linspace(0.5, -1, 5), torch.linspace(-1, 2, 5)
+    loss = sum((x * w.to(x)).sum() for x, w in zip((logprobs, entropy), weights))
+    loss.backward(retain_graph=True)
+    assert torch.equal(leaf.grad, want)
+    assert torch.equal(logits, want)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("used", ["logprobs", "entropy"])
+def test_either_output_may_go_unused(backend: Backend, used: str) -> None:
+    logits, ids = backend.to(random_case(5, 301))
+    gradients = []
+    for impl in ("reference", backend.impl):
+        leaf = logits.clone().requires_grad_()
+        logprobs, entropy = selective_logprobs(leaf, ids, with_entropy=True, impl=impl)
+        (logprobs if used == "logprobs" else entropy).sum().backward()  # an expanded scalar arrives
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
+
+
+def test_nan_reaches_its_row_and_no_other(backend: Backend) -> None:
     logits, ids = random_case(3, 5000)
     logits[1, 4321] = float("nan")
-    logprobs, entropy = selective_logprobs(logits, ids, with_entropy=True, impl="cpp")
+    leaf = logits.to(backend.device).requires_grad_()
+    logprobs, entropy = selective_logprobs(leaf, ids.to(backend.device), with_entropy=True, impl=backend.impl)
     assert logprobs.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
-    row_without_support = torch.full((1, 50), -INF)
-    assert selective_logprobs(row_without_support, torch.tensor([3]), impl="cpp").isnan().all()
+    # Rows that no loss reads: no gradient, whatever they hold.
+    (logprobs + entropy)[[0, 2]].sum().backward()
+    assert leaf.grad.isfinite().all() and not leaf.grad[1].any() and leaf.grad[0].any()
 
 
-@needs_cpp
-def test_same_bits_for_any_thread_count() -> None:
-    logits, ids = random_case(97, 3001)
-    threads = torch.get_num_threads()
-    outputs = []
-    try:
-        for count in (1, 1, 1, 2):
-            torch.set_num_threads(count)
-            outputs.append(torch.stack(selective_logprobs(logits, ids, with_entropy=True, impl="cpp")))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+def test_a_row_without_support_is_nan(backend: Backend) -> None:
+    row = torch.full((1, 50), -INF, device=backend.device)
+    assert selective_logprobs(row, torch.tensor([3], device=backend.device), impl=backend.impl).isnan().all()
+
+
+def test_same_bits_every_time(backend: Backend) -> None:
+    logits, ids = random_case(11 if backend.interpreted else 97, 3001)
+    assert_same_bits(lambda: outputs_and_gradient(logits, ids, 1.0, backend.device, impl=backend.impl))
+
+
+def test_rows_beyond_32_bits(backend: Backend) -> None:
+    """Rows 2^30 elements apart: the third begins past 2^31. Only the pages that are touched exist."""
+    if backend.name == "cuda":
+        pytest.skip("memory on a GPU is not handed out page by page")
+    stride = 1 << 30
+    logits = torch.empty(4 * stride).as_strided((4, 40), (stride, 1))
+    logits.copy_(random_case(4, 40)[0])
+    ids = torch.tensor([3, 1, 4, 1])
+    got = selective_logprobs(logits, ids, impl=backend.impl)
+    torch.testing.assert_close(got, selective_logprobs(logits.contiguous(), ids, impl="reference"))
+
+
+def test_more_rows_than_a_grid_axis(backend: Backend) -> None:
+    """65,536 rows and more: a launch grid's second axis ends at 65,535."""
+    num_tokens = 300 if backend.interpreted else 70_001
+    logits, ids = backend.to(random_case(num_tokens, 5))
+    got = selective_logprobs(logits, ids, impl=backend.impl)
+    torch.testing.assert_close(got, selective_logprobs(logits, ids, impl="reference"))
 
 
 @needs_cpp
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_builds_for_older_processors_agree(capability: str, tmp_path: Path) -> None:
     """torch reads ATEN_CPU_CAPABILITY once per process."""
-    logits, ids = random_case(9, 3001)
-    torch.save((logits, ids), tmp_path / "case.pt")
     script = (
-        "import sys, torch; from r1fast_kernels import selective_logprobs as f; "
-        "torch.save(f(*torch.load(sys.argv[1] + '/case.pt'), with_entropy=True, impl='cpp'), sys.argv[1] + '/out.pt')"
+        "import sys, torch; sys.path[:0] = sys.argv[2:]; from tests.kernels.test_selective_logprobs import *\n"
+        "cases = [(random_case(9, 3001)[0].to(dtype), random_case(9, 3001)[1]) for dtype in (FP32, BF16, FP64)]\n"
+        "torch.save([outputs_and_gradient(*case, 0.7, 'cpu', impl='cpp') for case in cases], sys.argv[1])"
     )
-    kernels = str(Path(__file__).parents[2] / "kernels")
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": kernels}
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, check=True)
-    for got, want in zip(torch.load(tmp_path / "out.pt"), selective_logprobs(logits, ids, with_entropy=True)):
-        torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
+    root = Path(__file__).parents[2]
+    outputs = {}
+    for name in (capability, ""):
+        environment = os.environ | ({"ATEN_CPU_CAPABILITY": name} if name else {})
+        out = tmp_path / f"{name or 'best'}.pt"
+        subprocess.run([sys.executable, "-c", script, out, root, root / "kernels"], env=environment, check=True)
+        outputs[name] = torch.load(out)
+    for got, want in zip(outputs[capability], outputs[""], strict=True):
+        for g, w in zip(got, want, strict=True):
+            tolerance = 1e-2 if w.dtype == BF16 else 2e-6
+            torch.testing.assert_close(g, w, rtol=tolerance, atol=2e-6)
 
 
 @needs_cpp
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_opcheck(with_entropy: bool) -> None:
     logits, ids = random_case(5, 33)
-    torch.library.opcheck(
-        torch.ops.r1fast.selective_logprobs.default, (logits.requires_grad_(), ids, 0.7, with_entropy)
-    )
+    op = torch.ops.r1fast
+    forward = logits.clone().requires_grad_(), ids, 0.7, with_entropy, False
+    torch.library.opcheck(op.selective_logprobs.default, forward)
+    _, entropy, stats = op.selective_logprobs(logits, ids, 0.7, with_entropy, False)
+    backward = logits, ids, entropy, stats, torch.ones(5), torch.ones(5) if with_entropy else None, 0.7
+    torch.library.opcheck(op.selective_logprobs_backward.default, backward)
+    torch.library.opcheck(op.selective_logprobs_backward_.default, (logits.clone(), *backward[1:]))
+    state = torch.zeros(5, 4, dtype=FP64)
+    torch.library.opcheck(op.fold_logits_.default, (state, logits, ids, 0.7, 0, with_entropy))
 
 
 @needs_cpp
-def test_compiles_without_a_graph_break() -> None:
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "in-place"])
+def test_compiles_without_a_graph_break(inplace: bool) -> None:
     logits, ids = random_case(5, 33)
-    compiled = torch.compile(selective_logprobs, backend="aot_eager", fullgraph=True)
+
+    def loss(x: torch.Tensor, fn: Any) -> torch.Tensor:
+        return sum(y.sum() for y in fn(x * 2, ids, with_entropy=True, inplace_backward=inplace))
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     leaf, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    compiled(leaf, ids).sum().backward()
-    selective_logprobs(other, ids).sum().backward()
+    compiled(leaf, selective_logprobs).backward()
+    loss(other, selective_logprobs).backward()
     torch.testing.assert_close(leaf.grad, other.grad)
 
 
+@needs_cpp
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
-def test_reference_gradcheck(temperature: float) -> None:
-    logits, ids = random_case(4, 6)
-    leaf = logits.double().requires_grad_()
+@pytest.mark.parametrize("impl", ["reference", "cpp"])
+def test_gradcheck(impl: str, temperature: float) -> None:
+    logits, ids = random_case(4, 35)
+    leaf = (logits.double() / 2).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: selective_logprobs(x, ids, temperature=temperature, with_entropy=True), (leaf,)
+        lambda x: selective_logprobs(x, ids, temperature=temperature, with_entropy=True, impl=impl), (leaf,)
     )
 
 
-def test_errors_say_what_to_do() -> None:
-    logits, ids = random_case(4, 6)
+def test_errors_say_what_to_do(backend: Backend) -> None:
+    logits, ids = backend.to(random_case(4, 6))
     with pytest.raises(ValueError, match=r"expected \[T, V\] and \[T\]"):
         selective_logprobs(logits, ids[:3])
     with pytest.raises(ValueError, match="temperature=0"):
         selective_logprobs(logits, ids, temperature=0)
-    with pytest.raises(ValueError, match="expected None or one of reference, cpp"):
+    with pytest.raises(ValueError, match="expected None or one of reference, cpp, triton"):
         selective_logprobs(logits, ids, impl="cuda")
-    with pytest.raises(ValueError, match=r"float32 on CPU, got torch\.bfloat16"):
-        selective_logprobs(logits.bfloat16(), ids, impl="cpp")
+    absent = "triton" if backend.impl == "cpp" else "cpp"
+    with pytest.raises(ValueError, match=f"impl='{absent}' cannot run here"):
+        selective_logprobs(logits, ids, impl=absent)
+    wrong = FP16 if backend.impl == "cpp" else FP64
+    with pytest.raises(ValueError, match=f"kernels take float32.* got {str(wrong)[6:]}"):
+        selective_logprobs(logits.to(wrong), ids, impl=backend.impl)
+    with pytest.raises(ValueError, match="expected 1 where the gradient is to be written over"):
+        columns = (logits.clone().requires_grad_() * 1).T
+        selective_logprobs(columns, ids.new_zeros(6), inplace_backward=True, impl=backend.impl).sum().backward()
 
 
 @needs_cpp

@@ -1,0 +1,115 @@
+// What the CPU kernels share: vectors of float or double read from any dtype, and the choice of a build.
+//
+// Every file in csrc/cpu is compiled three times (setup.py): plain, AVX2 and AVX512, each into its own namespace; the
+// plain build also holds the operators, which pick a kernel when they run.
+//
+//   namespace { inline namespace CPU_CAPABILITY { ... } }      the code that is compiled three times
+//   R1FAST_KERNEL(name, Args) { ... args, begin, end ... }     its entry: rows begin..end of one call
+//   #ifdef R1FAST_BUILD_OPERATOR ... R1FAST_PICK(name) ...     the entry of the best build for this processor
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <c10/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <tuple>
+#include <type_traits>
+
+#define R1FAST_PASTE_(a, b) a##b
+#define R1FAST_PASTE(a, b) R1FAST_PASTE_(a, b)
+
+#define R1FAST_KERNEL(name, Args)                                   \
+  void name##_DEFAULT(const Args& args, int64_t begin, int64_t end); \
+  void name##_AVX2(const Args& args, int64_t begin, int64_t end);    \
+  void name##_AVX512(const Args& args, int64_t begin, int64_t end);  \
+  void R1FAST_PASTE(name##_, CPU_CAPABILITY)(const Args& args, int64_t begin, int64_t end)
+
+namespace r1fast {
+namespace {
+inline namespace CPU_CAPABILITY {
+
+// What a dtype is computed in.
+template <typename T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename acc>
+using Vec = at::vec::Vectorized<acc>;
+
+template <typename acc>
+constexpr int64_t kLanes = Vec<acc>::size();
+
+// The unit of every loop is a pair of vectors: as many values as one vector of bf16 holds.
+template <typename acc>
+constexpr int64_t kPair = 2 * kLanes<acc>;
+
+template <typename T>
+inline std::pair<Vec<acc_t<T>>, Vec<acc_t<T>>> load_pair(const T* x) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    auto [a, b] = at::vec::convert_to_float<at::BFloat16>(Vec<at::BFloat16>::loadu(x));
+    return {a, b};
+  } else {
+    return {Vec<T>::loadu(x), Vec<T>::loadu(x + kLanes<T>)};
+  }
+}
+
+template <typename T>
+inline void store_pair(T* x, const Vec<acc_t<T>>& a, const Vec<acc_t<T>>& b) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    at::vec::convert_from_float<at::BFloat16>(a, b).store(x);
+  } else {
+    a.store(x);
+    b.store(x + kLanes<T>);
+  }
+}
+
+template <typename acc>
+inline acc reduce_sum(const Vec<acc>& v) {
+  return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return a + b; }, v);
+}
+
+template <typename acc>
+inline acc reduce_max(const Vec<acc>& v) {
+  return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return at::vec::maximum(a, b); }, v);
+}
+
+// Calls f.operator()<T>() for the C++ type of a dtype that the operators let through.
+template <typename F>
+inline void by_dtype(at::ScalarType dtype, const F& f) {
+  if (dtype == at::kDouble) {
+    f.template operator()<double>();
+  } else if (dtype == at::kBFloat16) {
+    f.template operator()<at::BFloat16>();
+  } else {
+    f.template operator()<float>();
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace
+}  // namespace r1fast
+
+#ifdef R1FAST_BUILD_OPERATOR
+
+#include <ATen/Version.h>
+
+#include <string>
+
+#ifdef R1FAST_BUILD_X86
+#define R1FAST_PICK(name)                                                                                \
+  (::r1fast::cpu_capability() == "AVX512" ? name##_AVX512 : ::r1fast::cpu_capability() == "AVX2" ? name##_AVX2 \
+                                                                                                 : name##_DEFAULT)
+#else
+#define R1FAST_PICK(name) name##_DEFAULT
+#endif
+
+namespace r1fast {
+inline const std::string& cpu_capability() {
+  static const std::string found = at::get_cpu_capability();  // honours ATEN_CPU_CAPABILITY
+  return found;
+}
+}  // namespace r1fast
+
+#endif  // R1FAST_BUILD_OPERATOR

@@ -1,0 +1,95 @@
+"""Where an op is tested, and by how much it may be off.
+
+    cpp       C++ on CPU tensors                            make test
+    triton    Triton through its interpreter, on CPU        make test, in a process of its own (test_interpreter.py)
+    cuda      Triton on a GPU                               make test-gpu
+
+A test that takes the fixture `backend` runs in each. The interpreter takes about 5 ms per loop iteration of a program:
+keep T x V small there, and give `backend.small` where a case has a smaller twin.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from r1fast_kernels import dispatch
+
+FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    impl: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def interpreted(self) -> bool:
+        return self.name == "triton"
+
+    def to(self, value: Any) -> Any:
+        """Tensors, in dictionaries and sequences too, on this backend's device."""
+        if isinstance(value, Tensor):
+            return value.to(self.device)
+        if isinstance(value, dict):
+            return {key: self.to(x) for key, x in value.items()}
+        return tuple(self.to(x) for x in value) if isinstance(value, (tuple, list)) else value
+
+
+CPP = Backend("cpp", "cpp", "cpu", (FP32, BF16, FP64))
+TRITON = Backend("triton", "triton", "cpu", (FP32, BF16, FP16))
+CUDA = Backend("cuda", "triton", "cuda", (FP32, BF16, FP16))
+
+needs_cpp = pytest.mark.skipif(not dispatch.HAS_EXTENSION, reason="the C++ extension is not built")
+# In the interpreter's process everything else is left out, not skipped: it ran in the main one.
+ON_CPU = (
+    [pytest.param(TRITON, id="triton")] if dispatch.INTERPRETING else [pytest.param(CPP, id="cpp", marks=needs_cpp)]
+)
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+EVERYWHERE = [*ON_CPU, pytest.param(CUDA, id="cuda", marks=needs_gpu)]
+
+
+def assert_as_exact(got: Tensor, plain: Tensor, exact: Tensor, times: float, name: str = "") -> None:
+    """The 2x/3x rule: got's error against `exact` is at most `times` that of plain torch in the same dtype.
+
+    exact: fp64. Infinities and NaN stand where they stand in `exact`. A few ulps are allowed where torch is exact.
+    """
+    got, plain, exact = (x.detach().double().cpu() for x in (got, plain, exact))
+    assert got.shape == exact.shape, f"{name}: {got.shape=} {exact.shape=}"
+    finite = exact.isfinite()
+    assert torch.equal(got[~finite].nan_to_num(7.0), exact[~finite].nan_to_num(7.0)), f"{name}: not the same inf or nan"
+    got, plain, exact = got[finite], plain[finite], exact[finite]
+    if not exact.numel():
+        return
+    error, allowed = (got - exact).abs(), times * (plain - exact).abs().max() + 1e-6 * exact.abs().clamp(min=1)
+    worst = (error - allowed).argmax()
+    assert (error <= allowed).all(), (
+        f"{name}: off by {error[worst]:.3g} at {exact[worst]:.3g}, allowed {allowed[worst]:.3g} ({times} x plain torch)"
+    )
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_same_bits(run: Callable[[], Sequence[Tensor]]) -> None:
+    """Three runs, and one and two threads, give the same bits; tensors are compared with NaN equal to NaN."""
+    outputs = []
+    for count in (1, 1, 1, 2):
+        with threads(count):
+            outputs.append([x.detach().clone() for x in run()])
+    for other in outputs[1:]:
+        for first, second in zip(outputs[0], other, strict=True):
+            torch.testing.assert_close(second, first, rtol=0, atol=0, equal_nan=True)
