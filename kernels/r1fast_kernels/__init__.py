@@ -6,8 +6,9 @@ B sequences that decode. Every op takes `impl=None | "reference" | "cpp" | "trit
 
 from .group_advantages import group_advantages
 from .grpo_loss import grpo_loss
+from .linear_cross_entropy import linear_cross_entropy
 from .linear_grpo_loss import linear_grpo_loss
-from .linear_logprobs import linear_cross_entropy, linear_logprobs
+from .linear_logprobs import linear_logprobs
 from .moe_experts import moe_experts
 from .route_topk import route_topk
 from .sample_tokens import sample_tokens

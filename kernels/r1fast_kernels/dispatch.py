@@ -12,8 +12,8 @@ logger = logging.getLogger("r1fast_kernels")
 # The implementations that exist, per op. A public function refuses any other name.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "selective_logprobs": ("reference", "cpp", "triton"),
-    "linear_logprobs": ("reference",),
-    "linear_cross_entropy": ("reference",),
+    "linear_logprobs": ("reference", "cpp", "triton"),
+    "linear_cross_entropy": ("reference", "cpp", "triton"),
     "group_advantages": ("reference",),
     "grpo_loss": ("reference",),
     "linear_grpo_loss": ("reference",),

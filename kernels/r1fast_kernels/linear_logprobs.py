@@ -1,10 +1,11 @@
-"""The language-model head without its logits: hidden states to log-probabilities, entropies and cross-entropy.
+"""The language-model head without its logits: hidden states to log-probabilities and entropies.
 
     z = (hidden weight^T + bias) / temperature,  logprob = z[target] - lse(z)                  per token
-    cross-entropy = -logprob of the targets that are not ignored, averaged
 
-Compute-bound: 2 T D V FLOPs forward, 4 T D V backward, and 2 T D V more where logits are computed again. The bytes that
-matter are the ones not written: 4 T V of logits and as many of their gradient.
+Compute-bound: 2 T D V FLOPs forward, 4 T D V backward, and 2 T D V more for the logits computed again; a frozen weight
+saves 2 T D V. The bytes that matter are the ones not written: s T V of logits (s per logit) and as many of their
+gradient. Forward folds wide tiles (head.py) into four running values a token; backward computes each tile again, turns
+it into its gradient in place, and multiplies that twice. Logits that fit into one tile are kept instead.
 """
 
 from typing import Any
@@ -14,11 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import choose, compute_dtype
-from .selective_logprobs import selective_logprobs, selective_logprobs_reference
-
-# Logits held at one time (256 MB in fp32). Below this a call keeps them for the backward pass, above it works through
-# chunks of tokens and computes each chunk's logits twice.
-MAX_LOGITS = 1 << 26
+from .head import fits_wide_tile, may_overwrite, multiply_into, project, wide_tiles
+from .selective_logprobs import selective_logprobs_reference
 
 
 def linear_logprobs_reference(
@@ -33,106 +31,172 @@ def linear_logprobs_reference(
     return selective_logprobs_reference(F.linear(hidden_TD, weight_VD, bias_V), target_ids_T, temperature, with_entropy)
 
 
-def logits_gradient(
-    logp_TV: Tensor,
+def _forward(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
     target_ids_T: Tensor,
-    entropy_T: Tensor | None,
+    temperature: float,
+    with_entropy: bool,
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_tokens = hidden_TD.shape[0]
+    if fits_wide_tile(hidden_TD, weight_VD.shape[0]):
+        logits_TV = F.linear(hidden_TD, weight_VD, bias_V)
+        found = torch.ops.r1fast.selective_logprobs(logits_TV, target_ids_T, temperature, with_entropy, False)
+        return *found, logits_TV if keep_logits else logits_TV.new_empty(0)
+    _check_ids(target_ids_T, weight_VD.shape[0])
+    # fp64 on a CPU, where it costs nothing; on a GPU sums over a tile are fp32 already.
+    dtype = torch.float64 if hidden_TD.device.type == "cpu" else torch.float32
+    state_T4 = torch.tensor([-torch.inf, 0, 0, torch.nan], dtype=dtype, device=hidden_TD.device).repeat(num_tokens, 1)
+    token_pieces, vocab_pieces, buffer = wide_tiles(hidden_TD, weight_VD)
+    for rows in token_pieces:
+        for columns in vocab_pieces:
+            bias = None if bias_V is None else bias_V[columns]
+            tile = project(hidden_TD[rows], weight_VD[columns], bias, buffer)
+            torch.ops.r1fast.fold_logits_(
+                state_T4[rows], tile, target_ids_T[rows], temperature, columns.start, with_entropy
+            )
+    max_T, sum_T, weighted_T, target_T = state_T4.unbind(1)
+    log_sum_T = sum_T.log()
+    out_dtype = compute_dtype(hidden_TD)
+    logprobs_T = ((target_T - max_T) / temperature - log_sum_T).to(out_dtype)
+    entropy_T = (log_sum_T - weighted_T / sum_T).to(out_dtype) if with_entropy else logprobs_T.new_empty(0)
+    return logprobs_T, entropy_T, torch.stack([max_T, log_sum_T], 1).to(out_dtype), hidden_TD.new_empty(0)
+
+
+def _check_ids(target_ids_T: Tensor, vocab: int) -> None:
+    """On a CPU; looking at ids on a GPU would wait for it, and there an id outside gives NaN."""
+    if target_ids_T.device.type != "cpu" or not target_ids_T.numel():
+        return
+    lowest, highest = (int(x) for x in target_ids_T.aminmax())
+    if lowest < 0 or highest >= vocab:
+        raise IndexError(
+            f"linear_logprobs: target_ids_T holds ids from {lowest} to {highest}, expected 0 <= id < {vocab}; drop "
+            "ignored positions before the call"
+        )
+
+
+def _backward_kernel(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_ids_T: Tensor,
+    entropy_T: Tensor,
+    stats_T2: Tensor,
+    kept_logits_TV: Tensor,
     grad_logprobs_T: Tensor,
     grad_entropy_T: Tensor | None,
     temperature: float,
-) -> Tensor:
-    """d loss / d logits from the log-probabilities of all tokens. Pass `grad_entropy_T=None` to leave entropy out."""
-    p_TV = logp_TV.exp()
-    grad_TV = p_TV * -grad_logprobs_T[:, None]
-    if grad_entropy_T is not None and entropy_T is not None:
-        # p = 0 also where logits are -inf: ln p must not turn the product into NaN.
-        surprise_TV = logp_TV.masked_fill(p_TV == 0, 0) + entropy_T[:, None]
-        grad_TV = grad_TV - p_TV * surprise_TV * grad_entropy_T[:, None]
-    grad_TV.scatter_add_(1, target_ids_T[:, None], grad_logprobs_T[:, None])
-    return grad_TV.div_(temperature)
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; empty where not needed. Kept logits are written over."""
+    vocab = weight_VD.shape[0]
+    sum_dtype = compute_dtype(weight_VD)
+    if kept_logits_TV.numel():
+        token_pieces, vocab_pieces, buffer = [slice(0, len(hidden_TD))], [slice(0, vocab)], kept_logits_TV
+    else:
+        token_pieces, vocab_pieces, buffer = wide_tiles(hidden_TD, weight_VD)
+    hidden_dtype = hidden_TD.dtype if len(vocab_pieces) == 1 else sum_dtype
+    weight_dtype = weight_VD.dtype if len(token_pieces) == 1 else sum_dtype
+    grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=hidden_dtype) if needs_hidden else hidden_TD.new_empty(0)
+    grad_weight_VD = torch.zeros_like(weight_VD) if needs_weight else weight_VD.new_empty(0)
+    grad_bias_V = weight_VD.new_zeros(vocab if needs_bias else 0, dtype=sum_dtype)
+    for columns in vocab_pieces:
+        sum_CD = grad_weight_VD[columns].to(weight_dtype)  # the gradient itself where there is one piece of tokens
+        for rows in token_pieces:
+            if kept_logits_TV.numel():
+                tile = kept_logits_TV
+            else:
+                tile = project(hidden_TD[rows], weight_VD[columns], None if bias_V is None else bias_V[columns], buffer)
+            torch.ops.r1fast.selective_logprobs_backward_(
+                tile, target_ids_T[rows], entropy_T[rows], stats_T2[rows], grad_logprobs_T[rows],
+                None if grad_entropy_T is None else grad_entropy_T[rows], temperature, first_id=columns.start,
+            )  # fmt: skip
+            if needs_hidden:
+                multiply_into(grad_hidden_TD[rows], tile, weight_VD[columns], add=columns.start > 0)
+            if needs_weight:
+                multiply_into(sum_CD, tile.T, hidden_TD[rows], add=rows.start > 0)
+            if needs_bias:
+                grad_bias_V[columns] += tile.sum(0, dtype=sum_dtype)
+        if needs_weight and sum_CD.dtype != grad_weight_VD.dtype:
+            grad_weight_VD[columns] = sum_CD
+    return grad_hidden_TD.to(hidden_TD.dtype), grad_weight_VD, grad_bias_V.to(weight_VD.dtype)
 
 
-class _ChunkedLinearLogprobs(torch.autograd.Function):
-    """The same numbers with at most `chunk_size` rows of logits alive; backward computes them again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_TD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        target_ids_T: Tensor,
-        temperature: float,
-        chunk_size: int,
-    ) -> tuple[Tensor, Tensor]:
-        chunks = [
-            linear_logprobs_reference(hidden_CD, weight_VD, ids_C, bias_V, temperature, with_entropy=True)
-            for hidden_CD, ids_C in zip(hidden_TD.split(chunk_size), target_ids_T.split(chunk_size))
-        ]
-        logprobs_T = torch.cat([logprobs_C for logprobs_C, _ in chunks])
-        entropy_T = torch.cat([entropy_C for _, entropy_C in chunks if entropy_C is not None])
-        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_ids_T, entropy_T)
-        ctx.temperature, ctx.chunk_size = temperature, chunk_size
-        ctx.set_materialize_grads(False)  # an entropy that no loss uses arrives as None and costs nothing
-        return logprobs_T, entropy_T
-
-    @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, bias_V, target_ids_T, entropy_T = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        if grad_logprobs_T is None:
-            grad_logprobs_T = torch.zeros_like(entropy_T)
-        grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
-        # Sums over chunks in the weight's own bf16 would drift: accumulate in fp32, round once.
-        sum_dtype = compute_dtype(weight_VD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype) if needs_weight else None
-        grad_bias_V = torch.zeros(weight_VD.shape[0], dtype=sum_dtype, device=weight_VD.device) if needs_bias else None
-        for start in range(0, hidden_TD.shape[0], ctx.chunk_size):
-            rows = slice(start, start + ctx.chunk_size)
-            logits_CV = F.linear(hidden_TD[rows], weight_VD, bias_V)
-            logp_CV = (logits_CV.to(sum_dtype) / ctx.temperature).log_softmax(-1)
-            grad_entropy_C = None if grad_entropy_T is None else grad_entropy_T[rows]
-            grad_CV = logits_gradient(
-                logp_CV, target_ids_T[rows], entropy_T[rows], grad_logprobs_T[rows], grad_entropy_C, ctx.temperature
-            )
-            if grad_bias_V is not None:
-                grad_bias_V += grad_CV.sum(0)
-            grad_CV = grad_CV.to(weight_VD.dtype)
-            if grad_hidden_TD is not None:
-                grad_hidden_TD[rows] = grad_CV @ weight_VD
-            if grad_weight_VD is not None:
-                grad_weight_VD += grad_CV.T @ hidden_TD[rows]
-        return (
-            grad_hidden_TD,
-            None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
-            None if grad_bias_V is None else grad_bias_V.to(bias_V.dtype),
-            None, None, None,
-        )  # fmt: skip
+torch.library.define(
+    "r1fast::linear_logprobs",
+    "(Tensor hidden_TD, Tensor weight_VD, Tensor? bias_V, Tensor target_ids_T, float temperature, bool with_entropy, "
+    "bool keep_logits) -> (Tensor logprobs_T, Tensor entropy_T, Tensor stats_T2, Tensor logits_TV)",
+)
+torch.library.define(
+    "r1fast::linear_logprobs_backward",
+    "(Tensor hidden_TD, Tensor weight_VD, Tensor? bias_V, Tensor target_ids_T, Tensor entropy_T, Tensor stats_T2, "
+    "Tensor(a!) logits_TV, Tensor grad_logprobs_T, Tensor? grad_entropy_T, float temperature, bool needs_hidden, "
+    "bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
+)
+for _device in ("cpu", "cuda"):
+    torch.library.impl("r1fast::linear_logprobs", _device, _forward)
+    torch.library.impl("r1fast::linear_logprobs_backward", _device, _backward_kernel)
 
 
-def _linear_logprobs(
+@torch.library.register_fake("r1fast::linear_logprobs")
+def _forward_fake(
     hidden_TD: Tensor,
     weight_VD: Tensor,
-    target_ids_T: Tensor,
     bias_V: Tensor | None,
+    target_ids_T: Tensor,
     temperature: float,
     with_entropy: bool,
-    impl: str | None,
-) -> tuple[Tensor, Tensor | None]:
-    vocab = weight_VD.shape[0]
-    if hidden_TD.shape[0] * vocab < MAX_LOGITS:
-        if not torch.is_grad_enabled() and impl is None:  # old and reference log-probs: one pass over the logits
-            logits_TV = F.linear(hidden_TD, weight_VD, bias_V)
-            found = selective_logprobs(logits_TV, target_ids_T, temperature=temperature, with_entropy=with_entropy)
-            return found if isinstance(found, tuple) else (found, None)
-        return linear_logprobs_reference(hidden_TD, weight_VD, target_ids_T, bias_V, temperature, with_entropy)
-    chunk_size = max(1, MAX_LOGITS // vocab)
-    return _ChunkedLinearLogprobs.apply(hidden_TD, weight_VD, bias_V, target_ids_T, temperature, chunk_size)
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_tokens, dtype = hidden_TD.shape[0], compute_dtype(hidden_TD)
+    return (
+        hidden_TD.new_empty(num_tokens, dtype=dtype),
+        hidden_TD.new_empty(num_tokens if with_entropy else 0, dtype=dtype),
+        hidden_TD.new_empty(num_tokens, 2, dtype=dtype),
+        hidden_TD.new_empty(num_tokens, weight_VD.shape[0]) if keep_logits else hidden_TD.new_empty(0),
+    )
 
 
-def _check(op: str, hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor) -> None:
+@torch.library.register_fake("r1fast::linear_logprobs_backward")
+def _backward_fake(hidden_TD: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs_hidden, needs_weight, needs_bias = others[-3:]
+    return (
+        hidden_TD.new_empty(hidden_TD.shape if needs_hidden else 0),
+        weight_VD.new_empty(weight_VD.shape if needs_weight else 0),
+        weight_VD.new_empty(weight_VD.shape[0] if needs_bias else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden_TD, weight_VD, bias_V, target_ids_T, ctx.temperature, _, _ = inputs
+    _, entropy_T, stats_T2, logits_TV = output
+    ctx.mark_non_differentiable(stats_T2, logits_TV)
+    ctx.set_materialize_grads(False)  # an entropy that no loss uses arrives as None and costs nothing
+    ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_ids_T, entropy_T, stats_T2, logits_TV)
+
+
+def _backward(ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    *saved, stats_T2, logits_TV = ctx.saved_tensors
+    if grad_logprobs_T is None:
+        grad_logprobs_T = torch.zeros_like(stats_T2[:, 0])
+    if not may_overwrite(logits_TV):
+        logits_TV = logits_TV.clone()
+    needs = ctx.needs_input_grad[:3]
+    gradients = torch.ops.r1fast.linear_logprobs_backward(
+        *saved, stats_T2, logits_TV, grad_logprobs_T, grad_entropy_T, ctx.temperature, *needs
+    )
+    return *(gradient if needed else None for gradient, needed in zip(gradients, needs)), None, None, None, None
+
+
+torch.library.register_autograd("r1fast::linear_logprobs", _backward, setup_context=_setup_context)
+
+
+def check_head(op: str, hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden and weight as the op takes them: in autocast's dtype where autocast is on. Raises ValueError."""
     if (
         hidden_TD.dim() != 2
         or weight_VD.dim() != 2
@@ -143,6 +207,16 @@ def _check(op: str, hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor) 
             f"{op}: got hidden {tuple(hidden_TD.shape)}, weight {tuple(weight_VD.shape)} and target ids "
             f"{tuple(target_ids_T.shape)}, expected [T, D], [V, D] and [T]"
         )
+    device = hidden_TD.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return hidden_TD.to(dtype), weight_VD.to(dtype)
+    if hidden_TD.dtype != weight_VD.dtype:
+        raise ValueError(
+            f"{op}: got hidden in {hidden_TD.dtype} and weight in {weight_VD.dtype}, expected one dtype; convert one, "
+            "or call under torch.autocast"
+        )
+    return hidden_TD, weight_VD
 
 
 def linear_logprobs(
@@ -158,46 +232,31 @@ def linear_logprobs(
     """`selective_logprobs(hidden @ weight.T + bias, ...)` without a T x V buffer when that would be large.
 
     hidden_TD      [T, D]; pass only the rows whose log-probability is wanted
-    weight_VD      [V, D], same dtype as hidden
-    target_ids_T   [T] int64, 0 <= id < V
+    weight_VD      [V, D], same dtype as hidden; may be tied to the embedding, or frozen
+    target_ids_T   [T] int64, 0 <= id < V (on a GPU, where ids are not looked at, another id gives NaN)
     Returns logprobs_T fp32 (fp64 for fp64), or (logprobs_T, entropy_T) in nats. Both carry gradients.
     """
-    _check("linear_logprobs", hidden_TD, weight_VD, target_ids_T)
+    hidden_TD, weight_VD = check_head("linear_logprobs", hidden_TD, weight_VD, target_ids_T)
     if temperature <= 0:
         raise ValueError(f"linear_logprobs: got temperature={temperature}, expected > 0; for greedy use 1.0")
-    choose("linear_logprobs", impl, hidden_TD)
-    logprobs_T, entropy_T = _linear_logprobs(
-        hidden_TD, weight_VD, target_ids_T, bias_V, temperature, with_entropy, impl
-    )
-    if with_entropy:
-        assert entropy_T is not None
-        return logprobs_T, entropy_T
-    return logprobs_T
-
-
-def linear_cross_entropy(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_ids_T: Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    impl: str | None = None,
-) -> Tensor:
-    """Cross-entropy of a language-model head; targets equal to `ignore_index` are dropped before the product.
-
-    reduction   "mean" over the targets that count (0 when none does, where torch gives NaN), "sum", or "none": [T], 0
-                where ignored. Under gradient accumulation use "sum" over the step's global count.
-    """
-    _check("linear_cross_entropy", hidden_TD, weight_VD, target_ids_T)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"linear_cross_entropy: got reduction={reduction!r}, expected mean, sum or none")
-    choose("linear_cross_entropy", impl, hidden_TD)
-    kept = (target_ids_T != ignore_index).nonzero().squeeze(1)
-    if kept.numel() < target_ids_T.numel():
-        hidden_TD = hidden_TD.index_select(0, kept)
-    losses, _ = _linear_logprobs(hidden_TD, weight_VD, target_ids_T[kept], None, 1.0, False, impl)
-    if reduction == "none":
-        return losses.new_zeros(target_ids_T.shape).index_copy(0, kept, -losses)
-    total = -losses.sum()
-    return total if reduction == "sum" else total / max(kept.numel(), 1)
+    if bias_V is not None:
+        if bias_V.shape != weight_VD.shape[:1]:
+            raise ValueError(f"linear_logprobs: got bias {tuple(bias_V.shape)}, expected {tuple(weight_VD.shape[:1])}")
+        bias_V = bias_V.to(weight_VD.dtype)
+    entropy_T: Tensor | None
+    if choose("linear_logprobs", impl, hidden_TD) == "reference":
+        logprobs_T, entropy_T = linear_logprobs_reference(
+            hidden_TD, weight_VD, target_ids_T, bias_V, temperature, with_entropy
+        )
+    else:
+        learns = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (hidden_TD, weight_VD, bias_V)
+        )
+        keep_logits = learns and fits_wide_tile(hidden_TD, weight_VD.shape[0])
+        logprobs_T, entropy_T, _, _ = torch.ops.r1fast.linear_logprobs(
+            hidden_TD, weight_VD, bias_V, target_ids_T, temperature, with_entropy, keep_logits
+        )
+    if not with_entropy:
+        return logprobs_T
+    assert entropy_T is not None
+    return logprobs_T, entropy_T

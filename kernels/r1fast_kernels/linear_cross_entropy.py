@@ -1,0 +1,117 @@
+"""Cross-entropy of a language-model head, without its logits: what SFT, pretraining and distillation minimise.
+
+    loss = -sum_t logprob_t        over the targets that are not ignored;  "mean" divides by their number
+
+The gradient of every log-prob is known beforehand (-1, or -1 / number), so it is formed in the forward pass, while the
+tile of logits is still there (head.py): 6 T D V FLOPs, where computing the logits again would take 8. Backward only
+scales by the incoming scalar. With reduction "none" the gradients are not known, and linear_logprobs does the work.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose
+from .head import forward_with_gradient, may_overwrite
+from .linear_logprobs import check_head, linear_logprobs, linear_logprobs_reference
+
+
+def linear_cross_entropy_reference(hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor) -> Tensor:
+    """The specification: [T] losses of targets that all count."""
+    return -linear_logprobs_reference(hidden_TD, weight_VD, target_ids_T, None, 1.0, False)[0]
+
+
+def _forward(
+    hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, scale: float, needs_hidden: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs_T, _, grad_hidden_TD, grad_weight_VD = forward_with_gradient(
+        hidden_TD, weight_VD, target_ids_T, 1.0, False, lambda _, logprobs_R: torch.full_like(logprobs_R, -scale),
+        needs_hidden, needs_weight,
+    )  # fmt: skip
+    return logprobs_T.sum() * -scale, grad_hidden_TD, grad_weight_VD
+
+
+torch.library.define(
+    "r1fast::linear_cross_entropy",
+    "(Tensor hidden_TD, Tensor weight_VD, Tensor target_ids_T, float scale, bool needs_hidden, bool needs_weight) "
+    "-> (Tensor loss, Tensor grad_hidden_TD, Tensor grad_weight_VD)",
+)
+for _device in ("cpu", "cuda"):
+    torch.library.impl("r1fast::linear_cross_entropy", _device, _forward)
+
+
+@torch.library.register_fake("r1fast::linear_cross_entropy")
+def _fake(
+    hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, scale: float, needs_hidden: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = hidden_TD.new_empty((), dtype=torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32)
+    return (
+        loss,
+        hidden_TD.new_empty(hidden_TD.shape if needs_hidden else 0),
+        weight_VD.new_empty(weight_VD.shape if needs_weight else 0),
+    )
+
+
+def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """setup_context of an op (hidden, weight, ...) -> (..., grad_hidden, grad_weight)."""
+    ctx.num_inputs = len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[-2:])
+
+
+def scale_gradients(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+    """Backward of such an op: its gradients, times the one of the loss; in place where they are free to go."""
+    gradients = [
+        (gradient.mul_(grad_loss) if may_overwrite(gradient) else gradient * grad_loss) if needed else None
+        for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)
+    ]
+    return *gradients, *([None] * (ctx.num_inputs - 2))
+
+
+torch.library.register_autograd("r1fast::linear_cross_entropy", scale_gradients, setup_context=save_gradients)
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_ids_T: Tensor,
+    *,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    impl: str | None = None,
+) -> Tensor:
+    """Cross-entropy of a language-model head; targets equal to `ignore_index` are dropped before the product.
+
+    hidden_TD      [T, D]; weight_VD [V, D], same dtype
+    target_ids_T   [T] int64, 0 <= id < V or ignore_index
+    ignore_index   None = every target counts: on a GPU this spares the wait for how many are left
+    reduction      "mean" over the targets that count (0 when none does, where torch gives NaN), "sum", or "none": [T],
+                   0 where ignored. Under gradient accumulation use "sum" over the step's global count
+    Returns the loss, fp32 (fp64 for fp64).
+    """
+    hidden_TD, weight_VD = check_head("linear_cross_entropy", hidden_TD, weight_VD, target_ids_T)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"linear_cross_entropy: got reduction={reduction!r}, expected mean, sum or none")
+    chosen = choose("linear_cross_entropy", impl, hidden_TD)
+    num_targets, kept = target_ids_T.shape[0], None
+    if ignore_index is not None:
+        kept = (target_ids_T != ignore_index).nonzero().squeeze(1)
+        if kept.shape[0] == num_targets:
+            kept = None
+        else:
+            hidden_TD, target_ids_T = hidden_TD.index_select(0, kept), target_ids_T[kept]
+    scale = 1 / max(target_ids_T.shape[0], 1) if reduction == "mean" else 1.0
+    if reduction != "none" and chosen != "reference":
+        learns = torch.is_grad_enabled()
+        return torch.ops.r1fast.linear_cross_entropy(
+            hidden_TD, weight_VD, target_ids_T, scale, learns and hidden_TD.requires_grad,
+            learns and weight_VD.requires_grad,
+        )[0]  # fmt: skip
+    if chosen == "reference":
+        losses = linear_cross_entropy_reference(hidden_TD, weight_VD, target_ids_T)
+    else:
+        losses = -linear_logprobs(hidden_TD, weight_VD, target_ids_T, impl=impl)  # type: ignore[operator]
+    if reduction != "none":
+        return losses.sum() * scale
+    return losses if kept is None else losses.new_zeros(num_targets).index_copy(0, kept, losses)
