@@ -25,7 +25,7 @@ CPU_COLUMNS = 1024
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+    return (slice(start, min(start + size, total)) for start in range(0, total, max(size, 1)))
 
 
 def rows_of_tall_tile(hidden_TD: Tensor, vocab: int) -> int:
@@ -104,12 +104,13 @@ def forward_with_gradient(
     log-probs and what was known before. Gradients that are not needed are empty.
     """
     num_tokens, vocab = hidden_TD.shape[0], weight_VD.shape[0]
-    num_rows = min(rows_of_tall_tile(hidden_TD, vocab), max(num_tokens, 1))
+    num_tiles = -(-num_tokens // rows_of_tall_tile(hidden_TD, vocab))
+    num_rows = -(-num_tokens // max(num_tiles, 1))  # tiles of one height: no product of a last few rows
     logprobs_T = hidden_TD.new_empty(num_tokens, dtype=compute_dtype(hidden_TD))
     entropy_T = torch.empty_like(logprobs_T) if with_entropy else logprobs_T.new_empty(0)
     grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else hidden_TD.new_empty(0)
     # One tile rounds the weight's gradient once whatever it is kept in; sums over tiles in bf16 would drift.
-    sum_dtype = weight_VD.dtype if num_rows >= num_tokens else compute_dtype(weight_VD)
+    sum_dtype = weight_VD.dtype if num_tiles <= 1 else compute_dtype(weight_VD)
     grad_weight_VD = weight_VD.new_zeros(weight_VD.shape if needs_weight and not num_tokens else 0)
     if needs_weight and num_tokens:
         grad_weight_VD = torch.empty(weight_VD.shape, dtype=sum_dtype, device=weight_VD.device)
@@ -128,7 +129,7 @@ def forward_with_gradient(
         gradient_R = token_gradient(rows, logprobs_T[rows])
         ops.selective_logprobs_backward_(logits_RV, ids_R, entropy_R, stats_R2, gradient_R, None, temperature)
         if needs_hidden:
-            torch.mm(logits_RV, weight_VD, out=grad_hidden_TD[rows])
+            multiply_into(grad_hidden_TD[rows], logits_RV, weight_VD, add=False)
         if needs_weight:
             for columns in _column_pieces(vocab, weight_VD):
                 multiply_into(grad_weight_VD[columns], logits_RV[:, columns].T, hidden_RD, add=rows.start > 0)

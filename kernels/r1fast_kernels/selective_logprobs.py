@@ -185,7 +185,7 @@ def _launch_gradient(
     grad_logprobs_T: Tensor,
     grad_entropy_T: Tensor | None,
     temperature: float,
-    first_id: int,
+    first_id: int = 0,
 ) -> None:
     num_tokens, vocab = logits_TV.shape
     block = block_v(vocab, GRADIENT_BLOCK_V)
@@ -200,17 +200,17 @@ def _launch_gradient(
 
 def _launch_backward(logits_TV: Tensor, *gradient: Any) -> Tensor:
     grad_TV = torch.empty(logits_TV.shape, dtype=logits_TV.dtype, device=logits_TV.device)
-    _launch_gradient(grad_TV, _unit_columns(logits_TV), *gradient, 0)
+    _launch_gradient(grad_TV, _unit_columns(logits_TV), *gradient)
     return grad_TV
 
 
-def _launch_backward_(logits_TV: Tensor, *gradient: Any, first_id: int = 0) -> None:
+def _launch_backward_(logits_TV: Tensor, *gradient: Any, **tile: Any) -> None:
     if logits_TV.stride(1) != 1 and logits_TV.shape[1] > 1:
         raise ValueError(
             f"selective_logprobs: got logits with column stride {logits_TV.stride(1)}, expected 1 where the gradient "
             "is to be written over them"
         )
-    _launch_gradient(logits_TV, logits_TV, *gradient, first_id)
+    _launch_gradient(logits_TV, logits_TV, *gradient, **tile)
 
 
 torch.library.define(

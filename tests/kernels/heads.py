@@ -1,12 +1,13 @@
 """Inputs of the tests of the linear ops, and tiles so small that every loop over them runs."""
 
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.backends import FP64
+from tests.kernels.backends import FP64, threads
 
 # Not `import r1fast_kernels.head`: importlib mode and ops named like their modules make attribute paths unreliable.
 HEAD = "r1fast_kernels.head"
@@ -28,7 +29,7 @@ TILINGS = ("whole", "one-piece-of-tokens", "pieces-of-both")
 
 
 def set_tiling(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """whole: all in one tile. Else 64 columns a wide tile, of all tokens or of 5; 7 rows a tall one; 50-column products."""
+    """whole: one tile. Else wide tiles of 64 columns and all tokens or 5, tall ones of 7 rows, 50-column products."""
     if name == "whole":
         return
     head = sys.modules[HEAD]
@@ -38,3 +39,17 @@ def set_tiling(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         if name == "pieces-of-both":
             monkeypatch.setitem(head.MAX_ROWS, device, 5)
     monkeypatch.setattr(head, "CPU_COLUMNS", 50)
+
+
+def set_one_thread_for_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vendor's product may add in another order on two threads (MKL does, for few rows): leave that out."""
+    for name in ("project", "multiply_into"):
+        function = getattr(sys.modules[HEAD], name)
+
+        def on_one_thread(*args: Any, _function: Any = function, **options: Any) -> Any:
+            with threads(1):
+                return _function(*args, **options)
+
+        for module in (HEAD, "r1fast_kernels.linear_logprobs"):
+            if hasattr(sys.modules[module], name):
+                monkeypatch.setattr(sys.modules[module], name, on_one_thread)

@@ -248,9 +248,10 @@ def test_errors_say_what_to_do(backend: Backend) -> None:
     wrong = FP16 if backend.impl == "cpp" else FP64
     with pytest.raises(ValueError, match=f"kernels take float32.* got {str(wrong)[6:]}"):
         selective_logprobs(logits.to(wrong), ids, impl=backend.impl)
+    columns = (logits.clone().requires_grad_() * 1).T
+    loss = selective_logprobs(columns, ids.new_zeros(6), inplace_backward=True, impl=backend.impl).sum()
     with pytest.raises(ValueError, match="expected 1 where the gradient is to be written over"):
-        columns = (logits.clone().requires_grad_() * 1).T
-        selective_logprobs(columns, ids.new_zeros(6), inplace_backward=True, impl=backend.impl).sum().backward()
+        loss.backward()
 
 
 @needs_cpp
