@@ -97,7 +97,7 @@ def op_choices() -> list[tuple[str, str, str, str]]:
     dispatch.logger.addHandler(handler)
     dispatch.logger.setLevel(logging.INFO)
     try:
-        failures = {op: failure for op, call in _tiny_calls(device).items() if (failure := _failure(call))}
+        failures = {op: failure for op, call in tiny_calls(device).items() if (failure := _failure(call))}
     finally:
         dispatch.logger.removeHandler(handler)
     choices = {
@@ -117,7 +117,7 @@ def _failure(call: Callable[[], Any]) -> str | None:
     return None
 
 
-def _tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
+def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
     """A call of each op in the dtypes of a default run on this device."""
     import r1fast_kernels as kernels
 
@@ -133,7 +133,7 @@ def _tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
     return {
         "selective_logprobs": lambda: kernels.selective_logprobs(logits_TV, ids_T),
         "linear_logprobs": lambda: kernels.linear_logprobs(hidden_TD, weight_VD, ids_T),
-        "linear_cross_entropy": lambda: kernels.linear_cross_entropy(hidden_TD, weight_VD, ids_T),
+        "linear_cross_entropy": lambda: kernels.linear_cross_entropy(hidden_TD, weight_VD, ids_T, ignore_index=None),
         "group_advantages": lambda: kernels.group_advantages(rewards_N, groups_N),
         "grpo_loss": lambda: kernels.grpo_loss(torch.zeros(4, device=device), cu_seqlens, advantages_N=rewards_N),
         "linear_grpo_loss": lambda: kernels.linear_grpo_loss(
@@ -149,7 +149,7 @@ def _tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
             experts_TK,
             torch.ones(4, 1, device=device),
         ),
-        "sample_tokens": lambda: kernels.sample_tokens(logits_TV, temperature=0.0),
+        "sample_tokens": lambda: kernels.sample_tokens(logits_TV),
     }
 
 

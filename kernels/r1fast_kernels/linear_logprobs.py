@@ -48,7 +48,9 @@ def _forward(
     _check_ids(target_ids_T, weight_VD.shape[0])
     # fp64 on a CPU, where it costs nothing; on a GPU sums over a tile are fp32 already.
     dtype = torch.float64 if hidden_TD.device.type == "cpu" else torch.float32
-    state_T4 = torch.tensor([-torch.inf, 0, 0, torch.nan], dtype=dtype, device=hidden_TD.device).repeat(num_tokens, 1)
+    state_T4 = torch.zeros(num_tokens, 4, dtype=dtype, device=hidden_TD.device)
+    state_T4[:, 0].fill_(-torch.inf)
+    state_T4[:, 3].fill_(torch.nan)  # until the tile with the target has come
     token_pieces, vocab_pieces, buffer = wide_tiles(hidden_TD, weight_VD)
     for rows in token_pieces:
         for columns in vocab_pieces:

@@ -154,9 +154,10 @@ class Learner:
     def advantage(self, samples: list[Sample]) -> None:
         rewards_N = torch.tensor([sample.reward for sample in samples], dtype=torch.float32)
         groups_N = torch.tensor([sample.group for sample in samples])
-        for sample, advantage in zip(
-            samples, group_advantages(rewards_N, groups_N, scale=self.stage.scale_rewards).tolist()
-        ):
+        advantages_N = group_advantages(
+            rewards_N, groups_N, scale=self.stage.scale_rewards, impl=self.ctx.recipe.kernels.impl
+        )
+        for sample, advantage in zip(samples, advantages_N.tolist()):
             sample.advantage = advantage
 
     def logprobs(self, samples: list[Sample]) -> list[Example]:
@@ -224,6 +225,8 @@ def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
     stage: GRPOStage = ctx.stage
     num_items = sum(sum(example.values["mask"]) for example in examples)
     num_samples = len(examples)
+    # Known here, where looking does not wait for the device; without a mask the op has nothing to look for.
+    masked = num_items < sum(len(example.completion_ids) for example in examples)
 
     def loss_fn(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         values = batch.values
@@ -237,7 +240,7 @@ def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
             old_logprobs_T=values.get("old"),
             ref_logprobs_T=values.get("ref"),
             sampler_logprobs_T=values["sampler"],
-            loss_mask_T=values["mask"].bool(),
+            loss_mask_T=values["mask"].bool() if masked else None,
             epsilon=stage.epsilon,
             epsilon_high=stage.epsilon_high,
             delta=stage.delta,
@@ -246,8 +249,8 @@ def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
             importance_level=stage.importance_sampling_level,
             is_cap=stage.sampling_importance_cap,
             max_completion_length=stage.max_completion_length,
-            num_items=torch.tensor(max(num_items, 1.0), device=hidden_TD.device),
-            num_samples=torch.tensor(float(num_samples), device=hidden_TD.device),
+            num_items=max(num_items, 1.0),
+            num_samples=float(num_samples),
             impl=ctx.recipe.kernels.impl,
         )
         return loss, metrics | {"weight": values["mask"].sum()}

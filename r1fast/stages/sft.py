@@ -72,7 +72,10 @@ def cross_entropy(examples: Sequence[Example], ctx: StageContext) -> LossFn:
 
     def loss_fn(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         hidden_MD = hidden_TD.index_select(0, batch.loss_index_M)
-        loss = linear_cross_entropy(hidden_MD, weight_VD, batch.target_ids_M, reduction="sum", impl=impl) / total
-        return loss, {}
+        # Prompt tokens are gone already, so every target counts.
+        loss = linear_cross_entropy(
+            hidden_MD, weight_VD, batch.target_ids_M, ignore_index=None, reduction="sum", impl=impl
+        )
+        return loss / total, {}
 
     return loss_fn
