@@ -56,7 +56,7 @@ def train(
 
 @pytest.fixture
 def same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second run learns from the samples of the first: one token drawn otherwise would make it another experiment."""
+    """The second run learns from the samples of the first: one token drawn otherwise makes another experiment."""
     from r1fast.stages.grpo import Learner
 
     rollout, recorded = Learner.rollout, {}
@@ -79,8 +79,8 @@ def test_same_curves(command: Callable[..., int], tmp_path: Path, taught_model: 
     plain, plain_weights, plain_ops = train(command, tmp_path, taught_model, stage, "kernels.impl=reference")
     assert {op.split()[1] for op in our_ops} == {"cpp"} and {op.split()[1] for op in plain_ops} == {"reference"}
     assert len(ours["loss"]) == STEPS and len(set(ours["loss"])) > STEPS / 2
-    # fp32 rounding, grown over 50 Adam steps: measured 1e-6 to 7e-6 in the loss, 1e-4 to 3e-4 in the gradient norm, 7e-5
-    # in a weight. A wrong normaliser, temperature or mask moves the first step by more than that.
+    # fp32 rounding, grown over 50 Adam steps: measured 1e-6 to 7e-6 in the loss, 1e-4 to 3e-4 in the gradient norm,
+    # 7e-5 in a weight. A wrong normaliser, temperature or mask moves the first step by more than that.
     for name, allowed in {"loss": 1e-4, "grad_norm": 3e-3, "reward": 0.0}.items():
         if name in ours:
             np.testing.assert_allclose(ours[name], plain[name], rtol=0, atol=allowed, err_msg=name)
