@@ -61,4 +61,55 @@ def _selective() -> list[Kernel]:
     return kernels
 
 
-KERNELS = _selective()
+def _advantages() -> list[Kernel]:
+    module = _module("group_advantages")
+    signature = {
+        "rewards_ptr": "*fp32",
+        "group_ids_ptr": "*i64",
+        "out_ptr": "*fp32",
+        "num_samples": "i32",
+        "eps": "fp32",
+    }
+    return [
+        Kernel(
+            f"group_advantages-{scale}", module._advantages_kernel, signature,
+            {"SCALE": scale, "BLOCK_N": module.BLOCK_N}, {"num_warps": module.NUM_WARPS},
+        )
+        for scale in module.SCALES
+    ]  # fmt: skip
+
+
+# Optional inputs of grpo_loss, and its constants: (name, not given, LOSS_TYPE, SEQUENCE, TRUNCATED_IS).
+_GRPO_CASES = (
+    ("everything", {"rewards_ptr", "group_ids_ptr", "num_items_ptr"}, "grpo", False, True),
+    ("fused-rewards", {"advantages_ptr", "mask_ptr", "counts_ptr", "num_items_ptr"}, "dr_grpo", False, True),
+    ("sequence", {"rewards_ptr", "group_ids_ptr", "counts_ptr", "num_samples_ptr"}, "dapo", True, True),
+    ("sequence-fused-rewards", {"advantages_ptr", "counts_ptr", "num_items_ptr"}, "grpo", True, True),
+    ("cispo", {"rewards_ptr", "group_ids_ptr", "counts_ptr", "num_samples_ptr"}, "cispo", False, False),
+    ("on-policy", {"rewards_ptr", "group_ids_ptr", "old_ptr", "ref_ptr", "counts_ptr"}, "bnpo", False, False),
+)  # fmt: skip
+
+
+def _grpo() -> list[Kernel]:
+    module = _module("grpo_loss")
+    logprobs = {f"{name}_ptr": "*fp32" for name in ("logprobs", "old", "ref", "sampler", "entropy")}
+    samples = {"advantages_ptr": "*fp32", "rewards_ptr": "*fp32", "group_ids_ptr": "*i64", "counts_ptr": "*i64"}
+    counts = {"cu_seqlens_ptr": "*i32", "mask_ptr": "*i1", "num_items_ptr": "*i64", "num_samples_ptr": "*i64"}
+    results = {"loss_ptr": "*fp32", "grad_ptr": "*fp32", "metrics_ptr": "*fp32", "partials_ptr": "*fp64"}
+    scalars = {"finished_ptr": "*i32", "num_tokens": "i32", "num_samples": "i32"}
+    settings = ("advantage_eps", "clip_low", "clip_high", "delta", "beta", "is_cap", "max_completion_length")
+    signature = logprobs | samples | counts | results | scalars | dict.fromkeys(settings, "fp32")
+    return [
+        Kernel(
+            f"grpo_loss-{name}", module._grpo_kernel, {k: v for k, v in signature.items() if k not in absent},
+            {
+                **dict.fromkeys(absent), "SCALE": "group", "LOSS_TYPE": loss_type, "SEQUENCE": sequence,
+                "TRUNCATED_IS": truncated, "BLOCK_T": module.BLOCK_T, "BLOCK_N": module.BLOCK_N,
+            },
+            {"num_warps": module.NUM_WARPS},
+        )
+        for name, absent, loss_type, sequence, truncated in _GRPO_CASES
+    ]  # fmt: skip
+
+
+KERNELS = [*_selective(), *_advantages(), *_grpo()]
