@@ -16,7 +16,8 @@ at::Tensor group_advantages_cpu(
     const at::Tensor& rewards_N, const at::Tensor& group_ids_N, std::string scale, double eps) {
   TORCH_CHECK_VALUE(
       rewards_N.dim() == 1 && group_ids_N.sizes() == rewards_N.sizes(),
-      "group_advantages: got rewards ", rewards_N.sizes(), " and group ids ", group_ids_N.sizes(), ", expected both [N]");
+      "group_advantages: got rewards ", rewards_N.sizes(), " and group ids ", group_ids_N.sizes(),
+      ", expected both [N]");
   const at::Tensor rewards = rewards_N.to(at::kDouble).contiguous();
   const at::Tensor group_ids = group_ids_N.to(at::kLong).contiguous();
   const auto advantages = group_advantages(

@@ -10,18 +10,18 @@
     dr_grpo  sum L / (num_samples max_completion_length)      no length bias               (arXiv 2503.20783)
     bnpo, dapo, cispo   sum L / num_items                     each token weighs the same   (arXiv 2503.14476)
 
-Counts and sums run over tokens that `loss_mask_T` keeps. The gradient, from d = exp at its own place:
+Counts and sums run over tokens that `loss_mask_T` keeps. The gradient, s being 1 where the minimum passes it, else 0:
 
-    dL/dlogprob = -A w s [its IS weight]  + beta (1 - exp(ref_logprob - logprob)),  s = 1 where the minimum passes, else 0
-    cispo: -min(w, epsilon_high) A;   sequence: s w through the mean, so all tokens of a sample share sum_t(IS) / tokens_n
+    dL/dlogprob = -A w s (importance weight) + beta (1 - exp(d));   cispo: -min(w, epsilon_high) A in place of -A w s
+    sequence: all tokens of a sample share -A w s sum_t(importance weight) / tokens_n
 
-One launch gives loss, gradient and metrics. Floor: 4 bytes read for each of logprob, old, ref, sampler, entropy that is
-given, 1 for the mask, 4 written: 8 to 25 bytes, up to 3 exponentials and about 40 FLOPs a token. Bound by its launch
-below a million tokens. "sequence" reads log-probs twice.
+One launch gives loss, gradient and metrics: 4 bytes read for each of logprob, old, ref, sampler and entropy that is
+given, 1 for the mask, 4 written; up to 3 exponentials and 40 FLOPs a token. "sequence" reads twice. A million tokens are
+25 MB, on a GPU about the time of the launch.
 
-    packing    | sample 0      | sample 1 | sample 2        |       completion tokens only
+    packing    | sample 0      | sample 1 | sample 2        |   completion tokens only
     cu_seqlens 0               6          10                17
-    program    0               1          2                         one a sample: partial sums [11, N]; the last one adds
+    program    0               1          2                     one a sample leaves partial sums; the last adds them up
 """
 
 from typing import Any
@@ -32,15 +32,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import TRITON_DEVICE, choose, compute_dtype
-from .group_advantages import advantage_of, group_advantages
-from .grpo_loss_reference import (
-    LossInputs,
-    LossSettings,
-    check_advantages,
-    check_end,
-    check_inputs,
-    grpo_loss_reference,
-)
+from .group_advantages import advantage_of
+from .grpo_loss_reference import LossInputs, LossSettings, check_end, check_inputs, grpo_loss_reference
 
 # Columns 2.. of the partial sums of a sample, after its loss and its tokens that count; csrc/cpu/grpo_loss.cpp has them
 # in the same order. For cispo "high" is "cispo_clip_ratio".
@@ -97,7 +90,7 @@ def _read(values_ptr, offs_t, live):
     return tl.load(values_ptr + offs_t, mask=live, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_samples"])
+@triton.jit(do_not_specialize=["default_count", "num_samples"])
 def _grpo_kernel(
     logprobs_ptr,  # [T], as old to entropy
     cu_seqlens_ptr,  # [N + 1]
@@ -110,14 +103,13 @@ def _grpo_kernel(
     mask_ptr,
     entropy_ptr,
     counts_ptr,  # [N]
-    num_items_ptr,  # []; None: num_tokens
-    num_samples_ptr,  # []; None: num_samples
+    total_count_ptr,  # [], num_items or num_samples; None: default_count
     loss_ptr,  # []
     grad_ptr,  # [T]
     metrics_ptr,  # [9]
     partials_ptr,  # [11, N] fp64
     finished_ptr,  # [1] int32, 0
-    num_tokens,
+    default_count,
     num_samples,
     advantage_eps,
     clip_low,
@@ -125,9 +117,10 @@ def _grpo_kernel(
     delta,
     beta,
     is_cap,
-    max_completion_length,
+    divisor_factor,  # max_completion_length of dr_grpo, else 1
     SCALE: tl.constexpr,
-    LOSS_TYPE: tl.constexpr,
+    CISPO: tl.constexpr,
+    SAMPLE_MEAN: tl.constexpr,  # loss type grpo: divided by the tokens of the sample too
     SEQUENCE: tl.constexpr,
     TRUNCATED_IS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -137,8 +130,6 @@ def _grpo_kernel(
     begin = tl.load(cu_seqlens_ptr + n).to(tl.int64)
     end = tl.load(cu_seqlens_ptr + n + 1).to(tl.int64)
     length = (end - begin).to(tl.int32)
-    CISPO: tl.constexpr = LOSS_TYPE == "cispo"
-    SAMPLE_MEAN: tl.constexpr = LOSS_TYPE == "grpo"
     if advantages_ptr is not None:
         advantage = tl.load(advantages_ptr + n).to(tl.float32)
     else:
@@ -179,19 +170,10 @@ def _grpo_kernel(
             kept = tl.sum(importance_T, axis=0)
         sample_slope *= kept / count  # what each token's log-prob does to the loss through the mean
 
-    if LOSS_TYPE == "grpo" or LOSS_TYPE == "dr_grpo":
-        divisor = num_samples.to(tl.float32)
-        if num_samples_ptr is not None:
-            divisor = tl.load(num_samples_ptr).to(tl.float32)
-        divisor = tl.maximum(divisor, 1.0)
-        if LOSS_TYPE == "dr_grpo":
-            divisor *= max_completion_length
-    else:
-        divisor = num_tokens.to(tl.float32)
-        if num_items_ptr is not None:
-            divisor = tl.load(num_items_ptr).to(tl.float32)
-        divisor = tl.maximum(divisor, 1.0)
-    scale = 1.0 / divisor
+    divisor = default_count.to(tl.float32)
+    if total_count_ptr is not None:
+        divisor = tl.load(total_count_ptr).to(tl.float32)
+    scale = 1.0 / (tl.maximum(divisor, 1.0) * divisor_factor)
     if SAMPLE_MEAN:
         scale /= count
 
@@ -330,27 +312,33 @@ def _launch(
     max_completion_length: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_end(cu_seqlens, logprobs_T)
+    mask_T = None if mask_T is None else mask_T.bool()
     N = len(cu_seqlens) - 1
     loss, grad_T, metrics_M = _fake(logprobs_T)
     if N == 0:
         return loss.zero_(), grad_T, metrics_M.zero_()
-    if num_items is None and mask_T is not None and loss_type in ("bnpo", "dapo", "cispo"):
-        num_items = mask_T.sum()
+    if loss_type in ("grpo", "dr_grpo"):
+        total_count, default_count = num_samples, N
+    else:
+        total_count, default_count = num_items, len(logprobs_T)
+        if num_items is None and mask_T is not None:
+            total_count = mask_T.sum()
     inputs = (
         None if x is None else x.contiguous()
         for x in (
             logprobs_T, cu_seqlens, advantages_N, rewards_N, group_ids_N, old_T, ref_T, sampler_T, mask_T, entropy_T,
-            counts_N, num_items, num_samples,
+            counts_N, total_count,
         )
     )  # fmt: skip
     partials = torch.empty(NUM_COLUMNS, N, dtype=torch.float64, device=loss.device)
     finished = torch.zeros(1, dtype=torch.int32, device=loss.device)
+    cispo, dr_grpo = loss_type == "cispo", loss_type == "dr_grpo"
     _grpo_kernel[(N,)](
-        *inputs, loss, grad_T, metrics_M, partials, finished, len(logprobs_T), N, ADVANTAGE_EPS, 1 - epsilon_low,
-        epsilon_high if loss_type == "cispo" else 1 + epsilon_high, float("inf") if delta is None else delta, beta,
-        is_cap or 0.0, float(max_completion_length or 1), SCALE=scale_rewards, LOSS_TYPE=loss_type,
-        SEQUENCE=importance_level == "sequence", TRUNCATED_IS=is_cap is not None, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
-        num_warps=NUM_WARPS,
+        *inputs, loss, grad_T, metrics_M, partials, finished, default_count, N, ADVANTAGE_EPS, 1 - epsilon_low,
+        epsilon_high if cispo else 1 + epsilon_high, float("inf") if delta is None else delta, beta, is_cap or 0.0,
+        float(max_completion_length or 1) if dr_grpo else 1.0, SCALE=scale_rewards, CISPO=cispo,
+        SAMPLE_MEAN=loss_type == "grpo", SEQUENCE=importance_level == "sequence", TRUNCATED_IS=is_cap is not None,
+        BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
     )  # fmt: skip
     return loss, grad_T, metrics_M
 
@@ -406,8 +394,10 @@ def _named(metrics_M: Tensor, inputs: LossInputs, cispo: bool) -> dict[str, Tens
 
 
 def _scalar(count: Tensor | float | None, like: Tensor) -> Tensor | None:
-    if count is None or isinstance(count, Tensor):
-        return None if count is None else count.to(like.device, non_blocking=True)
+    if count is None:
+        return None
+    if isinstance(count, Tensor):
+        return count.to(like.device, non_blocking=True)
     return torch.full((), count, dtype=torch.float64, device=like.device)
 
 
@@ -449,8 +439,8 @@ def grpo_loss(
     num_items             global count of tokens that count, over micro-batches and ranks (bnpo, dapo, cispo);
                           None: of this call
     num_samples           the same for samples (grpo, dr_grpo); None: N
-    counts_N              [N] int, tokens of each whole sample that count; None: of this call. Given, the call may hold a
-                          slice of the tokens with cu_seqlens clamped to it, and slices add up (level "token")
+    counts_N              [N] int, tokens of each whole sample that count; None: of this call. With it the call may
+                          hold a slice of the tokens, cu_seqlens clamped to it, and slices add up (level "token")
     entropy_T             [T] of the policy, only for the metric "entropy"
     Returns (loss, metrics): 0-d tensors, the metrics detached, named as in TRL.
     """
@@ -459,16 +449,12 @@ def grpo_loss(
         max_completion_length,
     )  # fmt: skip
     inputs = LossInputs(
-        old_logprobs_T, ref_logprobs_T, sampler_logprobs_T, loss_mask_T, entropy_T, counts_N, num_items, num_samples
-    )
+        advantages_N, rewards_N, group_ids_N, scale_rewards, old_logprobs_T, ref_logprobs_T, sampler_logprobs_T,
+        loss_mask_T, entropy_T, counts_N, num_items, num_samples,
+    )  # fmt: skip
     check_inputs(logprobs_T, cu_seqlens, inputs, settings)
-    check_advantages(advantages_N, rewards_N, group_ids_N, scale_rewards, len(cu_seqlens) - 1)
     if choose("grpo_loss", impl, logprobs_T) == "reference":
-        check_end(cu_seqlens, logprobs_T)
-        if rewards_N is not None and group_ids_N is not None:
-            advantages_N = group_advantages(rewards_N, group_ids_N, scale=scale_rewards, impl="reference")
-        assert advantages_N is not None
-        return grpo_loss_reference(logprobs_T, cu_seqlens, advantages_N, inputs, settings)
+        return grpo_loss_reference(logprobs_T, cu_seqlens, inputs, settings)
     loss, _, metrics_M = torch.ops.r1fast.grpo_loss(
         logprobs_T, cu_seqlens, advantages_N, rewards_N, group_ids_N, scale_rewards, old_logprobs_T, ref_logprobs_T,
         sampler_logprobs_T, loss_mask_T, entropy_T, counts_N, _scalar(num_items, logprobs_T),

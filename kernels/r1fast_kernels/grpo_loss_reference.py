@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import compute_dtype
-from .group_advantages import SCALES
+from .group_advantages import SCALES, group_advantages
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 
@@ -42,8 +42,12 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """The optional tensors of the public function."""
+    """What the public function may be given besides log-probs and their packing."""
 
+    advantages_N: Tensor | None
+    rewards_N: Tensor | None
+    group_ids_N: Tensor | None
+    scale_rewards: str
     old_T: Tensor | None
     ref_T: Tensor | None
     sampler_T: Tensor | None
@@ -71,35 +75,36 @@ def check_inputs(logprobs_T: Tensor, cu_seqlens: Tensor, inputs: LossInputs, s: 
         if values is not None and values.shape != logprobs_T.shape:
             raise ValueError(f"grpo_loss: got {name} {tuple(values.shape)}, expected {tuple(logprobs_T.shape)}")
     if inputs.counts_N is not None and len(inputs.counts_N) != len(cu_seqlens) - 1:
-        raise ValueError(f"grpo_loss: got {len(inputs.counts_N)} counts_N for {len(cu_seqlens) - 1} samples")
+        raise ValueError(
+            f"grpo_loss: got {len(inputs.counts_N)} counts_N for {len(cu_seqlens) - 1} samples, expected one each"
+        )
+    _check_advantages(inputs, len(cu_seqlens) - 1)
     if s.beta and inputs.ref_T is None:
         raise ValueError(f"grpo_loss: beta={s.beta} needs ref_logprobs_T; pass it, or beta=0.0")
     if s.is_cap is not None and inputs.sampler_T is None:
         raise ValueError(f"grpo_loss: is_cap={s.is_cap} needs sampler_logprobs_T; pass it, or is_cap=None")
 
 
-def check_advantages(
-    advantages_N: Tensor | None, rewards_N: Tensor | None, group_ids_N: Tensor | None, scale: str, num_samples: int
-) -> None:
-    given = {"advantages_N": advantages_N, "rewards_N": rewards_N, "group_ids_N": group_ids_N}
-    names = [name for name, value in given.items() if value is not None]
-    if names not in (["advantages_N"], ["rewards_N", "group_ids_N"]):
+def _check_advantages(inputs: LossInputs, num_samples: int) -> None:
+    fields = {"advantages_N": inputs.advantages_N, "rewards_N": inputs.rewards_N, "group_ids_N": inputs.group_ids_N}
+    given = {name: values for name, values in fields.items() if values is not None}
+    if list(given) not in (["advantages_N"], ["rewards_N", "group_ids_N"]):
         raise ValueError(
-            f"grpo_loss: got {', '.join(names) or 'none of them'}, "
+            f"grpo_loss: got {', '.join(given) or 'none of them'}, "
             "expected either advantages_N, or rewards_N with group_ids_N"
         )
-    if scale not in SCALES:
-        raise ValueError(f"grpo_loss: got scale_rewards={scale!r}, expected group, batch or none")
-    for name in names:
-        shape = tuple(given[name].shape)  # type: ignore[union-attr]
-        if shape != (num_samples,):
+    if inputs.scale_rewards not in SCALES:
+        raise ValueError(f"grpo_loss: got scale_rewards={inputs.scale_rewards!r}, expected group, batch or none")
+    for name, values in given.items():
+        if values.shape != (num_samples,):
             raise ValueError(
-                f"grpo_loss: got {name} {shape} for {num_samples} samples in cu_seqlens, expected ({num_samples},)"
+                f"grpo_loss: got {name} {tuple(values.shape)} for {num_samples} samples in cu_seqlens, "
+                f"expected ({num_samples},)"
             )
 
 
 def check_end(cu_seqlens: Tensor, logprobs_T: Tensor) -> None:
-    # On a GPU this look would stop the host; the C++ operator looks for itself.
+    # On a GPU this look would stop the host. The C++ operator looks for itself, so that torch.compile need not.
     if cu_seqlens.device.type == "cpu" and int(cu_seqlens[-1]) != len(logprobs_T):
         raise ValueError(
             f"grpo_loss: cu_seqlens ends at {int(cu_seqlens[-1])} but there are {len(logprobs_T)} log-probabilities; "
@@ -248,9 +253,16 @@ def _metrics(
 
 
 def grpo_loss_reference(
-    logprobs_T: Tensor, cu_seqlens: Tensor, advantages_N: Tensor, inputs: LossInputs, settings: LossSettings
+    logprobs_T: Tensor, cu_seqlens: Tensor, inputs: LossInputs, settings: LossSettings
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics) of the public function, with autograd's own gradient."""
+    check_end(cu_seqlens, logprobs_T)
+    advantages_N = inputs.advantages_N
+    if advantages_N is None:
+        assert inputs.rewards_N is not None and inputs.group_ids_N is not None
+        advantages_N = group_advantages(
+            inputs.rewards_N, inputs.group_ids_N, scale=inputs.scale_rewards, impl="reference"
+        )
     dtype = compute_dtype(logprobs_T)
     packing = Packing.build(cu_seqlens, inputs.mask_T, inputs.counts_N, len(logprobs_T))
     logprobs_T = packing.keep(logprobs_T.to(dtype))

@@ -79,36 +79,36 @@ def _advantages() -> list[Kernel]:
     ]  # fmt: skip
 
 
-# Optional inputs of grpo_loss, and its constants: (name, not given, LOSS_TYPE, SEQUENCE, TRUNCATED_IS).
+# Inputs of grpo_loss that are not given, and its constants: (name, absent, CISPO, SAMPLE_MEAN, SEQUENCE, TRUNCATED_IS).
 _GRPO_CASES = (
-    ("everything", {"rewards_ptr", "group_ids_ptr", "num_items_ptr"}, "grpo", False, True),
-    ("fused-rewards", {"advantages_ptr", "mask_ptr", "counts_ptr", "num_items_ptr"}, "dr_grpo", False, True),
-    ("sequence", {"rewards_ptr", "group_ids_ptr", "counts_ptr", "num_samples_ptr"}, "dapo", True, True),
-    ("sequence-fused-rewards", {"advantages_ptr", "counts_ptr", "num_items_ptr"}, "grpo", True, True),
-    ("cispo", {"rewards_ptr", "group_ids_ptr", "counts_ptr", "num_samples_ptr"}, "cispo", False, False),
-    ("on-policy", {"rewards_ptr", "group_ids_ptr", "old_ptr", "ref_ptr", "counts_ptr"}, "bnpo", False, False),
-)  # fmt: skip
+    ("everything", {"rewards_ptr", "group_ids_ptr"}, False, True, False, True),
+    ("fused-rewards", {"advantages_ptr", "mask_ptr", "counts_ptr"}, False, False, False, True),
+    ("sequence", {"rewards_ptr", "group_ids_ptr", "counts_ptr"}, False, False, True, True),
+    ("sequence-fused-rewards", {"advantages_ptr", "counts_ptr", "total_count_ptr"}, False, True, True, True),
+    ("cispo", {"rewards_ptr", "group_ids_ptr", "counts_ptr"}, True, False, False, False),
+    ("on-policy", {"rewards_ptr", "group_ids_ptr", "old_ptr", "ref_ptr", "counts_ptr"}, False, False, False, False),
+)
 
 
 def _grpo() -> list[Kernel]:
     module = _module("grpo_loss")
     logprobs = {f"{name}_ptr": "*fp32" for name in ("logprobs", "old", "ref", "sampler", "entropy")}
     samples = {"advantages_ptr": "*fp32", "rewards_ptr": "*fp32", "group_ids_ptr": "*i64", "counts_ptr": "*i64"}
-    counts = {"cu_seqlens_ptr": "*i32", "mask_ptr": "*i1", "num_items_ptr": "*i64", "num_samples_ptr": "*i64"}
+    counts = {"cu_seqlens_ptr": "*i32", "mask_ptr": "*i1", "total_count_ptr": "*i64"}
     results = {"loss_ptr": "*fp32", "grad_ptr": "*fp32", "metrics_ptr": "*fp32", "partials_ptr": "*fp64"}
-    scalars = {"finished_ptr": "*i32", "num_tokens": "i32", "num_samples": "i32"}
-    settings = ("advantage_eps", "clip_low", "clip_high", "delta", "beta", "is_cap", "max_completion_length")
+    scalars = {"finished_ptr": "*i32", "default_count": "i32", "num_samples": "i32"}
+    settings = ("advantage_eps", "clip_low", "clip_high", "delta", "beta", "is_cap", "divisor_factor")
     signature = logprobs | samples | counts | results | scalars | dict.fromkeys(settings, "fp32")
     return [
         Kernel(
             f"grpo_loss-{name}", module._grpo_kernel, {k: v for k, v in signature.items() if k not in absent},
             {
-                **dict.fromkeys(absent), "SCALE": "group", "LOSS_TYPE": loss_type, "SEQUENCE": sequence,
-                "TRUNCATED_IS": truncated, "BLOCK_T": module.BLOCK_T, "BLOCK_N": module.BLOCK_N,
+                **dict.fromkeys(absent), "SCALE": "group", "CISPO": cispo, "SAMPLE_MEAN": sample_mean,
+                "SEQUENCE": sequence, "TRUNCATED_IS": truncated, "BLOCK_T": module.BLOCK_T, "BLOCK_N": module.BLOCK_N,
             },
             {"num_warps": module.NUM_WARPS},
         )
-        for name, absent, loss_type, sequence, truncated in _GRPO_CASES
+        for name, absent, cispo, sample_mean, sequence, truncated in _GRPO_CASES
     ]  # fmt: skip
 
 
