@@ -3,13 +3,18 @@
     A_i = (R_i - mean_g) / (std_g + eps)      mean and unbiased std over the scorable rewards of the group of i
     scale="batch": std over all scorable rewards;   scale="none": A_i = R_i - mean_g  (Dr. GRPO, arXiv 2503.20783)
 
-A few kilobytes and as many FLOPs: bound by the number of launches.
+A few kilobytes and as many FLOPs: bound by the number of launches. C++ sorts, O(N log N). On a GPU each sample reads
+all others, 16 N^2 bytes from the L2 cache and no second launch: 0.1 ms at 10^4 samples, and not meant for above 10^5.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .dispatch import choose
+from .dispatch import TRITON_DEVICE, choose, compute_dtype
+
+SCALES = ("group", "batch", "none")
 
 
 def group_advantages_reference(rewards_N: Tensor, group_ids_N: Tensor, scale: str, eps: float) -> Tensor:
@@ -37,6 +42,99 @@ def group_advantages_reference(rewards_N: Tensor, group_ids_N: Tensor, scale: st
     return centred_N.masked_fill(~scorable_N, 0.0)
 
 
+BLOCK_N, NUM_WARPS = 1024, 4
+
+
+@triton.jit
+def _std(squares_N, size):
+    return tl.sqrt(tl.sum(squares_N, axis=0) / tl.maximum(size - 1, 1.0))
+
+
+@triton.jit
+def advantage_of(
+    rewards_ptr,  # [N]
+    group_ids_ptr,  # [N]
+    n,
+    num_samples,
+    eps,
+    SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The advantage of sample n, fp64. Rewards are measured from its own, so that equal ones give exactly 0."""
+    own = tl.load(rewards_ptr + n).to(tl.float64)
+    group = tl.load(group_ids_ptr + n)
+    group_sum = tl.zeros([BLOCK_N], tl.float64)
+    group_size = tl.zeros([BLOCK_N], tl.float64)
+    batch_sum = tl.zeros([BLOCK_N], tl.float64)
+    batch_size = tl.zeros([BLOCK_N], tl.float64)
+    for start in range(0, num_samples, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < num_samples
+        above = tl.load(rewards_ptr + offs_n, mask=mask_n, other=float("nan")).to(tl.float64) - own  # [BLOCK_N]
+        scorable = above == above
+        peer = scorable & (tl.load(group_ids_ptr + offs_n, mask=mask_n, other=0) == group)
+        group_sum += tl.where(peer, above, 0.0)
+        group_size += tl.where(peer, 1.0, 0.0)
+        if SCALE == "batch":
+            batch_sum += tl.where(scorable, above, 0.0)
+            batch_size += tl.where(scorable, 1.0, 0.0)
+    size = tl.sum(group_size, axis=0)
+    mean = tl.sum(group_sum, axis=0) / tl.maximum(size, 1.0)
+    advantage = 0.0 - mean
+    if SCALE != "none":
+        center = mean
+        if SCALE == "batch":
+            size = tl.sum(batch_size, axis=0)
+            center = tl.sum(batch_sum, axis=0) / tl.maximum(size, 1.0)
+        squares = tl.zeros([BLOCK_N], tl.float64)
+        for start in range(0, num_samples, BLOCK_N):
+            offs_n = start + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < num_samples
+            above = tl.load(rewards_ptr + offs_n, mask=mask_n, other=float("nan")).to(tl.float64) - own  # [BLOCK_N]
+            counts = above == above
+            if SCALE == "group":
+                counts = counts & (tl.load(group_ids_ptr + offs_n, mask=mask_n, other=0) == group)
+            squares += tl.where(counts, (above - center) * (above - center), 0.0)
+        advantage = advantage / (_std(squares, size) + eps)
+    return tl.where(own == own, advantage, 0.0)
+
+
+@triton.jit(do_not_specialize=["num_samples"])
+def _advantages_kernel(
+    rewards_ptr,  # [N]
+    group_ids_ptr,  # [N]
+    out_ptr,  # [N]
+    num_samples,
+    eps,
+    SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    n = tl.program_id(0)
+    advantage = advantage_of(rewards_ptr, group_ids_ptr, n, num_samples, eps, SCALE, BLOCK_N)
+    tl.store(out_ptr + n, advantage.to(tl.float32))
+
+
+def _launch(rewards_N: Tensor, group_ids_N: Tensor, scale: str, eps: float) -> Tensor:
+    advantages_N = _fake(rewards_N, group_ids_N, scale, eps)
+    if num_samples := len(rewards_N):
+        _advantages_kernel[(num_samples,)](
+            rewards_N.contiguous(), group_ids_N.contiguous(), advantages_N, num_samples, eps,
+            SCALE=scale, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return advantages_N
+
+
+def _fake(rewards_N: Tensor, group_ids_N: Tensor, scale: str, eps: float) -> Tensor:
+    return rewards_N.new_empty(rewards_N.shape, dtype=compute_dtype(rewards_N))
+
+
+torch.library.define(
+    "r1fast::group_advantages", "(Tensor rewards_N, Tensor group_ids_N, str scale, float eps) -> Tensor"
+)
+torch.library.impl("r1fast::group_advantages", TRITON_DEVICE, _launch)
+torch.library.register_fake("r1fast::group_advantages", _fake)
+
+
 def group_advantages(
     rewards_N: Tensor, group_ids_N: Tensor, *, scale: str = "group", eps: float = 1e-4, impl: str | None = None
 ) -> Tensor:
@@ -51,8 +149,9 @@ def group_advantages(
             f"group_advantages: got rewards {tuple(rewards_N.shape)} and group ids {tuple(group_ids_N.shape)}, "
             "expected both [N]"
         )
-    if scale not in ("group", "batch", "none"):
+    if scale not in SCALES:
         raise ValueError(f"group_advantages: got scale={scale!r}, expected group, batch or none")
-    choose("group_advantages", impl, rewards_N)
-    dtype = torch.float64 if rewards_N.dtype == torch.float64 else torch.float32
-    return group_advantages_reference(rewards_N, group_ids_N, scale, eps).to(dtype)
+    rewards_N = rewards_N.detach()
+    if choose("group_advantages", impl, rewards_N) == "reference":
+        return group_advantages_reference(rewards_N, group_ids_N, scale, eps).to(compute_dtype(rewards_N))
+    return torch.ops.r1fast.group_advantages(rewards_N, group_ids_N, scale, eps)

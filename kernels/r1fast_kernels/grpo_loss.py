@@ -10,222 +10,395 @@
     dr_grpo  sum L / (num_samples max_completion_length)      no length bias               (arXiv 2503.20783)
     bnpo, dapo, cispo   sum L / num_items                     each token weighs the same   (arXiv 2503.14476)
 
-Counts and sums run over tokens that `loss_mask_T` keeps. Launch-bound below a million tokens: 13 to 25 bytes a token.
+Counts and sums run over tokens that `loss_mask_T` keeps. The gradient, s being 1 where the minimum passes it, else 0:
 
-    packing   | sample 0      | sample 1 | sample 2        |        completion tokens only
+    dL/dlogprob = -A w s (importance weight) + beta (1 - exp(d));   cispo: -min(w, epsilon_high) A in place of -A w s
+    sequence: all tokens of a sample share -A w s sum_t(importance weight) / tokens_n
+
+One launch gives loss, gradient and metrics: 4 bytes read for each of logprob, old, ref, sampler and entropy that is
+given, 1 for the mask, 4 written; up to 3 exponentials and 40 FLOPs a token. "sequence" reads twice. A million tokens are
+25 MB, on a GPU about the time of the launch.
+
+    packing    | sample 0      | sample 1 | sample 2        |   completion tokens only
     cu_seqlens 0               6          10                17
+    program    0               1          2                     one a sample leaves partial sums; the last adds them up
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .dispatch import choose, compute_dtype
-from .group_advantages import group_advantages
+from .dispatch import TRITON_DEVICE, choose, compute_dtype
+from .group_advantages import advantage_of
+from .grpo_loss_reference import LossInputs, LossSettings, check_end, check_inputs, grpo_loss_reference
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """The scalars of the loss, checked. `epsilon_high` is resolved; for cispo it is the cap itself."""
-
-    loss_type: str
-    importance_level: str
-    epsilon: float
-    epsilon_high: float
-    delta: float | None
-    beta: float
-    is_cap: float | None
-    max_completion_length: int | None
-
-    def __post_init__(self) -> None:
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"grpo_loss: got loss_type={self.loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
-        if self.importance_level not in ("token", "sequence"):
-            raise ValueError(
-                f"grpo_loss: got importance_level={self.importance_level!r}, expected 'token' or 'sequence'"
-            )
-        if self.loss_type == "dr_grpo" and not self.max_completion_length:
-            raise ValueError("grpo_loss: loss_type='dr_grpo' divides by max_completion_length; pass it")
-        if self.loss_type == "cispo" and self.delta is not None:
-            raise ValueError("grpo_loss: delta does not apply to loss_type='cispo'; leave it None")
+# Columns 2.. of the partial sums of a sample, after its loss and its tokens that count; csrc/cpu/grpo_loss.cpp has them
+# in the same order. For cispo "high" is "cispo_clip_ratio".
+METRICS = (
+    "importance_ratio/mean", "importance_ratio/max", "clip_ratio/low_mean", "clip_ratio/high_mean",
+    "clip_ratio/region_mean", "kl", "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
+    "entropy",
+)  # fmt: skip
+NUM_COLUMNS = 2 + len(METRICS)
+ADVANTAGE_EPS = 1e-4
+BLOCK_T, BLOCK_N, NUM_WARPS = 1024, 64, 8
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Where the tokens of each sample lie, and which of them count."""
-
-    sample_T: Tensor  # the sample that owns each token
-    lengths_N: Tensor
-    mask_T: Tensor | None  # bool; None keeps every token
-
-    @staticmethod
-    def build(cu_seqlens: Tensor, loss_mask_T: Tensor | None, num_tokens: int) -> "Packing":
-        lengths_N = cu_seqlens.diff().long()
-        # output_size spares a wait for the device.
-        sample_T = torch.repeat_interleave(lengths_N, output_size=num_tokens)
-        return Packing(sample_T, lengths_N, None if loss_mask_T is None else loss_mask_T.bool())
-
-    def keep(self, values_T: Tensor) -> Tensor:
-        """Values with masked positions set to 0: where, not a product, because they may hold NaN."""
-        return values_T if self.mask_T is None else torch.where(self.mask_T, values_T, 0.0)
-
-    def sum_samples(self, values_T: Tensor) -> Tensor:
-        """Sum over each sample's tokens, in one order and without atomics."""
-        return torch.segment_reduce(values_T, "sum", lengths=self.lengths_N, unsafe=True, initial=0)
-
-    def counts_N(self, dtype: torch.dtype) -> Tensor:
-        """Tokens of each sample that count."""
-        if self.mask_T is None:
-            return self.lengths_N.to(dtype)
-        return self.sum_samples(self.mask_T.to(dtype))
+@triton.jit
+def _surrogate(ratio, advantage, logprob, clip_low, clip_high, delta, CISPO: tl.constexpr):
+    """(loss, slope, clipped below, clipped above); NaN passes through every `where`, which tl.minimum would drop."""
+    # The bounds that count as clipping, for the sign of this advantage.
+    below_bound = tl.where(advantage < 0, clip_low, -float("inf"))
+    above_bound = tl.where(advantage > 0, clip_high, float("inf"))
+    if CISPO:
+        slope = -tl.where(ratio > clip_high, clip_high, ratio) * advantage
+        return slope * logprob, slope, ratio < -float("inf"), ratio > above_bound
+    capped = tl.where(ratio > delta, delta, ratio)
+    clipped = tl.where(ratio < clip_low, clip_low, tl.where(ratio > clip_high, clip_high, ratio))
+    a = capped * advantage
+    b = clipped * advantage
+    # As autograd has it: on an edge clamp passes the gradient, and a tie of the minimum gives half to each side.
+    share = tl.where(a == b, 0.5, 1.0)
+    passes = tl.where((a > b) | (ratio > delta), 0.0, share)
+    passes += tl.where((b > a) | (ratio < clip_low) | (ratio > clip_high), 0.0, share)
+    # A ratio of infinity that is clipped has slope 0: select, 0 times infinity is NaN.
+    slope = tl.where(passes == 0, 0.0, -(passes * ratio * advantage))
+    return -tl.where(a > b, b, a), slope, capped < below_bound, capped > above_bound
 
 
-def grpo_loss_reference(
+@triton.jit
+def _importance(old, sampler, is_cap):
+    weight = tl.exp(old - sampler)
+    return tl.where(weight > is_cap, is_cap, weight)
+
+
+@triton.jit
+def _live(mask_ptr, offs_t, end):
+    """Which of these tokens belong to the sample and count."""
+    live = offs_t < end
+    if mask_ptr is not None:
+        live = tl.load(mask_ptr + offs_t, mask=live, other=0) != 0
+    return live
+
+
+@triton.jit
+def _read(values_ptr, offs_t, live):
+    """fp32; a masked position, which may hold NaN, is not read."""
+    return tl.load(values_ptr + offs_t, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["default_count", "num_samples"])
+def _grpo_kernel(
+    logprobs_ptr,  # [T], as old to entropy
+    cu_seqlens_ptr,  # [N + 1]
+    advantages_ptr,  # [N], or None: from rewards and group_ids [N]
+    rewards_ptr,
+    group_ids_ptr,
+    old_ptr,
+    ref_ptr,
+    sampler_ptr,
+    mask_ptr,
+    entropy_ptr,
+    counts_ptr,  # [N]
+    total_count_ptr,  # [], num_items or num_samples; None: default_count
+    loss_ptr,  # []
+    grad_ptr,  # [T]
+    metrics_ptr,  # [9]
+    partials_ptr,  # [11, N] fp64
+    finished_ptr,  # [1] int32, 0
+    default_count,
+    num_samples,
+    advantage_eps,
+    clip_low,
+    clip_high,
+    delta,
+    beta,
+    is_cap,
+    divisor_factor,  # max_completion_length of dr_grpo, else 1
+    SCALE: tl.constexpr,
+    CISPO: tl.constexpr,
+    SAMPLE_MEAN: tl.constexpr,  # loss type grpo: divided by the tokens of the sample too
+    SEQUENCE: tl.constexpr,
+    TRUNCATED_IS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    n = tl.program_id(0)
+    begin = tl.load(cu_seqlens_ptr + n).to(tl.int64)
+    end = tl.load(cu_seqlens_ptr + n + 1).to(tl.int64)
+    length = (end - begin).to(tl.int32)
+    if advantages_ptr is not None:
+        advantage = tl.load(advantages_ptr + n).to(tl.float32)
+    else:
+        advantage = advantage_of(
+            rewards_ptr, group_ids_ptr, n, num_samples, advantage_eps, SCALE, BLOCK_T
+        ).to(tl.float32)  # fmt: skip
+
+    count = length.to(tl.float32)
+    if counts_ptr is not None:
+        count = tl.load(counts_ptr + n).to(tl.float32)
+    if SEQUENCE or (SAMPLE_MEAN and mask_ptr is not None and counts_ptr is None):
+        kept_T = tl.zeros([BLOCK_T], tl.float32)
+        log_ratio_T = tl.zeros([BLOCK_T], tl.float32)
+        importance_T = tl.zeros([BLOCK_T], tl.float32)
+        for start in range(0, length, BLOCK_T):
+            offs_t = begin + start + tl.arange(0, BLOCK_T)
+            live = _live(mask_ptr, offs_t, end)
+            kept_T += tl.where(live, 1.0, 0.0)
+            if SEQUENCE:
+                logprob = _read(logprobs_ptr, offs_t, live)  # [BLOCK_T]
+                old = logprob
+                if old_ptr is not None:
+                    old = _read(old_ptr, offs_t, live)  # [BLOCK_T]
+                log_ratio_T += logprob - old
+                if TRUNCATED_IS:
+                    weight = _importance(old, _read(sampler_ptr, offs_t, live), is_cap)  # [BLOCK_T]
+                    importance_T += tl.where(live, weight, 0.0)
+        kept = tl.sum(kept_T, axis=0)
+        if counts_ptr is None:
+            count = kept
+    count = tl.maximum(count, 1.0)
+    if SEQUENCE:
+        sample_ratio = tl.exp(tl.sum(log_ratio_T, axis=0) / count)
+        _, sample_slope, sample_below, sample_above = _surrogate(
+            sample_ratio, advantage, 0.0, clip_low, clip_high, delta, CISPO
+        )  # fmt: skip
+        if TRUNCATED_IS:
+            kept = tl.sum(importance_T, axis=0)
+        sample_slope *= kept / count  # what each token's log-prob does to the loss through the mean
+
+    divisor = default_count.to(tl.float32)
+    if total_count_ptr is not None:
+        divisor = tl.load(total_count_ptr).to(tl.float32)
+    scale = 1.0 / (tl.maximum(divisor, 1.0) * divisor_factor)
+    if SAMPLE_MEAN:
+        scale /= count
+
+    loss_T = tl.zeros([BLOCK_T], tl.float32)
+    live_T = tl.zeros([BLOCK_T], tl.float32)
+    ratio_T = tl.zeros([BLOCK_T], tl.float32)
+    ratio_max_T = tl.zeros([BLOCK_T], tl.float32)
+    below_T = tl.zeros([BLOCK_T], tl.float32)
+    above_T = tl.zeros([BLOCK_T], tl.float32)
+    kl_T = tl.zeros([BLOCK_T], tl.float32)
+    gap_T = tl.zeros([BLOCK_T], tl.float32)
+    gap_max_T = tl.zeros([BLOCK_T], tl.float32)
+    entropy_T = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(0, length, BLOCK_T):
+        offs_t = begin + start + tl.arange(0, BLOCK_T)
+        live = _live(mask_ptr, offs_t, end)
+        live_T += tl.where(live, 1.0, 0.0)
+        logprob = _read(logprobs_ptr, offs_t, live)  # [BLOCK_T]
+        old = logprob
+        if old_ptr is not None:
+            old = _read(old_ptr, offs_t, live)  # [BLOCK_T]
+        if SEQUENCE:
+            ratio = sample_ratio
+        elif old_ptr is not None:
+            ratio = tl.exp(logprob - old)
+        else:
+            ratio = 1.0 + (logprob - old)  # 1, or NaN where the log-prob is
+        loss, slope, below, above = _surrogate(ratio, advantage, logprob, clip_low, clip_high, delta, CISPO)
+        if sampler_ptr is not None:
+            sampler = _read(sampler_ptr, offs_t, live)  # [BLOCK_T]
+            if TRUNCATED_IS:
+                weight = _importance(old, sampler, is_cap)
+                loss *= weight
+                slope *= weight
+            gap = tl.abs(old - sampler)
+            gap_T += gap
+            gap_max_T = tl.maximum(gap_max_T, gap)
+        if SEQUENCE and not CISPO:
+            slope = sample_slope
+        if ref_ptr is not None:
+            distance = _read(ref_ptr, offs_t, live) - logprob  # [BLOCK_T]
+            odds = tl.exp(distance)
+            kl = odds - distance - 1.0
+            kl_T += kl
+            loss += tl.where(beta != 0, beta * kl, 0.0)
+            slope += tl.where(beta != 0, beta * (1.0 - odds), 0.0)
+        if entropy_ptr is not None:
+            entropy_T += _read(entropy_ptr, offs_t, live)  # [BLOCK_T]
+        if not SEQUENCE:
+            kept_ratio = tl.where(live, ratio, 0.0)
+            ratio_T += kept_ratio
+            ratio_max_T = tl.maximum(ratio_max_T, kept_ratio)
+            below_T += tl.where(live & below, 1.0, 0.0)
+            above_T += tl.where(live & above, 1.0, 0.0)
+        loss_T += tl.where(live, loss, 0.0)
+        tl.store(grad_ptr + offs_t, tl.where(live, slope * scale, 0.0), mask=offs_t < end)
+
+    ratio_sum = tl.sum(ratio_T, axis=0)
+    ratio_max = tl.max(ratio_max_T, axis=0)
+    num_below = tl.sum(below_T, axis=0)
+    num_above = tl.sum(above_T, axis=0)
+    if SEQUENCE:
+        ratio_sum = sample_ratio
+        ratio_max = sample_ratio
+        num_below = tl.where(sample_below, 1.0, 0.0)
+        num_above = tl.where(sample_above, 1.0, 0.0)
+    gap_sum = tl.sum(gap_T, axis=0)
+    column_ptr = partials_ptr + n
+    tl.store(column_ptr, tl.sum(loss_T, axis=0).to(tl.float64) * scale)
+    tl.store(column_ptr + num_samples, tl.sum(live_T, axis=0))
+    tl.store(column_ptr + 2 * num_samples, ratio_sum)
+    # tl.max drops NaN; of values that are not negative, the sum is NaN exactly when one of them is.
+    tl.store(column_ptr + 3 * num_samples, tl.where(ratio_sum != ratio_sum, ratio_sum, ratio_max))
+    tl.store(column_ptr + 4 * num_samples, num_below)
+    tl.store(column_ptr + 5 * num_samples, num_above)
+    tl.store(column_ptr + 6 * num_samples, num_below + num_above)
+    tl.store(column_ptr + 7 * num_samples, tl.sum(kl_T, axis=0))
+    tl.store(column_ptr + 8 * num_samples, gap_sum)
+    tl.store(column_ptr + 9 * num_samples, tl.where(gap_sum != gap_sum, gap_sum, tl.max(gap_max_T, axis=0)))
+    tl.store(column_ptr + 10 * num_samples, tl.sum(entropy_T, axis=0))
+
+    # The last program to come here finds the partial sums of all others, and adds them in the order of the samples.
+    tl.debug_barrier()
+    if tl.atomic_add(finished_ptr, 1, sem="acq_rel", scope="gpu") == num_samples - 1:
+        tl.debug_barrier()
+        _add_up(loss_ptr, metrics_ptr, partials_ptr, num_samples, SEQUENCE, BLOCK_N)
+
+
+@triton.jit
+def _add_up(loss_ptr, metrics_ptr, partials_ptr, num_samples, SEQUENCE: tl.constexpr, BLOCK_N: tl.constexpr):
+    column = tl.arange(0, 16)
+    is_max = (column == 3) | (column == 9)
+    total = tl.zeros([16, BLOCK_N], tl.float64)
+    most = tl.zeros([16, BLOCK_N], tl.float64)
+    for start in range(0, num_samples, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        here = (column[:, None] < 11) & (offs_n[None, :] < num_samples)
+        row_ptr = partials_ptr + column[:, None] * num_samples + offs_n[None, :]
+        # From the L2 cache, where the other programs have written it.
+        partial = tl.load(row_ptr, mask=here, other=0.0, cache_modifier=".cg")  # [16, BLOCK_N]
+        total += partial
+        most = tl.maximum(most, partial)
+    total = tl.sum(total, axis=1)
+    most = tl.where(total != total, total, tl.max(most, axis=1))
+    tokens = tl.maximum(tl.sum(tl.where(column == 1, total, 0.0), axis=0), 1.0)
+    owners = tokens
+    if SEQUENCE:
+        owners = num_samples.to(tl.float64)
+    mean = total / tl.where(column < 7, owners, tokens)
+    tl.store(loss_ptr + column, total.to(tl.float32), mask=column == 0)
+    tl.store(metrics_ptr + column - 2, tl.where(is_max, most, mean).to(tl.float32), mask=(column >= 2) & (column < 11))
+
+
+def _launch(
     logprobs_T: Tensor,
-    old_T: Tensor,
+    cu_seqlens: Tensor,
+    advantages_N: Tensor | None,
+    rewards_N: Tensor | None,
+    group_ids_N: Tensor | None,
+    scale_rewards: str,
+    old_T: Tensor | None,
     ref_T: Tensor | None,
     sampler_T: Tensor | None,
-    advantages_N: Tensor,
-    packing: Packing,
-    s: LossSettings,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The specification, before the reduction: (loss_T, importance_ratio: [T] or [N], kl_T)."""
-    advantages_T = advantages_N[packing.sample_T]
-    log_ratio_T = logprobs_T - old_T
-    if s.importance_level == "token":
-        ratio = ratio_T = log_ratio_T.exp()
+    mask_T: Tensor | None,
+    entropy_T: Tensor | None,
+    counts_N: Tensor | None,
+    num_items: Tensor | None,
+    num_samples: Tensor | None,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None,
+    beta: float,
+    is_cap: float | None,
+    loss_type: str,
+    importance_level: str,
+    max_completion_length: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_end(cu_seqlens, logprobs_T)
+    mask_T = None if mask_T is None else mask_T.bool()
+    N = len(cu_seqlens) - 1
+    loss, grad_T, metrics_M = _fake(logprobs_T)
+    if N == 0:
+        return loss.zero_(), grad_T, metrics_M.zero_()
+    if loss_type in ("grpo", "dr_grpo"):
+        total_count, default_count = num_samples, N
     else:
-        counts_N = packing.counts_N(log_ratio_T.dtype).clamp(min=1)
-        ratio = (packing.sum_samples(log_ratio_T) / counts_N).exp()
-        ratio_T = ratio[packing.sample_T]
-    if s.loss_type == "cispo":
-        loss_T = -ratio_T.clamp(max=s.epsilon_high).detach() * advantages_T * logprobs_T
-    else:
-        clipped_T = ratio_T.clamp(1 - s.epsilon, 1 + s.epsilon_high)
-        capped_T = ratio_T if s.delta is None else ratio_T.clamp(max=s.delta)
-        loss_T = -torch.minimum(capped_T * advantages_T, clipped_T * advantages_T)
-    if s.is_cap is not None and sampler_T is not None:
-        loss_T = loss_T * (old_T - sampler_T).exp().clamp(max=s.is_cap)
-    if ref_T is None:
-        return loss_T, ratio, None
-    kl_T = (ref_T - logprobs_T).exp() - (ref_T - logprobs_T) - 1
-    return (loss_T + s.beta * kl_T if s.beta else loss_T), ratio, kl_T
+        total_count, default_count = num_items, len(logprobs_T)
+        if num_items is None and mask_T is not None:
+            total_count = mask_T.sum()
+    inputs = (
+        None if x is None else x.contiguous()
+        for x in (
+            logprobs_T, cu_seqlens, advantages_N, rewards_N, group_ids_N, old_T, ref_T, sampler_T, mask_T, entropy_T,
+            counts_N, total_count,
+        )
+    )  # fmt: skip
+    partials = torch.empty(NUM_COLUMNS, N, dtype=torch.float64, device=loss.device)
+    finished = torch.zeros(1, dtype=torch.int32, device=loss.device)
+    cispo, dr_grpo = loss_type == "cispo", loss_type == "dr_grpo"
+    _grpo_kernel[(N,)](
+        *inputs, loss, grad_T, metrics_M, partials, finished, default_count, N, ADVANTAGE_EPS, 1 - epsilon_low,
+        epsilon_high if cispo else 1 + epsilon_high, float("inf") if delta is None else delta, beta, is_cap or 0.0,
+        float(max_completion_length or 1) if dr_grpo else 1.0, SCALE=scale_rewards, CISPO=cispo,
+        SAMPLE_MEAN=loss_type == "grpo", SEQUENCE=importance_level == "sequence", TRUNCATED_IS=is_cap is not None,
+        BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return loss, grad_T, metrics_M
 
 
-def _at_least_one(count: Tensor | float) -> Tensor | float:
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+torch.library.define(
+    "r1fast::grpo_loss",
+    "(Tensor logprobs_T, Tensor cu_seqlens, Tensor? advantages_N, Tensor? rewards_N, Tensor? group_ids_N, "
+    "str scale_rewards, Tensor? old_T, Tensor? ref_T, Tensor? sampler_T, Tensor? mask_T, Tensor? entropy_T, "
+    "Tensor? counts_N, Tensor? num_items, Tensor? num_samples, float epsilon_low, float epsilon_high, float? delta, "
+    "float beta, float? is_cap, str loss_type, str importance_level, int? max_completion_length) "
+    "-> (Tensor loss, Tensor grad_T, Tensor metrics_M)",
+)
+torch.library.impl("r1fast::grpo_loss", TRITON_DEVICE, _launch)
 
 
-def _reduce(
-    loss_T: Tensor,
-    packing: Packing,
-    s: LossSettings,
-    num_items: Tensor | float | None,
-    num_samples: Tensor | float | None,
-) -> Tensor:
-    loss_T = packing.keep(loss_T)
-    if s.loss_type in ("bnpo", "dapo", "cispo"):
-        if num_items is None:
-            num_items = len(loss_T) if packing.mask_T is None else packing.mask_T.sum()
-        return loss_T.sum() / _at_least_one(num_items)
-    samples = _at_least_one(len(packing.lengths_N) if num_samples is None else num_samples)
-    if s.loss_type == "dr_grpo":
-        assert s.max_completion_length is not None
-        return loss_T.sum() / (samples * s.max_completion_length)
-    weight_N = 1 / packing.counts_N(loss_T.dtype).clamp(min=1)
-    return (loss_T * weight_N[packing.sample_T]).sum() / samples
+@torch.library.register_fake("r1fast::grpo_loss")
+def _fake(logprobs_T: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(logprobs_T)
+    loss, metrics_M = logprobs_T.new_empty((), dtype=dtype), logprobs_T.new_empty(len(METRICS), dtype=dtype)
+    return loss, logprobs_T.new_empty(logprobs_T.shape, dtype=dtype), metrics_M
 
 
-def _largest(values: Tensor) -> Tensor:
-    return values.amax() if values.numel() else values.new_zeros(())
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, grad_T, metrics_M = output
+    ctx.mark_non_differentiable(grad_T, metrics_M)
+    ctx.save_for_backward(grad_T)
+    ctx.dtype, ctx.num_inputs = inputs[0].dtype, len(inputs)
 
 
-@torch.no_grad()
-def _metrics(
-    ratio: Tensor,
-    kl_T: Tensor | None,
-    old_T: Tensor,
-    sampler_T: Tensor | None,
-    advantages_N: Tensor,
-    packing: Packing,
-    s: LossSettings,
-) -> dict[str, Tensor]:
-    """TRL's names and means: over tokens that count; over samples where the ratio is one per sample."""
-    num_live = len(old_T) if packing.mask_T is None else packing.mask_T.sum()
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    (grad_T,) = ctx.saved_tensors
+    return (grad_T * grad_loss).to(ctx.dtype), *[None] * (ctx.num_inputs - 1)
 
-    def token_mean(values_T: Tensor) -> Tensor:
-        return packing.keep(values_T).sum() / _at_least_one(num_live)
 
-    per_token = s.importance_level == "token"
+torch.library.register_autograd("r1fast::grpo_loss", _backward, setup_context=_setup_context)
 
-    def mean(values: Tensor) -> Tensor:
-        return token_mean(values) if per_token else values.sum() / max(len(values), 1)
 
-    advantages = advantages_N[packing.sample_T] if per_token else advantages_N
-    metrics = {
-        "importance_ratio/mean": mean(ratio),
-        "importance_ratio/max": _largest(packing.keep(ratio) if per_token else ratio),
+def _named(metrics_M: Tensor, inputs: LossInputs, cispo: bool) -> dict[str, Tensor]:
+    """The metrics that these inputs have."""
+    absent = {
+        "clip_ratio/low": cispo,
+        "clip_ratio/region": cispo,
+        "kl": inputs.ref_T is None,
+        "sampling/": inputs.sampler_T is None,
+        "entropy": inputs.entropy_T is None,
     }
-    if s.loss_type == "cispo":
-        metrics["cispo_clip_ratio"] = mean(((ratio > s.epsilon_high) & (advantages > 0)).to(ratio.dtype))
-    else:
-        capped = ratio if s.delta is None else ratio.clamp(max=s.delta)
-        below = (capped < 1 - s.epsilon) & (advantages < 0)
-        above = (capped > 1 + s.epsilon_high) & (advantages > 0)
-        metrics["clip_ratio/low_mean"] = mean(below.to(ratio.dtype))
-        metrics["clip_ratio/high_mean"] = mean(above.to(ratio.dtype))
-        metrics["clip_ratio/region_mean"] = mean((below | above).to(ratio.dtype))
-    if kl_T is not None:
-        metrics["kl"] = token_mean(kl_T)
-    if sampler_T is not None:
-        difference_T = packing.keep((old_T - sampler_T).abs())
-        metrics["sampling/sampling_logp_difference/mean"] = token_mean(difference_T)
-        metrics["sampling/sampling_logp_difference/max"] = _largest(difference_T)
-    return metrics
+    prefixes = tuple(prefix for prefix, is_absent in absent.items() if is_absent)
+    return {
+        "cispo_clip_ratio" if cispo and name == "clip_ratio/high_mean" else name: value
+        for name, value in zip(METRICS, metrics_M.detach().unbind())
+        if not name.startswith(prefixes)
+    }
 
 
-def _resolve_advantages(
-    advantages_N: Tensor | None, rewards_N: Tensor | None, group_ids_N: Tensor | None, scale: str, num_samples: int
-) -> Tensor:
-    if (advantages_N is None) == (rewards_N is None) or (rewards_N is None) != (group_ids_N is None):
-        given = {"advantages_N": advantages_N, "rewards_N": rewards_N, "group_ids_N": group_ids_N}
-        names = ", ".join(name for name, value in given.items() if value is not None) or "none of them"
-        raise ValueError(f"grpo_loss: got {names}, expected either advantages_N, or rewards_N with group_ids_N")
-    if advantages_N is None:
-        assert rewards_N is not None and group_ids_N is not None
-        advantages_N = group_advantages(rewards_N, group_ids_N, scale=scale)
-    if advantages_N.shape != (num_samples,):
-        raise ValueError(
-            f"grpo_loss: got {tuple(advantages_N.shape)} advantages or rewards for {num_samples} samples in "
-            f"cu_seqlens, expected ({num_samples},)"
-        )
-    return advantages_N
-
-
-def _check(
-    logprobs_T: Tensor, cu_seqlens: Tensor, per_token: dict[str, Tensor | None], beta: float, is_cap: float | None
-) -> None:
-    if logprobs_T.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(
-            f"grpo_loss: got logprobs {tuple(logprobs_T.shape)} and cu_seqlens {tuple(cu_seqlens.shape)}, "
-            "expected [T] and [N + 1]"
-        )
-    # On another device this look would stop the host; the shapes of a wrong packing fail further down there.
-    if cu_seqlens.device.type == "cpu" and int(cu_seqlens[-1]) != len(logprobs_T):
-        raise ValueError(
-            f"grpo_loss: cu_seqlens ends at {int(cu_seqlens[-1])} but there are {len(logprobs_T)} log-probabilities; "
-            "pass completion tokens only, and the boundaries of these"
-        )
-    for name, values in per_token.items():
-        if values is not None and values.shape != logprobs_T.shape:
-            raise ValueError(f"grpo_loss: got {name} {tuple(values.shape)}, expected {tuple(logprobs_T.shape)}")
-    if beta and per_token["ref_logprobs_T"] is None:
-        raise ValueError(f"grpo_loss: beta={beta} needs ref_logprobs_T; pass it, or beta=0.0")
-    if is_cap is not None and per_token["sampler_logprobs_T"] is None:
-        raise ValueError(f"grpo_loss: is_cap={is_cap} needs sampler_logprobs_T; pass it, or is_cap=None")
+def _scalar(count: Tensor | float | None, like: Tensor) -> Tensor | None:
+    if count is None:
+        return None
+    if isinstance(count, Tensor):
+        return count.to(like.device, non_blocking=True)
+    return torch.full((), count, dtype=torch.float64, device=like.device)
 
 
 def grpo_loss(
@@ -250,6 +423,8 @@ def grpo_loss(
     max_completion_length: int | None = None,
     num_items: Tensor | float | None = None,
     num_samples: Tensor | float | None = None,
+    counts_N: Tensor | None = None,
+    entropy_T: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy loss of N packed completions. The sum over the micro-batches of a step is the loss of the step.
@@ -264,31 +439,26 @@ def grpo_loss(
     num_items             global count of tokens that count, over micro-batches and ranks (bnpo, dapo, cispo);
                           None: of this call
     num_samples           the same for samples (grpo, dr_grpo); None: N
+    counts_N              [N] int, tokens of each whole sample that count; None: of this call. With it the call may
+                          hold a slice of the tokens, cu_seqlens clamped to it, and slices add up (level "token")
+    entropy_T             [T] of the policy, only for the metric "entropy"
     Returns (loss, metrics): 0-d tensors, the metrics detached, named as in TRL.
     """
     settings = LossSettings(
         loss_type, importance_level, epsilon, epsilon if epsilon_high is None else epsilon_high, delta, beta, is_cap,
         max_completion_length,
     )  # fmt: skip
-    per_token = {
-        "old_logprobs_T": old_logprobs_T,
-        "ref_logprobs_T": ref_logprobs_T,
-        "sampler_logprobs_T": sampler_logprobs_T,
-        "loss_mask_T": loss_mask_T,
-    }
-    _check(logprobs_T, cu_seqlens, per_token, beta, is_cap)
-    advantages_N = _resolve_advantages(advantages_N, rewards_N, group_ids_N, scale_rewards, len(cu_seqlens) - 1)
-    choose("grpo_loss", impl, logprobs_T)
-
-    dtype = compute_dtype(logprobs_T)
-    packing = Packing.build(cu_seqlens, loss_mask_T, len(logprobs_T))
-    logprobs_T = packing.keep(logprobs_T.to(dtype))
-    old_T, ref_T, sampler_T = (
-        None if values is None else packing.keep(values.detach().to(dtype))
-        for values in (old_logprobs_T, ref_logprobs_T, sampler_logprobs_T)
-    )
-    old_T = logprobs_T.detach() if old_T is None else old_T
-    advantages_N = advantages_N.detach().to(dtype)
-    loss_T, ratio, kl_T = grpo_loss_reference(logprobs_T, old_T, ref_T, sampler_T, advantages_N, packing, settings)
-    loss = _reduce(loss_T, packing, settings, num_items, num_samples)
-    return loss, _metrics(ratio.detach(), kl_T, old_T, sampler_T, advantages_N, packing, settings)
+    inputs = LossInputs(
+        advantages_N, rewards_N, group_ids_N, scale_rewards, old_logprobs_T, ref_logprobs_T, sampler_logprobs_T,
+        loss_mask_T, entropy_T, counts_N, num_items, num_samples,
+    )  # fmt: skip
+    check_inputs(logprobs_T, cu_seqlens, inputs, settings)
+    if choose("grpo_loss", impl, logprobs_T) == "reference":
+        return grpo_loss_reference(logprobs_T, cu_seqlens, inputs, settings)
+    loss, _, metrics_M = torch.ops.r1fast.grpo_loss(
+        logprobs_T, cu_seqlens, advantages_N, rewards_N, group_ids_N, scale_rewards, old_logprobs_T, ref_logprobs_T,
+        sampler_logprobs_T, loss_mask_T, entropy_T, counts_N, _scalar(num_items, logprobs_T),
+        _scalar(num_samples, logprobs_T), settings.epsilon, settings.epsilon_high, delta, beta, is_cap, loss_type,
+        importance_level, max_completion_length,
+    )  # fmt: skip
+    return loss, _named(metrics_M, inputs, loss_type == "cispo")

@@ -61,4 +61,55 @@ def _selective() -> list[Kernel]:
     return kernels
 
 
-KERNELS = _selective()
+def _advantages() -> list[Kernel]:
+    module = _module("group_advantages")
+    signature = {
+        "rewards_ptr": "*fp32",
+        "group_ids_ptr": "*i64",
+        "out_ptr": "*fp32",
+        "num_samples": "i32",
+        "eps": "fp32",
+    }
+    return [
+        Kernel(
+            f"group_advantages-{scale}", module._advantages_kernel, signature,
+            {"SCALE": scale, "BLOCK_N": module.BLOCK_N}, {"num_warps": module.NUM_WARPS},
+        )
+        for scale in module.SCALES
+    ]  # fmt: skip
+
+
+# Inputs of grpo_loss that are not given, and its constants: (name, absent, CISPO, SAMPLE_MEAN, SEQUENCE, TRUNCATED_IS).
+_GRPO_CASES = (
+    ("everything", {"rewards_ptr", "group_ids_ptr"}, False, True, False, True),
+    ("fused-rewards", {"advantages_ptr", "mask_ptr", "counts_ptr"}, False, False, False, True),
+    ("sequence", {"rewards_ptr", "group_ids_ptr", "counts_ptr"}, False, False, True, True),
+    ("sequence-fused-rewards", {"advantages_ptr", "counts_ptr", "total_count_ptr"}, False, True, True, True),
+    ("cispo", {"rewards_ptr", "group_ids_ptr", "counts_ptr"}, True, False, False, False),
+    ("on-policy", {"rewards_ptr", "group_ids_ptr", "old_ptr", "ref_ptr", "counts_ptr"}, False, False, False, False),
+)
+
+
+def _grpo() -> list[Kernel]:
+    module = _module("grpo_loss")
+    logprobs = {f"{name}_ptr": "*fp32" for name in ("logprobs", "old", "ref", "sampler", "entropy")}
+    samples = {"advantages_ptr": "*fp32", "rewards_ptr": "*fp32", "group_ids_ptr": "*i64", "counts_ptr": "*i64"}
+    counts = {"cu_seqlens_ptr": "*i32", "mask_ptr": "*i1", "total_count_ptr": "*i64"}
+    results = {"loss_ptr": "*fp32", "grad_ptr": "*fp32", "metrics_ptr": "*fp32", "partials_ptr": "*fp64"}
+    scalars = {"finished_ptr": "*i32", "default_count": "i32", "num_samples": "i32"}
+    settings = ("advantage_eps", "clip_low", "clip_high", "delta", "beta", "is_cap", "divisor_factor")
+    signature = logprobs | samples | counts | results | scalars | dict.fromkeys(settings, "fp32")
+    return [
+        Kernel(
+            f"grpo_loss-{name}", module._grpo_kernel, {k: v for k, v in signature.items() if k not in absent},
+            {
+                **dict.fromkeys(absent), "SCALE": "group", "CISPO": cispo, "SAMPLE_MEAN": sample_mean,
+                "SEQUENCE": sequence, "TRUNCATED_IS": truncated, "BLOCK_T": module.BLOCK_T, "BLOCK_N": module.BLOCK_N,
+            },
+            {"num_warps": module.NUM_WARPS},
+        )
+        for name, absent, cispo, sample_mean, sequence, truncated in _GRPO_CASES
+    ]  # fmt: skip
+
+
+KERNELS = [*_selective(), *_advantages(), *_grpo()]

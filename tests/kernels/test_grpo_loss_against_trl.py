@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from r1fast_kernels import grpo_loss
+from tests.kernels.backends import needs_cpp
 
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="TRL is the oracle: pip install -e .[dev]")
 
@@ -83,7 +84,7 @@ def trl_loss(
 
 
 def our_loss(
-    batch: dict[str, torch.Tensor], settings: dict[str, Any]
+    batch: dict[str, torch.Tensor], settings: dict[str, Any], impl: str = "reference"
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
     """The same batch packed; the gradient back in TRL's padded shape."""
     kept = batch["mask"].bool()
@@ -98,12 +99,14 @@ def our_loss(
         sampler_logprobs_T=batch["sampler"][kept],
         epsilon=EPSILON,
         max_completion_length=WIDTH + 5,
+        impl=impl,
         **options,
     )
     loss.backward()
     return loss.detach(), leaf.grad, {name: value.item() for name, value in metrics.items()}
 
 
+@pytest.mark.parametrize("impl", ["reference", pytest.param("cpp", marks=needs_cpp)])
 @pytest.mark.parametrize("off_policy", [True, False], ids=["off-policy", "on-policy"])
 @pytest.mark.parametrize("is_cap", [None, 1.3], ids=["", "truncated-is"])
 @pytest.mark.parametrize("epsilon_high", [EPSILON, EPSILON_HIGH, 1.5], ids=["sym", "asym", "wide"])
@@ -118,6 +121,7 @@ def test_equals_trl(
     delta: float | None,
     is_cap: float | None,
     off_policy: bool,
+    impl: str,
 ) -> None:
     settings = {
         "loss_type": loss_type, "importance_level": level, "beta": beta, "epsilon_high": epsilon_high, "delta": delta,
@@ -125,7 +129,7 @@ def test_equals_trl(
     }  # fmt: skip
     batch = padded_batch()
     want_loss, want_gradient, want_metrics = trl_loss(batch, settings)
-    got_loss, got_gradient, got_metrics = our_loss(batch, settings)
+    got_loss, got_gradient, got_metrics = our_loss(batch, settings, impl)
     torch.testing.assert_close(got_loss, want_loss, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(got_gradient, want_gradient, rtol=1e-10, atol=1e-12)
     shared = set(got_metrics) & set(want_metrics)

@@ -1,0 +1,60 @@
+// Group-relative advantages in double: the core of two operators, group_advantages and grpo_loss with fused rewards.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <numeric>
+#include <string_view>
+#include <vector>
+
+namespace r1fast {
+
+inline double unbiased_std(double sum_of_squares, int64_t count) {
+  return std::sqrt(sum_of_squares / static_cast<double>(std::max<int64_t>(count - 1, 1)));
+}
+
+// scale: "group", "batch" or "none". NaN = unscorable: it touches nobody's mean, and its advantage is 0.
+inline std::vector<double> group_advantages(
+    const double* rewards, const int64_t* group_ids, int64_t num_samples, std::string_view scale, double eps) {
+  std::vector<double> advantages(num_samples, 0.0);
+  std::vector<int64_t> order(num_samples);
+  std::iota(order.begin(), order.end(), 0);
+  order.erase(
+      std::remove_if(order.begin(), order.end(), [&](int64_t n) { return std::isnan(rewards[n]); }), order.end());
+  // Stable: within a group, sums run in the order of the samples.
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return group_ids[a] < group_ids[b]; });
+
+  double batch_std = 0;
+  if (scale == "batch") {
+    double sum = 0, squares = 0;
+    for (const int64_t n : order) {
+      sum += rewards[n];
+    }
+    const double mean = sum / static_cast<double>(order.size());
+    for (const int64_t n : order) {
+      squares += (rewards[n] - mean) * (rewards[n] - mean);
+    }
+    batch_std = unbiased_std(squares, static_cast<int64_t>(order.size()));
+  }
+
+  for (auto begin = order.begin(), end = begin; begin != order.end(); begin = end) {
+    end = std::find_if(begin, order.end(), [&](int64_t n) { return group_ids[n] != group_ids[*begin]; });
+    // Measured from one of the group, equal rewards are exactly 0, and so are their advantages.
+    const double origin = rewards[*begin];
+    double sum = 0, squares = 0;
+    std::for_each(begin, end, [&](int64_t n) { sum += rewards[n] - origin; });
+    const double mean = sum / static_cast<double>(end - begin);
+    for (auto n = begin; n != end; ++n) {
+      advantages[*n] = (rewards[*n] - origin) - mean;
+      squares += advantages[*n] * advantages[*n];
+    }
+    if (scale != "none") {
+      const double divisor = eps + (scale == "batch" ? batch_std : unbiased_std(squares, end - begin));
+      std::for_each(begin, end, [&](int64_t n) { advantages[n] /= divisor; });
+    }
+  }
+  return advantages;
+}
+
+}  // namespace r1fast
