@@ -16,8 +16,8 @@ Counts and sums run over tokens that `loss_mask_T` keeps. The gradient, s being 
     sequence: all tokens of a sample share -A w s sum_t(importance weight) / tokens_n
 
 One launch gives loss, gradient and metrics: 4 bytes read for each of logprob, old, ref, sampler and entropy that is
-given, 1 for the mask, 4 written; up to 3 exponentials and 40 FLOPs a token. "sequence" reads twice. A million tokens are
-25 MB, on a GPU about the time of the launch.
+given, 1 for the mask, 4 written; up to 3 exponentials and 40 FLOPs a token. "sequence" reads twice. A million tokens
+are 25 MB, on a GPU about the time of the launch.
 
     packing    | sample 0      | sample 1 | sample 2        |   completion tokens only
     cu_seqlens 0               6          10                17
