@@ -16,7 +16,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "linear_cross_entropy": ("reference", "cpp", "triton"),
     "group_advantages": ("reference", "cpp", "triton"),
     "grpo_loss": ("reference", "cpp", "triton"),
-    "linear_grpo_loss": ("reference",),
+    "linear_grpo_loss": ("reference", "cpp", "triton"),
     "route_topk": ("reference",),
     "moe_experts": ("reference",),
     "sample_tokens": ("reference",),

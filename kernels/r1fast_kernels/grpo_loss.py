@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .dispatch import TRITON_DEVICE, choose, compute_dtype
 from .group_advantages import advantage_of
-from .grpo_loss_reference import LossInputs, LossSettings, check_end, check_inputs, grpo_loss_reference
+from .grpo_loss_reference import LossArguments, check_end, grpo_loss_reference
 
 # Columns 2.. of the partial sums of a sample, after its loss and its tokens that count; csrc/cpu/grpo_loss.cpp has them
 # in the same order. For cispo "high" is "cispo_clip_ratio".
@@ -343,13 +343,15 @@ def _launch(
     return loss, grad_T, metrics_M
 
 
+# The arguments that linear_grpo_loss shares.
+LOSS_SCHEMA = (
+    "Tensor cu_seqlens, Tensor? advantages_N, Tensor? rewards_N, Tensor? group_ids_N, str scale_rewards, "
+    "Tensor? old_T, Tensor? ref_T, Tensor? sampler_T, Tensor? mask_T, Tensor? entropy_T, Tensor? counts_N, "
+    "Tensor? num_items, Tensor? num_samples, float epsilon_low, float epsilon_high, float? delta, float beta, "
+    "float? is_cap, str loss_type, str importance_level, int? max_completion_length"
+)
 torch.library.define(
-    "r1fast::grpo_loss",
-    "(Tensor logprobs_T, Tensor cu_seqlens, Tensor? advantages_N, Tensor? rewards_N, Tensor? group_ids_N, "
-    "str scale_rewards, Tensor? old_T, Tensor? ref_T, Tensor? sampler_T, Tensor? mask_T, Tensor? entropy_T, "
-    "Tensor? counts_N, Tensor? num_items, Tensor? num_samples, float epsilon_low, float epsilon_high, float? delta, "
-    "float beta, float? is_cap, str loss_type, str importance_level, int? max_completion_length) "
-    "-> (Tensor loss, Tensor grad_T, Tensor metrics_M)",
+    "r1fast::grpo_loss", f"(Tensor logprobs_T, {LOSS_SCHEMA}) -> (Tensor loss, Tensor grad_T, Tensor metrics_M)"
 )
 torch.library.impl("r1fast::grpo_loss", TRITON_DEVICE, _launch)
 
@@ -376,14 +378,15 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
 torch.library.register_autograd("r1fast::grpo_loss", _backward, setup_context=_setup_context)
 
 
-def _named(metrics_M: Tensor, inputs: LossInputs, cispo: bool) -> dict[str, Tensor]:
-    """The metrics that these inputs have."""
+def named_metrics(metrics_M: Tensor, given: LossArguments) -> dict[str, Tensor]:
+    """The metrics that these arguments have."""
+    cispo = given.loss_type == "cispo"
     absent = {
         "clip_ratio/low": cispo,
         "clip_ratio/region": cispo,
-        "kl": inputs.ref_T is None,
-        "sampling/": inputs.sampler_T is None,
-        "entropy": inputs.entropy_T is None,
+        "kl": given.ref_logprobs_T is None,
+        "sampling/": given.sampler_logprobs_T is None,
+        "entropy": given.entropy_T is None,
     }
     prefixes = tuple(prefix for prefix, is_absent in absent.items() if is_absent)
     return {
@@ -393,12 +396,20 @@ def _named(metrics_M: Tensor, inputs: LossInputs, cispo: bool) -> dict[str, Tens
     }
 
 
-def _scalar(count: Tensor | float | None, like: Tensor) -> Tensor | None:
-    if count is None:
-        return None
-    if isinstance(count, Tensor):
-        return count.to(like.device, non_blocking=True)
-    return torch.full((), count, dtype=torch.float64, device=like.device)
+def op_arguments(given: LossArguments, device: torch.device) -> tuple[Any, ...]:
+    """What the operator takes after log-probs and cu_seqlens."""
+
+    def on_device(count: Tensor | float | None) -> Tensor | None:
+        if isinstance(count, Tensor) or count is None:
+            return None if count is None else count.to(device, non_blocking=True)
+        return torch.full((), count, dtype=torch.float64, device=device)
+
+    return (
+        given.advantages_N, given.rewards_N, given.group_ids_N, given.scale_rewards, given.old_logprobs_T,
+        given.ref_logprobs_T, given.sampler_logprobs_T, given.loss_mask_T, given.entropy_T, given.counts_N,
+        on_device(given.num_items), on_device(given.num_samples), given.epsilon, given.clip_high, given.delta,
+        given.beta, given.is_cap, given.loss_type, given.importance_level, given.max_completion_length,
+    )  # fmt: skip
 
 
 def grpo_loss(
@@ -444,21 +455,15 @@ def grpo_loss(
     entropy_T             [T] of the policy, only for the metric "entropy"
     Returns (loss, metrics): 0-d tensors, the metrics detached, named as in TRL.
     """
-    settings = LossSettings(
-        loss_type, importance_level, epsilon, epsilon if epsilon_high is None else epsilon_high, delta, beta, is_cap,
-        max_completion_length,
-    )  # fmt: skip
-    inputs = LossInputs(
+    given = LossArguments(
         advantages_N, rewards_N, group_ids_N, scale_rewards, old_logprobs_T, ref_logprobs_T, sampler_logprobs_T,
-        loss_mask_T, entropy_T, counts_N, num_items, num_samples,
+        loss_mask_T, epsilon, epsilon_high, delta, beta, loss_type, importance_level, is_cap, max_completion_length,
+        num_items, num_samples, counts_N, entropy_T,
     )  # fmt: skip
-    check_inputs(logprobs_T, cu_seqlens, inputs, settings)
+    if logprobs_T.dim() != 1:
+        raise ValueError(f"grpo_loss: got logprobs {tuple(logprobs_T.shape)}, expected [T]")
+    given.check_shapes(len(logprobs_T), cu_seqlens)
     if choose("grpo_loss", impl, logprobs_T) == "reference":
-        return grpo_loss_reference(logprobs_T, cu_seqlens, inputs, settings)
-    loss, _, metrics_M = torch.ops.r1fast.grpo_loss(
-        logprobs_T, cu_seqlens, advantages_N, rewards_N, group_ids_N, scale_rewards, old_logprobs_T, ref_logprobs_T,
-        sampler_logprobs_T, loss_mask_T, entropy_T, counts_N, _scalar(num_items, logprobs_T),
-        _scalar(num_samples, logprobs_T), settings.epsilon, settings.epsilon_high, delta, beta, is_cap, loss_type,
-        importance_level, max_completion_length,
-    )  # fmt: skip
-    return loss, _named(metrics_M, inputs, loss_type == "cispo")
+        return grpo_loss_reference(logprobs_T, cu_seqlens, given)
+    loss, _, metrics_M = torch.ops.r1fast.grpo_loss(logprobs_T, cu_seqlens, *op_arguments(given, logprobs_T.device))
+    return loss, named_metrics(metrics_M, given)

@@ -3,7 +3,7 @@
 Formulas and names are those of grpo_loss.py, which holds the kernels and the public function.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -15,17 +15,29 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 
 
 @dataclass(frozen=True)
-class LossSettings:
-    """The scalars of the loss, checked. `epsilon_high` is resolved; for cispo it is the cap itself."""
+class LossArguments:
+    """Every keyword argument of `grpo_loss` but impl, under its name and with its default; scalars are checked."""
 
-    loss_type: str
-    importance_level: str
-    epsilon: float
-    epsilon_high: float
-    delta: float | None
-    beta: float
-    is_cap: float | None
-    max_completion_length: int | None
+    advantages_N: Tensor | None = None
+    rewards_N: Tensor | None = None
+    group_ids_N: Tensor | None = None
+    scale_rewards: str = "group"
+    old_logprobs_T: Tensor | None = None
+    ref_logprobs_T: Tensor | None = None
+    sampler_logprobs_T: Tensor | None = None
+    loss_mask_T: Tensor | None = None
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    beta: float = 0.0
+    loss_type: str = "grpo"
+    importance_level: str = "token"
+    is_cap: float | None = None
+    max_completion_length: int | None = None
+    num_items: Tensor | float | None = None
+    num_samples: Tensor | float | None = None
+    counts_N: Tensor | None = None
+    entropy_T: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.loss_type not in LOSS_TYPES:
@@ -38,69 +50,36 @@ class LossSettings:
             raise ValueError("grpo_loss: loss_type='dr_grpo' divides by max_completion_length; pass it")
         if self.loss_type == "cispo" and self.delta is not None:
             raise ValueError("grpo_loss: delta does not apply to loss_type='cispo'; leave it None")
-
-
-@dataclass(frozen=True)
-class LossInputs:
-    """What the public function may be given besides log-probs and their packing."""
-
-    advantages_N: Tensor | None
-    rewards_N: Tensor | None
-    group_ids_N: Tensor | None
-    scale_rewards: str
-    old_T: Tensor | None
-    ref_T: Tensor | None
-    sampler_T: Tensor | None
-    mask_T: Tensor | None
-    entropy_T: Tensor | None
-    counts_N: Tensor | None
-    num_items: Tensor | float | None
-    num_samples: Tensor | float | None
-
-
-def check_inputs(logprobs_T: Tensor, cu_seqlens: Tensor, inputs: LossInputs, s: LossSettings) -> None:
-    if logprobs_T.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(
-            f"grpo_loss: got logprobs {tuple(logprobs_T.shape)} and cu_seqlens {tuple(cu_seqlens.shape)}, "
-            "expected [T] and [N + 1]"
-        )
-    per_token = {
-        "old_logprobs_T": inputs.old_T,
-        "ref_logprobs_T": inputs.ref_T,
-        "sampler_logprobs_T": inputs.sampler_T,
-        "loss_mask_T": inputs.mask_T,
-        "entropy_T": inputs.entropy_T,
-    }
-    for name, values in per_token.items():
-        if values is not None and values.shape != logprobs_T.shape:
-            raise ValueError(f"grpo_loss: got {name} {tuple(values.shape)}, expected {tuple(logprobs_T.shape)}")
-    if inputs.counts_N is not None and len(inputs.counts_N) != len(cu_seqlens) - 1:
-        raise ValueError(
-            f"grpo_loss: got {len(inputs.counts_N)} counts_N for {len(cu_seqlens) - 1} samples, expected one each"
-        )
-    _check_advantages(inputs, len(cu_seqlens) - 1)
-    if s.beta and inputs.ref_T is None:
-        raise ValueError(f"grpo_loss: beta={s.beta} needs ref_logprobs_T; pass it, or beta=0.0")
-    if s.is_cap is not None and inputs.sampler_T is None:
-        raise ValueError(f"grpo_loss: is_cap={s.is_cap} needs sampler_logprobs_T; pass it, or is_cap=None")
-
-
-def _check_advantages(inputs: LossInputs, num_samples: int) -> None:
-    fields = {"advantages_N": inputs.advantages_N, "rewards_N": inputs.rewards_N, "group_ids_N": inputs.group_ids_N}
-    given = {name: values for name, values in fields.items() if values is not None}
-    if list(given) not in (["advantages_N"], ["rewards_N", "group_ids_N"]):
-        raise ValueError(
-            f"grpo_loss: got {', '.join(given) or 'none of them'}, "
-            "expected either advantages_N, or rewards_N with group_ids_N"
-        )
-    if inputs.scale_rewards not in SCALES:
-        raise ValueError(f"grpo_loss: got scale_rewards={inputs.scale_rewards!r}, expected group, batch or none")
-    for name, values in given.items():
-        if values.shape != (num_samples,):
+        if self.beta and self.ref_logprobs_T is None:
+            raise ValueError(f"grpo_loss: beta={self.beta} needs ref_logprobs_T; pass it, or beta=0.0")
+        if self.is_cap is not None and self.sampler_logprobs_T is None:
+            raise ValueError(f"grpo_loss: is_cap={self.is_cap} needs sampler_logprobs_T; pass it, or is_cap=None")
+        if self.scale_rewards not in SCALES:
+            raise ValueError(f"grpo_loss: got scale_rewards={self.scale_rewards!r}, expected group, batch or none")
+        names = [name for name in ("advantages_N", "rewards_N", "group_ids_N") if getattr(self, name) is not None]
+        if names not in (["advantages_N"], ["rewards_N", "group_ids_N"]):
             raise ValueError(
-                f"grpo_loss: got {name} {tuple(values.shape)} for {num_samples} samples in cu_seqlens, "
-                f"expected ({num_samples},)"
+                f"grpo_loss: got {', '.join(names) or 'none of them'}, "
+                "expected either advantages_N, or rewards_N with group_ids_N"
             )
+
+    @property
+    def clip_high(self) -> float:
+        """epsilon_high; for cispo the cap itself."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    def check_shapes(self, num_tokens: int, cu_seqlens: Tensor) -> None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+            raise ValueError(f"grpo_loss: got cu_seqlens {tuple(cu_seqlens.shape)}, expected [N + 1]")
+        num_samples = len(cu_seqlens) - 1
+        for field in fields(self):
+            value = getattr(self, field.name)
+            expected = {"_T": num_tokens, "_N": num_samples}.get(field.name[-2:])
+            if isinstance(value, Tensor) and expected is not None and value.shape != (expected,):
+                raise ValueError(
+                    f"grpo_loss: got {field.name} {tuple(value.shape)} for {num_tokens} tokens of {num_samples} "
+                    f"samples, expected ({expected},)"
+                )
 
 
 def check_end(cu_seqlens: Tensor, logprobs_T: Tensor) -> None:
@@ -152,7 +131,7 @@ def surrogate_reference(
     sampler_T: Tensor | None,
     advantages_N: Tensor,
     packing: Packing,
-    s: LossSettings,
+    s: LossArguments,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The specification, before the reduction: (loss_T, importance_ratio: [T] or [N], kl_T)."""
     advantages_T = advantages_N[packing.sample_T]
@@ -164,9 +143,9 @@ def surrogate_reference(
         ratio = (packing.sum_samples(log_ratio_T) / counts_N).exp()
         ratio_T = ratio[packing.sample_T]
     if s.loss_type == "cispo":
-        loss_T = -ratio_T.clamp(max=s.epsilon_high).detach() * advantages_T * logprobs_T
+        loss_T = -ratio_T.clamp(max=s.clip_high).detach() * advantages_T * logprobs_T
     else:
-        clipped_T = ratio_T.clamp(1 - s.epsilon, 1 + s.epsilon_high)
+        clipped_T = ratio_T.clamp(1 - s.epsilon, 1 + s.clip_high)
         capped_T = ratio_T if s.delta is None else ratio_T.clamp(max=s.delta)
         loss_T = -torch.minimum(capped_T * advantages_T, clipped_T * advantages_T)
     if s.is_cap is not None and sampler_T is not None:
@@ -184,7 +163,7 @@ def _at_least_one(count: Tensor | float) -> Tensor | float:
 def _reduce(
     loss_T: Tensor,
     packing: Packing,
-    s: LossSettings,
+    s: LossArguments,
     num_items: Tensor | float | None,
     num_samples: Tensor | float | None,
 ) -> Tensor:
@@ -214,7 +193,7 @@ def _metrics(
     entropy_T: Tensor | None,
     advantages_N: Tensor,
     packing: Packing,
-    s: LossSettings,
+    s: LossArguments,
 ) -> dict[str, Tensor]:
     """TRL's names and means: over tokens that count; over samples where the ratio is one per sample."""
     num_live = len(old_T) if packing.mask_T is None else packing.mask_T.sum()
@@ -233,11 +212,11 @@ def _metrics(
         "importance_ratio/max": _largest(packing.keep(ratio) if per_token else ratio),
     }
     if s.loss_type == "cispo":
-        metrics["cispo_clip_ratio"] = mean(((ratio > s.epsilon_high) & (advantages > 0)).to(ratio.dtype))
+        metrics["cispo_clip_ratio"] = mean(((ratio > s.clip_high) & (advantages > 0)).to(ratio.dtype))
     else:
         capped = ratio if s.delta is None else ratio.clamp(max=s.delta)
         below = (capped < 1 - s.epsilon) & (advantages < 0)
-        above = (capped > 1 + s.epsilon_high) & (advantages > 0)
+        above = (capped > 1 + s.clip_high) & (advantages > 0)
         metrics["clip_ratio/low_mean"] = mean(below.to(ratio.dtype))
         metrics["clip_ratio/high_mean"] = mean(above.to(ratio.dtype))
         metrics["clip_ratio/region_mean"] = mean((below | above).to(ratio.dtype))
@@ -253,25 +232,23 @@ def _metrics(
 
 
 def grpo_loss_reference(
-    logprobs_T: Tensor, cu_seqlens: Tensor, inputs: LossInputs, settings: LossSettings
+    logprobs_T: Tensor, cu_seqlens: Tensor, given: LossArguments
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics) of the public function, with autograd's own gradient."""
     check_end(cu_seqlens, logprobs_T)
-    advantages_N = inputs.advantages_N
+    advantages_N = given.advantages_N
     if advantages_N is None:
-        assert inputs.rewards_N is not None and inputs.group_ids_N is not None
-        advantages_N = group_advantages(
-            inputs.rewards_N, inputs.group_ids_N, scale=inputs.scale_rewards, impl="reference"
-        )
+        assert given.rewards_N is not None and given.group_ids_N is not None
+        advantages_N = group_advantages(given.rewards_N, given.group_ids_N, scale=given.scale_rewards, impl="reference")
     dtype = compute_dtype(logprobs_T)
-    packing = Packing.build(cu_seqlens, inputs.mask_T, inputs.counts_N, len(logprobs_T))
+    packing = Packing.build(cu_seqlens, given.loss_mask_T, given.counts_N, len(logprobs_T))
     logprobs_T = packing.keep(logprobs_T.to(dtype))
     old_T, ref_T, sampler_T, entropy_T = (
         None if values is None else packing.keep(values.detach().to(dtype))
-        for values in (inputs.old_T, inputs.ref_T, inputs.sampler_T, inputs.entropy_T)
+        for values in (given.old_logprobs_T, given.ref_logprobs_T, given.sampler_logprobs_T, given.entropy_T)
     )
     old_T = logprobs_T.detach() if old_T is None else old_T
     advantages_N = advantages_N.detach().to(dtype)
-    loss_T, ratio, kl_T = surrogate_reference(logprobs_T, old_T, ref_T, sampler_T, advantages_N, packing, settings)
-    loss = _reduce(loss_T, packing, settings, inputs.num_items, inputs.num_samples)
-    return loss, _metrics(ratio.detach(), kl_T, old_T, sampler_T, entropy_T, advantages_N, packing, settings)
+    loss_T, ratio, kl_T = surrogate_reference(logprobs_T, old_T, ref_T, sampler_T, advantages_N, packing, given)
+    loss = _reduce(loss_T, packing, given, given.num_items, given.num_samples)
+    return loss, _metrics(ratio.detach(), kl_T, old_T, sampler_T, entropy_T, advantages_N, packing, given)

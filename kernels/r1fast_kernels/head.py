@@ -94,14 +94,14 @@ def forward_with_gradient(
     target_ids_T: Tensor,
     temperature: float,
     with_entropy: bool,
-    token_gradient: Callable[[slice, Tensor], Tensor],
+    token_gradient: Callable[[slice, Tensor, Tensor], Tensor],
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprobs_T, entropy_T, grad_hidden_TD, grad_weight_VD), by tall tiles: one product forward, two for gradients.
 
-    token_gradient(rows, logprobs_R) gives d loss / d logprobs of these rows; it may depend on nothing but these
-    log-probs and what was known before. Gradients that are not needed are empty.
+    token_gradient(rows, logprobs_R, entropy_R) gives d loss / d logprobs of these rows; it may depend on nothing but
+    these log-probs and what was known before. Gradients that are not needed are empty.
     """
     num_tokens, vocab = hidden_TD.shape[0], weight_VD.shape[0]
     num_tiles = -(-num_tokens // rows_of_tall_tile(hidden_TD, vocab))
@@ -126,7 +126,7 @@ def forward_with_gradient(
             entropy_T[rows] = entropy_R
         if not (needs_hidden or needs_weight):
             continue
-        gradient_R = token_gradient(rows, logprobs_T[rows])
+        gradient_R = token_gradient(rows, logprobs_T[rows], entropy_R)
         ops.selective_logprobs_backward_(logits_RV, ids_R, entropy_R, stats_R2, gradient_R, None, temperature)
         if needs_hidden:
             multiply_into(grad_hidden_TD[rows], logits_RV, weight_VD, add=False)

@@ -26,7 +26,7 @@ def _forward(
     hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, scale: float, needs_hidden: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     logprobs_T, _, grad_hidden_TD, grad_weight_VD = forward_with_gradient(
-        hidden_TD, weight_VD, target_ids_T, 1.0, False, lambda _, logprobs_R: torch.full_like(logprobs_R, -scale),
+        hidden_TD, weight_VD, target_ids_T, 1.0, False, lambda _, logprobs_R, __: torch.full_like(logprobs_R, -scale),
         needs_hidden, needs_weight,
     )  # fmt: skip
     return logprobs_T.sum() * -scale, grad_hidden_TD, grad_weight_VD

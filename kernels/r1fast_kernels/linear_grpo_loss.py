@@ -2,16 +2,131 @@
 
     grpo_loss(linear_logprobs(hidden, weight, targets, temperature), ...)          masked tokens never reach the product
 
-Compute-bound: 8 T D V FLOPs forward and backward with recomputed logits, T counting unmasked tokens only.
+Compute-bound, T counting unmasked tokens only. With token-level ratios a token's gradient depends on its own log-prob
+and on numbers known before, so it is formed in the forward pass, tile by tile: 6 T D V FLOPs where computing the logits
+again would take 8.
+
+    tall tile of logits -> log-probs -> grpo_loss of these rows -> gradient of the logits, in place -> two products
+                                        all tiles: loss and metrics of the whole
+
+A sequence-level ratio needs all log-probs of its sample: the same way where one tile holds all tokens, else
+linear_logprobs and grpo_loss one after the other, with recomputation.
 """
 
+from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .grpo_loss import grpo_loss
-from .linear_logprobs import linear_logprobs
+from .dispatch import choose, compute_dtype
+from .grpo_loss import LOSS_SCHEMA, METRICS, grpo_loss, named_metrics, op_arguments
+from .grpo_loss_reference import LossArguments
+from .group_advantages import group_advantages
+from .head import forward_with_gradient, rows_of_tall_tile
+from .linear_cross_entropy import save_gradients, scale_gradients
+from .linear_logprobs import check_head, linear_logprobs
+
+
+def linear_grpo_loss_reference(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_ids_T: Tensor,
+    cu_seqlens: Tensor,
+    temperature: float,
+    given: LossArguments,
+    impl: str | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The specification, with impl="reference": the two ops one after the other."""
+    logprobs_T, entropy_T = linear_logprobs(
+        hidden_TD, weight_VD, target_ids_T, temperature=temperature, with_entropy=True, impl=impl
+    )
+    arguments = {field.name: getattr(given, field.name) for field in fields(given)}
+    return grpo_loss(logprobs_T, cu_seqlens, impl=impl, **(arguments | {"entropy_T": entropy_T.detach()}))
+
+
+def _forward(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_ids_T: Tensor,
+    temperature: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+    cu_seqlens: Tensor,
+    *given: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *advantages, old_T, ref_T, sampler_T, mask_T, _, counts_N, num_items, num_samples = given[:12]
+    num_tokens = hidden_TD.shape[0]
+    whole = slice(0, num_tokens)
+
+    def loss_of(rows: slice, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        of_rows = (None if values_T is None else values_T[rows] for values_T in (old_T, ref_T, sampler_T))
+        return torch.ops.r1fast.grpo_loss(
+            logprobs_R, cu_seqlens.clamp(rows.start, rows.stop) - rows.start, *advantages, *of_rows, mask_T, entropy_R,
+            counts_N, num_items, num_samples, *given[12:],
+        )  # fmt: skip
+
+    found: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def token_gradient(rows: slice, logprobs_R: Tensor, entropy_R: Tensor) -> Tensor:
+        found[rows.start, rows.stop] = loss_of(rows, logprobs_R, entropy_R)
+        return found[rows.start, rows.stop][1]
+
+    logprobs_T, entropy_T, grad_hidden_TD, grad_weight_VD = forward_with_gradient(
+        hidden_TD, weight_VD, target_ids_T, temperature, True, token_gradient, needs_hidden, needs_weight
+    )
+    loss, _, metrics_M = found.get((0, num_tokens)) or loss_of(whole, logprobs_T, entropy_T)
+    return loss, metrics_M, grad_hidden_TD, grad_weight_VD
+
+
+torch.library.define(
+    "r1fast::linear_grpo_loss",
+    "(Tensor hidden_TD, Tensor weight_VD, Tensor target_ids_T, float temperature, bool needs_hidden, "
+    f"bool needs_weight, {LOSS_SCHEMA}) "
+    "-> (Tensor loss, Tensor metrics_M, Tensor grad_hidden_TD, Tensor grad_weight_VD)",
+)
+for _device in ("cpu", "cuda"):
+    torch.library.impl("r1fast::linear_grpo_loss", _device, _forward)
+
+
+@torch.library.register_fake("r1fast::linear_grpo_loss")
+def _fake(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_ids_T: Tensor,
+    temperature: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(hidden_TD)
+    return (
+        hidden_TD.new_empty((), dtype=dtype),
+        hidden_TD.new_empty(len(METRICS), dtype=dtype),
+        hidden_TD.new_empty(hidden_TD.shape if needs_hidden else 0),
+        weight_VD.new_empty(weight_VD.shape if needs_weight else 0),
+    )
+
+
+torch.library.register_autograd("r1fast::linear_grpo_loss", scale_gradients, setup_context=save_gradients)
+
+
+def _drop_masked(
+    hidden_TD: Tensor, target_ids_T: Tensor, cu_seqlens: Tensor, given: LossArguments
+) -> tuple[Tensor, Tensor, Tensor, LossArguments]:
+    """The same, of the tokens that count alone. Waits for the device: how many there are decides every shape."""
+    mask_T = given.loss_mask_T
+    if mask_T is None:
+        return hidden_TD, target_ids_T, cu_seqlens, given
+    kept = mask_T.nonzero().squeeze(1)
+    kept_before = torch.nn.functional.pad(mask_T.bool().cumsum(0), (1, 0))
+    per_token = {
+        name: getattr(given, name)[kept]
+        for name in ("old_logprobs_T", "ref_logprobs_T", "sampler_logprobs_T")
+        if getattr(given, name) is not None
+    }
+    given = replace(given, loss_mask_T=None, **per_token)
+    return hidden_TD.index_select(0, kept), target_ids_T[kept], kept_before[cu_seqlens.long()].int(), given
 
 
 def linear_grpo_loss(
@@ -21,35 +136,48 @@ def linear_grpo_loss(
     cu_seqlens: Tensor,
     *,
     temperature: float = 1.0,
-    loss_mask_T: Tensor | None = None,
     impl: str | None = None,
     **loss_arguments: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`grpo_loss` straight from hidden states, without a T x V buffer when that would be large.
 
     hidden_TD        [T, D], completion tokens only: row t predicts target_ids_T[t]
-    weight_VD        [V, D]
-    target_ids_T     [T] int64; anything where masked
+    weight_VD        [V, D], same dtype as hidden; may be tied to the embedding, or frozen
+    target_ids_T     [T] int64, 0 <= id < V; anything where masked
     cu_seqlens       [N + 1] int32 over these T tokens
-    loss_mask_T      [T] bool
-    loss_arguments   every other keyword argument of `grpo_loss`
+    loss_arguments   every other keyword argument of `grpo_loss`: advantages_N, or rewards_N with group_ids_N; ...
+                     With a loss_mask_T, masked tokens are dropped before the product, which on a GPU waits for their
+                     number; pass None where nothing is masked
     Returns (loss, metrics) of `grpo_loss`, and the metric "entropy": mean over the tokens that count, in nats.
     """
-    if loss_mask_T is not None and loss_mask_T.shape != hidden_TD.shape[:1]:
-        raise ValueError(
-            f"linear_grpo_loss: got loss_mask_T {tuple(loss_mask_T.shape)}, expected {tuple(hidden_TD.shape[:1])}"
+    unknown = loss_arguments.keys() - {field.name for field in fields(LossArguments)} | (
+        loss_arguments.keys() & {"entropy_T", "counts_N"}  # found here
+    )
+    if unknown:
+        raise TypeError(f"linear_grpo_loss: got {', '.join(sorted(unknown))}, expected keyword arguments of grpo_loss")
+    hidden_TD, weight_VD = check_head("linear_grpo_loss", hidden_TD, weight_VD, target_ids_T)
+    if temperature <= 0:
+        raise ValueError(f"linear_grpo_loss: got temperature={temperature}, expected > 0; for greedy use 1.0")
+    given = LossArguments(**loss_arguments)
+    given.check_shapes(hidden_TD.shape[0], cu_seqlens)
+    chosen = choose("linear_grpo_loss", impl, hidden_TD)
+    hidden_TD, target_ids_T, cu_seqlens, given = _drop_masked(hidden_TD, target_ids_T, cu_seqlens, given)
+    num_tokens, vocab = hidden_TD.shape[0], weight_VD.shape[0]
+    one_tile = num_tokens <= rows_of_tall_tile(hidden_TD, vocab) if chosen != "reference" else False
+    if chosen == "reference" or (given.importance_level == "sequence" and not one_tile):
+        return linear_grpo_loss_reference(
+            hidden_TD, weight_VD, target_ids_T, cu_seqlens, temperature, given, impl=chosen
         )
-    choose("linear_grpo_loss", impl, hidden_TD)
-    if loss_mask_T is None:
-        logprobs_T, entropy_T = linear_logprobs(
-            hidden_TD, weight_VD, target_ids_T, temperature=temperature, with_entropy=True
-        )
-    else:
-        kept = loss_mask_T.nonzero().squeeze(1)
-        kept_logprobs, entropy_T = linear_logprobs(
-            hidden_TD.index_select(0, kept), weight_VD, target_ids_T[kept], temperature=temperature, with_entropy=True
-        )
-        logprobs_T = kept_logprobs.new_zeros(len(target_ids_T)).index_copy(0, kept, kept_logprobs)
-    loss, metrics = grpo_loss(logprobs_T, cu_seqlens, loss_mask_T=loss_mask_T, **loss_arguments)
-    metrics["entropy"] = entropy_T.detach().sum() / max(len(entropy_T), 1)
-    return loss, metrics
+    # What a tile cannot know by itself.
+    num_items = num_tokens if given.num_items is None else given.num_items
+    given = replace(given, num_items=num_items, counts_N=cu_seqlens.diff())
+    if given.rewards_N is not None and given.group_ids_N is not None and not one_tile:
+        advantages_N = group_advantages(given.rewards_N, given.group_ids_N, scale=given.scale_rewards, impl=chosen)
+        given = replace(given, advantages_N=advantages_N, rewards_N=None, group_ids_N=None)
+    learns = torch.is_grad_enabled()
+    loss, metrics_M, _, _ = torch.ops.r1fast.linear_grpo_loss(
+        hidden_TD, weight_VD, target_ids_T, temperature, learns and hidden_TD.requires_grad,
+        learns and weight_VD.requires_grad, cu_seqlens, *op_arguments(given, hidden_TD.device),
+    )  # fmt: skip
+    # The entropy is always there: any tensor in its place keeps its name.
+    return loss, named_metrics(metrics_M, replace(given, entropy_T=metrics_M))
