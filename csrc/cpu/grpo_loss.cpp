@@ -47,7 +47,7 @@ struct GrpoArgs {
 namespace {
 inline namespace CPU_CAPABILITY {
 
-// Vectors are summed over this many tokens, then added up in double.
+// Vectors are summed over this many tokens, then added up in double. Three arrays of as many stay in the L1 cache.
 constexpr int64_t kBlock = 1024;
 
 template <typename acc>
@@ -107,9 +107,18 @@ class Sample {
   double weight() const { return args_.sample_mean ? args_.scale / count_ : args_.scale; }
 
   V live(int64_t t, int64_t size) const {
-    acc kept[kLanes<acc>];
-    for (int64_t lane = 0; lane < kLanes<acc>; ++lane) {
-      kept[lane] = lane < size && (args_.mask == nullptr || args_.mask[t + lane]) ? acc(1) : acc(0);
+    if (args_.mask == nullptr && size == kLanes<acc>) {
+      return V(0) == V(0);
+    }
+    acc kept[kLanes<acc>] = {};
+    if (args_.mask == nullptr) {
+      std::fill(kept, kept + size, acc(1));
+    } else if (size == kLanes<acc>) {  // a loop of known length, without branches
+      for (int64_t lane = 0; lane < kLanes<acc>; ++lane) {
+        kept[lane] = static_cast<acc>(args_.mask[t + lane]);
+      }
+    } else {
+      std::copy(args_.mask + t, args_.mask + t + size, kept);
     }
     return V::loadu(kept) != V(0);
   }
@@ -120,23 +129,37 @@ class Sample {
     return V::blendv(V(0), size == kLanes<acc> ? V::loadu(x) : V::loadu(x, size), live);
   }
 
-  V importance(const V& old, const V& sampler) const {
-    return at::vec::minimum((old - sampler).exp(), V(static_cast<acc>(args_.is_cap)));
+  // exp is a call, around which vectors and constants would be spilled: a loop of its own.
+  void exp_difference(const void* a, const void* b, int64_t begin, int64_t end, acc* out) const {
+    for (int64_t t = begin; t < end; t += kLanes<acc>, out += kLanes<acc>) {
+      const int64_t size = std::min(kLanes<acc>, end - t);
+      const V keep = live(t, size);
+      (read(a, t, size, keep) - read(b, t, size, keep)).exp().store(out);
+    }
   }
 
   // The ratio of the sample from its mean log-ratio, and what each token's log-prob does to the loss through it.
   void fold_ratio() {
+    const void* old_values = args_.old == nullptr ? args_.logprobs : args_.old;
+    const V is_cap(static_cast<acc>(args_.is_cap));
     double log_ratio = 0, importances = args_.truncated_is ? 0 : row_[kLive];
-    for (int64_t t = begin_; t < end_; t += kLanes<acc>) {
-      const int64_t size = std::min(kLanes<acc>, end_ - t);
-      const V keep = live(t, size);
-      const V logprob = read(args_.logprobs, t, size, keep);
-      const V old = args_.old == nullptr ? logprob : read(args_.old, t, size, keep);
-      log_ratio += reduce_sum<acc>(logprob - old);
+    for (int64_t begin = begin_; begin < end_; begin += kBlock) {
+      const int64_t end = std::min(begin + kBlock, end_);
+      acc weights[kBlock];
       if (args_.truncated_is) {
-        const V weights = importance(old, read(args_.sampler, t, size, keep));
-        importances += reduce_sum<acc>(V::blendv(V(0), weights, keep));
+        exp_difference(old_values, args_.sampler, begin, end, weights);
       }
+      V log_ratios(0), sum(0);
+      for (int64_t t = begin; t < end; t += kLanes<acc>) {
+        const int64_t size = std::min(kLanes<acc>, end - t);
+        const V keep = live(t, size);
+        log_ratios = log_ratios + (read(args_.logprobs, t, size, keep) - read(old_values, t, size, keep));
+        if (args_.truncated_is) {
+          sum = sum + V::blendv(V(0), at::vec::minimum(V::loadu(weights + (t - begin)), is_cap), keep);
+        }
+      }
+      log_ratio += reduce_sum<acc>(log_ratios);
+      importances += reduce_sum<acc>(sum);
     }
     ratio_ = static_cast<acc>(std::exp(log_ratio / count_));
     const auto s = surrogate<acc>(args_, V(ratio_), V(0), advantage_);
@@ -153,24 +176,34 @@ class Sample {
   }
 
   void fold_block(int64_t begin, int64_t end) {
-    const V zero(0), one(1), beta(args_.beta), scale(weight());
+    const V zero(0), one(1), beta(args_.beta), scale(weight()), is_cap(args_.is_cap);
     const bool shared_slope = args_.sequence && !args_.cispo;
+    const void* old_values = args_.old == nullptr ? args_.logprobs : args_.old;
+    acc ratios[kBlock], weights[kBlock], odds_of[kBlock];
+    if (args_.old != nullptr && !args_.sequence) {
+      exp_difference(args_.logprobs, args_.old, begin, end, ratios);
+    }
+    if (args_.truncated_is) {
+      exp_difference(old_values, args_.sampler, begin, end, weights);
+    }
+    if (args_.ref != nullptr) {
+      exp_difference(args_.ref, args_.logprobs, begin, end, odds_of);
+    }
     V sums[kColumns];
     std::fill(sums, sums + kColumns, zero);
     for (int64_t t = begin; t < end; t += kLanes<acc>) {
-      const int64_t size = std::min(kLanes<acc>, end - t);
+      const int64_t size = std::min(kLanes<acc>, end - t), i = t - begin;
       const V keep = live(t, size);
       const V logprob = read(args_.logprobs, t, size, keep);
       const V old = args_.old == nullptr ? logprob : read(args_.old, t, size, keep);
-      const V log_ratio = logprob - old;
-      // On-policy the log-ratio is 0, or NaN where the log-prob is.
-      const V ratio = args_.sequence ? V(ratio_) : args_.old == nullptr ? log_ratio + one : log_ratio.exp();
+      // On-policy the ratio is 1, or NaN where the log-prob is.
+      const V ratio = args_.sequence ? V(ratio_) : args_.old == nullptr ? one + (logprob - old) : V::loadu(ratios + i);
       const auto s = surrogate<acc>(args_, ratio, logprob, advantage_);
       V loss = s.loss, grad = shared_slope ? V(shared_slope_) : s.slope;
       if (args_.sampler != nullptr) {
         const V sampler = read(args_.sampler, t, size, keep);
         if (args_.truncated_is) {
-          const V weight = importance(old, sampler);
+          const V weight = at::vec::minimum(V::loadu(weights + i), is_cap);
           loss = loss * weight;
           grad = shared_slope ? grad : grad * weight;
         }
@@ -180,7 +213,7 @@ class Sample {
       }
       if (args_.ref != nullptr) {
         const V distance = read(args_.ref, t, size, keep) - logprob;
-        const V odds = distance.exp();
+        const V odds = V::loadu(odds_of + i);
         const V kl = odds - distance - one;
         sums[kKl] = sums[kKl] + kl;
         if (args_.beta != 0) {
