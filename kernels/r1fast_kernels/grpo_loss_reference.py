@@ -72,14 +72,17 @@ class LossArguments:
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
             raise ValueError(f"grpo_loss: got cu_seqlens {tuple(cu_seqlens.shape)}, expected [N + 1]")
         num_samples = len(cu_seqlens) - 1
-        for field in fields(self):
-            value = getattr(self, field.name)
-            expected = {"_T": num_tokens, "_N": num_samples}.get(field.name[-2:])
+        for name in LOSS_ARGUMENTS:
+            value = getattr(self, name)
+            expected = {"_T": num_tokens, "_N": num_samples}.get(name[-2:])
             if isinstance(value, Tensor) and expected is not None and value.shape != (expected,):
                 raise ValueError(
-                    f"grpo_loss: got {field.name} {tuple(value.shape)} for {num_tokens} tokens of {num_samples} "
+                    f"grpo_loss: got {name} {tuple(value.shape)} for {num_tokens} tokens of {num_samples} "
                     f"samples, expected ({expected},)"
                 )
+
+
+LOSS_ARGUMENTS = tuple(field.name for field in fields(LossArguments))
 
 
 def check_end(cu_seqlens: Tensor, logprobs_T: Tensor) -> None:

@@ -13,16 +13,16 @@ A sequence-level ratio needs all log-probs of its sample: the same way where one
 linear_logprobs and grpo_loss one after the other, with recomputation.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dispatch import choose, compute_dtype
-from .grpo_loss import LOSS_SCHEMA, METRICS, grpo_loss, named_metrics, op_arguments
-from .grpo_loss_reference import LossArguments
 from .group_advantages import group_advantages
+from .grpo_loss import LOSS_SCHEMA, METRICS, grpo_loss, named_metrics, op_arguments
+from .grpo_loss_reference import LOSS_ARGUMENTS, LossArguments
 from .head import forward_with_gradient, rows_of_tall_tile
 from .linear_cross_entropy import save_gradients, scale_gradients
 from .linear_logprobs import check_head, linear_logprobs
@@ -41,7 +41,7 @@ def linear_grpo_loss_reference(
     logprobs_T, entropy_T = linear_logprobs(
         hidden_TD, weight_VD, target_ids_T, temperature=temperature, with_entropy=True, impl=impl
     )
-    arguments = {field.name: getattr(given, field.name) for field in fields(given)}
+    arguments = {name: getattr(given, name) for name in LOSS_ARGUMENTS}
     return grpo_loss(logprobs_T, cu_seqlens, impl=impl, **(arguments | {"entropy_T": entropy_T.detach()}))
 
 
@@ -150,11 +150,10 @@ def linear_grpo_loss(
                      number; pass None where nothing is masked
     Returns (loss, metrics) of `grpo_loss`, and the metric "entropy": mean over the tokens that count, in nats.
     """
-    unknown = loss_arguments.keys() - {field.name for field in fields(LossArguments)} | (
-        loss_arguments.keys() & {"entropy_T", "counts_N"}  # found here
-    )
+    expected = [name for name in LOSS_ARGUMENTS if name not in ("entropy_T", "counts_N")]  # these two are found here
+    unknown = [name for name in loss_arguments if name not in expected]
     if unknown:
-        raise TypeError(f"linear_grpo_loss: got {', '.join(sorted(unknown))}, expected keyword arguments of grpo_loss")
+        raise TypeError(f"linear_grpo_loss: got {', '.join(unknown)}, expected keyword arguments of grpo_loss")
     hidden_TD, weight_VD = check_head("linear_grpo_loss", hidden_TD, weight_VD, target_ids_T)
     if temperature <= 0:
         raise ValueError(f"linear_grpo_loss: got temperature={temperature}, expected > 0; for greedy use 1.0")
