@@ -99,7 +99,9 @@ def _value_of(key, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _measure(row_ptr, vocab, low, top, inverse_temperature, OF_MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK_V: tl.constexpr):
+def _measure(
+    row_ptr, vocab, low, top, inverse_temperature, OF_MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK_V: tl.constexpr
+):
     """Of the tokens with a key >= `low`: their mass, or their number."""
     total = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, vocab, BLOCK_V):
@@ -187,17 +189,13 @@ def _sample_kernel(
         mass = total
         tie_mass = tl.full([], 0, tl.float64)
         if TOP_K:
-            cut, above = _select(
-                row_ptr, vocab, top_k, cut, tie_mass, top, inverse_temperature, False, SHIFT, BLOCK_V
-            )
+            cut, above = _select(row_ptr, vocab, top_k, cut, tie_mass, top, inverse_temperature, False, SHIFT, BLOCK_V)
             num_ties = top_k - above.to(tl.int32)
             tie_mass = num_ties * tl.exp((_value_of(cut, SHIFT) - top) * inverse_temperature).to(tl.float64)
             mass = tie_mass + _measure(row_ptr, vocab, cut + 1, top, inverse_temperature, True, SHIFT, BLOCK_V)
         if TOP_P:
             target = top_p * mass
-            cut, above = _select(
-                row_ptr, vocab, target, cut, tie_mass, top, inverse_temperature, True, SHIFT, BLOCK_V
-            )
+            cut, above = _select(row_ptr, vocab, target, cut, tie_mass, top, inverse_temperature, True, SHIFT, BLOCK_V)
             tie = tl.exp((_value_of(cut, SHIFT) - top) * inverse_temperature).to(tl.float64)
             num_ties = tl.ceil((target - above) / tie).to(tl.int32)
         num_before = 0
@@ -293,10 +291,12 @@ def sample_tokens(
     greedy (what a trainer computes for the same token, so that their ratio is 1). A row that holds NaN or +inf, or
     nothing above -inf, gets the log-prob NaN and some id of the vocabulary.
     """
-    if logits_BV.dim() != 2 or (seeds_B is not None and seeds_B.shape != logits_BV.shape[:1]):
-        seeds_shape = None if seeds_B is None else tuple(seeds_B.shape)
+    if logits_BV.dim() != 2 or logits_BV.shape[1] == 0:
+        raise ValueError(f"sample_tokens: got logits {tuple(logits_BV.shape)}, expected [B, V] with V > 0")
+    if seeds_B is not None and (seeds_B.shape != logits_BV.shape[:1] or seeds_B.dtype != torch.int64):
         raise ValueError(
-            f"sample_tokens: got logits {tuple(logits_BV.shape)} and seeds {seeds_shape}, expected [B, V] and [B]"
+            f"sample_tokens: got logits {tuple(logits_BV.shape)} and seeds {tuple(seeds_B.shape)} {seeds_B.dtype}, "
+            "expected [B, V] and [B] int64"
         )
     if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
