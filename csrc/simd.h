@@ -1,4 +1,5 @@
-// What the CPU kernels share: vectors of float or double read from any dtype, and the choice of a build.
+// What the CPU kernels share: vectors of float or double read from any dtype, the choice of a build,
+// and how rows of logits are taken.
 //
 // Every file in csrc/cpu is compiled three times (setup.py): plain, AVX2 and AVX512, each into its own namespace; the
 // plain build also holds the operators, which pick a kernel when they run.
@@ -94,6 +95,7 @@ inline void by_dtype(at::ScalarType dtype, const F& f) {
 #ifdef R1FAST_BUILD_OPERATOR
 
 #include <ATen/Version.h>
+#include <ATen/core/Tensor.h>
 
 #include <string>
 
@@ -109,6 +111,15 @@ namespace r1fast {
 inline const std::string& cpu_capability() {
   static const std::string found = at::get_cpu_capability();  // honours ATEN_CPU_CAPABILITY
   return found;
+}
+
+// About 32k elements a task: 10-20 us, enough to pay for waking a thread.
+inline int64_t rows_per_task(int64_t vocab) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(vocab, 1));
+}
+
+inline at::Tensor with_unit_columns(const at::Tensor& logits) {
+  return logits.stride(1) == 1 || logits.size(1) == 1 ? logits : logits.contiguous();
 }
 }  // namespace r1fast
 

@@ -240,15 +240,6 @@ R1FAST_KERNEL(logits_gradient, GradientArgs) {
 namespace r1fast {
 namespace {
 
-// About 32k elements a task: 10-20 us, enough to pay for waking a thread.
-int64_t rows_per_task(int64_t vocab) {
-  return std::max<int64_t>(1, 32768 / std::max<int64_t>(vocab, 1));
-}
-
-at::Tensor with_unit_columns(const at::Tensor& logits_TV) {
-  return logits_TV.stride(1) == 1 || logits_TV.size(1) == 1 ? logits_TV : logits_TV.contiguous();
-}
-
 at::ScalarType acc_dtype(const at::Tensor& logits_TV) {
   return logits_TV.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }

@@ -19,7 +19,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "linear_grpo_loss": ("reference", "cpp", "triton"),
     "route_topk": ("reference",),
     "moe_experts": ("reference",),
-    "sample_tokens": ("reference",),
+    "sample_tokens": ("reference", "cpp", "triton"),
 }
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)

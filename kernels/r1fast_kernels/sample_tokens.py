@@ -1,15 +1,23 @@
 """Draw one token per row from logits.
 
     p = softmax(logits / temperature), cut to the `top_k` largest, then to the smallest set of mass >= `top_p` of these
-    token = the first v with cdf(v) > u,  u = splitmix64(seed) / 2^64;   log-prob under p before both cuts
+    token = the first v, in the order of the vocabulary, with cdf(v) > u;   u = splitmix64(seed) / 2^64
+    log-prob under p before both cuts
 
-Memory-bound: reads 4 B V bytes; this version writes 12 B V more (weights and their fp64 running sums).
+Memory-bound: s B V bytes (s per logit) and B V exponentials, whatever is drawn: the cdf is kept per block, and only the
+block in which u falls is read again. A cut needs its smallest token and no sort. C++ finds it by quickselect in about
+3 B V steps; Triton by bisection over the bits of a logit (16 passes over a row of bf16, 32 over fp32, mostly from L2).
 """
 
+import math
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .dispatch import choose, compute_dtype
+from .dispatch import TRITON_DEVICE, choose, compute_dtype
+from .selective_logprobs import block_v
 
 
 def _uniform(seeds_B: Tensor) -> Tensor:
@@ -26,38 +34,240 @@ def _uniform(seeds_B: Tensor) -> Tensor:
     return ((x >> 12) & ((1 << 52) - 1)).to(torch.float64) * 2.0**-52
 
 
-def _draw(weights_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    """(ids, total): the inverse of the running sum. fp64: in fp32, tokens of a 150k vocabulary would merge."""
-    cdf_BV = weights_BV.cumsum(-1, dtype=torch.float64)
-    total_B = cdf_BV[:, -1]
-    # right=True: the first v with cdf(v) > target, so that a token of probability 0 is never drawn.
-    ids_B = torch.searchsorted(cdf_BV, (uniform_B * total_B)[:, None], right=True).squeeze(1)
-    return ids_B.clamp(max=weights_BV.shape[1] - 1), total_B  # only a row of NaN is clamped
+def _truncate(weights_BV: Tensor, logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The weights, 0 where a token is cut off."""
+    order_BV = logits_BV.argsort(dim=-1, descending=True, stable=True)
+    sorted_BV = weights_BV.gather(1, order_BV)
+    if top_k > 0:
+        sorted_BV[:, top_k:] = 0
+    cdf_BV = sorted_BV.cumsum(-1, dtype=torch.float64)
+    # A token stays while the mass before it is short of top_p; the first always does.
+    sorted_BV[cdf_BV - sorted_BV >= top_p * cdf_BV[:, -1:]] = 0
+    return torch.empty_like(weights_BV).scatter_(1, order_BV, sorted_BV)
 
 
 def sample_tokens_reference(
-    logits_BV: Tensor, temperature: float, top_k: int, top_p: float, uniform_B: Tensor
+    logits_BV: Tensor, seeds_B: Tensor | None, temperature: float, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor]:
-    """The specification for temperature > 0. Every step works row by row: a row's draw ignores its neighbours."""
-    z_BV = logits_BV / temperature
-    z_BV = z_BV - z_BV.amax(-1, keepdim=True)
-    truncated = 0 < top_k < z_BV.shape[1] or top_p < 1.0
-    if not truncated:
-        ids_B, total_B = _draw(z_BV.exp(), uniform_B)
+    """The specification; greedy at temperature 0. Every step works row by row: a row's draw ignores its neighbours."""
+    logits_BV = logits_BV.to(compute_dtype(logits_BV))
+    z_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / (temperature or 1.0)
+    kept_BV = weights_BV = z_BV.exp()
+    if seeds_B is None or temperature == 0:
+        ids_B = logits_BV.argmax(-1)
     else:
-        sorted_BV, order_BV = z_BV.sort(dim=-1, descending=True, stable=True)
-        weights_BV = sorted_BV.exp()
-        total_B = weights_BV.cumsum(-1, dtype=torch.float64)[:, -1]
-        if top_k > 0:
-            weights_BV[:, top_k:] = 0
-        cdf_BV = weights_BV.cumsum(-1, dtype=torch.float64)
-        # A token stays while the mass before it is short of top_p; the first always does.
-        outside_BV = (cdf_BV - weights_BV) >= top_p * cdf_BV[:, -1:]
-        outside_BV[:, 0] = False
-        ranks_B, _ = _draw(weights_BV.masked_fill(outside_BV, 0), uniform_B)
-        ids_B = order_BV.gather(1, ranks_B[:, None]).squeeze(1)
-    logprobs_B = z_BV.gather(1, ids_B[:, None]).squeeze(1) - total_B.log()
+        if top_k > 0 or top_p < 1:
+            kept_BV = _truncate(weights_BV, logits_BV, top_k, top_p)
+        cdf_BV = kept_BV.cumsum(-1, dtype=torch.float64)  # in fp32, tokens of a 150k vocabulary would merge
+        target_B1 = _uniform(seeds_B)[:, None] * cdf_BV[:, -1:]
+        # right=True: the first v with cdf(v) > target, so that a token of probability 0 is never drawn.
+        ids_B = torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(1)
+        ids_B = ids_B.clamp(max=z_BV.shape[1] - 1)  # only a row of NaN is clamped
+    logprobs_B = z_BV.gather(1, ids_B[:, None]).squeeze(1) - weights_BV.sum(-1, dtype=torch.float64).log()
+    return ids_B, logprobs_B.float()
+
+
+# One program a row; 4096 fp64 running sums are 16 values a thread.
+BLOCK_V, NUM_WARPS = 4096, 8
+# Low bits of a logit that are the same in every fp32 of that dtype: the bisection skips them.
+KEY_SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+
+# 1 / temperature is bounded: 0 * inf would make the largest logit of a nearly greedy row NaN.
+MOST_INVERSE = 1e38
+
+
+@triton.jit
+def _uniform_of(seed):
+    x = seed.to(tl.uint64) + 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    x = x ^ (x >> 31)
+    return (x >> 12).to(tl.float64) * 2.220446049250313e-16  # 2^-52
+
+
+@triton.jit
+def _key_of(x, SHIFT: tl.constexpr):
+    """uint32 that order like the floats; -0 is 0."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
+    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000) >> SHIFT
+
+
+@triton.jit
+def _value_of(key, SHIFT: tl.constexpr):
+    bits = tl.where((key << SHIFT) >= 0x80000000, (key << SHIFT) ^ 0x80000000, ~(key << SHIFT))
+    return ((bits >> SHIFT) << SHIFT).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _measure(
+    row_ptr, vocab, low, top, inverse_temperature, OF_MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Of the tokens with a key >= `low`: their mass, or their number."""
+    total = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, vocab, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < vocab
+        x = tl.load(row_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)  # [BLOCK_V]
+        weight = tl.exp((x - top) * inverse_temperature) if OF_MASS else 1.0
+        total += tl.where(mask_v & (_key_of(x, SHIFT) >= low), weight, 0.0)
+    return tl.sum(total.to(tl.float64), axis=0)
+
+
+@triton.jit
+def _select(
+    row_ptr, vocab, target, cut, tie_mass, top, inverse_temperature, OF_MASS: tl.constexpr, SHIFT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """(key, above): the largest key such that the tokens from it upwards reach `target`; what those above it hold.
+
+    Of the tokens below the earlier `cut` nothing counts, of those on it `tie_mass`. The key is found bit by bit.
+    """
+    key = tl.full([], 0, tl.uint32)
+    step = tl.full([], 0x80000000 >> SHIFT, tl.uint32)
+    above = tl.full([], 0, tl.float64)
+    for _ in range(32 - SHIFT):
+        middle = key + step
+        reached = _measure(
+            row_ptr, vocab, tl.maximum(middle, cut + 1), top, inverse_temperature, OF_MASS, SHIFT, BLOCK_V
+        ) + tl.where(middle <= cut, tie_mass, 0.0)
+        key = tl.where(reached >= target, middle, key)
+        above = tl.where(reached >= target, above, reached)
+        step = step >> 1
+    return key, above
+
+
+@triton.jit
+def _keep(x, offs_v, cut, num_ties, ties_before, SHIFT: tl.constexpr):
+    """(x, -inf where it is cut off; how many of this block lie on the cut)."""
+    key = _key_of(x, SHIFT)
+    on_cut = (key == cut).to(tl.int32)
+    stays = (key > cut) | ((key == cut) & (ties_before + tl.cumsum(on_cut, axis=0) <= num_ties))
+    return tl.where(stays, x, -float("inf")), tl.sum(on_cut, axis=0)
+
+
+@triton.jit
+def _sample_kernel(
+    logits_ptr,  # [B, V]
+    seeds_ptr,  # [B]
+    ids_ptr,  # [B]
+    logprobs_ptr,  # [B]
+    stride_b,
+    vocab,
+    inverse_temperature,
+    top_k,
+    top_p,
+    GREEDY: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    SHIFT: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + b * stride_b
+    # One value a block of the row.
+    offs_n = tl.arange(0, NUM_BLOCKS)
+    maxima = tl.full([NUM_BLOCKS], -float("inf"), tl.float32)
+    sums = tl.zeros([NUM_BLOCKS], tl.float32)
+    for start in range(0, vocab, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        x = tl.load(row_ptr + offs_v, mask=offs_v < vocab, other=-float("inf")).to(tl.float32)  # [BLOCK_V]
+        m = tl.max(x, axis=0)
+        m_safe = tl.where(m == -float("inf"), 0.0, m)  # all masked: -inf minus -inf would be NaN
+        here = offs_n == start // BLOCK_V
+        maxima = tl.where(here, m, maxima)
+        sums = tl.where(here, tl.sum(tl.exp((x - m_safe) * inverse_temperature), axis=0), sums)
+    top = tl.max(maxima, axis=0)
+    factors = tl.where(sums == 0, 0.0, tl.exp((maxima - top) * inverse_temperature))
+    shares = sums.to(tl.float64) * factors  # [NUM_BLOCKS]; fp64: in fp32, tokens of a 150k vocabulary would merge
+    total = tl.sum(shares, axis=0)
+
+    cut = tl.full([], 0, tl.uint32)  # a key that no token has
+    num_ties = 0
+    ties = tl.zeros([NUM_BLOCKS], tl.int32)
+    if TOP_K or TOP_P:
+        mass = total
+        tie_mass = tl.full([], 0, tl.float64)
+        if TOP_K:
+            cut, above = _select(row_ptr, vocab, top_k, cut, tie_mass, top, inverse_temperature, False, SHIFT, BLOCK_V)
+            num_ties = top_k - above.to(tl.int32)
+            tie_mass = num_ties * tl.exp((_value_of(cut, SHIFT) - top) * inverse_temperature).to(tl.float64)
+            mass = tie_mass + _measure(row_ptr, vocab, cut + 1, top, inverse_temperature, True, SHIFT, BLOCK_V)
+        if TOP_P:
+            target = top_p * mass
+            cut, above = _select(row_ptr, vocab, target, cut, tie_mass, top, inverse_temperature, True, SHIFT, BLOCK_V)
+            tie = tl.exp((_value_of(cut, SHIFT) - top) * inverse_temperature).to(tl.float64)
+            num_ties = tl.ceil((target - above) / tie).to(tl.int32)
+        num_before = 0
+        sums = tl.zeros([NUM_BLOCKS], tl.float32)
+        for start in range(0, vocab, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            x = tl.load(row_ptr + offs_v, mask=offs_v < vocab, other=-float("inf")).to(tl.float32)  # [BLOCK_V]
+            x, num_here = _keep(x, offs_v, cut, num_ties, num_before, SHIFT)
+            here = offs_n == start // BLOCK_V
+            ties = tl.where(here, num_before, ties)
+            sums = tl.where(here, tl.sum(tl.exp((x - top) * inverse_temperature), axis=0), sums)
+            num_before += num_here
+        shares = sums.to(tl.float64)
+
+    # The block in which the draw falls. Rounding may leave the last cdf short of the target: then it is the last block.
+    if GREEDY:
+        block = tl.min(tl.where(maxima == top, offs_n, NUM_BLOCKS - 1), axis=0)
+    else:
+        cdf = tl.cumsum(shares, axis=0)
+        target = _uniform_of(tl.load(seeds_ptr + b)) * tl.max(cdf, axis=0)
+        block = tl.min(tl.where((shares > 0) & (cdf > target), offs_n, NUM_BLOCKS - 1), axis=0)
+        block = tl.minimum(block, tl.max(tl.where(shares > 0, offs_n, 0), axis=0))
+        target -= tl.sum(tl.where(offs_n < block, shares, 0.0), axis=0)
+    offs_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = tl.load(row_ptr + offs_v, mask=offs_v < vocab, other=-float("inf")).to(tl.float32)  # [BLOCK_V]
+    if GREEDY:
+        id = tl.min(tl.where(x == top, offs_v, vocab - 1), axis=0)
+    else:
+        if TOP_K or TOP_P:
+            ties_before = tl.sum(tl.where(offs_n == block, ties, 0), axis=0)
+            x, _ = _keep(x, offs_v, cut, num_ties, ties_before, SHIFT)
+        weight = tl.exp((x - top) * inverse_temperature).to(tl.float64)
+        reached = tl.cumsum(weight, axis=0) > target
+        id = tl.min(tl.where(reached & (weight > 0), offs_v, vocab - 1), axis=0)
+        id = tl.minimum(id, tl.max(tl.where(weight > 0, offs_v, 0), axis=0))
+    logit = tl.load(row_ptr + id).to(tl.float32)
+    tl.store(ids_ptr + b, id.to(tl.int64))
+    tl.store(logprobs_ptr + b, (logit - top) * inverse_temperature - tl.log(total.to(tl.float32)))
+
+
+def _launch(
+    logits_BV: Tensor, seeds_B: Tensor | None, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor]:
+    if logits_BV.stride(1) != 1:
+        logits_BV = logits_BV.contiguous()
+    num_rows, vocab = logits_BV.shape
+    ids_B, logprobs_B = _fake(logits_BV, seeds_B, temperature, top_k, top_p)
+    block, greedy = block_v(vocab, BLOCK_V), temperature == 0
+    if num_rows:
+        _sample_kernel[(num_rows,)](
+            logits_BV, None if greedy or seeds_B is None else seeds_B.contiguous(), ids_B, logprobs_B,
+            logits_BV.stride(0), vocab, min(1 / (temperature or 1.0), MOST_INVERSE), top_k, top_p, GREEDY=greedy,
+            TOP_K=not greedy and 0 < top_k < vocab, TOP_P=not greedy and top_p < 1, SHIFT=KEY_SHIFT[logits_BV.dtype],
+            NUM_BLOCKS=triton.next_power_of_2(triton.cdiv(vocab, block)), BLOCK_V=block, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return ids_B, logprobs_B
+
+
+def _fake(
+    logits_BV: Tensor, seeds_B: Tensor | None, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor]:
+    num_rows = logits_BV.shape[0]
+    return logits_BV.new_empty(num_rows, dtype=torch.int64), logits_BV.new_empty(num_rows, dtype=torch.float32)
+
+
+torch.library.define(
+    "r1fast::sample_tokens",
+    "(Tensor logits_BV, Tensor? seeds_B, float temperature, int top_k, float top_p) "
+    "-> (Tensor ids_B, Tensor logprobs_B)",
+)
+torch.library.impl("r1fast::sample_tokens", TRITON_DEVICE, _launch)
+torch.library.register_fake("r1fast::sample_tokens", _fake)
 
 
 @torch.no_grad()
@@ -72,29 +282,30 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per row; what a row draws depends on its seed and its logits alone.
 
-    logits_BV     [B, V], any float dtype; -inf marks a token that cannot be drawn
+    logits_BV     [B, V], any float dtype and row stride; -inf marks a token that cannot be drawn
     temperature   0 = greedy (the largest logit, ties to the lowest id)
-    top_k, top_p  0 and 1.0 turn them off; top_k first, then top_p on what is left, renormalised
+    top_k, top_p  0 and 1.0 turn them off; top_k first, then top_p on what is left, renormalised; at a cut, of equal
+                  logits the lowest ids stay
     seeds_B       [B] int64, one already-mixed seed per row; None draws them from torch's generator
     Returns ids_B int64 and logprobs_B fp32: of the tempered distribution before truncation, of the untempered one when
-    greedy (what a trainer computes for the same token, so that their ratio is 1).
+    greedy (what a trainer computes for the same token, so that their ratio is 1). A row that holds NaN or +inf, or
+    nothing above -inf, gets the log-prob NaN and some id of the vocabulary.
     """
-    if logits_BV.dim() != 2 or (seeds_B is not None and seeds_B.shape != logits_BV.shape[:1]):
-        seeds_shape = None if seeds_B is None else tuple(seeds_B.shape)
+    if logits_BV.dim() != 2 or logits_BV.shape[1] == 0:
+        raise ValueError(f"sample_tokens: got logits {tuple(logits_BV.shape)}, expected [B, V] with V > 0")
+    if seeds_B is not None and (seeds_B.shape != logits_BV.shape[:1] or seeds_B.dtype != torch.int64):
         raise ValueError(
-            f"sample_tokens: got logits {tuple(logits_BV.shape)} and seeds {seeds_shape}, expected [B, V] and [B]"
+            f"sample_tokens: got logits {tuple(logits_BV.shape)} and seeds {tuple(seeds_B.shape)} {seeds_B.dtype}, "
+            "expected [B, V] and [B] int64"
         )
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"sample_tokens: got temperature={temperature}, top_k={top_k}, top_p={top_p}, expected temperature >= 0, "
             "top_k >= 0 (0 = off) and 0 < top_p <= 1"
         )
-    choose("sample_tokens", impl, logits_BV)
-    logits_BV = logits_BV.to(compute_dtype(logits_BV))
-    if temperature == 0:
-        ids_B = logits_BV.argmax(-1)
-        return ids_B, logits_BV.log_softmax(-1).gather(1, ids_B[:, None]).squeeze(1).float()
-    if seeds_B is None:
+    if seeds_B is None and temperature > 0:
         seeds_B = torch.randint(1 << 62, logits_BV.shape[:1], device=logits_BV.device)
-    ids_B, logprobs_B = sample_tokens_reference(logits_BV, temperature, top_k, top_p, _uniform(seeds_B))
-    return ids_B, logprobs_B.float()
+    if choose("sample_tokens", impl, logits_BV) == "reference":
+        return sample_tokens_reference(logits_BV, seeds_B, temperature, top_k, top_p)
+    ids_B, logprobs_B = torch.ops.r1fast.sample_tokens(logits_BV, seeds_B, temperature, top_k, top_p)
+    return ids_B, logprobs_B

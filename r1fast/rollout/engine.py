@@ -59,6 +59,7 @@ class RolloutEngine:
     tokenizer: encodes string prompts and decodes texts; None if prompts are token ids and texts are not needed.
     max_num_seqs: rows decoded at the same time; a step reads the weights once for all of them, so decode wide.
     max_model_len: longest prompt + completion in tokens; default: the model's max_position_embeddings.
+    impl: which implementation its ops run ("reference", "cpp", "triton"); default: the best on the device.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class RolloutEngine:
         tokenizer: PreTrainedTokenizerBase | None,
         max_num_seqs: int = 256,
         max_model_len: int | None = None,
+        impl: str | None = None,
     ) -> None:
         if model.scalar_head:
             raise ValueError("the model is a reward model (a `score` head); expected a language model")
@@ -81,6 +83,7 @@ class RolloutEngine:
         self.tokenizer = tokenizer
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len or limit
+        self.impl = impl
 
     @torch.no_grad()  # not inference_mode: its tensors may not take part in autograd later, and FSDP keeps some
     def generate(
@@ -176,7 +179,7 @@ class RolloutEngine:
 
         for step in range(params.max_tokens):
             banned_X = stop_ids_X if step < params.min_tokens else None
-            ids_B, logprobs_B = _sample(logits_BV, params, fold_in(rows.keys_B, rows.positions_B), banned_X)
+            ids_B, logprobs_B = _sample(logits_BV, params, fold_in(rows.keys_B, rows.positions_B), banned_X, self.impl)
             ids_NS[rows.output_rows_B, step] = ids_B
             logprobs_NS[rows.output_rows_B, step] = logprobs_B
             rows.stopped_B |= is_stop_V[ids_B]
@@ -280,17 +283,23 @@ def _waves(num_samples: int, n: int, max_num_seqs: int) -> Iterator[range]:
 
 
 def _sample(
-    logits_BV: Tensor, params: SamplingParams, seeds_B: Tensor, banned_X: Tensor | None
+    logits_BV: Tensor, params: SamplingParams, seeds_B: Tensor, banned_X: Tensor | None, impl: str | None
 ) -> tuple[Tensor, Tensor]:
     """One token per row and its log-prob in the untruncated tempered distribution; banned_X are never drawn."""
     draw = partial(
-        sample_tokens, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seeds_B=seeds_B
+        sample_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        seeds_B=seeds_B,
+        impl=impl,
     )
     if banned_X is None or not len(banned_X):
         return draw(logits_BV)
     ids_B, _ = draw(logits_BV.index_fill(1, banned_X, -torch.inf))
     # The trainer knows nothing of the ban: its log-prob, and so the ratio, is that of the distribution without it.
-    return ids_B, cast(Tensor, selective_logprobs(logits_BV, ids_B, temperature=params.temperature or 1.0))
+    logprobs_B = selective_logprobs(logits_BV, ids_B, temperature=params.temperature or 1.0, impl=impl)
+    return ids_B, cast(Tensor, logprobs_B)
 
 
 def _cut(ids_NS: Tensor, logprobs_NS: Tensor, stop_ids: list[int]) -> Iterator[tuple[list[int], list[float]]]:

@@ -38,7 +38,9 @@ class Sampler:
     def __init__(self, ctx: StageContext, model: Decoder, tokenizer: Any, options: Any | None = None) -> None:
         self.ctx, self.model, self.tokenizer = ctx, model, tokenizer
         self.options = options or ctx.stage  # prompt_template, response_format, lengths
-        self.engine = RolloutEngine(model, tokenizer, max_num_seqs=ctx.recipe.rollout.max_num_seqs)
+        self.engine = RolloutEngine(
+            model, tokenizer, max_num_seqs=ctx.recipe.rollout.max_num_seqs, impl=ctx.recipe.kernels.impl
+        )
 
     def encode(self, rows: Sequence[dict]) -> list[Prompt]:
         prompts = encode_prompts([row["prompt"] for row in rows], self.tokenizer, self.options)

@@ -112,4 +112,30 @@ def _grpo() -> list[Kernel]:
     ]  # fmt: skip
 
 
-KERNELS = [*_selective(), *_advantages(), *_grpo()]
+def _sample() -> list[Kernel]:
+    module = _module("sample_tokens")
+    signature = {
+        "logits_ptr": "", "seeds_ptr": "*i64", "ids_ptr": "*i64", "logprobs_ptr": "*fp32", "stride_b": "i64",
+        "vocab": "i32", "inverse_temperature": "fp32", "top_k": "i32", "top_p": "fp32",
+    }  # fmt: skip
+    kernels = []
+    for dtype, shift in zip(("fp32", "bf16", "fp16"), module.KEY_SHIFT.values()):
+        for label in ("", "-greedy", "-top_k", "-top_p", "-top_k-top_p"):
+            types = {**signature, "logits_ptr": f"*{dtype}"}
+            constants = {
+                "GREEDY": label == "-greedy", "TOP_K": "top_k" in label, "TOP_P": "top_p" in label, "SHIFT": shift,
+                "NUM_BLOCKS": 64, "BLOCK_V": module.BLOCK_V,
+            }  # fmt: skip
+            if label == "-greedy":
+                del types["seeds_ptr"]
+                constants["seeds_ptr"] = None
+            kernels.append(
+                Kernel(
+                    f"sample_tokens-{dtype}{label}", module._sample_kernel, types, constants,
+                    {"num_warps": module.NUM_WARPS}, frozenset({"stride_b", "vocab"}),
+                )
+            )  # fmt: skip
+    return kernels
+
+
+KERNELS = [*_selective(), *_advantages(), *_grpo(), *_sample()]
