@@ -16,8 +16,8 @@ from bench.head import Head, exact, floor, liger_logprobs
 from r1fast_kernels import linear_cross_entropy
 
 
-def eager(head: Head) -> Tensor:
-    return F.cross_entropy(F.linear(head.hidden_TD, head.weight_VD), head.ids_T)
+def eager(hidden_TD: Tensor, weight_VD: Tensor, ids_T: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden_TD, weight_VD), ids_T)
 
 
 def peers(head: Head) -> dict[str, Callable[[], Tensor]]:
@@ -28,7 +28,7 @@ def peers(head: Head) -> dict[str, Callable[[], Tensor]]:
         found["torch chunked"] = lambda: F.linear_cross_entropy(*head.leaves, head.ids_T, options=options)
     if on_gpu:
         compiled = torch.compile(eager, dynamic=False)
-        found["compile"] = lambda: compiled(head)
+        found["compile"] = lambda: compiled(*head.leaves, head.ids_T)
     if importlib.util.find_spec("liger_kernel"):
         if on_gpu:
             from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
@@ -51,7 +51,7 @@ def test_linear_cross_entropy(case: Case, compare: Callable[[harness.Problem], N
     head = Head.random(case)
     forwards: dict[str, Callable[[], Tensor]] = {
         harness.OURS: lambda: linear_cross_entropy(*head.leaves, head.ids_T),
-        "eager": lambda: eager(head),
+        "eager": lambda: eager(*head.leaves, head.ids_T),
         **peers(head),
     }
     runs = {

@@ -66,7 +66,7 @@ def test_linear_grpo_loss(case: Case, compare: Callable[[harness.Problem], None]
         return grpo_loss(logprobs_T, cu_seqlens, **arguments)[0]
 
     def eager() -> Tensor:
-        logprobs_T, _ = eager_logprobs(head)
+        logprobs_T, _ = eager_logprobs(*head.leaves, head.ids_T)
         return grpo_loss(logprobs_T, cu_seqlens, **arguments, impl="reference")[0]
 
     forwards: dict[str, Callable[[], Tensor]] = {

@@ -19,7 +19,7 @@ def peers(head: Head) -> dict[str, Callable[[], Sequence[Tensor]]]:
     found: dict[str, Callable[[], Sequence[Tensor]]] = {}
     if harness.DEVICE == "cuda":
         compiled = torch.compile(eager_logprobs, dynamic=False)
-        found["compile"] = lambda: compiled(head)
+        found["compile"] = lambda: compiled(*head.leaves, head.ids_T)
     if importlib.util.find_spec("trl"):
         found["TRL"] = trl_chunked_logprobs(head)
     if importlib.util.find_spec("liger_kernel"):
@@ -44,7 +44,7 @@ def test_linear_logprobs(case: Case, compare: Callable[[harness.Problem], None])
     upstream = torch.randn(2, len(head.ids_T), generator=harness.generator(1), device=harness.DEVICE).unbind()
     forwards: dict[str, Callable[[], Sequence[Tensor]]] = {
         harness.OURS: lambda: linear_logprobs(*head.leaves, head.ids_T, with_entropy=True),
-        "eager": lambda: eager_logprobs(head),
+        "eager": lambda: eager_logprobs(*head.leaves, head.ids_T),
         **peers(head),
     }
     runs = {

@@ -61,7 +61,7 @@ def test_sample_tokens(case: Case, compare: Callable[[harness.Problem], None]) -
                 "reference": lambda: sample_tokens(logits_BV, seeds_B=seeds_B, impl="reference", **options),
                 "eager": lambda: eager(logits_BV, **options),
             },
-            floor=harness.stream_floor("one read of the logits", 4 * B * V),
+            floor=harness.stream_floor("the logits read", 4 * B * V),
             check=check,
         )
     )

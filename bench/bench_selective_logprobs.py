@@ -76,11 +76,15 @@ def test_selective_logprobs(case: Case, compare: Callable[[harness.Problem], Non
             torch.cat([fused_selective_log_softmax(logits_1TV, ids_T[None, :-1], 1.0)[0], last_1]), None
         ]  # fmt: skip
     size = T * V * LOGIT_BYTES[case.dtype]
-    reads, writes = {"fwd": (1, 0), "bwd": (1, 1), "fwd+bwd": (2, 1)}[case.mode]
+    reads, writes, floor = {
+        "fwd": (1, 0, "the logits read"),
+        "bwd": (1, 1, "the logits read, a gradient written"),
+        "fwd+bwd": (2, 1, "the logits read twice, a gradient written"),
+    }[case.mode]
     compare(
         harness.Problem(
             case, runs,
-            floor=harness.stream_floor(f"{reads} x read, {writes} x write of the logits", reads * size, writes * size),
+            floor=harness.stream_floor(floor, reads * size, writes * size),
             check=harness.agrees_with(exact(), 1e-5 if case.dtype == "fp32" else 5e-3),
             gradient_bytes=size * writes,
         )

@@ -1,11 +1,13 @@
 """pytest's side of the bench: `case` from cases.py by the stem of the file, `compare` to measure, print and keep it."""
 
+import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import harness
 from bench.cases import cases_of
@@ -51,11 +53,14 @@ def results(request: pytest.FixtureRequest) -> Results:
 @pytest.fixture
 def compare(
     benchmark: Any, results: Results, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
-) -> Callable[[harness.Problem], None]:
+) -> Iterator[Callable[[harness.Problem], None]]:
     def run(problem: harness.Problem) -> None:
         row = harness.measure(problem, benchmark, request.config.getoption("--seconds"))
         results.add(row)
         with capsys.disabled():
             print(harness.show(row), flush=True)
 
-    return run
+    yield run
+    gc.collect()  # graphs that a contender kept
+    if harness.DEVICE == "cuda":
+        torch.cuda.empty_cache()

@@ -44,10 +44,10 @@ class Head:
         return Head(hidden_TD.requires_grad_(), weight_VD.requires_grad_(), ids_T)
 
 
-def eager_logprobs(head: Head) -> tuple[Tensor, Tensor]:
+def eager_logprobs(hidden_TD: Tensor, weight_VD: Tensor, ids_T: Tensor) -> tuple[Tensor, Tensor]:
     """What a trainer writes by hand, every step in the head's own dtype."""
-    logp_TV = F.linear(head.hidden_TD, head.weight_VD).log_softmax(-1)
-    return logp_TV.gather(1, head.ids_T[:, None]).squeeze(1), -(logp_TV.exp() * logp_TV).sum(-1)
+    logp_TV = F.linear(hidden_TD, weight_VD).log_softmax(-1)
+    return logp_TV.gather(1, ids_T[:, None]).squeeze(1), -(logp_TV.exp() * logp_TV).sum(-1)
 
 
 def exact(head: Head, loss_of: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
