@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Tests and measures the Triton kernels on an NVIDIA GPU, in under ten minutes, without installing r1fast.
 #   bench/gpu.sh                      rows go to $OUT, or bench/results; then: python bench/report.py
-#   PYTHON=python3.12 TESTS=0 bench/gpu.sh    measures only
+#   TESTS=0 PYTHON=python3.12 bench/gpu.sh    measures only
+#   R1FAST_COMMIT=abc1234 bench/gpu.sh        names the commit where the tree is a copy without .git
 # Needs torch, triton, transformers, pytest, pytest-benchmark, pytest-timeout. Peers that are importable get rows.
 set -u
 cd "$(dirname "$0")/.."

@@ -1,7 +1,7 @@
 """How the benches measure: all contenders in turn, checked first, beside a floor measured in the same rounds.
 
     first call   of each contender: its time (compilation included), its peak memory, and its numbers against the exact
-    rounds       floor, r1fast, eager, ... then again, beginning one further on: a machine that slows down slows all
+    rounds       each contender and the floor once, every round in another order: a machine that slows down slows all
     row          medians, 20th and 80th percentiles, ratios, what was asked; printed, and kept as JSON with --results
 
 On a CPU times are wall-clock; on a GPU events around the call, after the L2 cache was overwritten.
@@ -37,7 +37,7 @@ PEERS = {"TRL": "trl", "Liger": "liger-kernel", "CCE": "cut-cross-entropy", "tra
 Outputs = Sequence[Tensor | None]
 Run = Callable[[], Outputs]
 # A peer so slow is timed once, by its first call: the whole bench has to end within ten minutes.
-SLOW_S = 5.0
+SLOW_S = 4.0
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
 
 
@@ -223,7 +223,8 @@ def measure(problem: Problem, benchmark: Any, seconds: float) -> dict[str, Any]:
             if name == OURS:
                 raise
             # A baseline that cannot run here is said so in its row, and is not the end of ours.
-            timings[name] = Timing(0, error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            message = " ".join(str(error).split()).replace("|", "/")[:200]
+            timings[name] = Timing(0, error=f"{type(error).__name__}: {message}")
             gc.collect()
     floor = Timing(0)
     problem.floor.run()

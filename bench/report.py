@@ -31,7 +31,7 @@ from which `python bench/report.py` makes this page. On a GPU, without installin
 - **A row exists only after the op agreed with its reference, in fp64 or fp32, in the same process.** So must every
   baseline, which may be ten times as far off.
 - **Time** is the median, with the 20th and 80th percentile. All contenders of a row were timed in turn, round after
-  round. A peer that takes more than five seconds was timed once, by its first call.
+  round. A peer that takes more than four seconds was timed once, by its first call.
 - **Floor**: the least work that any implementation must do, timed on this machine in the same rounds. **Of floor** is
   its share of our time.
 - **Ratio**: the baseline's time over ours; above 1 we are faster. `eager` is what a trainer writes by hand in plain
