@@ -1,10 +1,12 @@
 # run, test, lint, bench: each sets up what it needs (.venv, pinned dependencies, the C++ extension), once.
 #   make run ARGS="--config tiny --output-dir runs/mine stages.zero.max_steps=20"
 #   make test TESTS=tests/kernels
+#   make bench BENCH=bench/bench_grpo_loss.py ARGS="--results bench/results"
 
 PYTHON ?= python3
 ARGS ?=
 TESTS ?= tests
+BENCH ?= bench
 BIN := .venv/bin
 # One process per core, two at most: data-parallel processes of one thread each share a busy machine better than threads.
 NPROC ?= $(shell n=$$(nproc); echo $$((n < 2 ? n : 2)))
@@ -22,7 +24,8 @@ test-gpu: .venv/built
 	$(BIN)/python -m pytest $(TESTS) -m gpu
 
 bench: .venv/built
-	$(BIN)/python -m pytest bench --benchmark-only
+	@echo "r1fast: ten minutes and 8 GB of memory on two cores that do nothing else; one op: BENCH=bench/bench_<op>.py"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(BENCH) --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
 
 lint: .venv/built
 	$(BIN)/ruff check .

@@ -1,80 +1,96 @@
-"""selective_logprobs on this machine: ours, torch's eager log_softmax + gather, and the floor.
+"""selective_logprobs with entropy, against torch's log_softmax + gather + entropy, its compilation, TRL and Liger.
 
-    pytest bench/bench_selective_logprobs.py                       (one thread: OMP_NUM_THREADS=1 ...)
-
-Every figure is printed only after the op agreed with its reference in this process. The floor of the forward pass is
-one read of the logits: 4 T V bytes at the rate at which this machine sums an array of the same size (measured here).
+Floor: one read of the logits forward; backward one more, and one write of their gradient.
 """
 
-import functools
-import platform
-import subprocess
-import time
-from collections.abc import Callable
-from pathlib import Path
+import importlib.util
+from collections.abc import Callable, Sequence
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
-from r1fast_kernels import dispatch, selective_logprobs
+from bench import harness
+from bench.cases import Case
+from r1fast_kernels import selective_logprobs
 
-# (T, V): a decode batch of the small recipe; a micro-batch with Llama-2's vocabulary; a few rows of Qwen2.5's.
-SHAPES = [(4096, 128), (128, 32000), (32, 151936)]
-
-
-def median_ms(function: Callable[[], object], repeats: int = 15) -> float:
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2] * 1e3
+LOGIT_BYTES = {"fp32": 4, "bf16": 2}
 
 
-def eager(logits_TV: torch.Tensor, target_ids_T: torch.Tensor, with_entropy: bool) -> object:
-    """What a trainer writes by hand."""
+def eager(logits_TV: Tensor, target_ids_T: Tensor) -> tuple[Tensor, Tensor]:
+    """What a trainer writes by hand, in the logits' own dtype: in bf16 faster and rougher than after an upcast."""
     logp_TV = logits_TV.log_softmax(-1)
-    logprobs_T = logp_TV.gather(1, target_ids_T[:, None]).squeeze(1)
-    return (logprobs_T, -(logp_TV.exp() * logp_TV).sum(-1)) if with_entropy else logprobs_T
+    return logp_TV.gather(1, target_ids_T[:, None]).squeeze(1), -(logp_TV.exp() * logp_TV).sum(-1)
 
 
-@functools.cache
-def machine() -> str:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
-    return (
-        f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, commit {commit}"
-    )
+def baselines(case: Case, logits_TV: Tensor, ids_T: Tensor) -> dict[str, Callable[[], Sequence[Tensor]]]:
+    found: dict[str, Callable[[], Sequence[Tensor]]] = {"eager": lambda: eager(logits_TV, ids_T)}
+    if logits_TV.dtype != torch.float32:
+        found["eager upcast"] = lambda: eager(logits_TV.float(), ids_T)
+    if logits_TV.numel() > 1 << 24 and case.mode != "bwd":  # compiled gradients cannot be taken twice
+        compiled = torch.compile(eager, dynamic=False)
+        found["compile"] = lambda: compiled(logits_TV, ids_T)
+    if importlib.util.find_spec("trl"):
+        if harness.DEVICE == "cuda":
+            from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+        else:
+            from trl.trainer.utils import selective_log_softmax_and_entropy
+        found["TRL"] = lambda: selective_log_softmax_and_entropy(logits_TV, ids_T)
+    return found
 
 
-@pytest.mark.skipif(not dispatch.HAS_EXTENSION, reason="the C++ extension is not built")
-@pytest.mark.parametrize("with_entropy", [False, True], ids=["logprobs", "with-entropy"])
-@pytest.mark.parametrize(("num_tokens", "vocab"), SHAPES, ids=[f"T{t}-V{v}" for t, v in SHAPES])
-def test_forward(
-    benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], num_tokens: int, vocab: int, with_entropy: bool
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits_TV = torch.randn(num_tokens, vocab, generator=generator) * 3
-    target_ids_T = torch.randint(vocab, (num_tokens,), generator=generator)
+def test_selective_logprobs(case: Case, compare: Callable[[harness.Problem], None]) -> None:
+    torch._dynamo.reset()
+    T, V = case.sizes["T"], case.sizes["V"]
+    generator = harness.generator()
+    logits_TV = torch.randn(T, V, generator=generator, device=harness.DEVICE).mul_(3).to(harness.DTYPES[case.dtype])
+    logits_TV.requires_grad_()
+    ids_T = torch.randint(V, (T,), generator=generator, device=harness.DEVICE)
+    upstream = torch.randn(2, T, generator=generator, device=harness.DEVICE).unbind()
 
-    def ours() -> object:
-        return selective_logprobs(logits_TV, target_ids_T, with_entropy=with_entropy, impl="cpp")
+    def exact() -> list[Tensor]:
+        """fp64, a few rows at a time."""
+        parts = []
+        for rows in torch.arange(T, device=harness.DEVICE).split(max(1, (1 << 26) // V)):
+            leaf = logits_TV[rows].detach().double().requires_grad_()
+            outputs = selective_logprobs(leaf, ids_T[rows], with_entropy=True, impl="reference")
+            (gradient,) = torch.autograd.grad(outputs, leaf, [x[rows].double() for x in upstream])
+            parts.append([*(x.detach() for x in outputs), gradient.float()])
+        logprobs_T, entropy_T, gradient_TV = (torch.cat(part) for part in zip(*parts))
+        return {
+            "fwd": [logprobs_T, entropy_T], "bwd": [gradient_TV], "fwd+bwd": [logprobs_T, entropy_T, gradient_TV]
+        }[case.mode]  # fmt: skip
 
-    exact = selective_logprobs(logits_TV.double(), target_ids_T, with_entropy=with_entropy, impl="reference")
-    torch.testing.assert_close(ours(), exact, rtol=1e-6, atol=1e-6, check_dtype=False)
+    contenders = {harness.OURS: lambda: selective_logprobs(logits_TV, ids_T, with_entropy=True)}
+    contenders |= baselines(case, logits_TV, ids_T)
+    runs = {
+        # Upstream gradients in the dtype of the outputs: eager's are bf16.
+        name: harness.in_mode(case.mode, forward, [logits_TV], _upstream(name, case, upstream))
+        for name, forward in contenders.items()
+    }
+    if harness.DEVICE == "cuda" and case.mode == "fwd" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
 
-    benchmark(ours)
-    ours_ms = benchmark.stats.stats.median * 1e3
-    eager_ms = median_ms(lambda: eager(logits_TV, target_ids_T, with_entropy))
-    floor_ms = median_ms(logits_TV.sum)
-    with capsys.disabled():
-        print(
-            f"\nT {num_tokens:5d}  V {vocab:6d}  {'logprob + entropy' if with_entropy else 'logprob':17s}  "
-            f"ours {ours_ms:7.3f} ms (iqr {benchmark.stats.stats.iqr * 1e3:.3f})  eager {eager_ms:7.3f} ms = "
-            f"{eager_ms / ours_ms:5.2f}x ours  floor {floor_ms:6.3f} ms = {floor_ms / ours_ms:4.0%} of ours  "
-            f"[{machine()}]"
+        # It takes [B, L + 1, V] and leaves the last position out, and it has no entropy.
+        logits_1TV, last_1 = logits_TV.detach()[None], selective_logprobs(logits_TV.detach()[-1:], ids_T[-1:])
+        runs["Liger"] = lambda: [
+            torch.cat([fused_selective_log_softmax(logits_1TV, ids_T[None, :-1], 1.0)[0], last_1]), None
+        ]  # fmt: skip
+    size = T * V * LOGIT_BYTES[case.dtype]
+    reads, writes, floor = {
+        "fwd": (1, 0, "the logits read"),
+        "bwd": (1, 1, "the logits read, a gradient written"),
+        "fwd+bwd": (2, 1, "the logits read twice, a gradient written"),
+    }[case.mode]
+    compare(
+        harness.Problem(
+            case, runs,
+            floor=harness.stream_floor(floor, reads * size, writes * size),
+            check=harness.agrees_with(exact(), 1e-5 if case.dtype == "fp32" else 5e-3),
+            gradient_bytes=size * writes,
         )
+    )  # fmt: skip
+
+
+def _upstream(name: str, case: Case, upstream: Sequence[Tensor]) -> list[Tensor]:
+    own_dtype = name in ("eager", "compile") or (name == "TRL" and harness.DEVICE == "cpu")
+    return [x.to(harness.DTYPES[case.dtype]) if own_dtype else x for x in upstream]

@@ -1,0 +1,116 @@
+"""What is measured, on which device, and what was asked of it. Data only: no torch, so that the report stays light.
+
+Sizes: T tokens, V vocabulary, D model width, N samples, L mean tokens a sample, B sequences that decode.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Target:
+    """speedup: `than`'s time over ours;  memory: our peak over `than`'s;  fraction: the floor's time over ours."""
+
+    measure: str
+    than: str
+    bound: float
+
+    def __str__(self) -> str:
+        return {
+            "speedup": f">= {self.bound:g}x {self.than}",
+            "memory": f"<= {self.bound:g} of the memory of {self.than}",
+            "fraction": f">= {self.bound:.0%} of the floor",
+        }[self.measure]
+
+    def met(self, value: float) -> bool:
+        return value <= self.bound if self.measure == "memory" else value >= self.bound
+
+
+def faster(than: str, times: float) -> Target:
+    return Target("speedup", than, times)
+
+
+def smaller(than: str, share: float) -> Target:
+    return Target("memory", than, share)
+
+
+def of_floor(share: float) -> Target:
+    return Target("fraction", "", share)
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    device: str  # cpu or cuda
+    dtype: str
+    mode: str  # fwd, bwd, fwd+bwd; for sample_tokens what is cut off
+    sizes: dict[str, int] = field(hash=False)
+    targets: tuple[Target, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "-".join([*(f"{letter}{size}" for letter, size in self.sizes.items()), self.dtype, self.mode])
+
+
+def _selective() -> list[Case]:
+    op, cases = "selective_logprobs", []
+    # A micro-batch with Llama-2's vocabulary, a decode batch of the small recipe, a few rows of Qwen2.5's.
+    for T, V in ((1024, 32000), (4096, 128), (32, 151936)):
+        for dtype in ("fp32", "bf16"):
+            for mode, times in (("fwd", 7), ("fwd+bwd", 5)):
+                targets = (faster("eager", times),) if V == 32000 else ()
+                cases.append(Case(op, "cpu", dtype, mode, {"T": T, "V": V}, targets))
+    on_gpu = {"T": 8192, "V": 151936}
+    cases.append(Case(op, "cuda", "bf16", "fwd", on_gpu, (of_floor(0.85),)))
+    cases.append(Case(op, "cuda", "bf16", "bwd", on_gpu, (of_floor(0.8),)))
+    return cases
+
+
+def _linear() -> list[Case]:
+    cases = []
+    head = {"T": 2048, "D": 512, "V": 65536}
+    large = {"T": 16384, "D": 4096, "V": 128256}
+    asked = {
+        "linear_logprobs": (faster("eager", 1), smaller("eager", 0.25), faster("TRL", 1)),
+        "linear_cross_entropy": (),
+        "linear_grpo_loss": (faster("two ops", 1.2),),
+    }
+    for op, targets in asked.items():
+        samples = op == "linear_grpo_loss"
+        for dtype in ("fp32", "bf16"):
+            cases.append(Case(op, "cpu", dtype, "fwd+bwd", head | ({"N": 16} if samples else {}), targets))
+        if op == "linear_logprobs":
+            cases.append(Case(op, "cuda", "bf16", "fwd", large))
+        cases.append(Case(op, "cuda", "bf16", "fwd+bwd", large | ({"N": 32} if samples else {})))
+    return cases
+
+
+def _losses() -> list[Case]:
+    cases = [
+        Case("group_advantages", device, "fp32", "fwd", {"N": 4096, "G": 16}, (faster("reference", 1),))
+        for device in ("cpu", "cuda")
+    ]
+    sizes = {"cpu": ((32, 40), (1024, 1024)), "cuda": ((1024, 1024), (1024, 4096), (1024, 16384))}
+    for device, pairs in sizes.items():
+        for N, L in pairs:
+            targets = (faster("eager", 8),) if (device, N) == ("cpu", 1024) else ()
+            cases.append(Case("grpo_loss", device, "fp32", "fwd+bwd", {"N": N, "L": L}, targets))
+    return cases
+
+
+def _sampling() -> list[Case]:
+    op = "sample_tokens"
+    sizes = {"cpu": ({"B": 256, "V": 128}, {"B": 64, "V": 151936}), "cuda": ({"B": 256, "V": 151936},)}
+    return [
+        Case(op, device, "fp32", mode, size)
+        for device, several in sizes.items()
+        for size in several
+        for mode in ("plain", "top_k=50", "top_p=0.95")
+    ]
+
+
+CASES = tuple(_selective() + _linear() + _losses() + _sampling())
+OPS = tuple(dict.fromkeys(case.op for case in CASES))
+
+
+def cases_of(op: str, device: str) -> list[Case]:
+    return [case for case in CASES if (case.op, case.device) == (op, device)]

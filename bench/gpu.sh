@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Tests and measures the Triton kernels on an NVIDIA GPU, in under ten minutes, without installing r1fast.
+#   bench/gpu.sh                      rows go to $OUT, or bench/results; then: python bench/report.py
+#   TESTS=0 PYTHON=python3.12 bench/gpu.sh    measures only
+#   R1FAST_COMMIT=abc1234 bench/gpu.sh        names the commit where the tree is a copy without .git
+# Needs torch, triton, transformers, pytest, pytest-benchmark, pytest-timeout. Peers that are importable get rows.
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+results=${OUT:-bench/results}
+export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "gpu.sh: no CUDA device"; exit 1; }
+"$PYTHON" -c 'import pytest, pytest_benchmark' || { echo "gpu.sh: pytest and pytest-benchmark are needed"; exit 1; }
+mkdir -p "$results"
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv
+
+status=0
+if [ "${TESTS:-1}" != 0 ]; then
+  # A wrong kernel does not stop the rest: a bench refuses its own op, and says by how much it is off.
+  timeout 230 "$PYTHON" -m pytest -m gpu tests/kernels -p no:cacheprovider || status=$?
+fi
+timeout 350 "$PYTHON" -m pytest bench --benchmark-only --benchmark-columns=median,rounds -p no:cacheprovider \
+  --seconds "${SECONDS_A_CASE:-3}" --results "$results" || status=$?
+echo "gpu.sh: rows in $results; exit status $status"
+exit $status

@@ -1,0 +1,144 @@
+"""Writes docs/benchmarks.md from bench/results/*.json.
+
+python bench/report.py            rewrites the page
+python bench/report.py --check    fails when the page is not what the results say
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.cases import CASES, Case  # noqa: E402
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "bench" / "results"
+NOT_YET = "not yet measured"
+Rows = dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]]  # (op, case) -> (row, environment)
+RATES = (("tflop_per_s", "TFLOP/s"), ("gb_per_s", "GB/s"))
+
+HEAD = """\
+# Benchmarks
+
+<!-- Written by bench/report.py from bench/results/*.json. Do not edit: run `python bench/report.py`. -->
+
+`make bench` measures everything that this machine can; `make bench ARGS="--results bench/results"` also keeps the rows,
+from which `python bench/report.py` makes this page. On a GPU, without installing anything: `bench/gpu.sh`.
+
+- **A row exists only after the op agreed with its reference, in fp64 or fp32, in the same process.** So must every
+  baseline, which may be ten times as far off.
+- **Time** is the median, with the 20th and 80th percentile. All contenders of a row were timed in turn, round after
+  round. A peer that takes more than four seconds was timed once, by its first call.
+- **Floor**: the least work that any implementation must do, timed on this machine in the same rounds. **Of floor** is
+  its share of our time.
+- **Ratio**: the baseline's time over ours; above 1 we are faster. `eager` is what a trainer writes by hand in plain
+  torch, in the dtype of the inputs; peers run with their defaults.
+- **Memory**: the most in use during the call beyond what was there before it, gradients included.
+"""
+
+
+def load() -> dict[str, Rows]:
+    """The rows of each device. Of two files with the same row the one measured later counts."""
+    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    devices: dict[str, Rows] = {}
+    for found in sorted(files, key=lambda found: found["environment"]["date"]):
+        environment = found["environment"]
+        for row in found["rows"]:
+            devices.setdefault(environment["device"], {})[row["op"], row["case"]] = row, environment
+    return devices
+
+
+def time_text(ms: float) -> str:
+    if ms >= 1000:
+        return f"{ms / 1000:.2f} s"
+    return f"{ms:.1f} ms" if ms >= 10 else f"{ms:.2f} ms" if ms >= 0.1 else f"{ms * 1000:.0f} us"
+
+
+def memory_text(size: int | None) -> str:
+    if size is None:
+        return "-"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    low, high = (time_text(ms) for ms in row["spread_ms"])
+    rate = next((f", {row[key]:.0f} {unit}" for key, unit in RATES if row[key]), "") if row["device"] == "cuda" else ""
+    baselines = row["baselines"].items()
+    ratios = [
+        f"{name} **{row['ratios'][name]:.2f}x**" if name in row["ratios"] else f"{name}: {x['error']}"
+        for name, x in baselines
+    ]
+    memory = [f"{name} {memory_text(x['peak_bytes'])}" for name, x in baselines if "error" not in x]
+    return [
+        f"{time_text(row['median_ms'])} ({low} to {high}){rate}",
+        f"{time_text(row['floor_ms'])}: {row['floor']}",
+        f"{row['fraction']:.0%}",
+        "<br>".join(ratios),
+        "<br>".join([f"**{memory_text(row['peak_bytes'])}**", *memory]),
+    ]
+
+
+def targets(case: Case, row: dict[str, Any] | None) -> str:
+    """What was asked of a case, with what was measured."""
+    measured = {} if row is None else {x["target"]: x for x in row["targets"]}
+    texts = []
+    for target in map(str, case.targets):
+        if target not in measured:
+            texts.append(target if row is None else f"{target}: not measured")
+            continue
+        value, met = measured[target]["measured"], measured[target]["met"]
+        shown = f"{value:.0%}" if "floor" in target else f"{value:.2f}"
+        texts.append(f"{target}: {shown}, {'met' if met else '**missed**'}")
+    return "<br>".join(texts)
+
+
+def environments(rows: Rows) -> list[str]:
+    """One line per distinct machine, commit and set of versions; the rows of one table may come from several runs."""
+    lines: dict[str, set[str]] = {}
+    for (op, _), (_, x) in rows.items():
+        versions = ", ".join(f"{name} {version}" for name, version in x["versions"].items())
+        processor = x["gpu"] or f"{x['cpu']}, {x['threads']} threads"
+        lines.setdefault(f"{processor}; commit {x['commit']}, {x['date']}; {versions}", set()).add(op)
+    if len(lines) == 1:
+        return [next(iter(lines)) + "."]
+    return [f"- {', '.join(sorted(ops))}: {line}." for line, ops in lines.items()]
+
+
+def table(device: str, rows: Rows) -> list[str]:
+    lines = [
+        "| op | case | time | floor | of floor | ratio | memory | asked |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in CASES:
+        if case.device == device:
+            row = rows.get((case.op, case.name), (None,))[0]
+            shown = [NOT_YET, "", "", "", ""] if row is None else cells(row)
+            lines.append(f"| {' | '.join([case.op, case.name, *shown, targets(case, row)])} |")
+    return lines
+
+
+def page() -> str:
+    devices = load()
+    gpus = sorted(name for name in devices if name != "cpu")
+    parts = [HEAD]
+    for name in ["cpu", *(gpus or ["cuda"])]:
+        rows = devices.get(name, {})
+        title = {"cpu": "CPU", "cuda": "GPU"}.get(name, name.upper())
+        parts.append("\n".join([f"## {title}", "", *environments(rows), *([""] if rows else []),
+                                *table("cpu" if name == "cpu" else "cuda", rows)]) + "\n")  # fmt: skip
+    return "\n".join(parts)
+
+
+def main() -> None:
+    text = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(text)
+    elif not PAGE.exists() or PAGE.read_text() != text:
+        sys.exit(f"{PAGE.relative_to(ROOT)} is not what bench/results say: run python bench/report.py")
+
+
+if __name__ == "__main__":
+    main()
