@@ -1,5 +1,5 @@
-// What the CPU kernels share: vectors of float or double read from any dtype, the choice of a build,
-// and how rows of logits are taken.
+// What the CPU kernels share: vectors of float or double read from any dtype, the choice of a build, and how rows of
+// logits are taken.
 //
 // Every file in csrc/cpu is compiled three times (setup.py): plain, AVX2 and AVX512, each into its own namespace; the
 // plain build also holds the operators, which pick a kernel when they run.

@@ -99,7 +99,7 @@ struct Cut {
   acc value = -kInf<acc>;
   int64_t ties = std::numeric_limits<int64_t>::max();
 
-  // Asked in the order of the tokens. No branches, here and below: half of them would be guessed wrong.
+  // Asked in the order of the tokens. No branches, here and in loops below: half of them would be guessed wrong.
   bool keeps(acc x) {
     const bool tie = x == value;
     ties -= tie;
@@ -217,7 +217,6 @@ class Sampler {
     }
     candidates_.resize(vocab_);
     other_.resize(vocab_);
-    kept_.resize(vocab_);
     Cut<acc> cut;
     if (top_k_ > 0) {
       const auto one = [](const Candidate<acc>&) { return 1.0; };
@@ -230,11 +229,24 @@ class Sampler {
       const auto weight = [](const Candidate<acc>& c) { return static_cast<double>(c.weight); };
       cut = select(candidates_.data(), other_.data(), size, top_p_ * total, weight);
     }
-    for (int64_t v = 0; v < vocab_; ++v) {
-      kept_[v] = cut.keeps(static_cast<acc>(x[v])) ? x[v] : static_cast<T>(-kInf<acc>);
-    }
+    mask(x, cut);
     const double kept_total = sum(kept_.data());
     return invert(kept_.data(), u * kept_total);
+  }
+
+  // The row with -inf where a token is cut off. Two loops: the compiler turns the first into vectors.
+  void mask(const T* x, Cut<acc> cut) {
+    kept_.resize(vocab_);
+    T* kept = kept_.data();
+    for (int64_t v = 0; v < vocab_; ++v) {
+      kept[v] = static_cast<acc>(x[v]) > cut.value ? x[v] : static_cast<T>(-kInf<acc>);
+    }
+    for (int64_t v = 0; v < vocab_ && cut.ties > 0; ++v) {
+      if (static_cast<acc>(x[v]) == cut.value) {
+        kept[v] = x[v];
+        --cut.ties;
+      }
+    }
   }
 
   // The tokens that the cut keeps, but for those of `lightest` weight or less; returns their number, and their mass.
@@ -330,12 +342,14 @@ std::tuple<at::Tensor, at::Tensor> sample_tokens(
     double top_p) {
   const auto dtype = logits_BV.scalar_type();
   TORCH_CHECK_VALUE(
-      logits_BV.dim() == 2 && logits_BV.size(1) > 0 && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble),
+      logits_BV.dim() == 2 && logits_BV.size(1) > 0 &&
+          (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble),
       "sample_tokens: got logits of shape ", logits_BV.sizes(), " and dtype ", dtype,
       ", expected float32, bfloat16 or float64 [B, V], V > 0; other dtypes take impl=\"reference\"");
   const int64_t num_rows = logits_BV.size(0);
   TORCH_CHECK_VALUE(
-      temperature == 0 || (seeds_B && seeds_B->dim() == 1 && seeds_B->size(0) == num_rows && seeds_B->scalar_type() == at::kLong),
+      temperature == 0 || (seeds_B && seeds_B->dim() == 1 && seeds_B->size(0) == num_rows &&
+                           seeds_B->scalar_type() == at::kLong),
       "sample_tokens: got temperature ", temperature, ", expected int64 seeds [", num_rows, "] to draw with");
   const at::Tensor logits = with_unit_columns(logits_BV);
   const at::Tensor seeds = seeds_B ? seeds_B->contiguous() : at::Tensor();

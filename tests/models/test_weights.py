@@ -80,7 +80,10 @@ def test_reward_model_round_trip(checkpoint, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     again, _ = load_model(tmp_path / "theirs")
     assert again.scalar_head
-    assert torch.equal(logits_of(again), logits_of(decoder))
+    state = decoder.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in again.state_dict().items())
+    # Equal weights at other addresses: a product with one column may round otherwise there.
+    torch.testing.assert_close(logits_of(again), logits_of(decoder))
 
 
 def test_dtype_by_name_and_router_bias_in_fp32(make_checkpoint, tmp_path: Path) -> None:

@@ -266,3 +266,17 @@ def test_max_model_len_is_the_limit_itself(decoder: HashDecoder) -> None:
     assert engine.generate([[1] * 6], SamplingParams(max_tokens=4))
     with pytest.raises(ValueError, match="max_model_len is 10"):
         engine.generate([[1] * 7], SamplingParams(max_tokens=4))
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_ops_run_the_implementation_asked_for(
+    decoder: HashDecoder, monkeypatch: pytest.MonkeyPatch, impl: str | None
+) -> None:
+    asked = []
+    for name in ("sample_tokens", "selective_logprobs"):  # min_tokens brings in the second
+        op = getattr(engine_module, name)
+        monkeypatch.setattr(
+            engine_module, name, lambda *args, op=op, **options: asked.append(options["impl"]) or op(*args, **options)
+        )
+    RolloutEngine(decoder, None, impl=impl).generate([[1]], SamplingParams(max_tokens=2, min_tokens=2))
+    assert asked == [impl] * 4
