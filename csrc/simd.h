@@ -66,6 +66,47 @@ inline void store_pair(T* x, const Vec<acc_t<T>>& a, const Vec<acc_t<T>>& b) {
   }
 }
 
+// e^(scale x + offset) for results of at most about 1: 0 for -inf, NaN for NaN. To the last bit or two.
+template <typename acc>
+class Exponential {
+ public:
+  explicit Exponential(double scale, double offset = 0)
+      : scale_(static_cast<acc>(scale)), offset_(static_cast<acc>(offset)) {}
+  Vec<acc> operator()(const Vec<acc>& x) const { return at::vec::fmadd(x, scale_, offset_).exp(); }
+
+ private:
+  Vec<acc> scale_, offset_;
+};
+
+#ifdef CPU_CAPABILITY_AVX512
+// Half the instructions of the library's: no arguments above 0, no reduction in two steps, and log2(e) inside the scale.
+template <>
+class Exponential<float> {
+ public:
+  explicit Exponential(double scale, double offset = 0)
+      : scale_(_mm512_set1_ps(static_cast<float>(scale * kLog2E))),
+        offset_(_mm512_set1_ps(static_cast<float>(offset * kLog2E))) {}
+
+  Vec<float> operator()(const Vec<float>& x) const {
+    __m512 y = _mm512_fmadd_ps(x, scale_, offset_);
+    y = _mm512_max_ps(_mm512_set1_ps(-151.f), y);  // 2^-151 is 0; a NaN comes through as second operand
+    const __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(y, whole);
+    // 2^f on [-1/2, 1/2], minimax of the relative error: 1.9e-9, 8e-8 with the rounding of fp32.
+    __m512 p = _mm512_set1_ps(1.534581242594868e-4f);
+    for (const float c : {1.3399930903688073e-3f, 9.618489071726799e-3f, 5.550328642129898e-2f, 2.4022646248340607e-1f,
+                          6.931471824645996e-1f, 1.f}) {
+      p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+    }
+    return _mm512_scalef_ps(p, whole);
+  }
+
+ private:
+  static constexpr double kLog2E = 1.4426950408889634;
+  __m512 scale_, offset_;
+};
+#endif
+
 template <typename acc>
 inline acc reduce_sum(const Vec<acc>& v) {
   return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return a + b; }, v);

@@ -47,6 +47,9 @@ constexpr int64_t kBlock = 2048;
 template <typename acc>
 constexpr acc kInf = std::numeric_limits<acc>::infinity();
 
+// A masked logit is infinitely far below the maximum; from here on, so that 0 times its distance is 0.
+template <typename acc>
+constexpr acc kFarthest = std::numeric_limits<acc>::lowest();
 // e^x is 0 below, in double too: ln p may be clamped here, so that 0 ln 0 is 0 and no factor overflows.
 template <typename acc>
 constexpr acc kNoWeight = -1000;
@@ -84,15 +87,15 @@ inline void fold_block(const T* x, int64_t size, double temperature, RowState& r
     row.max = top;
   }
   const Vec<acc> max(static_cast<acc>(row.max));
-  const Vec<acc> inverse(static_cast<acc>(1 / temperature));
-  const Vec<acc> lowest(kNoWeight<acc>);
+  const Vec<acc> lowest(kFarthest<acc>);
+  const Exponential<acc> weight_of(1 / temperature);
   Vec<acc> sum_a(0), sum_b(0), weighted_a(0), weighted_b(0);
   const auto add = [&](const Vec<acc>& logits, Vec<acc>& sum, Vec<acc>& weighted) {
-    const Vec<acc> distance = (logits - max) * inverse;
-    const Vec<acc> weight = distance.exp();
+    const Vec<acc> distance = logits - max;
+    const Vec<acc> weight = weight_of(distance);
     sum = sum + weight;
     if constexpr (kEntropy) {
-      weighted = weighted + weight * at::vec::maximum(distance, lowest);
+      weighted = at::vec::fmadd(weight, at::vec::maximum(distance, lowest), weighted);
     }
   };
   for (int64_t i = 0; i < size; i += kPair<acc>) {
@@ -102,7 +105,7 @@ inline void fold_block(const T* x, int64_t size, double temperature, RowState& r
   }
   row.sum += reduce_sum<acc>(sum_a + sum_b);
   if constexpr (kEntropy) {
-    row.weighted += reduce_sum<acc>(weighted_a + weighted_b);
+    row.weighted += reduce_sum<acc>(weighted_a + weighted_b) / temperature;
   }
 }
 
@@ -147,15 +150,17 @@ void fold_rows(const FoldArgs& args, int64_t begin, int64_t end) {
 // grad = p (scale + surprise_scale (ln p + entropy)), then the target's own share; `size` a multiple of a pair.
 template <bool kEntropy, typename T>
 inline void gradient_block(
-    const T* x, T* grad, int64_t size, acc_t<T> inverse_temperature, const acc_t<T>* stats, acc_t<T> entropy, acc_t<T> scale,
-    acc_t<T> surprise_scale) {
+    const T* x, T* grad, int64_t size, acc_t<T> inverse_temperature, const acc_t<T>* stats, acc_t<T> entropy,
+    acc_t<T> scale, acc_t<T> surprise_scale) {
   using acc = acc_t<T>;
   const Vec<acc> inverse(inverse_temperature), max(stats[0]), log_sum(stats[1]), entropy_v(entropy);
   const Vec<acc> scale_v(scale), surprise_scale_v(surprise_scale), lowest(kNoWeight<acc>);
+  const Exponential<acc> p_of(inverse_temperature, -stats[1]);
   const auto gradient = [&](const Vec<acc>& logits) {
-    const Vec<acc> logp = (logits - max) * inverse - log_sum;
-    const Vec<acc> p = logp.exp();
+    const Vec<acc> distance = logits - max;
+    const Vec<acc> p = p_of(distance);
     if constexpr (kEntropy) {
+      const Vec<acc> logp = distance * inverse - log_sum;
       return p * (scale_v + surprise_scale_v * (at::vec::maximum(logp, lowest) + entropy_v));
     } else {
       return p * scale_v;

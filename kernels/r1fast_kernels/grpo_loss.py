@@ -34,6 +34,7 @@ from torch import Tensor
 from .dispatch import TRITON_DEVICE, choose, compute_dtype
 from .group_advantages import advantage_of
 from .grpo_loss_reference import LossArguments, check_end, grpo_loss_reference
+from .head import may_overwrite
 
 # Columns 2.. of the partial sums of a sample, after its loss and its tokens that count; csrc/cpu/grpo_loss.cpp has them
 # in the same order. For cispo "high" is "cispo_clip_ratio".
@@ -372,7 +373,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     (grad_T,) = ctx.saved_tensors
-    return (grad_T * grad_loss).to(ctx.dtype), *[None] * (ctx.num_inputs - 1)
+    scaled_T = grad_T.mul_(grad_loss) if may_overwrite(grad_T) else grad_T * grad_loss
+    return scaled_T.to(ctx.dtype), *[None] * (ctx.num_inputs - 1)
 
 
 torch.library.register_autograd("r1fast::grpo_loss", _backward, setup_context=_setup_context)
