@@ -66,6 +66,21 @@ inline void store_pair(T* x, const Vec<acc_t<T>>& a, const Vec<acc_t<T>>& b) {
   }
 }
 
+// Lane by lane the larger one, in one instruction; a NaN in x stays, a NaN in the bound is replaced.
+template <typename acc>
+inline Vec<acc> at_least(const Vec<acc>& bound, const Vec<acc>& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<acc, float>) {
+    return _mm512_max_ps(bound, x);  // the second operand where one of them is NaN
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<acc, float>) {
+    return _mm256_max_ps(bound, x);
+  }
+#endif
+  return at::vec::maximum(bound, x);
+}
+
 // e^(scale x + offset) for results of at most about 1: 0 for -inf, NaN for NaN. To the last bit or two.
 template <typename acc>
 class Exponential {
@@ -78,32 +93,46 @@ class Exponential {
   Vec<acc> scale_, offset_;
 };
 
-#ifdef CPU_CAPABILITY_AVX512
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 // Half the instructions of the library's: no arguments above 0, no reduction in two steps, and log2(e) inside the scale.
 template <>
 class Exponential<float> {
  public:
   explicit Exponential(double scale, double offset = 0)
-      : scale_(_mm512_set1_ps(static_cast<float>(scale * kLog2E))),
-        offset_(_mm512_set1_ps(static_cast<float>(offset * kLog2E))) {}
+      : scale_(static_cast<float>(std::min(scale * kLog2E, kLargest))), offset_(static_cast<float>(offset * kLog2E)) {}
 
   Vec<float> operator()(const Vec<float>& x) const {
-    __m512 y = _mm512_fmadd_ps(x, scale_, offset_);
-    y = _mm512_max_ps(_mm512_set1_ps(-151.f), y);  // 2^-151 is 0; a NaN comes through as second operand
-    const __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(y, whole);
+    const Vec<float> y = at_least(Vec<float>(kZeroBelow), at::vec::fmadd(x, scale_, offset_));
+    const Vec<float> whole = y.round();
+    const Vec<float> f = y - whole;
     // 2^f on [-1/2, 1/2], minimax of the relative error: 1.9e-9, 8e-8 with the rounding of fp32.
-    __m512 p = _mm512_set1_ps(1.534581242594868e-4f);
+    Vec<float> p(1.534581242594868e-4f);
     for (const float c : {1.3399930903688073e-3f, 9.618489071726799e-3f, 5.550328642129898e-2f, 2.4022646248340607e-1f,
                           6.931471824645996e-1f, 1.f}) {
-      p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+      p = at::vec::fmadd(p, f, Vec<float>(c));
     }
-    return _mm512_scalef_ps(p, whole);
+    return times_power_of_two(p, whole);
   }
 
  private:
   static constexpr double kLog2E = 1.4426950408889634;
-  __m512 scale_, offset_;
+  static constexpr double kLargest = std::numeric_limits<float>::max();  // not inf: times a distance of 0 it is 0
+#ifdef CPU_CAPABILITY_AVX512
+  static constexpr float kZeroBelow = -151;
+
+  static Vec<float> times_power_of_two(const Vec<float>& p, const Vec<float>& whole) {
+    return _mm512_scalef_ps(p, whole);
+  }
+#else
+  // 1 times 2^-127 is the bits of 0; results below 2^-126 have an absolute error of that much.
+  static constexpr float kZeroBelow = -127;
+
+  static Vec<float> times_power_of_two(const Vec<float>& p, const Vec<float>& whole) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+  }
+#endif
+  Vec<float> scale_, offset_;
 };
 #endif
 

@@ -61,10 +61,11 @@ inline Block<T> block_at(const T* x, int64_t vocab, int64_t start, T* padded) {
 template <typename T, typename F>
 inline void for_weights(const Block<T>& block, acc_t<T> max, acc_t<T> inverse_temperature, const F& use) {
   using acc = acc_t<T>;
-  const Vec<acc> max_v(max), inverse(inverse_temperature);
+  const Vec<acc> max_v(max);
+  const Exponential<acc> weight_of(inverse_temperature);
   for (int64_t i = 0; i < block.size; i += kPair<acc>) {
     const auto [a, b] = load_pair(block.x + i);
-    use(i, ((a - max_v) * inverse).exp(), ((b - max_v) * inverse).exp());
+    use(i, weight_of(a - max_v), weight_of(b - max_v));
   }
 }
 

@@ -70,12 +70,16 @@ inline void fold_block(const T* x, int64_t size, double temperature, RowState& r
   Vec<acc> max_a(-kInf<acc>), max_b(-kInf<acc>);
   for (int64_t i = 0; i < size; i += kPair<acc>) {
     const auto [a, b] = load_pair(x + i);
-    max_a = at::vec::maximum(max_a, a);  // keeps NaN
-    max_b = at::vec::maximum(max_b, b);
+    max_a = at_least(max_a, a);  // may lose a NaN, which comes back in the sum below
+    max_b = at_least(max_b, b);
   }
   const acc top = reduce_max<acc>(at::vec::maximum(max_a, max_b));
   if (top == -kInf<acc>) {
-    return;  // a masked block adds nothing, and -inf minus -inf would be NaN
+    // A masked block adds nothing, and -inf minus -inf would be NaN.
+    if (std::any_of(x, x + size, [](T value) { return std::isnan(static_cast<acc>(value)); })) {
+      row.sum = std::numeric_limits<double>::quiet_NaN();
+    }
+    return;
   }
   if (!(top <= row.max)) {  // also when top is NaN
     if (row.sum > 0) {
@@ -95,7 +99,7 @@ inline void fold_block(const T* x, int64_t size, double temperature, RowState& r
     const Vec<acc> weight = weight_of(distance);
     sum = sum + weight;
     if constexpr (kEntropy) {
-      weighted = at::vec::fmadd(weight, at::vec::maximum(distance, lowest), weighted);
+      weighted = at::vec::fmadd(weight, at_least(lowest, distance), weighted);
     }
   };
   for (int64_t i = 0; i < size; i += kPair<acc>) {
@@ -161,7 +165,7 @@ inline void gradient_block(
     const Vec<acc> p = p_of(distance);
     if constexpr (kEntropy) {
       const Vec<acc> logp = distance * inverse - log_sum;
-      return p * (scale_v + surprise_scale_v * (at::vec::maximum(logp, lowest) + entropy_v));
+      return p * (scale_v + surprise_scale_v * (at_least(lowest, logp) + entropy_v));
     } else {
       return p * scale_v;
     }

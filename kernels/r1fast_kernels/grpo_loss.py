@@ -34,7 +34,7 @@ from torch import Tensor
 from .dispatch import TRITON_DEVICE, choose, compute_dtype
 from .group_advantages import advantage_of
 from .grpo_loss_reference import LossArguments, check_end, grpo_loss_reference
-from .head import may_overwrite
+from .head import times
 
 # Columns 2.. of the partial sums of a sample, after its loss and its tokens that count; csrc/cpu/grpo_loss.cpp has them
 # in the same order. For cispo "high" is "cispo_clip_ratio".
@@ -373,8 +373,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     (grad_T,) = ctx.saved_tensors
-    scaled_T = grad_T.mul_(grad_loss) if may_overwrite(grad_T) else grad_T * grad_loss
-    return scaled_T.to(ctx.dtype), *[None] * (ctx.num_inputs - 1)
+    return times(grad_T, grad_loss, in_place=False).to(ctx.dtype), *[None] * (ctx.num_inputs - 1)
 
 
 torch.library.register_autograd("r1fast::grpo_loss", _backward, setup_context=_setup_context)

@@ -88,6 +88,16 @@ def may_overwrite(saved: Tensor) -> bool:
     return type(saved) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def times(saved: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
+    """saved * factor in a backward pass, written over `saved` where that is allowed and nothing can ask for it again.
+
+    Times 1, which is what backward() of a loss sends, it is `saved` itself; looked at only where that does not wait.
+    """
+    if type(saved) is Tensor and factor.device.type == "cpu" and factor == 1:
+        return saved
+    return saved.mul_(factor) if in_place and may_overwrite(saved) else saved * factor
+
+
 def forward_with_gradient(
     hidden_TD: Tensor,
     weight_VD: Tensor,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose
-from .head import forward_with_gradient, may_overwrite
+from .head import forward_with_gradient, times
 from .linear_logprobs import check_head, linear_logprobs, linear_logprobs_reference
 
 
@@ -61,9 +61,9 @@ def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def scale_gradients(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    """Backward of such an op: its gradients, times the one of the loss; in place where they are free to go."""
+    """Backward of such an op: its gradients, times the one of the loss. In place: a second dWeight may be gigabytes."""
     gradients = [
-        (gradient.mul_(grad_loss) if may_overwrite(gradient) else gradient * grad_loss) if needed else None
+        times(gradient, grad_loss, in_place=True) if needed else None
         for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)
     ]
     return *gradients, *([None] * (ctx.num_inputs - 2))
