@@ -17,23 +17,35 @@ from .dispatch import compute_dtype
 # Bytes of a tile of logits. On a CPU it should stay near the caches; on a GPU it has to be large enough for the product
 # to run at full rate, and goes through memory once each way (4% of the product's time at D = 4096).
 WIDE_TILE_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
-TALL_TILE_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
+TALL_TILE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 # More tokens than this are cut, so that wide tiles stay wide; dWeight is then summed over the pieces in fp32.
 MAX_ROWS = {"cpu": 8192, "cuda": 16384}
 # A CPU's fp32 product of a few hundred rows with all columns runs a fifth slower than in pieces.
 CPU_COLUMNS = 1024
+# Without instructions for it torch multiplies bf16 5 to 70 times slower than fp32: there products and tiles are fp32.
+WIDENS_BF16 = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, max(size, 1)))
 
 
+def tile_dtype(hidden_TD: Tensor) -> torch.dtype:
+    widens = WIDENS_BF16 and hidden_TD.device.type == "cpu" and hidden_TD.dtype == torch.bfloat16
+    return torch.float32 if widens else hidden_TD.dtype
+
+
+def new_tile(hidden_TD: Tensor, numel: int) -> Tensor:
+    return hidden_TD.new_empty(numel, dtype=tile_dtype(hidden_TD))
+
+
 def rows_of_tall_tile(hidden_TD: Tensor, vocab: int) -> int:
-    return max(1, TALL_TILE_BYTES[hidden_TD.device.type] // (vocab * hidden_TD.element_size()))
+    return max(1, TALL_TILE_BYTES[hidden_TD.device.type] // (vocab * tile_dtype(hidden_TD).itemsize))
 
 
 def fits_wide_tile(hidden_TD: Tensor, vocab: int) -> bool:
-    return hidden_TD.shape[0] * vocab * hidden_TD.element_size() <= WIDE_TILE_BYTES[hidden_TD.device.type]
+    tile_bytes = hidden_TD.shape[0] * vocab * tile_dtype(hidden_TD).itemsize
+    return tile_bytes <= WIDE_TILE_BYTES[hidden_TD.device.type]
 
 
 def wide_tiles(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[list[slice], list[slice], Tensor]:
@@ -41,43 +53,69 @@ def wide_tiles(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[list[slice], list[
     num_tokens, vocab = hidden_TD.shape[0], weight_VD.shape[0]
     device = hidden_TD.device.type
     num_rows = max(1, min(num_tokens, MAX_ROWS[device]))
-    num_columns = max(1, min(vocab, WIDE_TILE_BYTES[device] // (num_rows * hidden_TD.element_size())))
+    num_columns = max(1, min(vocab, WIDE_TILE_BYTES[device] // (num_rows * tile_dtype(hidden_TD).itemsize)))
     if num_columns < vocab:
         num_columns = max(64, num_columns // 64 * 64)  # whole cache lines, and whole tiles of the product
-    return list(slices(num_tokens, num_rows)), list(slices(vocab, num_columns)), hidden_TD.new_empty(
-        num_rows * min(num_columns, vocab)
-    )  # fmt: skip
+    buffer = new_tile(hidden_TD, num_rows * min(num_columns, vocab))
+    return list(slices(num_tokens, num_rows)), list(slices(vocab, num_columns)), buffer
+
+
+def column_pieces(vocab: int, like: Tensor) -> Iterator[slice]:
+    """How a CPU takes what is in one piece on a GPU: piece after piece, through all of its steps while it is cached."""
+    return slices(vocab, CPU_COLUMNS if like.device.type == "cpu" else vocab)
 
 
 def project(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, buffer: Tensor) -> Tensor:
     """logits_TV = hidden weight^T + bias, written into the beginning of `buffer`."""
     num_tokens, vocab = hidden_TD.shape[0], weight_VD.shape[0]
     logits_TV = buffer[: num_tokens * vocab].view(num_tokens, vocab)
-    for columns in _column_pieces(vocab, hidden_TD):
+    hidden_TD = hidden_TD.to(buffer.dtype)
+    for columns in column_pieces(vocab, hidden_TD):
+        weight_CD = weight_VD[columns].to(buffer.dtype)
         if bias_V is None:
-            torch.mm(hidden_TD, weight_VD[columns].T, out=logits_TV[:, columns])
+            torch.mm(hidden_TD, weight_CD.T, out=logits_TV[:, columns])
         else:
-            torch.addmm(bias_V[columns], hidden_TD, weight_VD[columns].T, out=logits_TV[:, columns])
+            torch.addmm(bias_V[columns].to(buffer.dtype), hidden_TD, weight_CD.T, out=logits_TV[:, columns])
     return logits_TV
-
-
-def _column_pieces(vocab: int, like: Tensor) -> Iterator[slice]:
-    return slices(vocab, CPU_COLUMNS if like.device.type == "cpu" else vocab)
 
 
 def multiply_into(total_XY: Tensor, a_XK: Tensor, b_KY: Tensor, *, add: bool) -> None:
     """total = a b, or total += a b. A total that is wider than its factors takes the product unrounded on a GPU.
 
-    A CPU has no product of bf16 factors into fp32: there each summand is rounded to bf16, and their sum is fp32.
+    A CPU has no product of bf16 factors into fp32: there each summand is rounded to bf16, and their sum is fp32. A tile
+    `a` that was widened to fp32 widens `b` too, and only the total is rounded.
     """
+    b_KY = b_KY.to(a_XK.dtype)
     if total_XY.dtype == a_XK.dtype:
         torch.addmm(total_XY, a_XK, b_KY, beta=int(add), out=total_XY)
     elif total_XY.device.type == "cuda":
         torch.addmm(total_XY, a_XK, b_KY, beta=int(add), out_dtype=total_XY.dtype, out=total_XY)
     else:
-        for rows in _column_pieces(total_XY.shape[0], total_XY):
+        for rows in column_pieces(total_XY.shape[0], total_XY):
             product = a_XK[rows] @ b_KY
             total_XY[rows].add_(product) if add else total_XY[rows].copy_(product)
+
+
+def new_state(num_tokens: int, device: torch.device) -> Tensor:
+    """[T, 4] running (max, sum, sum of the entropy's terms, logit of the target) for `fold_logits_`.
+
+    fp64 on a CPU, where it costs nothing; on a GPU sums over a tile are fp32 already.
+    """
+    state_T4 = torch.zeros(num_tokens, 4, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    state_T4[:, 0].fill_(-torch.inf)
+    state_T4[:, 3].fill_(torch.nan)  # until the piece with the target has come
+    return state_T4
+
+
+def finish(
+    state_T4: Tensor, temperature: float, with_entropy: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs_T, entropy_T or empty, stats_T2 for the backward pass) of rows whose logits are all folded."""
+    max_T, sum_T, weighted_T, target_T = state_T4.unbind(1)
+    log_sum_T = sum_T.log()
+    logprobs_T = ((target_T - max_T) / temperature - log_sum_T).to(dtype)
+    entropy_T = (log_sum_T - weighted_T / sum_T).to(dtype) if with_entropy else logprobs_T.new_empty(0)
+    return logprobs_T, entropy_T, torch.stack([max_T, log_sum_T], 1).to(dtype)
 
 
 def may_overwrite(saved: Tensor) -> bool:
@@ -124,23 +162,34 @@ def forward_with_gradient(
     grad_weight_VD = weight_VD.new_zeros(weight_VD.shape if needs_weight and not num_tokens else 0)
     if needs_weight and num_tokens:
         grad_weight_VD = torch.empty(weight_VD.shape, dtype=sum_dtype, device=weight_VD.device)
-    buffer = hidden_TD.new_empty(num_rows * vocab)
+    pieces = list(column_pieces(vocab, hidden_TD))
+    sum_RD = hidden_TD.new_empty(0)
+    if needs_hidden:
+        sum_RD = torch.empty_like(hidden_TD[:num_rows], dtype=hidden_TD.dtype if len(pieces) == 1 else logprobs_T.dtype)
+    buffer = new_tile(hidden_TD, num_rows * vocab)
     ops = torch.ops.r1fast
     for rows in slices(num_tokens, num_rows):
         hidden_RD, ids_R = hidden_TD[rows], target_ids_T[rows]
-        logits_RV = project(hidden_RD, weight_VD, None, buffer)
-        logprobs_T[rows], entropy_R, stats_R2 = ops.selective_logprobs(
-            logits_RV, ids_R, temperature, with_entropy, False
-        )
+        state_R4 = new_state(len(ids_R), ids_R.device)
+        tiles = []
+        for columns in pieces:
+            tiles.append(project(hidden_RD, weight_VD[columns], None, buffer[len(ids_R) * columns.start :]))
+            ops.fold_logits_(state_R4, tiles[-1], ids_R, temperature, columns.start, with_entropy)
+        logprobs_T[rows], entropy_R, stats_R2 = finish(state_R4, temperature, with_entropy, logprobs_T.dtype)
         if with_entropy:
             entropy_T[rows] = entropy_R
         if not (needs_hidden or needs_weight):
             continue
         gradient_R = token_gradient(rows, logprobs_T[rows], entropy_R)
-        ops.selective_logprobs_backward_(logits_RV, ids_R, entropy_R, stats_R2, gradient_R, None, temperature)
+        sum_RD = sum_RD[: len(ids_R)]
+        for columns, tile_RC in zip(pieces, tiles):
+            ops.selective_logprobs_backward_(
+                tile_RC, ids_R, entropy_R, stats_R2, gradient_R, None, temperature, first_id=columns.start
+            )
+            if needs_hidden:
+                multiply_into(sum_RD, tile_RC, weight_VD[columns], add=columns.start > 0)
+            if needs_weight:
+                multiply_into(grad_weight_VD[columns], tile_RC.T, hidden_RD, add=rows.start > 0)
         if needs_hidden:
-            multiply_into(grad_hidden_TD[rows], logits_RV, weight_VD, add=False)
-        if needs_weight:
-            for columns in _column_pieces(vocab, weight_VD):
-                multiply_into(grad_weight_VD[columns], logits_RV[:, columns].T, hidden_RD, add=rows.start > 0)
+            grad_hidden_TD[rows] = sum_RD
     return logprobs_T, entropy_T, grad_hidden_TD, grad_weight_VD.to(weight_VD.dtype)

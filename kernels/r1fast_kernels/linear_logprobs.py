@@ -15,7 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import choose, compute_dtype
-from .head import fits_wide_tile, may_overwrite, multiply_into, project, wide_tiles
+from .head import (
+    column_pieces,
+    finish,
+    fits_wide_tile,
+    may_overwrite,
+    multiply_into,
+    new_state,
+    new_tile,
+    project,
+    tile_dtype,
+    wide_tiles,
+)  # fmt: skip
 from .selective_logprobs import selective_logprobs_reference
 
 
@@ -42,15 +53,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_tokens = hidden_TD.shape[0]
     if fits_wide_tile(hidden_TD, weight_VD.shape[0]):
-        logits_TV = F.linear(hidden_TD, weight_VD, bias_V)
+        logits_TV = project(hidden_TD, weight_VD, bias_V, new_tile(hidden_TD, num_tokens * weight_VD.shape[0]))
         found = torch.ops.r1fast.selective_logprobs(logits_TV, target_ids_T, temperature, with_entropy, False)
         return *found, logits_TV if keep_logits else logits_TV.new_empty(0)
     _check_ids(target_ids_T, weight_VD.shape[0])
-    # fp64 on a CPU, where it costs nothing; on a GPU sums over a tile are fp32 already.
-    dtype = torch.float64 if hidden_TD.device.type == "cpu" else torch.float32
-    state_T4 = torch.zeros(num_tokens, 4, dtype=dtype, device=hidden_TD.device)
-    state_T4[:, 0].fill_(-torch.inf)
-    state_T4[:, 3].fill_(torch.nan)  # until the tile with the target has come
+    state_T4 = new_state(num_tokens, hidden_TD.device)
     token_pieces, vocab_pieces, buffer = wide_tiles(hidden_TD, weight_VD)
     for rows in token_pieces:
         for columns in vocab_pieces:
@@ -59,12 +66,7 @@ def _forward(
             torch.ops.r1fast.fold_logits_(
                 state_T4[rows], tile, target_ids_T[rows], temperature, columns.start, with_entropy
             )
-    max_T, sum_T, weighted_T, target_T = state_T4.unbind(1)
-    log_sum_T = sum_T.log()
-    out_dtype = compute_dtype(hidden_TD)
-    logprobs_T = ((target_T - max_T) / temperature - log_sum_T).to(out_dtype)
-    entropy_T = (log_sum_T - weighted_T / sum_T).to(out_dtype) if with_entropy else logprobs_T.new_empty(0)
-    return logprobs_T, entropy_T, torch.stack([max_T, log_sum_T], 1).to(out_dtype), hidden_TD.new_empty(0)
+    return *finish(state_T4, temperature, with_entropy, compute_dtype(hidden_TD)), new_tile(hidden_TD, 0)
 
 
 def _check_ids(target_ids_T: Tensor, vocab: int) -> None:
@@ -98,7 +100,7 @@ def _backward_kernel(
     vocab = weight_VD.shape[0]
     sum_dtype = compute_dtype(weight_VD)
     if kept_logits_TV.numel():
-        token_pieces, vocab_pieces, buffer = [slice(0, len(hidden_TD))], [slice(0, vocab)], kept_logits_TV
+        token_pieces, vocab_pieces = [slice(0, len(hidden_TD))], list(column_pieces(vocab, hidden_TD))
     else:
         token_pieces, vocab_pieces, buffer = wide_tiles(hidden_TD, weight_VD)
     hidden_dtype = hidden_TD.dtype if len(vocab_pieces) == 1 else sum_dtype
@@ -110,7 +112,7 @@ def _backward_kernel(
         sum_CD = grad_weight_VD[columns].to(weight_dtype)  # the gradient itself where there is one piece of tokens
         for rows in token_pieces:
             if kept_logits_TV.numel():
-                tile = kept_logits_TV
+                tile = kept_logits_TV[:, columns]
             else:
                 tile = project(hidden_TD[rows], weight_VD[columns], None if bias_V is None else bias_V[columns], buffer)
             torch.ops.r1fast.selective_logprobs_backward_(
@@ -155,11 +157,12 @@ def _forward_fake(
     keep_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_tokens, dtype = hidden_TD.shape[0], compute_dtype(hidden_TD)
+    kept = (num_tokens, weight_VD.shape[0]) if keep_logits else (0,)
     return (
         hidden_TD.new_empty(num_tokens, dtype=dtype),
         hidden_TD.new_empty(num_tokens if with_entropy else 0, dtype=dtype),
         hidden_TD.new_empty(num_tokens, 2, dtype=dtype),
-        hidden_TD.new_empty(num_tokens, weight_VD.shape[0]) if keep_logits else hidden_TD.new_empty(0),
+        hidden_TD.new_empty(kept, dtype=tile_dtype(hidden_TD)),
     )
 
 

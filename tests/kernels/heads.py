@@ -29,7 +29,10 @@ TILINGS = ("whole", "one-piece-of-tokens", "pieces-of-both")
 
 
 def set_tiling(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """whole: one tile. Else wide tiles of 64 columns and all tokens or 5, tall ones of 7 rows, 50-column products."""
+    """whole: one tile. Else wide tiles of 64 columns and all tokens or 5, tall ones of 7 rows, 50-column products.
+
+    pieces-of-both multiplies bf16 as the other kind of CPU does, with or without instructions for it.
+    """
     if name == "whole":
         return
     head = sys.modules[HEAD]
@@ -38,6 +41,8 @@ def set_tiling(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         monkeypatch.setitem(head.TALL_TILE_BYTES, device, 7 * 211 * 8)
         if name == "pieces-of-both":
             monkeypatch.setitem(head.MAX_ROWS, device, 5)
+    if name == "pieces-of-both":
+        monkeypatch.setattr(head, "WIDENS_BF16", not head.WIDENS_BF16)
     monkeypatch.setattr(head, "CPU_COLUMNS", 50)
 
 

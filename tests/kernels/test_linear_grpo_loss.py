@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from r1fast_kernels import grpo_loss, linear_grpo_loss, linear_logprobs
+from r1fast_kernels.grpo_loss_reference import LossArguments
 from tests.kernels.backends import BF16, FP16, FP32, FP64, Backend, assert_as_exact, assert_same_bits, needs_cpp
 from tests.kernels.heads import TILINGS, random_head, set_one_thread_for_products, set_tiling
 
@@ -224,6 +225,21 @@ def test_gradcheck_and_compile(monkeypatch: pytest.MonkeyPatch, tiling: str) -> 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     got = torch.autograd.grad(compiled(*leaves), leaves)
     torch.testing.assert_close(got, torch.autograd.grad(loss(*leaves), leaves))
+
+
+@needs_cpp
+def test_opcheck() -> None:
+    """Of a loss above 0: opcheck sums |loss|, and times -1 the backward pass writes over gradients no caller sees."""
+    inputs, options = batch(FP32)
+    hidden, weight, ids, cu_seqlens = inputs
+    given = LossArguments(**options | {"beta": 9.0, "num_items": 23, "counts_N": cu_seqlens.diff()})
+    arguments = (
+        hidden.requires_grad_(), weight.requires_grad_(), ids, TEMPERATURE, True, True, cu_seqlens,
+        *sys.modules["r1fast_kernels.grpo_loss"].op_arguments(given, hidden.device),
+    )  # fmt: skip
+    op = torch.ops.r1fast.linear_grpo_loss.default
+    assert op(*arguments)[0] > 0
+    torch.library.opcheck(op, arguments)
 
 
 def test_errors_name_the_argument(backend: Backend) -> None:
