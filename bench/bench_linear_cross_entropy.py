@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench import harness
 from bench.cases import Case
-from bench.head import Head, exact, floor, liger_logprobs
+from bench.head import Head, exact, floor, liger_logprobs, runnable
 from r1fast_kernels import linear_cross_entropy
 
 
@@ -61,7 +61,7 @@ def test_linear_cross_entropy(case: Case, compare: Callable[[harness.Problem], N
     _, _, loss, gradients = exact(head, lambda logprobs_T, _: -logprobs_T.mean())
     compare(
         harness.Problem(
-            case, runs,
+            case, runnable(head, runs),
             floor=floor(head, num_forwards=1),
             check=harness.agrees_with([loss, *gradients], 1e-5 if case.dtype == "fp32" else 1e-2),
             gradient_bytes=head.gradient_bytes,

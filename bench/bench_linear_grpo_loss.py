@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench import harness
 from bench.cases import Case
-from bench.head import Head, eager_logprobs, exact, floor
+from bench.head import Head, eager_logprobs, exact, floor, runnable
 from r1fast_kernels import group_advantages, grpo_loss, linear_grpo_loss, linear_logprobs
 
 BETA, GROUP = 0.04, 8
@@ -88,7 +88,7 @@ def test_linear_grpo_loss(case: Case, compare: Callable[[harness.Problem], None]
     )
     compare(
         harness.Problem(
-            case, runs,
+            case, runnable(head, runs),
             floor=floor(head, num_forwards=1),
             check=harness.agrees_with([loss, *gradients], 1e-5 if case.dtype == "fp32" else 2e-2),
             gradient_bytes=head.gradient_bytes,

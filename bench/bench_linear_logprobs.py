@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench import harness
 from bench.cases import Case
-from bench.head import Head, eager_logprobs, exact, floor, liger_logprobs, trl_chunked_logprobs
+from bench.head import Head, eager_logprobs, exact, floor, liger_logprobs, runnable, trl_chunked_logprobs
 from r1fast_kernels import linear_logprobs
 
 
@@ -60,7 +60,7 @@ def test_linear_logprobs(case: Case, compare: Callable[[harness.Problem], None])
     want = [logprobs_T, entropy_T, *(gradients if backward else [])]
     compare(
         harness.Problem(
-            case, runs,
+            case, runnable(head, runs),
             floor=floor(head, 2 if backward else 1, backward),
             check=harness.agrees_with(want, 1e-5 if case.dtype == "fp32" else 1e-2),
             gradient_bytes=head.gradient_bytes if backward else 0,

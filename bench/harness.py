@@ -260,6 +260,10 @@ def _row(problem: Problem, floor: Timing, timings: dict[str, Timing]) -> dict[st
     for target in case.targets:
         if target.measure == "fraction":
             value = floor_ms / ours["median_ms"]
+        elif target.measure == "ms":
+            value = ours["median_ms"]
+        elif target.measure == "extra GB":
+            value = (ours["peak_bytes"] - problem.gradient_bytes) / 1e9
         elif target.than not in ratios:
             continue
         elif target.measure == "speedup":
@@ -332,7 +336,7 @@ def show(row: dict[str, Any]) -> str:
         return "-" if value is None else f"{value / 1e6:,.0f} MB"
 
     low, high = row["spread_ms"]
-    rates = [f"{row[key]:.0f} {unit}" for key, unit in (("gb_per_s", "GB/s"), ("tflop_per_s", "TFLOP/s")) if row[key]]
+    rates = [f"{row[key]:.3g} {unit}" for key, unit in (("gb_per_s", "GB/s"), ("tflop_per_s", "TFLOP/s")) if row[key]]
     lines = [
         f"\n{row['op']}  {row['case']}",
         f"  {OURS:12s} {row['median_ms']:10.3f} ms  ({low:.3f} to {high:.3f}, {row['runs']} runs)  "

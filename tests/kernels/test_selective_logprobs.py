@@ -130,8 +130,10 @@ def test_either_output_may_go_unused(backend: Backend, used: str) -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
 
 
-def test_nan_reaches_its_row_and_no_other(backend: Backend) -> None:
+@pytest.mark.parametrize("masked", [slice(0, 0), slice(4000, 5000)], ids=["", "in a block of masked tokens"])
+def test_nan_reaches_its_row_and_no_other(backend: Backend, masked: slice) -> None:
     logits, ids = random_case(3, 5000)
+    logits[1, masked] = -INF
     logits[1, 4321] = float("nan")
     leaf = logits.to(backend.device).requires_grad_()
     logprobs, entropy = selective_logprobs(leaf, ids.to(backend.device), with_entropy=True, impl=backend.impl)
