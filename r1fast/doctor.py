@@ -142,6 +142,10 @@ def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
         "route_topk": lambda: kernels.route_topk(
             torch.zeros(4, 2, device=device), torch.zeros(2, device=device), top_k=1
         ),
+        "moe_dispatch": lambda: kernels.moe_dispatch(experts_TK, 2),
+        "grouped_gemm": lambda: kernels.grouped_gemm(
+            hidden_TD, torch.ones(2, 8, 8, device=device, dtype=dtype), torch.tensor([2, 4], device=device)
+        ),
         "moe_experts": lambda: kernels.moe_experts(
             hidden_TD,
             torch.ones(2, 8, 8, device=device, dtype=dtype),

@@ -5,10 +5,12 @@ B sequences that decode. Every op takes `impl=None | "reference" | "cpp" | "trit
 """
 
 from .group_advantages import group_advantages
+from .grouped_gemm import grouped_gemm
 from .grpo_loss import grpo_loss
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_grpo_loss import linear_grpo_loss
 from .linear_logprobs import linear_logprobs
+from .moe_dispatch import moe_dispatch
 from .moe_experts import moe_experts
 from .route_topk import route_topk
 from .sample_tokens import sample_tokens
@@ -16,10 +18,12 @@ from .selective_logprobs import selective_logprobs
 
 __all__ = [
     "group_advantages",
+    "grouped_gemm",
     "grpo_loss",
     "linear_cross_entropy",
     "linear_grpo_loss",
     "linear_logprobs",
+    "moe_dispatch",
     "moe_experts",
     "route_topk",
     "sample_tokens",

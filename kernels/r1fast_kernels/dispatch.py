@@ -18,6 +18,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "grpo_loss": ("reference", "cpp", "triton"),
     "linear_grpo_loss": ("reference", "cpp", "triton"),
     "route_topk": ("reference",),
+    "moe_dispatch": ("reference",),
+    "grouped_gemm": ("reference",),
     "moe_experts": ("reference",),
     "sample_tokens": ("reference", "cpp", "triton"),
 }
@@ -78,7 +80,7 @@ def _obstacle(impl: str, tensor: Tensor) -> str | None:
     name = "Triton" if impl == "triton" else "C++"
     if tensor.device.type != device:
         return f"the {name} kernels take tensors on {device}, got {tensor.device.type}"
-    if tensor.dtype not in dtypes:
+    if tensor.is_floating_point() and tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"the {name} kernels take {names}, got {str(tensor.dtype).removeprefix('torch.')}"
     if impl == "cpp" and not HAS_EXTENSION:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import choose
+from .moe_dispatch import fake as fake_dispatch
+from .moe_dispatch import moe_dispatch_reference
 
 
 def _gather(rows_TD: Tensor, token_M: Tensor) -> Tensor:
@@ -55,12 +57,10 @@ def moe_experts_reference(
     hidden_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
     """The specification. M = T K slots, sorted by expert."""
-    num_experts = len(gate_up_E2FD)
-    expert_M = expert_ids_TK.flatten().clamp(max=num_experts)
-    order_M = expert_M.argsort(stable=True)
+    order_M, slot_TK, offsets_E = moe_dispatch_reference(expert_ids_TK, len(gate_up_E2FD))
     token_M = order_M // expert_ids_TK.shape[1]
-    slot_TK = order_M.argsort().view_as(expert_ids_TK)  # the inverse: where each choice of a token lies
-    *sizes, skipped = torch.bincount(expert_M, minlength=num_experts + 1).tolist()  # the only wait for the device
+    ends = offsets_E.tolist()  # the only wait for the device
+    *sizes, skipped = (end - start for start, end in zip([0, *ends], [*ends, len(order_M)]))
 
     # unbind and split: their gradients are one stack and one cat, where indexing would fill E tensors with zeros.
     rows = _Dispatch.apply(hidden_TD, token_M, slot_TK).split([*sizes, skipped])
@@ -73,6 +73,53 @@ def moe_experts_reference(
     return _Combine.apply(out_MD, token_M, slot_TK)
 
 
+torch.library.define(
+    "r1fast::moe_experts",
+    "(Tensor hidden_TD, Tensor gate_up_E2FD, Tensor down_EDF, Tensor expert_ids_TK, Tensor weights_TK, bool keep) "
+    "-> (Tensor out_TD, Tensor order_M, Tensor slot_TK, Tensor offsets_E, Tensor gate_up_M2F)",
+)
+torch.library.define(
+    "r1fast::moe_experts_backward",
+    "(Tensor grad_out_TD, Tensor hidden_TD, Tensor gate_up_E2FD, Tensor down_EDF, Tensor weights_TK, Tensor order_M, "
+    "Tensor slot_TK, Tensor offsets_E, Tensor gate_up_M2F, bool needs_hidden, bool needs_gate_up, bool needs_down, "
+    "bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("r1fast::moe_experts")
+def _fake(
+    hidden_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_experts, two_f, _ = gate_up_E2FD.shape
+    kept = (expert_ids_TK.numel(), two_f) if keep else (0,)
+    return torch.empty_like(hidden_TD), *fake_dispatch(expert_ids_TK, num_experts), hidden_TD.new_empty(kept)
+
+
+@torch.library.register_fake("r1fast::moe_experts_backward")
+def _backward_fake(
+    grad_out_TD: Tensor, hidden_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weights_TK: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    """Empty where not needed."""
+    inputs = hidden_TD, gate_up_E2FD, down_EDF, weights_TK
+    return tuple(x.new_empty(x.shape if needed else 0) for x, needed in zip(inputs, others[-4:]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden_TD, gate_up_E2FD, down_EDF, _, weights_TK, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(hidden_TD, gate_up_E2FD, down_EDF, weights_TK, *output[1:])
+
+
+def _backward(ctx: Any, grad_out_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    found = torch.ops.r1fast.moe_experts_backward(grad_out_TD.contiguous(), *ctx.saved_tensors, *needs)
+    hidden, gate_up, down, weights = (gradient if needed else None for gradient, needed in zip(found, needs))
+    return hidden, gate_up, down, None, weights, None
+
+
+torch.library.register_autograd("r1fast::moe_experts", _backward, setup_context=_setup_context)
+
+
 def moe_experts(
     hidden_TD: Tensor,
     gate_up_E2FD: Tensor,
@@ -80,6 +127,7 @@ def moe_experts(
     expert_ids_TK: Tensor,
     weights_TK: Tensor,
     *,
+    recompute: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     """Apply each token's experts and sum what they return.
@@ -87,7 +135,8 @@ def moe_experts(
     hidden_TD       [T, D]
     gate_up_E2FD    [E, 2F, D], gate rows then up rows; down_EDF [E, D, F]; same dtype as hidden
     expert_ids_TK   [T, K] int64 >= 0; an id >= E is skipped (padding, or an expert that lives on another rank)
-    weights_TK      [T, K] fp32
+    weights_TK      [T, K] fp32 (fp64 for fp64)
+    recompute       keep no activation for the backward pass, which computes the gate/up product again: 4 T K D F FLOPs
     Returns out_TD in the dtype of hidden. Gradients flow to hidden, both weights and `weights_TK`.
     """
     num_experts, two_f, width = gate_up_E2FD.shape
@@ -101,5 +150,13 @@ def moe_experts(
             f"moe_experts: got expert ids {tuple(expert_ids_TK.shape)} and weights {tuple(weights_TK.shape)} for "
             f"{hidden_TD.shape[0]} tokens, expected both [T, K]"
         )
-    choose("moe_experts", impl, hidden_TD)
-    return moe_experts_reference(hidden_TD, gate_up_E2FD, down_EDF, expert_ids_TK, weights_TK)
+    if not hidden_TD.dtype == gate_up_E2FD.dtype == down_EDF.dtype:
+        raise ValueError(
+            f"moe_experts: got hidden in {hidden_TD.dtype}, gate_up in {gate_up_E2FD.dtype} and down in "
+            f"{down_EDF.dtype}, expected one dtype"
+        )
+    inputs = hidden_TD, gate_up_E2FD, down_EDF, expert_ids_TK, weights_TK
+    if choose("moe_experts", impl, hidden_TD) == "reference":
+        return moe_experts_reference(*inputs)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return torch.ops.r1fast.moe_experts(*inputs, learns and not recompute)[0]
