@@ -47,8 +47,9 @@ def test_sample_tokens(case: Case, compare: Callable[[harness.Problem], None]) -
     def check(name: str, outputs: harness.Outputs) -> None:
         """Any draw must come with its own log-prob; ours must be the reference's, but where rounding moved an edge."""
         ids_B, logprobs_B = outputs
+        atol = 1e-5 if name == harness.OURS else 1e-4  # torch's fp32 log-softmax is off by 3e-5 over 150k tokens
         torch.testing.assert_close(
-            logprobs_B.double(), logp_BV.gather(1, ids_B[:, None]).squeeze(1), rtol=1e-5, atol=1e-5
+            logprobs_B.double(), logp_BV.gather(1, ids_B[:, None]).squeeze(1), rtol=1e-5, atol=atol
         )
         if name == harness.OURS and (ids_B != expected_B).sum() > B // 64:
             raise AssertionError(f"{name}: {(ids_B != expected_B).sum()} of {B} draws are not the reference's")

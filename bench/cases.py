@@ -86,7 +86,8 @@ def _linear() -> list[Case]:
     for op, targets in on_cpu.items():
         samples = op == "linear_grpo_loss"
         for dtype in ("fp32", "bf16"):
-            cases.append(Case(op, "cpu", dtype, "fwd+bwd", head | ({"N": 16} if samples else {}), targets))
+            sizes = head | ({"N": 16} if samples else {}) | ({} if targets else {"T": 1024})
+            cases.append(Case(op, "cpu", dtype, "fwd+bwd", sizes, targets))
         if op == "linear_logprobs":
             cases.append(Case(op, "cuda", "bf16", "fwd", large))
         cases.append(Case(op, "cuda", "bf16", "fwd+bwd", large | ({"N": 32} if samples else {}), on_gpu[op]))

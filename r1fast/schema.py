@@ -98,7 +98,10 @@ class TrainOptions(Strict):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     max_tokens_per_microbatch: Positive = 16384
-    router_bias_update_rate: NonNegative = 0.0  # DeepSeek-V3's balance rule; 0 freezes the bias, as in V3's last phase
+    # DeepSeek-V3's balance rule. 0 freezes the bias, as V3's last phase does and RL should: a few hundred prompts load
+    # experts unevenly for good reasons, and a bias that moves between sampling and update re-routes the same tokens.
+    router_bias_update_rate: NonNegative = 0.0
+    router_aux_loss_coef: NonNegative = 0.0  # factor of the balance loss within each sequence (V3: 1e-4)
     save_steps: Positive = 100  # the last step is always saved
 
 
@@ -181,6 +184,7 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     mask_truncated_completions: bool = False
     ref_model_sync_steps: Positive | None = None  # optimizer steps between copies of the policy into the reference
     sampling_importance_cap: Annotated[float, Field(gt=0)] | None = None  # truncated importance sampling
+    router_replay: bool = False  # the update takes the experts that the sampler took (mixture of experts)
     skip_zero_variance_groups: bool = False  # leave them out of the update; exact where beta is 0
     log_completions: Annotated[int, Field(ge=0)] = 16  # rows of samples/*.parquet per logged step
     log_completions_steps: Positive = 10

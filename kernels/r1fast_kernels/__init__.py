@@ -4,6 +4,7 @@ Letters in names: T tokens, V vocabulary, D model width, E experts, K experts pe
 B sequences that decode. Every op takes `impl=None | "reference" | "cpp" | "triton"`; None picks by device and dtype.
 """
 
+from . import hf as hf
 from .group_advantages import group_advantages
 from .grouped_gemm import grouped_gemm
 from .grpo_loss import grpo_loss

@@ -33,9 +33,17 @@ class DecoderLayer(nn.Module):
             else MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
         )
 
-    def forward(self, x_TD: Tensor, rope: Rope, plan: AttentionPlan, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        rope: Rope,
+        plan: AttentionPlan,
+        cache: KVCache | None = None,
+        replay_ids_TK: Tensor | None = None,
+    ) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, plan, cache)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        routing = (plan, replay_ids_TK) if isinstance(self.mlp, MoE) else ()
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD), *routing)
 
     def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: KVCache) -> Tensor:
         x_BD = x_BD + self.self_attn.decode(self.input_layernorm(x_BD), rope, step, cache)
@@ -100,21 +108,39 @@ class Decoder(nn.Module):
     def moe_layers(self) -> Iterator[MoE]:
         return (module for module in self.modules() if isinstance(module, MoE))
 
+    def use_kernels(self, impl: str | None) -> None:
+        """Which implementation the model's own ops run: "reference", "cpp", "triton", or None for the best."""
+        for moe in self.moe_layers():
+            moe.impl = impl
+
+    def last_expert_ids(self) -> Tensor:
+        """[T, L, K]: the experts of every token of the last forward pass, in each of the L MoE layers."""
+        return torch.stack([cast(Tensor, moe.last_ids_TK) for moe in self.moe_layers()], dim=1)
+
     def forward(
-        self, input_ids_T: Tensor, cu_seqlens: Tensor, *, head: HeadFn | None = None, cache: KVCache | None = None
+        self,
+        input_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        head: HeadFn | None = None,
+        cache: KVCache | None = None,
+        replay_ids_TLK: Tensor | None = None,
     ) -> Any:
         """Run N packed sequences; cu_seqlens [N+1] (int32) says where each begins.
 
         head: `fn(hidden_TD, weight_VD)`, run inside the head's own forward; default logits_TV.
         cache: also keeps the keys of sequence n in row n, for decode to go on from.
+        replay_ids_TLK: the experts that each token takes in each MoE layer, instead of what the routers choose.
         """
         plan = AttentionPlan(cu_seqlens, input_ids_T.numel(), input_ids_T.device)
         if cache is not None:
             cache.check_prefill(plan)
         x_TD = self.embed_tokens(input_ids_T)
         rope = self.rotary(plan.positions_T, x_TD.dtype)
-        for layer in self.layers:
-            x_TD = layer(x_TD, rope, plan, cache)
+        replayed = iter(() if replay_ids_TLK is None else replay_ids_TLK.unbind(1))
+        for i, layer in enumerate(self.layers):
+            replay_ids_TK = next(replayed, None) if self.config.is_moe_layer(i) else None
+            x_TD = layer(x_TD, rope, plan, cache, replay_ids_TK)
         if cache is not None:
             cache.finish_prefill(plan)
         return self.head(self.norm(x_TD), head)

@@ -1,11 +1,13 @@
 """Mixture of experts: the router (sigmoid with bias and groups, or softmax), routed experts, shared experts."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r1fast.models.attention import AttentionPlan
 from r1fast.models.config import ModelConfig
 from r1fast.models.layers import MLP
 from r1fast_kernels import moe_experts, route_topk
@@ -32,27 +34,26 @@ class Gate(nn.Module):
             self.e_score_correction_bias = bias.to(moved.device)
         return self
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """expert ids [T, K], weights [T, K] (fp32) and tokens per expert [E]."""
+    def forward(
+        self, x_TD: Tensor, replay_ids_TK: Tensor | None = None, impl: str | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """expert ids [T, K], weights [T, K] (fp32), tokens per expert [E], and the logits [T, E]."""
         config = self.config
         logits_TE = F.linear(x_TD.float(), self.weight.float())
-        if self.e_score_correction_bias is None:
-            return route_topk(
-                logits_TE,
-                None,
-                top_k=config.num_experts_per_tok,
-                norm_topk_prob=config.norm_topk_prob,
-                scoring="softmax",
-            )
-        return route_topk(
+        sigmoid = self.e_score_correction_bias is not None
+        routed = route_topk(
             logits_TE,
             self.e_score_correction_bias,
             top_k=config.num_experts_per_tok,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
+            n_group=config.n_group if sigmoid else 1,
+            topk_group=config.topk_group if sigmoid else 1,
             norm_topk_prob=config.norm_topk_prob,
-            routed_scaling_factor=config.routed_scaling_factor,
+            routed_scaling_factor=config.routed_scaling_factor if sigmoid else 1.0,
+            scoring="sigmoid" if sigmoid else "softmax",
+            replay_ids_TK=replay_ids_TK,
+            impl=impl,
         )
+        return *routed, logits_TE
 
 
 class Experts(nn.Module):
@@ -64,14 +65,52 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * expert_width, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
 
-    def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return moe_experts(x_TD, self.gate_up_proj, self.down_proj, expert_ids_TK, weights_TK)
+    def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, impl: str | None = None) -> Tensor:
+        return moe_experts(x_TD, self.gate_up_proj, self.down_proj, expert_ids_TK, weights_TK, impl=impl)
+
+
+class AddLoss(torch.autograd.Function):
+    """Hands x on, and adds `loss` to whatever is minimised: a layer needs no way to the end of the model for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.dtype = loss.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, torch.ones((), dtype=ctx.dtype, device=grad.device)
+
+
+def sequence_balance_loss(
+    logits_TE: Tensor, expert_ids_TK: Tensor, lengths_N: Tensor, rows_T: Tensor, scoring: str
+) -> Tensor:
+    """V3's sequence-wise balance loss (2412.19437, eqs 17-20) without its factor, summed over the sequences; fp32.
+
+    sum_e f_e P_e,  f_e = E / (K T) number of tokens that chose e,  P_e = mean_t s_te / sum_e s_te;   1 when even
+    """
+    num_experts, num_sequences = logits_TE.shape[1], len(lengths_N)
+    scores_TE = logits_TE.sigmoid() if scoring == "sigmoid" else logits_TE.softmax(-1)
+    shares_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+    chosen_TK = rows_T[:, None] * num_experts + expert_ids_TK
+    counts = chosen_TK.new_zeros(num_sequences * num_experts)
+    counts.scatter_add_(0, chosen_TK.flatten(), torch.ones_like(chosen_TK).flatten())  # of integers: any order
+    counts_NE = counts.view(num_sequences, num_experts).to(shares_TE.dtype)
+    # Segments, not index_add: the same bits every time on a GPU.
+    shares_NE = torch.segment_reduce(shares_TE, "sum", lengths=lengths_N, axis=0, unsafe=True)
+    lengths_N1 = lengths_N.clamp(min=1).to(shares_TE.dtype)[:, None]
+    fraction_NE = counts_NE * (num_experts / expert_ids_TK.shape[1]) / lengths_N1
+    return (fraction_NE * shares_NE / lengths_N1).sum()
 
 
 class MoE(nn.Module):
-    """last_counts: tokens per expert [E], summed over training forwards until the reader zeroes it.
+    """Router, routed experts, shared experts; and what a training step wants to know of its routing.
 
-    Under activation checkpointing the recomputation counts again: every count doubles, their order does not change.
+    last_counts      tokens per expert [E], summed over training forwards until the reader zeroes it. Under activation
+                     checkpointing the recomputation counts again: every count doubles, their order does not change
+    last_ids_TK      the experts of the last forward
+    balance_scale    0-d: this times the balance loss of every sequence is added to what is minimised; None: off
+    last_balance     the balance loss, summed as last_counts is
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -80,13 +119,25 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         shared_width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = MLP(config.hidden_size, shared_width) if shared_width else None
-        # Not a buffer: neither saved nor sharded. On the CPU until first use, also in a model built on meta.
+        self.impl: str | None = None  # of the kernels
+        # Not buffers: neither saved nor sharded. On the CPU until first use, also in a model built on meta.
         self.last_counts = torch.zeros(config.n_routed_experts, dtype=torch.int64, device="cpu")
+        self.last_ids_TK: Tensor | None = None
+        self.balance_scale: Tensor | None = None
+        self.last_balance = torch.zeros((), device="cpu")
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        expert_ids_TK, weights_TK, counts_E = self.gate(x_TD)
+    def forward(self, x_TD: Tensor, plan: AttentionPlan | None = None, replay_ids_TK: Tensor | None = None) -> Tensor:
+        """plan: which sequence each token belongs to, None while decoding. replay_ids_TK: route to these experts."""
+        expert_ids_TK, weights_TK, counts_E, logits_TE = self.gate(x_TD, replay_ids_TK, self.impl)
+        self.last_ids_TK = expert_ids_TK
         if self.training and torch.is_grad_enabled():
             counts_E = counts_E.detach()
             self.last_counts = self.last_counts.to(counts_E.device) + counts_E
-        out_TD = self.experts(x_TD, expert_ids_TK, weights_TK)
+            if self.balance_scale is not None and plan is not None:
+                scoring = "softmax" if self.gate.e_score_correction_bias is None else "sigmoid"
+                lengths_N = plan.cu_seqlens.diff().long()
+                loss = sequence_balance_loss(logits_TE, expert_ids_TK, lengths_N, plan.rows_T, scoring)
+                weights_TK = AddLoss.apply(weights_TK, loss * self.balance_scale)
+                self.last_balance = self.last_balance.to(loss.device) + loss.detach()
+        out_TD = self.experts(x_TD, expert_ids_TK, weights_TK, self.impl)
         return out_TD if self.shared_experts is None else out_TD + self.shared_experts(x_TD)

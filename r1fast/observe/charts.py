@@ -227,3 +227,36 @@ def count_rows(rows: Sequence[tuple[str, int, str]]) -> Html:
         ]
     described = "; ".join(f"{name} {count}" for name, count, _ in rows)
     return svg(width, height * len(rows) + 4, *parts, label=described, class_="counts")
+
+
+def load_map(load_LE: Sequence[Sequence[float]]) -> Html:
+    """Load of every expert (columns) in every layer (rows), 1 = its even share: blue below, orange above.
+
+    Colours are steps of a factor of 1.41, full at 4 or at a quarter; each row ends with its largest load.
+    """
+    left, right, top = 30.0, 64.0, 4.0
+    width = 480.0
+    cell = (width - left - right) / max(len(row) for row in load_LE)
+    height = max(5.0, min(18.0, cell))
+    shades: dict[int, str] = {}
+    labels: list[Html] = []
+    for i, row in enumerate(load_LE):
+        y = top + i * height
+        for e, load in enumerate(row):
+            shade = max(-4, min(4, round(2 * math.log2(load)))) if load > 0 else -4
+            box = f"h{coordinate(cell * 0.94)}v{coordinate(height * 0.9)}h{coordinate(-cell * 0.94)}z"
+            shades[shade] = shades.get(shade, "") + f"M{coordinate(left + e * cell)} {coordinate(y)}{box}"
+        if height >= 10 or i % math.ceil(10 / height) == 0:
+            middle = y + height / 2 + 3.5
+            labels.append(text(left - 8, middle, str(i), anchor="end", class_="tick"))
+            labels.append(text(width - right + 8, middle, f"max {max(row):.2f}", class_="tick"))
+    cells = [
+        tag("path", d=path, class_="even" if shade == 0 else "c1" if shade < 0 else "c2", fill_opacity=_opacity(shade))
+        for shade, path in sorted(shades.items())
+    ]
+    described = "; ".join(f"layer {i} from {min(row):.2f} to {max(row):.2f}" for i, row in enumerate(load_LE))
+    return svg(width, top + height * len(load_LE) + 4, *cells, *labels, label=f"load of experts: {described}")
+
+
+def _opacity(shade: int) -> float | None:
+    return abs(shade) / 4 if shade else None

@@ -12,6 +12,8 @@ from typing import Any
 from r1fast.observe.progress import ChainProgress, active_progress
 from r1fast.observe.trackers import Tracker
 
+TABLE_STEPS = 10  # a table may be large: 58 layers of 256 experts are 90 kB
+
 
 class StageLog:
     """Writes what one stage reports, on the main rank; on the others every call does nothing.
@@ -61,12 +63,18 @@ class StageLog:
         self._progress.begin_steps(self.stage_dir.name, self.total_steps, done=resume_step or 0)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record one step. Values are numbers or 0-d tensors; a non-finite one is stored as null."""
+        """Record one step. Values are numbers or 0-d tensors; a non-finite one is stored as null.
+
+        A value may also be a table, a list of lists of numbers: metrics.jsonl alone has it, of every tenth step.
+        """
         if not self.is_main:
             return
-        numbers = {name: float(value) for name, value in metrics.items() if value is not None}
-        row: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
+        tables = {name: value for name, value in metrics.items() if isinstance(value, list)}
+        numbers = {name: float(x) for name, x in metrics.items() if x is not None and name not in tables}
+        row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         row |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        if step == 1 or step % TABLE_STEPS == 0 or step == self.total_steps:
+            row |= {name: [[round(x, 3) for x in line] for line in table] for name, table in tables.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for tracker in self.trackers:

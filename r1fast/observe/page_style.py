@@ -59,6 +59,7 @@ svg .axis { stroke: var(--soft); stroke-width: 1; }
 svg .whisker { stroke: var(--text); stroke-width: 1.2; fill: none; opacity: 0.75; }
 svg .curve { fill: none; stroke: var(--c1); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 svg .raw { fill: none; stroke: var(--c1); stroke-width: 1; opacity: 0.28; }
+svg .even { fill: var(--rule); }
 svg .dot { fill: var(--c1); }
 svg.wide { min-width: 640px; }
 svg.counts { max-width: 640px; min-width: 420px; }

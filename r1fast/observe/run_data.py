@@ -29,6 +29,7 @@ class StageData:
     phases: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    expert_load: list[tuple[int, list[list[float]]]] = field(default_factory=list)  # (step, [L][E]), 1 = even
     samples: list[tuple[int, list[dict[str, Any]]]] = field(default_factory=list)
 
     @property
@@ -63,7 +64,9 @@ def load_run(run_dir: Path) -> RunData:
             "give the --output-dir of a run that has started"
         )
     for stage in stages:
-        stage.curves = _read_curves(run_dir / stage.name / "metrics.jsonl")
+        rows = _read_metrics(run_dir / stage.name / "metrics.jsonl")
+        stage.curves = _curves(rows)
+        stage.expert_load = [(step, row["moe/load"]) for step, row in rows.items() if row.get("moe/load")]
         stage.samples = _read_samples(run_dir / stage.name / "samples")
     recipe = summary.get("recipe") or config.get("name") or run_dir.resolve().name
     return RunData(run_dir, str(recipe), config_text, summary, stages)
@@ -125,8 +128,8 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Metric -> (step, value) pairs by step; of a step written twice (a resume) the last line counts."""
+def _read_metrics(path: Path) -> dict[int, dict[str, Any]]:
+    """Step -> its line, in order; of a step written twice (a resume) the last line counts."""
     if not path.exists():
         return {}
     rows: dict[int, dict[str, Any]] = {}
@@ -137,9 +140,14 @@ def _read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
             continue
         if isinstance(row, dict) and is_number(row.get("step")):
             rows[int(row["step"])] = row
+    return dict(sorted(rows.items()))
+
+
+def _curves(rows: dict[int, dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Metric -> (step, value) pairs."""
     curves: dict[str, list[tuple[int, float]]] = {}
-    for step in sorted(rows):
-        for name, value in rows[step].items():
+    for step, row in rows.items():
+        for name, value in row.items():
             if name not in ("step", "time") and is_number(value):
                 curves.setdefault(name, []).append((step, float(value)))
     return curves

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from r1fast.observe.charts import count_rows, legend, line_chart, phase_bar, phase_class
+from r1fast.observe.charts import count_rows, legend, line_chart, load_map, phase_bar, phase_class
 from r1fast.observe.formats import format_number, format_percent, format_seconds, interval, is_number, score
 from r1fast.observe.markup import Html, anchor, join, tag
 from r1fast.observe.overview import stage_phases
@@ -32,8 +32,8 @@ _LONGEST = 3500
 
 def stage_section(stage: StageData, number: int) -> Html:
     """Everything about one stage; parts without data are left out."""
-    parts = [_head(stage, number), _tables(stage), _kept(stage), _curves(stage), _samples(stage), _settings(stage)]
-    return tag("section", *parts, class_="card", id=anchor(stage.name))
+    parts = [_head(stage, number), _tables(stage), _kept(stage), _curves(stage), _expert_load(stage)]
+    return tag("section", *parts, _samples(stage), _settings(stage), class_="card", id=anchor(stage.name))
 
 
 def _head(stage: StageData, number: int) -> Html:
@@ -161,6 +161,16 @@ def _chart_grid(stage: StageData, names: Sequence[str]) -> Html:
         caption = tag("figcaption", tag("span", name, title=name), tag("span", format_number(points[-1][1])))
         figures.append(tag("figure", caption, line_chart(name, points)))
     return tag("div", *figures, class_="curves")
+
+
+def _expert_load(stage: StageData) -> Html | None:
+    """Which experts of each layer the tokens went to, at the first and the last step."""
+    if not stage.expert_load:
+        return None
+    steps = dict([stage.expert_load[0], stage.expert_load[-1]])
+    maps = [tag("figure", tag("figcaption", f"step {step}"), load_map(load)) for step, load in steps.items()]
+    key = legend([("c1", "less than an even share"), ("c2", "more")])
+    return join(tag("h3", "Load of experts, by layer"), tag("div", *maps, class_="columns"), key)
 
 
 def _samples(stage: StageData) -> Html | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ DEVICE_SYNC_STEPS = 8  # elsewhere: each look waits for the device
 
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
+_Sampled = tuple[list[int], list[float], np.ndarray | None]  # tokens, log-probs, experts of the inputs [., L, K]
 
 
 @dataclass
@@ -53,6 +55,36 @@ class _Rows:
         )
 
 
+@dataclass
+class _Wave:
+    """What a wave has sampled: meaningful up to each row's first stop token."""
+
+    ids_NS: Tensor  # int64 [N, max_tokens]
+    logprobs_NS: Tensor  # fp32
+    routed_NSLK: Tensor | None = None  # int16, the experts of token s where it was an input
+
+    def record(self, rows_B: Tensor, step: int, expert_ids_BLK: Tensor) -> None:
+        if self.routed_NSLK is None:
+            self.routed_NSLK = expert_ids_BLK.new_zeros(
+                *self.ids_NS.shape, *expert_ids_BLK.shape[1:], dtype=torch.int16
+            )
+        self.routed_NSLK[rows_B, step] = expert_ids_BLK.to(torch.int16)
+
+    def cut(self, stop_ids: list[int], routed_prompts: list[np.ndarray]) -> Iterator[_Sampled]:
+        """Each row's tokens and log-probs up to and with its first stop token, and its experts of all but the last."""
+        num_rows, max_tokens = self.ids_NS.shape
+        stop_ids_X = torch.tensor(stop_ids, dtype=torch.int64, device=self.ids_NS.device)
+        is_stop_NS = torch.isin(self.ids_NS, stop_ids_X)
+        lengths_N = torch.where(is_stop_NS.any(1), is_stop_NS.int().argmax(1) + 1, max_tokens)
+        routed_NSLK = None if self.routed_NSLK is None else self.routed_NSLK.cpu().numpy()
+        columns = self.ids_NS.tolist(), self.logprobs_NS.tolist(), lengths_N.tolist(), range(num_rows)
+        for ids, logprobs, length, n in zip(*columns):
+            routed = routed_prompts[n] if routed_prompts else None
+            if routed is not None and routed_NSLK is not None:
+                routed = np.concatenate([routed, routed_NSLK[n, : length - 1]])
+            yield ids[:length], logprobs[:length], routed
+
+
 class RolloutEngine:
     """Samples completions from `model`, a Decoder whose parameters are plain tensors while `generate` runs.
 
@@ -60,6 +92,7 @@ class RolloutEngine:
     max_num_seqs: rows decoded at the same time; a step reads the weights once for all of them, so decode wide.
     max_model_len: longest prompt + completion in tokens; default: the model's max_position_embeddings.
     impl: which implementation its ops run ("reference", "cpp", "triton"); default: the best on the device.
+    enable_return_routed_experts: completions say which experts each token went to, for an update to replay them.
     """
 
     def __init__(
@@ -69,6 +102,7 @@ class RolloutEngine:
         max_num_seqs: int = 256,
         max_model_len: int | None = None,
         impl: str | None = None,
+        enable_return_routed_experts: bool = False,
     ) -> None:
         if model.scalar_head:
             raise ValueError("the model is a reward model (a `score` head); expected a language model")
@@ -84,6 +118,9 @@ class RolloutEngine:
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len or limit
         self.impl = impl
+        if enable_return_routed_experts and not any(True for _ in model.moe_layers()):
+            raise ValueError("enable_return_routed_experts: the model has no mixture-of-experts layer")
+        self.enable_return_routed_experts = enable_return_routed_experts
 
     @torch.no_grad()  # not inference_mode: its tensors may not take part in autograd later, and FSDP keeps some
     def generate(
@@ -112,13 +149,13 @@ class RolloutEngine:
         stop_ids = self._stop_ids(params)
         was_training = self.model.training
         self.model.eval()
-        sampled: list[tuple[list[int], list[float]]] = []
+        sampled: list[_Sampled] = []
         try:
             for samples in _waves(num_total, params.n, self.max_num_seqs):
                 finished = _Counter(on_progress, samples.start, num_total)
-                rows, logits_BV = self._prefill(samples, prompt_ids, sequence_ids, params)
-                ids_NS, logprobs_NS = self._decode(rows, logits_BV, params, stop_ids, finished)
-                sampled += _cut(ids_NS, logprobs_NS, stop_ids)
+                rows, logits_BV, routed_prompts = self._prefill(samples, prompt_ids, sequence_ids, params)
+                wave = self._decode(rows, logits_BV, params, stop_ids, finished)
+                sampled += wave.cut(stop_ids, routed_prompts)
         finally:
             self.model.train(was_training)
 
@@ -127,8 +164,11 @@ class RolloutEngine:
 
     def _prefill(
         self, samples: range, prompt_ids: list[list[int]], sequence_ids: Sequence[int], params: SamplingParams
-    ) -> tuple[_Rows, Tensor]:
-        """Run the wave's distinct prompts once, packed; returns one row per sample and the logits of its next token."""
+    ) -> tuple[_Rows, Tensor, list[np.ndarray]]:
+        """Run the wave's distinct prompts once, packed.
+
+        Returns one row per sample, the logits of its next token, and the experts of its prompt [P, L, K] if recorded.
+        """
         weight_VD = self.model.embed_tokens.weight
         device = weight_VD.device
         prompt_of_row = [sample // params.n for sample in samples]
@@ -163,25 +203,33 @@ class RolloutEngine:
             positions_B=lengths_P.to(device)[fan_out_B],
             stopped_B=torch.zeros(len(samples), dtype=torch.bool, device=device),
         )
-        return rows, logits_PV[fan_out_B]
+        routed_prompts: list[np.ndarray] = []
+        if self.enable_return_routed_experts:
+            parts = np.split(
+                self.model.last_expert_ids().to(torch.int16).cpu().numpy(), lengths_P.cumsum(0)[:-1].numpy()
+            )
+            routed_prompts = [parts[row_of_prompt[p]] for p in prompt_of_row]
+        return rows, logits_PV[fan_out_B], routed_prompts
 
     def _decode(
         self, rows: _Rows, logits_BV: Tensor, params: SamplingParams, stop_ids: list[int], finished: "_Counter"
-    ) -> tuple[Tensor, Tensor]:
-        """The step loop: int64 ids and fp32 log-probs [N, max_tokens], meaningful up to each row's first stop token."""
+    ) -> "_Wave":
+        """The step loop."""
         device = logits_BV.device
         sync_steps = SYNC_STEPS.get(device.type, DEVICE_SYNC_STEPS)
         num_rows = logits_BV.shape[0]
         stop_ids_X = torch.tensor(stop_ids, dtype=torch.int64, device=device)
         is_stop_V = torch.zeros(logits_BV.shape[1], dtype=torch.bool, device=device).index_fill_(0, stop_ids_X, True)
-        ids_NS = torch.zeros(num_rows, params.max_tokens, dtype=torch.int64, device=device)
-        logprobs_NS = torch.zeros(num_rows, params.max_tokens, device=device)
+        wave = _Wave(
+            torch.zeros(num_rows, params.max_tokens, dtype=torch.int64, device=device),
+            torch.zeros(num_rows, params.max_tokens, device=device),
+        )
 
         for step in range(params.max_tokens):
             banned_X = stop_ids_X if step < params.min_tokens else None
             ids_B, logprobs_B = _sample(logits_BV, params, fold_in(rows.keys_B, rows.positions_B), banned_X, self.impl)
-            ids_NS[rows.output_rows_B, step] = ids_B
-            logprobs_NS[rows.output_rows_B, step] = logprobs_B
+            wave.ids_NS[rows.output_rows_B, step] = ids_B
+            wave.logprobs_NS[rows.output_rows_B, step] = logprobs_B
             rows.stopped_B |= is_stop_V[ids_B]
 
             if step + 1 == params.max_tokens:
@@ -196,8 +244,10 @@ class RolloutEngine:
                     rows, ids_B = rows.keep(index_B), ids_B[index_B]
             logits_BV = self.model.decode(ids_B, rows.positions_B, rows.cache)
             rows.positions_B += 1
+            if self.enable_return_routed_experts:
+                wave.record(rows.output_rows_B, step, self.model.last_expert_ids())
         finished.report(num_rows)
-        return ids_NS, logprobs_NS
+        return wave
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         if isinstance(prompts, str):
@@ -244,13 +294,13 @@ class RolloutEngine:
             )
         return sorted(i for i in stop_ids if i < vocab_size)
 
-    def _completions(self, sampled: list[tuple[list[int], list[float]]], stop_ids: list[int]) -> list[Completion]:
+    def _completions(self, sampled: list[_Sampled], stop_ids: list[int]) -> list[Completion]:
         stops = set(stop_ids)
-        stopped = [ids[-1] in stops for ids, _ in sampled]
-        texts = self._texts([ids[:-1] if end else ids for (ids, _), end in zip(sampled, stopped)])
+        stopped = [ids[-1] in stops for ids, _, _ in sampled]
+        texts = self._texts([ids[:-1] if end else ids for (ids, _, _), end in zip(sampled, stopped)])
         return [
-            Completion(text, ids, logprobs, "stop" if end else "length")
-            for text, (ids, logprobs), end in zip(texts, sampled, stopped)
+            Completion(text, ids, logprobs, "stop" if end else "length", routed)
+            for text, (ids, logprobs, routed), end in zip(texts, sampled, stopped)
         ]
 
     def _texts(self, ids: list[list[int]]) -> list[str]:
@@ -300,12 +350,3 @@ def _sample(
     # The trainer knows nothing of the ban: its log-prob, and so the ratio, is that of the distribution without it.
     logprobs_B = selective_logprobs(logits_BV, ids_B, temperature=params.temperature or 1.0, impl=impl)
     return ids_B, cast(Tensor, logprobs_B)
-
-
-def _cut(ids_NS: Tensor, logprobs_NS: Tensor, stop_ids: list[int]) -> Iterator[tuple[list[int], list[float]]]:
-    """Each row's tokens and log-probs up to and with its first stop token."""
-    max_tokens = ids_NS.shape[1]
-    is_stop_NS = torch.isin(ids_NS, torch.tensor(stop_ids, dtype=torch.int64, device=ids_NS.device))
-    lengths_N = torch.where(is_stop_NS.any(1), is_stop_NS.int().argmax(1) + 1, max_tokens)
-    for ids, logprobs, length in zip(ids_NS.tolist(), logprobs_NS.tolist(), lengths_N.tolist()):
-        yield ids[:length], logprobs[:length]

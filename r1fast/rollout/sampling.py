@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,13 +68,15 @@ class Completion:
     token_ids hold the sampled tokens with the stop token, because the trainer learns from it; text leaves out the stop
     token and every end-of-sequence, padding and beginning-of-sequence token, and keeps all other special tokens (tags
     such as `<think>` may be special). logprobs are those of the untruncated tempered distribution, of the untempered
-    one when greedy. finish_reason: "stop" if a stop token ended it, "length" if max_tokens did.
+    one when greedy. finish_reason: "stop" if a stop token ended it, "length" if max_tokens did. routed_experts: int16
+    [prompt + completion - 1, L, K], the experts of every token but the last in each of the L MoE layers, if asked for.
     """
 
     text: str
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
+    routed_experts: np.ndarray | None = None
 
 
 def sample_keys(seed: int, sequence_ids_N: Tensor, sample_ids_N: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,11 +19,15 @@ from r1fast.data.templates import RESPONSE_FORMATS, render_prompt
 
 @dataclass(slots=True)
 class Example:
-    """A prompt and what follows it. values: per completion token (lists) or per sequence (numbers), for the loss."""
+    """A prompt and what follows it. values: per completion token (lists) or per sequence (numbers), for the loss.
+
+    routed_experts: [num_inputs, L, K], where the sampler recorded them; of all examples of a step, or of none.
+    """
 
     prompt_ids: list[int]
     completion_ids: list[int]
     values: dict[str, Any] = field(default_factory=dict)
+    routed_experts: np.ndarray | None = None
 
     @property
     def num_inputs(self) -> int:
@@ -37,6 +42,7 @@ class Batch:
     target_ids_M: Tensor
     loss_cu_seqlens: Tensor  # int32 [N + 1], of the learned tokens
     values: dict[str, Tensor]
+    routed_TLK: Tensor | None = None  # int64, the experts that the sampler took
 
 
 def collate(examples: Sequence[Example], device: torch.device) -> Batch:
@@ -58,6 +64,7 @@ def collate(examples: Sequence[Example], device: torch.device) -> Batch:
         column = [example.values[name] for example in examples]
         flat = [x for xs in column for x in xs] if isinstance(column[0], list) else column
         values[name] = torch.tensor(flat, dtype=torch.float32, device=device)
+    routed = [example.routed_experts for example in examples if example.routed_experts is not None]
     return Batch(
         torch.tensor(inputs, dtype=torch.long, device=device),
         torch.tensor(ends, dtype=torch.int32, device=device),
@@ -65,6 +72,7 @@ def collate(examples: Sequence[Example], device: torch.device) -> Batch:
         torch.tensor(targets, dtype=torch.long, device=device),
         torch.tensor(loss_ends, dtype=torch.int32, device=device),
         values,
+        torch.from_numpy(np.concatenate(routed)).to(device, torch.int64) if routed else None,
     )
 
 

@@ -100,9 +100,9 @@ class Learner:
 
     def __init__(self, ctx: StageContext, policy: Decoder, tokenizer: Any, scorer: Scorer) -> None:
         self.ctx, self.stage, self.policy, self.scorer = ctx, ctx.stage, policy, scorer
-        self.sampler = Sampler(ctx, policy, tokenizer)
+        self.sampler = Sampler(ctx, policy, tokenizer, record=True)
         updates = self.stage.max_steps * self.stage.steps_per_generation * self.stage.num_iterations
-        self.trainer = Trainer(ctx, policy, updates)
+        self.trainer = Trainer(ctx, policy, updates, router_replay=self.stage.router_replay)
         self.reward_models = RewardModels(ctx, self.stage.reward_models, self.stage.response_format)
         self.weights = scorer.weights | self.reward_models.weights
         self.reference: Decoder | None = None
@@ -168,15 +168,15 @@ class Learner:
             keep = not (stage.mask_truncated_completions and sample.finish_reason == "length")
             values = {"advantage": sample.advantage, "sampler": sample.sampler_logprobs}
             values["mask"] = [float(keep)] * len(sample.completion_ids)
-            examples.append(Example(sample.prompt_ids, sample.completion_ids, values))
+            examples.append(Example(sample.prompt_ids, sample.completion_ids, values, sample.routed_experts))
         with self.ctx.phase("logprobs"):
             if stage.steps_per_generation * stage.num_iterations > 1:
-                self._fill(examples, "old", self.policy)
+                self._fill(examples, "old", self.policy, router_replay=stage.router_replay)
             if self.reference is not None:
                 self._fill(examples, "ref", self.reference)
         return examples
 
-    def _fill(self, examples: list[Example], name: str, model: Decoder) -> None:
+    def _fill(self, examples: list[Example], name: str, model: Decoder, *, router_replay: bool = False) -> None:
         def head(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
             return linear_logprobs(  # type: ignore[return-value]
                 hidden_TD.index_select(0, batch.loss_index_M),
@@ -186,7 +186,7 @@ class Learner:
                 impl=self.ctx.recipe.kernels.impl,
             )
 
-        found = map_packed(self.ctx, model, examples, head, per_token=True)
+        found = map_packed(self.ctx, model, examples, head, per_token=True, router_replay=router_replay)
         for example, logprobs in zip(examples, found, strict=True):
             example.values[name] = logprobs
 
@@ -203,10 +203,7 @@ class Learner:
                 with self.ctx.phase("update"):
                     history.append(self.trainer.update(self._active(chosen), policy_loss(chosen, self.ctx)))
                 self._refresh_reference()
-        return {
-            name: float((max if name.endswith("/max") else np.mean)([m[name] for m in history if name in m]))  # type: ignore[operator]
-            for name in history[-1]
-        }
+        return {name: _over_updates(name, [m[name] for m in history if name in m]) for name in history[-1]}
 
     def _refresh_reference(self) -> None:
         every = self.stage.ref_model_sync_steps
@@ -218,6 +215,11 @@ class Learner:
         if not self.stage.skip_zero_variance_groups:
             return examples
         return [example for example in examples if example.values["advantage"] != 0.0] or examples[:1]
+
+
+def _over_updates(name: str, values: list[Any]) -> Any:
+    """One metric over the updates of a rollout; the load of experts is a table."""
+    return max(values) if name.endswith("/max") else np.mean(values, axis=0).tolist()
 
 
 def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from r1fast.config import ConfigError
 from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.dist.parallelize import generation_phase
@@ -26,6 +28,7 @@ class Sample:
     finish_reason: str
     text: str
     prefilled: bool  # the prompt opened the reasoning
+    routed_experts: np.ndarray | None = None  # of every token but the last: [., L, K]
     rewards: dict[str, float] = field(default_factory=dict)  # by name; nan = does not apply
     failed: bool = False  # a reward's call failed
     reward: float = float("nan")  # weighted sum; nan = unscorable
@@ -35,11 +38,18 @@ class Sample:
 class Sampler:
     """Generates from a sharded model, each rank its share of the prompts."""
 
-    def __init__(self, ctx: StageContext, model: Decoder, tokenizer: Any, options: Any | None = None) -> None:
+    def __init__(
+        self, ctx: StageContext, model: Decoder, tokenizer: Any, options: Any | None = None, *, record: bool = False
+    ) -> None:
+        """record: samples of a mixture of experts say which experts each token went to."""
         self.ctx, self.model, self.tokenizer = ctx, model, tokenizer
         self.options = options or ctx.stage  # prompt_template, response_format, lengths
         self.engine = RolloutEngine(
-            model, tokenizer, max_num_seqs=ctx.recipe.rollout.max_num_seqs, impl=ctx.recipe.kernels.impl
+            model,
+            tokenizer,
+            max_num_seqs=ctx.recipe.rollout.max_num_seqs,
+            impl=ctx.recipe.kernels.impl,
+            enable_return_routed_experts=record and any(True for _ in model.moe_layers()),
         )
 
     def encode(self, rows: Sequence[dict]) -> list[Prompt]:
@@ -72,14 +82,14 @@ class Sampler:
                 [prompts[i].ids for i in mine], params, sequence_ids=[first_id + i for i in mine]
             )
         local = {
-            i: [(c.token_ids, c.logprobs, c.finish_reason, c.text) for c in completions]
+            i: [(c.token_ids, c.logprobs, c.finish_reason, c.text, c.routed_experts) for c in completions]
             for i, completions in zip(mine, outputs, strict=True)
         }
         merged = {i: found for part in dist.all_gather_objects(local) for i, found in part.items()}
         return [
-            Sample(rows[i], i, prompt.ids, ids, logprobs, finish_reason, text, prompt.prefilled)
+            Sample(rows[i], i, prompt.ids, ids, logprobs, finish_reason, text, prompt.prefilled, routed_experts=routed)
             for i, prompt in enumerate(prompts)
-            for ids, logprobs, finish_reason, text in merged[i]
+            for ids, logprobs, finish_reason, text, routed in merged[i]
         ]
 
 

@@ -30,14 +30,10 @@ LossFn = Callable[[Batch, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 class Trainer:
     """A sharded model, its optimizer and schedule, and the count of steps taken."""
 
-    def __init__(self, ctx: StageContext, model: Decoder, total_steps: int) -> None:
+    def __init__(self, ctx: StageContext, model: Decoder, total_steps: int, *, router_replay: bool = False) -> None:
         options = ctx.stage
-        biased = all(layer.gate.e_score_correction_bias is not None for layer in model.moe_layers())
-        if options.router_bias_update_rate > 0 and not biased:
-            raise ConfigError(
-                f"stages.{options.name}.router_bias_update_rate = {options.router_bias_update_rate}: the router of "
-                f"{model.config.model_type} has no bias; leave it at 0"
-            )
+        check_router_options(options, model, router_replay)
+        self.router_replay = router_replay
         self.ctx, self.model, self.total_steps = ctx, model, total_steps
         self.optimizer = build_optimizer(
             model,
@@ -58,6 +54,7 @@ class Trainer:
         """
         self.model.train()
         batches = self._my_batches([examples[i : i + together] for i in range(0, len(examples), together)])
+        self._begin_balance(len(examples))
         totals: dict[str, Tensor] = {}
         for batch in batches:
             loss, found = self._forward(batch, loss_fn)
@@ -74,7 +71,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return metrics | self._update_router_bias()
+        return metrics | self._end_balance()
 
     def restore(self) -> dict[str, Any]:
         """Load the newest complete checkpoint of the stage, if any; returns what was saved beside the model."""
@@ -113,8 +110,13 @@ class Trainer:
             loss, metrics = self.model(batch.input_ids_T, batch.cu_seqlens, head=partial(_no_loss, batch))
             self.model.train()
             return loss, metrics
-        head = partial(loss_fn, batch)
-        return self.model(batch.input_ids_T, batch.cu_seqlens, head=head)
+        replayed = batch.routed_TLK if self.router_replay else None
+        loss, metrics = self.model(
+            batch.input_ids_T, batch.cu_seqlens, head=partial(loss_fn, batch), replay_ids_TLK=replayed
+        )
+        if batch.routed_TLK is not None and not self.router_replay:
+            metrics["moe/changed_routings"] = changed_routings(self.model.last_expert_ids(), batch.routed_TLK)
+        return loss, metrics
 
     def _set_lr(self) -> float:
         options = self.ctx.stage
@@ -144,9 +146,20 @@ class Trainer:
                 out[name] = sum(value for value, _ in parts) / max(sum(weight for _, weight in parts), 1.0)
         return out
 
+    def _begin_balance(self, num_sequences: int) -> None:
+        """The balance loss is a mean over the sequences of the step, as every loss is, and a sum over layers."""
+        coefficient = self.ctx.stage.router_aux_loss_coef
+        for layer in self.model.moe_layers():
+            scale = torch.tensor(coefficient / num_sequences, device=self.ctx.dist.device)
+            layer.balance_scale = scale if coefficient > 0 else None
+            layer.last_balance = torch.zeros_like(layer.last_balance)
+
     @torch.no_grad()
-    def _update_router_bias(self) -> dict[str, float]:
-        """V3's balance rule (2412.19437, section 2.1.2): b += rate * sign(mean load - load), from global counts."""
+    def _end_balance(self) -> dict[str, Any]:
+        """Load metrics, and V3's balance rule (2412.19437, section 2.1.2): b += rate * sign(mean load - load).
+
+        Both from global counts. moe/load [L][E] is relative to an even load of 1.
+        """
         layers = list(self.model.moe_layers())
         if not layers:
             return {}
@@ -156,7 +169,38 @@ class Trainer:
             if rate > 0:
                 layer.gate.e_score_correction_bias += rate * torch.sign(counts_E.mean() - counts_E)
             layer.last_counts = torch.zeros_like(layer.last_counts)
-        return {"moe/max_violation": float((counts_LE.amax(1) / counts_LE.mean(1)).mean() - 1)}
+        load_LE = counts_LE / counts_LE.mean(1, keepdim=True)
+        metrics: dict[str, Any] = {
+            "moe/max_violation": float(load_LE.amax(1).mean() - 1), "moe/load": load_LE.tolist()
+        }  # fmt: skip
+        if (scale := layers[0].balance_scale) is not None:
+            scaled = scale * torch.stack([layer.last_balance for layer in layers]).sum()
+            metrics["moe/aux_loss"] = float(self.ctx.dist.all_reduce_sum(scaled))
+        return metrics
+
+
+def check_router_options(options: Any, model: Decoder, router_replay: bool) -> None:
+    layers = list(model.moe_layers())
+    for name, value in (
+        ("router_bias_update_rate", options.router_bias_update_rate),
+        ("router_aux_loss_coef", options.router_aux_loss_coef),
+        ("router_replay", router_replay),
+    ):
+        if value and not layers:
+            raise ConfigError(
+                f"stages.{options.name}.{name} = {value}: {model.config.model_type} has no router; drop it"
+            )
+    if options.router_bias_update_rate > 0 and any(layer.gate.e_score_correction_bias is None for layer in layers):
+        raise ConfigError(
+            f"stages.{options.name}.router_bias_update_rate = {options.router_bias_update_rate}: the router of "
+            f"{model.config.model_type} has no bias; leave it at 0"
+        )
+
+
+def changed_routings(expert_ids_TLK: Tensor, recorded_TLK: Tensor) -> Tensor:
+    """Share of (token, layer) pairs that go to another set of experts than the sampler's did."""
+    changed_TL = (expert_ids_TLK.sort(-1).values != recorded_TLK.sort(-1).values).any(-1)
+    return changed_TL.float().mean()
 
 
 def share(units: Sequence[Sequence[Example]], ctx: StageContext) -> list[list[int]]:
@@ -194,10 +238,12 @@ def map_packed(
     head: Callable[[Batch, Tensor, Tensor], Tensor],
     *,
     per_token: bool,
+    router_replay: bool = False,
 ) -> list[Any]:
     """Forward only: head's values for each example, on every rank, in order: a list per example, or one number.
 
-    head returns a value per learned token, or per sequence where per_token is False.
+    head returns a value per learned token, or per sequence where per_token is False. router_replay: with the experts
+    that the sampler took.
     """
     dist = ctx.dist
     model.eval()
@@ -207,7 +253,9 @@ def map_packed(
     for turn in range(most):
         group = groups[turn] if turn < len(groups) else []
         batch = collate([examples[i] for i in group], dist.device) if group else empty_batch(dist.device)
-        values = model(batch.input_ids_T, batch.cu_seqlens, head=partial(head, batch)).float().tolist()
+        replayed = batch.routed_TLK if router_replay else None
+        values = model(batch.input_ids_T, batch.cu_seqlens, head=partial(head, batch), replay_ids_TLK=replayed)
+        values = values.float().tolist()
         ends = batch.loss_cu_seqlens.tolist()
         for place, i in enumerate(group):
             results[i] = values[ends[place] : ends[place + 1]] if per_token else values[place]

@@ -116,7 +116,10 @@ def _write_steps(
 ) -> None:
     with StageLog(folder, total_steps=total) as log:
         for step in range(1, done + 1):
-            log.log(step, _metrics(kind, step / total, step, noise, accuracy, language))
+            load = (
+                {"moe/load": [[2 ** noise.gauss(0, 0.9) for _ in range(8)] for _ in range(2)]} if kind == "grpo" else {}
+            )
+            log.log(step, _metrics(kind, step / total, step, noise, accuracy, language) | load)
             if kind == "grpo" and step in (1, total // 2, total):
                 log.samples(step, [_sample(i, noise) for i in range(8)])
 

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from r1fast.observe.charts import count_rows, line_chart, nice_ticks, score_bars, smooth, thin, time_rows
+from r1fast.observe.charts import count_rows, line_chart, load_map, nice_ticks, score_bars, smooth, thin, time_rows
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,22 @@ def test_count_rows_label_counts_and_shares() -> None:
 
 def test_smooth_does_not_jump_to_an_outlier_at_the_end() -> None:
     assert abs(smooth([0.0] * 100 + [1.0])[-1]) < 0.7
+
+
+@pytest.mark.parametrize(("num_layers", "num_experts"), [(1, 1), (2, 8), (58, 256)])
+def test_load_map_has_a_cell_per_expert_inside_its_frame(num_layers: int, num_experts: int) -> None:
+    load = [[2.0 ** ((i + e) % 9 - 4) for e in range(num_experts)] for i in range(num_layers)]
+    load[0][0] = 0.0  # nobody came
+    drawing = ET.fromstring(load_map(load))
+    _, _, width, height = (float(x) for x in drawing.get("viewBox", "").split())
+    cells = [re.findall(r"M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)", path.get("d", "")) for path in drawing.iter("path")]
+    assert sum(len(of_shade) for of_shade in cells) == num_layers * num_experts
+    for x, y, w, h in (map(float, cell) for of_shade in cells for cell in of_shade):
+        assert 0 < x < x + w < width and 0 < y < y + h < height
+
+
+def test_load_map_shades_by_distance_from_even() -> None:
+    drawing = ET.fromstring(load_map([[0.0, 0.5, 1.0, 1.1, 2.0, 9.0]]))
+    shades = [(path.get("class"), path.get("fill-opacity")) for path in drawing.iter("path")]
+    assert shades == [("c1", "1"), ("c1", "0.5"), ("even", None), ("c2", "0.5"), ("c2", "1")]
+    assert [text.text for text in drawing.iter("text")] == ["0", "max 9.00"]

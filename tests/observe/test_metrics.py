@@ -106,3 +106,14 @@ def test_console_has_one_line_per_step_when_stderr_is_no_terminal(
 def test_logging_steps_must_be_positive(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="logging_steps: got 0, expected at least 1"):
         StageLog(tmp_path, logging_steps=0)
+
+
+def test_tables_are_kept_of_every_tenth_step(tmp_path: Path) -> None:
+    tracker = _Recorder()
+    with StageLog(tmp_path / "zero", total_steps=13, trackers=[tracker]) as log:
+        for step in range(1, 14):
+            log.log(step, {"reward": 0.5, "moe/load": [[1.23456, 0.5], [1.0, 2.0]]})
+    rows = _lines(tmp_path / "zero" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "moe/load" in row] == [1, 10, 13]
+    assert rows[0]["moe/load"] == [[1.235, 0.5], [1.0, 2.0]]
+    assert all(metrics == {"reward": 0.5} for _, _, metrics in tracker.rows)

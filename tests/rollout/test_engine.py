@@ -203,7 +203,7 @@ def test_string_prompts_are_encoded(llama: RolloutEngine) -> None:
 def test_text_keeps_tags_and_drops_eos_pad_bos(llama: RolloutEngine) -> None:
     engine = RolloutEngine(llama.model, llama.tokenizer)
     tag, two = 3, llama.tokenizer.convert_tokens_to_ids("2")
-    sampled = [([two, tag, 0, two, 1, 2], [0.0] * 6), ([two, 2, two], [0.0] * 3), ([two, tag], [0.0] * 2)]
+    sampled = [(ids, [0.0] * len(ids), None) for ids in ([two, tag, 0, two, 1, 2], [two, 2, two], [two, tag])]
     completions = engine._completions(sampled, stop_ids=[2])
     joined = [completion.text.replace(" ", "") for completion in completions]
     assert joined == [f"2{TAG}2", "22", f"2{TAG}"]
@@ -249,3 +249,28 @@ def test_gpu_matches_cpu_greedy(checkpoints: dict[str, Path], family: str) -> No
         engine = RolloutEngine(*load_model(checkpoints[family], dtype=torch.float32, device=device))
         results.append([c.token_ids for group in engine.generate(PROMPTS, params) for c in group])
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe"])
+def test_recorded_experts_are_those_of_a_forward_pass(checkpoints: dict[str, Path], name: str) -> None:
+    """For every token but the last, whatever rows were dropped on the way; and not recorded unless asked for."""
+    model, _ = load_model(checkpoints[name], dtype=torch.float32)
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    params = SamplingParams(n=5, max_tokens=9, temperature=1.0, stop_token_ids=list(range(20, 30)))
+    recording = RolloutEngine(model, None, max_num_seqs=10, enable_return_routed_experts=True)
+    outputs = recording.generate(prompts, params)
+    for prompt, completions in zip(prompts, outputs, strict=True):
+        for completion in completions:
+            tokens = torch.tensor([*prompt, *completion.token_ids[:-1]])
+            model(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32))
+            assert completion.routed_experts is not None
+            assert torch.equal(torch.from_numpy(completion.routed_experts).long(), model.last_expert_ids())
+    assert len({len(c.token_ids) for completions in outputs for c in completions}) > 3
+    plain = RolloutEngine(model, None, max_num_seqs=10).generate(prompts, params)
+    assert [c.token_ids for cs in plain for c in cs] == [c.token_ids for cs in outputs for c in cs]
+    assert plain[0][0].routed_experts is None
+
+
+def test_a_dense_model_records_no_experts(llama: RolloutEngine) -> None:
+    with pytest.raises(ValueError, match="no mixture-of-experts layer"):
+        RolloutEngine(llama.model, None, enable_return_routed_experts=True)

@@ -20,7 +20,10 @@ from r1fast.stages.sampling import Sample, Sampler
 from r1fast.stages.sft import cross_entropy
 from r1fast.stages.training import Trainer, share
 
-SFT = {"name": "sft", "kind": "sft", "train_files": ["-"], "router_bias_update_rate": 0.01}
+SFT = {
+    "name": "sft", "kind": "sft", "train_files": ["-"], "router_bias_update_rate": 0.01,
+    "router_aux_loss_coef": 0.1,
+}  # fmt: skip
 GRPO = {
     "name": "grpo", "kind": "grpo", "train_files": ["-"], "rewards": {"length": 1.0}, "num_generations": 4,
     "prompts_per_step": 3, "max_completion_length": 12, "max_prompt_length": 16, "prompt_template": "plain",
@@ -104,6 +107,10 @@ def samples(options: dict[str, Any]) -> list[Sample]:
             noise = 0.2 * torch.randn(length, generator=generator) - 5.0
             finish = "length" if length > 9 else "stop"
             sample = Sample({"prompt": "-"}, group, prompt, ids(length, generator), noise.tolist(), finish, "", False)
+            inputs = len(prompt) + length - 1
+            if options.get("router_replay"):  # an MoE layer, two of four experts
+                order = torch.rand(inputs, 1, 4, generator=generator).argsort(-1)
+                sample.routed_experts = order[..., :2].to(torch.int16).numpy()
             sample.reward = 1.0 if same else float(torch.rand((), generator=generator)) + place
             found.append(sample)
     return found
@@ -118,8 +125,8 @@ class NoScorer:
 
 def grpo(dist: Dist, model: str, options: dict[str, Any]) -> dict[str, Any]:
     """From rewards on: advantages, log-probs of old policy and reference, updates."""
-    same = {"same_rewards": options.get("same_rewards", False)}
-    ctx = context({**GRPO, **{key: value for key, value in options.items() if key not in same}}, dist, model)
+    same = {name: options.get(name, False) for name in ("same_rewards", "router_replay")}
+    ctx = context({**GRPO, **{key: value for key, value in options.items() if key != "same_rewards"}}, dist, model)
     decoder, tokenizer = ctx.load(model, trainable=True)
     learner = Learner(ctx, decoder, tokenizer, NoScorer())  # type: ignore[arg-type]
     if learner.reference is not None:
@@ -164,6 +171,12 @@ CASES: dict[str, Callable[[Dist, str], dict[str, Any]]] = {
             "dapo": {"beta": 0.1, "mask_truncated_completions": True, "steps_per_generation": 2, "epsilon_high": 0.3},
             "cispo": {"beta": 0.0, "epsilon_high": 5.0, "num_iterations": 2, "scale_rewards": "batch"},
         }.items()
+    },
+    **{
+        f"grpo-replayed{suffix}": (
+            lambda dist, model, o=cut: grpo(dist, model, {**o, "router_replay": True, "num_iterations": 2})
+        )
+        for suffix, cut in (("", WHOLE), ("-micro", SMALL))
     },
     # one group of three has a gradient; and with one example a rank gets nothing
     "grpo-skipped": lambda dist, model: grpo(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,7 +44,8 @@ def difference(got: dict[str, Any], expected: dict[str, Any]) -> float:
     """The largest relative error of the loss and of any parameter's gradient (in norm), over all updates."""
     assert len(got["gradients"]) == len(expected["gradients"]) > 0
     loss = expected["metrics"]["loss"]
-    errors = [abs(got["metrics"]["loss"] - loss) / max(abs(loss), 1e-3)]
+    # On-policy, a loss is a sum of terms around 1 of both signs: fp32 knows it to 1e-7 of these, not of what is left.
+    errors = [abs(got["metrics"]["loss"] - loss) / max(abs(loss), 0.1)]
     for ours, theirs in zip(got["gradients"], expected["gradients"], strict=True):
         assert ours.keys() == theirs.keys()
         whole = torch.cat([grad.flatten() for grad in theirs.values()]).norm()
@@ -52,8 +54,10 @@ def difference(got: dict[str, Any], expected: dict[str, Any]) -> float:
     return max(errors)
 
 
-def assert_same_metrics(got: dict[str, float], expected: dict[str, float]) -> None:
-    assert got == pytest.approx(expected, rel=1e-5, abs=1e-6)
+def assert_same_metrics(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert got.keys() == expected.keys()
+    for name in got:
+        assert np.asarray(got[name]) == pytest.approx(np.asarray(expected[name]), rel=1e-5, abs=1e-6), name
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -1,0 +1,102 @@
+"""Routing as a training step sees it: replayed experts, the balance loss, what is counted."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from r1fast.models.attention import AttentionPlan
+from r1fast.models.moe import AddLoss, sequence_balance_loss
+from r1fast.stages.training import changed_routings
+from tests.models.conftest import Checkpoint
+
+MakeCheckpoint = Callable[[str], Checkpoint]
+Pack = Callable[[list[Tensor]], tuple[Tensor, Tensor]]
+LENGTHS = [5, 1, 0, 9]
+NUM_EXPERTS, TOP_K = 6, 2
+
+
+def routed(num_tokens: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(num_tokens, NUM_EXPERTS, generator=generator, dtype=torch.float64)
+    return logits.requires_grad_(), logits.detach().topk(TOP_K).indices
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+def test_balance_loss_is_the_papers(scoring: str) -> None:
+    """Equations 17 to 20 of the V3 report, one sequence, expert and token at a time."""
+    logits, ids = routed(sum(LENGTHS))
+    plan = AttentionPlan(torch.tensor([0, *LENGTHS]).cumsum(0), sum(LENGTHS), torch.device("cpu"))
+    loss = sequence_balance_loss(logits, ids, plan.cu_seqlens.diff().long(), plan.rows_T, scoring)
+    want, first = torch.zeros((), dtype=torch.float64), 0
+    for length in LENGTHS:
+        tokens = range(first, first + length)
+        first += length
+        for expert in range(NUM_EXPERTS):
+            fraction, share = 0.0, torch.zeros((), dtype=torch.float64)
+            for t in tokens:
+                scores = logits[t].sigmoid() if scoring == "sigmoid" else logits[t].softmax(0)
+                fraction += NUM_EXPERTS / (TOP_K * length) * (expert in ids[t].tolist())
+                share = share + scores[expert] / scores.sum() / length
+            want = want + fraction * share
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(want, logits))
+
+
+def test_an_even_load_has_balance_loss_1_a_sequence() -> None:
+    ids = torch.arange(12).view(6, 2) % NUM_EXPERTS
+    loss = sequence_balance_loss(
+        torch.zeros(6, NUM_EXPERTS), ids, torch.tensor([3, 3]), torch.arange(6) // 3, "sigmoid"
+    )
+    torch.testing.assert_close(loss, torch.tensor(2.0))
+
+
+def test_a_loss_inside_the_model_is_minimised_with_the_rest() -> None:
+    x, y = (torch.tensor(value, requires_grad=True) for value in (2.0, 3.0))
+    (AddLoss.apply(x * y, 5 * y * y) * 7).backward()
+    assert (x.grad, y.grad) == (21.0, 14.0 + 30.0)  # type: ignore[comparison-overlap]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_the_model_adds_it_in_training_only(
+    make_checkpoint: MakeCheckpoint, documents: list[Tensor], pack: Pack, family: str
+) -> None:
+    decoder = make_checkpoint(family).load()
+    ids, cu_seqlens = pack(documents)
+    gate = next(decoder.moe_layers()).gate.weight
+    gradients = []
+    for scale, training in ((None, True), (0.0, True), (0.5, True), (0.5, False)):
+        for moe in decoder.moe_layers():
+            moe.balance_scale = None if scale is None else torch.tensor(scale)
+            moe.last_balance = torch.zeros(())
+        decoder.train(training)
+        gradients.append(torch.autograd.grad(decoder(ids, cu_seqlens).square().mean(), gate)[0])
+        found = [float(moe.last_balance) for moe in decoder.moe_layers()]
+        if scale is None or not training:
+            assert not any(found)
+        else:  # 1 where even, at most E / K
+            assert all(
+                0.5 * len(documents) < value < len(documents) * decoder.config.n_routed_experts for value in found
+            )
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[3])
+    assert not torch.allclose(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_replayed_experts(make_checkpoint: MakeCheckpoint, documents: list[Tensor], pack: Pack, family: str) -> None:
+    decoder = make_checkpoint(family).load()
+    ids, cu_seqlens = pack(documents)
+    logits = decoder(ids, cu_seqlens)
+    own = decoder.last_expert_ids()
+    assert own.shape == (len(ids), len(list(decoder.moe_layers())), decoder.config.num_experts_per_tok)
+    # Its own choice, in another order: the same sum over experts, to rounding.
+    torch.testing.assert_close(decoder(ids, cu_seqlens, replay_ids_TLK=own.flip(-1)), logits, rtol=1e-4, atol=1e-4)
+    others = (own + 1) % decoder.config.n_routed_experts
+    replayed = decoder(ids, cu_seqlens, replay_ids_TLK=others)
+    assert torch.equal(decoder.last_expert_ids(), others)
+    assert not torch.allclose(replayed, logits, rtol=1e-2)
+    assert changed_routings(own.flip(-1), own) == 0
+    one_changed = own.clone()
+    one_changed[3, 0, 0] = next(e for e in range(decoder.config.n_routed_experts) if e not in own[3, 0])
+    torch.testing.assert_close(changed_routings(one_changed, own), torch.tensor(1 / own[..., 0].numel()))
