@@ -118,7 +118,17 @@ def _sampling() -> list[Case]:
     ]
 
 
-CASES = tuple(_selective() + _linear() + _losses() + _sampling())
+def _steps() -> list[Case]:
+    """24,576 packed tokens."""
+    sizes = {"N": 96, "L": 256}
+    return [
+        Case("train_step", "cpu", "fp32", "step", sizes, (faster("grouped_mm", 1.5),)),
+        Case("train_step", "cpu", "bf16", "step", sizes, (faster("grouped_mm", 3), faster("grouped_mm fp32", 3))),
+        Case("train_step", "cuda", "bf16", "step", sizes),
+    ]
+
+
+CASES = tuple(_selective() + _linear() + _losses() + _sampling() + _steps())
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
 
