@@ -8,9 +8,13 @@ A test that takes the fixture `backend` runs in each. The interpreter takes abou
 keep T x V small there, and give `backend.small` where a case has a smaller twin.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,3 +97,22 @@ def assert_same_bits(run: Callable[[], Sequence[Tensor]]) -> None:
     for other in outputs[1:]:
         for first, second in zip(outputs[0], other, strict=True):
             torch.testing.assert_close(second, first, rtol=0, atol=0, equal_nan=True)
+
+
+def of_older_processor(capability: str, module: str, expression: str, folder: Path) -> tuple[Any, Any]:
+    """`expression`, with the names of tests.kernels.<module>, by the build for `capability` and by the best build.
+
+    In processes of their own: torch reads ATEN_CPU_CAPABILITY once.
+    """
+    script = (
+        f"import sys, torch; sys.path[:0] = sys.argv[2:]; from tests.kernels.{module} import *\n"
+        f"torch.save({expression}, sys.argv[1])"
+    )
+    root = Path(__file__).parents[2]
+    found = []
+    for name in (capability, ""):
+        environment = os.environ | ({"ATEN_CPU_CAPABILITY": name} if name else {})
+        out = folder / f"{name or 'best'}.pt"
+        subprocess.run([sys.executable, "-c", script, out, root, root / "kernels"], env=environment, check=True)
+        found.append(torch.load(out))
+    return found[0], found[1]

@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +7,17 @@ import pytest
 import torch
 
 from r1fast_kernels import group_advantages, grpo_loss
-from tests.kernels.backends import BF16, FP16, FP32, FP64, Backend, assert_as_exact, assert_same_bits, needs_cpp
+from tests.kernels.backends import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    Backend,
+    assert_as_exact,
+    assert_same_bits,
+    needs_cpp,
+    of_older_processor,
+)
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
 LENGTHS = [5, 1, 9, 4, 7, 3]
@@ -454,20 +461,11 @@ def test_same_bits_every_time(backend: Backend) -> None:
 @needs_cpp
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_builds_for_older_processors_agree(capability: str, tmp_path: Path) -> None:
-    """torch reads ATEN_CPU_CAPABILITY once per process."""
-    script = (
-        "import sys, torch; sys.path[:0] = sys.argv[2:]; from tests.kernels.test_grpo_loss import *\n"
-        "torch.save([outputs(batch([61, 0, 33, 8], dtype=dtype), importance_level=level, beta=0.1, is_cap=1.2,"
-        " delta=1.4, impl='cpp') for dtype in (FP32, FP64) for level in ('token', 'sequence')], sys.argv[1])"
+    expression = (
+        "[outputs(batch([61, 0, 33, 8], dtype=dtype), importance_level=level, beta=0.1, is_cap=1.2, delta=1.4,"
+        " impl='cpp') for dtype in (FP32, FP64) for level in ('token', 'sequence')]"
     )
-    root = Path(__file__).parents[2]
-    found = {}
-    for name in (capability, ""):
-        environment = os.environ | ({"ATEN_CPU_CAPABILITY": name} if name else {})
-        out = tmp_path / f"{name or 'best'}.pt"
-        subprocess.run([sys.executable, "-c", script, out, root, root / "kernels"], env=environment, check=True)
-        found[name] = torch.load(out)
-    for got, want in zip(found[capability], found[""], strict=True):
+    for got, want in zip(*of_older_processor(capability, "test_grpo_loss", expression, tmp_path), strict=True):
         torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
 
 

@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +6,17 @@ import torch
 
 from r1fast_kernels import sample_tokens, selective_logprobs
 from r1fast_kernels.sample_tokens import _uniform
-from tests.kernels.backends import BF16, FP16, FP32, FP64, Backend, assert_as_exact, assert_same_bits, needs_cpp
+from tests.kernels.backends import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    Backend,
+    assert_as_exact,
+    assert_same_bits,
+    needs_cpp,
+    of_older_processor,
+)
 
 INF, NAN = float("inf"), float("nan")
 # In the interpreter a row takes 20 ms, and about 200 where it is truncated.
@@ -327,23 +334,13 @@ def test_rows_beyond_32_bits(backend: Backend) -> None:
 @needs_cpp
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_builds_for_older_processors_agree(capability: str, tmp_path: Path) -> None:
-    """torch reads ATEN_CPU_CAPABILITY once per process."""
-    script = (
-        "import sys, torch; sys.path[:0] = sys.argv[2:]; from tests.kernels.test_sample_tokens import *\n"
-        "rows = [logits_of(9, 3001).to(dtype) for dtype in (FP32, BF16, FP64)]\n"
-        "draw = lambda x, o: sample_tokens(x, seeds_B=torch.arange(9), impl='cpp', **o)\n"
-        "torch.save([draw(x, o) for x in rows for o in (*OPTIONS, {'temperature': 0.0})], sys.argv[1])"
+    expression = (
+        "[sample_tokens(logits_of(9, 3001).to(dtype), seeds_B=torch.arange(9), impl='cpp', **options)"
+        " for dtype in (FP32, BF16, FP64) for options in (*OPTIONS, {'temperature': 0.0})]"
     )
-    root = Path(__file__).parents[2]
-    outputs = {}
-    for name in (capability, ""):
-        environment = os.environ | ({"ATEN_CPU_CAPABILITY": name} if name else {})
-        out = tmp_path / f"{name or 'best'}.pt"
-        subprocess.run([sys.executable, "-c", script, out, root, root / "kernels"], env=environment, check=True)
-        outputs[name] = torch.load(out)
-    for (ids, logprobs), (best_ids, best_logprobs) in zip(outputs[capability], outputs[""], strict=True):
-        assert torch.equal(ids, best_ids)
-        torch.testing.assert_close(logprobs, best_logprobs, rtol=2e-6, atol=2e-6)
+    for got, best in zip(*of_older_processor(capability, "test_sample_tokens", expression, tmp_path), strict=True):
+        assert torch.equal(got[0], best[0])
+        torch.testing.assert_close(got[1], best[1], rtol=2e-6, atol=2e-6)
 
 
 @needs_cpp

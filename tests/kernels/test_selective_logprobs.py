@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +6,17 @@ import pytest
 import torch
 
 from r1fast_kernels import selective_logprobs
-from tests.kernels.backends import BF16, FP16, FP32, FP64, Backend, assert_as_exact, assert_same_bits, needs_cpp
+from tests.kernels.backends import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    Backend,
+    assert_as_exact,
+    assert_same_bits,
+    needs_cpp,
+    of_older_processor,
+)
 
 INF = float("inf")
 
@@ -176,20 +183,9 @@ def test_more_rows_than_a_grid_axis(backend: Backend) -> None:
 @needs_cpp
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_builds_for_older_processors_agree(capability: str, tmp_path: Path) -> None:
-    """torch reads ATEN_CPU_CAPABILITY once per process."""
-    script = (
-        "import sys, torch; sys.path[:0] = sys.argv[2:]; from tests.kernels.test_selective_logprobs import *\n"
-        "cases = [(random_case(9, 3001)[0].to(dtype), random_case(9, 3001)[1]) for dtype in (FP32, BF16, FP64)]\n"
-        "torch.save([outputs_and_gradient(*case, 0.7, 'cpu', impl='cpp') for case in cases], sys.argv[1])"
-    )
-    root = Path(__file__).parents[2]
-    outputs = {}
-    for name in (capability, ""):
-        environment = os.environ | ({"ATEN_CPU_CAPABILITY": name} if name else {})
-        out = tmp_path / f"{name or 'best'}.pt"
-        subprocess.run([sys.executable, "-c", script, out, root, root / "kernels"], env=environment, check=True)
-        outputs[name] = torch.load(out)
-    for got, want in zip(outputs[capability], outputs[""], strict=True):
+    cases = "((random_case(9, 3001)[0].to(dtype), random_case(9, 3001)[1]) for dtype in (FP32, BF16, FP64))"
+    expression = f"[outputs_and_gradient(*case, 0.7, 'cpu', impl='cpp') for case in {cases}]"
+    for got, want in zip(*of_older_processor(capability, "test_selective_logprobs", expression, tmp_path), strict=True):
         for g, w in zip(got, want, strict=True):
             tolerance = 1e-2 if w.dtype == BF16 else 2e-6
             torch.testing.assert_close(g, w, rtol=tolerance, atol=2e-6)
