@@ -141,6 +141,16 @@ class Exponential<float> {
 #endif
 
 template <typename acc>
+inline Vec<acc> sigmoid(const Vec<acc>& x) {
+  // e^-|x| <= 1: never infinite, and in the range of the short exponential.
+  const Exponential<acc> exponential(-1);
+  const Vec<acc> one(1);
+  const Vec<acc> e = exponential(x.abs());
+  const Vec<acc> positive = one / (one + e);
+  return Vec<acc>::blendv(positive, e * positive, x < Vec<acc>(0));
+}
+
+template <typename acc>
 inline acc reduce_sum(const Vec<acc>& v) {
   return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return a + b; }, v);
 }

@@ -48,16 +48,6 @@ inline void for_pairs(int64_t width, const F& f) {
   }
 }
 
-template <typename acc>
-inline Vec<acc> sigmoid(const Vec<acc>& x) {
-  // e^-|x| <= 1: never infinite, and in the range of the short exponential.
-  const Exponential<acc> exponential(-1);
-  const Vec<acc> one(1);
-  const Vec<acc> e = exponential(x.abs());
-  const Vec<acc> positive = one / (one + e);
-  return Vec<acc>::blendv(positive, e * positive, x < Vec<acc>(0));
-}
-
 template <typename From, typename To>
 void gather_rows(const GatherArgs& args, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; ++m) {

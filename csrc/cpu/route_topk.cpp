@@ -1,152 +1,255 @@
-// Expert selection, token by token. The scores are torch's own sigmoid and softmax, to the bit, so that the choice is
-// the reference's wherever two scores are close.
-#ifdef R1FAST_BUILD_OPERATOR
-
+// Expert selection. The scores are torch's own sigmoid and softmax, to the bit, so that the choice is the reference's
+// wherever two scores are close. A vector holds one expert's score of several tokens: no branch depends on a score.
 #include "../simd.h"
 
-#include <ATen/Dispatch.h>
+#include <numeric>
+#include <vector>
+
+namespace r1fast {
+
+struct RouteArgs {
+  at::ScalarType dtype;
+  const void* scores;  // [T, E]
+  const void* bias;    // [E], or null
+  int64_t num_experts, top_k, n_group, topk_group;
+  bool norm_topk_prob;
+  double scale;
+  bool replays;   // the ids are given
+  int64_t* ids;   // [T, K]
+  void* weights;  // [T, K]
+};
+
+struct RouteGradientArgs {
+  at::ScalarType dtype;
+  const void* logits;        // [T, E], of sigmoid
+  const void* scores;        // [T, E], of softmax; else null
+  const int64_t* ids;        // [T, K]
+  const void* grad_weights;  // [T, K]
+  int64_t num_experts, top_k;
+  bool norm_topk_prob;
+  double scale;
+  void* grad;  // [T, E]
+};
+
+namespace {
+inline namespace CPU_CAPABILITY {
+
+// From here on a sort of a token's experts beats lists of the best.
+constexpr int64_t kListed = 64;
+template <typename acc>
+constexpr acc kInf = std::numeric_limits<acc>::infinity();
+
+// All bits where a goes before b: NaN before everything, as torch.sort has it. Equal: the lower id, which comes first.
+template <typename acc>
+inline Vec<acc> better(const Vec<acc>& a, const Vec<acc>& b) {
+  return (a > b) | ((a != a) & (b == b));
+}
+
+// Puts a value with an id into a list of the best, and leaves in them what falls out at its end.
+template <typename acc>
+inline void insert(Vec<acc>& value, Vec<acc>& id, Vec<acc>* best, Vec<acc>* best_ids, int64_t count) {
+  Vec<acc> moves(0);  // once something has moved, all behind it do
+  for (int64_t k = 0; k < count; ++k) {
+    const Vec<acc> here = best[k], id_here = best_ids[k];
+    moves = moves | better<acc>(value, here);
+    best[k] = Vec<acc>::blendv(here, value, moves);
+    best_ids[k] = Vec<acc>::blendv(id_here, id, moves);
+    value = Vec<acc>::blendv(value, here, moves);
+    id = Vec<acc>::blendv(id, id_here, moves);
+  }
+}
+
+// Chooses for as many tokens as a vector has lanes.
+template <typename acc>
+class Router {
+ public:
+  explicit Router(const RouteArgs& args)
+      : args_(args), group_size_(args.num_experts / args.n_group), choice_(args.num_experts), groups_(args.n_group),
+        best_(std::max(args.top_k, args.topk_group)), best_ids_(best_.size()), order_(args.num_experts) {}
+
+  void choose(int64_t t, int64_t num_tokens) {
+    load(static_cast<const acc*>(args_.scores) + t * args_.num_experts, num_tokens);
+    if (args_.topk_group < args_.n_group) {
+      leave_out_groups();
+    }
+    int64_t* ids = args_.ids + t * args_.top_k;
+    if (args_.top_k > kListed) {
+      for (int64_t lane = 0; lane < num_tokens; ++lane) {
+        sort(lane, ids + lane * args_.top_k);
+      }
+      return;
+    }
+    select(choice_, args_.top_k);
+    for (int64_t k = 0; k < args_.top_k; ++k) {
+      for (int64_t lane = 0; lane < num_tokens; ++lane) {
+        ids[lane * args_.top_k + k] = static_cast<int64_t>(lanes(best_ids_)[k * kLanes<acc> + lane]);
+      }
+    }
+  }
+
+ private:
+  static acc* lanes(std::vector<Vec<acc>>& vectors) { return reinterpret_cast<acc*>(vectors.data()); }
+
+  // Lanes without a token hold anything: nothing reads what is chosen there.
+  void load(const acc* scores, int64_t num_tokens) {
+    for (int64_t lane = 0; lane < num_tokens; ++lane) {
+      for (int64_t e = 0; e < args_.num_experts; ++e) {
+        lanes(choice_)[e * kLanes<acc> + lane] = scores[lane * args_.num_experts + e];
+      }
+    }
+    if (args_.bias != nullptr) {
+      for (int64_t e = 0; e < args_.num_experts; ++e) {
+        choice_[e] = choice_[e] + Vec<acc>(static_cast<const acc*>(args_.bias)[e]);
+      }
+    }
+  }
+
+  void leave_out_groups() {
+    const Vec<acc> lowest(-kInf<acc>);
+    for (int64_t g = 0; g < args_.n_group; ++g) {
+      const Vec<acc>* in_group = choice_.data() + g * group_size_;
+      Vec<acc> first = in_group[0], second = lowest;
+      for (int64_t i = 1; i < group_size_; ++i) {
+        const Vec<acc> is_first = better<acc>(in_group[i], first);
+        const Vec<acc> loser = Vec<acc>::blendv(in_group[i], first, is_first);
+        first = Vec<acc>::blendv(first, in_group[i], is_first);
+        second = Vec<acc>::blendv(second, loser, better<acc>(loser, second));
+      }
+      groups_[g] = group_size_ > 1 ? first + second : first;
+    }
+    select(groups_, args_.topk_group);
+    for (int64_t g = 0; g < args_.n_group; ++g) {
+      Vec<acc> allowed(0);
+      for (int64_t k = 0; k < args_.topk_group; ++k) {
+        allowed = allowed | (best_ids_[k] == Vec<acc>(static_cast<acc>(g)));
+      }
+      for (int64_t e = g * group_size_; e < (g + 1) * group_size_; ++e) {
+        // -inf, not 0: a negative bias can push every allowed expert below 0.
+        choice_[e] = Vec<acc>::blendv(lowest, choice_[e], allowed);
+      }
+    }
+  }
+
+  // The best `count` into best_ids_, best first.
+  void select(const std::vector<Vec<acc>>& values, int64_t count) {
+    constexpr int kNowhere = (1 << kLanes<acc>) - 1;
+    for (int64_t i = 0; i < static_cast<int64_t>(values.size()); ++i) {
+      Vec<acc> value = values[i], id(static_cast<acc>(i));
+      if (i < count) {
+        insert<acc>(value, id, best_.data(), best_ids_.data(), i);
+        best_[i] = value;
+        best_ids_[i] = id;
+      } else if (better<acc>(value, best_[count - 1]).zero_mask() != kNowhere) {
+        insert<acc>(value, id, best_.data(), best_ids_.data(), count);
+      }
+    }
+  }
+
+  void sort(int64_t lane, int64_t* ids) {
+    const acc* values = lanes(choice_) + lane;
+    const auto before = [values](int64_t a, int64_t b) {
+      const acc x = values[a * kLanes<acc>], y = values[b * kLanes<acc>];
+      return x > y || (x != x && y == y) || (a < b && (x == y || (x != x && y != y)));
+    };
+    std::iota(order_.begin(), order_.end(), 0);
+    std::partial_sort(order_.begin(), order_.begin() + args_.top_k, order_.end(), before);
+    std::copy_n(order_.begin(), args_.top_k, ids);
+  }
+
+  const RouteArgs& args_;
+  int64_t group_size_;
+  std::vector<Vec<acc>> choice_, groups_, best_, best_ids_;
+  std::vector<int64_t> order_;
+};
+
+template <typename acc>
+void route_rows(const RouteArgs& args, int64_t begin, int64_t end) {
+  Router<acc> router(args);
+  for (int64_t t = begin; t < end && !args.replays; t += kLanes<acc>) {
+    router.choose(t, std::min(kLanes<acc>, end - t));
+  }
+  for (int64_t t = begin; t < end; ++t) {
+    const acc* scores = static_cast<const acc*>(args.scores) + t * args.num_experts;
+    const int64_t* ids = args.ids + t * args.top_k;
+    acc* weights = static_cast<acc*>(args.weights) + t * args.top_k;
+    acc sum = 0;
+    for (int64_t k = 0; k < args.top_k; ++k) {
+      weights[k] = scores[ids[k]];
+      sum += weights[k];
+    }
+    const acc divisor = args.norm_topk_prob ? sum + static_cast<acc>(1e-20) : acc(1);
+    for (int64_t k = 0; k < args.top_k; ++k) {
+      weights[k] = weights[k] / divisor * static_cast<acc>(args.scale);
+    }
+  }
+}
+
+// The scores of the chosen experts, and with them the derivative of the weights.
+template <typename acc>
+void gradient_rows(const RouteGradientArgs& args, int64_t begin, int64_t end) {
+  const bool softmax = args.scores != nullptr;
+  const acc scale = static_cast<acc>(args.scale);
+  std::vector<Vec<acc>> buffer((args.top_k + kLanes<acc> - 1) / kLanes<acc>, Vec<acc>(0));
+  acc* s = reinterpret_cast<acc*>(buffer.data());
+  for (int64_t t = begin; t < end; ++t) {
+    const acc* row = static_cast<const acc*>(softmax ? args.scores : args.logits) + t * args.num_experts;
+    const int64_t* ids = args.ids + t * args.top_k;
+    const acc* upstream = static_cast<const acc*>(args.grad_weights) + t * args.top_k;
+    acc* grad = static_cast<acc*>(args.grad) + t * args.num_experts;
+    for (int64_t k = 0; k < args.top_k; ++k) {
+      s[k] = row[ids[k]];
+    }
+    for (size_t i = 0; i < buffer.size() && !softmax; ++i) {
+      buffer[i] = sigmoid<acc>(buffer[i]);
+    }
+    acc sum = static_cast<acc>(1e-20), weighted = 0;
+    for (int64_t k = 0; k < args.top_k; ++k) {
+      sum += s[k];
+      weighted += upstream[k] * s[k];
+    }
+    const acc divisor = args.norm_topk_prob ? sum : acc(1);
+    const acc mean = args.norm_topk_prob ? weighted / sum : acc(0);
+    acc dot = 0;  // of the scores with their gradients: through the softmax's denominator it reaches every logit
+    for (int64_t k = 0; k < args.top_k && softmax; ++k) {
+      dot += (upstream[k] - mean) / divisor * scale * s[k];
+    }
+    for (int64_t e = 0; e < args.num_experts; ++e) {
+      grad[e] = softmax ? -row[e] * dot : acc(0);
+    }
+    for (int64_t k = 0; k < args.top_k; ++k) {
+      const acc of_score = (upstream[k] - mean) / divisor * scale;
+      grad[ids[k]] += of_score * s[k] * (softmax ? acc(1) : 1 - s[k]);
+    }
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace
+
+R1FAST_KERNEL(route_tokens, RouteArgs) {
+  args.dtype == at::kDouble ? route_rows<double>(args, begin, end) : route_rows<float>(args, begin, end);
+}
+
+R1FAST_KERNEL(route_gradient, RouteGradientArgs) {
+  args.dtype == at::kDouble ? gradient_rows<double>(args, begin, end) : gradient_rows<float>(args, begin, end);
+}
+
+}  // namespace r1fast
+
+#ifdef R1FAST_BUILD_OPERATOR
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_softmax.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <cmath>
-#include <numeric>
 #include <optional>
-#include <string>
-#include <vector>
 
 namespace r1fast {
 namespace {
-
-// From here on a sort of all beats keeping a sorted list of the best.
-constexpr int64_t kListed = 32;
-
-struct Routing {
-  int64_t num_experts, top_k, n_group, topk_group;
-  bool norm_topk_prob;
-  double scale;
-};
-
-// NaN before everything, as torch.sort has it; equal values: the lower id, which is seen first.
-template <typename acc>
-inline bool better(acc a, acc b) {
-  return a > b || (std::isnan(a) && !std::isnan(b));
-}
-
-// The ids of the best `count` of `size` values, best first.
-template <typename acc>
-class Selection {
- public:
-  Selection(int64_t size, int64_t count) : size_(size), count_(count), values_(count), all_(count > kListed ? size : 0) {}
-
-  void operator()(const acc* values, int64_t* ids) {
-    if (count_ > kListed) {
-      std::iota(all_.begin(), all_.end(), 0);
-      std::partial_sort(all_.begin(), all_.begin() + count_, all_.end(), [values](int64_t a, int64_t b) {
-        return better(values[a], values[b]) || (!better(values[b], values[a]) && a < b);
-      });
-      std::copy_n(all_.begin(), count_, ids);
-      return;
-    }
-    int64_t found = 0;
-    for (int64_t i = 0; i < size_; ++i) {
-      const acc value = values[i];
-      if (found == count_ && !better(value, values_[count_ - 1])) {
-        continue;
-      }
-      int64_t place = found < count_ ? found++ : count_ - 1;
-      for (; place > 0 && better(value, values_[place - 1]); --place) {
-        values_[place] = values_[place - 1];
-        ids[place] = ids[place - 1];
-      }
-      values_[place] = value;
-      ids[place] = i;
-    }
-  }
-
- private:
-  int64_t size_, count_;
-  std::vector<acc> values_;
-  std::vector<int64_t> all_;
-};
-
-template <typename acc>
-class Router {
- public:
-  Router(const Routing& routing, const acc* bias)
-      : routing_(routing), bias_(bias), group_size_(routing.num_experts / routing.n_group),
-        limited_(routing.topk_group < routing.n_group), choice_(routing.num_experts), group_scores_(routing.n_group),
-        groups_(routing.topk_group), allowed_(routing.n_group), best_experts_(routing.num_experts, routing.top_k),
-        best_groups_(routing.n_group, routing.topk_group) {}
-
-  void choose(const acc* scores, int64_t* ids) {
-    const acc* choice = scores;
-    if (bias_ != nullptr || limited_) {
-      for (int64_t e = 0; e < routing_.num_experts; ++e) {
-        choice_[e] = bias_ == nullptr ? scores[e] : scores[e] + bias_[e];
-      }
-      choice = choice_.data();
-    }
-    if (limited_) {
-      leave_out_groups();
-    }
-    best_experts_(choice, ids);
-  }
-
-  void weigh(const acc* scores, const int64_t* ids, acc* weights) const {
-    acc sum = 0;
-    for (int64_t k = 0; k < routing_.top_k; ++k) {
-      weights[k] = scores[ids[k]];
-      sum += weights[k];
-    }
-    const acc divisor = routing_.norm_topk_prob ? sum + static_cast<acc>(1e-20) : acc(1);
-    for (int64_t k = 0; k < routing_.top_k; ++k) {
-      weights[k] = weights[k] / divisor * static_cast<acc>(routing_.scale);
-    }
-  }
-
- private:
-  void leave_out_groups() {
-    constexpr acc kLowest = -std::numeric_limits<acc>::infinity();
-    for (int64_t g = 0; g < routing_.n_group; ++g) {
-      const acc* in_group = choice_.data() + g * group_size_;
-      acc first = in_group[0], second = kLowest;
-      for (int64_t i = 1; i < group_size_; ++i) {
-        if (better(in_group[i], first)) {
-          second = first;
-          first = in_group[i];
-        } else if (better(in_group[i], second)) {
-          second = in_group[i];
-        }
-      }
-      group_scores_[g] = group_size_ > 1 ? first + second : first;
-    }
-    best_groups_(group_scores_.data(), groups_.data());
-    std::fill(allowed_.begin(), allowed_.end(), 0);
-    for (const int64_t g : groups_) {
-      allowed_[g] = 1;
-    }
-    for (int64_t g = 0; g < routing_.n_group; ++g) {
-      if (!allowed_[g]) {
-        std::fill_n(choice_.begin() + g * group_size_, group_size_, kLowest);
-      }
-    }
-  }
-
-  Routing routing_;
-  const acc* bias_;
-  int64_t group_size_;
-  bool limited_;
-  std::vector<acc> choice_, group_scores_;
-  std::vector<int64_t> groups_;
-  std::vector<char> allowed_;
-  Selection<acc> best_experts_, best_groups_;
-};
 
 at::ScalarType acc_dtype(const at::Tensor& logits_TE) {
   return logits_TE.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -194,20 +297,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> route_topk(
     check_ids(ids_TK, num_tokens, num_experts, "replay_ids_TK");
   }
   at::Tensor weights_TK = at::empty({num_tokens, top_k}, scores_TE.options());
-  const Routing routing{num_experts, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor};
-  AT_DISPATCH_FLOATING_TYPES(scores_TE.scalar_type(), "route_topk", [&] {
-    const scalar_t* scores = scores_TE.const_data_ptr<scalar_t>();
-    int64_t* ids = ids_TK.mutable_data_ptr<int64_t>();
-    scalar_t* weights = weights_TK.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, num_tokens, rows_per_task(num_experts), [&](int64_t begin, int64_t end) {
-      Router<scalar_t> router(routing, bias_E ? bias.const_data_ptr<scalar_t>() : nullptr);
-      for (int64_t t = begin; t < end; ++t) {
-        if (!replay_ids_TK) {
-          router.choose(scores + t * num_experts, ids + t * top_k);
-        }
-        router.weigh(scores + t * num_experts, ids + t * top_k, weights + t * top_k);
-      }
-    });
+  const RouteArgs args{
+      scores_TE.scalar_type(), scores_TE.const_data_ptr(), bias_E ? bias.const_data_ptr() : nullptr, num_experts, top_k,
+      n_group, topk_group, norm_topk_prob, routed_scaling_factor, replay_ids_TK.has_value(),
+      ids_TK.mutable_data_ptr<int64_t>(), weights_TK.mutable_data_ptr()};
+  at::parallel_for(0, num_tokens, rows_per_task(num_experts), [&](int64_t begin, int64_t end) {
+    R1FAST_PICK(route_tokens)(args, begin, end);
   });
   // One thread: integers add to the same in any order, and a million of them take a millisecond.
   at::Tensor counts_E = at::zeros({num_experts}, ids_TK.options());
@@ -217,34 +312,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> route_topk(
     ++counts[ids[i]];
   }
   return {ids_TK, weights_TK, counts_E};
-}
-
-// d weights / d chosen scores of a token; then the scores' own derivative, over the chosen or over all logits.
-template <typename acc>
-void gradient_row(
-    const acc* scores, const int64_t* ids, const acc* grad_weights, const Routing& routing, bool sigmoid, acc* grad_k,
-    acc* grad) {
-  const acc scale = static_cast<acc>(routing.scale);
-  acc sum = static_cast<acc>(1e-20), weighted = 0;
-  if (routing.norm_topk_prob) {
-    for (int64_t k = 0; k < routing.top_k; ++k) {
-      sum += scores[ids[k]];
-      weighted += grad_weights[k] * scores[ids[k]];
-    }
-  }
-  acc dot = 0;
-  for (int64_t k = 0; k < routing.top_k; ++k) {
-    const acc upstream = routing.norm_topk_prob ? (grad_weights[k] - weighted / sum) / sum : grad_weights[k];
-    grad_k[k] = upstream * scale;
-    dot += grad_k[k] * scores[ids[k]];
-  }
-  for (int64_t e = 0; e < routing.num_experts; ++e) {
-    grad[e] = sigmoid ? acc(0) : -scores[e] * dot;
-  }
-  for (int64_t k = 0; k < routing.top_k; ++k) {
-    const acc s = scores[ids[k]];
-    grad[ids[k]] += sigmoid ? grad_k[k] * s * (1 - s) : grad_k[k] * s;
-  }
 }
 
 at::Tensor route_topk_backward(
@@ -257,25 +324,18 @@ at::Tensor route_topk_backward(
   TORCH_CHECK_VALUE(
       grad_weights_TK.sizes() == ids_TK.sizes(), "route_topk_backward: got gradients ", grad_weights_TK.sizes(),
       ", expected ", ids_TK.sizes());
-  const at::Tensor scores_TE = scores_of(logits_TE, scoring);
-  const at::Tensor grad_weights = grad_weights_TK.to(scores_TE.scalar_type()).contiguous();
-  at::Tensor grad_TE = at::empty({num_tokens, num_experts}, scores_TE.options());
-  const int64_t top_k = ids_TK.size(1);
-  const Routing routing{num_experts, top_k, 1, 1, norm_topk_prob, routed_scaling_factor};
-  const bool sigmoid = scoring == "sigmoid";
-  AT_DISPATCH_FLOATING_TYPES(scores_TE.scalar_type(), "route_topk_backward", [&] {
-    const scalar_t* scores = scores_TE.const_data_ptr<scalar_t>();
-    const scalar_t* upstream = grad_weights.const_data_ptr<scalar_t>();
-    const int64_t* ids = ids_TK.const_data_ptr<int64_t>();
-    scalar_t* grad = grad_TE.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, num_tokens, rows_per_task(num_experts), [&](int64_t begin, int64_t end) {
-      std::vector<scalar_t> grad_k(top_k);
-      for (int64_t t = begin; t < end; ++t) {
-        gradient_row(
-            scores + t * num_experts, ids + t * top_k, upstream + t * top_k, routing, sigmoid, grad_k.data(),
-            grad + t * num_experts);
-      }
-    });
+  const auto dtype = acc_dtype(logits_TE);
+  // Of a sigmoid only the chosen logits are needed.
+  const at::Tensor logits = logits_TE.to(dtype).contiguous();
+  const at::Tensor scores_TE = scoring == "sigmoid" ? at::Tensor() : scores_of(logits_TE, scoring);
+  const at::Tensor grad_weights = grad_weights_TK.to(dtype).contiguous();
+  at::Tensor grad_TE = at::empty({num_tokens, num_experts}, logits.options());
+  const RouteGradientArgs args{
+      dtype, logits.const_data_ptr(), scores_TE.defined() ? scores_TE.const_data_ptr() : nullptr,
+      ids_TK.const_data_ptr<int64_t>(), grad_weights.const_data_ptr(), num_experts, ids_TK.size(1), norm_topk_prob,
+      routed_scaling_factor, grad_TE.mutable_data_ptr()};
+  at::parallel_for(0, num_tokens, rows_per_task(num_experts), [&](int64_t begin, int64_t end) {
+    R1FAST_PICK(route_gradient)(args, begin, end);
   });
   return grad_TE.to(logits_TE.scalar_type());
 }
