@@ -80,7 +80,6 @@ R1FAST_DECLARE(moe_sum, SumArgs);
 #include <ATen/core/Tensor.h>
 
 #include <atomic>
-#include <memory>
 #include <vector>
 
 namespace r1fast {
@@ -176,9 +175,8 @@ inline size_t bytes(int64_t numel, at::ScalarType dtype) {
   return static_cast<size_t>(numel) * c10::elementSize(dtype);
 }
 
-template <typename T = void>
-inline const T* offset(const void* data, int64_t numel, at::ScalarType dtype) {
-  return reinterpret_cast<const T*>(static_cast<const char*>(data) + bytes(numel, dtype));
+inline const void* offset(const void* data, int64_t numel, at::ScalarType dtype) {
+  return static_cast<const char*>(data) + bytes(numel, dtype);
 }
 
 inline void* offset(void* data, int64_t numel, at::ScalarType dtype) {

@@ -1,8 +1,6 @@
 // Passes over the rows of mixture-of-experts layers: each reads its inputs once and writes its outputs once.
 #include "../moe.h"
 
-#include <cmath>
-
 namespace r1fast {
 namespace {
 inline namespace CPU_CAPABILITY {
@@ -17,7 +15,7 @@ inline void by_dtypes(at::ScalarType storage, at::ScalarType inner, const F& f) 
   }
 }
 
-// Vectors of any dtype for the last columns of a row: loads what is there and 0, stores what is there.
+// The last columns of a row, with zeros behind them up to a pair of vectors.
 template <typename T>
 struct Tail {
   T values[kPair<acc_t<T>>] = {};
@@ -25,13 +23,14 @@ struct Tail {
   Tail() = default;
 };
 
-// f(column, load, store) for each pair of columns; load(x) is the pair at a pointer to the column, store(x, a, b) puts one.
+// f(column, load, store) for each pair of columns: load(x) reads the pair at a pointer, store(x, a, b) writes one.
 template <typename acc, typename F>
 inline void for_pairs(int64_t width, const F& f) {
   const int64_t whole = width - width % kPair<acc>;
   for (int64_t i = 0; i < whole; i += kPair<acc>) {
     f(
-        i, [](const auto* x) { return load_pair(x); }, [](auto* x, const Vec<acc>& a, const Vec<acc>& b) { store_pair(x, a, b); });
+        i, [](const auto* x) { return load_pair(x); },
+        [](auto* x, const Vec<acc>& a, const Vec<acc>& b) { store_pair(x, a, b); });
   }
   if (const int64_t rest = width - whole) {
     f(

@@ -287,8 +287,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> route_topk(
       "route_topk: got ", num_experts, " experts, top_k=", top_k, ", n_group=", n_group, ", topk_group=", topk_group,
       ", expected n_group to divide the experts, 1 <= topk_group <= n_group and 1 <= top_k <= experts");
   TORCH_CHECK_VALUE(
-      !bias_E || bias_E->numel() == num_experts, "route_topk: got a bias ", bias_E ? bias_E->sizes() : at::IntArrayRef(),
-      ", expected [", num_experts, "]");
+      !bias_E || bias_E->numel() == num_experts, "route_topk: got a bias of ", bias_E ? bias_E->numel() : 0,
+      " numbers, expected [", num_experts, "]");
   const at::Tensor scores_TE = scores_of(logits_TE, scoring);
   const at::Tensor bias = bias_E ? bias_E->to(scores_TE.scalar_type()).contiguous() : at::Tensor();
   at::Tensor ids_TK = at::empty({num_tokens, top_k}, scores_TE.options().dtype(at::kLong));

@@ -99,7 +99,9 @@ def transformers_experts(layer: Layer, family: str = "deepseek_v3") -> list[Tens
 
 
 def without_rows(layer: Layer) -> Layer:
-    return replace(layer, **{name: getattr(layer, name)[:0] for name in ("hidden_TD", "ids_TK", "weights_TK", "upstream_TD")})
+    return replace(
+        layer, **{name: getattr(layer, name)[:0] for name in ("hidden_TD", "ids_TK", "weights_TK", "upstream_TD")}
+    )
 
 
 @contextmanager
@@ -110,5 +112,3 @@ def bf16_products(widened: bool) -> Iterator[None]:
         yield
     finally:
         torch.ops.r1fast._set_widens_bf16(before)
-
-

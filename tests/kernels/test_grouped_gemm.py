@@ -96,7 +96,7 @@ def test_equals_torch_grouped_mm(backend: Backend, name: str) -> None:
 
 
 def test_strided_inputs(backend: Backend) -> None:
-    x, weight, offsets, upstream = (t.to(backend.device) for t in random_case(*CASES["random"], True))
+    x, weight, offsets, _ = (t.to(backend.device) for t in random_case(*CASES["random"], True))
     x, weight = x.float(), weight.float()
     want = grouped_gemm(x, weight, offsets, impl=backend.impl)
     wide = torch.cat([x, x], 1)[:, :12]

@@ -22,7 +22,7 @@ CASES = {
     "K-is-E": {"num_tokens": 9, "k": 5},
     "primes": {"num_tokens": 37, "num_experts": 7, "k": 3, "width": 67, "inner": 31},
     "E1": {"num_tokens": 9, "num_experts": 1, "k": 1},
-    "one-takes-all": {"how": "one-takes-all"},
+    "one-takes-all": {"how": "one-takes-all", "num_tokens": 67, "width": 24, "inner": 17},
     "some-skipped": {"how": "some-skipped"},
     "all-skipped": {"how": "all-skipped"},
     "empty-experts": {"how": "empty-experts"},
@@ -190,18 +190,20 @@ def test_compiles_without_a_graph_break(recompute: bool) -> None:
 @needs_cpp
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_builds_for_older_processors_agree(capability: str, tmp_path: Path) -> None:
-    """torch reads ATEN_CPU_CAPABILITY once per process."""
+    """torch reads ATEN_CPU_CAPABILITY once per process; its random numbers depend on it too, so inputs come by file."""
     script = (
-        "import sys, torch; sys.path[:0] = sys.argv[2:]; from tests.kernels.test_moe_experts import *\n"
-        "layers = [random_layer(**CASES['primes']).to(dtype) for dtype in (FP32, BF16, FP64)]\n"
-        "torch.save([run(layer, impl='cpp') for layer in layers], sys.argv[1])"
+        "import sys, torch; sys.path[:0] = sys.argv[3:]; from tests.kernels.test_moe_experts import *\n"
+        "layers = torch.load(sys.argv[1], weights_only=False)\n"
+        "torch.save([run(layer, impl='cpp') for layer in layers], sys.argv[2])"
     )
-    root = Path(__file__).parents[2]
+    root, inputs = Path(__file__).parents[2], tmp_path / "inputs.pt"
+    torch.save([random_layer(**CASES["primes"]).to(dtype) for dtype in (FP32, BF16, FP64)], inputs)
     outputs = {}
     for name in (capability, ""):
         environment = os.environ | ({"ATEN_CPU_CAPABILITY": name} if name else {})
         out = tmp_path / f"{name or 'best'}.pt"
-        subprocess.run([sys.executable, "-c", script, out, root, root / "kernels"], env=environment, check=True)
+        command = [sys.executable, "-c", script, inputs, out, root, root / "kernels"]
+        subprocess.run(command, env=environment, check=True)
         outputs[name] = torch.load(out)
     for got, want in zip(outputs[capability], outputs[""], strict=True):
         for g, w in zip(got, want, strict=True):

@@ -52,9 +52,7 @@ def run(logits: Tensor, bias: Tensor | None, device: str, **options: Any) -> lis
 @pytest.mark.parametrize("norm_topk_prob", [True, False], ids=["norm", ""])
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("name", CASES)
-def test_as_exact_as_torch(
-    backend: Backend, name: str, scoring: str, norm_topk_prob: bool, dtype: torch.dtype
-) -> None:
+def test_as_exact_as_torch(backend: Backend, name: str, scoring: str, norm_topk_prob: bool, dtype: torch.dtype) -> None:
     """The same experts in the same order; weights within 2x and gradients within 3x the error of plain torch."""
     if dtype not in backend.dtypes:
         pytest.skip(f"{backend.name} does not take {dtype}")
