@@ -61,7 +61,7 @@ def test_linear_cross_entropy(case: Case, compare: Callable[[harness.Problem], N
     _, _, loss, gradients = exact(head, lambda logprobs_T, _: -logprobs_T.mean())
     compare(
         harness.Problem(
-            case, runnable(head, runs),
+            case, runnable(head.hidden_TD, runs),
             floor=floor(head, num_forwards=1),
             check=harness.agrees_with([loss, *gradients], 1e-5 if case.dtype == "fp32" else 1e-2),
             gradient_bytes=head.gradient_bytes,

@@ -88,7 +88,7 @@ def test_linear_grpo_loss(case: Case, compare: Callable[[harness.Problem], None]
     )
     compare(
         harness.Problem(
-            case, runnable(head, runs),
+            case, runnable(head.hidden_TD, runs),
             floor=floor(head, num_forwards=1),
             check=harness.agrees_with([loss, *gradients], 1e-5 if case.dtype == "fp32" else 2e-2),
             gradient_bytes=head.gradient_bytes,

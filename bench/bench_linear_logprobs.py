@@ -60,7 +60,7 @@ def test_linear_logprobs(case: Case, compare: Callable[[harness.Problem], None])
     want = [logprobs_T, entropy_T, *(gradients if backward else [])]
     compare(
         harness.Problem(
-            case, runnable(head, runs),
+            case, runnable(head.hidden_TD, runs),
             floor=floor(head, 2 if backward else 1, backward),
             check=harness.agrees_with(want, 1e-5 if case.dtype == "fp32" else 1e-2),
             gradient_bytes=head.gradient_bytes if backward else 0,

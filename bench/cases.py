@@ -1,6 +1,7 @@
 """What is measured, on which device, and what was asked of it. Data only: no torch, so that the report stays light.
 
-Sizes: T tokens, V vocabulary, D model width, N samples, L mean tokens a sample, B sequences that decode.
+Sizes: T tokens, V vocabulary, D model width, N samples, L mean tokens a sample, B sequences that decode,
+E experts, K experts per token, F expert width.
 """
 
 from dataclasses import dataclass, field
@@ -128,7 +129,27 @@ def _steps() -> list[Case]:
     ]
 
 
-CASES = tuple(_selective() + _linear() + _losses() + _sampling() + _steps())
+def _experts() -> list[Case]:
+    small = {"T": 4096, "D": 256, "F": 128, "E": 32, "K": 4}
+    large = {"D": 2048, "F": 768, "E": 128, "K": 8}  # Qwen3-30B-A3B
+    router = {"T": 4096, "E": 32, "K": 4}
+    cases = [
+        Case("route_topk", device, "fp32", "fwd+bwd", router, (faster("transformers", 3),))
+        for device in ("cpu", "cuda")
+    ]
+    for dtype, times in (("fp32", 1.5), ("bf16", 2.5)):
+        targets = faster("grouped_mm", times), faster("eager", times)
+        cases.append(Case("moe_experts", "cpu", dtype, "fwd+bwd", small, targets))
+    for T in (8192, 16384, 32768):
+        # 400 TFLOP/s forward and 330 with the backward pass, in milliseconds.
+        flops = 6.0 * T * large["K"] * large["D"] * large["F"]
+        for mode, total, rate in (("fwd", flops, 400e12), ("fwd+bwd", 3 * flops, 330e12)):
+            target = Target("ms", round(total / rate * 1e3, 2))
+            cases.append(Case("moe_experts", "cuda", "bf16", mode, {"T": T, **large}, (target,)))
+    return cases
+
+
+CASES = tuple(_selective() + _linear() + _losses() + _experts() + _sampling() + _steps())
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
 

@@ -74,24 +74,24 @@ def exact(head: Head, loss_of: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tens
     return logprobs_T, entropy_T, loss.detach(), [hidden_TD.grad, weight_VD.grad]
 
 
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies this dtype at full rate. On a CPU without instructions for bf16 it takes minutes (ours
+def can_multiply(factor: Tensor) -> bool:
+    """Whether torch multiplies its dtype at full rate. On a CPU without instructions for bf16 it takes minutes (ours
     widens to fp32): such contenders are not run, and the floor is that of fp32."""
-    on_cpu_in_bf16 = harness.DEVICE == "cpu" and dtype == torch.bfloat16
+    on_cpu_in_bf16 = harness.DEVICE == "cpu" and factor.dtype == torch.bfloat16
     return not on_cpu_in_bf16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def runnable(head: Head, runs: dict[str, harness.Run]) -> dict[str, harness.Run]:
+def runnable(factor: Tensor, runs: dict[str, harness.Run]) -> dict[str, harness.Run]:
     def refuse() -> harness.Outputs:
         raise RuntimeError("not run: torch has no fast bf16 product on this CPU")
 
     ours = (harness.OURS, "two ops")
-    return {name: run if name in ours or multiplies(head.hidden_TD.dtype) else refuse for name, run in runs.items()}
+    return {name: run if name in ours or can_multiply(factor) else refuse for name, run in runs.items()}
 
 
 def floor(head: Head, num_forwards: int, backward: bool = True) -> harness.Floor:
     """The bare products, over a tile of the vocabulary, in the head's dtype: logits, d hidden, d weight."""
-    hidden_TD, weight_VD = (x.detach() if multiplies(x.dtype) else x.detach().float() for x in head.leaves)
+    hidden_TD, weight_VD = (x.detach() if can_multiply(x) else x.detach().float() for x in head.leaves)
     (T, D), V = hidden_TD.shape, len(weight_VD)
     tile = min(V, 8192 if harness.DEVICE == "cpu" else 32768)
     weight_CD = weight_VD[:tile]

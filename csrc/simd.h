@@ -6,6 +6,7 @@
 //
 //   namespace { inline namespace CPU_CAPABILITY { ... } }      the code that is compiled three times
 //   R1FAST_KERNEL(name, Args) { ... args, begin, end ... }     its entry: rows begin..end of one call
+//   R1FAST_DECLARE(name, Args)                                 for a kernel that another file calls
 //   #ifdef R1FAST_BUILD_OPERATOR ... R1FAST_PICK(name) ...     the entry of the best build for this processor
 #pragma once
 
@@ -22,10 +23,13 @@
 #define R1FAST_PASTE_(a, b) a##b
 #define R1FAST_PASTE(a, b) R1FAST_PASTE_(a, b)
 
-#define R1FAST_KERNEL(name, Args)                                   \
+#define R1FAST_DECLARE(name, Args)                                   \
   void name##_DEFAULT(const Args& args, int64_t begin, int64_t end); \
   void name##_AVX2(const Args& args, int64_t begin, int64_t end);    \
-  void name##_AVX512(const Args& args, int64_t begin, int64_t end);  \
+  void name##_AVX512(const Args& args, int64_t begin, int64_t end)
+
+#define R1FAST_KERNEL(name, Args) \
+  R1FAST_DECLARE(name, Args);     \
   void R1FAST_PASTE(name##_, CPU_CAPABILITY)(const Args& args, int64_t begin, int64_t end)
 
 namespace r1fast {
@@ -135,6 +139,16 @@ class Exponential<float> {
   Vec<float> scale_, offset_;
 };
 #endif
+
+template <typename acc>
+inline Vec<acc> sigmoid(const Vec<acc>& x) {
+  // e^-|x| <= 1: never infinite, and in the range of the short exponential.
+  const Exponential<acc> exponential(-1);
+  const Vec<acc> one(1);
+  const Vec<acc> e = exponential(x.abs());
+  const Vec<acc> positive = one / (one + e);
+  return Vec<acc>::blendv(positive, e * positive, x < Vec<acc>(0));
+}
 
 template <typename acc>
 inline acc reduce_sum(const Vec<acc>& v) {

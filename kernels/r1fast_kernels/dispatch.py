@@ -17,10 +17,10 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "group_advantages": ("reference", "cpp", "triton"),
     "grpo_loss": ("reference", "cpp", "triton"),
     "linear_grpo_loss": ("reference", "cpp", "triton"),
-    "route_topk": ("reference",),
-    "moe_dispatch": ("reference",),
-    "grouped_gemm": ("reference",),
-    "moe_experts": ("reference",),
+    "route_topk": ("reference", "cpp"),
+    "moe_dispatch": ("reference", "cpp"),
+    "grouped_gemm": ("reference", "cpp"),
+    "moe_experts": ("reference", "cpp"),
     "sample_tokens": ("reference", "cpp", "triton"),
 }
 

@@ -1,98 +1,240 @@
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import DeepseekV3Config
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
 from r1fast_kernels import moe_experts
+from tests.kernels.backends import BF16, FP16, FP32, FP64, Backend, assert_as_exact, assert_same_bits, needs_cpp
+from tests.kernels.moe import NAMES, Layer, bf16_products, random_layer, run, transformers_experts, without_rows
+
+DTYPES = [FP32, BF16, FP16, FP64]
+
+# One token; K = 1; every expert of each token; primes; a row past a piece of 512; and routings that broke others.
+CASES = {
+    "random": {},
+    "T1": {"num_tokens": 1},
+    "K1": {"num_tokens": 19, "k": 1},
+    "K-is-E": {"num_tokens": 9, "k": 5},
+    "primes": {"num_tokens": 37, "num_experts": 7, "k": 3, "width": 67, "inner": 31},
+    "E1": {"num_tokens": 9, "num_experts": 1, "k": 1},
+    "one-takes-all": {"how": "one-takes-all", "num_tokens": 67, "width": 24, "inner": 17},
+    "some-skipped": {"how": "some-skipped"},
+    "all-skipped": {"how": "all-skipped"},
+    "empty-experts": {"how": "empty-experts"},
+    "more-experts-than-tokens": {"num_tokens": 3, "num_experts": 23, "k": 2},
+}
 
 
-def random_layer(
-    num_tokens: int,
-    num_experts: int = 5,
-    k: int = 2,
-    width: int = 12,
-    inner: int = 7,
-    dtype: torch.dtype = torch.float64,
-) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
-
-    ids = torch.stack([torch.randperm(num_experts, generator=generator)[:k] for _ in range(num_tokens)])
-    weights = torch.rand(num_tokens, k, generator=generator, dtype=dtype).requires_grad_()
-    tensors = [normal(num_tokens, width), normal(num_experts, 2 * inner, width), normal(num_experts, width, inner)]
-    return [*tensors, ids, weights]
+def assert_follows_rule(layer: Layer, dtype: torch.dtype, backend: Backend, **options: object) -> None:
+    exact = run(layer, impl="reference")
+    plain = run(layer.to(dtype), impl="reference")
+    got = run(layer.to(dtype, backend.device), impl=backend.impl, **options)
+    for name, g, p, e, times in zip(("out", *NAMES), got, plain, exact, (2, 3, 3, 3, 3)):
+        assert g.dtype == p.dtype, name
+        assert_as_exact(g, p, e, times, name)
 
 
-def transformers_experts(layer: list[torch.Tensor]) -> torch.Tensor:
-    hidden, gate_up, down, ids, weights = layer
-    config = DeepseekV3Config(
-        hidden_size=hidden.shape[1], moe_intermediate_size=down.shape[2], n_routed_experts=len(down)
-    )
-    config._experts_implementation = "eager"
-    experts = DeepseekV3Experts(config).to(hidden.dtype)
-    parameters = {"gate_up_proj": gate_up, "down_proj": down}
-    return torch.func.functional_call(experts, parameters, (hidden, ids, weights))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", CASES)
+def test_as_exact_as_torch(backend: Backend, name: str, dtype: torch.dtype) -> None:
+    """Against fp64 on the same rounded numbers: the output within 2x, gradients within 3x the error of plain torch."""
+    if dtype not in backend.dtypes:
+        pytest.skip(f"{backend.name} does not take {dtype}")
+    assert_follows_rule(random_layer(**CASES[name]), dtype, backend)
 
 
-def route(layer: list[torch.Tensor], how: str) -> None:
-    ids = layer[3]
-    if how == "one-takes-all":
-        ids.fill_(3)
-    elif how == "some-skipped":  # ids >= E, and not sorted to the end
-        ids[::3, 0] = 5
-    elif how == "empty-experts":  # the first and the last get nothing
-        ids.clamp_(1, 3)
+@needs_cpp
+@pytest.mark.parametrize("widened", [True, False], ids=["widened", "native"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("name", ["random", "primes", "some-skipped"])
+def test_bf16_on_both_kinds_of_cpu(name: str, recompute: bool, widened: bool) -> None:
+    with bf16_products(widened):
+        cpp = Backend("cpp", "cpp", "cpu", (BF16,))
+        assert_follows_rule(random_layer(**CASES[name]), BF16, cpp, recompute=recompute)
 
 
+@needs_cpp
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("how", ["one-takes-all", "some-skipped"])
+def test_experts_of_several_slices(how: str, dtype: torch.dtype) -> None:
+    """An expert with 2,602 rows: three slices of 1,024 and pieces of 512; each has a sum of the weights' gradients."""
+    layer = random_layer(1301, 3, width=24, inner=9, how=how)
+    assert_follows_rule(layer, dtype, Backend("cpp", "cpp", "cpu", (dtype,)))
+    kept, recomputed = (run(layer.to(dtype), impl="cpp", recompute=recompute) for recompute in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("how", ["random", "one-takes-all", "some-skipped", "empty-experts"])
-def test_equals_transformers_with_gradients(how: str) -> None:
-    layer = random_layer(41)
-    route(layer, how)
-    hidden, gate_up, down, _, weights = layer
-    outputs = [moe_experts(*layer), transformers_experts(layer)]
-    torch.testing.assert_close(outputs[0], outputs[1])
-    scale = torch.linspace(-1, 1, outputs[0].numel(), dtype=torch.float64).view_as(outputs[0])
-    ours, theirs = (torch.autograd.grad((out * scale).sum(), (hidden, gate_up, down, weights)) for out in outputs)
-    torch.testing.assert_close(ours, theirs)
+def test_equals_transformers_with_gradients(backend: Backend, how: str, family: str) -> None:
+    layer = random_layer(how=how).to(FP64 if backend.impl == "cpp" else FP32)
+    got = run(layer.to(device=backend.device), impl=backend.impl)
+    tolerance = {"rtol": 1e-9, "atol": 1e-11} if backend.impl == "cpp" else {"rtol": 1e-4, "atol": 1e-5}
+    for name, g, want in zip(("out", *NAMES), got, transformers_experts(layer, family), strict=True):
+        torch.testing.assert_close(g.cpu(), want, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-def test_all_skipped_is_zero_with_zero_gradients() -> None:
-    hidden, gate_up, down, ids, weights = random_layer(6)
-    out = moe_experts(hidden, gate_up, down, torch.full_like(ids, 5), weights)
-    gradients = torch.autograd.grad(out.sum(), (hidden, gate_up, down, weights))
-    assert out.shape == hidden.shape and not any(x.any() for x in (out, *gradients))
+def test_all_skipped_is_zero_with_zero_gradients(backend: Backend) -> None:
+    layer = random_layer(6, how="all-skipped").to(FP32, backend.device)
+    assert not any(x.any() for x in run(layer, impl=backend.impl))
 
 
-@pytest.mark.parametrize(("num_tokens", "k"), [(1, 1), (3, 1), (4, 5)], ids=["T1-K1", "K1", "K-is-E"])
-def test_gradcheck(num_tokens: int, k: int) -> None:
-    hidden, gate_up, down, ids, weights = random_layer(num_tokens, k=k, width=3, inner=2)
-    assert torch.autograd.gradcheck(lambda h, g, d, w: moe_experts(h, g, d, ids, w), (hidden, gate_up, down, weights))
+def test_no_token(backend: Backend) -> None:
+    layer = without_rows(random_layer(3)).to(FP32, backend.device)
+    out, grad_hidden, grad_gate_up, grad_down, grad_weights = run(layer, impl=backend.impl)
+    assert out.shape == grad_hidden.shape == (0, 12) and grad_weights.shape == (0, 2)
+    assert grad_gate_up.shape == (5, 14, 12) and not grad_gate_up.any() and not grad_down.any()
 
 
-def test_bf16_is_as_exact_as_transformers() -> None:
-    layer = random_layer(200, width=64, inner=48)
-    exact = moe_experts(*layer)
-    low = [x.bfloat16() if x is not layer[4] else x.float() for x in layer[:3]] + [layer[3], layer[4].float()]
-    ours, theirs = moe_experts(*low), transformers_experts(low)
-    assert ours.dtype == torch.bfloat16
-    assert (ours.double() - exact).norm() <= 2 * (theirs.double() - exact).norm()
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", ["random", "some-skipped", "primes"])
+def test_recomputing_gives_the_same_bits(backend: Backend, name: str, dtype: torch.dtype) -> None:
+    layer = random_layer(**CASES[name]).to(dtype, backend.device)
+    kept, recomputed = (run(layer, impl=backend.impl, recompute=recompute) for recompute in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
 
 
-def test_no_token_and_same_bits() -> None:
-    hidden, gate_up, down, ids, weights = random_layer(50, dtype=torch.float32)
-    assert moe_experts(hidden[:0], gate_up, down, ids[:0], weights[:0]).shape == (0, 12)
-    runs = []
-    for _ in range(3):
-        out = moe_experts(hidden, gate_up, down, ids, weights)
-        runs.append([out, *torch.autograd.grad(out.sum(), (hidden, gate_up, down, weights))])
-    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other))
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("alone", range(4), ids=NAMES)
+def test_frozen_parts(backend: Backend, alone: int, recompute: bool) -> None:
+    """What is needed has the same bits whether or not the rest is computed."""
+    layer = random_layer(num_tokens=17).to(FP32, backend.device)
+    everything = run(layer, impl=backend.impl)
+    needs = tuple(i == alone for i in range(4))
+    out, gradient = run(layer, needs, impl=backend.impl, recompute=recompute)
+    assert torch.equal(out, everything[0]) and torch.equal(gradient, everything[1 + alone])
+    assert torch.equal(run(layer, (False,) * 4, impl=backend.impl)[0], everything[0])
 
 
-def test_errors_say_what_was_expected() -> None:
-    hidden, gate_up, down, ids, weights = random_layer(4)
+@needs_cpp
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_is_not_needed_is_empty(recompute: bool) -> None:
+    layer, op = random_layer(5), torch.ops.r1fast
+    _, *saved = op.moe_experts(*layer.leaves[:3], layer.ids_TK, layer.weights_TK, not recompute)
+    for needs in ((True, False, False, False), (False, True, False, False), (False, False, True, False)):
+        found = op.moe_experts_backward(layer.upstream_TD, *layer.leaves, *saved, *needs)
+        assert [x.numel() > 0 for x in found] == list(needs)
+
+
+@pytest.mark.parametrize("how", ["random", "some-skipped"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=lambda dtype: str(dtype)[6:])
+def test_same_bits_every_time(backend: Backend, dtype: torch.dtype, how: str) -> None:
+    """Any number of threads: products run on one thread each, and rows are cut by their number alone."""
+    sizes = {} if backend.interpreted else {"num_tokens": 1301, "width": 40, "inner": 24}
+    layer = random_layer(how=how, **sizes).to(dtype, backend.device)
+    assert_same_bits(lambda: run(layer, impl=backend.impl))
+
+
+def test_strided_inputs(backend: Backend) -> None:
+    """Weights that are kept transposed, columns of a wider tensor, and the expanded gradient of a sum."""
+    layer = random_layer().to(FP32, backend.device)
+    wide = torch.cat([layer.hidden_TD, layer.hidden_TD], 1)[:, :12]
+    strided = replace(
+        layer, hidden_TD=wide, gate_up_E2FD=layer.gate_up_E2FD.mT.contiguous().mT,
+        down_EDF=layer.down_EDF.mT.contiguous().mT, ids_TK=layer.ids_TK.T.contiguous().T,
+        weights_TK=layer.weights_TK.T.contiguous().T, upstream_TD=layer.upstream_TD[:1, :1].expand(41, 12),
+    )  # fmt: skip
+    leaves = [x.requires_grad_() for x in strided.leaves]
+    out = moe_experts(*leaves[:3], strided.ids_TK, leaves[3], impl=backend.impl)
+    got = [out, *torch.autograd.grad(out, leaves, strided.upstream_TD)]
+    want = run(replace(layer, upstream_TD=strided.upstream_TD.contiguous()), impl=backend.impl)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
+
+
+@needs_cpp
+@pytest.mark.parametrize("impl", ["reference", "cpp"])
+@pytest.mark.parametrize(
+    ("num_tokens", "k", "how"),
+    [(1, 1, "random"), (3, 1, "random"), (4, 5, "random"), (5, 2, "some-skipped")],
+    ids=["T1-K1", "K1", "K-is-E", "some-skipped"],
+)
+def test_gradcheck(num_tokens: int, k: int, how: str, impl: str) -> None:
+    layer = random_layer(num_tokens, k=k, width=3, inner=2, how=how)
+    leaves = [x.requires_grad_() for x in layer.leaves]
+    assert torch.autograd.gradcheck(lambda h, g, d, w: moe_experts(h, g, d, layer.ids_TK, w, impl=impl), leaves)
+
+
+@needs_cpp
+@pytest.mark.parametrize("keep", [True, False])
+def test_opcheck(keep: bool) -> None:
+    layer, op = random_layer(6, how="some-skipped").to(FP32), torch.ops.r1fast
+    leaves = [x.clone().requires_grad_() for x in layer.leaves]
+    torch.library.opcheck(op.moe_experts.default, (*leaves[:3], layer.ids_TK, leaves[3], keep))
+    _, *saved = op.moe_experts(*layer.leaves[:3], layer.ids_TK, layer.weights_TK, keep)
+    for needs in ((True,) * 4, (True, False, False, False)):
+        arguments = (layer.upstream_TD, *layer.leaves, *saved, *needs)
+        torch.library.opcheck(op.moe_experts_backward.default, arguments)
+
+
+@needs_cpp
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiles_without_a_graph_break(recompute: bool) -> None:
+    layer = random_layer(7).to(FP32)
+
+    def loss(hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return moe_experts(hidden * 2, gate_up, down, layer.ids_TK, weights, recompute=recompute).square().sum()
+
+    gradients = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        leaves = [x.clone().requires_grad_() for x in layer.leaves]
+        gradients.append(torch.autograd.grad(function(*leaves), leaves))
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@needs_cpp
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_builds_for_older_processors_agree(capability: str, tmp_path: Path) -> None:
+    """torch reads ATEN_CPU_CAPABILITY once per process; its random numbers depend on it too, so inputs come by file."""
+    script = (
+        "import sys, torch; sys.path[:0] = sys.argv[3:]; from tests.kernels.test_moe_experts import *\n"
+        "layers = torch.load(sys.argv[1], weights_only=False)\n"
+        "torch.save([run(layer, impl='cpp') for layer in layers], sys.argv[2])"
+    )
+    root, inputs = Path(__file__).parents[2], tmp_path / "inputs.pt"
+    torch.save([random_layer(**CASES["primes"]).to(dtype) for dtype in (FP32, BF16, FP64)], inputs)
+    outputs = {}
+    for name in (capability, ""):
+        environment = os.environ | ({"ATEN_CPU_CAPABILITY": name} if name else {})
+        out = tmp_path / f"{name or 'best'}.pt"
+        command = [sys.executable, "-c", script, inputs, out, root, root / "kernels"]
+        subprocess.run(command, env=environment, check=True)
+        outputs[name] = torch.load(out)
+    for got, want in zip(outputs[capability], outputs[""], strict=True):
+        for g, w in zip(got, want, strict=True):
+            tolerance = 2e-2 if w.dtype == BF16 else 1e-5
+            torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance)
+
+
+def test_extreme_gates(backend: Backend) -> None:
+    """Gates of +-200 and more: silu and its derivative are x, 1 and 0, not NaN."""
+    layer = random_layer()
+    layer = replace(layer, hidden_TD=layer.hidden_TD * 256)
+    for dtype in (FP32, BF16):
+        with bf16_products(True) if backend.impl == "cpp" else nullcontext():
+            assert_follows_rule(layer, dtype, backend)
+
+
+def test_errors_say_what_was_expected(backend: Backend) -> None:
+    layer = random_layer(4).to(FP32, backend.device)
+    hidden, gate_up, down, weights = layer.leaves
+    ids = layer.ids_TK
     with pytest.raises(ValueError, match=r"expected \[T, D\], \[E, 2F, D\], \[E, D, F\]"):
         moe_experts(hidden, down, gate_up, ids, weights)
     with pytest.raises(ValueError, match=r"for 4 tokens, expected both \[T, K\]"):
         moe_experts(hidden, gate_up, down, ids[:3], weights[:3])
+    with pytest.raises(ValueError, match="expected one dtype"):
+        moe_experts(hidden.bfloat16(), gate_up, down, ids, weights)
+
+
+@needs_cpp
+def test_a_negative_id_is_an_error() -> None:
+    layer = random_layer(4)
+    layer.ids_TK[2, 1] = -1
+    with pytest.raises(ValueError, match=r"expert_ids_TK\[2, 1\] is -1"):
+        run(layer, impl="cpp")

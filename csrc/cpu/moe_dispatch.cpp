@@ -1,0 +1,78 @@
+// A stable counting sort of the choices by expert, chunk by chunk: counts of each, starts by expert and then by chunk,
+// and each choice to its place. Chunks have a fixed size, and places are integers: nothing depends on the threads.
+#ifdef R1FAST_BUILD_OPERATOR
+
+#include "../moe.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+
+namespace r1fast {
+namespace {
+
+constexpr int64_t kChunk = 16384;
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_dispatch(const at::Tensor& expert_ids_TK, int64_t num_experts) {
+  Dispatch found = dispatch_by_expert(expert_ids_TK, num_experts);
+  return {found.order_M, found.slot_TK, found.offsets_E};
+}
+
+}  // namespace
+
+Dispatch dispatch_by_expert(const at::Tensor& expert_ids_TK, int64_t num_experts) {
+  TORCH_CHECK_VALUE(
+      expert_ids_TK.dim() == 2 && expert_ids_TK.scalar_type() == at::kLong && num_experts >= 0,
+      "moe_dispatch: got expert ids of shape ", expert_ids_TK.sizes(), " and dtype ", expert_ids_TK.scalar_type(),
+      " for ", num_experts, " experts, expected int64 [T, K]");
+  const int64_t num_choices = expert_ids_TK.numel();
+  TORCH_CHECK_VALUE(
+      num_choices <= std::numeric_limits<int32_t>::max(), "moe_dispatch: got ", num_choices,
+      " choices, expected at most 2^31 - 1: call it for fewer tokens");
+  const at::Tensor ids = expert_ids_TK.contiguous();
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  const auto options = ids.options().dtype(at::kInt);
+  Dispatch found{at::empty({num_choices}, options), at::empty(ids.sizes(), options), at::empty({num_experts}, options)};
+  const int64_t num_chunks = (num_choices + kChunk - 1) / kChunk;
+  const int64_t num_bins = num_experts + 1;  // the last one for those that are skipped
+  std::vector<int32_t> places(num_chunks * num_bins, 0);  // counts, then where the next choice of a chunk goes
+  at::parallel_for(0, num_chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kChunk; i < std::min(end * kChunk, num_choices); ++i) {
+      TORCH_CHECK_VALUE(
+          id[i] >= 0, "moe_dispatch: expert_ids_TK[", i / ids.size(1), ", ", i % ids.size(1), "] is ", id[i],
+          ", expected an id >= 0; ids from ", num_experts, " on are skipped");
+      ++places[i / kChunk * num_bins + std::min(id[i], num_experts)];
+    }
+  });
+  int32_t start = 0;
+  for (int64_t bin = 0; bin < num_bins; ++bin) {
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      const int32_t count = places[chunk * num_bins + bin];
+      places[chunk * num_bins + bin] = start;
+      start += count;
+    }
+    if (bin < num_experts) {
+      found.offsets_E.mutable_data_ptr<int32_t>()[bin] = start;
+    }
+  }
+  int32_t* order = found.order_M.mutable_data_ptr<int32_t>();
+  int32_t* slot = found.slot_TK.mutable_data_ptr<int32_t>();
+  at::parallel_for(0, num_chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kChunk; i < std::min(end * kChunk, num_choices); ++i) {
+      const int32_t place = places[i / kChunk * num_bins + std::min(id[i], num_experts)]++;
+      order[place] = static_cast<int32_t>(i);
+      slot[i] = place;
+    }
+  });
+  return found;
+}
+
+TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
+  m.impl("moe_dispatch", &moe_dispatch);
+}
+
+}  // namespace r1fast
+
+#endif  // R1FAST_BUILD_OPERATOR
