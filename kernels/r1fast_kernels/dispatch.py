@@ -17,10 +17,10 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "group_advantages": ("reference", "cpp", "triton"),
     "grpo_loss": ("reference", "cpp", "triton"),
     "linear_grpo_loss": ("reference", "cpp", "triton"),
-    "route_topk": ("reference",),
-    "moe_dispatch": ("reference",),
-    "grouped_gemm": ("reference",),
-    "moe_experts": ("reference",),
+    "route_topk": ("reference", "triton"),
+    "moe_dispatch": ("reference", "triton"),
+    "grouped_gemm": ("reference", "triton"),
+    "moe_experts": ("reference", "triton"),
     "sample_tokens": ("reference", "cpp", "triton"),
 }
 
