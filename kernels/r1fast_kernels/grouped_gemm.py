@@ -3,8 +3,8 @@
     out_m = W_e x_m   (weight [E, N, D], transpose_weight=True, as a linear layer)   or   x_m W_e   (weight [E, D, N])
     rows of expert e: offsets_E[e - 1] <= m < offsets_E[e];   rows from offsets_E[-1] on are 0
 
-2 M D N FLOPs, and as many for each gradient; reads E D N weights and M D, writes M N. Each expert's dW is summed in fp32
-and rounded once; without rows it is 0.
+2 M D N FLOPs, and as many for each gradient; reads E D N weights and M D numbers, writes M N. Each expert's dW is
+summed in fp32 and rounded once; without rows it is 0.
 
 On a GPU a program makes one tile of the table that moe_dispatch draws, so no tile holds rows of two experts. Tiles are
 numbered expert by expert, and launched in groups of GROUP tiles that walk through the columns together:
@@ -46,15 +46,16 @@ class Blocks:
     num_stages: int
 
 
-# By rows per expert. Half of an expert's last tile is empty on average: at 128 rows a tile and 512 rows an expert that is
-# one product in eight, hence 64 below. A few rows an expert (sampling) only wait for weights.
+# By rows per expert. Half of an expert's last tile is empty on average: at 128 rows a tile and 512 rows an expert that
+# is one product in eight, hence 64 below. A few rows an expert (sampling) only wait for weights.
 BLOCKS_16_BIT = {
     16: Blocks(16, 128, 128, 4, 4),
     511: Blocks(64, 128, 64, 4, 4),
     1 << 62: Blocks(128, 128, 64, 8, 3),
 }
-BLOCKS_FP32 = {16: Blocks(16, 64, 32, 4, 3), 1 << 62: Blocks(64, 64, 16, 8, 3)}
-WEIGHT_BLOCKS = {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(64, 64, 16, 8, 3)}
+BLOCKS_FP32 = {16: Blocks(16, 64, 32, 4, 3), 1 << 62: Blocks(64, 64, 32, 8, 3)}
+# By bytes a number. Of 5 stages, those that wait for an index to gather by leave 3 (sm_80: 2) tiles on their way.
+WEIGHT_BLOCKS = {2: Blocks(128, 128, 64, 8, 5), 4: Blocks(64, 64, 16, 8, 3)}
 BLOCKS_INTERPRETED = Blocks(16, 16, 16, 1, 1)  # small shapes have edges too
 GROUP = 8
 

@@ -39,7 +39,7 @@ def moe_dispatch_reference(expert_ids_TK: Tensor, num_experts: int) -> tuple[Ten
 BLOCK_M, NUM_WARPS = 128, 8
 # The prefix over blocks: so many blocks a step, so many experts a program.
 PREFIX_BLOCKS, PREFIX_EXPERTS, PREFIX_WARPS = 128, 16, 4
-BLOCK_TILES, TILE_WARPS = 16, 4
+BLOCK_TILES, TILE_WARPS = 16, 8
 
 
 @triton.jit

@@ -1,15 +1,16 @@
 """The GPU kernels of moe_experts: gather, SwiGLU and routing weight inside the products, sums without atomics.
 
-    forward    inner_MF = w silu(gate) up,  [gate; up] = gate_up_e x[token]        rows of x gathered in the product
-               rows_MD  = down_e inner                                             grouped_gemm
-               out_t    = sum_k rows[slot_tk]                                      in fp32, in the order of k
-    backward   g        = down_e^T d out[token]                                    gathered; what follows is its epilogue
+    forward    inner    = w silu(gate) up,  [gate; up] = gate_up_e x[token]       rows of x gathered by the product
+               rows     = down_e inner                                            grouped_gemm
+               out_t    = sum_k rows[slot_tk]                                     in fp32, in the order of k
+    backward   g        = down_e^T d out[token]                                   gathered; its epilogue makes:
                d gate   = w g up silu'(gate),  d up = w g silu(gate),  d w = <g, silu(gate) up>,  inner again
-               d x_t    = sum_k (gate_up_e^T d gate_up)[slot_tk]                   grouped_gemm, then the sum above
-               d gate_up_e = sum d gate_up x[token]^T,  d down_e = sum d out[token] inner^T            gathered
+               d x_t    = sum_k (gate_up_e^T d [gate; up])[slot_tk]               grouped_gemm, then the sum above
+               d gate_up_e = sum d [gate; up] x[token]^T,  d down_e = sum d out[token] inner^T           gathered
 
-s bytes a number and M = T K: the forward writes and reads M (F + D) s, and M 2F s more where the backward pass is to find
-[gate; up] again; the backward pass writes and reads M (2F + F + D) s. No copy of x or d out per choice is ever made.
+M = T K: 6 M D F FLOPs forward and 12 backward, 4 more where [gate; up] was not kept. With s bytes a number, buffers of
+M (F + D) s are written and read forward, M 2F s more with [gate; up] kept, and M (2F + F + D) s backward. x and d out
+are never copied per choice: their rows come from L2.
 
 A row of gate and its row of up stand side by side in the tile of a product, which is one product with one accumulator:
 
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grouped_gemm import GROUP, gemm_blocks, launch_gemm, launch_weight, multiply, read_tile
+from .grouped_gemm import GROUP, Blocks, gemm_blocks, launch_gemm, launch_weight, multiply, read_tile
 from .moe_dispatch import launch_dispatch, tile_table
 
 # One program of a sum over the rows of a token: 16 values a thread.
@@ -77,6 +78,45 @@ def _gate_up_kernel(
 
 
 @triton.jit
+def _quarters(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Four tiles of COLUMNS / 4, left to right. What a thread holds, it keeps."""
+    left, right = tl.split(x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
+    a, b = tl.split(left.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1))
+    c, d = tl.split(right.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1))
+    return a, b, c, d
+
+
+@triton.jit
+def _swiglu_gradient(
+    grad,  # [BLOCK_M, columns] before the weight
+    weight,  # [BLOCK_M]
+    wide_m,  # [BLOCK_M] int64
+    offs_f,
+    mask_m,
+    width_f,
+    kept_ptr,
+    grad_gate_up_ptr,
+    inner_ptr,
+):
+    """Stores d gate, d up and inner where they are wanted; returns the columns' share of d w."""
+    mask = mask_m[:, None] & (offs_f < width_f)[None, :]
+    offs_gate = wide_m[:, None] * 2 * width_f + offs_f[None, :]
+    gate = tl.load(kept_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, columns]
+    up = tl.load(kept_ptr + offs_gate + width_f, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, columns]
+    odds = tl.sigmoid(gate)
+    silu = gate * odds
+    if inner_ptr is not None:
+        inner = (silu * up * weight[:, None]).to(inner_ptr.dtype.element_ty)
+        tl.store(inner_ptr + wide_m[:, None] * width_f + offs_f[None, :], inner, mask=mask)
+    if grad_gate_up_ptr is not None:
+        grad_up = grad * silu * weight[:, None]
+        tl.store(grad_gate_up_ptr + offs_gate + width_f, grad_up.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
+        grad_gate = grad * up * odds * (1.0 + gate * (1.0 - odds)) * weight[:, None]
+        tl.store(grad_gate_up_ptr + offs_gate, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
+    return tl.sum(grad * silu * up, axis=1)
+
+
+@triton.jit
 def _inner_gradient_kernel(
     grad_out_ptr,  # [T, D]
     down_ptr,  # [E, D, F]
@@ -103,32 +143,26 @@ def _inner_gradient_kernel(
         return
     rows = first + tl.arange(0, BLOCK_M)
     choices = tl.load(order_ptr + tl.minimum(rows, end - 1))  # [BLOCK_M]
-    offs_f = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (rows < end)[:, None] & (offs_f < width_f)[None, :]
-    wide_m = rows.to(tl.int64)
-    offs_gate = wide_m[:, None] * 2 * width_f + offs_f[None, :]
+    grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if grad_gate_up_ptr is not None or partials_ptr is not None:
         grad = multiply(
             grad_out_ptr + (choices // top_k).to(tl.int64) * width, down_ptr + expert * width * width_f,
-            offs_f.to(tl.int64), width, width_f, False, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            (column * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64), width, width_f, False, EVEN_K, BLOCK_M, BLOCK_N,
+            BLOCK_K,
         )  # fmt: skip
-    weight = tl.load(weights_ptr + choices).to(tl.float32)[:, None]
-    gate = tl.load(kept_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-    up = tl.load(kept_ptr + offs_gate + width_f, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-    odds = tl.sigmoid(gate)
-    silu = gate * odds
-    if inner_ptr is not None:
-        inner = (silu * up * weight).to(inner_ptr.dtype.element_ty)
-        tl.store(inner_ptr + wide_m[:, None] * width_f + offs_f[None, :], inner, mask=mask)
+    # By quarters: gate, up and what is made of them do not fit into registers beside the whole tile.
+    weight = tl.load(weights_ptr + choices).to(tl.float32)
+    wide_m = rows.to(tl.int64)
+    mask_m = rows < end
+    share = tl.zeros([BLOCK_M], tl.float32)
+    quarters = _quarters(grad, BLOCK_M, BLOCK_N)
+    for i in tl.static_range(4):
+        offs_f = column * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+        share += _swiglu_gradient(
+            quarters[i], weight, wide_m, offs_f, mask_m, width_f, kept_ptr, grad_gate_up_ptr, inner_ptr
+        )
     if partials_ptr is not None:
-        share = tl.sum(grad * silu * up, axis=1)
-        tl.store(partials_ptr + wide_m * num_columns + column, share, mask=rows < end)
-    if grad_gate_up_ptr is not None:
-        grad *= weight
-        grad_gate = grad * up * odds * (1.0 + gate * (1.0 - odds))
-        grad_up = grad * silu
-        tl.store(grad_gate_up_ptr + offs_gate, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
-        tl.store(grad_gate_up_ptr + offs_gate + width_f, grad_up.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
+        tl.store(partials_ptr + wide_m * num_columns + column, share, mask=mask_m)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -232,6 +266,43 @@ def launch_forward(
     return _combine(rows_MD, slot_TK, offsets_E), order_M, slot_TK, offsets_E, kept_M2F
 
 
+def _inner_gradient(
+    grad_out_TD: Tensor,
+    down_EDF: Tensor,
+    gate_up_M2F: Tensor,
+    weights_TK: Tensor,
+    order_M: Tensor,
+    tiles_3I: Tensor,
+    blocks: Blocks,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d [gate; up] [M, 2F], inner [M, F], and the shares of d w [M, tiles of F]; empty where `needs` says no."""
+    (num_rows, two_f), (num_experts, width, width_f) = gate_up_M2F.shape, down_EDF.shape
+    num_columns = triton.cdiv(width_f, blocks.n)
+    grad_M2F, inner_MF, partials_MJ = (
+        gate_up_M2F.new_empty((num_rows, columns) if needed else (0,), dtype=dtype)
+        for columns, dtype, needed in zip((two_f, width_f, num_columns), (None, None, torch.float32), needs)
+    )
+    given = (x if needed else None for x, needed in zip((grad_M2F, inner_MF, partials_MJ), needs))
+    _inner_gradient_kernel[(tiles_3I.shape[1] * num_columns,)](
+        grad_out_TD, down_EDF, gate_up_M2F, weights_TK, order_M, tiles_3I, *given, num_experts, width, width_f,
+        weights_TK.shape[1], EVEN_K=width % blocks.k == 0, GROUP=GROUP, BLOCK_M=blocks.m, BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
+    return grad_M2F, inner_MF, partials_MJ
+
+
+def _weights_gradient(partials_MJ: Tensor, slot_TK: Tensor, offsets_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """[T, K]"""
+    out_TK = torch.empty(slot_TK.shape, dtype=dtype, device=slot_TK.device)
+    num_choices, num_partials = slot_TK.numel(), partials_MJ.shape[1]
+    _weights_gradient_kernel[(triton.cdiv(num_choices, BLOCK_CHOICES),)](
+        partials_MJ, slot_TK, offsets_E, out_TK, num_choices, len(offsets_E), num_partials, BLOCK=BLOCK_CHOICES,
+        num_warps=CHOICES_WARPS,
+    )  # fmt: skip
+    return out_TK
+
+
 def launch_backward(
     grad_out_TD: Tensor,
     hidden_TD: Tensor,
@@ -250,7 +321,7 @@ def launch_backward(
     """The gradients of hidden, gate_up, down and weights; empty where not needed."""
     needs = needs_hidden, needs_gate_up, needs_down, needs_weights
     inputs = hidden_TD, gate_up_E2FD, down_EDF, weights_TK
-    num_rows, (num_experts, two_f, width) = len(order_M), gate_up_E2FD.shape
+    num_rows, (num_experts, two_f, _) = len(order_M), gate_up_E2FD.shape
     if not num_rows or not any(needs):
         hidden, gate_up, down, weights = (x.new_zeros(x.shape if needed else 0) for x, needed in zip(inputs, needs))
         return hidden, gate_up, down, weights
@@ -262,31 +333,19 @@ def launch_backward(
     if not gate_up_M2F.numel():
         gate_up_M2F = hidden_TD.new_empty(num_rows, two_f)
         _gate_up(hidden_TD, gate_up_E2FD, weights_TK, order_M, tiles_3I, None, gate_up_M2F)
-
-    def empty(needed: bool, columns: int, dtype: torch.dtype = hidden_TD.dtype) -> Tensor | None:
-        return torch.empty(num_rows, columns, dtype=dtype, device=hidden_TD.device) if needed else None
-
-    num_columns = triton.cdiv(two_f // 2, blocks.n)
-    grad_M2F = empty(needs_hidden or needs_gate_up, two_f)
-    inner_MF, partials_MJ = empty(needs_down, two_f // 2), empty(needs_weights, num_columns, torch.float32)
-    _inner_gradient_kernel[(tiles_3I.shape[1] * num_columns,)](
-        grad_out_TD, down_EDF, gate_up_M2F, weights_TK, order_M, tiles_3I, grad_M2F, inner_MF, partials_MJ,
-        num_experts, width, two_f // 2, top_k, EVEN_K=width % blocks.k == 0, GROUP=GROUP, BLOCK_M=blocks.m,
-        BLOCK_N=blocks.n, BLOCK_K=blocks.k, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    grad_M2F, inner_MF, partials_MJ = _inner_gradient(
+        grad_out_TD, down_EDF, gate_up_M2F, weights_TK, order_M, tiles_3I, blocks,
+        (needs_hidden or needs_gate_up, needs_down, needs_weights),
     )  # fmt: skip
 
-    grad_hidden, grad_gate_up, grad_down = (hidden_TD.new_empty(0) for _ in range(3))
-    grad_weights = torch.empty(weights_TK.shape if needs_weights else 0, dtype=weights_TK.dtype, device=order_M.device)
+    hidden, gate_up, down, weights = (x.new_empty(0) for x in inputs)
     if needs_hidden:
         rows_MD = launch_gemm(grad_M2F, gate_up_E2FD, tiles_3I, False, blocks, zero_skipped=False)
-        grad_hidden = _combine(rows_MD, slot_TK, offsets_E)
+        hidden = _combine(rows_MD, slot_TK, offsets_E)
     if needs_gate_up:
-        grad_gate_up = launch_weight(hidden_TD, grad_M2F, offsets_E, order_M, top_k, gather="x")
+        gate_up = launch_weight(hidden_TD, grad_M2F, offsets_E, order_M, top_k, gather="x")
     if needs_down:
-        grad_down = launch_weight(inner_MF, grad_out_TD, offsets_E, order_M, top_k, gather="y")
+        down = launch_weight(inner_MF, grad_out_TD, offsets_E, order_M, top_k, gather="y")
     if needs_weights:
-        _weights_gradient_kernel[(triton.cdiv(num_rows, BLOCK_CHOICES),)](
-            partials_MJ, slot_TK, offsets_E, grad_weights, num_rows, num_experts, num_columns, BLOCK=BLOCK_CHOICES,
-            num_warps=CHOICES_WARPS,
-        )  # fmt: skip
-    return grad_hidden, grad_gate_up, grad_down, grad_weights
+        weights = _weights_gradient(partials_MJ, slot_TK, offsets_E, weights_TK.dtype)
+    return hidden, gate_up, down, weights

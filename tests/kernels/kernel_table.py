@@ -183,7 +183,7 @@ def _dispatch() -> list[Kernel]:
     """128 and 256 experts: with the skipped choices that is one power of two more."""
     module = _module("moe_dispatch")
     ids = {"ids_ptr": "*i64", "counts_ptr": "*i32", "num_choices": "i32", "num_experts": "i32"}
-    order = {name: "*i32" for name in ("totals_ptr", "order_ptr", "slot_ptr", "offsets_ptr")}
+    order = dict.fromkeys(("totals_ptr", "order_ptr", "slot_ptr", "offsets_ptr"), "*i32")
     prefix = {"counts_ptr": "*i32", "totals_ptr": "*i32", "num_blocks": "i32", "num_experts": "i32"}
     table = {"offsets_ptr": "*i32", "tiles_ptr": "*i32", "num_rows": "i32", "num_tiles": "i32", "num_experts": "i32"}
     kernels = [
@@ -259,9 +259,7 @@ def _experts() -> list[Kernel]:
         rows = {"weights_ptr": "*fp32", "order_ptr": "*i32", "tiles_ptr": "*i32"}
         sizes = dict.fromkeys(("num_experts", "width", "width_f", "top_k"), "i32")
         forward = dict.fromkeys(("hidden_ptr", "gate_up_ptr", "inner_ptr", "kept_ptr"), f"*{name}")
-        backward = dict.fromkeys(
-            ("grad_out_ptr", "down_ptr", "kept_ptr", "grad_gate_up_ptr", "inner_ptr"), f"*{name}"
-        )
+        backward = dict.fromkeys(("grad_out_ptr", "down_ptr", "kept_ptr", "grad_gate_up_ptr", "inner_ptr"), f"*{name}")
         for blocks in (gemm.BLOCKS_FP32 if name == "fp32" else gemm.BLOCKS_16_BIT).values():
             constants, options = _tile_constants(blocks)
             for label, absent in (("", None), ("-no-grad", "kept_ptr"), ("-recompute", "inner_ptr")):
