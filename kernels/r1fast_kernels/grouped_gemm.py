@@ -53,7 +53,7 @@ BLOCKS_16_BIT = {
     511: Blocks(64, 128, 64, 4, 4),
     1 << 62: Blocks(128, 128, 64, 8, 3),
 }
-BLOCKS_FP32 = {16: Blocks(16, 64, 32, 4, 3), 1 << 62: Blocks(64, 64, 32, 8, 3)}
+BLOCKS_FP32 = {16: Blocks(16, 64, 32, 4, 3), 1 << 62: Blocks(64, 64, 16, 4, 2)}
 # By bytes a number. Of 5 stages, those that wait for an index to gather by leave 3 (sm_80: 2) tiles on their way.
 WEIGHT_BLOCKS = {2: Blocks(128, 128, 64, 8, 5), 4: Blocks(64, 64, 16, 8, 3)}
 BLOCKS_INTERPRETED = Blocks(16, 16, 16, 1, 1)  # small shapes have edges too
