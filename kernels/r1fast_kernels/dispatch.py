@@ -17,10 +17,10 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "group_advantages": ("reference", "cpp", "triton"),
     "grpo_loss": ("reference", "cpp", "triton"),
     "linear_grpo_loss": ("reference", "cpp", "triton"),
-    "route_topk": ("reference", "cpp"),
-    "moe_dispatch": ("reference", "cpp"),
-    "grouped_gemm": ("reference", "cpp"),
-    "moe_experts": ("reference", "cpp"),
+    "route_topk": ("reference", "cpp", "triton"),
+    "moe_dispatch": ("reference", "cpp", "triton"),
+    "grouped_gemm": ("reference", "cpp", "triton"),
+    "moe_experts": ("reference", "cpp", "triton"),
     "sample_tokens": ("reference", "cpp", "triton"),
 }
 

@@ -3,15 +3,27 @@
     out_m = W_e x_m   (weight [E, N, D], transpose_weight=True, as a linear layer)   or   x_m W_e   (weight [E, D, N])
     rows of expert e: offsets_E[e - 1] <= m < offsets_E[e];   rows from offsets_E[-1] on are 0
 
-2 M D N FLOPs, and as many for each gradient. Each expert's dW is summed in fp32 and rounded once; without rows it is 0.
+2 M D N FLOPs, and as many for each gradient; reads E D N weights and M D numbers, writes M N. Each expert's dW is
+summed in fp32 and rounded once; without rows it is 0.
+
+On a GPU a program makes one tile of the table that moe_dispatch draws, so no tile holds rows of two experts. Tiles are
+numbered expert by expert, and launched in groups of GROUP tiles that walk through the columns together:
+
+    tile 0   0  2  4  6      the weight of these columns comes from memory for the first tile of a group,
+    tile 1   1  3  5  7      and from L2 for the others
+    tile 2   8 ..            (GROUP = 2)
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .dispatch import choose
+from .dispatch import INTERPRETING, TRITON_DEVICE, choose
+from .moe_dispatch import tile_table
 
 
 def grouped_gemm_reference(x_MD: Tensor, weight: Tensor, offsets_E: Tensor, transpose_weight: bool) -> Tensor:
@@ -23,11 +35,235 @@ def grouped_gemm_reference(x_MD: Tensor, weight: Tensor, offsets_E: Tensor, tran
     return torch.cat([*out, skipped])
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """One program's tile, [m, n], k at a time."""
+
+    m: int
+    n: int
+    k: int
+    num_warps: int
+    num_stages: int
+
+
+# By rows per expert. Half of an expert's last tile is empty on average: at 128 rows a tile and 512 rows an expert that
+# is one product in eight, hence 64 below. A few rows an expert (sampling) only wait for weights.
+BLOCKS_16_BIT = {
+    16: Blocks(16, 128, 128, 4, 4),
+    511: Blocks(64, 128, 64, 4, 4),
+    1 << 62: Blocks(128, 128, 64, 8, 3),
+}
+BLOCKS_FP32 = {16: Blocks(16, 64, 32, 4, 3), 1 << 62: Blocks(64, 64, 16, 4, 2)}
+# By bytes a number. Of 5 stages, those that wait for an index to gather by leave 3 (sm_80: 2) tiles on their way.
+WEIGHT_BLOCKS = {2: Blocks(128, 128, 64, 8, 5), 4: Blocks(64, 64, 16, 8, 3)}
+BLOCKS_INTERPRETED = Blocks(16, 16, 16, 1, 1)  # small shapes have edges too
+GROUP = 8
+
+
+def gemm_blocks(dtype: torch.dtype, num_rows: int, num_experts: int) -> Blocks:
+    """The tile for M rows of E experts: from their number, which asks no device."""
+    if INTERPRETING:
+        return BLOCKS_INTERPRETED
+    table = BLOCKS_FP32 if dtype == torch.float32 else BLOCKS_16_BIT
+    return next(blocks for most, blocks in table.items() if num_rows <= most * num_experts)
+
+
+def weight_blocks(dtype: torch.dtype) -> Blocks:
+    """The tile [N, D] of a dW, k rows at a time."""
+    return BLOCKS_INTERPRETED if INTERPRETING else WEIGHT_BLOCKS[dtype.itemsize]
+
+
+# The interpreter multiplies bf16 by their bits: it gets fp32.
+_UPCAST = tl.constexpr(INTERPRETING)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b, fp32 for fp32 (not TF32)."""
+    if _UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def place_of(pid, num_rows, num_columns, GROUP: tl.constexpr):
+    """(row, column) of a program: groups of GROUP rows, column by column."""
+    first = pid // (GROUP * num_columns) * GROUP
+    size = tl.minimum(num_rows - first, GROUP)
+    rest = pid % (GROUP * num_columns)
+    return first + rest % size, rest // size
+
+
+@triton.jit
+def read_tile(tiles_ptr, num_columns, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(expert, first row, end of its rows, column tile) of this program."""
+    num_tiles = tl.num_programs(0) // num_columns
+    tile, column = place_of(tl.program_id(0), num_tiles, num_columns, GROUP)
+    expert = tl.load(tiles_ptr + tile).to(tl.int64)  # E times a weight passes 2^31
+    return expert, tl.load(tiles_ptr + num_tiles + tile), tl.load(tiles_ptr + 2 * num_tiles + tile), column
+
+
+@triton.jit
+def multiply(
+    row_ptr,  # [BLOCK_M] where each row of x begins
+    weight_ptr,  # of one expert: [N, D] with TRANSPOSE, else [D, N]
+    columns,  # [BLOCK_N] int64; with TRANSPOSE all < N
+    inner,
+    width,
+    TRANSPOSE: tl.constexpr,
+    EVEN_K: tl.constexpr,  # BLOCK_K divides D
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The tile of x W, fp32."""
+    offs_k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, inner, BLOCK_K):
+        mask_k = (k + offs_k < inner) | EVEN_K
+        x = tl.load(row_ptr[:, None] + (k + offs_k)[None, :], mask=mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        if TRANSPOSE:
+            w_ptr = weight_ptr + columns[None, :] * inner + (k + offs_k)[:, None]
+            w = tl.load(w_ptr, mask=mask_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
+        else:
+            w_ptr = weight_ptr + (k + offs_k).to(tl.int64)[:, None] * width + columns[None, :]
+            w = tl.load(w_ptr, mask=mask_k[:, None] & (columns < width)[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
+        acc = dot(x, w, acc)
+    return acc
+
+
+@triton.jit
+def _gemm_kernel(
+    x_ptr,  # [M, D]
+    weight_ptr,  # [E, N, D] or [E, D, N]
+    out_ptr,  # [M, N]
+    tiles_ptr,  # [3, I]
+    num_experts,
+    inner,
+    width,
+    TRANSPOSE: tl.constexpr,
+    ZERO_SKIPPED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    expert, first, end, column = read_tile(tiles_ptr, tl.cdiv(width, BLOCK_N), GROUP, BLOCK_M)
+    if expert < 0:
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < end)[:, None] & (offs_n < width)[None, :]
+    tile_ptr = out_ptr + rows.to(tl.int64)[:, None] * width + offs_n[None, :]
+    if expert == num_experts:
+        if ZERO_SKIPPED:
+            tl.store(tile_ptr, tl.zeros([BLOCK_M, BLOCK_N], out_ptr.dtype.element_ty), mask=mask)
+        return
+    # Rows and columns past the edge repeat the last one: no mask in the loop.
+    row_ptr = x_ptr + tl.minimum(rows, end - 1).to(tl.int64) * inner
+    columns = tl.minimum(offs_n, width - 1) if TRANSPOSE else offs_n
+    acc = multiply(
+        row_ptr, weight_ptr + expert * inner * width, columns.to(tl.int64), inner, width, TRANSPOSE, EVEN_K, BLOCK_M,
+        BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    tl.store(tile_ptr, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weight_kernel(
+    x_ptr,  # [M, D], or [T, D] with GATHER_X
+    y_ptr,  # [M, N], or [T, N] with GATHER_Y
+    order_ptr,  # [M] choice of a row, of token choice // top_k
+    offsets_ptr,  # [E]
+    out_ptr,  # [E, N, D]
+    width_x,
+    width_y,
+    top_k,
+    GATHER_X: tl.constexpr,
+    GATHER_Y: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    num_n = tl.cdiv(width_y, BLOCK_N)
+    num_d = tl.cdiv(width_x, BLOCK_D)
+    expert = tl.program_id(0) // (num_n * num_d)
+    n, d = place_of(tl.program_id(0) % (num_n * num_d), num_n, num_d, GROUP)
+    offs_n = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = d * BLOCK_D + tl.arange(0, BLOCK_D)
+    begin = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets_ptr + expert)
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        mask_m = rows < end
+        rows_x = rows
+        rows_y = rows
+        if GATHER_X or GATHER_Y:
+            tokens = tl.load(order_ptr + rows, mask=mask_m, other=0) // top_k
+            if GATHER_X:
+                rows_x = tokens
+            if GATHER_Y:
+                rows_y = tokens
+        tile_ptr = x_ptr + rows_x.to(tl.int64)[:, None] * width_x + offs_d[None, :]
+        x = tl.load(tile_ptr, mask=mask_m[:, None] & (offs_d < width_x)[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
+        tile_ptr = y_ptr + rows_y.to(tl.int64)[None, :] * width_y + offs_n[:, None]
+        y = tl.load(tile_ptr, mask=mask_m[None, :] & (offs_n < width_y)[:, None], other=0.0)  # [BLOCK_N, BLOCK_M]
+        acc = dot(y, x, acc)
+    rows_out = expert.to(tl.int64) * width_y + offs_n  # [BLOCK_N]
+    mask = (offs_n < width_y)[:, None] & (offs_d < width_x)[None, :]
+    tile_ptr = out_ptr + rows_out[:, None] * width_x + offs_d[None, :]
+    tl.store(tile_ptr, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_gemm(
+    x_MD: Tensor, weight: Tensor, tiles_3I: Tensor, transpose_weight: bool, blocks: Blocks, zero_skipped: bool
+) -> Tensor:
+    """[M, N]; rows of skipped choices are 0 or, without `zero_skipped`, whatever was there."""
+    (num_rows, inner), width = x_MD.shape, weight.shape[1 if transpose_weight else 2]
+    out_MN = x_MD.new_empty(num_rows, width)
+    if num_rows and width:
+        _gemm_kernel[(tiles_3I.shape[1] * triton.cdiv(width, blocks.n),)](
+            x_MD.contiguous(), weight.contiguous(), out_MN, tiles_3I, len(weight), inner, width,
+            TRANSPOSE=transpose_weight, ZERO_SKIPPED=zero_skipped, EVEN_K=inner % blocks.k == 0, GROUP=GROUP,
+            BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_K=blocks.k, num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )  # fmt: skip
+    return out_MN
+
+
+def launch_weight(
+    x_MD: Tensor, y_MN: Tensor, offsets_E: Tensor, order_M: Tensor | None = None, top_k: int = 1, gather: str = ""
+) -> Tensor:
+    """[E, N, D]. gather: which of "x" and "y" has a row per token; a row of the other is choice order_M[row]."""
+    blocks, width_x, width_y = weight_blocks(x_MD.dtype), x_MD.shape[1], y_MN.shape[1]
+    out_END = x_MD.new_empty(len(offsets_E), width_y, width_x)
+    if out_END.numel():
+        num_tiles = triton.cdiv(width_y, blocks.m) * triton.cdiv(width_x, blocks.n)
+        _weight_kernel[(len(offsets_E) * num_tiles,)](
+            x_MD.contiguous(), y_MN.contiguous(), order_M, offsets_E, out_END, width_x, width_y, top_k,
+            GATHER_X=gather == "x", GATHER_Y=gather == "y", GROUP=GROUP, BLOCK_M=blocks.k, BLOCK_N=blocks.m,
+            BLOCK_D=blocks.n, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        )  # fmt: skip
+    return out_END
+
+
+def _launch(x_MD: Tensor, weight: Tensor, offsets_E: Tensor, transpose_weight: bool) -> Tensor:
+    blocks = gemm_blocks(x_MD.dtype, len(x_MD), len(weight))
+    tiles_3I = tile_table(offsets_E, len(x_MD), blocks.m)
+    return launch_gemm(x_MD, weight, tiles_3I, transpose_weight, blocks, zero_skipped=True)
+
+
 torch.library.define(
     "r1fast::grouped_gemm", "(Tensor x_MD, Tensor weight, Tensor offsets_E, bool transpose_weight) -> Tensor"
 )
 # [E, N, D]: y_e^T x_e over the rows of each expert.
 torch.library.define("r1fast::grouped_gemm_weight", "(Tensor x_MD, Tensor y_MN, Tensor offsets_E) -> Tensor")
+torch.library.impl("r1fast::grouped_gemm", TRITON_DEVICE, _launch)
+torch.library.impl("r1fast::grouped_gemm_weight", TRITON_DEVICE, launch_weight)
 
 
 @torch.library.register_fake("r1fast::grouped_gemm")

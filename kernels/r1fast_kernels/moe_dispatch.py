@@ -5,13 +5,24 @@
 
 Stable, so deterministic: within an expert, rows keep the order of their tokens. A counting sort on a CPU; on a GPU
 histograms of blocks, a prefix over blocks and ranks inside a block: no atomics, no wait for the device. 8 T K bytes
-read, 8 T K written.
+read, 8 T K written; the GPU's three passes read the ids twice.
+
+    block b of 128 choices      counts_BX[b, e]  ->  how many choices of e the blocks before b hold
+    row of a choice of e        first row of e + counts_BX[b, e] + how many before it in block b chose e
+
+Products over these rows go tile by tile, and how many tiles an expert needs is known to the device alone. Their table
+has a size that is known without asking it, at least as many as there can be:
+
+    tiles_3I, I = ceil(M / tile) + E    expert (E: the skipped rows, -1: no tile) | first row | where its rows end
+    M = 7, tile 2, ends 3, 3, 5         0 0 2 3 -1 -1 -1                          | 0 2 3 5   | 3 3 5 7
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .dispatch import choose
+from .dispatch import TRITON_DEVICE, choose
 
 
 def moe_dispatch_reference(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,10 +35,156 @@ def moe_dispatch_reference(expert_ids_TK: Tensor, num_experts: int) -> tuple[Ten
     return order_M.int(), slot_TK.int(), offsets_E.int()
 
 
+# A block's choices are compared with one another: 128 x 128 are 64 values a thread.
+BLOCK_M, NUM_WARPS = 128, 8
+# The prefix over blocks: so many blocks a step, so many experts a program.
+PREFIX_BLOCKS, PREFIX_EXPERTS, PREFIX_WARPS = 128, 16, 4
+BLOCK_TILES, TILE_WARPS = 16, 8
+
+
+@triton.jit
+def _experts_of(ids_ptr, offs_m, num_choices, num_experts):
+    """Skipped choices, and places past the last one, are of expert E."""
+    ids = tl.load(ids_ptr + offs_m, mask=offs_m < num_choices, other=num_experts)
+    return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_choices"])
+def _count_kernel(
+    ids_ptr,  # [M]
+    counts_ptr,  # [B, E + 1]
+    num_choices,
+    num_experts,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    block = tl.program_id(0)
+    offs_e = tl.arange(0, BLOCK_E)
+    experts = _experts_of(ids_ptr, block * BLOCK_M + tl.arange(0, BLOCK_M), num_choices, num_experts)
+    row_ptr = counts_ptr + block.to(tl.int64) * (num_experts + 1)
+    tl.store(row_ptr + offs_e, tl.histogram(experts, BLOCK_E), mask=offs_e <= num_experts)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _prefix_kernel(
+    counts_ptr,  # [B, E + 1], becomes the exclusive prefix over B
+    totals_ptr,  # [E + 1]
+    num_blocks,
+    num_experts,
+    BLOCK_B: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    mask_e = offs_e <= num_experts
+    before = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, num_blocks, BLOCK_B):
+        offs_b = start + tl.arange(0, BLOCK_B)
+        mask = (offs_b < num_blocks)[:, None] & mask_e[None, :]
+        tile_ptr = counts_ptr + offs_b.to(tl.int64)[:, None] * (num_experts + 1) + offs_e[None, :]
+        counts = tl.load(tile_ptr, mask=mask, other=0)  # [BLOCK_B, BLOCK_E]
+        tl.store(tile_ptr, before[None, :] + tl.cumsum(counts, axis=0) - counts, mask=mask)
+        before += tl.sum(counts, axis=0)
+    tl.store(totals_ptr + offs_e, before, mask=mask_e)
+
+
+@triton.jit(do_not_specialize=["num_choices"])
+def _order_kernel(
+    ids_ptr,  # [M]
+    counts_ptr,  # [B, E + 1]
+    totals_ptr,  # [E + 1]
+    order_ptr,  # [M]
+    slot_ptr,  # [M]
+    offsets_ptr,  # [E]
+    num_choices,
+    num_experts,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    block = tl.program_id(0)
+    place = tl.arange(0, BLOCK_M)
+    offs_m = block * BLOCK_M + place
+    experts = _experts_of(ids_ptr, offs_m, num_choices, num_experts)
+    offs_e = tl.arange(0, BLOCK_E)
+    totals = tl.load(totals_ptr + offs_e, mask=offs_e <= num_experts, other=0)
+    ends = tl.cumsum(totals, axis=0)
+    tl.store(offsets_ptr + offs_e, ends, mask=offs_e < tl.where(block == 0, num_experts, 0))
+
+    same = experts[:, None] == experts[None, :]  # [BLOCK_M, BLOCK_M]
+    rank = tl.sum((same & (place[None, :] < place[:, None])).to(tl.int32), axis=1)
+    before = tl.load(counts_ptr + block.to(tl.int64) * (num_experts + 1) + experts)
+    row = tl.gather(ends - totals, experts, axis=0) + before + rank
+    mask_m = offs_m < num_choices
+    tl.store(slot_ptr + offs_m, row, mask=mask_m)
+    tl.store(order_ptr + row, offs_m, mask=mask_m)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
+def _tile_kernel(
+    offsets_ptr,  # [E]
+    tiles_ptr,  # [3, I]
+    num_rows,
+    num_tiles,
+    num_experts,
+    TILE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    offs_e = tl.arange(0, BLOCK_E)
+    ends = tl.load(offsets_ptr + offs_e, mask=offs_e < num_experts, other=num_rows)
+    begins = tl.load(offsets_ptr + offs_e - 1, mask=(offs_e > 0) & (offs_e <= num_experts), other=0)
+    needed = tl.where(offs_e <= num_experts, (ends - begins + TILE - 1) // TILE, 0)
+    offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    passed = tl.cumsum(needed, axis=0)[None, :] <= offs_i[:, None]  # [BLOCK_I, BLOCK_E]
+    expert = tl.sum(passed.to(tl.int32), axis=1)
+    place = offs_i - tl.sum(tl.where(passed, needed[None, :], 0), axis=1)
+    begin = tl.load(offsets_ptr + expert - 1, mask=(expert > 0) & (expert <= num_experts), other=0)
+    end = tl.load(offsets_ptr + expert, mask=expert < num_experts, other=num_rows)
+    mask_i = offs_i < num_tiles
+    tl.store(tiles_ptr + offs_i, tl.where(expert <= num_experts, expert, -1), mask=mask_i)
+    tl.store(tiles_ptr + num_tiles + offs_i, begin + place * TILE, mask=mask_i)
+    tl.store(tiles_ptr + 2 * num_tiles + offs_i, end, mask=mask_i)
+
+
+def launch_dispatch(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """order_M, slot_TK, offsets_E."""
+    order_M, slot_TK, offsets_E = fake(expert_ids_TK, num_experts)
+    num_choices, buckets = len(order_M), num_experts + 1
+    if not num_choices:
+        return order_M, slot_TK, offsets_E.zero_()
+    ids_M, num_blocks = expert_ids_TK.contiguous(), triton.cdiv(num_choices, BLOCK_M)
+    counts_BX, totals_X = order_M.new_empty(num_blocks, buckets), order_M.new_empty(buckets)
+    block_e = triton.next_power_of_2(buckets)
+    _count_kernel[(num_blocks,)](
+        ids_M, counts_BX, num_choices, num_experts, BLOCK_M=BLOCK_M, BLOCK_E=block_e, num_warps=NUM_WARPS
+    )
+    _prefix_kernel[(triton.cdiv(buckets, PREFIX_EXPERTS),)](
+        counts_BX, totals_X, num_blocks, num_experts, BLOCK_B=PREFIX_BLOCKS, BLOCK_E=PREFIX_EXPERTS,
+        num_warps=PREFIX_WARPS,
+    )  # fmt: skip
+    _order_kernel[(num_blocks,)](
+        ids_M, counts_BX, totals_X, order_M, slot_TK, offsets_E, num_choices, num_experts, BLOCK_M=BLOCK_M,
+        BLOCK_E=block_e, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return order_M, slot_TK, offsets_E
+
+
+def tile_table(offsets_E: Tensor, num_rows: int, tile: int) -> Tensor:
+    """tiles_3I int32: the tiles of `tile` rows, none of which holds rows of two experts."""
+    num_experts = len(offsets_E)
+    num_tiles = triton.cdiv(num_rows, tile) + num_experts
+    tiles_3I = offsets_E.new_empty(3, num_tiles)
+    _tile_kernel[(triton.cdiv(num_tiles, BLOCK_TILES),)](
+        offsets_E, tiles_3I, num_rows, num_tiles, num_experts, TILE=tile,
+        BLOCK_E=triton.next_power_of_2(num_experts + 1), BLOCK_I=BLOCK_TILES, num_warps=TILE_WARPS,
+    )  # fmt: skip
+    return tiles_3I
+
+
 torch.library.define(
     "r1fast::moe_dispatch",
     "(Tensor expert_ids_TK, int num_experts) -> (Tensor order_M, Tensor slot_TK, Tensor offsets_E)",
 )
+torch.library.impl("r1fast::moe_dispatch", TRITON_DEVICE, launch_dispatch)
 
 
 @torch.library.register_fake("r1fast::moe_dispatch")

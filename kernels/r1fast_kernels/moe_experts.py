@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import choose
+from .dispatch import TRITON_DEVICE, choose
 from .moe_dispatch import fake as fake_dispatch
 from .moe_dispatch import moe_dispatch_reference
+from .moe_experts_triton import launch_backward, launch_forward
 
 
 def _gather(rows_TD: Tensor, token_M: Tensor) -> Tensor:
@@ -84,6 +85,8 @@ torch.library.define(
     "Tensor slot_TK, Tensor offsets_E, Tensor gate_up_M2F, bool needs_hidden, bool needs_gate_up, bool needs_down, "
     "bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+torch.library.impl("r1fast::moe_experts", TRITON_DEVICE, launch_forward)
+torch.library.impl("r1fast::moe_experts_backward", TRITON_DEVICE, launch_backward)
 
 
 @torch.library.register_fake("r1fast::moe_experts")

@@ -4,15 +4,23 @@
     its two best), then the `top_k` best experts of these;  weights = s of the chosen, without the bias
     scoring="softmax" (Qwen3-MoE): s = softmax over all experts
 
-Launch-bound: reads 4 T E bytes, writes 12 T K.
+Launch-bound: reads 4 T E bytes, writes 12 T K; the gradient reads 4 T E and writes 4 T E. On a GPU a block of tokens is
+one program, and each of the K passes one maximum over numbers that hold score and id, so that ties need no second look:
+
+    64 bits:   score as an unsigned integer that orders like it | 2^31 - 1 - id         (0: already taken, or no expert)
+
+Experts lie in registers by group, [n_group, experts of a group], each padded to a power of two.
 """
 
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .dispatch import choose, compute_dtype
+from .dispatch import TRITON_DEVICE, choose, compute_dtype
+from .sample_tokens import key_of, value_of
 
 
 def _top_ids(scores: Tensor, count: int) -> Tensor:
@@ -52,6 +60,223 @@ def route_topk_reference(
     return expert_ids_TK, weights_TK * routed_scaling_factor, tokens_per_expert_E
 
 
+# Experts of all tokens of one program: 8 values a thread.
+BLOCK_SCORES, NUM_WARPS = 1024, 4
+ORDERED_MASKED = tl.constexpr(0x007FFFFF << 31)  # key_of(-inf), without its id
+LAST_ID = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _ordered(value, id):
+    """int64 that order like `value`, ties to the lowest id; above 0. NaN is the largest, as in torch.sort."""
+    key = tl.where(value != value, 0xFFFFFFFF, key_of(value, 0).to(tl.int64))
+    return (key << 31) | (LAST_ID - id)
+
+
+@triton.jit
+def _value_of_ordered(ordered):
+    return value_of((ordered >> 31).to(tl.uint32), 0)
+
+
+@triton.jit
+def _mask_groups(ordered, id, topk_group, NUM_GROUPS: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr):
+    """`ordered` [BLOCK_T, NUM_GROUPS * GROUP], lowered to -inf outside of the best groups. 0 stays 0."""
+    in_groups = ordered.reshape(BLOCK_T, NUM_GROUPS, GROUP)
+    best = tl.max(in_groups, axis=2)  # [BLOCK_T, NUM_GROUPS]
+    second = tl.max(tl.where(in_groups == best[:, :, None], 0, in_groups), axis=2)
+    score = _value_of_ordered(best) + tl.where(second == 0, 0.0, _value_of_ordered(second))
+    offs_g = tl.arange(0, NUM_GROUPS)[None, :]
+    group = tl.where(best == 0, 0, _ordered(score, offs_g.to(tl.int64)))
+    for _ in range(topk_group):
+        top = tl.max(group, axis=1)[:, None]
+        group = tl.where(group == top, 0, group)
+    dropped = ((group > 0)[:, :, None] & (in_groups > 0)).reshape(BLOCK_T, NUM_GROUPS * GROUP)
+    return tl.where(dropped, ORDERED_MASKED | (LAST_ID - id), ordered)
+
+
+@triton.jit
+def _softmax_of(x, mask):
+    """(maximum, sum of exponentials) of each row."""
+    m = tl.max(tl.where(mask, x, -float("inf")), axis=1)
+    return m, tl.sum(tl.where(mask, tl.exp(x - m[:, None]), 0.0), axis=1)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _route_kernel(
+    logits_ptr,  # [T, E]
+    bias_ptr,  # [E]
+    replay_ptr,  # [T, K]
+    ids_ptr,  # [T, K]
+    weights_ptr,  # [T, K]
+    counts_ptr,  # [E], 0
+    num_tokens,
+    num_experts,
+    n_group,
+    topk_group,
+    top_k,
+    scale,
+    SOFTMAX: tl.constexpr,
+    NORM: tl.constexpr,
+    LIMITED: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < num_tokens
+    row_ptr = logits_ptr + offs_t[:, None] * num_experts
+    place = tl.arange(0, NUM_GROUPS * GROUP)
+    size = num_experts // n_group
+    group = place // GROUP
+    offs_e = (group * size + place % GROUP)[None, :]
+    mask_e = ((group < n_group) & (place % GROUP < size))[None, :]
+    mask = mask_t[:, None] & mask_e
+    offs_k = tl.arange(0, BLOCK_K)[None, :]
+    mask_k = mask_t[:, None] & (offs_k < top_k)
+    choice_ptr = offs_t[:, None] * top_k + offs_k
+
+    if SOFTMAX or replay_ptr is None:
+        x = tl.load(row_ptr + offs_e, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, NUM_GROUPS * GROUP]
+    if SOFTMAX:
+        m, l = _softmax_of(x, mask_e)
+    if replay_ptr is None:
+        choice = tl.exp(x - m[:, None]) / l[:, None] if SOFTMAX else tl.sigmoid(x)
+        if bias_ptr is not None:
+            choice += tl.load(bias_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
+        wide_e = offs_e.to(tl.int64)
+        ordered = tl.where(mask_e, _ordered(choice, wide_e), 0)
+        if LIMITED:
+            ordered = _mask_groups(ordered, wide_e, topk_group, NUM_GROUPS, BLOCK_T, GROUP)
+        ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int64)
+        for k in range(top_k):
+            top = tl.max(ordered, axis=1)[:, None]
+            ordered = tl.where(ordered == top, 0, ordered)
+            ids = tl.where(offs_k == k, LAST_ID - (top & LAST_ID), ids)
+    else:
+        ids = tl.load(replay_ptr + choice_ptr, mask=mask_k, other=0)
+    tl.store(ids_ptr + choice_ptr, ids, mask=mask_k)
+
+    # Read again instead of picked from registers. An id that is no expert gives NaN and is not counted.
+    exists = mask_k & (ids >= 0) & (ids < num_experts)
+    chosen = tl.load(row_ptr + ids, mask=exists, other=float("nan")).to(tl.float32)  # [BLOCK_T, BLOCK_K]
+    weights = tl.exp(chosen - m[:, None]) / l[:, None] if SOFTMAX else tl.sigmoid(chosen)
+    if NORM:
+        weights /= tl.sum(tl.where(offs_k < top_k, weights, 0.0), axis=1)[:, None] + 1e-20
+    tl.store(weights_ptr + choice_ptr, weights * scale, mask=mask_k)
+    tl.atomic_add(counts_ptr + ids, tl.full([BLOCK_T, BLOCK_K], 1, tl.int64), mask=exists, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _route_gradient_kernel(
+    logits_ptr,  # [T, E]
+    ids_ptr,  # [T, K]
+    grad_weights_ptr,  # [T, K]
+    grad_ptr,  # [T, E]
+    num_tokens,
+    num_experts,
+    top_k,
+    scale,
+    SOFTMAX: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < num_tokens
+    offs_e = tl.arange(0, BLOCK_E)[None, :]
+    mask_e = offs_e < num_experts
+    row_ptr = logits_ptr + offs_t[:, None] * num_experts
+    x = tl.load(row_ptr + offs_e, mask=mask_t[:, None] & mask_e, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_E]
+    if SOFTMAX:
+        m, l = _softmax_of(x, mask_e)
+        score = tl.exp(x - m[:, None]) / l[:, None]
+    else:
+        score = tl.sigmoid(x)
+
+    if NORM:  # w = s / total:  d s = (d w - sum d w w) / total
+        offs_k = tl.arange(0, BLOCK_K)[None, :]
+        mask_k = mask_t[:, None] & (offs_k < top_k)
+        ids = tl.load(ids_ptr + offs_t[:, None] * top_k + offs_k, mask=mask_k, other=0)
+        grad_w = tl.load(grad_weights_ptr + offs_t[:, None] * top_k + offs_k, mask=mask_k, other=0.0)
+        chosen = tl.load(row_ptr + ids, mask=mask_k, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_K]
+        chosen = tl.exp(chosen - m[:, None]) / l[:, None] if SOFTMAX else tl.sigmoid(chosen)
+        chosen = tl.where(offs_k < top_k, chosen, 0.0)
+        total = tl.sum(chosen, axis=1) + 1e-20
+        shared = tl.sum(grad_w.to(tl.float32) * (chosen / total[:, None]), axis=1)
+
+    # Expert by expert of a token, not scattered: two choices of one expert (replayed) add up.
+    grad = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for k in range(top_k):
+        id = tl.load(ids_ptr + offs_t * top_k + k, mask=mask_t, other=0)
+        grad_s = tl.load(grad_weights_ptr + offs_t * top_k + k, mask=mask_t, other=0.0).to(tl.float32)
+        if NORM:
+            grad_s = (grad_s - shared) / total
+        grad += tl.where(offs_e == id[:, None], (grad_s * scale)[:, None], 0.0)
+    if SOFTMAX:
+        grad = score * (grad - tl.sum(tl.where(mask_e, grad * score, 0.0), axis=1)[:, None])
+    else:
+        grad *= score * (1.0 - score)
+    out_ptr = grad_ptr + offs_t[:, None] * num_experts + offs_e
+    tl.store(out_ptr, grad.to(grad_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_e)
+
+
+def block_t(block_e: int) -> int:
+    """Tokens of one program."""
+    return max(1, BLOCK_SCORES // block_e)
+
+
+def _launch(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    replay_ids_TK: Tensor | None,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+    scoring: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_tokens, num_experts = logits_TE.shape
+    ids_TK, weights_TK, counts_E = _fake(logits_TE, bias_E, replay_ids_TK, top_k)
+    counts_E.zero_()
+    limited = topk_group < n_group
+    n_group = n_group if limited else 1
+    num_groups, group = triton.next_power_of_2(n_group), triton.next_power_of_2(num_experts // n_group)
+    block = block_t(num_groups * group)
+    if num_tokens:
+        _route_kernel[(triton.cdiv(num_tokens, block),)](
+            logits_TE.contiguous(), None if bias_E is None else bias_E.contiguous(),
+            None if replay_ids_TK is None else replay_ids_TK.contiguous(), ids_TK, weights_TK, counts_E, num_tokens,
+            num_experts, n_group, topk_group, top_k, routed_scaling_factor, SOFTMAX=scoring == "softmax",
+            NORM=norm_topk_prob, LIMITED=limited, NUM_GROUPS=num_groups, GROUP=group,
+            BLOCK_K=triton.next_power_of_2(top_k), BLOCK_T=block, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return ids_TK, weights_TK, counts_E
+
+
+def _launch_gradient(
+    logits_TE: Tensor,
+    expert_ids_TK: Tensor,
+    grad_weights_TK: Tensor,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+    scoring: str,
+) -> Tensor:
+    (num_tokens, num_experts), top_k = logits_TE.shape, expert_ids_TK.shape[1]
+    grad_TE = torch.empty(logits_TE.shape, dtype=logits_TE.dtype, device=logits_TE.device)
+    block_e = triton.next_power_of_2(num_experts)
+    block = block_t(block_e)
+    if num_tokens:
+        _route_gradient_kernel[(triton.cdiv(num_tokens, block),)](
+            logits_TE.contiguous(), expert_ids_TK.contiguous(), grad_weights_TK.contiguous(), grad_TE, num_tokens,
+            num_experts, top_k, routed_scaling_factor, SOFTMAX=scoring == "softmax", NORM=norm_topk_prob,
+            BLOCK_E=block_e, BLOCK_K=triton.next_power_of_2(top_k), BLOCK_T=block, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return grad_TE
+
+
 torch.library.define(
     "r1fast::route_topk",
     "(Tensor logits_TE, Tensor? bias_E, Tensor? replay_ids_TK, int top_k, int n_group, int topk_group, "
@@ -63,6 +288,8 @@ torch.library.define(
     "(Tensor logits_TE, Tensor expert_ids_TK, Tensor grad_weights_TK, bool norm_topk_prob, "
     "float routed_scaling_factor, str scoring) -> Tensor",
 )
+torch.library.impl("r1fast::route_topk", TRITON_DEVICE, _launch)
+torch.library.impl("r1fast::route_topk_backward", TRITON_DEVICE, _launch_gradient)
 
 
 @torch.library.register_fake("r1fast::route_topk")

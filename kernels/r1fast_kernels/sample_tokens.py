@@ -86,14 +86,14 @@ def _uniform_of(seed):
 
 
 @triton.jit
-def _key_of(x, SHIFT: tl.constexpr):
+def key_of(x, SHIFT: tl.constexpr):
     """uint32 that order like the floats; -0 is 0."""
     bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
     return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000) >> SHIFT
 
 
 @triton.jit
-def _value_of(key, SHIFT: tl.constexpr):
+def value_of(key, SHIFT: tl.constexpr):
     bits = tl.where((key << SHIFT) >= 0x80000000, (key << SHIFT) ^ 0x80000000, ~(key << SHIFT))
     return ((bits >> SHIFT) << SHIFT).to(tl.float32, bitcast=True)
 
@@ -109,7 +109,7 @@ def _measure(
         mask_v = offs_v < vocab
         x = tl.load(row_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)  # [BLOCK_V]
         weight = tl.exp((x - top) * inverse_temperature) if OF_MASS else 1.0
-        total += tl.where(mask_v & (_key_of(x, SHIFT) >= low), weight, 0.0)
+        total += tl.where(mask_v & (key_of(x, SHIFT) >= low), weight, 0.0)
     return tl.sum(total.to(tl.float64), axis=0)
 
 
@@ -139,7 +139,7 @@ def _select(
 @triton.jit
 def _keep(x, offs_v, cut, num_ties, ties_before, SHIFT: tl.constexpr):
     """(x, -inf where it is cut off; how many of this block lie on the cut)."""
-    key = _key_of(x, SHIFT)
+    key = key_of(x, SHIFT)
     on_cut = (key == cut).to(tl.int32)
     stays = (key > cut) | ((key == cut) & (ties_before + tl.cumsum(on_cut, axis=0) <= num_ties))
     return tl.where(stays, x, -float("inf")), tl.sum(on_cut, axis=0)
@@ -191,12 +191,12 @@ def _sample_kernel(
         if TOP_K:
             cut, above = _select(row_ptr, vocab, top_k, cut, tie_mass, top, inverse_temperature, False, SHIFT, BLOCK_V)
             num_ties = top_k - above.to(tl.int32)
-            tie_mass = num_ties * tl.exp((_value_of(cut, SHIFT) - top) * inverse_temperature).to(tl.float64)
+            tie_mass = num_ties * tl.exp((value_of(cut, SHIFT) - top) * inverse_temperature).to(tl.float64)
             mass = tie_mass + _measure(row_ptr, vocab, cut + 1, top, inverse_temperature, True, SHIFT, BLOCK_V)
         if TOP_P:
             target = top_p * mass
             cut, above = _select(row_ptr, vocab, target, cut, tie_mass, top, inverse_temperature, True, SHIFT, BLOCK_V)
-            tie = tl.exp((_value_of(cut, SHIFT) - top) * inverse_temperature).to(tl.float64)
+            tie = tl.exp((value_of(cut, SHIFT) - top) * inverse_temperature).to(tl.float64)
             num_ties = tl.ceil((target - above) / tie).to(tl.int32)
         num_before = 0
         sums = tl.zeros([NUM_BLOCKS], tl.float32)

@@ -1,0 +1,351 @@
+"""The GPU kernels of moe_experts: gather, SwiGLU and routing weight inside the products, sums without atomics.
+
+    forward    inner    = w silu(gate) up,  [gate; up] = gate_up_e x[token]       rows of x gathered by the product
+               rows     = down_e inner                                            grouped_gemm
+               out_t    = sum_k rows[slot_tk]                                     in fp32, in the order of k
+    backward   g        = down_e^T d out[token]                                   gathered; its epilogue makes:
+               d gate   = w g up silu'(gate),  d up = w g silu(gate),  d w = <g, silu(gate) up>,  inner again
+               d x_t    = sum_k (gate_up_e^T d [gate; up])[slot_tk]               grouped_gemm, then the sum above
+               d gate_up_e = sum d [gate; up] x[token]^T,  d down_e = sum d out[token] inner^T           gathered
+
+M = T K: 6 M D F FLOPs forward and 12 backward, 4 more where [gate; up] was not kept. With s bytes a number, buffers of
+M (F + D) s are written and read forward, M 2F s more with [gate; up] kept, and M (2F + F + D) s backward. x and d out
+are never copied per choice: their rows come from L2.
+
+A row of gate and its row of up stand side by side in the tile of a product, which is one product with one accumulator:
+
+    columns of the tile   gate 0 | up 0 | gate 1 | up 1 ..      a tensor core leaves pairs of columns in one thread
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .grouped_gemm import GROUP, Blocks, gemm_blocks, launch_gemm, launch_weight, multiply, read_tile
+from .moe_dispatch import launch_dispatch, tile_table
+
+# One program of a sum over the rows of a token: 16 values a thread.
+COMBINE_BLOCK, COMBINE_BLOCK_D, COMBINE_WARPS = 2048, 512, 4
+BLOCK_CHOICES, CHOICES_WARPS = 128, 4
+
+
+@triton.jit
+def _gate_up_kernel(
+    hidden_ptr,  # [T, D]
+    gate_up_ptr,  # [E, 2F, D]
+    weights_ptr,  # [T K]
+    order_ptr,  # [M]
+    tiles_ptr,  # [3, I]
+    inner_ptr,  # [M, F]
+    kept_ptr,  # [M, 2F]
+    num_experts,
+    width,
+    width_f,
+    top_k,
+    EVEN_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    PAIRS: tl.constexpr = BLOCK_N // 2
+    expert, first, end, column = read_tile(tiles_ptr, tl.cdiv(width_f, PAIRS), GROUP, BLOCK_M)
+    if (expert < 0) | (expert == num_experts):
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    choices = tl.load(order_ptr + tl.minimum(rows, end - 1))  # [BLOCK_M]
+    row_ptr = hidden_ptr + (choices // top_k).to(tl.int64) * width
+    place = tl.arange(0, BLOCK_N)
+    columns = tl.minimum(column * PAIRS + place // 2, width_f - 1) + place % 2 * width_f
+    acc = multiply(
+        row_ptr, gate_up_ptr + expert * 2 * width_f * width, columns.to(tl.int64), width, 2 * width_f, True, EVEN_K,
+        BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    gate, up = tl.split(acc.reshape(BLOCK_M, PAIRS, 2))  # [BLOCK_M, PAIRS]
+
+    offs_f = column * PAIRS + tl.arange(0, PAIRS)
+    mask = (rows < end)[:, None] & (offs_f < width_f)[None, :]
+    wide_m = rows.to(tl.int64)[:, None]
+    if kept_ptr is not None:
+        tile_ptr = kept_ptr + wide_m * 2 * width_f + offs_f[None, :]
+        tl.store(tile_ptr, gate.to(kept_ptr.dtype.element_ty), mask=mask)
+        tl.store(tile_ptr + width_f, up.to(kept_ptr.dtype.element_ty), mask=mask)
+    if inner_ptr is not None:
+        weight = tl.load(weights_ptr + choices).to(tl.float32)
+        inner = gate * tl.sigmoid(gate) * up * weight[:, None]
+        tl.store(inner_ptr + wide_m * width_f + offs_f[None, :], inner.to(inner_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _quarters(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Four tiles of COLUMNS / 4, left to right. What a thread holds, it keeps."""
+    left, right = tl.split(x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
+    a, b = tl.split(left.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1))
+    c, d = tl.split(right.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1))
+    return a, b, c, d
+
+
+@triton.jit
+def _swiglu_gradient(
+    grad,  # [BLOCK_M, columns] before the weight
+    weight,  # [BLOCK_M]
+    wide_m,  # [BLOCK_M] int64
+    offs_f,
+    mask_m,
+    width_f,
+    kept_ptr,
+    grad_gate_up_ptr,
+    inner_ptr,
+):
+    """Stores d gate, d up and inner where they are wanted; returns the columns' share of d w."""
+    mask = mask_m[:, None] & (offs_f < width_f)[None, :]
+    offs_gate = wide_m[:, None] * 2 * width_f + offs_f[None, :]
+    gate = tl.load(kept_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, columns]
+    up = tl.load(kept_ptr + offs_gate + width_f, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, columns]
+    odds = tl.sigmoid(gate)
+    silu = gate * odds
+    if inner_ptr is not None:
+        inner = (silu * up * weight[:, None]).to(inner_ptr.dtype.element_ty)
+        tl.store(inner_ptr + wide_m[:, None] * width_f + offs_f[None, :], inner, mask=mask)
+    if grad_gate_up_ptr is not None:
+        grad_up = grad * silu * weight[:, None]
+        tl.store(grad_gate_up_ptr + offs_gate + width_f, grad_up.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
+        grad_gate = grad * up * odds * (1.0 + gate * (1.0 - odds)) * weight[:, None]
+        tl.store(grad_gate_up_ptr + offs_gate, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
+    return tl.sum(grad * silu * up, axis=1)
+
+
+@triton.jit
+def _inner_gradient_kernel(
+    grad_out_ptr,  # [T, D]
+    down_ptr,  # [E, D, F]
+    kept_ptr,  # [M, 2F]
+    weights_ptr,  # [T K]
+    order_ptr,  # [M]
+    tiles_ptr,  # [3, I]
+    grad_gate_up_ptr,  # [M, 2F]
+    inner_ptr,  # [M, F]
+    partials_ptr,  # [M, tiles of F]: shares of d w
+    num_experts,
+    width,
+    width_f,
+    top_k,
+    EVEN_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    num_columns = tl.cdiv(width_f, BLOCK_N)
+    expert, first, end, column = read_tile(tiles_ptr, num_columns, GROUP, BLOCK_M)
+    if (expert < 0) | (expert == num_experts):
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    choices = tl.load(order_ptr + tl.minimum(rows, end - 1))  # [BLOCK_M]
+    grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if grad_gate_up_ptr is not None or partials_ptr is not None:
+        grad = multiply(
+            grad_out_ptr + (choices // top_k).to(tl.int64) * width, down_ptr + expert * width * width_f,
+            (column * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64), width, width_f, False, EVEN_K, BLOCK_M, BLOCK_N,
+            BLOCK_K,
+        )  # fmt: skip
+    # By quarters: gate, up and what is made of them do not fit into registers beside the whole tile.
+    weight = tl.load(weights_ptr + choices).to(tl.float32)
+    wide_m = rows.to(tl.int64)
+    mask_m = rows < end
+    share = tl.zeros([BLOCK_M], tl.float32)
+    quarters = _quarters(grad, BLOCK_M, BLOCK_N)
+    for i in tl.static_range(4):
+        offs_f = column * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+        share += _swiglu_gradient(
+            quarters[i], weight, wide_m, offs_f, mask_m, width_f, kept_ptr, grad_gate_up_ptr, inner_ptr
+        )
+    if partials_ptr is not None:
+        tl.store(partials_ptr + wide_m * num_columns + column, share, mask=mask_m)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _combine_kernel(
+    rows_ptr,  # [M, D]
+    slot_ptr,  # [T, K]
+    offsets_ptr,  # [E]
+    out_ptr,  # [T, D]
+    num_tokens,
+    num_experts,
+    width,
+    top_k,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_t = offs_t < num_tokens
+    mask_d = (offs_d < width)[None, :]
+    end = tl.load(offsets_ptr + num_experts - 1)  # behind it stand the skipped choices, whose rows nobody wrote
+    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for k in range(top_k):
+        slot = tl.load(slot_ptr + offs_t * top_k + k, mask=mask_t, other=0)
+        mask = (mask_t & (slot < end))[:, None] & mask_d
+        row_ptr = rows_ptr + slot.to(tl.int64)[:, None] * width
+        acc += tl.load(row_ptr + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_D]
+    tile_ptr = out_ptr + offs_t[:, None] * width + offs_d[None, :]
+    tl.store(tile_ptr, acc.to(out_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_d)
+
+
+@triton.jit(do_not_specialize=["num_choices"])
+def _weights_gradient_kernel(
+    partials_ptr,  # [M, J]
+    slot_ptr,  # [T K]
+    offsets_ptr,  # [E]
+    out_ptr,  # [T K]
+    num_choices,
+    num_experts,
+    num_partials,
+    BLOCK: tl.constexpr,
+):
+    choices = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = choices < num_choices
+    slot = tl.load(slot_ptr + choices, mask=mask, other=0)
+    exists = mask & (slot < tl.load(offsets_ptr + num_experts - 1))
+    row_ptr = partials_ptr + slot.to(tl.int64) * num_partials
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in range(num_partials):
+        total += tl.load(row_ptr + j, mask=exists, other=0.0)
+    tl.store(out_ptr + choices, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _combine(rows_MD: Tensor, slot_TK: Tensor, offsets_E: Tensor) -> Tensor:
+    """[T, D]: the sum of each token's rows."""
+    (num_tokens, top_k), width = slot_TK.shape, rows_MD.shape[1]
+    out_TD = rows_MD.new_empty(num_tokens, width)
+    block_d = min(COMBINE_BLOCK_D, triton.next_power_of_2(width))
+    block_t = COMBINE_BLOCK // block_d
+    _combine_kernel[(triton.cdiv(num_tokens, block_t), triton.cdiv(width, block_d))](
+        rows_MD, slot_TK, offsets_E, out_TD, num_tokens, len(offsets_E), width, top_k, BLOCK_T=block_t,
+        BLOCK_D=block_d, num_warps=COMBINE_WARPS,
+    )  # fmt: skip
+    return out_TD
+
+
+def _gate_up(
+    hidden_TD: Tensor,
+    gate_up_E2FD: Tensor,
+    weights_TK: Tensor,
+    order_M: Tensor,
+    tiles_3I: Tensor,
+    inner_MF: Tensor | None,
+    kept_M2F: Tensor | None,
+) -> None:
+    """Fills what is given."""
+    num_experts, two_f, width = gate_up_E2FD.shape
+    blocks = gemm_blocks(hidden_TD.dtype, len(order_M), num_experts)
+    _gate_up_kernel[(tiles_3I.shape[1] * triton.cdiv(two_f // 2, blocks.n // 2),)](
+        hidden_TD, gate_up_E2FD, weights_TK, order_M, tiles_3I, inner_MF, kept_M2F, num_experts, width, two_f // 2,
+        weights_TK.shape[1], EVEN_K=width % blocks.k == 0, GROUP=GROUP, BLOCK_M=blocks.m, BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
+
+
+def launch_forward(
+    hidden_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out_TD, order_M, slot_TK, offsets_E, gate_up_M2F."""
+    hidden_TD, gate_up_E2FD, weights_TK = hidden_TD.contiguous(), gate_up_E2FD.contiguous(), weights_TK.contiguous()
+    num_experts, two_f, _ = gate_up_E2FD.shape
+    order_M, slot_TK, offsets_E = launch_dispatch(expert_ids_TK, num_experts)
+    num_rows = len(order_M)
+    kept_M2F = hidden_TD.new_empty((num_rows, two_f) if keep else (0,))
+    if not num_rows:
+        return torch.zeros_like(hidden_TD), order_M, slot_TK, offsets_E, kept_M2F
+    blocks = gemm_blocks(hidden_TD.dtype, num_rows, num_experts)
+    tiles_3I = tile_table(offsets_E, num_rows, blocks.m)
+    inner_MF = hidden_TD.new_empty(num_rows, two_f // 2)
+    _gate_up(hidden_TD, gate_up_E2FD, weights_TK, order_M, tiles_3I, inner_MF, kept_M2F if keep else None)
+    rows_MD = launch_gemm(inner_MF, down_EDF, tiles_3I, True, blocks, zero_skipped=False)
+    return _combine(rows_MD, slot_TK, offsets_E), order_M, slot_TK, offsets_E, kept_M2F
+
+
+def _inner_gradient(
+    grad_out_TD: Tensor,
+    down_EDF: Tensor,
+    gate_up_M2F: Tensor,
+    weights_TK: Tensor,
+    order_M: Tensor,
+    tiles_3I: Tensor,
+    blocks: Blocks,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d [gate; up] [M, 2F], inner [M, F], and the shares of d w [M, tiles of F]; empty where `needs` says no."""
+    (num_rows, two_f), (num_experts, width, width_f) = gate_up_M2F.shape, down_EDF.shape
+    num_columns = triton.cdiv(width_f, blocks.n)
+    grad_M2F, inner_MF, partials_MJ = (
+        gate_up_M2F.new_empty((num_rows, columns) if needed else (0,), dtype=dtype)
+        for columns, dtype, needed in zip((two_f, width_f, num_columns), (None, None, torch.float32), needs)
+    )
+    given = (x if needed else None for x, needed in zip((grad_M2F, inner_MF, partials_MJ), needs))
+    _inner_gradient_kernel[(tiles_3I.shape[1] * num_columns,)](
+        grad_out_TD, down_EDF, gate_up_M2F, weights_TK, order_M, tiles_3I, *given, num_experts, width, width_f,
+        weights_TK.shape[1], EVEN_K=width % blocks.k == 0, GROUP=GROUP, BLOCK_M=blocks.m, BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
+    return grad_M2F, inner_MF, partials_MJ
+
+
+def _weights_gradient(partials_MJ: Tensor, slot_TK: Tensor, offsets_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """[T, K]"""
+    out_TK = torch.empty(slot_TK.shape, dtype=dtype, device=slot_TK.device)
+    num_choices, num_partials = slot_TK.numel(), partials_MJ.shape[1]
+    _weights_gradient_kernel[(triton.cdiv(num_choices, BLOCK_CHOICES),)](
+        partials_MJ, slot_TK, offsets_E, out_TK, num_choices, len(offsets_E), num_partials, BLOCK=BLOCK_CHOICES,
+        num_warps=CHOICES_WARPS,
+    )  # fmt: skip
+    return out_TK
+
+
+def launch_backward(
+    grad_out_TD: Tensor,
+    hidden_TD: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    weights_TK: Tensor,
+    order_M: Tensor,
+    slot_TK: Tensor,
+    offsets_E: Tensor,
+    gate_up_M2F: Tensor,
+    needs_hidden: bool,
+    needs_gate_up: bool,
+    needs_down: bool,
+    needs_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of hidden, gate_up, down and weights; empty where not needed."""
+    needs = needs_hidden, needs_gate_up, needs_down, needs_weights
+    inputs = hidden_TD, gate_up_E2FD, down_EDF, weights_TK
+    num_rows, (num_experts, two_f, _) = len(order_M), gate_up_E2FD.shape
+    if not num_rows or not any(needs):
+        hidden, gate_up, down, weights = (x.new_zeros(x.shape if needed else 0) for x, needed in zip(inputs, needs))
+        return hidden, gate_up, down, weights
+    grad_out_TD, hidden_TD, gate_up_E2FD, down_EDF, weights_TK = (
+        x.contiguous() for x in (grad_out_TD, hidden_TD, gate_up_E2FD, down_EDF, weights_TK)
+    )
+    top_k, blocks = weights_TK.shape[1], gemm_blocks(hidden_TD.dtype, num_rows, num_experts)
+    tiles_3I = tile_table(offsets_E, num_rows, blocks.m)
+    if not gate_up_M2F.numel():
+        gate_up_M2F = hidden_TD.new_empty(num_rows, two_f)
+        _gate_up(hidden_TD, gate_up_E2FD, weights_TK, order_M, tiles_3I, None, gate_up_M2F)
+    grad_M2F, inner_MF, partials_MJ = _inner_gradient(
+        grad_out_TD, down_EDF, gate_up_M2F, weights_TK, order_M, tiles_3I, blocks,
+        (needs_hidden or needs_gate_up, needs_down, needs_weights),
+    )  # fmt: skip
+
+    hidden, gate_up, down, weights = (x.new_empty(0) for x in inputs)
+    if needs_hidden:
+        rows_MD = launch_gemm(grad_M2F, gate_up_E2FD, tiles_3I, False, blocks, zero_skipped=False)
+        hidden = _combine(rows_MD, slot_TK, offsets_E)
+    if needs_gate_up:
+        gate_up = launch_weight(hidden_TD, grad_M2F, offsets_E, order_M, top_k, gather="x")
+    if needs_down:
+        down = launch_weight(inner_MF, grad_out_TD, offsets_E, order_M, top_k, gather="y")
+    if needs_weights:
+        weights = _weights_gradient(partials_MJ, slot_TK, offsets_E, weights_TK.dtype)
+    return hidden, gate_up, down, weights
