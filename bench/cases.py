@@ -119,6 +119,13 @@ def _sampling() -> list[Case]:
     ]
 
 
+def _norms() -> list[Case]:
+    return [
+        Case("rms_norm", "cpu", dtype, "fwd+bwd", {"T": 24576, "D": 128}, (faster("eager", 1),))
+        for dtype in ("fp32", "bf16")
+    ]
+
+
 def _steps() -> list[Case]:
     """24,576 packed tokens."""
     sizes = {"N": 96, "L": 256}
@@ -149,7 +156,7 @@ def _experts() -> list[Case]:
     return cases
 
 
-CASES = tuple(_selective() + _linear() + _losses() + _experts() + _sampling() + _steps())
+CASES = tuple(_selective() + _linear() + _losses() + _experts() + _sampling() + _norms() + _steps())
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
 

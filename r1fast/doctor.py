@@ -153,6 +153,7 @@ def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
             experts_TK,
             torch.ones(4, 1, device=device),
         ),
+        "rms_norm": lambda: kernels.rms_norm(hidden_TD, hidden_TD[0]),
         "sample_tokens": lambda: kernels.sample_tokens(logits_TV),
     }
 

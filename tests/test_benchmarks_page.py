@@ -18,4 +18,5 @@ def test_a_case_per_op_and_device_and_a_bench_per_op() -> None:
     assert len({(case.op, case.name, case.device) for case in CASES}) == len(CASES)
     assert {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")} == set(OPS)
     for op in OPS:
-        assert {case.device for case in CASES if case.op == op} == {"cpu", "cuda"}
+        devices = {case.device for case in CASES if case.op == op}
+        assert devices == ({"cpu"} if op == "rms_norm" else {"cpu", "cuda"})  # on a GPU torch's own runs

@@ -22,6 +22,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "grouped_gemm": ("reference", "cpp", "triton"),
     "moe_experts": ("reference", "cpp", "triton"),
     "sample_tokens": ("reference", "cpp", "triton"),
+    "rms_norm": ("reference", "cpp"),
 }
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -57,7 +58,7 @@ def choose(op: str, impl: str | None, tensor: Tensor) -> str:
         chosen, reason = "reference", "the only one so far"
     else:
         fused = "triton" if tensor.device.type == TRITON_DEVICE else "cpp"
-        obstacle = _obstacle(impl or fused, tensor)
+        obstacle = _obstacle(impl or fused, tensor) if impl or fused in exists else f"no {fused} kernel: torch's own"
         if impl is not None and obstacle is not None:
             raise ValueError(f"{op}: impl={impl!r} cannot run here: {obstacle}")
         if impl is not None:

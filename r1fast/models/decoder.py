@@ -110,8 +110,9 @@ class Decoder(nn.Module):
 
     def use_kernels(self, impl: str | None) -> None:
         """Which implementation the model's own ops run: "reference", "cpp", "triton", or None for the best."""
-        for moe in self.moe_layers():
-            moe.impl = impl
+        for module in self.modules():
+            if isinstance(module, (MoE, RMSNorm)):
+                module.impl = impl
 
     def last_expert_ids(self) -> Tensor:
         """[T, L, K]: the experts of every token of the last forward pass, in each of the L MoE layers."""

@@ -1,11 +1,13 @@
-"""Every Triton kernel, checked without a GPU: the tests that take a backend, in a process that interprets Triton.
+"""Every Triton kernel, checked without a GPU: the tests that take a backend, in processes that interpret Triton.
 
-Triton decides at import whether it compiles or interprets, hence the process of its own.
+Triton decides at import whether it compiles or interprets, hence processes of their own: two at a time, of one thread.
 """
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,25 @@ OPS = [op for op, exists in dispatch.IMPLEMENTATIONS.items() if "triton" in exis
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETING, reason="this is the interpreter's process")
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_interpreted(op: str) -> None:
+def interpret(op: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", str(HERE / f"test_{op}.py"), "-k", "triton and not cpp", "-m", "not gpu"]
-    result = subprocess.run(
+    return subprocess.run(
         [*command, "-p", "no:cacheprovider"], env=environment, capture_output=True, text=True, cwd=HERE.parents[1]
     )
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """Of the ops that were chosen."""
+    chosen = [item.callspec.params["op"] for item in request.session.items if item.fspath == request.path]
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        yield {op: pool.submit(interpret, op) for op in chosen}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_interpreted(op: str, runs: dict[str, Future[subprocess.CompletedProcess[str]]]) -> None:
+    result = runs[op].result()
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout

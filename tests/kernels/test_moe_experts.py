@@ -26,7 +26,7 @@ CASES = {
     "some-skipped": {"how": "some-skipped"},
     "all-skipped": {"how": "all-skipped"},
     "empty-experts": {"how": "empty-experts"},
-    "more-experts-than-tokens": {"num_tokens": 3, "num_experts": 23, "k": 2},
+    "more-experts-than-tokens": {"num_tokens": 3, "num_experts": 23, "k": 2, "width": 67, "inner": 31},
 }
 
 

@@ -1,0 +1,230 @@
+// RMS norm over the last dimension, forward and backward in one pass over the rows each.
+//
+// A row is read by one thread in a fixed order; the weight's gradient is summed over fixed chunks of rows, and the chunks
+// in order: the same bits for any number of threads.
+#include "../simd.h"
+
+#include <cmath>
+
+namespace r1fast {
+
+struct NormArgs {
+  at::ScalarType dtype;
+  const void* x;       // [T, D], row stride `row_stride`
+  const void* weight;  // [D]
+  void* out;           // [T, D]
+  void* rstd;          // [T], 1 / root mean square
+  int64_t row_stride;
+  int64_t width;
+  double eps;
+};
+
+struct NormGradientArgs {
+  at::ScalarType dtype;
+  const void* grad;  // [T, D]
+  const void* x;
+  const void* weight;
+  const void* rstd;
+  void* grad_x;    // [T, D], or null
+  void* partials;  // [chunks, D] of what is computed in, or null
+  int64_t num_rows;
+  int64_t row_stride;
+  int64_t width;
+};
+
+constexpr int64_t kRowsOfChunk = 64;
+
+namespace {
+inline namespace CPU_CAPABILITY {
+
+template <typename T>
+inline auto load_part(const T* x, int64_t size) {
+  if (size == kPair<acc_t<T>>) {
+    return load_pair(x);
+  }
+  T padded[kPair<acc_t<T>>] = {};
+  std::copy(x, x + size, padded);
+  return load_pair(static_cast<const T*>(padded));
+}
+
+template <typename T>
+inline void store_part(T* x, int64_t size, const Vec<acc_t<T>>& a, const Vec<acc_t<T>>& b) {
+  if (size == kPair<acc_t<T>>) {
+    return store_pair(x, a, b);
+  }
+  T padded[kPair<acc_t<T>>];
+  store_pair(padded, a, b);
+  std::copy(padded, padded + size, x);
+}
+
+// f(first column, how many) over a row; what lies beyond its end is loaded as 0.
+template <typename acc, typename F>
+inline void for_parts(int64_t width, const F& f) {
+  for (int64_t i = 0; i < width; i += kPair<acc>) {
+    f(i, std::min(kPair<acc>, width - i));
+  }
+}
+
+template <typename T>
+void norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
+  using acc = acc_t<T>;
+  const T* weight = static_cast<const T*>(args.weight);
+  for (int64_t t = begin; t < end; ++t) {
+    const T* x = static_cast<const T*>(args.x) + t * args.row_stride;
+    T* out = static_cast<T*>(args.out) + t * args.width;
+    Vec<acc> sum_a(0), sum_b(0);
+    for_parts<acc>(args.width, [&](int64_t i, int64_t size) {
+      const auto [a, b] = load_part(x + i, size);
+      sum_a = at::vec::fmadd(a, a, sum_a);
+      sum_b = at::vec::fmadd(b, b, sum_b);
+    });
+    const acc rstd = 1 / std::sqrt(reduce_sum<acc>(sum_a + sum_b) / args.width + static_cast<acc>(args.eps));
+    static_cast<acc*>(args.rstd)[t] = rstd;
+    const Vec<acc> scale(rstd);
+    for_parts<acc>(args.width, [&](int64_t i, int64_t size) {
+      const auto [a, b] = load_part(x + i, size);
+      const auto [wa, wb] = load_part(weight + i, size);
+      store_part(out + i, size, a * scale * wa, b * scale * wb);
+    });
+  }
+}
+
+// Chunks begin..end of rows. dx = rstd (g - n mean(g n)) with g = grad weight, n = x rstd; dweight = sum grad n.
+template <typename T>
+void gradient_chunks(const NormGradientArgs& args, int64_t begin, int64_t end) {
+  using acc = acc_t<T>;
+  const T* weight = static_cast<const T*>(args.weight);
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    acc* partial = args.partials == nullptr ? nullptr : static_cast<acc*>(args.partials) + chunk * args.width;
+    if (partial != nullptr) {
+      std::fill(partial, partial + args.width, acc(0));
+    }
+    for (int64_t t = chunk * kRowsOfChunk; t < std::min((chunk + 1) * kRowsOfChunk, args.num_rows); ++t) {
+      const T* grad = static_cast<const T*>(args.grad) + t * args.width;
+      const T* x = static_cast<const T*>(args.x) + t * args.row_stride;
+      const acc rstd = static_cast<const acc*>(args.rstd)[t];
+      const Vec<acc> scale(rstd);
+      Vec<acc> dot_a(0), dot_b(0);
+      for_parts<acc>(args.width, [&](int64_t i, int64_t size) {
+        const auto [ga, gb] = load_part(grad + i, size);
+        const auto [xa, xb] = load_part(x + i, size);
+        const auto [wa, wb] = load_part(weight + i, size);
+        const Vec<acc> pa = ga * (xa * scale), pb = gb * (xb * scale);
+        dot_a = at::vec::fmadd(pa, wa, dot_a);
+        dot_b = at::vec::fmadd(pb, wb, dot_b);
+        if (partial != nullptr) {
+          const auto [sa, sb] = load_part(static_cast<const acc*>(partial + i), size);
+          store_part(partial + i, size, sa + pa, sb + pb);
+        }
+      });
+      if (args.grad_x == nullptr) {
+        continue;
+      }
+      const Vec<acc> mean(reduce_sum<acc>(dot_a + dot_b) / args.width);
+      T* out = static_cast<T*>(args.grad_x) + t * args.width;
+      for_parts<acc>(args.width, [&](int64_t i, int64_t size) {
+        const auto [ga, gb] = load_part(grad + i, size);
+        const auto [xa, xb] = load_part(x + i, size);
+        const auto [wa, wb] = load_part(weight + i, size);
+        store_part(
+            out + i, size, scale * (ga * wa - xa * scale * mean), scale * (gb * wb - xb * scale * mean));
+      });
+    }
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace
+
+R1FAST_KERNEL(rms_norm_rows, NormArgs) {
+  by_dtype(args.dtype, [&]<typename T>() { norm_rows<T>(args, begin, end); });
+}
+
+R1FAST_KERNEL(rms_norm_gradient, NormGradientArgs) {
+  by_dtype(args.dtype, [&]<typename T>() { gradient_chunks<T>(args, begin, end); });
+}
+
+}  // namespace r1fast
+
+#ifdef R1FAST_BUILD_OPERATOR
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+namespace r1fast {
+namespace {
+
+at::ScalarType acc_dtype(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x_TD, const at::Tensor& weight_D, double eps) {
+  const auto dtype = x_TD.scalar_type();
+  TORCH_CHECK_VALUE(
+      x_TD.dim() == 2 && weight_D.dim() == 1 && weight_D.size(0) == x_TD.size(1) && weight_D.scalar_type() == dtype &&
+          (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble),
+      "rms_norm: got x ", x_TD.sizes(), " in ", dtype, " and weight ", weight_D.sizes(), " in ", weight_D.scalar_type(),
+      ", expected [T, D] and [D], both float32, bfloat16 or float64");
+  const at::Tensor x = with_unit_columns(x_TD), weight = weight_D.contiguous();
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  at::Tensor rstd = at::empty({x.size(0)}, x.options().dtype(acc_dtype(x)));
+  const NormArgs args{
+      dtype, x.const_data_ptr(), weight.const_data_ptr(), out.mutable_data_ptr(), rstd.mutable_data_ptr(), x.stride(0),
+      x.size(1), eps};
+  at::parallel_for(0, x.size(0), rows_per_task(x.size(1)), [&](int64_t begin, int64_t end) {
+    R1FAST_PICK(rms_norm_rows)(args, begin, end);
+  });
+  return {out, rstd};
+}
+
+template <typename acc>
+void add_chunks(const acc* partials, at::Tensor& sums_D, int64_t num_chunks) {
+  double* sums = sums_D.mutable_data_ptr<double>();
+  const int64_t width = sums_D.size(0);
+  std::fill(sums, sums + width, 0.0);
+  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+    for (int64_t i = 0; i < width; ++i) {
+      sums[i] += partials[chunk * width + i];
+    }
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
+    const at::Tensor& grad_TD, const at::Tensor& x_TD, const at::Tensor& weight_D, const at::Tensor& rstd_T,
+    bool needs_x, bool needs_weight) {
+  const at::Tensor grad = grad_TD.contiguous(), x = with_unit_columns(x_TD), weight = weight_D.contiguous();
+  const at::Tensor rstd = rstd_T.contiguous();
+  const int64_t num_chunks = (x.size(0) + kRowsOfChunk - 1) / kRowsOfChunk;
+  at::Tensor grad_x = at::empty({needs_x ? x.size(0) : 0, needs_x ? x.size(1) : 0}, x.options());
+  at::Tensor partials =
+      at::empty({needs_weight ? num_chunks : 0, x.size(1)}, x.options().dtype(acc_dtype(x)));
+  const NormGradientArgs args{
+      x.scalar_type(), grad.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(), rstd.const_data_ptr(),
+      needs_x ? grad_x.mutable_data_ptr() : nullptr, needs_weight ? partials.mutable_data_ptr() : nullptr, x.size(0),
+      x.stride(0), x.size(1)};
+  const int64_t grain = std::max<int64_t>(1, rows_per_task(x.size(1)) / kRowsOfChunk);
+  at::parallel_for(0, num_chunks, grain, [&](int64_t begin, int64_t end) {
+    R1FAST_PICK(rms_norm_gradient)(args, begin, end);
+  });
+  at::Tensor sums_D = at::empty({needs_weight ? x.size(1) : 0}, x.options().dtype(at::kDouble));
+  by_dtype(acc_dtype(x), [&]<typename T>() {
+    if constexpr (!std::is_same_v<T, at::BFloat16>) {
+      add_chunks(partials.const_data_ptr<T>(), sums_D, num_chunks);
+    }
+  });
+  return {grad_x, sums_D.to(weight.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
+  m.impl("rms_norm", &rms_norm);
+  m.impl("rms_norm_backward", &rms_norm_backward);
+}
+
+}  // namespace r1fast
+
+#endif  // R1FAST_BUILD_OPERATOR
