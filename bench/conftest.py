@@ -16,7 +16,7 @@ from bench.cases import cases_of
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("r1fast bench")
     group.addoption("--results", type=Path, help="folder for the rows as JSON; without it nothing is written")
-    group.addoption("--seconds", type=float, default=2.0, help="timed seconds of a case (three rounds at least)")
+    group.addoption("--seconds", type=float, default=1.5, help="timed seconds of a case (three rounds at least)")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
