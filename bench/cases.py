@@ -87,7 +87,7 @@ def _linear() -> list[Case]:
     for op, targets in on_cpu.items():
         samples = op == "linear_grpo_loss"
         for dtype in ("fp32", "bf16"):
-            sizes = head | ({"N": 16} if samples else {}) | ({} if targets else {"T": 1024})
+            sizes = head | ({"N": 16} if samples else {}) | ({} if targets else {"T": 512})
             cases.append(Case(op, "cpu", dtype, "fwd+bwd", sizes, targets))
         if op == "linear_logprobs":
             cases.append(Case(op, "cuda", "bf16", "fwd", large))
