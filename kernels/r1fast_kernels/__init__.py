@@ -13,6 +13,7 @@ from .linear_grpo_loss import linear_grpo_loss
 from .linear_logprobs import linear_logprobs
 from .moe_dispatch import moe_dispatch
 from .moe_experts import moe_experts
+from .packed_attention import packed_attention
 from .rms_norm import rms_norm
 from .route_topk import route_topk
 from .sample_tokens import sample_tokens
@@ -27,6 +28,7 @@ __all__ = [
     "linear_logprobs",
     "moe_dispatch",
     "moe_experts",
+    "packed_attention",
     "rms_norm",
     "route_topk",
     "sample_tokens",

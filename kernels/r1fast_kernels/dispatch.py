@@ -23,6 +23,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "moe_experts": ("reference", "cpp", "triton"),
     "sample_tokens": ("reference", "cpp", "triton"),
     "rms_norm": ("reference", "cpp"),
+    "packed_attention": ("reference", "cpp"),
 }
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)

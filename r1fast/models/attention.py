@@ -1,7 +1,7 @@
 """Causal attention over packed sequences: T tokens in a row, `cu_seqlens` says where each sequence begins.
 
-On a GPU in bf16/fp16 the packed tensors go to the variable-length flash kernel as they are. Elsewhere sequences of like
-length share one padded call, so that thousands of short sequences cost a handful of calls per layer:
+On a CPU our kernel takes the packed tensors as they are, and on a GPU in bf16/fp16 torch's variable-length flash kernel.
+Elsewhere sequences of like length share one padded call: thousands of short sequences cost a handful of calls per layer.
 
     packed   a a a|b b b b b b|c c c c c c c|d d d      T = 19
     bucket 0 b b b b b b .                              2 x 7   (pad slots repeat the last token)
@@ -18,6 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.torch_version import Version
+
+import r1fast_kernels as kernels
+from r1fast.models.rope import Rope
+from r1fast_kernels.dispatch import choose
 
 # A bucket takes sequences down to this share of its longest (or within this many tokens): at most 20% of its
 # rows are padding beyond very short sequences, and lengths 79-383 make seven buckets.
@@ -90,18 +94,38 @@ def _bucket_bounds(lengths: list[int]) -> list[tuple[int, int, int]]:
 
 
 def packed_attention(
-    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, cu_seqlens: Tensor, scale: float, plan: AttentionPlan
+    q_THd: Tensor,
+    k_TKd: Tensor,
+    v_TKd: Tensor,
+    plan: AttentionPlan,
+    rope: Rope,
+    scale: float,
+    *,
+    k_pe_TR: Tensor | None = None,
+    impl: str | None = None,
 ) -> Tensor:
-    """Causal attention inside each sequence; query head h reads key head h // (H / K).
+    """Causal attention inside each sequence, of queries and keys that are not yet rotated.
 
-    q [T, H, d], k [T, K, d], v [T, K, dv] with dv <= d; returns [T, H, dv]. A narrower v (MLA) is padded to d:
-    flash kernels, on the CPU too, take one head dimension only, and without them an S x S matrix is stored.
+    As r1fast_kernels.packed_attention, which runs on a CPU. Elsewhere torch's flash kernels do: they take one head
+    dimension only, so that keys and values are made of one width.
     """
+    if choose("packed_attention", impl, q_THd) == "cpp":
+        return kernels.packed_attention(
+            q_THd, k_TKd, v_TKd, plan.cu_seqlens, scale=scale, k_pe_TR=k_pe_TR, rope=rope.angles,
+            interleaved=rope.interleaved, impl="cpp",
+        )  # fmt: skip
+    q_THd = rope.rotate(q_THd)
+    if k_pe_TR is None:
+        k_TKd = rope.rotate(k_TKd)
+    else:
+        k_pe_TKR = rope.rotate(k_pe_TR[:, None]).expand(-1, k_TKd.shape[1], -1)
+        k_TKd = torch.cat((k_TKd, k_pe_TKR), dim=-1)
     value_dim = v_TKd.shape[-1]
+    # Without a flash kernel, on the CPU too, an S x S matrix would be stored.
     if value_dim < q_THd.shape[-1]:
         v_TKd = F.pad(v_TKd, (0, q_THd.shape[-1] - value_dim))
     if _varlen_usable(q_THd):
-        out_THd = _varlen(q_THd, k_TKd, v_TKd, cu_seqlens, scale, plan.max_length)
+        out_THd = _varlen(q_THd, k_TKd, v_TKd, plan, scale)
     else:
         out_THd = _bucketed(q_THd, k_TKd, v_TKd, scale, plan.padded)
     return out_THd[..., :value_dim]
@@ -113,10 +137,10 @@ def _varlen_usable(q_THd: Tensor) -> bool:
     return _VARLEN_HAS_GQA and q_THd.is_cuda and half and q_THd.shape[-1] <= 256
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_length: int) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    spans = (cu_seqlens, cu_seqlens, max_length, max_length)
+    spans = (plan.cu_seqlens, plan.cu_seqlens, plan.max_length, plan.max_length)
     out = varlen_attn(q, k, v, *spans, scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
     assert isinstance(out, Tensor), "varlen_attn returns a tuple only when asked for return_aux"
     return out

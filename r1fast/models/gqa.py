@@ -14,6 +14,7 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         width, head_dim = config.hidden_size, config.attention_head_dim
         self.layer_idx, self.head_dim, self.scale = layer_idx, head_dim, softmax_scale(config)
+        self.impl: str | None = None  # of the kernel
         self.num_kv_heads = config.kv_heads
         self.group = config.num_attention_heads // config.kv_heads
         self.q_proj = nn.Linear(width, config.num_attention_heads * head_dim, bias=config.qkv_bias)
@@ -24,21 +25,21 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x_TD: Tensor, rope: Rope, plan: AttentionPlan, cache: KVCache | None = None) -> Tensor:
-        q_THd, k_TKd, v_TKd = self._project(x_TD, rope)
+        q_THd, k_TKd, v_TKd = self._project(x_TD)
         if cache is not None:
-            cache.write_packed(self.layer_idx, plan, k_TKd, v_TKd)
-        out_THd = packed_attention(q_THd, k_TKd, v_TKd, plan.cu_seqlens, self.scale, plan)
+            cache.write_packed(self.layer_idx, plan, rope.rotate(k_TKd), v_TKd)
+        out_THd = packed_attention(q_THd, k_TKd, v_TKd, plan, rope, self.scale, impl=self.impl)
         return self.o_proj(out_THd.flatten(1))
 
     def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: KVCache) -> Tensor:
-        q_BHd, k_BKd, v_BKd = self._project(x_BD, rope)
-        k_BKSd, v_BKSd = cache.append(self.layer_idx, step, k_BKd, v_BKd)
-        q_BKgd = q_BHd.unflatten(1, (self.num_kv_heads, self.group)).to(cache.dtype)
+        q_BHd, k_BKd, v_BKd = self._project(x_BD)
+        k_BKSd, v_BKSd = cache.append(self.layer_idx, step, rope.rotate(k_BKd), v_BKd)
+        q_BKgd = rope.rotate(q_BHd).unflatten(1, (self.num_kv_heads, self.group)).to(cache.dtype)
         out_BKgd = cached_attention(q_BKgd, k_BKSd, v_BKSd, step.mask_B1S, self.scale)
         return self.o_proj(out_BKgd.flatten(1).to(x_BD.dtype))
 
-    def _project(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rope.rotate(q), rope.rotate(k), v
+        return q, k, v

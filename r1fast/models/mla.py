@@ -23,6 +23,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         width, bias = config.hidden_size, config.attention_bias
         self.layer_idx, self.scale = layer_idx, softmax_scale(config)
+        self.impl: str | None = None  # of the kernel
         self.num_heads, self.latent_dim = config.num_attention_heads, config.kv_lora_rank
         self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.value_dim = config.v_head_dim
@@ -40,17 +41,18 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * self.value_dim, width, bias=bias)
 
     def forward(self, x_TD: Tensor, rope: Rope, plan: AttentionPlan, cache: KVCache | None = None) -> Tensor:
-        q_THd, (latent_TC, k_pe_TR) = self._queries(x_TD, rope), self._latents(x_TD, rope)
+        q_THd, (latent_TC, k_pe_TR) = self._queries(x_TD), self._latents(x_TD)
         if cache is not None:
-            cache.write_packed(self.layer_idx, plan, torch.cat((latent_TC, k_pe_TR), dim=-1))
+            cache.write_packed(self.layer_idx, plan, self._cached(latent_TC, k_pe_TR, rope))
         kv_THd = self.kv_b_proj(latent_TC).unflatten(-1, (self.num_heads, -1))
         k_nope_THd, v_THd = kv_THd.split((self.nope_dim, self.value_dim), dim=-1)
-        k_THd = torch.cat((k_nope_THd, k_pe_TR[:, None].expand(-1, self.num_heads, -1)), dim=-1)
-        out_THd = packed_attention(q_THd, k_THd, v_THd, plan.cu_seqlens, self.scale, plan)
+        out_THd = packed_attention(
+            q_THd, k_nope_THd, v_THd, plan, rope, self.scale, k_pe_TR=k_pe_TR, impl=self.impl
+        )
         return self.o_proj(out_THd.flatten(1))
 
     def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: KVCache) -> Tensor:
-        q_BHd, (latent_BC, k_pe_BR) = self._queries(x_BD, rope), self._latents(x_BD, rope)
+        q_BHd, (latent_BC, k_pe_BR) = rope.rotate(self._queries(x_BD)), self._latents(x_BD)
         q_nope_BHn, q_pe_BHR = q_BHd.split((self.nope_dim, self.rope_dim), dim=-1)
         # Both factors are strided views of the live weight: a copy would go stale at the next optimizer step.
         up_k_HnC, up_v_HvC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
@@ -60,17 +62,20 @@ class LatentAttention(nn.Module):
         q_BHC = torch.cat((q_latent_BHC, q_pe_BHR), dim=-1).to(cache.dtype)
         # The latent is key and value of one shared head. Its rotary channels ride along as values and are dropped: a
         # flash kernel wants keys and values of one width.
-        (shared_BSC,) = cache.append(self.layer_idx, step, torch.cat((latent_BC, k_pe_BR), dim=-1))
+        (shared_BSC,) = cache.append(self.layer_idx, step, self._cached(latent_BC, k_pe_BR, rope))
         shared_B1SC = shared_BSC[:, None]
         out_B1HC = cached_attention(q_BHC[:, None], shared_B1SC, shared_B1SC, step.mask_B1S, self.scale)
         out_BHC = out_B1HC.squeeze(1)[..., : self.latent_dim].to(x_BD.dtype)
         out_HBv = torch.bmm(out_BHC.transpose(0, 1), up_v_HvC.transpose(1, 2))
         return self.o_proj(out_HBv.transpose(0, 1).flatten(1))
 
-    def _queries(self, x_TD: Tensor, rope: Rope) -> Tensor:
+    def _queries(self, x_TD: Tensor) -> Tensor:
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD))) if self.has_q_lora else self.q_proj(x_TD)
-        return rope.rotate(q.unflatten(-1, (self.num_heads, -1)))
+        return q.unflatten(-1, (self.num_heads, -1))
 
-    def _latents(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def _latents(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         latent_TC, k_pe_TR = self.kv_a_proj_with_mqa(x_TD).split((self.latent_dim, self.rope_dim), dim=-1)
-        return self.kv_a_layernorm(latent_TC), rope.rotate(k_pe_TR[:, None]).squeeze(1)
+        return self.kv_a_layernorm(latent_TC), k_pe_TR
+
+    def _cached(self, latent_TC: Tensor, k_pe_TR: Tensor, rope: Rope) -> Tensor:
+        return torch.cat((latent_TC, rope.rotate(k_pe_TR[:, None]).squeeze(1)), dim=-1)

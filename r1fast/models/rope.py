@@ -21,6 +21,11 @@ class Rope(NamedTuple):
     sin_T1R: Tensor
     interleaved: bool
 
+    @property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """cos and sin as [T, R/2]."""
+        return self.cos_T1R.squeeze(1), self.sin_T1R.squeeze(1)
+
     def rotate(self, x_THd: Tensor) -> Tensor:
         """Rotate the last R channels of each head; the channels before them pass through."""
         return _Rotate.apply(x_THd, self.cos_T1R, self.sin_T1R, self.interleaved)

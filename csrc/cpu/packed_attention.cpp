@@ -1,0 +1,779 @@
+// Causal attention inside packed sequences, forward and backward, with the rotation of queries and keys.
+//
+// A task is a sequence and a key head, with all query heads that read it. Its keys and values are rotated and laid out
+// for products once; then strips of 8 queries pass over the keys before them, in blocks, and their scores never leave
+// the cache:
+//
+//                keys   | block 0  | block 1  |
+//   strip of 8 queries  | s p o    | s p o
+//   strip               | s p o    | s p o    .      only as many keys as the strip may see, in steps of 16
+//
+// Every sum of a task is taken in one order by one thread: the same bits for any number of threads.
+#include "../tile.h"
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+namespace r1fast {
+
+// Rows of a tensor [tokens, heads, channels], channels contiguous.
+struct Heads {
+  const void* data = nullptr;
+  int64_t token_stride = 0, head_stride = 0;
+};
+
+struct AttentionArgs {
+  at::ScalarType dtype;
+  bool pairs;      // multiply bf16 as it is
+  Heads q, k, v;
+  Heads k_pe;      // rotated channels that all key heads share; null: they are the last ones of k
+  const void *cos, *sin;  // [T, R / 2]
+  const int32_t* cu_seqlens;
+  const int32_t* order;  // of sequences, from long to short
+  int64_t num_sequences, num_heads, num_kv_heads;
+  int64_t width, value_width, rotary_width;  // d, e, R
+  bool interleaved;
+  double scale;
+  std::atomic<int64_t>* taken;  // tasks
+  void* out;                    // [T, H, e]
+  void* lse;                    // acc [T, H], of scaled scores
+  // Backward only.
+  const void* grad_out;               // [T, H, e]
+  void *grad_q, *grad_k, *grad_v;     // [T, H, d], [T, K, d or d - R], [T, K, e]
+  void* grad_k_pe;                    // acc [T, K, R], not yet rotated back; null where k_pe is
+};
+
+struct SharedGradientArgs {
+  at::ScalarType dtype;
+  const void* parts;  // acc [T, K, R]
+  const void *cos, *sin;
+  int64_t num_kv_heads, rotary_width;
+  bool interleaved;
+  void* out;  // [T, R]
+};
+
+namespace {
+inline namespace CPU_CAPABILITY {
+
+constexpr int64_t kForwardKeys = 256;  // keys of a block: its part of K^T and V stays in the second-level cache
+constexpr int64_t kBackwardKeys = 128;
+constexpr int64_t kQueries = 64;
+
+template <typename T>
+inline void widen(acc_t<T>* out, const T* x, int64_t size) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    std::copy_n(x, size, out);
+  } else {
+    for (int64_t i = 0; i < size; ++i) {
+      out[i] = x[i];
+    }
+  }
+}
+
+// Rounds to the nearest, ties to even. Rows of heads are short: a loop that the compiler vectorizes, not pairs of vectors.
+template <typename T>
+inline void narrow(T* out, const acc_t<T>* x, int64_t size) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    std::copy_n(x, size, out);
+  } else {
+    for (int64_t i = 0; i < size; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, x + i, sizeof(bits));
+      const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+      out[i].x = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
+    }
+  }
+}
+
+// Pair i of x is turned by the angle of `cos` and `sin`; its halves come out apart.
+template <typename T>
+inline void rotate(acc_t<T>* out, const T* x, const T* cos, const T* sin, int64_t half, bool interleaved) {
+  using acc = acc_t<T>;
+  const int64_t step = interleaved ? 2 : 1, second = interleaved ? 1 : half;
+  for (int64_t i = 0; i < half; ++i) {
+    const acc a = x[i * step], b = x[i * step + second], c = cos[i], s = sin[i];
+    out[i] = a * c - b * s;
+    out[i + half] = b * c + a * s;
+  }
+}
+
+// The transpose of `rotate`, on gradients.
+template <typename T>
+inline void rotate_back(acc_t<T>* out, const acc_t<T>* grad, const T* cos, const T* sin, int64_t half,
+                        bool interleaved) {
+  using acc = acc_t<T>;
+  const int64_t step = interleaved ? 2 : 1, second = interleaved ? 1 : half;
+  for (int64_t i = 0; i < half; ++i) {
+    const acc a = grad[i], b = grad[i + half], c = cos[i], s = sin[i];
+    out[i * step] = a * c + b * s;
+    out[i * step + second] = b * c - a * s;
+  }
+}
+
+// Rows of one head in units, row-major, rows and columns padded with zeros; what B of a product is made of.
+template <typename T, typename Unit>
+struct Rows {
+  int64_t columns = 0, row = 0;  // padded channels; units of a row
+  Unit* data = nullptr;
+  Scratch<Unit> memory, summed, turned;
+
+  // The width is the same in all calls, so that columns of padding stay zero.
+  void resize(int64_t num_rows, int64_t width) {
+    columns = padded(width);
+    row = padded((width + kValues<Unit> - 1) / kValues<Unit>);
+    const int64_t size = padded(num_rows) * row;
+    if (memory.grows(size)) {
+      std::memset(memory.get(size), 0, size * sizeof(Unit));
+    }
+    data = memory.get(size);
+  }
+
+  using Value = std::conditional_t<kValues<Unit> == 2, T, Unit>;
+  Value* at(int64_t i) const { return reinterpret_cast<Value*>(data + i * row); }
+
+  void clear(int64_t begin, int64_t end) { std::memset(data + begin * row, 0, (end - begin) * row * sizeof(Unit)); }
+
+  Left<Unit> strip(int64_t i) const { return {data + i * row, row, 1}; }
+
+  // B of products that sum over channels, one column per row: [steps, num_rows].
+  Right<Unit> over_channels(int64_t num_rows) {
+    const int64_t size = padded(num_rows);
+    Unit* out = turned.get(row * size);
+    transpose(out, size, data, row, size, row);
+    return {out, size};
+  }
+
+  // B of products that sum over rows: [rows / values, columns].
+  Right<Unit> over_rows(int64_t num_rows) {
+#ifdef R1FAST_HAS_BF16_PAIRS
+    if constexpr (kValues<Unit> == 2) {
+      const int64_t size = padded(num_rows);
+      Unit* out = summed.get(size / 2 * columns);
+      for (int64_t i = 0; i < size; i += 2) {
+        const auto *a = reinterpret_cast<const uint16_t*>(data + i * row),
+                   *b = reinterpret_cast<const uint16_t*>(data + (i + 1) * row);
+        Unit* pairs = out + i / 2 * columns;
+        for (int64_t j = 0; j < columns; ++j) {
+          pairs[j].bits = a[j] | static_cast<uint32_t>(b[j]) << 16;
+        }
+      }
+      return {out, columns};
+    }
+#endif
+    return {data, row};
+  }
+};
+
+// What both passes share: where the rows of a task are, and how they are read and written.
+template <typename T, typename Unit>
+class Task {
+ public:
+  using acc = acc_t<T>;
+
+ protected:
+  explicit Task(const AttentionArgs& args)
+      : args_(args), half_(args.rotary_width / 2), plain_(args.width - args.rotary_width),
+        group_(args.num_heads / args.num_kv_heads), scratch_(new acc[2 * (args.width + args.value_width)]) {}
+
+  // False when no task is left.
+  bool next() {
+    const int64_t task = args_.taken->fetch_add(1);
+    if (task >= args_.num_sequences * args_.num_kv_heads) {
+      return false;
+    }
+    const int64_t sequence = args_.order[task / args_.num_kv_heads];
+    kv_head_ = task % args_.num_kv_heads;
+    first_ = args_.cu_seqlens[sequence];
+    length_ = args_.cu_seqlens[sequence + 1] - first_;
+    return true;
+  }
+
+  static const T* at(const Heads& heads, int64_t token, int64_t head) {
+    return static_cast<const T*>(heads.data) + token * heads.token_stride + head * heads.head_stride;
+  }
+
+  // The channels of a row, the last R of them rotated.
+  template <typename Value>
+  void read_rotated(Value* out, const T* plain, const T* rotary, int64_t token) const {
+    copy(out, plain, plain_);
+    if (half_ == 0) {
+      return;
+    }
+    if constexpr (std::is_same_v<Value, acc>) {
+      rotate(out + plain_, rotary, cos(token), sin(token), half_, args_.interleaved);
+    } else {
+      rotate(scratch_.get(), rotary, cos(token), sin(token), half_, args_.interleaved);
+      narrow(out + plain_, scratch_.get(), 2 * half_);
+    }
+  }
+
+  template <typename Value>
+  static void copy(Value* out, const T* x, int64_t size) {
+    if constexpr (std::is_same_v<Value, T>) {
+      std::copy_n(x, size, out);
+    } else {
+      widen(out, x, size);
+    }
+  }
+
+  void read_queries(Rows<T, Unit>& rows, int64_t head, int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* q = at(args_.q, first_ + i, head);
+      read_rotated(rows.at(i - begin), q, q + plain_, first_ + i);
+    }
+    rows.clear(end - begin, padded(end - begin));
+  }
+
+  void read_keys(Rows<T, Unit>& rows) const {
+    rows.resize(length_, args_.width);
+    for (int64_t i = 0; i < length_; ++i) {
+      const T* k = at(args_.k, first_ + i, kv_head_);
+      const T* pe = args_.k_pe.data == nullptr ? k + plain_ : at(args_.k_pe, first_ + i, 0);
+      read_rotated(rows.at(i), k, pe, first_ + i);
+    }
+    rows.clear(length_, padded(length_));
+  }
+
+  void read_values(Rows<T, Unit>& rows, const Heads& heads, int64_t head) const {
+    rows.resize(length_, args_.value_width);
+    for (int64_t i = 0; i < length_; ++i) {
+      copy(rows.at(i), at(heads, first_ + i, head), args_.value_width);
+    }
+    rows.clear(length_, padded(length_));
+  }
+
+  const T* cos(int64_t token) const { return static_cast<const T*>(args_.cos) + token * half_; }
+  const T* sin(int64_t token) const { return static_cast<const T*>(args_.sin) + token * half_; }
+
+  const AttentionArgs& args_;
+  const int64_t half_, plain_, group_;
+  int64_t kv_head_ = 0, first_ = 0, length_ = 0;
+  std::unique_ptr<acc[]> scratch_;
+};
+
+// Scores of keys that come after the query, from `visible` on, are not seen.
+template <typename acc>
+inline void hide(acc* scores, int64_t visible, int64_t columns) {
+  std::fill(scores + std::max<int64_t>(visible, 0), scores + columns, -std::numeric_limits<acc>::infinity());
+}
+
+template <typename T, typename Unit>
+class Forward : Task<T, Unit> {
+  using Base = Task<T, Unit>;
+  using acc = acc_t<T>;
+  using Base::args_, Base::first_, Base::length_, Base::kv_head_, Base::group_;
+
+ public:
+  explicit Forward(const AttentionArgs& args) : Base(args), scores_(new acc[kStrip * kForwardKeys]) {
+    out_columns_ = padded(args.value_width);
+    out_.reset(new acc[kStrip * out_columns_]);
+    probs_.reset(new Unit[kStrip * kForwardKeys]);
+    queries_.resize(kStrip, args.width);
+  }
+
+  void run() {
+    while (Base::next()) {
+      Base::read_keys(keys_);
+      Base::read_values(values_, args_.v, kv_head_);
+      keys_S_ = keys_.over_channels(length_);
+      values_S_ = values_.over_rows(length_);
+      for (int64_t head = kv_head_ * group_; head < (kv_head_ + 1) * group_; ++head) {
+        for (int64_t begin = 0; begin < length_; begin += kStrip) {
+          strip(head, begin);
+        }
+      }
+    }
+  }
+
+ private:
+  void strip(int64_t head, int64_t begin) {
+    const int64_t rows = std::min(kStrip, length_ - begin);
+    Base::read_queries(queries_, head, begin, begin + rows);
+    std::fill(top_, top_ + kStrip, -std::numeric_limits<acc>::infinity());
+    std::fill(total_, total_ + kStrip, acc(0));
+    for (int64_t key = 0; key < begin + rows; key += kForwardKeys) {
+      const int64_t columns = padded(std::min(kForwardKeys, begin + kStrip - key));
+      product<Unit>(
+          scores_.get(), kForwardKeys, queries_.strip(0), {keys_S_.data + key, keys_S_.step},
+          (args_.width + kValues<Unit> - 1) / kValues<Unit>, columns, false);
+      for (int64_t i = 0; i < kStrip; ++i) {
+        softmax(i, begin + i + 1 - key, columns, key > 0);
+      }
+      const Left<Unit> probs = as_units(columns);
+      product<Unit>(
+          out_.get(), out_columns_, probs, {values_S_.data + key / kValues<Unit> * values_S_.step, values_S_.step},
+          columns / kValues<Unit>, out_columns_, key > 0);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = (first_ + begin + i) * args_.num_heads + head;
+      acc* out = out_.get() + i * out_columns_;
+      scale(out, 1 / total_[i]);
+      narrow(static_cast<T*>(args_.out) + row * args_.value_width, out, args_.value_width);
+      static_cast<acc*>(args_.lse)[row] = top_[i] + std::log(total_[i]);
+    }
+  }
+
+  void scale(acc* out, acc by) const {
+    for (int64_t j = 0; j < out_columns_; ++j) {
+      out[j] *= by;
+    }
+  }
+
+  // Scores to exponentials, in place; what was summed before is scaled to the new maximum.
+  void softmax(int64_t i, int64_t visible, int64_t columns, bool again) {
+    constexpr int64_t lanes = kLanes<acc>;
+    acc* row = scores_.get() + i * kForwardKeys;
+    hide(row, std::min(visible, columns), columns);
+    Vec<acc> highest = Vec<acc>::loadu(row);
+    for (int64_t j = lanes; j < columns; j += lanes) {
+      highest = at::vec::maximum(highest, Vec<acc>::loadu(row + j));
+    }
+    const acc top = std::max(top_[i], static_cast<acc>(args_.scale) * reduce_max<acc>(highest));
+    const Exponential<acc> exponential(args_.scale, -static_cast<double>(top));
+    Vec<acc> sum(0);
+    for (int64_t j = 0; j < columns; j += lanes) {
+      const Vec<acc> e = exponential(Vec<acc>::loadu(row + j));
+      e.store(row + j);
+      sum = sum + e;
+    }
+    if (again) {
+      const acc kept = std::exp(top_[i] - top);
+      total_[i] *= kept;
+      scale(out_.get() + i * out_columns_, kept);
+    }
+    total_[i] += reduce_sum<acc>(sum);
+    top_[i] = top;
+  }
+
+  Left<Unit> as_units(int64_t columns) {
+    if constexpr (kValues<Unit> == 2) {
+#ifdef R1FAST_HAS_BF16_PAIRS
+      for (int64_t i = 0; i < kStrip * kForwardKeys; i += kForwardKeys) {
+        round_row(probs_.get() + i, scores_.get() + i, columns);
+      }
+#endif
+      return {probs_.get(), kForwardKeys, 1};
+    } else {
+      return {scores_.get(), kForwardKeys, 1};
+    }
+  }
+
+  Rows<T, Unit> queries_, keys_, values_;
+  Right<Unit> keys_S_{}, values_S_{};
+  std::unique_ptr<acc[]> scores_, out_;
+  std::unique_ptr<Unit[]> probs_;
+  int64_t out_columns_;
+  acc top_[kStrip], total_[kStrip];
+};
+
+template <typename T, typename Unit>
+class Backward : Task<T, Unit> {
+  using Base = Task<T, Unit>;
+  using acc = acc_t<T>;
+  using Base::args_, Base::first_, Base::length_, Base::kv_head_, Base::group_, Base::half_, Base::plain_;
+  static constexpr int64_t kV = kValues<Unit>;
+
+ public:
+  explicit Backward(const AttentionArgs& args)
+      : Base(args), scores_(new acc[kStrip * kBackwardKeys]), grad_scores_(new acc[kStrip * kBackwardKeys]),
+        probs_(new Unit[kQueries / kV * kBackwardKeys]), grads_(new Unit[kQueries / kV * kBackwardKeys]),
+        grad_rows_(new Unit[kStrip * kBackwardKeys]), columns_(padded(args.width)),
+        value_columns_(padded(args.value_width)) {}
+
+  void run() {
+    while (Base::next()) {
+      const int64_t rows = padded(length_);
+      Base::read_keys(keys_);
+      Base::read_values(values_, args_.v, kv_head_);
+      keys_S_ = keys_.over_channels(length_);
+      keys_D_ = keys_.over_rows(length_);
+      values_S_ = values_.over_channels(length_);
+      grad_keys_ = zeros(grad_keys_memory_, rows * columns_);
+      grad_values_ = zeros(grad_values_memory_, rows * value_columns_);
+      for (int64_t head = kv_head_ * group_; head < (kv_head_ + 1) * group_; ++head) {
+        one_head(head);
+      }
+      write_keys();
+    }
+  }
+
+ private:
+  static acc* zeros(Scratch<acc>& memory, int64_t size) {
+    acc* data = memory.get(size);
+    std::fill(data, data + size, acc(0));
+    return data;
+  }
+
+  void one_head(int64_t head) {
+    queries_.resize(length_, args_.width);
+    Base::read_queries(queries_, head, 0, length_);
+    const Heads grad_out{args_.grad_out, args_.num_heads * args_.value_width, args_.value_width};
+    Base::read_values(grad_out_, grad_out, head);
+    queries_D_ = queries_.over_rows(length_);
+    grad_out_D_ = grad_out_.over_rows(length_);
+    grad_queries_ = zeros(grad_queries_memory_, padded(length_) * columns_);
+    read_rows(head, grad_out);
+    for (int64_t key = 0; key < length_; key += kBackwardKeys) {
+      for (int64_t query = key / kQueries * kQueries; query < length_; query += kQueries) {
+        block(key, query);
+      }
+    }
+    write_queries(head);
+  }
+
+  // lse, and the sum of grad_out * out, of each query.
+  void read_rows(int64_t head, const Heads& grad_out) {
+    lse_ = lse_memory_.get(padded(length_));
+    delta_ = delta_memory_.get(padded(length_));
+    acc* out = Base::scratch_.get();
+    acc* grad = out + args_.value_width;
+    for (int64_t i = 0; i < length_; ++i) {
+      const int64_t row = (first_ + i) * args_.num_heads + head;
+      widen(out, static_cast<const T*>(args_.out) + row * args_.value_width, args_.value_width);
+      widen(grad, Base::at(grad_out, first_ + i, head), args_.value_width);
+      acc sum = 0;
+      for (int64_t j = 0; j < args_.value_width; ++j) {
+        sum += out[j] * grad[j];
+      }
+      delta_[i] = sum;
+      lse_[i] = static_cast<const acc*>(args_.lse)[row];
+    }
+    // Of the rows of padding every probability is 0.
+    std::fill(lse_ + length_, lse_ + padded(length_), std::numeric_limits<acc>::infinity());
+    std::fill(delta_ + length_, delta_ + padded(length_), acc(0));
+  }
+
+  // Keys from `key` and queries from `query` on: what each gives to the gradients of the other.
+  void block(int64_t key, int64_t query) {
+    const int64_t queries = std::min(kQueries, padded(length_, kStrip) - query);
+    const int64_t keys = std::min(kBackwardKeys, padded(length_) - key);
+    for (int64_t i = 0; i < queries; i += kStrip) {
+      if (query + i + kStrip > key) {
+        strip(key, query, i, std::min(keys, padded(query + i + kStrip - key)));
+      }
+    }
+    const int64_t even = padded(queries, kStrip);
+    for (int64_t j = 0; j < keys && key + j < query + queries; j += kStrip) {
+      // Queries before these keys do not see them.
+      const int64_t from = std::max<int64_t>(0, key + j - query), steps = (even - from) / kV;
+      const Unit* grads = grads_.get() + from / kV * kBackwardKeys + j;
+      const Unit* probs = probs_.get() + from / kV * kBackwardKeys + j;
+      const int64_t row = (query + from) / kV;
+      product<Unit>(
+          grad_keys_ + (key + j) * columns_, columns_, {grads, 1, kBackwardKeys},
+          {queries_D_.data + row * queries_D_.step, queries_D_.step}, steps, columns_, true);
+      product<Unit>(
+          grad_values_ + (key + j) * value_columns_, value_columns_, {probs, 1, kBackwardKeys},
+          {grad_out_D_.data + row * grad_out_D_.step, grad_out_D_.step}, steps, value_columns_, true);
+    }
+  }
+
+  void strip(int64_t key, int64_t query, int64_t i, int64_t columns) {
+    constexpr bool in_place = kV == 1;  // then probabilities are left where they are computed
+    acc *p = scores_.get(), *ds = grad_scores_.get();
+    if constexpr (in_place) {
+      p = probs_.get() + i * kBackwardKeys;
+      ds = grads_.get() + i * kBackwardKeys;
+    }
+    product<Unit>(
+        p, kBackwardKeys, queries_.strip(query + i), {keys_S_.data + key, keys_S_.step}, (args_.width + kV - 1) / kV,
+        columns, false);
+    product<Unit>(
+        ds, kBackwardKeys, grad_out_.strip(query + i), {values_S_.data + key, values_S_.step},
+        (args_.value_width + kV - 1) / kV, columns, false);
+    for (int64_t r = 0; r < kStrip; ++r) {
+      probabilities(p + r * kBackwardKeys, ds + r * kBackwardKeys, query + i + r, key, columns);
+    }
+    Left<Unit> grads{grad_rows_.get(), kBackwardKeys, 1};
+    if constexpr (in_place) {
+      grads.data = ds;
+    }
+#ifdef R1FAST_HAS_BF16_PAIRS
+    else {
+      for (int64_t r = 0; r < kStrip; r += 2) {
+        const int64_t at = r * kBackwardKeys, below = at + kBackwardKeys, pairs = (i + r) / 2 * kBackwardKeys;
+        round_across(probs_.get() + pairs, p + at, p + below, columns);
+        round_across(grads_.get() + pairs, ds + at, ds + below, columns);
+        round_row(grad_rows_.get() + at, ds + at, columns);
+        round_row(grad_rows_.get() + below, ds + below, columns);
+      }
+    }
+#endif
+    product<Unit>(
+        grad_queries_ + (query + i) * columns_, columns_, grads,
+        {keys_D_.data + key / kV * keys_D_.step, keys_D_.step}, columns / kV, columns_, true);
+  }
+
+  void probabilities(acc* p, acc* ds, int64_t query, int64_t key, int64_t columns) const {
+    constexpr int64_t lanes = kLanes<acc>;
+    hide(p, std::min(query + 1 - key, columns), columns);
+    const Exponential<acc> exponential(args_.scale, -static_cast<double>(lse_[query]));
+    const Vec<acc> delta(delta_[query]);
+    for (int64_t j = 0; j < columns; j += lanes) {
+      const Vec<acc> e = exponential(Vec<acc>::loadu(p + j));
+      e.store(p + j);
+      (e * (Vec<acc>::loadu(ds + j) - delta)).store(ds + j);
+    }
+  }
+
+  // grad of what was rotated -> of what came in, times the scale; `rotary` null: left as it is, in its own place.
+  void write_row(T* plain, T* rotary, acc* parts, const acc* grad, int64_t token) const {
+    acc* scaled = Base::scratch_.get();
+    acc* turned = scaled + args_.width;
+    const acc scale = static_cast<acc>(args_.scale);
+    for (int64_t j = 0; j < args_.width; ++j) {
+      scaled[j] = grad[j] * scale;
+    }
+    narrow(plain, scaled, plain_);
+    if (parts != nullptr) {
+      std::copy_n(scaled + plain_, 2 * half_, parts);
+    } else if (half_ > 0) {
+      rotate_back(turned, scaled + plain_, Base::cos(token), Base::sin(token), half_, args_.interleaved);
+      narrow(rotary, turned, 2 * half_);
+    }
+  }
+
+  void write_queries(int64_t head) const {
+    for (int64_t i = 0; i < length_; ++i) {
+      T* out = static_cast<T*>(args_.grad_q) + ((first_ + i) * args_.num_heads + head) * args_.width;
+      write_row(out, out + plain_, nullptr, grad_queries_ + i * columns_, first_ + i);
+    }
+  }
+
+  void write_keys() const {
+    const bool shared = args_.k_pe.data != nullptr;
+    for (int64_t i = 0; i < length_; ++i) {
+      const int64_t row = (first_ + i) * args_.num_kv_heads + kv_head_;
+      T* out = static_cast<T*>(args_.grad_k) + row * (shared ? plain_ : args_.width);
+      acc* parts = shared ? static_cast<acc*>(args_.grad_k_pe) + row * args_.rotary_width : nullptr;
+      write_row(out, out + plain_, parts, grad_keys_ + i * columns_, first_ + i);
+      narrow(static_cast<T*>(args_.grad_v) + row * args_.value_width, grad_values_ + i * value_columns_,
+             args_.value_width);
+    }
+  }
+
+  Rows<T, Unit> queries_, keys_, values_, grad_out_;
+  Right<Unit> keys_S_{}, keys_D_{}, values_S_{}, queries_D_{}, grad_out_D_{};
+  Scratch<acc> grad_queries_memory_, grad_keys_memory_, grad_values_memory_, lse_memory_, delta_memory_;
+  acc *grad_queries_ = nullptr, *grad_keys_ = nullptr, *grad_values_ = nullptr, *lse_ = nullptr, *delta_ = nullptr;
+  std::unique_ptr<acc[]> scores_, grad_scores_;
+  std::unique_ptr<Unit[]> probs_, grads_, grad_rows_;
+  const int64_t columns_, value_columns_;
+};
+
+template <template <typename, typename> class Pass>
+void run_pass(const AttentionArgs& args) {
+  by_dtype(args.dtype, [&]<typename T>() {
+#ifdef R1FAST_HAS_BF16_PAIRS
+    if constexpr (std::is_same_v<T, at::BFloat16>) {
+      if (args.pairs && cpu_multiplies_bf16()) {
+        return Pass<T, BF16Pair>(args).run();
+      }
+    }
+#endif
+    Pass<T, acc_t<T>>(args).run();
+  });
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace
+
+R1FAST_KERNEL(attention_forward, AttentionArgs) {
+  for (int64_t worker = begin; worker < end; ++worker) {
+    run_pass<Forward>(args);
+  }
+}
+
+R1FAST_KERNEL(attention_backward, AttentionArgs) {
+  for (int64_t worker = begin; worker < end; ++worker) {
+    run_pass<Backward>(args);
+  }
+}
+
+// Tokens begin..end: the gradient of rotated channels that all heads share.
+R1FAST_KERNEL(attention_shared_gradient, SharedGradientArgs) {
+  by_dtype(args.dtype, [&]<typename T>() {
+    using acc = acc_t<T>;
+    const int64_t width = args.rotary_width, half = width / 2;
+    std::unique_ptr<acc[]> sum(new acc[2 * width]);
+    for (int64_t t = begin; t < end; ++t) {
+      const acc* parts = static_cast<const acc*>(args.parts) + t * args.num_kv_heads * width;
+      std::copy_n(parts, width, sum.get());
+      for (int64_t head = 1; head < args.num_kv_heads; ++head) {
+        for (int64_t j = 0; j < width; ++j) {
+          sum[j] += parts[head * width + j];
+        }
+      }
+      rotate_back(
+          sum.get() + width, sum.get(), static_cast<const T*>(args.cos) + t * half,
+          static_cast<const T*>(args.sin) + t * half, half, args.interleaved);
+      narrow(static_cast<T*>(args.out) + t * width, sum.get() + width, width);
+    }
+  });
+}
+
+}  // namespace r1fast
+
+#ifdef R1FAST_BUILD_OPERATOR
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <vector>
+
+namespace r1fast {
+namespace {
+
+// The tensors of a call in the form that the kernels read; keeps them alive.
+class Call {
+ public:
+  AttentionArgs args{};
+  int64_t num_tokens;
+
+  Call(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& k_pe,
+       const std::optional<at::Tensor>& cos, const std::optional<at::Tensor>& sin, const at::Tensor& cu_seqlens,
+       double scale, bool interleaved)
+      : num_tokens(q.size(0)), q_(with_unit_channels(q)), k_(with_unit_channels(k)), v_(with_unit_channels(v)),
+        cu_seqlens_(cu_seqlens.contiguous()) {
+    const auto dtype = q.scalar_type();
+    TORCH_CHECK_VALUE(
+        (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble) && k.scalar_type() == dtype &&
+            v.scalar_type() == dtype && cu_seqlens.scalar_type() == at::kInt && cu_seqlens.dim() == 1,
+        "packed_attention: got ", dtype, ", ", k.scalar_type(), ", ", v.scalar_type(), " and cu_seqlens in ",
+        cu_seqlens.scalar_type(), ", expected one of float32, bfloat16 and float64, and int32 [N+1]");
+    args.rotary_width = 0;
+    if (cos.has_value()) {
+      cos_ = cos->contiguous();
+      sin_ = sin->contiguous();
+      args.rotary_width = 2 * cos_.size(-1);
+      args.cos = cos_.const_data_ptr();
+      args.sin = sin_.const_data_ptr();
+    }
+    if (k_pe.has_value()) {
+      k_pe_ = with_unit_channels(*k_pe);
+      args.k_pe = {k_pe_.const_data_ptr(), k_pe_.stride(0), 0};
+    }
+    args.dtype = dtype;
+    args.q = heads(q_);
+    args.k = heads(k_);
+    args.v = heads(v_);
+    args.num_heads = q.size(1);
+    args.num_kv_heads = k.size(1);
+    args.width = q.size(2);
+    args.value_width = v.size(2);
+    args.interleaved = interleaved;
+    args.scale = scale;
+    args.pairs = true;
+    set_sequences();
+    args.taken = &taken_;
+  }
+
+  void run(void (*kernel)(const AttentionArgs&, int64_t, int64_t)) {
+    at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+
+  SharedGradientArgs shared_gradient(const at::Tensor& parts, at::Tensor& out) const {
+    return {args.dtype, parts.const_data_ptr(), args.cos, args.sin, args.num_kv_heads, args.rotary_width,
+            args.interleaved, out.mutable_data_ptr()};
+  }
+
+  bool has_k_pe() const { return k_pe_.defined(); }
+
+ private:
+  static at::Tensor with_unit_channels(const at::Tensor& x) {
+    return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
+  }
+
+  static Heads heads(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
+
+  // The longest first, so that no thread begins with it when all others are done.
+  void set_sequences() {
+    const int32_t* ends = cu_seqlens_.const_data_ptr<int32_t>();
+    const int64_t count = cu_seqlens_.size(0) - 1;
+    bool rises = count >= 0 && ends[0] == 0 && ends[count] == num_tokens;
+    for (int64_t i = 0; i < count; ++i) {
+      rises = rises && ends[i] <= ends[i + 1];
+    }
+    TORCH_CHECK_VALUE(
+        rises, "packed_attention: got cu_seqlens of shape ", cu_seqlens_.sizes(), ", expected [N+1] rising from 0 to ",
+        num_tokens);
+    order_.resize(count);
+    for (int64_t i = 0; i < count; ++i) {
+      order_[i] = static_cast<int32_t>(i);
+    }
+    std::stable_sort(order_.begin(), order_.end(), [ends](int32_t a, int32_t b) {
+      return ends[a + 1] - ends[a] > ends[b + 1] - ends[b];
+    });
+    args.cu_seqlens = ends;
+    args.order = order_.data();
+    args.num_sequences = count;
+  }
+
+  at::Tensor q_, k_, v_, k_pe_, cos_, sin_, cu_seqlens_;
+  std::vector<int32_t> order_;
+  std::atomic<int64_t> taken_{0};
+};
+
+at::ScalarType acc_dtype(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+std::tuple<at::Tensor, at::Tensor> packed_attention(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens,
+    const std::optional<at::Tensor>& k_pe, const std::optional<at::Tensor>& cos, const std::optional<at::Tensor>& sin,
+    double scale, bool interleaved) {
+  Call call(q, k, v, k_pe, cos, sin, cu_seqlens, scale, interleaved);
+  at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
+  at::Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(acc_dtype(q)));
+  call.args.out = out.mutable_data_ptr();
+  call.args.lse = lse.mutable_data_ptr();
+  call.run(R1FAST_PICK(attention_forward));
+  return {out, lse};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> packed_attention_backward(
+    const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+    const at::Tensor& cu_seqlens, const std::optional<at::Tensor>& k_pe, const std::optional<at::Tensor>& cos,
+    const std::optional<at::Tensor>& sin, const at::Tensor& out, const at::Tensor& lse, double scale,
+    bool interleaved) {
+  Call call(q, k, v, k_pe, cos, sin, cu_seqlens, scale, interleaved);
+  const at::Tensor grad = grad_out.contiguous();
+  at::Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options());
+  at::Tensor grad_v = at::empty(v.sizes(), v.options());
+  at::Tensor grad_k_pe = at::empty({0, 0}, q.options()), parts;
+  call.args.grad_out = grad.const_data_ptr();
+  call.args.out = const_cast<void*>(out.const_data_ptr());  // only read
+  call.args.lse = const_cast<void*>(lse.const_data_ptr());
+  call.args.grad_q = grad_q.mutable_data_ptr();
+  call.args.grad_k = grad_k.mutable_data_ptr();
+  call.args.grad_v = grad_v.mutable_data_ptr();
+  if (call.has_k_pe()) {
+    parts = at::empty({q.size(0), k.size(1), call.args.rotary_width}, q.options().dtype(acc_dtype(q)));
+    call.args.grad_k_pe = parts.mutable_data_ptr();
+  }
+  call.run(R1FAST_PICK(attention_backward));
+  if (call.has_k_pe()) {
+    grad_k_pe = at::empty(k_pe->sizes(), q.options());
+    const SharedGradientArgs args = call.shared_gradient(parts, grad_k_pe);
+    at::parallel_for(
+        0, q.size(0), rows_per_task(k.size(1) * call.args.rotary_width), [&](int64_t begin, int64_t end) {
+          R1FAST_PICK(attention_shared_gradient)(args, begin, end);
+        });
+  }
+  return {grad_q, grad_k, grad_v, grad_k_pe};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
+  m.impl("packed_attention", &packed_attention);
+  m.impl("packed_attention_backward", &packed_attention_backward);
+}
+
+}  // namespace r1fast
+
+#endif  // R1FAST_BUILD_OPERATOR

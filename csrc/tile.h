@@ -1,0 +1,195 @@
+// Small matrix products of one thread, for ops that keep their operands in the cache (cpu/packed_attention.cpp).
+//
+//   C [8, N] (+)= A [8, S] B [S, N]     S steps, N a multiple of 16
+//
+// A unit is what one step multiplies: a float or a double, or a pair of neighbouring bf16 values where the CPU adds the
+// products of such pairs in fp32 (avx512_bf16: four times the rate of fp32).
+#pragma once
+
+#include "simd.h"
+
+#include <memory>
+
+namespace r1fast {
+namespace {
+inline namespace CPU_CAPABILITY {
+
+struct BF16Pair {
+  uint32_t bits;  // the first value in the low half
+};
+
+// Values that one unit holds, along the dimension that is summed.
+template <typename Unit>
+constexpr int64_t kValues = std::is_same_v<Unit, BF16Pair> ? 2 : 1;
+
+// What products of units are summed in.
+template <typename Unit>
+using sum_t = std::conditional_t<std::is_same_v<Unit, double>, double, float>;
+
+constexpr int64_t kStrip = 8;   // rows of A and C
+constexpr int64_t kBlock = 16;  // rows and columns are padded to this
+
+inline int64_t padded(int64_t size, int64_t unit = kBlock) {
+  return (size + unit - 1) / unit * unit;
+}
+
+// Unit (i, s) of A is data[i * row + s * step]: row-major, or the transpose of rows.
+template <typename Unit>
+struct Left {
+  const Unit* data;
+  int64_t row, step;
+};
+
+// Unit (s, n) of B is data[s * step + n].
+template <typename Unit>
+struct Right {
+  const Unit* data;
+  int64_t step;
+};
+
+#define R1FAST_UNROLL _Pragma("GCC unroll 8")
+
+#ifdef CPU_CAPABILITY_AVX512
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 4;  // 16 registers
+#endif
+
+template <int vectors, typename Unit>
+inline void tile(sum_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Unit* b, int64_t b_step, int64_t steps,
+                 bool add) {
+  using V = Vec<Unit>;
+  constexpr int64_t lanes = kLanes<Unit>;
+  V sum[kTileRows][vectors];
+  R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
+    R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
+      sum[i][v] = add ? V::loadu(c + i * c_row + v * lanes) : V(0);
+    }
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    V right[vectors];
+    R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
+      right[v] = V::loadu(b + s * b_step + v * lanes);
+    }
+    R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
+      const V left(a.data[i * a.row + s * a.step]);
+      R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
+        sum[i][v] = at::vec::fmadd(left, right[v], sum[i][v]);
+      }
+    }
+  }
+  R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
+    R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
+      sum[i][v].store(c + i * c_row + v * lanes);
+    }
+  }
+}
+
+#ifdef CPU_CAPABILITY_AVX512
+#define R1FAST_HAS_BF16_PAIRS
+#define R1FAST_BF16_TARGET __attribute__((target("avx512bf16")))
+
+inline bool cpu_multiplies_bf16() {
+  return __builtin_cpu_supports("avx512bf16");
+}
+
+template <int vectors>
+R1FAST_BF16_TARGET inline void tile(float* c, int64_t c_row, const Left<BF16Pair>& a, const BF16Pair* b, int64_t b_step,
+                                    int64_t steps, bool add) {
+  __m512 sum[kTileRows][vectors];
+  R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
+    R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
+      sum[i][v] = add ? _mm512_loadu_ps(c + i * c_row + v * 16) : _mm512_setzero_ps();
+    }
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    __m512bh right[vectors];
+    R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
+      right[v] = (__m512bh)_mm512_loadu_si512(b + s * b_step + v * 16);
+    }
+    R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
+      const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(a.data[i * a.row + s * a.step].bits));
+      R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
+        sum[i][v] = _mm512_dpbf16_ps(sum[i][v], left, right[v]);
+      }
+    }
+  }
+  R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
+    R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
+      _mm512_storeu_ps(c + i * c_row + v * 16, sum[i][v]);
+    }
+  }
+}
+
+// fp32 to bf16, a multiple of 16 values.
+R1FAST_BF16_TARGET inline void round_row(BF16Pair* out, const float* x, int64_t size) {
+  for (int64_t i = 0; i < size; i += 16) {
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i / 2), rounded);
+  }
+}
+
+// The same of two rows: a unit holds a value of each.
+R1FAST_BF16_TARGET inline void round_across(BF16Pair* out, const float* a, const float* b, int64_t size) {
+  for (int64_t i = 0; i < size; i += 16) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + i)));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(b + i)));
+    _mm512_storeu_si512(out + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+#else
+inline bool cpu_multiplies_bf16() {
+  return false;
+}
+#endif
+
+template <typename Unit>
+inline void product(sum_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Right<Unit>& b, int64_t steps,
+                    int64_t columns, bool add) {
+  constexpr int64_t lanes = kLanes<sum_t<Unit>>;
+  for (int64_t i = 0; i < kStrip; i += kTileRows) {
+    const Left<Unit> rows{a.data + i * a.row, a.row, a.step};
+    int64_t n = 0;
+    for (; n + 2 * lanes <= columns; n += 2 * lanes) {
+      tile<2>(c + i * c_row + n, c_row, rows, b.data + n, b.step, steps, add);
+    }
+    if (n < columns) {
+      tile<1>(c + i * c_row + n, c_row, rows, b.data + n, b.step, steps, add);
+    }
+  }
+}
+
+// out[j, i] = x[i, j] for units; rows and columns multiples of 16.
+template <typename Unit>
+inline void transpose(Unit* out, int64_t out_row, const Unit* x, int64_t x_row, int64_t rows, int64_t columns) {
+  using Word = std::conditional_t<std::is_same_v<Unit, BF16Pair>, float, Unit>;  // moved, never computed with
+  for (int64_t i = 0; i < rows; i += kBlock) {
+    for (int64_t j = 0; j < columns; j += kBlock) {
+      at::vec::transpose_mxn<Word, kBlock, kBlock>(
+          reinterpret_cast<const Word*>(x + i * x_row + j), x_row, reinterpret_cast<Word*>(out + j * out_row + i),
+          out_row);
+    }
+  }
+}
+
+// Memory that grows and is never initialized.
+template <typename T>
+class Scratch {
+ public:
+  bool grows(int64_t size) const { return size > size_; }
+  T* get(int64_t size) {
+    if (grows(size)) {
+      memory_.reset(new T[size]);
+      size_ = size;
+    }
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<T[]> memory_;
+  int64_t size_ = 0;
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace
+}  // namespace r1fast
