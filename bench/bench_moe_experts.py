@@ -1,13 +1,16 @@
-"""moe_experts, against its reference, transformers' experts (its loop, and torch's grouped products) and Liger.
+"""moe_experts, against its reference and transformers' experts (its loop, and torch's grouped products), and on a GPU
+Liger, scattermoe and megablocks (its dropless layer over the grouped_gemm package) where they are installed.
 
 Floor: 6 T K D F FLOPs forward, twice that backward, as bare products of all rows with the weights of one expert.
 """
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
@@ -43,6 +46,68 @@ def transformers_experts(leaves: Leaves, ids_TK: Tensor, implementation: str) ->
         experts = DeepseekV3Experts(config)
     parameters = {"gate_up_proj": gate_up, "down_proj": down}
     return lambda: torch.func.functional_call(experts, parameters, (hidden_TD, ids_TK, weights_TK))
+
+
+def scattermoe_experts(leaves: Leaves, ids_TK: Tensor) -> Callable[[], Tensor]:
+    """Its GLUMLP.forward, with gate and up in our order."""
+    hidden_TD, gate_up, down, weights_TK = leaves
+
+    def forward() -> Tensor:
+        from scattermoe import flatten_sort_count, parallel_linear
+
+        order = flatten_sort_count(ids_TK, num_experts=len(down))
+        inner = parallel_linear(hidden_TD, gate_up.mT, ids_TK.shape[1], *order, grouped_out=True)
+        gate, up = inner.chunk(2, dim=-1)
+        gates_TK = weights_TK.to(hidden_TD.dtype)
+        return parallel_linear(silu(gate) * up, down.mT, 1, *order, grouped_in=True, gates=gates_TK)
+
+    return forward
+
+
+MegablocksLeaves = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # hidden, gate, up, down transposed, weights
+
+
+def to_megablocks(leaves: Leaves) -> MegablocksLeaves:
+    """Three weights [E F, D]: its own layout, so that it is not timed copying ours."""
+    hidden_TD, gate_up, down, weights_TK = leaves
+    copies = (x.detach().flatten(0, 1).contiguous() for x in (*gate_up.chunk(2, dim=1), down.mT))
+    gate, up, down_t = (x.requires_grad_() for x in copies)
+    return hidden_TD, gate, up, down_t, weights_TK
+
+
+def from_megablocks(outputs: harness.Outputs, num_experts: int) -> harness.Outputs:
+    """Output and gradients of its leaves in the order and layout of ours."""
+    if len(outputs) == 1:
+        return outputs
+    out, hidden, *weights, gates = outputs
+    gate, up, down_t = (x.unflatten(0, (num_experts, -1)) for x in weights if x is not None)
+    return [out, hidden, torch.cat([gate, up], 1), down_t.mT, gates]
+
+
+def megablocks_experts(leaves: MegablocksLeaves, ids_TK: Tensor, num_experts: int) -> Callable[[], Tensor]:
+    """Its dropless layer behind the router (0.10; its block-sparse kernels refuse Triton from 3.2 on)."""
+    hidden_TD, gate, up, down_t, weights_TK = leaves
+
+    @cache
+    def layer() -> torch.nn.Module:
+        from megablocks.layers.arguments import Arguments
+        from megablocks.layers.dmoe import ParallelDroplessMLP
+
+        return ParallelDroplessMLP(
+            Arguments(
+                hidden_size=hidden_TD.shape[1], ffn_hidden_size=len(gate) // num_experts, moe_num_experts=num_experts,
+                moe_top_k=ids_TK.shape[1], moe_loss_weight=0, bias=False, mlp_type="glu", mlp_impl="grouped",
+                activation_fn=silu, fp16=False, bf16=True, device=torch.device("meta"),
+            )
+        )  # fmt: skip
+
+    parameters = {"mlp.w1": gate, "mlp.v1": up, "mlp.w2": down_t}
+
+    def forward() -> Tensor:
+        inputs = hidden_TD, None, weights_TK.to(hidden_TD.dtype), ids_TK  # the second only for its auxiliary loss
+        return torch.func.functional_call(layer(), parameters, inputs)
+
+    return forward
 
 
 def floor(case: Case, leaves: Leaves) -> harness.Floor:
@@ -99,6 +164,8 @@ def contenders(leaves: Leaves, ids_TK: Tensor) -> dict[str, Callable[[], Tensor]
         found["Liger"] = lambda: LigerFusedMoEFunction.apply(
             hidden_TD, gate_up, down, ids_TK, weights_TK.to(hidden_TD.dtype)
         )
+    if harness.DEVICE == "cuda" and importlib.util.find_spec("scattermoe"):
+        found["scattermoe"] = scattermoe_experts(leaves, ids_TK)
     return found
 
 
@@ -113,12 +180,23 @@ def test_moe_experts(case: Case, compare: Callable[[harness.Problem], None]) -> 
         name: harness.in_mode(case.mode, outputs_of(forward), leaves, [upstream_TD])
         for name, forward in contenders(leaves, ids_TK).items()
     }
+    num_experts = case.sizes["E"]
+    if harness.DEVICE == "cuda" and importlib.util.find_spec("megablocks"):
+        own = to_megablocks(leaves)
+        forward = megablocks_experts(own, ids_TK, num_experts)
+        runs["megablocks"] = harness.in_mode(case.mode, outputs_of(forward), own, [upstream_TD])
+    wanted = exact(case, leaves, ids_TK, upstream_TD)
+    agrees = harness.agrees_with(wanted, 1e-5 if case.dtype == "fp32" else 1e-2)
+
+    def check(name: str, outputs: harness.Outputs) -> None:
+        agrees(name, from_megablocks(outputs, num_experts) if name == "megablocks" else outputs)
+
     compare(
         harness.Problem(
             case,
             head.runnable(leaves[0], runs),
             floor=floor(case, leaves),
-            check=harness.agrees_with(exact(case, leaves, ids_TK, upstream_TD), 1e-5 if case.dtype == "fp32" else 1e-2),
+            check=check,
             gradient_bytes=sum(x.nbytes for x in leaves) if case.mode == "fwd+bwd" else 0,
         )
     )

@@ -140,6 +140,7 @@ def _experts() -> list[Case]:
     small = {"T": 4096, "D": 256, "F": 128, "E": 32, "K": 4}
     large = {"D": 2048, "F": 768, "E": 128, "K": 8}  # Qwen3-30B-A3B
     router = {"T": 4096, "E": 32, "K": 4}
+    ahead = faster("grouped_mm", 1), faster("Liger", 1), faster("scattermoe", 1)
     cases = [
         Case("route_topk", device, "fp32", "fwd+bwd", router, (faster("transformers", 3),))
         for device in ("cpu", "cuda")
@@ -147,12 +148,19 @@ def _experts() -> list[Case]:
     for dtype, times in (("fp32", 1.5), ("bf16", 2.5)):
         targets = faster("grouped_mm", times), faster("eager", times)
         cases.append(Case("moe_experts", "cpu", dtype, "fwd+bwd", small, targets))
+    modes = "fwd", "fwd+bwd"
+    cases += [Case("grouped_gemm", "cpu", dtype, mode, small) for dtype in ("fp32", "bf16") for mode in modes]
+    cases += [
+        Case("grouped_gemm", "cuda", "bf16", mode, {"T": T, **large}, ahead[:1])
+        for T in (8192, 16384, 32768)
+        for mode in modes
+    ]
     for T in (8192, 16384, 32768):
         # 400 TFLOP/s forward and 330 with the backward pass, in milliseconds.
         flops = 6.0 * T * large["K"] * large["D"] * large["F"]
         for mode, total, rate in (("fwd", flops, 400e12), ("fwd+bwd", 3 * flops, 330e12)):
             target = Target("ms", round(total / rate * 1e3, 2))
-            cases.append(Case("moe_experts", "cuda", "bf16", mode, {"T": T, **large}, (target,)))
+            cases.append(Case("moe_experts", "cuda", "bf16", mode, {"T": T, **large}, (target, *ahead)))
     return cases
 
 

@@ -31,7 +31,15 @@ from bench.cases import Case
 OURS = "r1fast"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PEERS = {"TRL": "trl", "Liger": "liger-kernel", "CCE": "cut-cross-entropy", "transformers": "transformers"}
+PEERS = {
+    "TRL": "trl",
+    "Liger": "liger-kernel",
+    "CCE": "cut-cross-entropy",
+    "transformers": "transformers",
+    "gmm": "grouped-gemm",
+    "megablocks": "megablocks",
+    "scattermoe": "scattermoe",
+}
 
 # Outputs in one order for all contenders of a case; None where a peer does not compute one.
 Outputs = Sequence[Tensor | None]
@@ -296,7 +304,12 @@ def _row(problem: Problem, floor: Timing, timings: dict[str, Timing]) -> dict[st
 
 
 def _version(package: str) -> str | None:
-    return importlib.metadata.version(package) if importlib.util.find_spec(package.replace("-", "_")) else None
+    """By the module: grouped_gemm also comes from nv-grouped-gemm, and scattermoe as a folder of sources."""
+    module = package.replace("-", "_")
+    if importlib.util.find_spec(module) is None:
+        return None
+    distributions = importlib.metadata.packages_distributions().get(module)
+    return importlib.metadata.version(distributions[0]) if distributions else "of unknown version"
 
 
 @cache
