@@ -55,15 +55,17 @@ constexpr int kTileRows = 8;
 constexpr int kTileRows = 4;  // 16 registers
 #endif
 
+// A sum of its own, added to C in the end: sums of many blocks lose less than one running sum.
 template <int vectors, typename Unit>
 inline void tile(sum_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Unit* b, int64_t b_step, int64_t steps,
                  bool add) {
-  using V = Vec<Unit>;
+  using acc = Unit;
+  using V = Vec<acc>;
   constexpr int64_t lanes = kLanes<Unit>;
   V sum[kTileRows][vectors];
   R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
     R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
-      sum[i][v] = add ? V::loadu(c + i * c_row + v * lanes) : V(0);
+      sum[i][v] = V(0);
     }
   }
   for (int64_t s = 0; s < steps; ++s) {
@@ -80,7 +82,8 @@ inline void tile(sum_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Unit*
   }
   R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
     R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
-      sum[i][v].store(c + i * c_row + v * lanes);
+      acc* out = c + i * c_row + v * lanes;
+      (add ? V::loadu(out) + sum[i][v] : sum[i][v]).store(out);
     }
   }
 }
@@ -99,7 +102,7 @@ R1FAST_BF16_TARGET inline void tile(float* c, int64_t c_row, const Left<BF16Pair
   __m512 sum[kTileRows][vectors];
   R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
     R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
-      sum[i][v] = add ? _mm512_loadu_ps(c + i * c_row + v * 16) : _mm512_setzero_ps();
+      sum[i][v] = _mm512_setzero_ps();
     }
   }
   for (int64_t s = 0; s < steps; ++s) {
@@ -116,7 +119,8 @@ R1FAST_BF16_TARGET inline void tile(float* c, int64_t c_row, const Left<BF16Pair
   }
   R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
     R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
-      _mm512_storeu_ps(c + i * c_row + v * 16, sum[i][v]);
+      float* out = c + i * c_row + v * 16;
+      _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), sum[i][v]) : sum[i][v]);
     }
   }
 }

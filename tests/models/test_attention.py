@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from r1fast.models.attention import AttentionPlan, cached_attention, packed_attention
+from r1fast.models.rope import Rope
 
 # N, lengths: one token; a prime; empty sequences between others; alike lengths that share a bucket; far apart.
 LENGTHS = {
@@ -33,16 +34,22 @@ def reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float)
     return torch.cat(outs)
 
 
+def no_rotation(num_tokens: int) -> Rope:
+    """One pair of channels, turned by nothing."""
+    return Rope(*(fill(num_tokens, 1, 1, dtype=torch.float64) for fill in (torch.ones, torch.zeros)), False)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpp"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_forward_and_gradients(lengths: list[int], shape: tuple[int, int, int, int]) -> None:
+def test_forward_and_gradients(lengths: list[int], shape: tuple[int, int, int, int], impl: str) -> None:
     heads, kv_heads, dim, value_dim = shape
     generator, tokens = torch.Generator().manual_seed(0), sum(lengths)
     sizes = ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
     q, k, v = (torch.randn(tokens, *size, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes)
     grad = torch.randn(tokens, heads, value_dim, generator=generator, dtype=torch.float64)
     plan = plan_of(lengths)
-    out = packed_attention(q, k, v, plan.cu_seqlens, 0.3, plan)
+    out = packed_attention(q, k, v, plan, no_rotation(tokens), 0.3, impl=impl)
     expected = reference(q, k, v, lengths, 0.3)
     torch.testing.assert_close(out, expected)
     got_grads = torch.autograd.grad(out, (q, k, v), grad)
@@ -51,8 +58,9 @@ def test_forward_and_gradients(lengths: list[int], shape: tuple[int, int, int, i
 
 
 def test_no_sequence_at_all() -> None:
-    plan, empty = plan_of([]), torch.empty(0, 2, 4)
-    assert packed_attention(empty, empty, empty, plan.cu_seqlens, 1.0, plan).shape == (0, 2, 4)
+    plan, empty = plan_of([]), torch.empty(0, 2, 4, dtype=torch.float64)
+    for impl in ("reference", "cpp"):
+        assert packed_attention(empty, empty, empty, plan, no_rotation(0), 1.0, impl=impl).shape == (0, 2, 4)
 
 
 def test_plan_positions_and_rows() -> None:
