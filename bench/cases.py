@@ -1,7 +1,7 @@
 """What is measured, on which device, and what was asked of it. Data only: no torch, so that the report stays light.
 
 Sizes: T tokens, V vocabulary, D model width, N samples, L mean tokens a sample, B sequences that decode,
-E experts, K experts per token, F expert width.
+E experts, K experts per token, F expert width, H heads.
 """
 
 from dataclasses import dataclass, field
@@ -126,6 +126,16 @@ def _norms() -> list[Case]:
     ]
 
 
+def _attention() -> list[Case]:
+    """The small recipe's kind of layer on 24,576 tokens, and a Llama-like one on 8,192."""
+    sizes = {"mla": {"N": 96, "L": 256, "H": 4}, "gqa": {"N": 8, "L": 1024, "H": 8}}
+    return [
+        Case("packed_attention", "cpu", dtype, mode, sizes[mode], (faster("SDPA", 1),))
+        for dtype in ("fp32", "bf16")
+        for mode in sizes
+    ]
+
+
 def _steps() -> list[Case]:
     """24,576 packed tokens."""
     sizes = {"N": 96, "L": 256}
@@ -164,7 +174,7 @@ def _experts() -> list[Case]:
     return cases
 
 
-CASES = tuple(_selective() + _linear() + _losses() + _experts() + _sampling() + _norms() + _steps())
+CASES = tuple(_selective() + _linear() + _losses() + _experts() + _sampling() + _norms() + _attention() + _steps())
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
 
