@@ -189,6 +189,17 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     log_completions: Annotated[int, Field(ge=0)] = 16  # rows of samples/*.parquet per logged step
     log_completions_steps: Positive = 10
 
+    @model_validator(mode="before")
+    @classmethod
+    def _samples_from_the_policy(cls, raw: Any) -> Any:
+        for name in ("top_p", "top_k", "min_p", "min_tokens", "repetition_penalty"):
+            if isinstance(raw, dict) and name in raw:
+                raise ValueError(
+                    f"{name} = {raw[name]!r} does not apply: what is trained on is sampled from the policy's whole "
+                    "distribution, because any other would bias the importance ratio; drop it"
+                )
+        return raw
+
     @model_validator(mode="after")
     def _check(self) -> "GRPOStage":
         if not self.rewards and not self.reward_models:

@@ -195,6 +195,9 @@ WRONG_OVERRIDES = [
     ("stages.zero.rewards={}", ["stages.zero", "rewards and reward_models are both empty"]),
     ("stages.zero.steps_per_generation=3", ["stages.zero", "= 128", "steps_per_generation = 3"]),
     ("stages.zero.skip_zero_variance_groups=true", ["stages.zero", "skip_zero_variance_groups", "beta"]),
+    ("stages.zero.top_p=0.9", ["stages.zero", "top_p = 0.9", "whole distribution", "importance ratio", "drop it"]),
+    ("stages.zero.top_k=50", ["stages.zero", "top_k = 50", "drop it"]),
+    ("stages.zero.min_tokens=4", ["stages.zero", "min_tokens = 4", "drop it"]),
     (
         "stages.zero.max_completion_length=16384",
         ["stages.zero", "max_completion_length = 16896", "max_tokens_per_microbatch = 16384"],
