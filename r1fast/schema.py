@@ -34,6 +34,8 @@ class KernelsSection(Strict):
 
 class RolloutSection(Strict):
     max_num_seqs: Positive = 512
+    # 1: GRPO samples a step ahead, while it updates, from a copy of the weights (a whole model more on every rank).
+    async_steps: Annotated[int, Field(ge=0, le=1)] = 0
 
 
 class RewardWorkers(Strict):
@@ -181,9 +183,12 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "grpo"
     importance_sampling_level: Literal["token", "sequence"] = "token"
     scale_rewards: Literal["group", "batch", "none"] = "group"
+    # A completion that max_completion_length cuts is trained on like any other, or its tokens are left out of the loss.
     mask_truncated_completions: bool = False
+    partial_rollout_length: Positive | None = None  # tokens a completion gets per step, the next goes on; None: all
     ref_model_sync_steps: Positive | None = None  # optimizer steps between copies of the policy into the reference
-    sampling_importance_cap: Annotated[float, Field(gt=0)] | None = None  # truncated importance sampling
+    # Truncated importance sampling; auto: 2.0 where the sampler is not exactly the policy (grpo.py), else None.
+    sampling_importance_cap: Literal["auto"] | Annotated[float, Field(gt=0)] | None = "auto"
     router_replay: bool = False  # the update takes the experts that the sampler took (mixture of experts)
     skip_zero_variance_groups: bool = False  # leave them out of the update; exact where beta is 0
     log_completions: Annotated[int, Field(ge=0)] = 16  # rows of samples/*.parquet per logged step
@@ -221,6 +226,21 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
             raise ValueError("ref_model_sync_steps needs beta above 0: without KL there is no reference to copy into")
         if self.skip_zero_variance_groups and self.beta > 0:
             raise ValueError("skip_zero_variance_groups needs beta 0: such groups still have a KL gradient")
+        return self
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> "GRPOStage":
+        longest, part = self.max_completion_length, self.partial_rollout_length
+        if part is not None and (part >= longest or longest % part):
+            raise ValueError(
+                f"partial_rollout_length = {part} does not cut max_completion_length = {longest} into equal parts; "
+                "choose a divisor"
+            )
+        if part is not None and self.steps_per_generation > self.num_generations:
+            raise ValueError(
+                f"steps_per_generation = {self.steps_per_generation} is more than num_generations = "
+                f"{self.num_generations}: with partial_rollout_length a step may have no more samples than one group"
+            )
         return self
 
 
