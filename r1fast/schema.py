@@ -186,6 +186,9 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     # A completion that max_completion_length cuts is trained on like any other, or its tokens are left out of the loss.
     mask_truncated_completions: bool = False
     partial_rollout_length: Positive | None = None  # tokens a completion gets per step, the next goes on; None: all
+    overlong_buffer_length: Positive | None = None  # DAPO: the last tokens of max_completion_length, each costs reward
+    overlong_penalty: Annotated[float, Field(gt=0)] = 1.0  # reward that all of them cost
+    dynamic_sampling_refills: Annotated[int, Field(ge=0)] = 0  # DAPO: rounds per step to replace groups of equal reward
     ref_model_sync_steps: Positive | None = None  # optimizer steps between copies of the policy into the reference
     # Truncated importance sampling; auto: 2.0 where the sampler is not exactly the policy (grpo.py), else None.
     sampling_importance_cap: Literal["auto"] | Annotated[float, Field(gt=0)] | None = "auto"
@@ -231,6 +234,7 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     @model_validator(mode="after")
     def _check_lengths(self) -> "GRPOStage":
         longest, part = self.max_completion_length, self.partial_rollout_length
+        buffer = self.overlong_buffer_length
         if part is not None and (part >= longest or longest % part):
             raise ValueError(
                 f"partial_rollout_length = {part} does not cut max_completion_length = {longest} into equal parts; "
@@ -241,6 +245,12 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
                 f"steps_per_generation = {self.steps_per_generation} is more than num_generations = "
                 f"{self.num_generations}: with partial_rollout_length a step may have no more samples than one group"
             )
+        if buffer is not None and buffer > longest:
+            raise ValueError(f"overlong_buffer_length = {buffer} is more than max_completion_length = {longest}")
+        if buffer is not None and "overlong" in (*self.rewards, *self.reward_models):
+            raise ValueError("a reward is named overlong, as the one of overlong_buffer_length is; rename it")
+        if buffer is None and self.overlong_penalty != 1.0:
+            raise ValueError("overlong_penalty needs overlong_buffer_length: without it nothing is punished")
         return self
 
 

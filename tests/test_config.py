@@ -203,6 +203,8 @@ WRONG_OVERRIDES = [
     ("rollout.async_steps=2", ["rollout.async_steps", "less than or equal to 1", "got 2"]),
     ("stages.zero.partial_rollout_length=100", ["stages.zero", "= 100", "= 512", "equal parts", "divisor"]),
     ("stages.zero.partial_rollout_length=512", ["stages.zero", "= 512 does not cut", "divisor"]),
+    ("stages.zero.overlong_buffer_length=513", ["stages.zero", "overlong_buffer_length = 513", "= 512"]),
+    ("stages.zero.overlong_penalty=2", ["stages.zero", "overlong_penalty needs overlong_buffer_length"]),
     (
         "stages.zero.max_completion_length=16384",
         ["stages.zero", "max_completion_length = 16896", "max_tokens_per_microbatch = 16384"],
@@ -302,6 +304,8 @@ def test_sample_options_need_a_teacher() -> None:
 
 
 def test_options_that_do_not_go_together(zero: str) -> None:
+    rewards = "stages.zero.rewards.overlong=1"
+    assert "a reward is named overlong" in message_of(zero, rewards, "stages.zero.overlong_buffer_length=64")
     many = "stages.zero.steps_per_generation=16"
     message = message_of(zero, many, "stages.zero.partial_rollout_length=128")
     assert "steps_per_generation = 16 is more than num_generations = 8" in message and "one group" in message

@@ -2,6 +2,7 @@
 
 rollout    num_generations completions of prompts_per_step prompts, from the trainer's own weights (rollouts.py)
 reward     rule functions and reward models -> one number per completion; None does not count
+refill     other prompts for groups of equal reward, where asked for
 advantage  per group, before any split into minibatches
 log-probs  old (only when a rollout is used for more than one update) and reference, forward only
 update     steps_per_generation minibatches -> linear_grpo_loss -> clip -> optimizer
@@ -28,7 +29,7 @@ from r1fast.stages.evaluate import evaluate_end, evaluate_start
 from r1fast.stages.reward_model import RewardModels
 from r1fast.stages.rollouts import Rollouts
 from r1fast.stages.sampling import Sample
-from r1fast.stages.scoring import Scorer, total_rewards
+from r1fast.stages.scoring import Scorer, punish_overlong, total_rewards
 from r1fast.stages.training import LossFn, Trainer, map_packed
 from r1fast_kernels import group_advantages, linear_grpo_loss, linear_logprobs
 
@@ -65,6 +66,8 @@ class Learner:
         self.trainer = Trainer(ctx, policy, updates, router_replay=self.stage.router_replay)
         self.reward_models = RewardModels(ctx, self.stage.reward_models, self.stage.response_format)
         self.weights = scorer.weights | self.reward_models.weights
+        if self.stage.overlong_buffer_length:
+            self.weights["overlong"] = self.stage.overlong_penalty
         self.reference: Decoder | None = None
         if self.stage.beta > 0:
             self.reference, _ = ctx.load(ctx.model_ref, trainable=False)
@@ -94,6 +97,8 @@ class Learner:
     def train_step(self, step: int) -> tuple[list[Sample], dict[str, float]]:
         samples = self.rollout(step)
         metrics: dict[str, float] = {"rewards/failures": self.reward(samples)}
+        if self.stage.dynamic_sampling_refills:
+            samples = self.refill(step, samples, metrics)
         self.advantage(samples)
         examples = self.logprobs(samples)
         metrics |= self.update(step, examples) | rollout_metrics(samples)
@@ -103,7 +108,8 @@ class Learner:
 
     def rollout(self, step: int) -> list[Sample]:
         groups = self.rollouts.take()
-        self._sample_ahead(step)
+        if not self.stage.dynamic_sampling_refills:
+            self._sample_ahead(step)
         return [sample for group in groups for sample in group]
 
     def _sample_ahead(self, step: int) -> None:
@@ -112,10 +118,34 @@ class Learner:
             self.rollouts.begin()
 
     def reward(self, samples: list[Sample]) -> int:
+        stage = self.stage
         failures = self.scorer.score(samples)
         self.reward_models.score(samples)
+        if stage.overlong_buffer_length:
+            punish_overlong(samples, stage.max_completion_length, stage.overlong_buffer_length)
         total_rewards(samples, self.weights)
         return failures
+
+    def refill(self, step: int, samples: list[Sample], metrics: dict[str, float]) -> list[Sample]:
+        """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): groups of equal reward give their places to others.
+
+        Groups that are equal after the last refill stay, so that a step has as many as ever.
+        """
+        groups = by_group(samples)
+        refills = discarded = 0
+        while refills < self.stage.dynamic_sampling_refills:
+            equal = [place for place, group in enumerate(groups) if not has_spread(group)]
+            if not equal:
+                break
+            fresh = self.rollouts.in_place_of([groups[place] for place in equal])
+            if fresh:
+                metrics["rewards/failures"] += self.reward([sample for group in fresh for sample in group])
+            for place, group in zip(equal, fresh):  # partial rollouts may have left some unfinished
+                groups[place] = group
+            refills, discarded = refills + 1, discarded + len(fresh)
+        self._sample_ahead(step)
+        metrics |= {"dynamic_sampling/refills": refills, "dynamic_sampling/discarded_groups": discarded}
+        return [sample for group in groups for sample in group]
 
     def advantage(self, samples: list[Sample]) -> None:
         rewards_N = torch.tensor([sample.reward for sample in samples], dtype=torch.float32)
@@ -240,15 +270,25 @@ def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
     return loss_fn
 
 
+def by_group(samples: list[Sample]) -> list[list[Sample]]:
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample)
+    return list(groups.values())
+
+
+def has_spread(group: list[Sample]) -> bool:
+    """Whether rewards differ: by their extremes, as the standard deviation of equal ones need not be exactly 0."""
+    scored = [sample.reward for sample in group if not np.isnan(sample.reward)]
+    return bool(scored) and min(scored) != max(scored)
+
+
 def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
     rewards = np.array([sample.reward for sample in samples])
-    groups: dict[int, list[float]] = {}
-    for sample in samples:
-        groups.setdefault(sample.group, []).append(sample.reward)
-    scored = [[reward for reward in group if not np.isnan(reward)] for group in groups.values()]
+    groups = by_group(samples)
+    scored = [[sample.reward for sample in group if not np.isnan(sample.reward)] for group in groups]
     spreads = [float(np.std(group, ddof=1)) if len(group) > 1 else 0.0 for group in scored]
-    # By their extremes: the standard deviation of equal rewards need not be exactly 0.
-    equal = [not group or min(group) == max(group) for group in scored]
+    equal = [not has_spread(group) for group in groups]
     lengths = np.array([len(sample.completion_ids) for sample in samples])
     metrics = {
         "reward": float(np.nanmean(rewards)) if any(scored) else float("nan"),

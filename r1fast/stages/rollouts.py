@@ -60,6 +60,14 @@ class Rollouts:
         self.groups = [group for group in self.groups if not self._is_complete(group)]
         return complete
 
+    def in_place_of(self, groups: list[Group]) -> list[Group]:
+        """Groups of as many new prompts of the same domains; one that is cut goes on in the next step instead."""
+        assert self.running is None, "the sampler is at work on the next step"
+        fresh = self._draw(Counter(self.prompts.domain_of(group[0].row) for group in groups))
+        self._start(fresh)()
+        self.groups += [group for group in fresh if not self._is_complete(group)]
+        return [group for group in fresh if self._is_complete(group)]
+
     def settle(self) -> None:
         """Wait for what is being sampled. Should it fail, its prompts stay, and the next take samples them."""
         if self.running is not None:

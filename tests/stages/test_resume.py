@@ -215,19 +215,20 @@ def test_grpo_with_a_frozen_reference_and_repeated_rollouts(kill_and_resume) -> 
 
 AHEAD = {"rollout": {"async_steps": 1}}
 PARTIAL = {"max_prompt_length": 100, "max_completion_length": 32, "partial_rollout_length": 8}
+REFILLED = {"dynamic_sampling_refills": 2, "num_generations": 2}
 
 
 @pytest.mark.parametrize("name", ["between-checkpoints", "while-a-checkpoint-is-written"])
 @pytest.mark.parametrize(
     ("options", "sections"),
-    [({}, AHEAD), (PARTIAL, {}), (PARTIAL, AHEAD)],
-    ids=["ahead", "partial", "all"],
+    [({}, AHEAD), (PARTIAL, {}), (REFILLED, {}), (PARTIAL | REFILLED, AHEAD)],
+    ids=["ahead", "partial", "refilled", "all"],
 )
 def test_grpo_with_pending_rollouts_killed(
     kill_and_resume, taught_model: Path, tmp_path: Path, name: str, options: dict[str, Any], sections: dict[str, Any]
 ) -> None:
     """A checkpoint holds what was sampled and not yet trained on: no weights are left that would sample it again."""
-    # A model that ends its answers; it has no router.
+    # A model that ends its answers, and says the same twice; it has no router.
     stage = {**GRPO, "router_bias_update_rate": 0.0, "learning_rate": 1e-3, **options}
     kill_and_resume(stage, point(name, grpo), model={"path": str(taught_model)}, **sections)
     rows = results(tmp_path / "whole" / "zero")["metrics"]
@@ -235,6 +236,8 @@ def test_grpo_with_pending_rollouts_killed(
         assert max(row["sampling/sampling_logp_difference/mean"] for row in rows[1:]) > 1e-4
     if "partial_rollout_length" in options:
         assert max(row["partial_rollouts/carried_groups"] for row in rows) > 0
+    if "dynamic_sampling_refills" in options:
+        assert max(row["dynamic_sampling/discarded_groups"] for row in rows) > 0
 
 
 def test_reward_model_killed(kill_and_resume, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which samples a step gets: whole groups, sampled in parts or at once."""
+"""Which samples a step gets: whole groups, sampled in parts or at once; others in place of groups of equal reward."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -15,8 +15,10 @@ from r1fast.rollout.sampling import SamplingParams
 from r1fast.schema import GRPOStage
 from r1fast.stages import rollouts as module
 from r1fast.stages.batch import Prompt
+from r1fast.stages.grpo import Learner, by_group, has_spread
 from r1fast.stages.rollouts import Rollouts
 from r1fast.stages.sampling import Call, Sample
+from r1fast.stages.scoring import punish_overlong
 from tests.stages.gradient_cases import GRPO, context
 from tests.tiny_checkpoint import DEEPSEEK_V3, write_checkpoint
 
@@ -160,6 +162,87 @@ def test_a_sampler_that_fails_loses_no_prompt(scripted, monkeypatch: pytest.Monk
     again, _ = scripted(2, **options)
     again.load_state(rollouts.state())
     assert [again.take() for _ in range(3)] == expected[1:]
+
+
+def refilling_learner(rollouts: Rollouts, chance: float) -> Any:
+    """A Learner with what `refill` needs; chance: that a group has equal rewards."""
+    learner: Any = Learner.__new__(Learner)
+    learner.stage, learner.rollouts = rollouts.stage, rollouts
+    learner._sample_ahead = lambda step: None
+    learner.rewarded = []
+
+    def reward(samples: list[Sample]) -> int:
+        for sample in samples:
+            learner.rewarded.append(sample)
+            equal = random.Random(f"equal {sample.group}").random() < chance
+            sample.reward = 1.0 if equal else float(len(learner.rewarded))
+        return 1
+
+    learner.reward = reward
+    return learner
+
+
+@pytest.mark.parametrize("part", [None, 4], ids=["whole", "partial"])
+@pytest.mark.parametrize("refills", [1, 2, 5])
+@pytest.mark.parametrize("chance", [0.0, 0.3, 0.9, 1.0])
+def test_refills_are_bounded_and_keep_the_size_of_a_step(
+    scripted, part: int | None, refills: int, chance: float
+) -> None:
+    rollouts, script = scripted(
+        1, dynamic_sampling_refills=refills, **({"partial_rollout_length": part} if part else {})
+    )
+
+    for step in range(8):
+        learner = refilling_learner(rollouts, chance)
+        samples = [sample for group in rollouts.take() for sample in group]
+        metrics = {"rewards/failures": learner.reward(samples)}
+        calls_before = len(script.calls)
+        kept = learner.refill(step, samples, metrics)
+        before, after = by_group(samples), by_group(kept)
+        assert len(after) == len(before) and all(len(group) == G for group in after)
+        rounds, discarded = metrics["dynamic_sampling/refills"], metrics["dynamic_sampling/discarded_groups"]
+        assert rounds == len(script.calls) - calls_before <= refills and discarded <= rounds * len(before)
+        assert {id(sample) for sample in kept} <= {id(sample) for sample in learner.rewarded}
+        assert len(learner.rewarded) == (len(before) + discarded) * G  # each sample once
+        good = [group[0].group for group in before if has_spread(group)]
+        assert [group[0].group for group in after if group[0].group in good] == good  # and where they were
+        if rounds < refills:
+            assert all(has_spread(group) for group in after)
+        if chance == 0.0:
+            assert rounds == 0 and kept == samples
+        if chance == 1.0 and part is None:
+            assert rounds == refills and discarded == refills * 4
+            assert metrics["rewards/failures"] == 1 + refills
+
+
+def test_an_unscorable_group_has_no_spread() -> None:
+    def group(*rewards: float) -> list[Sample]:
+        samples = [Sample({}, 0, [0], [1], [0.0], "stop", "", False) for _ in rewards]
+        for sample, reward in zip(samples, rewards):
+            sample.reward = reward
+        return samples
+
+    nan = float("nan")
+    assert not has_spread(group(nan, nan)) and not has_spread(group(0.1, 0.1, nan)) and has_spread(group(nan, 0.0, 1.0))
+
+
+# The paper's own numbers: 16,384 tokens as expected, 4,096 more to be punished in.
+@pytest.mark.parametrize(
+    ("length", "expected"), [(1, 0.0), (16384, 0.0), (16385, -1 / 4096), (18432, -0.5), (20480, -1.0)]
+)
+def test_soft_overlong_punishment(length: int, expected: float) -> None:
+    sample = Sample({}, 0, [0], [0] * length, [0.0] * length, "stop", "", False, rewards={"accuracy": 1.0})
+    punish_overlong([sample], 20480, 4096)
+    assert sample.rewards == {"accuracy": 1.0, "overlong": expected}
+
+
+def test_overlong_punishment_scores_nothing_that_has_no_score() -> None:
+    nan = float("nan")
+    samples = [
+        Sample({}, 0, [0], [0] * 8, [0.0] * 8, "length", "", False, rewards={"a": a, "b": nan}) for a in (nan, 0)
+    ]
+    punish_overlong(samples, 8, 8)
+    assert str(samples[0].rewards["overlong"]) == "nan" and samples[1].rewards["overlong"] == -1.0
 
 
 @pytest.fixture(scope="module")
