@@ -1,4 +1,4 @@
-"""packed_attention forward and backward, with RoPE, against torch's flash kernel on the same sequences as a padded batch.
+"""packed_attention forward and backward, with RoPE, against torch's flash kernel on the same sequences as a batch.
 
 mla: 16 rotated channels that the heads share beside 16 of their own, values of 32; gqa: 2 key heads of 64 channels.
 Floor: the FLOPs of the visible pairs, as large products of the same dtype.
@@ -65,9 +65,7 @@ def test_packed_attention(case: Case, compare: Callable[[harness.Problem], None]
         wide, [upstream.double()],
     )()  # fmt: skip
     forwards = {harness.OURS: ours, "SDPA": lambda: composed(leaves, rope, N, scale)}
-    runs = {
-        name: harness.in_mode("fwd+bwd", lambda op=op: [op()], leaves, [upstream]) for name, op in forwards.items()
-    }
+    runs = {name: harness.in_mode("fwd+bwd", lambda op=op: [op()], leaves, [upstream]) for name, op in forwards.items()}
     d, e = leaves[0].shape[-1], leaves[2].shape[-1]
     flops = N * H * L * (L + 1) / 2 * (8.0 * d + 6.0 * e)
     x_DD = torch.randn(1024, 1024).to(dtype if can_multiply(leaves[0]) else torch.float32)

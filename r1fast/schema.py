@@ -34,6 +34,8 @@ class KernelsSection(Strict):
 
 class RolloutSection(Strict):
     max_num_seqs: Positive = 512
+    # 1: GRPO samples a step ahead, while it updates, from a copy of the weights (a whole model more on every rank).
+    async_steps: Annotated[int, Field(ge=0, le=1)] = 0
 
 
 class RewardWorkers(Strict):
@@ -181,13 +183,30 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "grpo"
     importance_sampling_level: Literal["token", "sequence"] = "token"
     scale_rewards: Literal["group", "batch", "none"] = "group"
+    # A completion that max_completion_length cuts is trained on like any other, or its tokens are left out of the loss.
     mask_truncated_completions: bool = False
+    partial_rollout_length: Positive | None = None  # tokens a completion gets per step, the next goes on; None: all
+    overlong_buffer_length: Positive | None = None  # DAPO: the last tokens of max_completion_length, each costs reward
+    overlong_penalty: Annotated[float, Field(gt=0)] = 1.0  # reward that all of them cost
+    dynamic_sampling_refills: Annotated[int, Field(ge=0)] = 0  # DAPO: rounds per step to replace groups of equal reward
     ref_model_sync_steps: Positive | None = None  # optimizer steps between copies of the policy into the reference
-    sampling_importance_cap: Annotated[float, Field(gt=0)] | None = None  # truncated importance sampling
+    # Truncated importance sampling; auto: 2.0 where the sampler is not exactly the policy (grpo.py), else None.
+    sampling_importance_cap: Literal["auto"] | Annotated[float, Field(gt=0)] | None = "auto"
     router_replay: bool = False  # the update takes the experts that the sampler took (mixture of experts)
     skip_zero_variance_groups: bool = False  # leave them out of the update; exact where beta is 0
     log_completions: Annotated[int, Field(ge=0)] = 16  # rows of samples/*.parquet per logged step
     log_completions_steps: Positive = 10
+
+    @model_validator(mode="before")
+    @classmethod
+    def _samples_from_the_policy(cls, raw: Any) -> Any:
+        for name in ("top_p", "top_k", "min_p", "min_tokens", "repetition_penalty"):
+            if isinstance(raw, dict) and name in raw:
+                raise ValueError(
+                    f"{name} = {raw[name]!r} does not apply: what is trained on is sampled from the policy's whole "
+                    "distribution, because any other would bias the importance ratio; drop it"
+                )
+        return raw
 
     @model_validator(mode="after")
     def _check(self) -> "GRPOStage":
@@ -210,6 +229,28 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
             raise ValueError("ref_model_sync_steps needs beta above 0: without KL there is no reference to copy into")
         if self.skip_zero_variance_groups and self.beta > 0:
             raise ValueError("skip_zero_variance_groups needs beta 0: such groups still have a KL gradient")
+        return self
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> "GRPOStage":
+        longest, part = self.max_completion_length, self.partial_rollout_length
+        buffer = self.overlong_buffer_length
+        if part is not None and (part >= longest or longest % part):
+            raise ValueError(
+                f"partial_rollout_length = {part} does not cut max_completion_length = {longest} into equal parts; "
+                "choose a divisor"
+            )
+        if part is not None and self.steps_per_generation > self.num_generations:
+            raise ValueError(
+                f"steps_per_generation = {self.steps_per_generation} is more than num_generations = "
+                f"{self.num_generations}: with partial_rollout_length a step may have no more samples than one group"
+            )
+        if buffer is not None and buffer > longest:
+            raise ValueError(f"overlong_buffer_length = {buffer} is more than max_completion_length = {longest}")
+        if buffer is not None and "overlong" in (*self.rewards, *self.reward_models):
+            raise ValueError("a reward is named overlong, as the one of overlong_buffer_length is; rename it")
+        if buffer is None and self.overlong_penalty != 1.0:
+            raise ValueError("overlong_penalty needs overlong_buffer_length: without it nothing is punished")
         return self
 
 

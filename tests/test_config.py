@@ -195,6 +195,16 @@ WRONG_OVERRIDES = [
     ("stages.zero.rewards={}", ["stages.zero", "rewards and reward_models are both empty"]),
     ("stages.zero.steps_per_generation=3", ["stages.zero", "= 128", "steps_per_generation = 3"]),
     ("stages.zero.skip_zero_variance_groups=true", ["stages.zero", "skip_zero_variance_groups", "beta"]),
+    ("stages.zero.top_p=0.9", ["stages.zero", "top_p = 0.9", "whole distribution", "importance ratio", "drop it"]),
+    ("stages.zero.top_k=50", ["stages.zero", "top_k = 50", "drop it"]),
+    ("stages.zero.min_tokens=4", ["stages.zero", "min_tokens = 4", "drop it"]),
+    ("stages.zero.sampling_importance_cap=high", ["stages.zero.sampling_importance_cap", "'auto'", "'high'"]),
+    ("stages.zero.sampling_importance_cap=0", ["stages.zero.sampling_importance_cap", "greater than 0"]),
+    ("rollout.async_steps=2", ["rollout.async_steps", "less than or equal to 1", "got 2"]),
+    ("stages.zero.partial_rollout_length=100", ["stages.zero", "= 100", "= 512", "equal parts", "divisor"]),
+    ("stages.zero.partial_rollout_length=512", ["stages.zero", "= 512 does not cut", "divisor"]),
+    ("stages.zero.overlong_buffer_length=513", ["stages.zero", "overlong_buffer_length = 513", "= 512"]),
+    ("stages.zero.overlong_penalty=2", ["stages.zero", "overlong_penalty needs overlong_buffer_length"]),
     (
         "stages.zero.max_completion_length=16384",
         ["stages.zero", "max_completion_length = 16896", "max_tokens_per_microbatch = 16384"],
@@ -291,3 +301,11 @@ def test_sample_options_need_a_teacher() -> None:
     assert validate({"stages": [stage | {"num_samples": 2, "teacher": "t"}]}, "recipe").stages[0].num_samples == 2
     saved = yaml.safe_load(dump_recipe(validate({"stages": [stage]}, "recipe")))
     assert validate(saved, "saved").stages[0].teacher is None
+
+
+def test_options_that_do_not_go_together(zero: str) -> None:
+    rewards = "stages.zero.rewards.overlong=1"
+    assert "a reward is named overlong" in message_of(zero, rewards, "stages.zero.overlong_buffer_length=64")
+    many = "stages.zero.steps_per_generation=16"
+    message = message_of(zero, many, "stages.zero.partial_rollout_length=128")
+    assert "steps_per_generation = 16 is more than num_generations = 8" in message and "one group" in message

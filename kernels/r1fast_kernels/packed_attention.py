@@ -13,7 +13,6 @@ queries, expanded keys and padded sequences, which composed torch writes to memo
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import choose, compute_dtype
@@ -122,11 +121,11 @@ def packed_attention(
     R = 0 if rope is None else 2 * rope[0].shape[-1]
     (T, H, d), K = q_THd.shape, k_TKd.shape[1]
     shared = 0 if k_pe_TR is None else R
-    if k_TKd.shape != (T, K, d - shared) or v_TKe.shape[:2] != (T, K) or K == 0 or H % K or R > d:
+    if k_TKd.shape != (T, K, d - shared) or v_TKe.shape[:2] != (T, K) or K == 0 or H % K or d < R:
         raise ValueError(
             f"packed_attention: got q {tuple(q_THd.shape)}, k {tuple(k_TKd.shape)} and v {tuple(v_TKe.shape)} with "
-            f"{R} rotated channels, {shared} of them apart; expected [T, H, d], [T, K, d - {shared}] and [T, K, e], H a "
-            f"multiple of K and d at least {R}"
+            f"{R} rotated channels, {shared} of them apart; expected [T, H, d], [T, K, d - {shared}] and [T, K, e], "
+            f"H a multiple of K and d at least {R}"
         )
     if k_pe_TR is not None and (rope is None or k_pe_TR.shape != (T, R)):
         raise ValueError(

@@ -197,15 +197,29 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
     Shard by shard, without communication. The target keeps its dtype. Its gathered copies are dropped, so that the next
     forward sees the new weights.
     """
-    reshard(source)
     reshard(target)
+    for tensor, copy in _pairs(source, target):
+        local_tensor(copy).copy_(local_tensor(tensor))
+
+
+@torch.no_grad()
+def copy_whole_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copy parameters and persistent buffers of a parallelized model into a plain one, whole on every rank. Collective.
+
+    The target keeps its dtype: rounded to param_dtype, the weights are those that generation_phase would gather.
+    """
+    for tensor, copy in _pairs(source, target):
+        copy.copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+
+
+def _pairs(source: nn.Module, target: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    reshard(source)
     # state_dict names are the same with and without activation checkpointing, those of named_parameters are not.
     sources, targets = source.state_dict(), target.state_dict()
     if sources.keys() != targets.keys():
         names = sorted(sources.keys() ^ targets.keys())
-        raise ValueError(f"copy_weights got models with different parameters: {names[:5]} ({len(names)}) are in one")
-    for name, tensor in sources.items():
-        local_tensor(targets[name]).copy_(local_tensor(tensor))
+        raise ValueError(f"the models have different parameters: {names[:5]} ({len(names)}) are in one of them only")
+    yield from ((tensor, targets[name]) for name, tensor in sources.items())
 
 
 @torch.no_grad()

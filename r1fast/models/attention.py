@@ -1,7 +1,7 @@
 """Causal attention over packed sequences: T tokens in a row, `cu_seqlens` says where each sequence begins.
 
-On a CPU our kernel takes the packed tensors as they are, and on a GPU in bf16/fp16 torch's variable-length flash kernel.
-Elsewhere sequences of like length share one padded call: thousands of short sequences cost a handful of calls per layer.
+On a CPU our kernel takes the packed tensors as they are; on a GPU in half precision torch's flash kernel does.
+Elsewhere sequences of like length share one padded call, and thousands of short ones cost a handful of calls:
 
     packed   a a a|b b b b b b|c c c c c c c|d d d      T = 19
     bucket 0 b b b b b b .                              2 x 7   (pad slots repeat the last token)

@@ -46,9 +46,7 @@ class LatentAttention(nn.Module):
             cache.write_packed(self.layer_idx, plan, self._cached(latent_TC, k_pe_TR, rope))
         kv_THd = self.kv_b_proj(latent_TC).unflatten(-1, (self.num_heads, -1))
         k_nope_THd, v_THd = kv_THd.split((self.nope_dim, self.value_dim), dim=-1)
-        out_THd = packed_attention(
-            q_THd, k_nope_THd, v_THd, plan, rope, self.scale, k_pe_TR=k_pe_TR, impl=self.impl
-        )
+        out_THd = packed_attention(q_THd, k_nope_THd, v_THd, plan, rope, self.scale, k_pe_TR=k_pe_TR, impl=self.impl)
         return self.o_proj(out_THd.flatten(1))
 
     def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: KVCache) -> Tensor:

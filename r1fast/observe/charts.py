@@ -31,7 +31,7 @@ def nice_ticks(low: float, high: float, count: int = 3) -> list[float]:
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def thin(points: Sequence[tuple[int, float]], limit: int = _MAX_POINTS) -> list[tuple[float, float]]:

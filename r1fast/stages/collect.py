@@ -65,7 +65,7 @@ def few_shot_samples(ctx: StageContext, rows: list[dict], first_group: int) -> l
         n=few_shot.num_samples,
         temperature=ctx.stage.temperature,
         seed=ctx.seed,
-        first_id=first_group,
+        sequence_ids=range(first_group, first_group + len(rows)),
         prompts=prompts,
     )
     for sample in samples:

@@ -1,7 +1,8 @@
 """grpo: group relative policy optimization (DeepSeekMath 2402.03300, DeepSeek-R1 2501.12948), one rollout a step.
 
-rollout    num_generations completions of prompts_per_step prompts, from the trainer's own weights
+rollout    num_generations completions of prompts_per_step prompts, from the trainer's own weights (rollouts.py)
 reward     rule functions and reward models -> one number per completion; None does not count
+refill     other prompts for groups of equal reward, where asked for
 advantage  per group, before any split into minibatches
 log-probs  old (only when a rollout is used for more than one update) and reference, forward only
 update     steps_per_generation minibatches -> linear_grpo_loss -> clip -> optimizer
@@ -10,6 +11,7 @@ update     steps_per_generation minibatches -> linear_grpo_loss -> clip -> optim
 import random
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,10 +27,13 @@ from r1fast.stages.batch import Batch, Example
 from r1fast.stages.context import StageContext
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
 from r1fast.stages.reward_model import RewardModels
-from r1fast.stages.sampling import Sample, Sampler
-from r1fast.stages.scoring import Scorer, total_rewards
+from r1fast.stages.rollouts import Rollouts
+from r1fast.stages.sampling import Sample
+from r1fast.stages.scoring import Scorer, punish_overlong, total_rewards
 from r1fast.stages.training import LossFn, Trainer, map_packed
 from r1fast_kernels import group_advantages, linear_grpo_loss, linear_logprobs
+
+DEFAULT_IMPORTANCE_CAP = 2.0  # of truncated importance sampling, as verl has it
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -45,111 +50,102 @@ def run(ctx: StageContext) -> dict[str, Any]:
     policy, tokenizer = ctx.load(ctx.model_ref, trainable=True)
     before = evaluate_start(ctx, policy, tokenizer)
     with Scorer(ctx, stage.rewards, stage.response_format) as scorer:
-        learner = Learner(ctx, policy, tokenizer, scorer)
-        learner.train(rows)
+        Learner(ctx, policy, tokenizer, scorer, rows).train()
     ctx.save(policy, tokenizer)
     return {"eval_before": before, "eval_after": evaluate_end(ctx, policy, tokenizer)}
-
-
-class Prompts:
-    """Which prompts a step takes: a function of the seed and the step, so there is no cursor to save.
-
-    Each domain (one, if no weights are given) is a pool of its own, visited in a fresh order every epoch.
-    """
-
-    def __init__(self, rows: list[dict], stage: GRPOStage, seed: int) -> None:
-        self.seed = f"{seed},{stage.name}"
-        weights = stage.domain_weights
-        self.pools = (
-            {name: [row for row in rows if row.get("domain") == name] for name in weights} if weights else {"": rows}
-        )
-        for name, pool in self.pools.items():
-            if not pool:
-                raise ConfigError(f"stages.{stage.name}.domain_weights: no prompt has domain {name!r}")
-        self.shares = _shares(stage.prompts_per_step, weights or {"": 1.0})
-        self.orders: dict[tuple[str, int], list[int]] = {}
-
-    def of_step(self, step: int) -> list[dict]:
-        chosen = []
-        for name, pool in self.pools.items():
-            for place in range(step * self.shares[name], (step + 1) * self.shares[name]):
-                epoch, index = divmod(place, len(pool))
-                chosen.append(pool[self._order(name, epoch)[index]])
-        return chosen
-
-    def _order(self, name: str, epoch: int) -> list[int]:
-        if (name, epoch) not in self.orders:
-            order = list(range(len(self.pools[name])))
-            random.Random(f"{self.seed},{name},{epoch}").shuffle(order)
-            self.orders[name, epoch] = order
-        return self.orders[name, epoch]
-
-
-def _shares(total: int, weights: dict[str, float]) -> dict[str, int]:
-    """Whole numbers that add up to total, as near to the weights as they can be (largest remainder)."""
-    exact = {name: total * weight / sum(weights.values()) for name, weight in weights.items()}
-    shares = {name: int(value) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: shares[name] - exact[name])
-    for name in by_remainder[: total - sum(shares.values())]:
-        shares[name] += 1
-    return shares
 
 
 class Learner:
     """The policy, its reference, and what turns prompts into updates."""
 
-    def __init__(self, ctx: StageContext, policy: Decoder, tokenizer: Any, scorer: Scorer) -> None:
-        self.ctx, self.stage, self.policy, self.scorer = ctx, ctx.stage, policy, scorer
-        self.sampler = Sampler(ctx, policy, tokenizer, record=True)
+    def __init__(self, ctx: StageContext, policy: Decoder, tokenizer: Any, scorer: Scorer, rows: list[dict]) -> None:
+        self.ctx, self.policy, self.scorer = ctx, policy, scorer
+        self.stage: GRPOStage = ctx.stage
+        self.rollouts = Rollouts(ctx, policy, tokenizer, rows)
         updates = self.stage.max_steps * self.stage.steps_per_generation * self.stage.num_iterations
         self.trainer = Trainer(ctx, policy, updates, router_replay=self.stage.router_replay)
         self.reward_models = RewardModels(ctx, self.stage.reward_models, self.stage.response_format)
         self.weights = scorer.weights | self.reward_models.weights
+        if self.stage.overlong_buffer_length:
+            self.weights["overlong"] = self.stage.overlong_penalty
         self.reference: Decoder | None = None
         if self.stage.beta > 0:
             self.reference, _ = ctx.load(ctx.model_ref, trainable=False)
             if self.stage.ref_model_sync_steps:  # then no file holds it
                 self.trainer.saved = nn.ModuleDict({"policy": policy, "reference": self.reference})
 
-    def train(self, rows: list[dict]) -> None:
+    def train(self) -> None:
         stage = self.stage
-        prompts = Prompts(rows, stage, self.ctx.seed)
-        done = self.trainer.restore().get("rollouts", 0)
+        saved = self.trainer.restore()
+        done = saved.get("rollouts", 0)
+        if saved:
+            self.rollouts.load_state(saved["sampling"])
         with self.ctx.log(stage.max_steps, done) as log:
             for step in range(done, stage.max_steps):
                 start = time.perf_counter()
-                samples, metrics = self.train_step(step, prompts.of_step(step))
+                samples, metrics = self.train_step(step)
                 seconds = time.perf_counter() - start
                 log.log(
                     step + 1, metrics | {"step_time": seconds, "tokens_per_second": metrics["num_tokens"] / seconds}
                 )
                 if stage.log_completions and (step == 0 or (step + 1) % stage.log_completions_steps == 0):
                     log.samples(step + 1, sample_rows(samples, stage))
-                self.trainer.save(step + 1, last=step + 1 == stage.max_steps, rollouts=step + 1)
+                last = step + 1 == stage.max_steps
+                if self.trainer.is_due(step + 1, last=last):
+                    self.trainer.save(step + 1, last=last, rollouts=step + 1, sampling=self.rollouts.state())
 
-    def train_step(self, step: int, rows: list[dict]) -> tuple[list[Sample], dict[str, float]]:
-        samples = self.rollout(step, rows)
-        failures = self.reward(samples)
+    def train_step(self, step: int) -> tuple[list[Sample], dict[str, float]]:
+        samples = self.rollout(step)
+        metrics: dict[str, float] = {"rewards/failures": self.reward(samples)}
+        if self.stage.dynamic_sampling_refills:
+            samples = self.refill(step, samples, metrics)
         self.advantage(samples)
         examples = self.logprobs(samples)
-        metrics = self.update(step, examples)
-        return samples, metrics | rollout_metrics(samples) | {"rewards/failures": failures}
+        metrics |= self.update(step, examples) | rollout_metrics(samples)
+        if self.stage.partial_rollout_length:
+            metrics |= {"partial_rollouts/carried_groups": self.rollouts.num_carried()}
+        return samples, metrics
 
-    def rollout(self, step: int, rows: list[dict]) -> list[Sample]:
-        stage = self.stage
-        return self.sampler.generate(
-            rows,
-            n=stage.num_generations,
-            temperature=stage.temperature,
-            seed=self.ctx.seed,
-            first_id=step * stage.prompts_per_step,
-        )
+    def rollout(self, step: int) -> list[Sample]:
+        groups = self.rollouts.take()
+        if not self.stage.dynamic_sampling_refills:
+            self._sample_ahead(step)
+        return [sample for group in groups for sample in group]
+
+    def _sample_ahead(self, step: int) -> None:
+        """With async_steps: begin the next rollout, with the weights of this moment."""
+        if self.ctx.recipe.rollout.async_steps and step + 1 < self.stage.max_steps:
+            self.rollouts.begin()
 
     def reward(self, samples: list[Sample]) -> int:
+        stage = self.stage
         failures = self.scorer.score(samples)
         self.reward_models.score(samples)
+        if stage.overlong_buffer_length:
+            punish_overlong(samples, stage.max_completion_length, stage.overlong_buffer_length)
         total_rewards(samples, self.weights)
         return failures
+
+    def refill(self, step: int, samples: list[Sample], metrics: dict[str, float]) -> list[Sample]:
+        """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): groups of equal reward give their places to others.
+
+        Groups that are equal after the last refill stay, so that a step has as many as ever.
+        """
+        groups = by_group(samples)
+        refills = discarded = 0
+        while refills < self.stage.dynamic_sampling_refills:
+            equal = [place for place, group in enumerate(groups) if not has_spread(group)]
+            if not equal:
+                break
+            fresh = self.rollouts.in_place_of([groups[place] for place in equal])
+            if fresh:
+                metrics["rewards/failures"] += self.reward([sample for group in fresh for sample in group])
+            for place, group in zip(equal, fresh):  # partial rollouts may have left some unfinished
+                groups[place] = group
+            refills, discarded = refills + 1, discarded + len(fresh)
+        self._sample_ahead(step)
+        metrics |= {"dynamic_sampling/refills": refills, "dynamic_sampling/discarded_groups": discarded}
+        return [sample for group in groups for sample in group]
 
     def advantage(self, samples: list[Sample]) -> None:
         rewards_N = torch.tensor([sample.reward for sample in samples], dtype=torch.float32)
@@ -195,11 +191,11 @@ class Learner:
         history: list[dict[str, float]] = []
         for iteration in range(stage.num_iterations):
             order = list(range(len(examples)))
-            if stage.steps_per_generation > 1:
+            count = stage.steps_per_generation
+            if count > 1:
                 random.Random(f"{self.ctx.seed},{step},{iteration}").shuffle(order)
-            size = len(order) // stage.steps_per_generation
-            for first in range(0, len(order), size):
-                chosen = [examples[i] for i in order[first : first + size]]
+            for first, end in pairwise(len(order) * i // count for i in range(count + 1)):
+                chosen = [examples[i] for i in order[first:end]]
                 with self.ctx.phase("update"):
                     history.append(self.trainer.update(self._active(chosen), policy_loss(chosen, self.ctx)))
                 self._refresh_reference()
@@ -222,11 +218,25 @@ def _over_updates(name: str, values: list[Any]) -> Any:
     return max(values) if name.endswith("/max") else np.mean(values, axis=0).tolist()
 
 
+def importance_cap(ctx: StageContext) -> float | None:
+    """What caps the weights exp(old - sampler log-prob); None where there are none.
+
+    They are 1 up to rounding if the sampler is the policy: the same weights, in a precision in which the two ways to a
+    log-prob agree. In bfloat16 a rounding can send a token to another expert (docs/numerics.md, section 2).
+    """
+    stage: GRPOStage = ctx.stage
+    if stage.sampling_importance_cap != "auto":
+        return stage.sampling_importance_cap
+    same_weights = not ctx.recipe.rollout.async_steps and stage.partial_rollout_length is None
+    return None if same_weights and ctx.param_dtype is torch.float32 else DEFAULT_IMPORTANCE_CAP
+
+
 def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
     """The GRPO loss of a minibatch, normalised by what all its micro-batches and ranks hold."""
     stage: GRPOStage = ctx.stage
     num_items = sum(sum(example.values["mask"]) for example in examples)
     num_samples = len(examples)
+    is_cap = importance_cap(ctx)
     # Known here, where looking does not wait for the device; without a mask the op has nothing to look for.
     masked = num_items < sum(len(example.completion_ids) for example in examples)
 
@@ -249,7 +259,7 @@ def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
             beta=stage.beta,
             loss_type=stage.loss_type,
             importance_level=stage.importance_sampling_level,
-            is_cap=stage.sampling_importance_cap,
+            is_cap=is_cap,
             max_completion_length=stage.max_completion_length,
             num_items=max(num_items, 1.0),
             num_samples=float(num_samples),
@@ -260,15 +270,25 @@ def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
     return loss_fn
 
 
+def by_group(samples: list[Sample]) -> list[list[Sample]]:
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample)
+    return list(groups.values())
+
+
+def has_spread(group: list[Sample]) -> bool:
+    """Whether rewards differ: by their extremes, as the standard deviation of equal ones need not be exactly 0."""
+    scored = [sample.reward for sample in group if not np.isnan(sample.reward)]
+    return bool(scored) and min(scored) != max(scored)
+
+
 def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
     rewards = np.array([sample.reward for sample in samples])
-    groups: dict[int, list[float]] = {}
-    for sample in samples:
-        groups.setdefault(sample.group, []).append(sample.reward)
-    scored = [[reward for reward in group if not np.isnan(reward)] for group in groups.values()]
+    groups = by_group(samples)
+    scored = [[sample.reward for sample in group if not np.isnan(sample.reward)] for group in groups]
     spreads = [float(np.std(group, ddof=1)) if len(group) > 1 else 0.0 for group in scored]
-    # By their extremes: the standard deviation of equal rewards need not be exactly 0.
-    equal = [not group or min(group) == max(group) for group in scored]
+    equal = [not has_spread(group) for group in groups]
     lengths = np.array([len(sample.completion_ids) for sample in samples])
     metrics = {
         "reward": float(np.nanmean(rewards)) if any(scored) else float("nan"),

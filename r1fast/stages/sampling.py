@@ -1,6 +1,6 @@
 """Sampling from the model of a stage: rows in, scored samples out, the same on every rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.dist.parallelize import generation_phase
 from r1fast.models.decoder import Decoder
 from r1fast.rollout.engine import RolloutEngine
-from r1fast.rollout.sampling import SamplingParams
+from r1fast.rollout.sampling import Completion, SamplingParams
 from r1fast.stages.batch import Prompt, encode_prompts
 from r1fast.stages.context import StageContext
 
@@ -33,6 +33,16 @@ class Sample:
     failed: bool = False  # a reward's call failed
     reward: float = float("nan")  # weighted sum; nan = unscorable
     advantage: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What to sample: a prompt and an integer that stands for it in the noise for each row."""
+
+    rows: Sequence[dict]
+    prompts: Sequence[Prompt]
+    sequence_ids: Sequence[int]
+    params: SamplingParams
 
 
 class Sampler:
@@ -62,35 +72,73 @@ class Sampler:
                 )
         return prompts
 
-    def generate(
+    def call(
         self,
         rows: Sequence[dict],
         *,
         n: int,
         temperature: float,
         seed: int,
-        first_id: int = 0,
+        sequence_ids: Sequence[int] | None = None,
         prompts: Sequence[Prompt] | None = None,
-    ) -> list[Sample]:
-        """n samples of every row, group-contiguous, on every rank. Row i draws its noise from (seed, first_id + i)."""
-        dist = self.ctx.dist
-        prompts = self.encode(rows) if prompts is None else prompts
-        mine = range(dist.rank, len(rows), dist.world_size)
-        params = SamplingParams(n=n, max_tokens=self.options.max_completion_length, temperature=temperature, seed=seed)
+        max_tokens: int | None = None,
+    ) -> Call:
+        """n samples of every row. Row i draws its noise from (seed, sequence_ids[i]), by default (seed, i)."""
+        return Call(
+            rows,
+            self.encode(rows) if prompts is None else prompts,
+            range(len(rows)) if sequence_ids is None else sequence_ids,
+            SamplingParams(
+                n=n, max_tokens=max_tokens or self.options.max_completion_length, temperature=temperature, seed=seed
+            ),
+        )
+
+    def generate(self, rows: Sequence[dict], **options: Any) -> list[Sample]:
+        """The samples of `call` with these arguments, group-contiguous, on every rank."""
+        return self.start(self.call(rows, **options))()
+
+    def start(self, call: Call) -> Callable[[], list[Sample]]:
+        """A function that returns the samples; here it is what makes them, too."""
+        return lambda: self._generate(call)
+
+    def _generate(self, call: Call) -> list[Sample]:
         with self.ctx.phase("generate"), generation_phase(self.model):
-            outputs = self.engine.generate(
-                [prompts[i].ids for i in mine], params, sequence_ids=[first_id + i for i in mine]
-            )
-        local = {
-            i: [(c.token_ids, c.logprobs, c.finish_reason, c.text, c.routed_experts) for c in completions]
-            for i, completions in zip(mine, outputs, strict=True)
-        }
-        merged = {i: found for part in dist.all_gather_objects(local) for i, found in part.items()}
+            mine = self.run(call)
+        return self.gather(call, mine)
+
+    def run(self, call: Call) -> dict[int, list[Completion]]:
+        """This rank's share of the prompts, by index; no collective."""
+        mine = range(self.ctx.dist.rank, len(call.rows), self.ctx.dist.world_size)
+        outputs = self.engine.generate(
+            [call.prompts[i].ids for i in mine], call.params, sequence_ids=[call.sequence_ids[i] for i in mine]
+        )
+        return dict(zip(mine, outputs, strict=True))
+
+    def gather(self, call: Call, mine: dict[int, list[Completion]]) -> list[Sample]:
+        merged = {i: found for part in self.ctx.dist.all_gather_objects(mine) for i, found in part.items()}
         return [
-            Sample(rows[i], i, prompt.ids, ids, logprobs, finish_reason, text, prompt.prefilled, routed_experts=routed)
-            for i, prompt in enumerate(prompts)
-            for ids, logprobs, finish_reason, text, routed in merged[i]
+            Sample(
+                call.rows[i],
+                i,
+                prompt.ids,
+                completion.token_ids,
+                completion.logprobs,
+                completion.finish_reason,
+                completion.text,
+                prompt.prefilled,
+                routed_experts=completion.routed_experts,
+            )
+            for i, prompt in enumerate(call.prompts)
+            for completion in merged[i]
         ]
+
+    def text_of(self, completion_ids: Sequence[int]) -> str:
+        """The text that the engine would give these tokens, had it sampled them at once."""
+        eos = self.model.config.eos_token_id
+        special = {*(eos if isinstance(eos, (list, tuple)) else [eos]), self.tokenizer.eos_token_id}
+        special |= {self.tokenizer.pad_token_id, self.tokenizer.bos_token_id}
+        shown = [i for i in completion_ids if i not in special]
+        return self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def summary_of(text: str, response_format: str, prefilled: bool = False) -> str:

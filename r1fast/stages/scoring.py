@@ -107,3 +107,15 @@ def total_rewards(samples: Sequence[Sample], weights: dict[str, float]) -> None:
             weight * sample.rewards[name] for name, weight in weights.items() if not np.isnan(sample.rewards[name])
         ]
         sample.reward = sum(terms) if terms and not sample.failed else float("nan")
+
+
+def punish_overlong(samples: Sequence[Sample], max_length: int, buffer_length: int) -> None:
+    """sample.rewards["overlong"]: DAPO's soft overlong punishment (arXiv 2503.14476, equation 13).
+
+    0 up to max_length - buffer_length tokens, from there linearly down to -1 at max_length. nan where no other reward
+    applies: a length alone does not make a sample scorable.
+    """
+    for sample in samples:
+        excess = len(sample.completion_ids) - (max_length - buffer_length)
+        scorable = not all(np.isnan(value) for value in sample.rewards.values())
+        sample.rewards["overlong"] = min(0.0, -excess / buffer_length) if scorable else float("nan")

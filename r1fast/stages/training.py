@@ -82,9 +82,13 @@ class Trainer:
         self.step = extra["step"]
         return extra
 
+    def is_due(self, progress_step: int, *, last: bool) -> bool:
+        """Whether a checkpoint is."""
+        return last or progress_step % self.ctx.stage.save_steps == 0
+
     def save(self, progress_step: int, *, last: bool, **extra: Any) -> Path | None:
         """Save a checkpoint where one is due."""
-        if not last and progress_step % self.ctx.stage.save_steps:
+        if not self.is_due(progress_step, last=last):
             return None
         with self.ctx.phase("save"):
             return checkpoint.save(

@@ -10,6 +10,7 @@ from r1fast.dist.mesh import Dist
 from r1fast.dist.optim import build_optimizer
 from r1fast.dist.parallelize import (
     copy_weights,
+    copy_whole_weights,
     full_state_dict,
     generation_phase,
     grad_norm_and_clip,
@@ -200,6 +201,18 @@ def test_copy_weights_refreshes_a_reference(dist: Dist) -> None:
         assert torch.equal(reference(tokens_of_rank(0)), policy(tokens_of_rank(0)))
     with pytest.raises(ValueError, match="different parameters"):
         copy_weights(policy, torch.nn.Linear(2, 2))
+
+
+def test_copy_whole_weights_is_what_generation_gathers(dist: Dist) -> None:
+    policy = sharded(dist, activation_checkpointing=True, param_dtype=torch.bfloat16)
+    plain = TinyDecoder().bfloat16()
+    train(policy, dist, 1)
+    copy_whole_weights(policy, plain)
+    with torch.no_grad(), generation_phase(policy):
+        gathered = [param.clone() for param in policy.parameters()]
+    assert all(torch.equal(got, expected) for got, expected in zip(plain.parameters(), gathered, strict=True))
+    with pytest.raises(ValueError, match="different parameters"):
+        copy_whole_weights(policy, torch.nn.Linear(2, 2))
 
 
 def test_full_state_dict_has_the_plain_names_and_loads_back(dist: Dist) -> None:

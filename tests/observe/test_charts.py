@@ -21,7 +21,7 @@ def test_nice_ticks(low: float, high: float, expected: list[float]) -> None:
     assert nice_ticks(low, high) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("value", [0.0, 3.0, -2e-9], ids=["zero", "positive", "tiny-negative"])
+@pytest.mark.parametrize("value", [0.0, 3.0, -2e-9, 1e-30], ids=["zero", "positive", "tiny-negative", "minute"])
 def test_ticks_of_a_constant_curve_surround_it(value: float) -> None:
     ticks = nice_ticks(value, value)
     assert ticks[0] < value < ticks[-1] or (ticks[0] <= value <= ticks[-1] and ticks[0] < ticks[-1])

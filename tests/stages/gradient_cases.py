@@ -40,8 +40,8 @@ SFT_ROWS = [
 ]
 
 
-def context(stage: dict[str, Any], dist: Dist, model: str) -> StageContext:
-    recipe = Recipe.model_validate({"model": {"path": model, "dtype": "float32"}, "stages": [stage]})
+def context(stage: dict[str, Any], dist: Dist, model: str, **sections: Any) -> StageContext:
+    recipe = Recipe.model_validate({"model": {"path": model, "dtype": "float32"}, "stages": [stage], **sections})
     return StageContext(recipe, recipe.stages[0], dist, Path("unused"))
 
 
@@ -128,7 +128,7 @@ def grpo(dist: Dist, model: str, options: dict[str, Any]) -> dict[str, Any]:
     same = {name: options.get(name, False) for name in ("same_rewards", "router_replay")}
     ctx = context({**GRPO, **{key: value for key, value in options.items() if key != "same_rewards"}}, dist, model)
     decoder, tokenizer = ctx.load(model, trainable=True)
-    learner = Learner(ctx, decoder, tokenizer, NoScorer())  # type: ignore[arg-type]
+    learner = Learner(ctx, decoder, tokenizer, NoScorer(), [{"prompt": "-"}])  # type: ignore[arg-type]
     if learner.reference is not None:
         with torch.no_grad():  # a reference that differs, so that the KL term has a gradient
             for param in learner.reference.parameters():
@@ -144,12 +144,30 @@ def rollout(dist: Dist, model: str) -> dict[str, Any]:
     ctx = context(GRPO, dist, model)
     decoder, tokenizer = ctx.load(model, trainable=True)
     rows = [{"prompt": "red " * (1 + i)} for i in range(3)]
-    found = Sampler(ctx, decoder, tokenizer).generate(rows, n=4, temperature=1.0, seed=5, first_id=9)
+    found = Sampler(ctx, decoder, tokenizer).generate(rows, n=4, temperature=1.0, seed=5, sequence_ids=[9, 10, 11])
     return {
         "ids": [sample.completion_ids for sample in found],
         "groups": [sample.group for sample in found],
         "logprobs": [sample.sampler_logprobs for sample in found],
     }
+
+
+def ahead(dist: Dist, model: str) -> dict[str, Any]:
+    """Two rollouts, the second sampled while the weights change: it is that of the weights before."""
+    options = {**GRPO, "learning_rate": 0.1, "temperature": 2.0}
+    ctx = context(options, dist, model, rollout={"async_steps": 1})
+    decoder, tokenizer = ctx.load(model, trainable=True)
+    rows = [{"prompt": "red " * i} for i in range(1, 7)]
+    learner = Learner(ctx, decoder, tokenizer, NoScorer(), rows)  # type: ignore[arg-type]
+    found = []
+    for step in range(2):
+        rollout = learner.rollout(step)
+        found.append([(sample.group, sample.completion_ids, sample.sampler_logprobs) for sample in rollout])
+        for i, sample in enumerate(rollout):
+            sample.reward = float(i)
+        learner.advantage(rollout)
+        metrics = learner.update(step, learner.logprobs(rollout))
+    return {"rollouts": found, "gap": metrics["sampling/sampling_logp_difference/mean"]}
 
 
 CASES: dict[str, Callable[[Dist, str], dict[str, Any]]] = {
@@ -184,6 +202,7 @@ CASES: dict[str, Callable[[Dist, str], dict[str, Any]]] = {
     ),
     "grpo-one-by-one": lambda dist, model: grpo(dist, model, {**WHOLE, "beta": 0.1, "steps_per_generation": 12}),
     "rollout": rollout,
+    "ahead": ahead,
     "sft-local-denominator": lambda dist, model: sft(dist, model, SFT_ROWS, WHOLE, local=True),
 }
 

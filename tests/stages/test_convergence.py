@@ -61,9 +61,9 @@ def same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
     rollout, recorded = Learner.rollout, {}
 
-    def replay(self: Learner, step: int, rows: list[dict]) -> list[Any]:
+    def replay(self: Learner, step: int) -> list[Any]:
         if step not in recorded:
-            recorded[step] = rollout(self, step, rows)
+            recorded[step] = rollout(self, step)
         return copy.deepcopy(recorded[step])
 
     monkeypatch.setattr(Learner, "rollout", replay)

@@ -60,8 +60,9 @@ def start(command: Callable[..., int], moe_model: Path, tmp_path: Path) -> Calla
     write_jsonl(tmp_path / "sft.jsonl", rows)
     (tmp_path / "rewards.py").write_text(REWARDS)
 
-    def run(run_dir: str, *stages: dict[str, Any]) -> int:
-        config = write_recipe(tmp_path / f"{run_dir}.yaml", *stages, name="same", model={"path": str(moe_model)})
+    def run(run_dir: str, *stages: dict[str, Any], **sections: Any) -> int:
+        sections = {"name": "same", "model": {"path": str(moe_model)}} | sections
+        config = write_recipe(tmp_path / f"{run_dir}.yaml", *stages, **sections)
         return command("--config", config, "--output-dir", run_dir)
 
     return run
@@ -151,13 +152,13 @@ def before_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: 
 def kill_and_resume(start, command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
     """Runs a stage whole, and again with kills at the given (owner, name, number of the call); compares the results."""
 
-    def run(stage: dict[str, Any], *kills: tuple[Any, str, int]) -> None:
-        assert start("whole", stage) == 0
+    def run(stage: dict[str, Any], *kills: tuple[Any, str, int], **sections: Any) -> None:
+        assert start("whole", stage, **sections) == 0
         for i, kill in enumerate(kills):
             with monkeypatch.context() as patch:
                 before_call(patch, *kill)
                 with pytest.raises(Killed):
-                    _ = command("--resume", "--output-dir", "killed") if i else start("killed", stage)
+                    _ = command("--resume", "--output-dir", "killed") if i else start("killed", stage, **sections)
         assert command("--resume", "--output-dir", "killed") == 0
         assert_same(results(tmp_path / "killed" / stage["name"]), results(tmp_path / "whole" / stage["name"]))
 
@@ -210,6 +211,33 @@ def test_grpo_killed_three_times(kill_and_resume) -> None:
 def test_grpo_with_a_frozen_reference_and_repeated_rollouts(kill_and_resume) -> None:
     stage = {**GRPO, "ref_model_sync_steps": None, "num_iterations": 2, "save_steps": 1, "max_steps": 4}
     kill_and_resume(stage, (Trainer, "update", 11))
+
+
+AHEAD = {"rollout": {"async_steps": 1}}
+PARTIAL = {"max_prompt_length": 100, "max_completion_length": 32, "partial_rollout_length": 8}
+REFILLED = {"dynamic_sampling_refills": 2, "num_generations": 2}
+
+
+@pytest.mark.parametrize("name", ["between-checkpoints", "while-a-checkpoint-is-written"])
+@pytest.mark.parametrize(
+    ("options", "sections"),
+    [({}, AHEAD), (PARTIAL, {}), (REFILLED, {}), (PARTIAL | REFILLED, AHEAD)],
+    ids=["ahead", "partial", "refilled", "all"],
+)
+def test_grpo_with_pending_rollouts_killed(
+    kill_and_resume, taught_model: Path, tmp_path: Path, name: str, options: dict[str, Any], sections: dict[str, Any]
+) -> None:
+    """A checkpoint holds what was sampled and not yet trained on: no weights are left that would sample it again."""
+    # A model that ends its answers, and says the same twice; it has no router.
+    stage = {**GRPO, "router_bias_update_rate": 0.0, "learning_rate": 1e-3, **options}
+    kill_and_resume(stage, point(name, grpo), model={"path": str(taught_model)}, **sections)
+    rows = results(tmp_path / "whole" / "zero")["metrics"]
+    if sections:
+        assert max(row["sampling/sampling_logp_difference/mean"] for row in rows[1:]) > 1e-4
+    if "partial_rollout_length" in options:
+        assert max(row["partial_rollouts/carried_groups"] for row in rows) > 0
+    if "dynamic_sampling_refills" in options:
+        assert max(row["dynamic_sampling/discarded_groups"] for row in rows) > 0
 
 
 def test_reward_model_killed(kill_and_resume, tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ def step(dist: Dist, model: Path, **options: Any) -> tuple[dict[str, Any], list[
     """Sample, move the routers, update: metrics, and the experts of all tokens as sampled and as updated, sorted."""
     ctx = context({**GRPO, "beta": 0.0, **options}, dist, str(model))
     decoder, tokenizer = ctx.load(str(model), trainable=True)
-    learner = Learner(ctx, decoder, tokenizer, NoScorer())  # type: ignore[arg-type]
-    samples = learner.rollout(0, ROWS)
+    learner = Learner(ctx, decoder, tokenizer, NoScorer(), ROWS)  # type: ignore[arg-type]
+    samples = learner.rollout(0)
     for i, sample in enumerate(samples):
         sample.reward = float(i % 3)
     learner.advantage(samples)
@@ -61,8 +61,8 @@ def test_experts_are_replayed(dist: Dist, models: dict[str, Path]) -> None:
 def test_nothing_changes_between_sampler_and_update(dist: Dist, models: dict[str, Path]) -> None:
     ctx = context({**GRPO, "beta": 0.0}, dist, str(models["moe"]))
     decoder, tokenizer = ctx.load(str(models["moe"]), trainable=True)
-    learner = Learner(ctx, decoder, tokenizer, NoScorer())  # type: ignore[arg-type]
-    samples = learner.rollout(0, ROWS)
+    learner = Learner(ctx, decoder, tokenizer, NoScorer(), ROWS)  # type: ignore[arg-type]
+    samples = learner.rollout(0)
     for i, sample in enumerate(samples):
         sample.reward = float(i % 3)
     learner.advantage(samples)

@@ -220,6 +220,23 @@ def test_grpo_step_without_a_row_of_the_file_that_has_the_column(train, base_mod
     assert metrics(tmp_path / "run" / "zero", "rewards/failures") == [0.0] * 3
 
 
+def test_grpo_as_dapo_has_it(train, base_model: Path, tmp_path: Path) -> None:
+    """Rewards are shaped by length, and groups of equal reward make room: few prompts say "red" by chance."""
+    stage = {"name": "zero", "kind": "grpo", "train_files": ["train.jsonl"], **SHORT, "beta": 0.0, "max_steps": 3}
+    stage |= {"loss_type": "dapo", "epsilon_high": 0.28, "dynamic_sampling_refills": 2, "prompts_per_step": 3}
+    stage |= {"num_generations": 2, "max_completion_length": 8, "overlong_buffer_length": 4, "overlong_penalty": 0.5}
+    train(base_model, {**stage, "rewards": {"red": {"function": "my_rewards.py:say_red"}}})
+    zero = tmp_path / "run" / "zero"
+    overlong = metrics(zero, "rewards/overlong/mean")
+    assert min(overlong) >= -1.0 and max(overlong) < 0.0
+    expected = [red + 0.5 * length for red, length in zip(metrics(zero, "rewards/red/mean"), overlong)]
+    assert metrics(zero, "reward") == pytest.approx(expected)
+    refills, discarded = (metrics(zero, f"dynamic_sampling/{name}") for name in ("refills", "discarded_groups"))
+    assert max(refills) == 2 and all(0 <= count <= 6 for count in discarded) and max(discarded) > 0
+    rows = pq.read_table(zero / "samples" / "step_00001.parquet").to_pylist()
+    assert len(rows) == 6 and {row["overlong"] for row in rows} <= {0.0, -0.25, -0.5, -0.75, -1.0}
+
+
 # sft
 
 

@@ -15,7 +15,7 @@ from tests.stages import gradient_cases
 from tests.stages.gradient_cases import CASES, run_cases
 from tests.tiny_checkpoint import DEEPSEEK_V3, write_checkpoint
 
-STEPS = [name for name in CASES if name not in ("rollout", "sft-local-denominator")]
+STEPS = [name for name in CASES if name not in ("rollout", "ahead", "sft-local-denominator")]
 MICRO = [name for name in STEPS if name.removesuffix("-micro") in STEPS and name.endswith("-micro")]
 
 
@@ -96,3 +96,15 @@ def test_two_ranks_sample_what_one_does(one_rank, two_ranks) -> None:
     assert len({tuple(ids) for ids in expected["ids"]}) > 9  # samples differ
     for ours, theirs in zip(got["logprobs"], expected["logprobs"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.dist
+def test_two_ranks_sample_ahead_what_one_does(one_rank, two_ranks) -> None:
+    """While a thread samples, the update of both ranks goes through its collectives."""
+    ours, theirs = two_ranks["ahead"]["rollouts"], one_rank["ahead"]["rollouts"]
+    for step, (got, expected) in enumerate(zip(ours, theirs, strict=True)):
+        assert [sample[0] for sample in got] == [3 * step + i // 4 for i in range(12)]
+        assert [sample[:2] for sample in got] == [sample[:2] for sample in expected]
+        for (*_, found), (*_, logprobs) in zip(got, expected, strict=True):
+            assert found == pytest.approx(logprobs, abs=1e-5)
+    assert one_rank["ahead"]["gap"] > 0.01  # the weights had moved when the second was trained on

@@ -1,0 +1,51 @@
+"""Sampling in a thread while the policy is trained (`rollout.async_steps: 1`).
+
+    main thread   | reward .. update 0 |w| reward .. update 1 |w| ...     w: the weights are copied
+    the thread    | sample 1           | | sample 2           | |
+
+What step n + 1 learns from is sampled with the weights that step n began with. The trainer's tensors change under way,
+so the thread reads a copy, whole on every rank: the bytes of the model in the compute dtype, for as long as the stage
+trains, and one gather of all weights a step. The thread takes part in no collective: ranks would meet in another order.
+On a GPU it has a stream of its own.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from r1fast.dist.parallelize import copy_whole_weights
+from r1fast.models.decoder import Decoder
+from r1fast.models.weights import load_model
+from r1fast.rollout.sampling import Completion
+from r1fast.stages.context import StageContext
+from r1fast.stages.sampling import Call, Sample, Sampler
+
+
+class BackgroundSampler(Sampler):
+    """A Sampler whose `start` copies the policy and samples from the copy in a thread."""
+
+    def __init__(self, ctx: StageContext, policy: Decoder, tokenizer: Any) -> None:
+        model, _ = load_model(ctx.model_path(ctx.model_ref), dtype=ctx.param_dtype, device=ctx.dist.device)
+        model.requires_grad_(False).use_kernels(ctx.recipe.kernels.impl)
+        super().__init__(ctx, model, tokenizer, record=True)
+        self.policy = policy
+        self.stream = torch.cuda.Stream(ctx.dist.device) if ctx.dist.device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout")
+
+    def start(self, call: Call) -> Callable[[], list[Sample]]:
+        with self.ctx.phase("generate"):
+            copy_whole_weights(self.policy, self.model)
+            if self.stream is not None:
+                self.stream.wait_stream(torch.cuda.current_stream())
+        future = self.thread.submit(self.run, call)
+        return lambda: self._finish(call, future)
+
+    def run(self, call: Call) -> dict[int, list[Completion]]:
+        with torch.cuda.stream(self.stream):  # None: nothing. A new thread has neither the stream nor the device
+            return super().run(call)
+
+    def _finish(self, call: Call, future: Future[dict[int, list[Completion]]]) -> list[Sample]:
+        with self.ctx.phase("generate"):  # what of it the training did not hide
+            return self.gather(call, future.result())

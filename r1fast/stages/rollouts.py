@@ -1,0 +1,156 @@
+"""What a GRPO step learns from: complete groups, sampled at once, in parts over several steps, or a step ahead.
+
+A completion that `partial_rollout_length` cuts keeps its tokens, their log-probs and experts; the next step goes on
+from there with the weights of that step. A group is handed on when all its completions have ended, because advantages
+compare whole groups:
+
+    step           1        2        3
+    group 0   a    ----|    ----.             a waits for b
+              b    --.
+    group 1   a    -.                         handed on in step 1
+              b    ---.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from r1fast.models.decoder import Decoder
+from r1fast.schema import GRPOStage
+from r1fast.stages.background import BackgroundSampler
+from r1fast.stages.batch import Prompt
+from r1fast.stages.context import StageContext
+from r1fast.stages.prompts import Prompts
+from r1fast.stages.sampling import Call, Sample, Sampler
+
+Group = list[Sample]  # of one prompt; sample.group is the number of prompts that were drawn before it
+
+
+class Rollouts:
+    """Draws prompts, samples from the policy and hands complete groups on; the same on every rank."""
+
+    def __init__(self, ctx: StageContext, policy: Decoder, tokenizer: Any, rows: list[dict]) -> None:
+        self.ctx = ctx
+        self.stage: GRPOStage = ctx.stage
+        self.prompts = Prompts(rows, self.stage, ctx.seed)
+        ahead = ctx.recipe.rollout.async_steps > 0
+        self.sampler = (
+            BackgroundSampler(ctx, policy, tokenizer) if ahead else Sampler(ctx, policy, tokenizer, record=True)
+        )
+        self.groups: list[Group] = []  # under way: drawn, and not handed on yet
+        self.sampled = False  # they have had their part for the next step
+        self.running: Callable[[], None] | None = None
+
+    def begin(self) -> None:
+        """Start to sample for the next step, with so many new prompts that prompts_per_step are under way."""
+        under_way = Counter(self.prompts.domain_of(group[0].row) for group in self.groups)
+        self.groups += self._draw(Counter(self.prompts.shares) - under_way)
+        self.running = self._start(self.groups)
+
+    def take(self) -> list[Group]:
+        """The complete groups of the next step: prompts_per_step of them, or with partial rollouts at least one."""
+        self.settle()
+        while not self.sampled or not any(self._is_complete(group) for group in self.groups):
+            self.begin()
+            self.settle()
+        self.sampled = False
+        complete = [group for group in self.groups if self._is_complete(group)]
+        self.groups = [group for group in self.groups if not self._is_complete(group)]
+        return complete
+
+    def in_place_of(self, groups: list[Group]) -> list[Group]:
+        """Groups of as many new prompts of the same domains; one that is cut goes on in the next step instead."""
+        assert self.running is None, "the sampler is at work on the next step"
+        fresh = self._draw(Counter(self.prompts.domain_of(group[0].row) for group in groups))
+        self._start(fresh)()
+        self.groups += [group for group in fresh if not self._is_complete(group)]
+        return [group for group in fresh if self._is_complete(group)]
+
+    def settle(self) -> None:
+        """Wait for what is being sampled. Should it fail, its prompts stay, and the next take samples them."""
+        if self.running is not None:
+            running, self.running = self.running, None
+            running()
+            self.sampled = True
+
+    def num_carried(self) -> int:
+        """Groups that the next step goes on with."""
+        return sum(any(sample.completion_ids for sample in group) for group in self.groups)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, the same on every rank. Waits for what is being sampled: its weights will be gone."""
+        self.settle()
+        return {"places": self.prompts.places, "groups": self.groups, "sampled": self.sampled}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.prompts.places, self.groups, self.sampled = state["places"], state["groups"], state["sampled"]
+
+    def _draw(self, counts: Mapping[str, int]) -> list[Group]:
+        first = self.prompts.num_drawn
+        rows = self.prompts.draw(counts)
+        return [
+            [
+                Sample(row, first + i, prompt.ids, [], [], "length", "", prompt.prefilled)
+                for _ in range(self.stage.num_generations)
+            ]
+            for i, (row, prompt) in enumerate(zip(rows, self.sampler.encode(rows), strict=True))
+        ]
+
+    def _start(self, groups: list[Group]) -> Callable[[], None]:
+        """Sample (a part of) what is unfinished in these groups; the returned function waits for it."""
+        samples, call = self._parts(groups) if self.stage.partial_rollout_length else self._wholes(groups)
+        wait = self.sampler.start(call)
+
+        def finish() -> None:
+            for sample, part in zip(samples, wait(), strict=True):
+                self._extend(sample, part)
+
+        return finish
+
+    def _wholes(self, groups: list[Group]) -> tuple[list[Sample], Call]:
+        firsts = [group[0] for group in groups]
+        call = self.sampler.call(
+            [sample.row for sample in firsts],
+            n=self.stage.num_generations,
+            temperature=self.stage.temperature,
+            seed=self.ctx.seed,
+            sequence_ids=[sample.group for sample in firsts],
+            prompts=[Prompt(sample.prompt_ids, sample.prefilled) for sample in firsts],
+        )
+        return [sample for group in groups for sample in group], call
+
+    def _parts(self, groups: list[Group]) -> tuple[list[Sample], Call]:
+        """Each completion is a sequence of its own; its noise goes on where it was, as it depends on the position."""
+        n = self.stage.num_generations
+        numbered = [(i, s) for group in groups for i, s in enumerate(group) if not self._is_finished(s)]
+        samples = [sample for _, sample in numbered]
+        call = self.sampler.call(
+            [sample.row for sample in samples],
+            n=1,
+            temperature=self.stage.temperature,
+            seed=self.ctx.seed,
+            sequence_ids=[sample.group * n + i for i, sample in numbered],
+            prompts=[Prompt(sample.prompt_ids + sample.completion_ids, sample.prefilled) for sample in samples],
+            max_tokens=self.stage.partial_rollout_length,
+        )
+        return samples, call
+
+    def _extend(self, sample: Sample, part: Sample) -> None:
+        whole = not sample.completion_ids
+        sample.completion_ids = sample.completion_ids + part.completion_ids
+        sample.sampler_logprobs = sample.sampler_logprobs + part.sampler_logprobs
+        sample.finish_reason = part.finish_reason
+        # A character may begin in one part and end in the next.
+        sample.text = part.text if whole else self.sampler.text_of(sample.completion_ids)
+        known, found = sample.routed_experts, part.routed_experts
+        if known is not None and found is not None:  # the experts that the earlier weights took, where they sampled
+            found = np.concatenate([known, found[len(known) :]])
+        sample.routed_experts = found
+
+    def _is_finished(self, sample: Sample) -> bool:
+        return sample.finish_reason == "stop" or len(sample.completion_ids) >= self.stage.max_completion_length
+
+    def _is_complete(self, group: Group) -> bool:
+        return all(self._is_finished(sample) for sample in group)
