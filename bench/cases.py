@@ -146,6 +146,15 @@ def _steps() -> list[Case]:
     ]
 
 
+def _generation() -> list[Case]:
+    times = {"moe": 5, "dense": 2}
+    return [
+        Case("generate", "cpu", dtype, model, {"N": 256, "L": 64}, (faster("transformers", times[model]),))
+        for model in times
+        for dtype in ("fp32", "bf16")
+    ]
+
+
 def _experts() -> list[Case]:
     small = {"T": 4096, "D": 256, "F": 128, "E": 32, "K": 4}
     large = {"D": 2048, "F": 768, "E": 128, "K": 8}  # Qwen3-30B-A3B
@@ -174,7 +183,7 @@ def _experts() -> list[Case]:
     return cases
 
 
-CASES = tuple(_selective() + _linear() + _losses() + _experts() + _sampling() + _norms() + _attention() + _steps())
+CASES = tuple(_selective() + _linear() + _losses() + _experts() + _sampling() + _norms() + _attention() + _steps() + _generation())
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
 

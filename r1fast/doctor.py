@@ -153,6 +153,9 @@ def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
             experts_TK,
             torch.ones(4, 1, device=device),
         ),
+        "packed_attention": lambda: kernels.packed_attention(
+            *[hidden_TD[:, None]] * 3, torch.tensor([0, len(hidden_TD)], dtype=torch.int32, device=device), scale=1.0
+        ),
         "rms_norm": lambda: kernels.rms_norm(hidden_TD, hidden_TD[0]),
         "sample_tokens": lambda: kernels.sample_tokens(logits_TV),
     }

@@ -5,6 +5,7 @@ B sequences that decode. Every op takes `impl=None | "reference" | "cpp" | "trit
 """
 
 from . import hf as hf
+from .decode_attention import decode_attention
 from .group_advantages import group_advantages
 from .grouped_gemm import grouped_gemm
 from .grpo_loss import grpo_loss
@@ -20,6 +21,7 @@ from .sample_tokens import sample_tokens
 from .selective_logprobs import selective_logprobs
 
 __all__ = [
+    "decode_attention",
     "group_advantages",
     "grouped_gemm",
     "grpo_loss",

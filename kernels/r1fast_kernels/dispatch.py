@@ -24,6 +24,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "sample_tokens": ("reference", "cpp", "triton"),
     "rms_norm": ("reference", "cpp"),
     "packed_attention": ("reference", "cpp"),
+    "decode_attention": ("reference", "cpp"),
 }
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)

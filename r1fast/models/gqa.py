@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from r1fast.models.attention import AttentionPlan, cached_attention, packed_attention
 from r1fast.models.cache import DecodeStep, KVCache
 from r1fast.models.config import ModelConfig
-from r1fast.models.layers import RMSNorm
+from r1fast.models.layers import Linear, RMSNorm
 from r1fast.models.rope import Rope, softmax_scale
 
 
@@ -17,10 +17,10 @@ class GroupedQueryAttention(nn.Module):
         self.impl: str | None = None  # of the kernel
         self.num_kv_heads = config.kv_heads
         self.group = config.num_attention_heads // config.kv_heads
-        self.q_proj = nn.Linear(width, config.num_attention_heads * head_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, config.kv_heads * head_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(width, config.kv_heads * head_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, width, bias=config.attention_bias)
+        self.q_proj = Linear(width, config.num_attention_heads * head_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(width, config.kv_heads * head_dim, bias=config.qkv_bias)
+        self.v_proj = Linear(width, config.kv_heads * head_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(config.num_attention_heads * head_dim, width, bias=config.attention_bias)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1fast_kernels import rms_norm
+from r1fast_kernels.products import linear
 
 HeadFn = Callable[[Tensor, Tensor], Any]
 
@@ -23,14 +24,19 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, eps=self.eps, impl=self.impl)
 
 
+class Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, hidden_size: int, width: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=bias)
-        self.up_proj = nn.Linear(hidden_size, width, bias=bias)
-        self.down_proj = nn.Linear(width, hidden_size, bias=bias)
+        self.gate_proj = Linear(hidden_size, width, bias=bias)
+        self.up_proj = Linear(hidden_size, width, bias=bias)
+        self.down_proj = Linear(width, hidden_size, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
@@ -47,4 +53,4 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_outputs, hidden_size))
 
     def forward(self, hidden_TD: Tensor, fn: HeadFn | None = None) -> Any:
-        return fn(hidden_TD, self.weight) if fn is not None else F.linear(hidden_TD, self.weight)
+        return fn(hidden_TD, self.weight) if fn is not None else linear(hidden_TD, self.weight)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from r1fast.models.attention import AttentionPlan, cached_attention, packed_attention
 from r1fast.models.cache import DecodeStep, KVCache
 from r1fast.models.config import ModelConfig
-from r1fast.models.layers import RMSNorm
+from r1fast.models.layers import Linear, RMSNorm
 from r1fast.models.rope import Rope, softmax_scale
 
 # transformers builds both latent norms with their class default, whatever rms_norm_eps says.
@@ -30,15 +30,15 @@ class LatentAttention(nn.Module):
         self.has_q_lora = config.q_lora_rank is not None
         query_width = self.num_heads * (self.nope_dim + self.rope_dim)
         if config.q_lora_rank is not None:
-            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(width, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, _LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, query_width, bias=False)
         else:
-            self.q_proj = nn.Linear(width, query_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(width, self.latent_dim + self.rope_dim, bias=bias)
+            self.q_proj = Linear(width, query_width, bias=False)
+        self.kv_a_proj_with_mqa = Linear(width, self.latent_dim + self.rope_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.latent_dim, _LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(self.latent_dim, self.num_heads * (self.nope_dim + self.value_dim), bias=False)
-        self.o_proj = nn.Linear(self.num_heads * self.value_dim, width, bias=bias)
+        self.kv_b_proj = Linear(self.latent_dim, self.num_heads * (self.nope_dim + self.value_dim), bias=False)
+        self.o_proj = Linear(self.num_heads * self.value_dim, width, bias=bias)
 
     def forward(self, x_TD: Tensor, rope: Rope, plan: AttentionPlan, cache: KVCache | None = None) -> Tensor:
         q_THd, (latent_TC, k_pe_TR) = self._queries(x_TD), self._latents(x_TD)
