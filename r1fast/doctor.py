@@ -129,6 +129,7 @@ def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
     groups_N = torch.zeros(2, device=device, dtype=torch.int64)
     rewards_N = torch.tensor([0.0, 1.0], device=device)
     logits_TV = hidden_TD @ weight_VD.T
+    heads_TKd, slots_SKd = hidden_TD[:, None], hidden_TD.repeat(4, 1)[:, None]
     experts_TK = torch.zeros(4, 1, device=device, dtype=torch.int64)
     return {
         "selective_logprobs": lambda: kernels.selective_logprobs(logits_TV, ids_T),
@@ -153,9 +154,10 @@ def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
             experts_TK,
             torch.ones(4, 1, device=device),
         ),
-        "packed_attention": lambda: kernels.packed_attention(
-            *[hidden_TD[:, None]] * 3, torch.tensor([0, len(hidden_TD)], dtype=torch.int32, device=device), scale=1.0
+        "decode_attention": lambda: kernels.decode_attention(
+            heads_TKd[:1], slots_SKd, slots_SKd, cu_seqlens[None, :1], cu_seqlens[1:2], scale=1.0
         ),
+        "packed_attention": lambda: kernels.packed_attention(heads_TKd, heads_TKd, heads_TKd, cu_seqlens, scale=1.0),
         "rms_norm": lambda: kernels.rms_norm(hidden_TD, hidden_TD[0]),
         "sample_tokens": lambda: kernels.sample_tokens(logits_TV),
     }

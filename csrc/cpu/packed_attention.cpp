@@ -9,10 +9,9 @@
 //   strip               | s p o    | s p o    .      only as many keys as the strip may see, in steps of 16
 //
 // Every sum of a task is taken in one order by one thread: the same bits for any number of threads.
-#include "../tile.h"
+#include "../attention.h"
 
 #include <atomic>
-#include <cmath>
 #include <cstring>
 
 namespace r1fast {
@@ -59,32 +58,6 @@ inline namespace CPU_CAPABILITY {
 constexpr int64_t kForwardKeys = 256;  // keys of a block: its part of K^T and V stays in the second-level cache
 constexpr int64_t kBackwardKeys = 128;
 constexpr int64_t kQueries = 64;
-
-template <typename T>
-inline void widen(acc_t<T>* out, const T* x, int64_t size) {
-  if constexpr (std::is_same_v<T, acc_t<T>>) {
-    std::copy_n(x, size, out);
-  } else {
-    for (int64_t i = 0; i < size; ++i) {
-      out[i] = x[i];
-    }
-  }
-}
-
-// Rounds to the nearest, ties to even. Rows of heads are short: a loop that the compiler vectorizes, not pairs of vectors.
-template <typename T>
-inline void narrow(T* out, const acc_t<T>* x, int64_t size) {
-  if constexpr (std::is_same_v<T, acc_t<T>>) {
-    std::copy_n(x, size, out);
-  } else {
-    for (int64_t i = 0; i < size; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, x + i, sizeof(bits));
-      const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-      out[i].x = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
-    }
-  }
-}
 
 // Pair i of x is turned by the angle of `cos` and `sin`; its halves come out apart.
 template <typename T>
@@ -252,12 +225,6 @@ class Task {
   std::unique_ptr<acc[]> scratch_;
 };
 
-// Scores of keys that come after the query, from `visible` on, are not seen.
-template <typename acc>
-inline void hide(acc* scores, int64_t visible, int64_t columns) {
-  std::fill(scores + std::max<int64_t>(visible, 0), scores + columns, -std::numeric_limits<acc>::infinity());
-}
-
 template <typename T, typename Unit>
 class Forward : Task<T, Unit> {
   using Base = Task<T, Unit>;
@@ -265,10 +232,9 @@ class Forward : Task<T, Unit> {
   using Base::args_, Base::first_, Base::length_, Base::kv_head_, Base::group_;
 
  public:
-  explicit Forward(const AttentionArgs& args) : Base(args), scores_(new acc[kStrip * kForwardKeys]) {
-    out_columns_ = padded(args.value_width);
-    out_.reset(new acc[kStrip * out_columns_]);
-    probs_.reset(new Unit[kStrip * kForwardKeys]);
+  explicit Forward(const AttentionArgs& args)
+      : Base(args), softmax_(args.scale, args.value_width), scores_(new acc[kStrip * kForwardKeys]),
+        probs_(new Unit[kStrip * kForwardKeys]) {
     queries_.resize(kStrip, args.width);
   }
 
@@ -290,60 +256,25 @@ class Forward : Task<T, Unit> {
   void strip(int64_t head, int64_t begin) {
     const int64_t rows = std::min(kStrip, length_ - begin);
     Base::read_queries(queries_, head, begin, begin + rows);
-    std::fill(top_, top_ + kStrip, -std::numeric_limits<acc>::infinity());
-    std::fill(total_, total_ + kStrip, acc(0));
+    softmax_.start();
     for (int64_t key = 0; key < begin + rows; key += kForwardKeys) {
       const int64_t columns = padded(std::min(kForwardKeys, begin + kStrip - key));
       product<Unit>(
           scores_.get(), kForwardKeys, queries_.strip(0), {keys_S_.data + key, keys_S_.step},
           (args_.width + kValues<Unit> - 1) / kValues<Unit>, columns, false);
       for (int64_t i = 0; i < kStrip; ++i) {
-        softmax(i, begin + i + 1 - key, columns, key > 0);
+        softmax_.fold(i, scores_.get() + i * kForwardKeys, begin + i + 1 - key, columns, key > 0);
       }
       const Left<Unit> probs = as_units(columns);
       product<Unit>(
-          out_.get(), out_columns_, probs, {values_S_.data + key / kValues<Unit> * values_S_.step, values_S_.step},
-          columns / kValues<Unit>, out_columns_, key > 0);
+          softmax_.sums(), softmax_.columns, probs, {values_S_.data + key / kValues<Unit> * values_S_.step, values_S_.step},
+          columns / kValues<Unit>, softmax_.columns, key > 0);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = (first_ + begin + i) * args_.num_heads + head;
-      acc* out = out_.get() + i * out_columns_;
-      scale(out, 1 / total_[i]);
-      narrow(static_cast<T*>(args_.out) + row * args_.value_width, out, args_.value_width);
-      static_cast<acc*>(args_.lse)[row] = top_[i] + std::log(total_[i]);
+      narrow(static_cast<T*>(args_.out) + row * args_.value_width, softmax_.finish(i), args_.value_width);
+      static_cast<acc*>(args_.lse)[row] = softmax_.lse(i);
     }
-  }
-
-  void scale(acc* out, acc by) const {
-    for (int64_t j = 0; j < out_columns_; ++j) {
-      out[j] *= by;
-    }
-  }
-
-  // Scores to exponentials, in place; what was summed before is scaled to the new maximum.
-  void softmax(int64_t i, int64_t visible, int64_t columns, bool again) {
-    constexpr int64_t lanes = kLanes<acc>;
-    acc* row = scores_.get() + i * kForwardKeys;
-    hide(row, std::min(visible, columns), columns);
-    Vec<acc> highest = Vec<acc>::loadu(row);
-    for (int64_t j = lanes; j < columns; j += lanes) {
-      highest = at::vec::maximum(highest, Vec<acc>::loadu(row + j));
-    }
-    const acc top = std::max(top_[i], static_cast<acc>(args_.scale) * reduce_max<acc>(highest));
-    const Exponential<acc> exponential(args_.scale, -static_cast<double>(top));
-    Vec<acc> sum(0);
-    for (int64_t j = 0; j < columns; j += lanes) {
-      const Vec<acc> e = exponential(Vec<acc>::loadu(row + j));
-      e.store(row + j);
-      sum = sum + e;
-    }
-    if (again) {
-      const acc kept = std::exp(top_[i] - top);
-      total_[i] *= kept;
-      scale(out_.get() + i * out_columns_, kept);
-    }
-    total_[i] += reduce_sum<acc>(sum);
-    top_[i] = top;
   }
 
   Left<Unit> as_units(int64_t columns) {
@@ -361,10 +292,9 @@ class Forward : Task<T, Unit> {
 
   Rows<T, Unit> queries_, keys_, values_;
   Right<Unit> keys_S_{}, values_S_{};
-  std::unique_ptr<acc[]> scores_, out_;
+  StripSoftmax<acc> softmax_;
+  std::unique_ptr<acc[]> scores_;
   std::unique_ptr<Unit[]> probs_;
-  int64_t out_columns_;
-  acc top_[kStrip], total_[kStrip];
 };
 
 template <typename T, typename Unit>
@@ -507,7 +437,7 @@ class Backward : Task<T, Unit> {
 
   void probabilities(acc* p, acc* ds, int64_t query, int64_t key, int64_t columns) const {
     constexpr int64_t lanes = kLanes<acc>;
-    hide(p, std::min(query + 1 - key, columns), columns);
+    hide(p, query + 1 - key, columns);
     const Exponential<acc> exponential(args_.scale, -static_cast<double>(lse_[query]));
     const Vec<acc> delta(delta_[query]);
     for (int64_t j = 0; j < columns; j += lanes) {

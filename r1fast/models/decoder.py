@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from r1fast.models.attention import AttentionPlan
-from r1fast.models.cache import DecodeStep, KVCache
+from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.config import ModelConfig
 from r1fast.models.gqa import GroupedQueryAttention
 from r1fast.models.layers import MLP, Head, HeadFn, RMSNorm
@@ -38,14 +38,15 @@ class DecoderLayer(nn.Module):
         x_TD: Tensor,
         rope: Rope,
         plan: AttentionPlan,
-        cache: KVCache | None = None,
+        cache: BlockCache | None = None,
+        slots_T: Tensor | None = None,
         replay_ids_TK: Tensor | None = None,
     ) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, plan, cache)
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, plan, cache, slots_T)
         routing = (plan, replay_ids_TK) if isinstance(self.mlp, MoE) else ()
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD), *routing)
 
-    def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: KVCache) -> Tensor:
+    def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: BlockCache) -> Tensor:
         x_BD = x_BD + self.self_attn.decode(self.input_layernorm(x_BD), rope, step, cache)
         return x_BD + self.mlp(self.post_attention_layernorm(x_BD))
 
@@ -124,35 +125,43 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor,
         *,
         head: HeadFn | None = None,
-        cache: KVCache | None = None,
+        cache: BlockCache | None = None,
+        slots_T: Tensor | None = None,
         replay_ids_TLK: Tensor | None = None,
     ) -> Any:
         """Run N packed sequences; cu_seqlens [N+1] (int32) says where each begins.
 
         head: `fn(hidden_TD, weight_VD)`, run inside the head's own forward; default logits_TV.
-        cache: also keeps the keys of sequence n in row n, for decode to go on from.
+        cache: also keeps the keys of every token in its slot (int64 slots_T), for decode to go on from.
         replay_ids_TLK: the experts that each token takes in each MoE layer, instead of what the routers choose.
         """
         plan = AttentionPlan(cu_seqlens, input_ids_T.numel(), input_ids_T.device)
-        if cache is not None:
-            cache.check_prefill(plan)
         x_TD = self.embed_tokens(input_ids_T)
         rope = self.rotary(plan.positions_T, x_TD.dtype)
         replayed = iter(() if replay_ids_TLK is None else replay_ids_TLK.unbind(1))
         for i, layer in enumerate(self.layers):
             replay_ids_TK = next(replayed, None) if self.config.is_moe_layer(i) else None
-            x_TD = layer(x_TD, rope, plan, cache, replay_ids_TK)
-        if cache is not None:
-            cache.finish_prefill(plan)
+            x_TD = layer(x_TD, rope, plan, cache, slots_T, replay_ids_TK)
         return self.head(self.norm(x_TD), head)
 
     @torch.no_grad()
-    def decode(self, input_ids_B: Tensor, positions_B: Tensor, cache: KVCache, *, head: HeadFn | None = None) -> Any:
-        """One token for each cache row, at positions_B (the row's length before it); returns logits_BV."""
-        step = cache.begin_step(positions_B)
+    def decode(
+        self,
+        input_ids_B: Tensor,
+        positions_B: Tensor,
+        cache: BlockCache,
+        block_table_BN: Tensor,
+        *,
+        head: HeadFn | None = None,
+    ) -> Any:
+        """One token for each row, at its place in a sequence whose earlier tokens are in the cache; returns logits_BV.
+
+        block_table_BN: int32, the blocks of each row's sequence. Rows may be neighbours in one sequence: all are
+        written before any is read.
+        """
+        step = DecodeStep.at(positions_B, block_table_BN)
         x_BD = self.embed_tokens(input_ids_B)
         rope = self.rotary(positions_B, x_BD.dtype)
         for layer in cast(Iterable[DecoderLayer], self.layers):
             x_BD = layer.decode(x_BD, rope, step, cache)
-        cache.finish_step(step)
         return self.head(self.norm(x_BD), head)

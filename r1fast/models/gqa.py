@@ -2,11 +2,12 @@
 
 from torch import Tensor, nn
 
-from r1fast.models.attention import AttentionPlan, cached_attention, packed_attention
-from r1fast.models.cache import DecodeStep, KVCache
+from r1fast.models.attention import AttentionPlan, packed_attention
+from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.config import ModelConfig
 from r1fast.models.layers import Linear, RMSNorm
 from r1fast.models.rope import Rope, softmax_scale
+from r1fast_kernels import decode_attention
 
 
 class GroupedQueryAttention(nn.Module):
@@ -15,8 +16,6 @@ class GroupedQueryAttention(nn.Module):
         width, head_dim = config.hidden_size, config.attention_head_dim
         self.layer_idx, self.head_dim, self.scale = layer_idx, head_dim, softmax_scale(config)
         self.impl: str | None = None  # of the kernel
-        self.num_kv_heads = config.kv_heads
-        self.group = config.num_attention_heads // config.kv_heads
         self.q_proj = Linear(width, config.num_attention_heads * head_dim, bias=config.qkv_bias)
         self.k_proj = Linear(width, config.kv_heads * head_dim, bias=config.qkv_bias)
         self.v_proj = Linear(width, config.kv_heads * head_dim, bias=config.qkv_bias)
@@ -24,19 +23,28 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x_TD: Tensor, rope: Rope, plan: AttentionPlan, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        rope: Rope,
+        plan: AttentionPlan,
+        cache: BlockCache | None = None,
+        slots_T: Tensor | None = None,
+    ) -> Tensor:
         q_THd, k_TKd, v_TKd = self._project(x_TD)
-        if cache is not None:
-            cache.write_packed(self.layer_idx, plan, rope.rotate(k_TKd), v_TKd)
+        if cache is not None and slots_T is not None:
+            cache.write(self.layer_idx, slots_T, rope.rotate(k_TKd), v_TKd)
         out_THd = packed_attention(q_THd, k_TKd, v_TKd, plan, rope, self.scale, impl=self.impl)
         return self.o_proj(out_THd.flatten(1))
 
-    def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: KVCache) -> Tensor:
+    def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: BlockCache) -> Tensor:
         q_BHd, k_BKd, v_BKd = self._project(x_BD)
-        k_BKSd, v_BKSd = cache.append(self.layer_idx, step, rope.rotate(k_BKd), v_BKd)
-        q_BKgd = rope.rotate(q_BHd).unflatten(1, (self.num_kv_heads, self.group)).to(cache.dtype)
-        out_BKgd = cached_attention(q_BKgd, k_BKSd, v_BKSd, step.mask_B1S, self.scale)
-        return self.o_proj(out_BKgd.flatten(1).to(x_BD.dtype))
+        k_SKd, v_SKd = cache.write(self.layer_idx, step.slots_B, rope.rotate(k_BKd), v_BKd)
+        out_BHd = decode_attention(
+            rope.rotate(q_BHd).to(cache.dtype), k_SKd, v_SKd, step.block_table_BN, step.lengths_B, scale=self.scale,
+            impl=self.impl,
+        )  # fmt: skip
+        return self.o_proj(out_BHd.flatten(1).to(x_BD.dtype))
 
     def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))

@@ -8,11 +8,12 @@ queries are taken to the latent space, attention runs over the cached latents, a
 import torch
 from torch import Tensor, nn
 
-from r1fast.models.attention import AttentionPlan, cached_attention, packed_attention
-from r1fast.models.cache import DecodeStep, KVCache
+from r1fast.models.attention import AttentionPlan, packed_attention
+from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.config import ModelConfig
 from r1fast.models.layers import Linear, RMSNorm
 from r1fast.models.rope import Rope, softmax_scale
+from r1fast_kernels import decode_attention
 
 # transformers builds both latent norms with their class default, whatever rms_norm_eps says.
 _LATENT_NORM_EPS = 1e-6
@@ -40,16 +41,23 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(self.latent_dim, self.num_heads * (self.nope_dim + self.value_dim), bias=False)
         self.o_proj = Linear(self.num_heads * self.value_dim, width, bias=bias)
 
-    def forward(self, x_TD: Tensor, rope: Rope, plan: AttentionPlan, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        rope: Rope,
+        plan: AttentionPlan,
+        cache: BlockCache | None = None,
+        slots_T: Tensor | None = None,
+    ) -> Tensor:
         q_THd, (latent_TC, k_pe_TR) = self._queries(x_TD), self._latents(x_TD)
-        if cache is not None:
-            cache.write_packed(self.layer_idx, plan, self._cached(latent_TC, k_pe_TR, rope))
+        if cache is not None and slots_T is not None:
+            cache.write(self.layer_idx, slots_T, self._cached(latent_TC, k_pe_TR, rope))
         kv_THd = self.kv_b_proj(latent_TC).unflatten(-1, (self.num_heads, -1))
         k_nope_THd, v_THd = kv_THd.split((self.nope_dim, self.value_dim), dim=-1)
         out_THd = packed_attention(q_THd, k_nope_THd, v_THd, plan, rope, self.scale, k_pe_TR=k_pe_TR, impl=self.impl)
         return self.o_proj(out_THd.flatten(1))
 
-    def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: KVCache) -> Tensor:
+    def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: BlockCache) -> Tensor:
         q_BHd, (latent_BC, k_pe_BR) = rope.rotate(self._queries(x_BD)), self._latents(x_BD)
         q_nope_BHn, q_pe_BHR = q_BHd.split((self.nope_dim, self.rope_dim), dim=-1)
         # Both factors are strided views of the live weight: a copy would go stale at the next optimizer step.
@@ -58,13 +66,12 @@ class LatentAttention(nn.Module):
         )
         q_latent_BHC = torch.bmm(q_nope_BHn.transpose(0, 1), up_k_HnC).transpose(0, 1)
         q_BHC = torch.cat((q_latent_BHC, q_pe_BHR), dim=-1).to(cache.dtype)
-        # The latent is key and value of one shared head. Its rotary channels ride along as values and are dropped: a
-        # flash kernel wants keys and values of one width.
-        (shared_BSC,) = cache.append(self.layer_idx, step, self._cached(latent_BC, k_pe_BR, rope))
-        shared_B1SC = shared_BSC[:, None]
-        out_B1HC = cached_attention(q_BHC[:, None], shared_B1SC, shared_B1SC, step.mask_B1S, self.scale)
-        out_BHC = out_B1HC.squeeze(1)[..., : self.latent_dim].to(x_BD.dtype)
-        out_HBv = torch.bmm(out_BHC.transpose(0, 1), up_v_HvC.transpose(1, 2))
+        (shared_S1C,) = cache.write(self.layer_idx, step.slots_B, self._cached(latent_BC, k_pe_BR, rope))
+        out_BHC = decode_attention(
+            q_BHC, shared_S1C, shared_S1C[..., : self.latent_dim], step.block_table_BN, step.lengths_B,
+            scale=self.scale, impl=self.impl,
+        )  # fmt: skip
+        out_HBv = torch.bmm(out_BHC.to(x_BD.dtype).transpose(0, 1), up_v_HvC.transpose(1, 2))
         return self.o_proj(out_HBv.transpose(0, 1).flatten(1))
 
     def _queries(self, x_TD: Tensor) -> Tensor:
@@ -76,4 +83,4 @@ class LatentAttention(nn.Module):
         return self.kv_a_layernorm(latent_TC), k_pe_TR
 
     def _cached(self, latent_TC: Tensor, k_pe_TR: Tensor, rope: Rope) -> Tensor:
-        return torch.cat((latent_TC, rope.rotate(k_pe_TR[:, None]).squeeze(1)), dim=-1)
+        return torch.cat((latent_TC[:, None], rope.rotate(k_pe_TR[:, None])), dim=-1)

@@ -17,7 +17,7 @@ from r1fast.dist.parallelize import (
     load_full_state_dict,
     parallelize,
 )
-from r1fast.models.cache import KVCache
+from r1fast.models.cache import BlockCache
 from tests.dist.tiny_model import (
     TinyDecoder,
     backward_all,
@@ -86,10 +86,11 @@ def test_the_real_decoder_trains_and_decodes(dist: Dist, one_unit_numel: int) ->
     assert_same(decoder_gradients(dist, one_unit_numel=one_unit_numel), decoder_gradients())
     model = parallelize(moe_decoder(), dist, param_dtype=torch.float32, one_unit_numel=one_unit_numel)
     ids_T = tokens_of_rank(0)
-    cache = KVCache(model.config, 1, 16, torch.float32, torch.device("cpu"))
+    cache = BlockCache(model.config, 1, torch.float32, torch.device("cpu"))
+    table_11 = torch.zeros(1, 1, dtype=torch.int32)
     with generation_phase(model):
         for position, token in enumerate(ids_T):  # decode before any forward
-            logits_BV = model.decode(token[None], torch.tensor([position]), cache)
+            logits_BV = model.decode(token[None], torch.tensor([position]), cache, table_11)
     plain = moe_decoder()(ids_T, torch.tensor([0, len(ids_T)], dtype=torch.int32))
     torch.testing.assert_close(logits_BV[0], plain[-1].detach(), rtol=1e-4, atol=1e-5)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from r1fast.models.attention import AttentionPlan, cached_attention, packed_attention
+from r1fast.models.attention import AttentionPlan, packed_attention
 from r1fast.models.rope import Rope
 
 # N, lengths: one token; a prime; empty sequences between others; alike lengths that share a bucket; far apart.
@@ -84,20 +84,3 @@ def test_buckets_are_few_and_nearly_full() -> None:
 def test_bad_cu_seqlens(cu_seqlens: list[int]) -> None:
     with pytest.raises(ValueError, match=r"expected \[N\+1\] rising from 0 to the 5 packed tokens"):
         AttentionPlan(torch.tensor(cu_seqlens, dtype=torch.int32), 5, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", [(4, 4, 8), (6, 2, 8), (4, 1, 5)], ids=["mha", "gqa", "mqa"])
-def test_cached_attention(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """Rows of different length in one strided cache; slots beyond a row's length must not count."""
-    heads, kv_heads, dim = shape
-    lengths, generator = [1, 9, 4], torch.Generator().manual_seed(0)
-    k, v = (torch.randn(3, kv_heads, 16, dim, generator=generator).to(dtype)[:, :, :9] for _ in range(2))
-    q = torch.randn(3, heads, dim, generator=generator).to(dtype)
-    mask = torch.where(torch.arange(9) < torch.tensor(lengths)[:, None, None], 0.0, -torch.inf).to(dtype)
-    out = cached_attention(q.unflatten(1, (kv_heads, -1)), k, v, mask, 0.3).flatten(1, 2)
-    for row, length in enumerate(lengths):
-        keys, values = (x[row, :, :length].double().repeat_interleave(heads // kv_heads, dim=0) for x in (k, v))
-        probs = (torch.einsum("hd,hsd->hs", q[row].double(), keys) * 0.3).softmax(-1)
-        expected = torch.einsum("hs,hsd->hd", probs, values)
-        assert (out[row].double() - expected).abs().max() < (1e-6 if dtype == torch.float32 else 1e-2)

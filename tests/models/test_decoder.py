@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1fast.models.cache import KVCache
+from r1fast.models.cache import BlockCache
 from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import to_hf_names
+from r1fast_kernels.decode_attention import BLOCK, slots_of
 
 Pack = Callable[[list[Tensor]], tuple[Tensor, Tensor]]
 
@@ -56,15 +57,26 @@ def test_greedy_equals_generate(checkpoint, documents: list[Tensor], pack: Pack)
     assert greedy(decoder, documents, pack, steps).tolist() == torch.stack(expected).tolist()
 
 
-def greedy(decoder: Decoder, documents: list[Tensor], pack: Pack, steps: int) -> Tensor:
+def room_for(decoder: Decoder, documents: list[Tensor], steps: int) -> tuple[BlockCache, Tensor, Tensor, Tensor]:
+    """A cache, the scattered blocks of each document, where the tokens of all go, and their number."""
     lengths = torch.tensor([len(document) for document in documents])
-    cache = KVCache(decoder.config, len(documents), int(lengths.max()) + steps, torch.float32, "cpu")
+    width = -(-(int(lengths.max()) + steps) // BLOCK)
+    table = torch.randperm(len(documents) * width, generator=torch.Generator().manual_seed(0)).view(-1, width).int()
+    slots = [slots_of(row[None], length)[0] for row, length in zip(table, lengths.tolist(), strict=True)]
+    cache = BlockCache(decoder.config, table.numel(), decoder.embed_tokens.weight.dtype, "cpu")
+    return cache, table, torch.cat(slots), lengths
+
+
+def greedy(decoder: Decoder, documents: list[Tensor], pack: Pack, steps: int) -> Tensor:
+    cache, table, slots, lengths = room_for(decoder, documents, steps)
     last = lengths.cumsum(0) - 1
     with torch.no_grad():
-        logits = decoder(*pack(documents), head=lambda hidden, weight: hidden[last] @ weight.T, cache=cache)
+        logits = decoder(
+            *pack(documents), head=lambda hidden, weight: hidden[last] @ weight.T, cache=cache, slots_T=slots
+        )
     out = [logits.argmax(-1)]
     for step in range(steps - 1):
-        out.append(decoder.decode(out[-1], lengths + step, cache).argmax(-1))
+        out.append(decoder.decode(out[-1], lengths + step, cache, table).argmax(-1))
     return torch.stack(out, dim=1)
 
 
@@ -73,15 +85,17 @@ def test_prefill_and_decode_equal_full_forward(checkpoint, documents: list[Tenso
     full = [torch.cat((document, document[:5].repeat(5)[:5])) for document in documents]
     with torch.no_grad():
         expected = [decoder(*pack([document])) for document in full]
-    lengths = torch.tensor([len(document) for document in documents])
-    cache = KVCache(decoder.config, len(documents), 80, torch.float32, "cpu")
+    cache, table, slots, lengths = room_for(decoder, documents, 5)
     with torch.no_grad():
-        decoder(*pack(documents), cache=cache)
+        decoder(*pack(documents), cache=cache, slots_T=slots)
     for step in range(5):
         inputs = torch.stack([document[len(document) - 5 + step] for document in full])
-        logits = decoder.decode(inputs, lengths + step, cache)
+        logits = decoder.decode(inputs, lengths + step, cache, table)
         assert_near(logits, torch.stack([rows[len(rows) - 5 + step] for rows in expected]))
-    assert cache.lengths.tolist() == (lengths + 5).tolist()
+    # A document's new tokens at once, as neighbours: each sees those before it.
+    inputs, table_5N = full[0][-5:], table[:1].expand(5, -1)
+    places = torch.arange(len(full[0]) - 5, len(full[0]))
+    assert_near(decoder.decode(inputs, places, cache, table_5N), expected[0][-5:])
 
 
 def test_packed_equals_one_by_one(checkpoint, documents: list[Tensor], pack: Pack) -> None:
@@ -107,18 +121,18 @@ def test_documents_do_not_see_each_other(checkpoint, documents: list[Tensor], pa
         assert torch.equal(after[first:], before[first:])
 
 
-def test_selected_rows_continue_alike(checkpoint, documents: list[Tensor], pack: Pack) -> None:
-    """Fan-out to samples and compaction: each chosen row decodes as it did in the old cache."""
-    decoder, lengths = checkpoint.load(), torch.tensor([len(document) for document in documents])
-    cache = KVCache(decoder.config, len(documents), 80, torch.float32, "cpu")
+def test_rows_may_share_blocks(checkpoint, documents: list[Tensor], pack: Pack) -> None:
+    """Samples of a prompt hold its full blocks together and go on in a copy of the last one."""
+    decoder, document = checkpoint.load(), documents[0].repeat(3)[: BLOCK + 5]
+    cache, table, slots, _ = room_for(decoder, [document] * 2, 3)
     with torch.no_grad():
-        decoder(*pack(documents), cache=cache)
-    index = torch.tensor([2, 2, 0, 5])
-    chosen = cache.select(index)
-    tokens = torch.tensor([5, 6, 7, 8, 9, 10])
-    expected = decoder.decode(tokens, lengths, cache)[index]
-    assert_near(chosen.lengths, lengths[index])
-    assert_near(decoder.decode(tokens[index], lengths[index], chosen), expected)
+        decoder(*pack([document]), cache=cache, slots_T=slots[: len(document)])
+        cache.copy_blocks(table[0, 1:2].long(), table[1, 1:2].long())
+        table[1, 0] = table[0, 0]
+        tokens, place = torch.tensor([5, 9]), torch.tensor([len(document)] * 2)
+        logits = decoder.decode(tokens, place, cache, table)
+        expected = [decoder(*pack([torch.cat((document, token[None]))]))[-1] for token in tokens]
+    assert_near(logits, torch.stack(expected))
 
 
 def test_head_function_gets_hidden_and_weight(checkpoint, documents: list[Tensor], pack: Pack) -> None:
@@ -160,9 +174,9 @@ def test_bf16_stays_near_fp32(make_checkpoint, name: str, documents: list[Tensor
     with torch.no_grad():
         expected = decoder(*pack(documents[:1]))
         decoder.to(torch.bfloat16)
-        cache = KVCache(decoder.config, 1, 20, torch.bfloat16, "cpu")
-        logits = decoder(*pack(documents[:1]), cache=cache)
-        step = decoder.decode(torch.tensor([5]), torch.tensor([13]), cache)
+        cache, table, slots, lengths = room_for(decoder, documents[:1], 1)
+        logits = decoder(*pack(documents[:1]), cache=cache, slots_T=slots)
+        step = decoder.decode(torch.tensor([5]), lengths, cache, table)
     assert logits.dtype == step.dtype == torch.bfloat16
     assert (logits - expected).abs().mean() < 0.1 * expected.abs().mean()
 

@@ -7,15 +7,18 @@ computes one sample at a time.
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from r1fast.rollout import batch as batch_module
 from r1fast.rollout import engine as engine_module
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams, fold_in, sample_keys
 from r1fast_kernels import sample_tokens
+from r1fast_kernels.decode_attention import BLOCK
 
 VOCAB = 23
 EOS = 5
@@ -32,17 +35,22 @@ def logits_of(state_B: Tensor) -> Tensor:
 
 
 class HashCache:
-    """Stands for KVCache: the "keys" of a row are the hash of its tokens."""
+    """Stands for BlockCache: the "keys" of a slot are the hash of the sequence up to its token."""
 
-    def __init__(self, config: object, num_rows: int, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.max_len = max_len
-        self.state = torch.full((num_rows,), -1)
-        self.lengths = torch.zeros(num_rows, dtype=torch.int64)
+    made: ClassVar[list["HashCache"]] = []
 
-    def select(self, index_R: Tensor) -> "HashCache":
-        other = HashCache(None, 0, self.max_len, torch.float32, torch.device("cpu"))
-        other.state, other.lengths = self.state[index_R], self.lengths[index_R]
-        return other
+    def __init__(self, config: object, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.num_blocks = num_blocks
+        self.state_S = torch.full((num_blocks * BLOCK,), -1)
+        HashCache.made.append(self)
+
+    @staticmethod
+    def bytes_per_block(config: object, dtype: torch.dtype) -> int:
+        return 1000
+
+    def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
+        blocks = self.state_S.view(-1, BLOCK)
+        blocks[targets] = blocks[sources].clone()
 
 
 class HashDecoder(nn.Module):
@@ -57,32 +65,54 @@ class HashDecoder(nn.Module):
         self.prefill_lengths: list[int] = []
         self.decode_rows: list[int] = []
 
-    def forward(self, input_ids_T: Tensor, cu_seqlens: Tensor, *, head: Callable, cache: HashCache) -> Tensor:
+    def forward(
+        self, input_ids_T: Tensor, cu_seqlens: Tensor, *, head: Callable, cache: HashCache, slots_T: Tensor
+    ) -> Tensor:
         assert not self.training and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         states_T = []
-        for row, ids in enumerate(torch.tensor_split(input_ids_T, cu_seqlens[1:-1].long())):
+        for ids in torch.tensor_split(input_ids_T, cu_seqlens[1:-1].long()):
             state = 0
             for token in ids.tolist():
                 state = hash_step(state, token)
                 states_T.append(state)
-            cache.state[row], cache.lengths[row] = state, len(ids)
             self.prefill_lengths.append(len(ids))
-        # The head sees each position's state as its hidden row; the weight is the identity of the product.
-        states = head(torch.tensor(states_T)[:, None], torch.ones(1, 1, dtype=torch.int64))
-        return logits_of(states[:, 0])
+        cache.state_S[slots_T] = torch.tensor(states_T)
+        return self._logits(torch.tensor(states_T), head)
 
-    def decode(self, input_ids_B: Tensor, positions_B: Tensor, cache: HashCache) -> Tensor:
-        assert torch.equal(positions_B, cache.lengths), "a token is decoded at another place than its row's end"
-        assert int(positions_B.max()) < cache.max_len
-        self.decode_rows.append(len(input_ids_B))
-        cache.state = hash_step(cache.state, input_ids_B)
-        cache.lengths = cache.lengths + 1
-        return logits_of(cache.state)
+    def decode(
+        self,
+        input_ids_B: Tensor,
+        positions_B: Tensor,
+        cache: HashCache,
+        block_table_BN: Tensor,
+        *,
+        head: Callable | None = None,
+    ) -> Tensor:
+        def slots_of(places_B: Tensor) -> Tensor:
+            return block_table_BN.long().gather(1, places_B[:, None] // BLOCK)[:, 0] * BLOCK + places_B % BLOCK
+
+        if head is None:
+            self.decode_rows.append(len(input_ids_B))
+        else:
+            self.prefill_lengths.append(len(input_ids_B))
+        # One by one: rows may be neighbours in one sequence.
+        states = []
+        for before, at, token in zip(slots_of(positions_B - 1), slots_of(positions_B), input_ids_B, strict=True):
+            cache.state_S[at] = hash_step(cache.state_S[before], token)
+            states.append(cache.state_S[at].clone())
+        return self._logits(torch.stack(states), head or (lambda hidden, weight: hidden))
+
+    @staticmethod
+    def _logits(states_T: Tensor, head: Callable) -> Tensor:
+        # The head sees each position's state as its hidden row; the weight is the identity of the product.
+        return logits_of(head(states_T[:, None].double(), torch.ones(1, 1, dtype=torch.float64))[:, 0].long())
 
 
 @pytest.fixture
 def decoder(monkeypatch: pytest.MonkeyPatch) -> HashDecoder:
-    monkeypatch.setattr(engine_module, "KVCache", HashCache)
+    monkeypatch.setattr(batch_module, "BlockCache", HashCache)
+    monkeypatch.setattr(engine_module, "BlockCache", HashCache)
+    HashCache.made.clear()
     return HashDecoder()
 
 
@@ -113,12 +143,12 @@ def expected_completion(
     return ids, logprobs, "length"
 
 
-@pytest.mark.parametrize("trial", range(24))
+@pytest.mark.parametrize("trial", range(60))
 def test_rows_are_never_mixed(decoder: HashDecoder, trial: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random prompts, duplicates, stops, limits, group and wave sizes; stops also noticed late, as on a GPU."""
+    """Random prompts, duplicates, stops, limits, rows, blocks and prefills; stops also noticed late, as on a GPU."""
     rng = random.Random(trial)
-    monkeypatch.setitem(engine_module.SYNC_STEPS, "cpu", rng.choice([1, 1, 5]))
-    prompts = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 9))] for _ in range(rng.randint(1, 12))]
+    monkeypatch.setitem(batch_module.SYNC_STEPS, "cpu", rng.choice([1, 1, 5]))
+    prompts = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 33))] for _ in range(rng.randint(1, 12))]
     prompts += rng.choices(prompts, k=rng.randint(0, 3))
     max_tokens = rng.randint(1, 30)
     params = SamplingParams(
@@ -134,9 +164,17 @@ def test_rows_are_never_mixed(decoder: HashDecoder, trial: int, monkeypatch: pyt
     )
     sequence_ids = rng.sample(range(10**6), len(prompts))
     max_num_seqs = rng.choice([1, 3, 8, 64])
+    budget = rng.choice([None, 7000, 9500, 20000])  # 7 blocks hold one sample of any prompt, and hardly two
 
     progress: list[tuple[int, int]] = []
-    groups = RolloutEngine(decoder, None, max_num_seqs).generate(
+    engine = RolloutEngine(
+        decoder,
+        None,
+        max_num_seqs,
+        max_num_batched_tokens=rng.choice([8192, 40, 7]),
+        kv_cache_memory_bytes=budget,
+    )
+    groups = engine.generate(
         prompts, params, sequence_ids=sequence_ids, on_progress=lambda done, total: progress.append((done, total))
     )
 
@@ -151,6 +189,7 @@ def test_rows_are_never_mixed(decoder: HashDecoder, trial: int, monkeypatch: pyt
     assert progress[-1] == (total, total)
     assert progress == sorted(set(progress))
     assert max(decoder.decode_rows, default=0) <= max_num_seqs
+    assert budget is None or HashCache.made[-1].num_blocks <= budget // 1000
 
 
 def test_group_shares_one_prefill(decoder: HashDecoder) -> None:
@@ -159,12 +198,32 @@ def test_group_shares_one_prefill(decoder: HashDecoder) -> None:
     assert decoder.prefill_lengths == [3, 2, 7]
 
 
-def test_wave_holds_whole_groups(decoder: HashDecoder) -> None:
-    """10 rows take two groups of 4, so that no prompt is computed twice."""
-    prompts = [[i, i] for i in range(5)]
-    RolloutEngine(decoder, None, max_num_seqs=10).generate(prompts, SamplingParams(n=4, max_tokens=2, ignore_eos=True))
-    assert decoder.prefill_lengths == [2] * 5
-    assert decoder.decode_rows == [8, 8, 4]
+def test_finished_rows_leave_at_once_and_waiting_ones_enter(decoder: HashDecoder) -> None:
+    """64 samples in 8 rows: hardly a step with a row that has stopped, or with one that is empty while others wait."""
+    params = SamplingParams(n=16, max_tokens=40, stop_token_ids=[1, 2, 3])
+    groups = RolloutEngine(decoder, None, max_num_seqs=8).generate([[6], [7], [8], [9, 9]], params)
+    needed = sum(len(completion.token_ids) - 1 for group in groups for completion in group)
+    assert sum(decoder.decode_rows) == needed
+    full = max(step for step, rows in enumerate(decoder.decode_rows) if rows == 8)
+    assert min(decoder.decode_rows[:full]) >= 7  # an eighth of the rows is one
+    assert decoder.prefill_lengths == [1, 1, 1, 2]
+
+
+def test_long_prompts_are_computed_in_parts(decoder: HashDecoder) -> None:
+    engine = RolloutEngine(decoder, None, max_num_batched_tokens=16)
+    engine.generate([[1] * 50, [2] * 9, [3] * 9], SamplingParams(max_tokens=1))
+    assert sorted(decoder.prefill_lengths) == [2, 9, 9, 16, 16, 16]
+
+
+def test_the_cache_keeps_to_its_budget(decoder: HashDecoder) -> None:
+    """16 prompt tokens and 32 new ones are 3 blocks; samples of a prompt share the first."""
+    params = SamplingParams(n=4, max_tokens=33, ignore_eos=True)
+    RolloutEngine(decoder, None, kv_cache_memory_bytes=5999).generate([[1] * 16, [2] * 16], params)
+    assert HashCache.made[-1].num_blocks == 5 and max(decoder.decode_rows) == 2
+    RolloutEngine(decoder, None, kv_cache_memory_bytes=10**9).generate([[1] * 16, [2] * 16], params)
+    assert HashCache.made[-1].num_blocks == 8 * 2 + 2 and max(decoder.decode_rows) == 8
+    with pytest.raises(ValueError, match=r"kv_cache_memory_bytes is 2,999; one completion of 33 .* 16 takes 3,000"):
+        RolloutEngine(decoder, None, kv_cache_memory_bytes=2999).generate([[1] * 16], params)
 
 
 def test_equal_prompts_share_one_prefill_but_no_noise(decoder: HashDecoder) -> None:
@@ -172,16 +231,6 @@ def test_equal_prompts_share_one_prefill_but_no_noise(decoder: HashDecoder) -> N
     groups = RolloutEngine(decoder, None).generate([[3, 1]] * 8, params)
     assert decoder.prefill_lengths == [2]
     assert len({tuple(group[0].token_ids) for group in groups}) == 8
-
-
-def test_stopped_rows_are_dropped(decoder: HashDecoder) -> None:
-    params = SamplingParams(n=64, max_tokens=40, stop_token_ids=[1, 2, 3])
-    (group,) = RolloutEngine(decoder, None).generate([[6]], params)
-    needed = sum(len(completion.token_ids) - 1 for completion in group)
-    rows = decoder.decode_rows
-    assert rows == sorted(rows, reverse=True) and rows[-1] < rows[0]
-    # At most a quarter of the rows of a step have stopped already.
-    assert needed <= sum(rows) <= needed / 0.75 + 1
 
 
 def test_stops_when_every_row_has(decoder: HashDecoder) -> None:
@@ -249,6 +298,8 @@ def test_bad_input_is_refused_before_any_work(decoder: HashDecoder, prompts: lis
 def test_bad_engine_options(decoder: HashDecoder) -> None:
     with pytest.raises(ValueError, match="max_num_seqs is 0"):
         RolloutEngine(decoder, None, max_num_seqs=0)
+    with pytest.raises(ValueError, match="max_num_batched_tokens is 0"):
+        RolloutEngine(decoder, None, max_num_batched_tokens=0)
     with pytest.raises(ValueError, match="max_model_len is 65; expected 2 to 64"):
         RolloutEngine(decoder, None, max_model_len=65)
     decoder.scalar_head = True
@@ -274,9 +325,9 @@ def test_ops_run_the_implementation_asked_for(
 ) -> None:
     asked = []
     for name in ("sample_tokens", "selective_logprobs"):  # min_tokens brings in the second
-        op = getattr(engine_module, name)
+        op = getattr(batch_module, name)
         monkeypatch.setattr(
-            engine_module, name, lambda *args, op=op, **options: asked.append(options["impl"]) or op(*args, **options)
+            batch_module, name, lambda *args, op=op, **options: asked.append(options["impl"]) or op(*args, **options)
         )
     RolloutEngine(decoder, None, impl=impl).generate([[1]], SamplingParams(max_tokens=2, min_tokens=2))
     assert asked == [impl] * 4

@@ -1,0 +1,336 @@
+"""The rows that decode together: finished ones leave at once, waiting ones enter.
+
+queue    p3 p4 ...     prompts; the samples of a prompt enter one by one as rows and blocks become free
+prefill  p0 p1 p2      new prompts, packed; their blocks are written once
+enter    p0 p0 p1 ...  a row holds the full blocks of its prompt together with its sisters, and has the last,
+                       partly filled one as a copy, beside the blocks for what it will sample
+decode   o o x o x o   one token per row and step
+leave    o o   o   o   stopped rows give back their blocks; on a GPU every eighth step, which is a wait for it
+
+blocks   |prompt 0   |prompt 0   |tail, sample 0|sample 0|      16 tokens each
+                                 |tail, sample 1|sample 1|
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from r1fast.models.cache import BlockCache
+from r1fast.models.decoder import Decoder
+from r1fast.rollout.blocks import BlockPool
+from r1fast.rollout.sampling import SamplingParams, fold_in
+from r1fast_kernels import sample_tokens, selective_logprobs
+from r1fast_kernels.decode_attention import BLOCK
+from r1fast_kernels.products import linear
+
+SYNC_STEPS = {"cpu": 1}  # steps between looks at the stop flags
+DEVICE_SYNC_STEPS = 8  # elsewhere: each look waits for the device
+ENTER_ABOVE = 1 / 8  # share of free rows at which waiting samples enter: a prefill of few tokens costs as many launches
+
+
+def num_blocks_of(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK)
+
+
+@dataclass
+class Prompt:
+    """A distinct prompt and the samples of it that wait: (index in the output, key of the noise)."""
+
+    ids: list[int]
+    waiting: deque[tuple[int, int]] = field(default_factory=deque)
+    blocks: list[int] = field(default_factory=list)  # while samples wait
+    logits_1V: Tensor | None = None
+    experts_PLK: np.ndarray | None = None
+
+    @property
+    def num_full(self) -> int:
+        return len(self.ids) // BLOCK
+
+    def num_own(self, max_tokens: int) -> int:
+        """Blocks that a sample has for itself. The last token is sampled, but never fed."""
+        return num_blocks_of(len(self.ids) + max_tokens - 1) - self.num_full
+
+
+@dataclass
+class Sampled:
+    token_ids: list[int]
+    logprobs: list[float]
+    routed_experts: np.ndarray | None
+
+
+@dataclass
+class _Row:
+    index: int  # in the output
+    key: int
+    line: int  # of the buffers
+    prompt: Prompt
+    blocks: list[int]
+
+
+@dataclass
+class _Rows:
+    """What a step needs of each row, tensors of one length."""
+
+    line_B: Tensor
+    key_B: Tensor
+    next_B: Tensor  # place in the sequence of the token sampled next
+    last_B: Tensor  # the last place that is fed
+    count_B: Tensor  # tokens sampled
+    stopped_B: Tensor
+    id_B: Tensor  # the token sampled last
+    block_table_BN: Tensor
+
+    def select(self, index_B: Tensor) -> "_Rows":
+        return _Rows(*(x[index_B] for x in self.__dict__.values()))
+
+    def join(self, other: "_Rows") -> "_Rows":
+        return _Rows(*(torch.cat(pair) for pair in zip(self.__dict__.values(), other.__dict__.values())))
+
+
+class Batch:
+    """Samples what waits in `prompts`; `finish(index, sampled)` is called for each sample when it has left.
+
+    num_blocks: of the cache; max_rows: rows at a time; max_tokens_at_once: of a prefill, longer prompts come in parts.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        stop_ids: list[int],
+        *,
+        num_blocks: int,
+        max_rows: int,
+        max_tokens_at_once: int,
+        impl: str | None,
+        record_experts: bool,
+        finish: Callable[[int, Sampled], None],
+    ) -> None:
+        self.model, self.params, self.impl, self.finish = model, params, impl, finish
+        self.queue, self.max_rows, self.max_tokens_at_once = deque(prompts), max_rows, max_tokens_at_once
+        self.record_experts = record_experts
+        weight_VD = model.embed_tokens.weight
+        self.device = weight_VD.device
+        self.cache = BlockCache(model.config, num_blocks, weight_VD.dtype, self.device)
+        self.pool = BlockPool(num_blocks)
+        self.table_width = max(p.num_full + p.num_own(params.max_tokens) for p in prompts)
+        self.stop_ids_X = torch.tensor(stop_ids, dtype=torch.int64, device=self.device)
+        self.is_stop_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
+        self.is_stop_V[self.stop_ids_X] = True
+        # One column more: rows that have stopped, but not yet left, write there.
+        self.ids_RS = torch.zeros(max_rows, params.max_tokens + 1, dtype=torch.int64, device=self.device)
+        self.logprobs_RS = torch.zeros(max_rows, params.max_tokens + 1, device=self.device)
+        self.experts_RSLK: Tensor | None = None
+        self.free_lines = list(range(max_rows - 1, -1, -1))
+        self.members: list[_Row] = []
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
+        table_0N = torch.zeros(0, self.table_width, dtype=torch.int32, device=self.device)
+        self.rows = _Rows(none, none, none, none, none, none.bool(), none, table_0N)
+
+    def run(self) -> None:
+        sync_steps = SYNC_STEPS.get(self.device.type, DEVICE_SYNC_STEPS)
+        while self.queue or self.members:
+            while self.queue and len(self.free_lines) >= self.max_rows * ENTER_ABOVE and self._enter():
+                self._leave()  # the first token may be the last
+            assert self.members or not self.queue, "a sample that does not fit into the empty cache"
+            for _ in range(sync_steps if self.members else 0):
+                self._step()
+            self._leave()
+
+    # ---- entering ----
+
+    def _enter(self) -> bool:
+        """False where no sample finds its blocks."""
+        prompts, members = self._admit()
+        if not members:
+            return False
+        for some in _packs(prompts, self.max_tokens_at_once):
+            self._prefill(some)
+        self._copy_tails(members)
+        self._sample_first(members)
+        for prompt in {id(member.prompt): member.prompt for member in members}.values():
+            if not prompt.waiting:
+                self.pool.give_back(prompt.blocks)
+                prompt.logits_1V = None
+        return True
+
+    def _admit(self) -> tuple[list[Prompt], list[_Row]]:
+        """The prompts to prefill, and the samples that enter, as far as rows and blocks allow."""
+        prompts: list[Prompt] = []
+        members: list[_Row] = []
+        while self.queue and self.free_lines:
+            prompt = self.queue[0]
+            own = prompt.num_own(self.params.max_tokens)
+            if not prompt.blocks:
+                if num_blocks_of(len(prompt.ids)) + own > self.pool.num_free:
+                    break
+                prompt.blocks = self.pool.take(num_blocks_of(len(prompt.ids)))
+                prompts.append(prompt)
+            while prompt.waiting and self.free_lines and own <= self.pool.num_free:
+                index, key = prompt.waiting.popleft()
+                shared = prompt.blocks[: prompt.num_full]
+                self.pool.share(shared)
+                members.append(_Row(index, key, self.free_lines.pop(), prompt, shared + self.pool.take(own)))
+            if prompt.waiting:
+                break
+            self.queue.popleft()
+        return prompts, members
+
+    def _prefill(self, prompts: list[Prompt]) -> None:
+        """Packed; of a prompt that is longer than a prefill may be, the rest follows in rows of neighbours."""
+        heads = [prompt.ids[: self.max_tokens_at_once] for prompt in prompts]
+        lengths_P = torch.tensor([len(ids) for ids in heads])
+        ends_P = lengths_P.cumsum(0)
+        last_P = (ends_P - 1).to(self.device)
+        logits_PV = self.model(
+            self._int64([i for ids in heads for i in ids]),
+            torch.nn.functional.pad(ends_P, (1, 0)).to(self.device, torch.int32),
+            cache=self.cache,
+            slots_T=torch.cat([self._slots(prompt.blocks, len(ids)) for prompt, ids in zip(prompts, heads)]),
+            head=lambda hidden_TD, weight_VD: linear(hidden_TD[last_P], weight_VD),
+        )
+        parts = np.split(self._last_experts(), ends_P[:-1].numpy()) if self.record_experts else [None] * len(prompts)
+        for prompt, logits_1V, experts_TLK in zip(prompts, logits_PV.split(1), parts):
+            prompt.logits_1V, prompt.experts_PLK = logits_1V, experts_TLK
+            for start in range(self.max_tokens_at_once, len(prompt.ids), self.max_tokens_at_once):
+                self._prefill_part(prompt, range(start, min(start + self.max_tokens_at_once, len(prompt.ids))))
+
+    def _prefill_part(self, prompt: Prompt, places: range) -> None:
+        table_1N = torch.tensor([prompt.blocks], dtype=torch.int32, device=self.device)
+        prompt.logits_1V = self.model.decode(
+            self._int64(prompt.ids[places.start : places.stop]),
+            torch.arange(places.start, places.stop, device=self.device),
+            self.cache,
+            table_1N.expand(len(places), -1),
+            head=lambda hidden_TD, weight_VD: linear(hidden_TD[-1:], weight_VD),
+        )
+        if prompt.experts_PLK is not None:
+            prompt.experts_PLK = np.concatenate([prompt.experts_PLK, self._last_experts()])
+
+    def _copy_tails(self, members: list[_Row]) -> None:
+        """The last block of a prompt, unless it is full, goes on differently in each sample."""
+        parting = [member for member in members if len(member.prompt.ids) % BLOCK and member.blocks]
+        if parting:
+            full = [member.prompt.num_full for member in parting]
+            sources = self._int64([member.prompt.blocks[n] for member, n in zip(parting, full)])
+            self.cache.copy_blocks(sources, self._int64([member.blocks[n] for member, n in zip(parting, full)]))
+
+    def _sample_first(self, members: list[_Row]) -> None:
+        size_B = self._int64([len(member.prompt.ids) for member in members])
+        none_B = torch.zeros_like(size_B)
+        table_BN = [member.blocks + [0] * (self.table_width - len(member.blocks)) for member in members]
+        rows = _Rows(
+            line_B=self._int64([member.line for member in members]),
+            key_B=self._int64([member.key for member in members]),
+            next_B=size_B,
+            last_B=size_B + self.params.max_tokens - 2,
+            count_B=none_B,
+            stopped_B=none_B.bool(),
+            id_B=none_B,
+            block_table_BN=torch.tensor(table_BN, dtype=torch.int32, device=self.device),
+        )
+        self._sample(rows, torch.cat([cast(Tensor, member.prompt.logits_1V) for member in members]))
+        self.members += members
+        self.rows = self.rows.join(rows)
+
+    # ---- decoding ----
+
+    def _step(self) -> None:
+        rows = self.rows
+        # The place of the token sampled last; a row that has stopped at the end of its blocks stays in them.
+        place_B = torch.minimum(rows.next_B - 1, rows.last_B)
+        logits_BV = self.model.decode(rows.id_B, place_B, self.cache, rows.block_table_BN)
+        if self.record_experts:
+            self._record(rows)
+        self._sample(rows, logits_BV)
+
+    def _sample(self, rows: _Rows, logits_BV: Tensor) -> None:
+        """The next token of each row, and where it stands then. In place."""
+        min_tokens = self.params.min_tokens
+        banned_BV = (rows.count_B < min_tokens)[:, None] & self.is_stop_V if min_tokens else None
+        seeds_B = fold_in(rows.key_B, rows.next_B)
+        rows.id_B, logprobs_B = draw(logits_BV, self.params, seeds_B, banned_BV, self.impl)
+        column_B = rows.count_B.where(~rows.stopped_B, self.params.max_tokens)
+        self.ids_RS[rows.line_B, column_B] = rows.id_B
+        self.logprobs_RS[rows.line_B, column_B] = logprobs_B
+        rows.next_B = rows.next_B + ~rows.stopped_B
+        rows.count_B = rows.count_B + ~rows.stopped_B
+        rows.stopped_B = rows.stopped_B | self.is_stop_V[rows.id_B] | (rows.count_B == self.params.max_tokens)
+
+    def _record(self, rows: _Rows) -> None:
+        experts_BLK = self.model.last_expert_ids().to(torch.int16)
+        if self.experts_RSLK is None:
+            self.experts_RSLK = experts_BLK.new_zeros(*self.ids_RS.shape, *experts_BLK.shape[1:])
+        column_B = (rows.count_B - 1).where(~rows.stopped_B, self.params.max_tokens)
+        self.experts_RSLK[rows.line_B, column_B] = experts_BLK
+
+    # ---- leaving ----
+
+    def _leave(self) -> None:
+        """Rows that have stopped. The one host read of a step."""
+        stopped = self.rows.stopped_B.nonzero().squeeze(1)
+        if not len(stopped):
+            return
+        lines_B = self.rows.line_B[stopped]
+        ids, logprobs = self.ids_RS[lines_B].tolist(), self.logprobs_RS[lines_B].tolist()
+        counts, leaving = self.rows.count_B[stopped].tolist(), stopped.tolist()
+        routed_BSLK = None if self.experts_RSLK is None else self.experts_RSLK[lines_B].cpu().numpy()
+        for b, (place, count) in enumerate(zip(leaving, counts)):
+            member = self.members[place]
+            experts = member.prompt.experts_PLK
+            if experts is not None and routed_BSLK is not None:
+                experts = np.concatenate([experts, routed_BSLK[b, : count - 1]])
+            self.finish(member.index, Sampled(ids[b][:count], logprobs[b][:count], experts))
+            self.pool.give_back(member.blocks)
+            self.free_lines.append(member.line)
+        gone = set(leaving)
+        self.members = [member for place, member in enumerate(self.members) if place not in gone]
+        self.rows = self.rows.select((~self.rows.stopped_B).nonzero().squeeze(1))
+
+    def _last_experts(self) -> np.ndarray:
+        return self.model.last_expert_ids().to(torch.int16).cpu().numpy()
+
+    def _int64(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def _slots(self, blocks: list[int], num_tokens: int) -> Tensor:
+        return (self._int64(blocks)[:, None] * BLOCK + torch.arange(BLOCK, device=self.device)).flatten()[:num_tokens]
+
+
+def _packs(prompts: list[Prompt], max_tokens: int) -> Iterator[list[Prompt]]:
+    """In order, as many as fit into max_tokens together, at least one."""
+    pack: list[Prompt] = []
+    for prompt in prompts:
+        if pack and sum(len(other.ids) for other in pack) + len(prompt.ids) > max_tokens:
+            yield pack
+            pack = []
+        pack.append(prompt)
+    if pack:
+        yield pack
+
+
+def draw(
+    logits_BV: Tensor, params: SamplingParams, seeds_B: Tensor, banned_BV: Tensor | None, impl: str | None
+) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-prob in the untruncated tempered distribution; banned ones are never drawn."""
+    sample = partial(
+        sample_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        seeds_B=seeds_B,
+        impl=impl,
+    )
+    if banned_BV is None:
+        return sample(logits_BV)
+    ids_B, _ = sample(logits_BV.masked_fill(banned_BV, -torch.inf))
+    # The trainer knows nothing of the ban: its log-prob, and so the ratio, is that of the distribution without it.
+    logprobs_B = selective_logprobs(logits_BV, ids_B, temperature=params.temperature or 1.0, impl=impl)
+    return ids_B, cast(Tensor, logprobs_B)
