@@ -4,6 +4,7 @@ A mistake found here costs seconds and changes nothing on disk.
 """
 
 import importlib.util
+import itertools
 import math
 import tempfile
 from collections import Counter
@@ -84,11 +85,15 @@ def _problems(recipe: Recipe, stage: Any) -> Iterator[str]:
 
 
 def _vllm_problems(recipe: Recipe, selected: list[str]) -> Iterator[str]:
-    from r1fast.rollout.vllm import INSTALL, RolloutError
+    from r1fast.rollout.vllm import INSTALL, LOWEST_TEMPERATURE, RolloutError
     from r1fast.rollout.vllm_server import Client, server_problems
 
     options = recipe.rollout.vllm
-    replays = [s.name for s in recipe.stages if s.name in selected and getattr(s, "router_replay", False)]
+    stages = [stage for stage in recipe.stages if stage.name in selected]
+    for stage, key in itertools.product(stages, ("temperature", "eval_temperature")):
+        if 0 < (value := getattr(stage, key, 0)) < LOWEST_TEMPERATURE:
+            yield f"stages.{stage.name}.{key} = {value}: vLLM takes 0 or at least {LOWEST_TEMPERATURE}"
+    replays = [stage.name for stage in stages if getattr(stage, "router_replay", False)]
     if options.server_base_url is None or options.weight_transfer == "nccl":
         import torch
 

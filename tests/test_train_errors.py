@@ -247,6 +247,11 @@ def test_vllm_that_is_not_installed(refuse_recipe, without_vllm: None) -> None:
     assert "rollout.engine: vllm is not installed; pip install 'r1fast[vllm]'" in message
 
 
+def test_a_temperature_that_vllm_would_raise(refuse_recipe) -> None:
+    message = refuse_recipe({**GRPO, "eval_temperature": 0.001}, rollout=IN_PROCESS)
+    assert "stages.zero.eval_temperature = 0.001: vLLM takes 0 or at least 0.01" in message
+
+
 def test_router_replay_with_vllm_on_a_cpu(refuse_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

@@ -112,6 +112,7 @@ class VllmEngine:
             except WeightsLostError:
                 if attempt + 1 == MAX_PUSHES:
                     raise
+                self.num_pushes = 0  # another server: zeros and the check again
         self.backend.rest()
         return [self._completions(prompt, sampled, params) for prompt, sampled in zip(prompt_ids, outputs, strict=True)]
 

@@ -131,8 +131,10 @@ def test_a_nan_logprob_is_found(engine: VllmEngine) -> None:
 
 def test_lost_weights_are_pushed_again(engine: VllmEngine) -> None:
     expected = engine.generate(PROMPTS, SamplingParams(max_tokens=4))
-    engine.backend.restarts = MAX_PUSHES - 1
+    engine.generate(PROMPTS, SamplingParams(max_tokens=4))
+    engine.backend.restarts, engine.backend.loads[:] = MAX_PUSHES - 1, []
     assert engine.generate(PROMPTS, SamplingParams(max_tokens=4)) == expected
+    assert engine.backend.loads == [False, True, True]  # another server is zeroed, and checked, as the first was
     engine.backend.restarts = MAX_PUSHES
     with pytest.raises(WeightsLostError, match="started again"):
         engine.generate(PROMPTS, SamplingParams(max_tokens=4))
