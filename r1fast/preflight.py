@@ -4,6 +4,7 @@ A mistake found here costs seconds and changes nothing on disk.
 """
 
 import importlib.util
+import itertools
 import math
 import tempfile
 from collections import Counter
@@ -45,6 +46,9 @@ def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> None:
     for name in recipe.report_to:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"report_to: {name} is not installed; pip install {name}, or take it out of report_to")
+    if recipe.rollout.engine == "vllm":
+        for problem in _vllm_problems(recipe, selected):
+            raise ConfigError(problem)
     try:
         for stage in recipe.stages:
             if stage.name in selected:
@@ -78,6 +82,35 @@ def _problems(recipe: Recipe, stage: Any) -> Iterator[str]:
                 _check_rewards(rewards, columns)
             except ValueError as error:
                 yield f"{key}: {error}"
+
+
+def _vllm_problems(recipe: Recipe, selected: list[str]) -> Iterator[str]:
+    from r1fast.rollout.vllm import INSTALL, LOWEST_TEMPERATURE, RolloutError
+    from r1fast.rollout.vllm_server import Client, server_problems
+
+    options = recipe.rollout.vllm
+    stages = [stage for stage in recipe.stages if stage.name in selected]
+    for stage, key in itertools.product(stages, ("temperature", "eval_temperature")):
+        if 0 < (value := getattr(stage, key, 0)) < LOWEST_TEMPERATURE:
+            yield f"stages.{stage.name}.{key} = {value}: vLLM takes 0 or at least {LOWEST_TEMPERATURE}"
+    replays = [stage.name for stage in stages if getattr(stage, "router_replay", False)]
+    if options.server_base_url is None or options.weight_transfer == "nccl":
+        import torch
+
+        if importlib.util.find_spec("vllm") is None:
+            yield f"rollout.engine: vllm is not installed; {INSTALL}, or name a server in rollout.vllm.server_base_url"
+        if not torch.cuda.is_available():
+            if options.weight_transfer == "nccl":
+                yield "rollout.vllm.weight_transfer: nccl needs a CUDA device on both sides; use folder"
+            if replays:
+                yield f"stages.{replays[0]}.router_replay: vLLM returns no routed experts on a CPU; set it to false"
+    if options.server_base_url is not None:
+        try:
+            client = Client(options.server_base_url, timeout_s=0.0, request_timeout_s=options.server_timeout)
+            for problem in server_problems(client, routed_experts=bool(replays)):
+                yield f"rollout.vllm.server_base_url: {problem}"
+        except RolloutError as error:
+            yield f"rollout.vllm.server_base_url: {error}"
 
 
 def _file_keys(stage: Any) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ PromptTemplate = Literal["r1_zero", "chat", "plain", "few_shot", "tokenizer"]
 ResponseFormatName = Literal["think_answer", "special_token", "think_summary"]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
 
 
 class Strict(BaseModel):
@@ -32,10 +33,51 @@ class KernelsSection(Strict):
     impl: Literal["reference"] | None = None  # None: the best that an op has on this device
 
 
+class VllmOptions(Strict):
+    """Generation by vLLM: in every training process, or by a running server (docs/rollout.md)."""
+
+    server_base_url: str | None = None  # of a server; None: in every training process
+    server_timeout: Seconds = 240.0  # how long a request to the server is tried again after it got no answer
+    request_timeout: Seconds = 600.0  # for one answer of the server: n samples of one prompt, waiting included
+    # To the server. folder: through the run directory, which it must see under the same path. nccl: two CUDA devices.
+    weight_transfer: Literal["folder", "nccl"] = "folder"
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.3  # in process: vLLM's share of the device's memory
+    max_model_length: Positive | None = None  # in process; None: the model's max_position_embeddings
+
+    @model_validator(mode="after")
+    def _check(self) -> "VllmOptions":
+        in_process = self.server_base_url is None
+        others: tuple[str, ...]
+        if in_process:
+            others, advice = ("server_timeout", "request_timeout", "weight_transfer"), "needs server_base_url: set that"
+        else:
+            others, advice = ("gpu_memory_utilization", "max_model_length"), "is a setting of the server: start it so"
+        for name in others:
+            # By value: the recipe that a run saves names every option.
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} {advice}, or drop it")
+        if not in_process and not str(self.server_base_url).startswith(("http://", "https://")):
+            raise ValueError(f"server_base_url is {self.server_base_url!r}; expected http://host:port")
+        return self
+
+
 class RolloutSection(Strict):
-    max_num_seqs: Positive = 512
+    engine: Literal["r1fast", "vllm"] = "r1fast"
+    max_num_seqs: Positive = 512  # samples that are decoded at the same time
     # 1: GRPO samples a step ahead, while it updates, from a copy of the weights (a whole model more on every rank).
     async_steps: Annotated[int, Field(ge=0, le=1)] = 0
+    vllm: VllmOptions = VllmOptions()
+
+    @model_validator(mode="after")
+    def _check(self) -> "RolloutSection":
+        if self.engine != "vllm" and self.vllm != VllmOptions():
+            raise ValueError(f"vllm has options, but engine is {self.engine!r}: set engine: vllm, or drop them")
+        if self.engine == "vllm" and self.vllm.server_base_url is None and self.async_steps:
+            raise ValueError(
+                f"async_steps = {self.async_steps} does not apply to vLLM in process, which takes turns with training: "
+                "name a server in vllm.server_base_url, or drop it"
+            )
+        return self
 
 
 class RewardWorkers(Strict):

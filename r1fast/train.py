@@ -130,6 +130,7 @@ def run(recipe: "Recipe", run_dir: Path, selected: list[str], *, resume: bool) -
     from r1fast.observe.progress import summary_table
     from r1fast.observe.report import build_report
     from r1fast.pipeline import Run
+    from r1fast.rollout.vllm_process import InProcess
 
     torch.manual_seed(recipe.seed)
     dist = init_distributed()
@@ -153,6 +154,7 @@ def run(recipe: "Recipe", run_dir: Path, selected: list[str], *, resume: bool) -
             console.print(summary_table(chain.summary))
             console.print(f"report: {page}", soft_wrap=True)
     finally:
+        InProcess.release()
         dist.close()
     return 0
 

@@ -309,3 +309,33 @@ def test_options_that_do_not_go_together(zero: str) -> None:
     many = "stages.zero.steps_per_generation=16"
     message = message_of(zero, many, "stages.zero.partial_rollout_length=128")
     assert "steps_per_generation = 16 is more than num_generations = 8" in message and "one group" in message
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        ({"vllm": {"server_base_url": "http://a:1"}}, "rollout: vllm has options, but engine is 'r1fast'"),
+        ({"engine": "vllm", "vllm": {"server_timeout": 1}}, "rollout.vllm: server_timeout needs server_base_url"),
+        (
+            {"engine": "vllm", "vllm": {"server_base_url": "http://a:1", "max_model_length": 9}},
+            "rollout.vllm: max_model_length is a setting of the server",
+        ),
+        ({"engine": "vllm", "vllm": {"server_base_url": "a:1"}}, "server_base_url is 'a:1'; expected http://host:port"),
+        ({"engine": "vllm", "vllm": {"server_url": "http://a:1"}}, "rollout.vllm.server_url: unknown key"),
+        ({"engine": "vllm", "async_steps": 1}, "rollout: async_steps = 1 does not apply to vLLM in process"),
+        ({"engine": "sglang"}, "rollout.engine: "),
+    ],
+)
+def test_options_of_vllm_that_do_not_apply(rollout: dict, message: str) -> None:
+    raw = {"rollout": rollout, "stages": [yaml.safe_load(ZERO)]}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        validate(raw, "mine.yaml")
+
+
+def test_options_of_vllm_round_trip(write) -> None:
+    """The saved recipe names every option, those of the other way to run vLLM too."""
+    recipe = load_recipe(
+        write(f"stages: [{ZERO}]"), ["rollout.engine=vllm", "rollout.vllm.server_base_url=http://a:1", "name=x"]
+    )
+    assert load_recipe(write(dump_recipe(recipe), "saved.yaml"), []) == recipe
+    assert recipe.rollout.vllm.server_base_url == "http://a:1"

@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -229,6 +232,54 @@ def test_unknown_reward(refuse_recipe, tmp_path: Path, key: str, rewards: dict, 
 def test_tracker_that_is_not_installed(refuse_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "report_to: wandb" in refuse_recipe(GRPO, report_to=["wandb"])
+
+
+@pytest.fixture
+def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+
+
+IN_PROCESS = {"engine": "vllm"}
+
+
+def test_vllm_that_is_not_installed(refuse_recipe, without_vllm: None) -> None:
+    message = refuse_recipe(GRPO, rollout=IN_PROCESS)
+    assert "rollout.engine: vllm is not installed; pip install 'r1fast[vllm]'" in message
+
+
+def test_a_temperature_that_vllm_would_raise(refuse_recipe) -> None:
+    message = refuse_recipe({**GRPO, "eval_temperature": 0.001}, rollout=IN_PROCESS)
+    assert "stages.zero.eval_temperature = 0.001: vLLM takes 0 or at least 0.01" in message
+
+
+def test_router_replay_with_vllm_on_a_cpu(refuse_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    sys.modules["vllm"].__spec__ = ModuleSpec("vllm", None)
+    message = refuse_recipe({**GRPO, "router_replay": True}, rollout=IN_PROCESS)
+    assert "stages.zero.router_replay: vLLM returns no routed experts on a CPU" in message
+
+
+def test_vllm_server_that_is_not_there(refuse_recipe) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        message = refuse_recipe(GRPO, rollout={"engine": "vllm", "vllm": {"server_base_url": url}})
+    assert f"rollout.vllm.server_base_url: vLLM server {url}: GET /server_info" in message
+    assert "Start it as docs/rollout.md says" in message
+
+
+def test_weights_by_nccl_without_a_gpu(refuse_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    sys.modules["vllm"].__spec__ = ModuleSpec("vllm", None)
+    options = {"server_base_url": "http://127.0.0.1:1", "weight_transfer": "nccl"}
+    message = refuse_recipe(GRPO, rollout={"engine": "vllm", "vllm": options})
+    assert "rollout.vllm.weight_transfer: nccl needs a CUDA device on both sides" in message
 
 
 # Checkpoints

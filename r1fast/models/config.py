@@ -176,6 +176,8 @@ class ModelConfig:
         if self.uses_mla:
             names += [*_MLA, *_MOE, "n_routed_experts"]
             overrides["num_nextn_predict_layers"] = 0  # the multi-token-prediction block is not part of the decoder
+            # transformers has V3's router in its code; vLLM reads it here, and falls back on V2's softmax.
+            overrides |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
         elif self.model_type == "llama":
             names += ["head_dim", "mlp_bias"]
         elif self.model_type in ("qwen3", "qwen3_moe"):

@@ -13,6 +13,9 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from r1fast.models.config import ModelConfig
 
 FinishReason = Literal["stop", "length"]
 
@@ -77,6 +80,25 @@ class Completion:
     logprobs: list[float]
     finish_reason: FinishReason
     routed_experts: np.ndarray | None = None
+
+
+def eos_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
+    """End-of-sequence tokens of the model's configuration (one or several) and of the tokenizer."""
+    eos = config.eos_token_id
+    found = [*(eos if isinstance(eos, (list, tuple)) else [eos]), tokenizer.eos_token_id if tokenizer else None]
+    return {i for i in found if i is not None}
+
+
+def completion_texts(
+    tokenizer: PreTrainedTokenizerBase | None, eos_ids: set[int], token_ids: Sequence[list[int]]
+) -> list[str]:
+    """The texts of completions whose stop token is left out already; see Completion."""
+    if tokenizer is None:
+        return [""] * len(token_ids)
+    # Not skip_special_tokens: tags such as <think> are special tokens in some vocabularies, and rewards read them.
+    dropped = eos_ids | {tokenizer.pad_token_id, tokenizer.bos_token_id}
+    shown = [[i for i in ids if i not in dropped] for ids in token_ids]
+    return tokenizer.batch_decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def sample_keys(seed: int, sequence_ids_N: Tensor, sample_ids_N: Tensor) -> Tensor:

@@ -18,9 +18,8 @@ import torch
 from r1fast.dist.parallelize import copy_whole_weights
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model
-from r1fast.rollout.sampling import Completion
 from r1fast.stages.context import StageContext
-from r1fast.stages.sampling import Call, Sample, Sampler
+from r1fast.stages.sampling import Call, Sample, Sampler, Share
 
 
 class BackgroundSampler(Sampler):
@@ -42,10 +41,10 @@ class BackgroundSampler(Sampler):
         future = self.thread.submit(self.run, call)
         return lambda: self._finish(call, future)
 
-    def run(self, call: Call) -> dict[int, list[Completion]]:
+    def run(self, call: Call) -> Share:
         with torch.cuda.stream(self.stream):  # None: nothing. A new thread has neither the stream nor the device
             return super().run(call)
 
-    def _finish(self, call: Call, future: Future[dict[int, list[Completion]]]) -> list[Sample]:
+    def _finish(self, call: Call, future: Future[Share]) -> list[Sample]:
         with self.ctx.phase("generate"):  # what of it the training did not hide
             return self.gather(call, future.result())

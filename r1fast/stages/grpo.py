@@ -28,7 +28,7 @@ from r1fast.stages.context import StageContext
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
 from r1fast.stages.reward_model import RewardModels
 from r1fast.stages.rollouts import Rollouts
-from r1fast.stages.sampling import Sample
+from r1fast.stages.sampling import GenerationFailed, Sample
 from r1fast.stages.scoring import Scorer, punish_overlong, total_rewards
 from r1fast.stages.training import LossFn, Trainer, map_packed
 from r1fast_kernels import group_advantages, linear_grpo_loss, linear_logprobs
@@ -83,7 +83,12 @@ class Learner:
         with self.ctx.log(stage.max_steps, done) as log:
             for step in range(done, stage.max_steps):
                 start = time.perf_counter()
-                samples, metrics = self.train_step(step)
+                try:
+                    samples, metrics = self.train_step(step)
+                except GenerationFailed:
+                    if step > done and not self.trainer.is_due(step, last=False):  # else it has been saved
+                        self.trainer.save(step, last=True, rollouts=step, sampling=self.rollouts.state())
+                    raise
                 seconds = time.perf_counter() - start
                 log.log(
                     step + 1, metrics | {"step_time": seconds, "tokens_per_second": metrics["num_tokens"] / seconds}
@@ -137,7 +142,11 @@ class Learner:
             equal = [place for place, group in enumerate(groups) if not has_spread(group)]
             if not equal:
                 break
-            fresh = self.rollouts.in_place_of([groups[place] for place in equal])
+            try:
+                fresh = self.rollouts.in_place_of([groups[place] for place in equal])
+            except GenerationFailed:
+                self.rollouts.give_back(groups)
+                raise
             if fresh:
                 metrics["rewards/failures"] += self.reward([sample for group in fresh for sample in group])
             for place, group in zip(equal, fresh):  # partial rollouts may have left some unfinished
@@ -227,7 +236,8 @@ def importance_cap(ctx: StageContext) -> float | None:
     stage: GRPOStage = ctx.stage
     if stage.sampling_importance_cap != "auto":
         return stage.sampling_importance_cap
-    same_weights = not ctx.recipe.rollout.async_steps and stage.partial_rollout_length is None
+    rollout = ctx.recipe.rollout
+    same_weights = rollout.engine == "r1fast" and not rollout.async_steps and stage.partial_rollout_length is None
     return None if same_weights and ctx.param_dtype is torch.float32 else DEFAULT_IMPORTANCE_CAP
 
 

@@ -23,7 +23,7 @@ from r1fast.stages.background import BackgroundSampler
 from r1fast.stages.batch import Prompt
 from r1fast.stages.context import StageContext
 from r1fast.stages.prompts import Prompts
-from r1fast.stages.sampling import Call, Sample, Sampler
+from r1fast.stages.sampling import Call, GenerationFailed, Sample, Sampler
 
 Group = list[Sample]  # of one prompt; sample.group is the number of prompts that were drawn before it
 
@@ -63,10 +63,19 @@ class Rollouts:
     def in_place_of(self, groups: list[Group]) -> list[Group]:
         """Groups of as many new prompts of the same domains; one that is cut goes on in the next step instead."""
         assert self.running is None, "the sampler is at work on the next step"
+        places = dict(self.prompts.places)
         fresh = self._draw(Counter(self.prompts.domain_of(group[0].row) for group in groups))
-        self._start(fresh)()
+        try:
+            self._start(fresh)()
+        except GenerationFailed:
+            self.prompts.places = places
+            raise
         self.groups += [group for group in fresh if not self._is_complete(group)]
         return [group for group in fresh if self._is_complete(group)]
+
+    def give_back(self, groups: list[Group]) -> None:
+        """Of a step that ends here: the next take hands these groups on again."""
+        self.groups, self.sampled = groups + self.groups, True
 
     def settle(self) -> None:
         """Wait for what is being sampled. Should it fail, its prompts stay, and the next take samples them."""

@@ -10,10 +10,17 @@ from r1fast.config import ConfigError
 from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.dist.parallelize import generation_phase
 from r1fast.models.decoder import Decoder
-from r1fast.rollout.engine import RolloutEngine
-from r1fast.rollout.sampling import Completion, SamplingParams
+from r1fast.rollout.sampling import Completion, SamplingParams, completion_texts, eos_token_ids
+from r1fast.rollout.vllm import RolloutError
 from r1fast.stages.batch import Prompt, encode_prompts
 from r1fast.stages.context import StageContext
+from r1fast.stages.engines import build_engine, share_of
+
+Share = dict[int, list[Completion]] | str  # by index of the prompt, or why vLLM gave none
+
+
+class GenerationFailed(ConfigError):
+    """vLLM gave no completions, raised on every rank; the model is as it was, so what was done before can be saved."""
 
 
 @dataclass(slots=True)
@@ -54,13 +61,7 @@ class Sampler:
         """record: samples of a mixture of experts say which experts each token went to."""
         self.ctx, self.model, self.tokenizer = ctx, model, tokenizer
         self.options = options or ctx.stage  # prompt_template, response_format, lengths
-        self.engine = RolloutEngine(
-            model,
-            tokenizer,
-            max_num_seqs=ctx.recipe.rollout.max_num_seqs,
-            impl=ctx.recipe.kernels.impl,
-            enable_return_routed_experts=record and any(True for _ in model.moe_layers()),
-        )
+        self.engine = build_engine(ctx, model, tokenizer, record=record)
 
     def encode(self, rows: Sequence[dict]) -> list[Prompt]:
         prompts = encode_prompts([row["prompt"] for row in rows], self.tokenizer, self.options)
@@ -106,16 +107,23 @@ class Sampler:
             mine = self.run(call)
         return self.gather(call, mine)
 
-    def run(self, call: Call) -> dict[int, list[Completion]]:
-        """This rank's share of the prompts, by index; no collective."""
-        mine = range(self.ctx.dist.rank, len(call.rows), self.ctx.dist.world_size)
-        outputs = self.engine.generate(
-            [call.prompts[i].ids for i in mine], call.params, sequence_ids=[call.sequence_ids[i] for i in mine]
-        )
+    def run(self, call: Call) -> Share:
+        """This rank's share of the prompts; no collective."""
+        mine = share_of(self.engine, len(call.rows), self.ctx.dist)
+        try:
+            outputs = self.engine.generate(
+                [call.prompts[i].ids for i in mine], call.params, sequence_ids=[call.sequence_ids[i] for i in mine]
+            )
+        except RolloutError as error:  # raised by `gather` on every rank: the others would wait for this one
+            return str(error)
         return dict(zip(mine, outputs, strict=True))
 
-    def gather(self, call: Call, mine: dict[int, list[Completion]]) -> list[Sample]:
-        merged = {i: found for part in self.ctx.dist.all_gather_objects(mine) for i, found in part.items()}
+    def gather(self, call: Call, mine: Share) -> list[Sample]:
+        merged: dict[int, list[Completion]] = {}
+        for share in self.ctx.dist.all_gather_objects(mine):
+            if isinstance(share, str):
+                raise GenerationFailed(f"stages.{self.ctx.stage.name}: {share}")
+            merged |= share
         return [
             Sample(
                 call.rows[i],
@@ -134,11 +142,8 @@ class Sampler:
 
     def text_of(self, completion_ids: Sequence[int]) -> str:
         """The text that the engine would give these tokens, had it sampled them at once."""
-        eos = self.model.config.eos_token_id
-        special = {*(eos if isinstance(eos, (list, tuple)) else [eos]), self.tokenizer.eos_token_id}
-        special |= {self.tokenizer.pad_token_id, self.tokenizer.bos_token_id}
-        shown = [i for i in completion_ids if i not in special]
-        return self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        eos_ids = eos_token_ids(self.model.config, self.tokenizer)
+        return completion_texts(self.tokenizer, eos_ids, [list(completion_ids)])[0]
 
 
 def summary_of(text: str, response_format: str, prefilled: bool = False) -> str:

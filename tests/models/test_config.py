@@ -27,6 +27,12 @@ def test_recipe_section() -> None:
     assert ModelConfig.from_hf(config.to_hf()) == config
 
 
+def test_the_router_is_named_for_other_readers() -> None:
+    """vLLM knows V3's router by these; without them it takes the softmax of V2."""
+    written = ModelConfig.from_dict(TINY).to_hf().to_dict()
+    assert (written["scoring_func"], written["topk_method"]) == ("sigmoid", "noaux_tc")
+
+
 def test_qwen_name_for_experts() -> None:
     values = {**TINY, "model_type": "qwen3_moe", "num_experts": 4}
     del values["n_routed_experts"]

@@ -78,20 +78,21 @@ def test_the_cap_is_on_by_default_and_can_be_taken_off(run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "async_steps", "dtype", "expected"),
+    ("options", "rollout", "dtype", "expected"),
     [
-        ({}, 0, torch.float32, None),
-        ({}, 0, torch.bfloat16, 2.0),
-        ({}, 1, torch.float32, 2.0),
-        ({"partial_rollout_length": 4}, 0, torch.float32, 2.0),
-        ({"sampling_importance_cap": None}, 1, torch.bfloat16, None),
-        ({"sampling_importance_cap": 5.0}, 0, torch.float32, 5.0),
+        ({}, {}, torch.float32, None),
+        ({}, {}, torch.bfloat16, 2.0),
+        ({}, {"async_steps": 1}, torch.float32, 2.0),
+        ({}, {"engine": "vllm"}, torch.float32, 2.0),
+        ({"partial_rollout_length": 4}, {}, torch.float32, 2.0),
+        ({"sampling_importance_cap": None}, {"async_steps": 1}, torch.bfloat16, None),
+        ({"sampling_importance_cap": 5.0}, {}, torch.float32, 5.0),
     ],
-    ids=["exact", "bf16", "ahead", "partial", "off", "given"],
+    ids=["exact", "bf16", "ahead", "vllm", "partial", "off", "given"],
 )
 def test_importance_weights_where_the_sampler_is_not_the_policy(
-    options: dict[str, Any], async_steps: int, dtype: torch.dtype, expected: float | None
+    options: dict[str, Any], rollout: dict[str, Any], dtype: torch.dtype, expected: float | None
 ) -> None:
-    recipe = Recipe.model_validate({"rollout": {"async_steps": async_steps}, "stages": [{**GRPO, **options}]})
+    recipe = Recipe.model_validate({"rollout": rollout, "stages": [{**GRPO, **options}]})
     ctx: Any = SimpleNamespace(recipe=recipe, stage=recipe.stages[0], param_dtype=dtype)
     assert importance_cap(ctx) == expected

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from r1fast.rollout.engine import RolloutEngine
+from r1fast.rollout.vllm import RolloutError
 from r1fast.stages import grpo, sft
+from r1fast.stages.rollouts import Rollouts
 from r1fast.stages.training import Trainer
 from tests.stages.conftest import QUESTIONS
 from tests.tiny_checkpoint import DEEPSEEK_V3, PROMPTS, tree, write_checkpoint, write_jsonl, write_recipe
@@ -309,3 +312,46 @@ def test_seeds_matter(start, tmp_path: Path) -> None:
     assert start("other", {**GRPO, "seed": 1}) == 0
     one, other = results(tmp_path / "one" / "zero"), results(tmp_path / "other" / "zero")
     assert one["metrics"] != other["metrics"] and one["model/model.safetensors"] != other["model/model.safetensors"]
+
+
+@pytest.mark.parametrize("refills", [0, 1])
+def test_grpo_without_its_server_loses_no_step(
+    start, command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refills: int
+) -> None:
+    """When vLLM is gone for good the run ends with one line; what was done is kept, between checkpoints too."""
+    stage = {
+        **GRPO,
+        "save_steps": 100,
+        "dynamic_sampling_refills": refills,
+        "rewards": {"mine": {"function": "rewards.py:odd"}},
+    }
+    with (tmp_path / "rewards.py").open("a") as file:
+        file.write("\n\ndef odd(completion_ids, **_):\n    return [float(ids[0] % 4 == 0) for ids in completion_ids]\n")
+    assert start("whole", stage) == 0
+    # The generation that fails: of a rollout, or of what replaces groups of equal reward.
+    name = "in_place_of" if refills else "take"
+    method, generate, calls = getattr(Rollouts, name), RolloutEngine.generate, []
+
+    def counted(rollouts: Rollouts, *args: Any) -> Any:
+        calls.append(name)
+        try:
+            return method(rollouts, *args)
+        finally:
+            calls.append("end")
+
+    def gone_the_fourth_time(*args: Any, **kwargs: Any) -> Any:
+        if calls.count(name) == 4 and calls[-1] == name:
+            raise RolloutError("vLLM server http://x: gone")
+        return generate(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rollouts, name, counted)
+        patch.setattr(RolloutEngine, "generate", gone_the_fourth_time)
+        assert start("killed", stage) == 1
+    zero = tmp_path / "killed" / "zero"
+    (saved,) = [path.name for path in (zero / "checkpoints").iterdir()]
+    assert saved in ("step_3", "step_4", "step_5")
+    assert command("--resume", "--output-dir", "killed") == 0
+    got, expected = results(zero), results(tmp_path / "whole" / "zero")
+    assert (got.pop("checkpoints"), expected.pop("checkpoints")) == ([saved, "step_7"], ["step_7"])
+    assert_same(got, expected)

