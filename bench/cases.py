@@ -183,7 +183,9 @@ def _experts() -> list[Case]:
     return cases
 
 
-CASES = tuple(_selective() + _linear() + _losses() + _experts() + _sampling() + _norms() + _attention() + _steps() + _generation())
+CASES = tuple(
+    _selective() + _linear() + _losses() + _experts() + _sampling() + _norms() + _attention() + _steps() + _generation()
+)
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
 

@@ -1,0 +1,62 @@
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r1fast_kernels import products
+from tests.kernels.backends import FP32, FP64, assert_as_exact, assert_same_bits
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a CPU where oneDNN is faster, on any."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+
+
+def random_case(T: int, K: int, N: int, dtype: torch.dtype = FP32) -> list[Tensor]:
+    """x, weight, bias, and the gradient from above."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*size, generator=generator, dtype=FP64).to(dtype) for size in ((T, K), (N, K), (N,), (T, N))]
+
+
+def outputs(linear: Any, case: list[Tensor]) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in case[:3]]
+    out = linear(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, case[3])]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 31, 5), (300, 128, 96), (1000, 17, 1031)], ids=str)
+def test_as_exact_as_torch(shape: tuple[int, int, int]) -> None:
+    case = random_case(*shape)
+    exact = outputs(F.linear, [x.double() for x in case])
+    for name, g, p, e, times in zip(
+        ("out", "grad x", "grad weight", "grad bias"), outputs(products.linear, case), outputs(F.linear, case), exact,
+        (2, 3, 3, 3), strict=True,
+    ):  # fmt: skip
+        assert_as_exact(g, p, e, times, name)
+
+
+def test_no_bias_views_and_a_frozen_side() -> None:
+    x, weight, _, grad = random_case(23, 48, 10)
+    view, expanded = x[:, 5:37], grad[:1].expand(23, -1)
+    part = weight[:, :32].requires_grad_()
+    (got,) = torch.autograd.grad(products.linear(view, part), part, expanded)
+    (want,) = torch.autograd.grad(F.linear(view, part), part, expanded)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(products.linear(view, part), F.linear(view, part))
+
+
+def test_what_stays_torchs_own() -> None:
+    """Other dtypes and empty inputs, to the bit."""
+    for case in (random_case(5, 4, 3, FP64), random_case(5, 4, 3, torch.bfloat16), random_case(0, 4, 3)):
+        for got, want in zip(outputs(products.linear, case), outputs(F.linear, case), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_same_bits_every_time() -> None:
+    case = random_case(515, 96, 64)
+    assert_same_bits(lambda: outputs(products.linear, case))
