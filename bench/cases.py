@@ -133,6 +133,11 @@ def _attention() -> list[Case]:
         Case("packed_attention", "cpu", dtype, mode, sizes[mode], (faster("SDPA", 1),))
         for dtype in ("fp32", "bf16")
         for mode in sizes
+    ] + [
+        Case("decode_attention", "cpu", dtype, mode, {"B": 256, "T": T}, (faster("SDPA", 1),))
+        for dtype in ("fp32", "bf16")
+        for mode in sizes
+        for T in (84, 512)
     ]
 
 
@@ -152,7 +157,7 @@ def _generation() -> list[Case]:
         Case("generate", "cpu", dtype, model, {"N": 256, "L": 64}, (faster("transformers", times[model]),))
         for model in times
         for dtype in ("fp32", "bf16")
-    ]
+    ] + [Case("generate", "cuda", "bf16", "dense", {"N": 256, "L": 64}, (faster("transformers", 10),))]
 
 
 def _experts() -> list[Case]:

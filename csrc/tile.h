@@ -56,14 +56,14 @@ constexpr int kTileRows = 4;  // 16 registers
 #endif
 
 // A sum of its own, added to C in the end: sums of many blocks lose less than one running sum.
-template <int vectors, typename Unit>
+template <int rows, int vectors, typename Unit>
 inline void tile(sum_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Unit* b, int64_t b_step, int64_t steps,
                  bool add) {
   using acc = Unit;
   using V = Vec<acc>;
   constexpr int64_t lanes = kLanes<Unit>;
-  V sum[kTileRows][vectors];
-  R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
+  V sum[rows][vectors];
+  R1FAST_UNROLL for (int i = 0; i < rows; ++i) {
     R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
       sum[i][v] = V(0);
     }
@@ -73,14 +73,14 @@ inline void tile(sum_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Unit*
     R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
       right[v] = V::loadu(b + s * b_step + v * lanes);
     }
-    R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
+    R1FAST_UNROLL for (int i = 0; i < rows; ++i) {
       const V left(a.data[i * a.row + s * a.step]);
       R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
         sum[i][v] = at::vec::fmadd(left, right[v], sum[i][v]);
       }
     }
   }
-  R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
+  R1FAST_UNROLL for (int i = 0; i < rows; ++i) {
     R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
       acc* out = c + i * c_row + v * lanes;
       (add ? V::loadu(out) + sum[i][v] : sum[i][v]).store(out);
@@ -96,11 +96,11 @@ inline bool cpu_multiplies_bf16() {
   return __builtin_cpu_supports("avx512bf16");
 }
 
-template <int vectors>
+template <int rows, int vectors>
 R1FAST_BF16_TARGET inline void tile(float* c, int64_t c_row, const Left<BF16Pair>& a, const BF16Pair* b, int64_t b_step,
                                     int64_t steps, bool add) {
-  __m512 sum[kTileRows][vectors];
-  R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
+  __m512 sum[rows][vectors];
+  R1FAST_UNROLL for (int i = 0; i < rows; ++i) {
     R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
       sum[i][v] = _mm512_setzero_ps();
     }
@@ -110,14 +110,14 @@ R1FAST_BF16_TARGET inline void tile(float* c, int64_t c_row, const Left<BF16Pair
     R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
       right[v] = (__m512bh)_mm512_loadu_si512(b + s * b_step + v * 16);
     }
-    R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
+    R1FAST_UNROLL for (int i = 0; i < rows; ++i) {
       const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(a.data[i * a.row + s * a.step].bits));
       R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
         sum[i][v] = _mm512_dpbf16_ps(sum[i][v], left, right[v]);
       }
     }
   }
-  R1FAST_UNROLL for (int i = 0; i < kTileRows; ++i) {
+  R1FAST_UNROLL for (int i = 0; i < rows; ++i) {
     R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
       float* out = c + i * c_row + v * 16;
       _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), sum[i][v]) : sum[i][v]);
@@ -147,19 +147,29 @@ inline bool cpu_multiplies_bf16() {
 }
 #endif
 
+template <int rows, typename Unit>
+inline void product_rows(sum_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Right<Unit>& b, int64_t steps,
+                         int64_t columns, bool add) {
+  constexpr int64_t lanes = kLanes<sum_t<Unit>>;
+  int64_t n = 0;
+  for (; n + 2 * lanes <= columns; n += 2 * lanes) {
+    tile<rows, 2>(c + n, c_row, a, b.data + n, b.step, steps, add);
+  }
+  if (n < columns) {
+    tile<rows, 1>(c + n, c_row, a, b.data + n, b.step, steps, add);
+  }
+}
+
+// `rows`: of A and C that count, the others are left or take anything.
 template <typename Unit>
 inline void product(sum_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Right<Unit>& b, int64_t steps,
-                    int64_t columns, bool add) {
-  constexpr int64_t lanes = kLanes<sum_t<Unit>>;
-  for (int64_t i = 0; i < kStrip; i += kTileRows) {
-    const Left<Unit> rows{a.data + i * a.row, a.row, a.step};
-    int64_t n = 0;
-    for (; n + 2 * lanes <= columns; n += 2 * lanes) {
-      tile<2>(c + i * c_row + n, c_row, rows, b.data + n, b.step, steps, add);
-    }
-    if (n < columns) {
-      tile<1>(c + i * c_row + n, c_row, rows, b.data + n, b.step, steps, add);
-    }
+                    int64_t columns, bool add, int64_t rows = kStrip) {
+  int64_t i = 0;
+  for (; i + kTileRows <= padded(rows, 4); i += kTileRows) {
+    product_rows<kTileRows>(c + i * c_row, c_row, {a.data + i * a.row, a.row, a.step}, b, steps, columns, add);
+  }
+  if (i < rows) {
+    product_rows<4>(c + i * c_row, c_row, {a.data + i * a.row, a.row, a.step}, b, steps, columns, add);
   }
 }
 

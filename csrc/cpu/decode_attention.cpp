@@ -62,9 +62,9 @@ class DecodeWorker {
       for (int64_t j = 0; j < tokens; j += kCacheBlock) {
         product<acc>(
             scores_.get() + j, kSpan, {queries_.get(), columns_, 1}, {keys(span[j / kCacheBlock], kv_head), kCacheBlock},
-            args_.width, kCacheBlock, false);
+            args_.width, kCacheBlock, false, heads);
       }
-      for (int64_t i = 0; i < kStrip; ++i) {
+      for (int64_t i = 0; i < heads; ++i) {
         softmax_.fold(i, scores_.get() + i * kSpan, tokens, size, begin > 0);
       }
       for (int64_t j = 0; j < tokens; j += kCacheBlock) {
@@ -72,7 +72,8 @@ class DecodeWorker {
         const int64_t steps = std::min(kCacheBlock, tokens - j);
         product<acc>(
             softmax_.sums(), softmax_.columns, {scores_.get() + j, kSpan, 1},
-            values(span[j / kCacheBlock], kv_head, steps), steps, softmax_.columns, begin + j > 0);
+            values(span[j / kCacheBlock], kv_head, steps), steps, softmax_.columns, begin + j > 0,
+            heads);
       }
     }
     for (int64_t i = 0; i < heads; ++i) {

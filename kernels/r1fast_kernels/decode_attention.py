@@ -5,8 +5,8 @@
     block_table_b   7 2 9 .      token j is in slot 16 * block_table_b[j // 16] + j % 16
     cache           |0|1|2|...   a block may be in the tables of many rows: samples of a prompt share its blocks
 
-as in PagedAttention (Kwon et al. 2023, arXiv 2309.06180). In multi-head latent attention (arXiv 2405.04434) keys are the
-cached latents, values a part of the same, and all query heads read one key head.
+as in PagedAttention (Kwon et al. 2023, arXiv 2309.06180). In multi-head latent attention (arXiv 2405.04434) keys are
+the cached latents, values a part of the same, and all query heads read one key head.
 
 Bound by memory: s K (d + e) bytes of a row's tokens (s d where values are a view of keys), for 2 H (d + e) FLOPs.
 """
@@ -75,9 +75,9 @@ def decode_attention(
     (B, H, d), (S, K, _) = q_BHd.shape, k_SKd.shape
     if k_SKd.shape[2] != d or v_SKe.shape[:2] != (S, K) or H % K or S % BLOCK or q_BHd.dtype != k_SKd.dtype:
         raise ValueError(
-            f"decode_attention: got q {tuple(q_BHd.shape)} in {q_BHd.dtype}, k {tuple(k_SKd.shape)} in {k_SKd.dtype} and "
-            f"v {tuple(v_SKe.shape)}; expected [B, H, d], [S, K, d] and [S, K, e] in one dtype, H a multiple of K and S "
-            f"of {BLOCK}"
+            f"decode_attention: got q {tuple(q_BHd.shape)} in {q_BHd.dtype}, k {tuple(k_SKd.shape)} in {k_SKd.dtype} "
+            f"and v {tuple(v_SKe.shape)}; expected [B, H, d], [S, K, d] and [S, K, e] in one dtype, H a multiple of K "
+            f"and S of {BLOCK}"
         )
     if block_table_BN.dim() != 2 or len(block_table_BN) != B or lengths_B.shape != (B,):
         raise ValueError(

@@ -1,0 +1,154 @@
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from r1fast_kernels import decode_attention
+from r1fast_kernels.decode_attention import BLOCK, slots_of
+from tests.kernels.backends import (
+    BF16,
+    FP32,
+    FP64,
+    assert_as_exact,
+    assert_same_bits,
+    needs_cpp,
+    of_older_processor,
+)  # fmt: skip
+
+pytestmark = needs_cpp
+SCALE = 0.3
+
+
+@dataclass(frozen=True)
+class Shape:
+    H: int
+    K: int
+    d: int
+    e: int
+    shared: bool = False  # values are the first channels of keys, as in MLA
+
+
+SHAPES = {
+    "mha": Shape(4, 4, 16, 16),
+    "grouped": Shape(8, 2, 64, 64),
+    "one-key-head": Shape(12, 1, 32, 32),  # more query heads than a strip has rows
+    "mla": Shape(4, 1, 48, 32, shared=True),
+    "odd": Shape(6, 2, 33, 17),
+}
+# One token; up to, at and past a block; at and past a span of 256; several spans.
+LENGTHS = [1, 15, 16, 17, 255, 256, 257, 600]
+
+
+def random_rows(shape: Shape, dtype: torch.dtype = FP32, lengths: list[int] = LENGTHS) -> dict[str, Any]:
+    """Blocks in any order; NaN in every slot that no row has, ids of no block behind the length."""
+    generator = torch.Generator().manual_seed(0)
+    width, B = -(-max(lengths, default=1) // BLOCK) + 1, len(lengths)
+    table = torch.randperm(B * width, generator=generator).view(B, width).int()
+    num_slots = max(1, B * width) * BLOCK
+    k = torch.full((num_slots, shape.K, shape.d), torch.nan, dtype=FP64)
+    v = torch.full((num_slots, shape.K, shape.e), torch.nan, dtype=FP64)
+    for row, length in enumerate(lengths):
+        slots = slots_of(table[row : row + 1], length)[0]
+        k[slots], v[slots] = (
+            torch.randn(length, *x.shape[1:], generator=generator, dtype=FP64) for x in (k, v)
+        )  # fmt: skip
+        table[row, -(-length // BLOCK) :] = 2**30
+    k = k.to(dtype)
+    return {
+        "q_BHd": torch.randn(B, shape.H, shape.d, generator=generator, dtype=FP64).to(dtype),
+        "k_SKd": k,
+        "v_SKe": k[..., : shape.e] if shape.shared else v.to(dtype),
+        "block_table_BN": table,
+        "lengths_B": torch.tensor(lengths, dtype=torch.int32),
+    }
+
+
+def attend(rows: dict[str, Any], impl: str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    wide = {name: x.to(dtype) if dtype is not None and x.is_floating_point() else x for name, x in rows.items()}
+    return decode_attention(**wide, scale=SCALE, impl=impl)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_as_exact_as_torch(shape: Shape, dtype: torch.dtype) -> None:
+    """Against fp64 on the same rounded inputs; what is in the cache beside the rows' tokens is not read."""
+    rows = random_rows(shape, dtype)
+    got = attend(rows, "cpp")
+    assert got.dtype == dtype and got.shape == (len(LENGTHS), shape.H, shape.e)
+    assert_as_exact(got, attend(rows, "reference"), attend(rows, "reference", FP64), 2)
+
+
+def test_by_hand() -> None:
+    """Two tokens in two blocks: weights e^(scale q.k), over their sum."""
+    k, v = torch.zeros(48, 1, 1, dtype=FP64), torch.zeros(48, 1, 1, dtype=FP64)
+    k[32:48, 0, 0] = k[0] = 1.0  # block 2, then block 0: 17 tokens
+    v[32:48, 0, 0], v[0] = 3.0, 20.0
+    k[0] = 2.0
+    table, lengths = torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([17], dtype=torch.int32)
+    e = torch.tensor([0.5, 1.0], dtype=FP64).exp()
+    want = (16 * e[0] * 3 + e[1] * 20) / (16 * e[0] + e[1])
+    for impl in ("reference", "cpp"):
+        got = decode_attention(torch.ones(1, 1, 1, dtype=FP64), k, v, table, lengths, scale=0.5, impl=impl)
+        torch.testing.assert_close(got.squeeze(), want)
+
+
+def test_rows_may_share_blocks() -> None:
+    rows = random_rows(SHAPES["grouped"], lengths=[40, 40])
+    rows["block_table_BN"][1, :2] = rows["block_table_BN"][0, :2]
+    torch.testing.assert_close(attend(rows, "cpp"), attend(rows, "reference"))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=lambda dtype: str(dtype)[6:])
+def test_a_row_alone_is_the_row_in_a_batch(dtype: torch.dtype) -> None:
+    rows = random_rows(SHAPES["mla"], dtype)
+    together = attend(rows, "cpp")
+    for b in range(len(LENGTHS)):
+        alone = rows | {name: rows[name][b : b + 1] for name in ("q_BHd", "block_table_BN", "lengths_B")}
+        assert torch.equal(attend(alone, "cpp")[0], together[b])
+
+
+def test_strided_queries_and_no_rows() -> None:
+    rows = random_rows(SHAPES["grouped"])
+    wide = rows | {"q_BHd": torch.cat((rows["q_BHd"], rows["q_BHd"]), dim=-1)[..., :64]}
+    assert not wide["q_BHd"].is_contiguous() and torch.equal(attend(wide, "cpp"), attend(rows, "cpp"))
+    empty = random_rows(SHAPES["grouped"], lengths=[])
+    assert attend(empty, "cpp").shape == attend(empty, "reference").shape == (0, 8, 64)
+
+
+def test_same_bits_every_time() -> None:
+    rows = random_rows(SHAPES["grouped"])
+    assert_same_bits(lambda: [attend(rows, "cpp")])
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_builds_for_older_processors_agree(capability: str, tmp_path: Any) -> None:
+    calls = "attend(random_rows(SHAPES[name], dtype), 'cpp')"
+    expression = f"[{calls} for name in ('mla', 'odd') for dtype in (FP32, BF16, FP64)]"
+    for got, want in zip(*of_older_processor(capability, "test_decode_attention", expression, tmp_path), strict=True):
+        tolerance = 2e-2 if want.dtype == BF16 else 1e-5
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(torch.ops.r1fast.decode_attention.default, (*random_rows(SHAPES["mla"]).values(), SCALE))
+
+
+def test_errors_say_what_was_expected() -> None:
+    rows = random_rows(SHAPES["grouped"])
+    wrong: dict[str, list[tuple[str, Any]]] = {
+        r"expected \[B, H, d\], \[S, K, d\] and \[S, K, e\] in one dtype": [
+            ("q_BHd", rows["q_BHd"][:, :7]), ("k_SKd", rows["k_SKd"][1:]), ("q_BHd", rows["q_BHd"].double()),
+        ],
+        r"expected \[B, N\] and \[B\]": [("lengths_B", rows["lengths_B"][1:])],
+        "expected int32, int32": [("block_table_BN", rows["block_table_BN"].long())],
+        r"lengths_B\[0\] = 0, expected 1 to": [("lengths_B", torch.zeros_like(rows["lengths_B"]))],
+        "expected a block of the cache": [("block_table_BN", rows["block_table_BN"] * 0 - 1)],
+    }  # fmt: skip
+    for message, changes in wrong.items():
+        for name, value in changes:
+            with pytest.raises(ValueError, match=message):
+                decode_attention(**(rows | {name: value}), scale=SCALE, impl="cpp")
+    with pytest.raises(ValueError, match="scale above 0"):
+        decode_attention(**rows, scale=0.0)
