@@ -64,6 +64,10 @@ class VllmOptions(Strict):
 class RolloutSection(Strict):
     engine: Literal["r1fast", "vllm"] = "r1fast"
     max_num_seqs: Positive = 512  # samples that are decoded at the same time
+    # Of engine r1fast: prompt tokens of one prefill, and the most that keys and values may take (bytes; default: what
+    # max_num_seqs samples need). With less, fewer samples are decoded at a time; one that does not fit is an error.
+    max_num_batched_tokens: Positive = 8192
+    kv_cache_memory_bytes: Positive | None = None
     # 1: GRPO samples a step ahead, while it updates, from a copy of the weights (a whole model more on every rank).
     async_steps: Annotated[int, Field(ge=0, le=1)] = 0
     vllm: VllmOptions = VllmOptions()
@@ -72,6 +76,11 @@ class RolloutSection(Strict):
     def _check(self) -> "RolloutSection":
         if self.engine != "vllm" and self.vllm != VllmOptions():
             raise ValueError(f"vllm has options, but engine is {self.engine!r}: set engine: vllm, or drop them")
+        if self.engine == "vllm" and (self.max_num_batched_tokens != 8192 or self.kv_cache_memory_bytes is not None):
+            raise ValueError(
+                "max_num_batched_tokens and kv_cache_memory_bytes are of engine: r1fast; vLLM's memory is "
+                "vllm.gpu_memory_utilization: drop them"
+            )
         if self.engine == "vllm" and self.vllm.server_base_url is None and self.async_steps:
             raise ValueError(
                 f"async_steps = {self.async_steps} does not apply to vLLM in process, which takes turns with training: "

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.rollout.batch import Batch, Prompt, Sampled, num_blocks_of
-from r1fast.rollout.sampling import Completion, SamplingParams, sample_keys
+from r1fast.rollout.sampling import Completion, SamplingParams, completion_texts, eos_token_ids, sample_keys
 
 RawPrompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
@@ -179,16 +179,10 @@ class RolloutEngine:
                     "the model's vocabulary"
                 )
 
-    def _eos_ids(self) -> set[int]:
-        """End-of-sequence tokens of the model's configuration (one or several) and of the tokenizer."""
-        eos = self.model.config.eos_token_id
-        eos_ids = [*eos] if isinstance(eos, (list, tuple)) else [eos]
-        if self.tokenizer is not None:
-            eos_ids.append(self.tokenizer.eos_token_id)
-        return {i for i in eos_ids if i is not None}
-
     def _stop_ids(self, params: SamplingParams) -> list[int]:
-        stop_ids = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else self._eos_ids())
+        stop_ids = set(params.stop_token_ids or ()) | (
+            set() if params.ignore_eos else eos_token_ids(self.model.config, self.tokenizer)
+        )
         vocab_size = self.model.config.vocab_size
         if params.stop_token_ids and max(params.stop_token_ids) >= vocab_size:
             raise ValueError(
@@ -199,16 +193,9 @@ class RolloutEngine:
     def _completions(self, sampled: list[Sampled], stop_ids: list[int]) -> list[Completion]:
         stops = set(stop_ids)
         stopped = [sample.token_ids[-1] in stops for sample in sampled]
-        texts = self._texts([x.token_ids[:-1] if end else x.token_ids for x, end in zip(sampled, stopped)])
+        shown = [x.token_ids[:-1] if end else x.token_ids for x, end in zip(sampled, stopped)]
+        texts = completion_texts(self.tokenizer, eos_token_ids(self.model.config, self.tokenizer), shown)
         return [
             Completion(text, x.token_ids, x.logprobs, "stop" if end else "length", x.routed_experts)
             for text, x, end in zip(texts, sampled, stopped)
         ]
-
-    def _texts(self, ids: list[list[int]]) -> list[str]:
-        if self.tokenizer is None:
-            return [""] * len(ids)
-        # Not skip_special_tokens: tags such as <think> are special tokens in some vocabularies, and rewards read them.
-        dropped = self._eos_ids() | {self.tokenizer.pad_token_id, self.tokenizer.bos_token_id}
-        shown = [[i for i in row if i not in dropped] for row in ids]
-        return self.tokenizer.batch_decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
