@@ -1,7 +1,8 @@
 """A whole training step of a small DeepSeek-V3-style model on packed tokens, against transformers' own model.
 
 Forward, mean cross-entropy, backward, AdamW (fused): 4 layers, one of them dense, about 1M parameters. Sequences of one
-length, so that transformers has nothing to pad. Floor: products of 6 FLOPs for each active parameter and token.
+length, so that transformers has nothing to pad. Each timed step follows another of the same model. Floor: products of 6
+FLOPs for each active parameter and token.
 """
 
 import tempfile
@@ -88,5 +89,6 @@ def test_train_step(case: Case, compare: Callable[[harness.Problem], None]) -> N
             {harness.OURS: step(ours, our_loss), **{name: step(model, their_loss) for name, model in models.items()}},
             floor=floor,
             check=harness.agrees_with([exact], 1e-4 if case.dtype == "fp32" else 1e-2),
+            repeated=True,
         )
     )

@@ -70,6 +70,34 @@ inline void store_pair(T* x, const Vec<acc_t<T>>& a, const Vec<acc_t<T>>& b) {
   }
 }
 
+template <typename T>
+inline auto load_part(const T* x, int64_t size) {
+  if (size == kPair<acc_t<T>>) {
+    return load_pair(x);
+  }
+  T padded[kPair<acc_t<T>>] = {};
+  std::copy(x, x + size, padded);
+  return load_pair(static_cast<const T*>(padded));
+}
+
+template <typename T>
+inline void store_part(T* x, int64_t size, const Vec<acc_t<T>>& a, const Vec<acc_t<T>>& b) {
+  if (size == kPair<acc_t<T>>) {
+    return store_pair(x, a, b);
+  }
+  T padded[kPair<acc_t<T>>];
+  store_pair(padded, a, b);
+  std::copy(padded, padded + size, x);
+}
+
+// f(first column, how many) over a row; what lies beyond its end is loaded as 0.
+template <typename acc, typename F>
+inline void for_parts(int64_t width, const F& f) {
+  for (int64_t i = 0; i < width; i += kPair<acc>) {
+    f(i, std::min(kPair<acc>, width - i));
+  }
+}
+
 // Lane by lane the larger one, in one instruction; a NaN in x stays, a NaN in the bound is replaced.
 template <typename acc>
 inline Vec<acc> at_least(const Vec<acc>& bound, const Vec<acc>& x) {

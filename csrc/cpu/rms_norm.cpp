@@ -38,34 +38,6 @@ namespace {
 inline namespace CPU_CAPABILITY {
 
 template <typename T>
-inline auto load_part(const T* x, int64_t size) {
-  if (size == kPair<acc_t<T>>) {
-    return load_pair(x);
-  }
-  T padded[kPair<acc_t<T>>] = {};
-  std::copy(x, x + size, padded);
-  return load_pair(static_cast<const T*>(padded));
-}
-
-template <typename T>
-inline void store_part(T* x, int64_t size, const Vec<acc_t<T>>& a, const Vec<acc_t<T>>& b) {
-  if (size == kPair<acc_t<T>>) {
-    return store_pair(x, a, b);
-  }
-  T padded[kPair<acc_t<T>>];
-  store_pair(padded, a, b);
-  std::copy(padded, padded + size, x);
-}
-
-// f(first column, how many) over a row; what lies beyond its end is loaded as 0.
-template <typename acc, typename F>
-inline void for_parts(int64_t width, const F& f) {
-  for (int64_t i = 0; i < width; i += kPair<acc>) {
-    f(i, std::min(kPair<acc>, width - i));
-  }
-}
-
-template <typename T>
 void norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
   using acc = acc_t<T>;
   const T* weight = static_cast<const T*>(args.weight);

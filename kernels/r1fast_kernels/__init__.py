@@ -19,6 +19,7 @@ from .rms_norm import rms_norm
 from .route_topk import route_topk
 from .sample_tokens import sample_tokens
 from .selective_logprobs import selective_logprobs
+from .swiglu import swiglu
 
 __all__ = [
     "decode_attention",
@@ -35,4 +36,5 @@ __all__ = [
     "route_topk",
     "sample_tokens",
     "selective_logprobs",
+    "swiglu",
 ]

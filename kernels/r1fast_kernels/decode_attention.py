@@ -14,9 +14,8 @@ Bound by memory: s K (d + e) bytes of a row's tokens (s d where values are a vie
 import torch
 from torch import Tensor
 
-from .dispatch import choose, compute_dtype
-
-BLOCK = 16  # tokens of a block
+from .decode_attention_triton import BLOCK, launch
+from .dispatch import TRITON_DEVICE, choose, compute_dtype
 
 
 def slots_of(block_table_BN: Tensor, num_tokens: int) -> Tensor:
@@ -43,6 +42,7 @@ torch.library.define(
     "r1fast::decode_attention",
     "(Tensor q_BHd, Tensor k_SKd, Tensor v_SKe, Tensor block_table_BN, Tensor lengths_B, float scale) -> Tensor",
 )
+torch.library.impl("r1fast::decode_attention", TRITON_DEVICE, launch)
 
 
 @torch.library.register_fake("r1fast::decode_attention")

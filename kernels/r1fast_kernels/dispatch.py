@@ -24,7 +24,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "sample_tokens": ("reference", "cpp", "triton"),
     "rms_norm": ("reference", "cpp"),
     "packed_attention": ("reference", "cpp"),
-    "decode_attention": ("reference", "cpp"),
+    "swiglu": ("reference", "cpp"),
+    "decode_attention": ("reference", "cpp", "triton"),
 }
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)

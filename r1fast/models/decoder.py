@@ -112,7 +112,7 @@ class Decoder(nn.Module):
     def use_kernels(self, impl: str | None) -> None:
         """Which implementation the model's own ops run: "reference", "cpp", "triton", or None for the best."""
         for module in self.modules():
-            if isinstance(module, (MoE, RMSNorm, GroupedQueryAttention, LatentAttention)):
+            if isinstance(module, (MoE, MLP, RMSNorm, GroupedQueryAttention, LatentAttention)):
                 module.impl = impl
 
     def last_expert_ids(self) -> Tensor:

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r1fast_kernels import rms_norm
+from r1fast_kernels import rms_norm, swiglu
 from r1fast_kernels.products import linear
 
 HeadFn = Callable[[Tensor, Tensor], Any]
@@ -37,9 +36,10 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden_size, width, bias=bias)
         self.up_proj = Linear(hidden_size, width, bias=bias)
         self.down_proj = Linear(width, hidden_size, bias=bias)
+        self.impl: str | None = None  # of the kernel
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD), impl=self.impl))
 
 
 class Head(nn.Module):

@@ -301,5 +301,46 @@ def _experts() -> list[Kernel]:
     return kernels
 
 
+def _decode() -> list[Kernel]:
+    """Qwen2.5's heads (d 128), DeepSeek-V3's latents (512 + 64, values in them), and the merge of several spans."""
+    module = _module("decode_attention_triton")
+    strides = dict.fromkeys(("stride_qb", "stride_qh", "stride_ks", "stride_kh", "stride_vs", "stride_vh"), "i64")
+    sizes = dict.fromkeys(("table_width", "num_heads", "group", "width", "value_width", "num_spans"), "i32")
+    tables = {"table_ptr": "*i32", "lengths_ptr": "*i32"}
+    kernels = []
+    for dtype, kind in zip(("bf16", "fp16", "fp32"), (2, 2, 4)):
+        for label, width, shared in (("d128", 128, False), ("d64", 64, False), ("mla", 576, True)):
+            block_d, block_r = module.blocks_of(width)
+            block_t = (module.WIDE_BLOCK_T if block_d >= 512 else module.BLOCK_T)[kind]
+            tensors = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}") | tables
+            constants = {
+                "SHARED": shared, "BLOCK": module.BLOCK, "SPAN": module.SPAN, "BLOCK_H": module.BLOCK_H,
+                "BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_R": block_r, "BLOCK_E": block_d,
+            }  # fmt: skip
+            warps = module.WIDE_WARPS if block_d >= 512 else module.NUM_WARPS
+            options = {"num_warps": warps, "num_stages": module.NUM_STAGES}
+            for one_span in (False, True):
+                out = {"out_ptr": f"*{dtype}"} if one_span else {"out_ptr": "*fp32", "lse_ptr": "*fp32"}
+                kernels.append(
+                    Kernel(
+                        f"decode_attention-{dtype}-{label}{'-one-span' if one_span else ''}", module._attend_kernel,
+                        {**tensors, **out, **strides, **sizes, "scale": "fp32"},
+                        {**constants, "ONE_SPAN": one_span} | ({"lse_ptr": None} if one_span else {}), options,
+                        frozenset(strides) | {"width", "value_width"},
+                    )
+                )  # fmt: skip
+        kernels.append(
+            Kernel(
+                f"decode_attention-merge-{dtype}", module._merge_kernel,
+                {
+                    "parts_ptr": "*fp32", "lse_ptr": "*fp32", "lengths_ptr": "*i32", "out_ptr": f"*{dtype}",
+                    **dict.fromkeys(("num_heads", "value_width", "num_spans"), "i32"),
+                },
+                {"SPAN": module.SPAN, "BLOCK_E": 512}, {"num_warps": module.MERGE_WARPS}, frozenset({"value_width"}),
+            )
+        )  # fmt: skip
+    return kernels
+
+
 MOE_KERNELS = [*_route(), *_dispatch(), *_grouped(), *_experts()]
-KERNELS = [*_selective(), *_advantages(), *_grpo(), *_sample(), *MOE_KERNELS]
+KERNELS = [*_selective(), *_advantages(), *_grpo(), *_sample(), *_decode(), *MOE_KERNELS]

@@ -9,15 +9,16 @@ from r1fast_kernels import decode_attention
 from r1fast_kernels.decode_attention import BLOCK, slots_of
 from tests.kernels.backends import (
     BF16,
+    FP16,
     FP32,
     FP64,
+    Backend,
     assert_as_exact,
     assert_same_bits,
     needs_cpp,
     of_older_processor,
 )  # fmt: skip
 
-pytestmark = needs_cpp
 SCALE = 0.3
 
 
@@ -70,58 +71,62 @@ def attend(rows: dict[str, Any], impl: str | None = None, dtype: torch.dtype | N
     return decode_attention(**wide, scale=SCALE, impl=impl)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16, FP64], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_as_exact_as_torch(shape: Shape, dtype: torch.dtype) -> None:
+def test_as_exact_as_torch(backend: Backend, shape: Shape, dtype: torch.dtype) -> None:
     """Against fp64 on the same rounded inputs; what is in the cache beside the rows' tokens is not read."""
+    if dtype not in backend.dtypes:
+        pytest.skip(f"{backend.name} does not take {dtype}")
     rows = random_rows(shape, dtype)
-    got = attend(rows, "cpp")
+    got = attend(backend.to(rows), backend.impl)
     assert got.dtype == dtype and got.shape == (len(LENGTHS), shape.H, shape.e)
     assert_as_exact(got, attend(rows, "reference"), attend(rows, "reference", FP64), 2)
 
 
-def test_by_hand() -> None:
+def test_by_hand(backend: Backend) -> None:
     """Two tokens in two blocks: weights e^(scale q.k), over their sum."""
-    k, v = torch.zeros(48, 1, 1, dtype=FP64), torch.zeros(48, 1, 1, dtype=FP64)
+    k, v = torch.zeros(48, 1, 1), torch.zeros(48, 1, 1)
     k[32:48, 0, 0] = k[0] = 1.0  # block 2, then block 0: 17 tokens
     v[32:48, 0, 0], v[0] = 3.0, 20.0
     k[0] = 2.0
     table, lengths = torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([17], dtype=torch.int32)
-    e = torch.tensor([0.5, 1.0], dtype=FP64).exp()
+    e = torch.tensor([0.5, 1.0]).exp()
     want = (16 * e[0] * 3 + e[1] * 20) / (16 * e[0] + e[1])
-    for impl in ("reference", "cpp"):
-        got = decode_attention(torch.ones(1, 1, 1, dtype=FP64), k, v, table, lengths, scale=0.5, impl=impl)
-        torch.testing.assert_close(got.squeeze(), want)
+    inputs = torch.ones(1, 1, 1), k, v, table, lengths
+    torch.testing.assert_close(decode_attention(*inputs, scale=0.5, impl="reference").squeeze(), want)
+    got = decode_attention(*backend.to(inputs), scale=0.5, impl=backend.impl)
+    torch.testing.assert_close(got.squeeze().cpu(), want)
 
 
-def test_rows_may_share_blocks() -> None:
+def test_rows_may_share_blocks(backend: Backend) -> None:
     rows = random_rows(SHAPES["grouped"], lengths=[40, 40])
     rows["block_table_BN"][1, :2] = rows["block_table_BN"][0, :2]
-    torch.testing.assert_close(attend(rows, "cpp"), attend(rows, "reference"))
+    torch.testing.assert_close(attend(backend.to(rows), backend.impl).cpu(), attend(rows, "reference"))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=lambda dtype: str(dtype)[6:])
-def test_a_row_alone_is_the_row_in_a_batch(dtype: torch.dtype) -> None:
-    rows = random_rows(SHAPES["mla"], dtype)
-    together = attend(rows, "cpp")
+def test_a_row_alone_is_the_row_in_a_batch(backend: Backend, dtype: torch.dtype) -> None:
+    rows = backend.to(random_rows(SHAPES["mla"], dtype))
+    together = attend(rows, backend.impl)
     for b in range(len(LENGTHS)):
         alone = rows | {name: rows[name][b : b + 1] for name in ("q_BHd", "block_table_BN", "lengths_B")}
-        assert torch.equal(attend(alone, "cpp")[0], together[b])
+        assert torch.equal(attend(alone, backend.impl)[0], together[b])
 
 
-def test_strided_queries_and_no_rows() -> None:
-    rows = random_rows(SHAPES["grouped"])
+def test_strided_queries_and_no_rows(backend: Backend) -> None:
+    rows = backend.to(random_rows(SHAPES["grouped"]))
     wide = rows | {"q_BHd": torch.cat((rows["q_BHd"], rows["q_BHd"]), dim=-1)[..., :64]}
-    assert not wide["q_BHd"].is_contiguous() and torch.equal(attend(wide, "cpp"), attend(rows, "cpp"))
-    empty = random_rows(SHAPES["grouped"], lengths=[])
-    assert attend(empty, "cpp").shape == attend(empty, "reference").shape == (0, 8, 64)
+    assert not wide["q_BHd"].is_contiguous() and torch.equal(attend(wide, backend.impl), attend(rows, backend.impl))
+    empty = backend.to(random_rows(SHAPES["grouped"], lengths=[]))
+    assert attend(empty, backend.impl).shape == attend(empty, "reference").shape == (0, 8, 64)
 
 
-def test_same_bits_every_time() -> None:
-    rows = random_rows(SHAPES["grouped"])
-    assert_same_bits(lambda: [attend(rows, "cpp")])
+def test_same_bits_every_time(backend: Backend) -> None:
+    rows = backend.to(random_rows(SHAPES["grouped"], lengths=[5, 300]))
+    assert_same_bits(lambda: [attend(rows, backend.impl)])
 
 
+@needs_cpp
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_builds_for_older_processors_agree(capability: str, tmp_path: Any) -> None:
     calls = "attend(random_rows(SHAPES[name], dtype), 'cpp')"
@@ -131,10 +136,12 @@ def test_builds_for_older_processors_agree(capability: str, tmp_path: Any) -> No
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-def test_opcheck() -> None:
-    torch.library.opcheck(torch.ops.r1fast.decode_attention.default, (*random_rows(SHAPES["mla"]).values(), SCALE))
+def test_opcheck(backend: Backend) -> None:
+    rows = backend.to(random_rows(SHAPES["mla"], lengths=[3, 20]))
+    torch.library.opcheck(torch.ops.r1fast.decode_attention.default, (*rows.values(), SCALE))
 
 
+@needs_cpp
 def test_errors_say_what_was_expected() -> None:
     rows = random_rows(SHAPES["grouped"])
     wrong: dict[str, list[tuple[str, Any]]] = {

@@ -1,0 +1,181 @@
+"""The GPU kernels of decode_attention: spans of 256 tokens side by side, then merged (Flash-Decoding, Dao et al. 2023).
+
+    attend   program (row, 16 query heads of a key head, span): scores, the largest, and sums over the span's tokens
+    merge    program (row, query head): the spans of the row, each weighed by e^(its lse); not run for a single span
+
+A span is 256 tokens whatever the batch, so that a row's bits are its own. How many there are follows from the width of
+the block table: nothing waits for the device, and a CUDA graph may hold the call. Programs behind a row's end return.
+Keys are read once, also where values are a part of them; the last channels of keys that are no power of two (576 = 512
++ 64) are a product of their own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .grouped_gemm import dot
+
+BLOCK = 16  # tokens of a block of the cache
+SPAN = 256
+BLOCK_H = 16  # query heads of a program: the rows that a tensor core takes at least
+BLOCK_T = {2: 64, 4: 16}  # tokens of a step, by the bytes of a number
+WIDE_BLOCK_T = {2: 32, 4: 16}  # for 512 channels
+NUM_WARPS, WIDE_WARPS, NUM_STAGES = 4, 8, 2
+MERGE_WARPS = 4
+
+
+@triton.jit
+def _attend_kernel(
+    q_ptr,  # [B, H, d]
+    k_ptr,  # [S, K, d]
+    v_ptr,  # [S, K, e]
+    table_ptr,  # [B, N]
+    lengths_ptr,  # [B]
+    out_ptr,  # [B, H, spans, e], or [B, H, e] for one span
+    lse_ptr,  # [B, H, spans], of scores times log2(e)
+    stride_qb,
+    stride_qh,
+    stride_ks,
+    stride_kh,
+    stride_vs,
+    stride_vh,
+    table_width,
+    num_heads,
+    group,
+    width,
+    value_width,
+    num_spans,
+    scale,
+    SHARED: tl.constexpr,
+    ONE_SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(group, BLOCK_H)
+    kv_head = tl.program_id(1) // tiles
+    span = tl.program_id(2)
+    length = tl.load(lengths_ptr + b)
+    if span * SPAN >= length:
+        return
+    offs_g = tl.program_id(1) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
+    heads = kv_head * group + offs_g
+    mask_h = offs_g < group
+    offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    q_rows = q_ptr + b * stride_qb + heads[:, None] * stride_qh
+    q = tl.load(q_rows + offs_d, mask=mask_h[:, None] & (offs_d < width), other=0.0)  # [BLOCK_H, BLOCK_D]
+    if BLOCK_R:
+        offs_r = BLOCK_D + tl.arange(0, BLOCK_R)
+        q_rest = tl.load(q_rows + offs_r, mask=mask_h[:, None] & (offs_r < width), other=0.0)  # [BLOCK_H, BLOCK_R]
+
+    top = tl.full([BLOCK_H], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    sums = tl.zeros([BLOCK_H, BLOCK_E], tl.float32)
+    for start in range(span * SPAN, tl.minimum(length, (span + 1) * SPAN), BLOCK_T):
+        offs_t = start + tl.arange(0, BLOCK_T)
+        live = offs_t < length
+        block = tl.load(table_ptr + b * table_width + offs_t // BLOCK, mask=live, other=0)  # [BLOCK_T]
+        slot = block.to(tl.int64) * BLOCK + offs_t % BLOCK
+        k_rows = k_ptr + slot[:, None] * stride_ks + kv_head * stride_kh
+        k = tl.load(k_rows + offs_d, mask=live[:, None] & (offs_d < width), other=0.0)  # [BLOCK_T, BLOCK_D]
+        scores = dot(q, tl.trans(k), tl.zeros([BLOCK_H, BLOCK_T], tl.float32))
+        if BLOCK_R:
+            k_rest = tl.load(k_rows + offs_r, mask=live[:, None] & (offs_r < width), other=0.0)  # [BLOCK_T, BLOCK_R]
+            scores = dot(q_rest, tl.trans(k_rest), scores)
+        scores = tl.where(live[None, :], scores * scale, -float("inf"))
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        kept = tl.exp2(top - higher)
+        p = tl.exp2(scores - higher[:, None])
+        total = total * kept + tl.sum(p, axis=1)
+        if SHARED:
+            v = k
+        else:
+            v_rows = v_ptr + slot[:, None] * stride_vs + kv_head * stride_vh
+            v = tl.load(v_rows + offs_e, mask=live[:, None] & (offs_e < value_width), other=0.0)  # [BLOCK_T, BLOCK_E]
+        sums = dot(p.to(v.dtype), v, sums * kept[:, None])
+        top = higher
+
+    out = sums / total[:, None]
+    row = b * num_heads + heads
+    mask_out = mask_h[:, None] & (offs_e < value_width)
+    if ONE_SPAN:
+        tl.store(out_ptr + row[:, None] * value_width + offs_e, out.to(out_ptr.dtype.element_ty), mask=mask_out)
+    else:
+        line = row * num_spans + span
+        tl.store(out_ptr + line[:, None] * value_width + offs_e, out, mask=mask_out)
+        tl.store(lse_ptr + line, top + tl.log2(total), mask=mask_h)
+
+
+@triton.jit
+def _merge_kernel(
+    parts_ptr,  # [B, H, spans, e]
+    lse_ptr,  # [B, H, spans]
+    lengths_ptr,  # [B]
+    out_ptr,  # [B, H, e]
+    num_heads,
+    value_width,
+    num_spans,
+    SPAN: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    live = tl.cdiv(tl.load(lengths_ptr + row // num_heads), SPAN)
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_e = offs_e < value_width
+    top = -float("inf")
+    total = 0.0
+    sums = tl.zeros([BLOCK_E], tl.float32)
+    for span in range(live):
+        line = row * num_spans + span
+        lse = tl.load(lse_ptr + line)
+        part = tl.load(parts_ptr + line * value_width + offs_e, mask=mask_e, other=0.0)  # [BLOCK_E]
+        higher = tl.maximum(top, lse)
+        kept, weight = tl.exp2(top - higher), tl.exp2(lse - higher)
+        sums = sums * kept + part * weight
+        total = total * kept + weight
+        top = higher
+    tl.store(out_ptr + row * value_width + offs_e, (sums / total).to(out_ptr.dtype.element_ty), mask=mask_e)
+
+
+def blocks_of(width: int) -> tuple[int, int]:
+    """A power of two of channels, and what is padded of the rest: 576 -> 512, 64; 128 -> 128, 0; 33 -> 32, 16."""
+    main = max(16, 1 << (width.bit_length() - 1))
+    rest = max(0, width - main)
+    return main, max(16, triton.next_power_of_2(rest)) if rest else 0
+
+
+def launch(
+    q_BHd: Tensor, k_SKd: Tensor, v_SKe: Tensor, block_table_BN: Tensor, lengths_B: Tensor, scale: float
+) -> Tensor:
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHd, k_SKd, v_SKe))
+    table, lengths = block_table_BN.contiguous(), lengths_B.contiguous()
+    (B, H, d), K, e = q.shape, k.shape[1], v.shape[2]
+    out_BHe = q.new_empty(B, H, e)
+    num_spans = max(1, triton.cdiv(table.shape[1] * BLOCK, SPAN))
+    if not B:
+        return out_BHe
+    one = num_spans == 1
+    parts = out_BHe if one else q.new_empty(B, H, num_spans, e, dtype=torch.float32)
+    lse = None if one else q.new_empty(B, H, num_spans, dtype=torch.float32)
+    block_d, block_r = blocks_of(d)
+    shared = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and e <= block_d
+    block_e = block_d if shared else max(16, triton.next_power_of_2(e))
+    sizes = WIDE_BLOCK_T if block_d >= 512 else BLOCK_T
+    _attend_kernel[(B, K * triton.cdiv(H // K, BLOCK_H), num_spans)](
+        q, k, v, table, lengths, parts, lse, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], table.shape[1], H,
+        H // K, d, e, num_spans, scale * 1.4426950408889634, SHARED=shared, ONE_SPAN=one, BLOCK=BLOCK, SPAN=SPAN,
+        BLOCK_H=BLOCK_H, BLOCK_T=sizes[q.element_size()], BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_E=block_e,
+        num_warps=WIDE_WARPS if block_d >= 512 else NUM_WARPS, num_stages=NUM_STAGES,
+    )  # fmt: skip
+    if not one:
+        _merge_kernel[(B * H,)](
+            parts, lse, lengths, out_BHe, H, e, num_spans, SPAN=SPAN, BLOCK_E=max(16, triton.next_power_of_2(e)),
+            num_warps=MERGE_WARPS,
+        )  # fmt: skip
+    return out_BHe
