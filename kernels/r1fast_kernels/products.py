@@ -53,3 +53,35 @@ def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Ten
     if _takes_onednn(x_TK):
         return _Linear.apply(x_TK, weight_NK, bias_N)
     return F.linear(x_TK, weight_NK, bias_N)
+
+
+# Rows of a half-precision input that are widened at a time on a CPU: they stay in its cache.
+_PIECE = 2048
+
+
+class _LinearFp32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TK, weight_NK)
+        return torch.cat([F.linear(x_MK.float(), weight_NK) for x_MK in x_TK.split(_PIECE)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad_TN,), (x_TK, weight_NK) = grads, ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        grad_x = torch.empty_like(x_TK) if needs_x else None
+        grad_weight = torch.zeros_like(weight_NK) if needs_weight else None
+        for start in range(0, len(x_TK), _PIECE):
+            rows = slice(start, start + _PIECE)
+            if grad_x is not None:
+                grad_x[rows] = grad_TN[rows] @ weight_NK
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_TN[rows].T, x_TK[rows].float())
+        return grad_x, grad_weight
+
+
+def linear_fp32(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    """fp32 x weight^T of factors of any precision, as routers want it; on a CPU no widened copy of x is kept."""
+    if x_TK.device.type == "cpu" and x_TK.dtype in (torch.bfloat16, torch.float16) and len(x_TK):
+        return _LinearFp32.apply(x_TK, weight_NK.float())
+    return linear(x_TK.float(), weight_NK.float())

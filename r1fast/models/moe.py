@@ -10,7 +10,7 @@ from r1fast.models.attention import AttentionPlan
 from r1fast.models.config import ModelConfig
 from r1fast.models.layers import MLP
 from r1fast_kernels import moe_experts, route_topk
-from r1fast_kernels.products import linear
+from r1fast_kernels.products import linear_fp32
 
 
 class Gate(nn.Module):
@@ -39,7 +39,7 @@ class Gate(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """expert ids [T, K], weights [T, K] (fp32), tokens per expert [E], and the logits [T, E]."""
         config = self.config
-        logits_TE = linear(x_TD.float(), self.weight.float())
+        logits_TE = linear_fp32(x_TD, self.weight)
         sigmoid = self.e_score_correction_bias is not None
         routed = route_topk(
             logits_TE,

@@ -60,3 +60,20 @@ def test_what_stays_torchs_own() -> None:
 def test_same_bits_every_time() -> None:
     case = random_case(515, 96, 64)
     assert_same_bits(lambda: outputs(products.linear, case))
+
+
+@pytest.mark.parametrize("num_tokens", [5, 2048, 5000])
+def test_widened_by_pieces(num_tokens: int) -> None:
+    """bf16 rows times an fp32 weight, over several pieces: as exact as with a widened copy of all."""
+    x, weight, _, grad = random_case(num_tokens, 24, 6)
+    leaves = x.bfloat16().requires_grad_(), weight.requires_grad_()
+
+    def all_of(out: Tensor, upstream: Tensor) -> list[Tensor]:
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+    got = all_of(products.linear_fp32(*leaves), grad)
+    plain = all_of(F.linear(leaves[0].float(), leaves[1]), grad)
+    exact = all_of(F.linear(leaves[0].double(), leaves[1].double()), grad.double())
+    assert [x.dtype for x in got] == [FP32, torch.bfloat16, FP32]
+    for name, g, p, e, times in zip(("out", "grad x", "grad weight"), got, plain, exact, (2, 3, 3), strict=True):
+        assert_as_exact(g, p, e, times, name)
