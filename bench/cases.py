@@ -132,16 +132,23 @@ def _norms() -> list[Case]:
 def _attention() -> list[Case]:
     """The small recipe's kind of layer on 24,576 tokens, and a Llama-like one on 8,192."""
     sizes = {"mla": {"N": 96, "L": 256, "H": 4}, "gqa": {"N": 8, "L": 1024, "H": 8}}
-    return [
-        Case("packed_attention", "cpu", dtype, mode, sizes[mode], (faster("SDPA", 1),))
-        for dtype in ("fp32", "bf16")
-        for mode in sizes
-    ] + [
-        Case("decode_attention", "cpu", dtype, mode, {"B": 256, "T": T}, (faster("SDPA", 1),))
-        for dtype in ("fp32", "bf16")
-        for mode in sizes
-        for T in (84, 512)
-    ]
+    return (
+        [
+            Case("packed_attention", "cpu", dtype, mode, sizes[mode], (faster("SDPA", 1),))
+            for dtype in ("fp32", "bf16")
+            for mode in sizes
+        ]
+        + [
+            Case("decode_attention", "cpu", dtype, mode, {"B": 256, "T": T}, (faster("SDPA", 1),))
+            for dtype in ("fp32", "bf16")
+            for mode in sizes
+            for T in (84, 512)
+        ]
+        + [
+            Case("decode_attention", "cuda", "bf16", mode, size, (of_floor(0.7),))
+            for mode, size in (("gqa", {"B": 256, "T": 1536}), ("mla", {"B": 128, "T": 2048}))
+        ]
+    )
 
 
 def _steps() -> list[Case]:
