@@ -1,7 +1,7 @@
 """What to sample (`SamplingParams`), what comes back (`Completion`), and which noise each token gets.
 
 A token's noise is a function of (run seed, sequence id, sample index, position in the sequence) and nothing else, so
-that a completion does not depend on the other rows of the batch, on waves or compaction, or on how prompts are split
+that a completion does not depend on the other rows of the batch, on when it enters it, or on how prompts are split
 over calls and ranks. The four integers are folded into one 64-bit seed per row, in int64 tensor arithmetic.
 """
 
