@@ -160,6 +160,19 @@ def test_a_row_alone_is_the_row_in_a_batch(backend: Backend, dtype: torch.dtype)
         assert torch.equal(attend(narrow, backend.impl)[0], together[b])
 
 
+@pytest.mark.parametrize("strides", [(1 << 26, 32, 1), (32, 1 << 30, 1)], ids=["slots", "heads"])
+def test_strides_beyond_32_bits(backend: Backend, strides: tuple[int, int, int]) -> None:
+    """The last slots, or the last key head, begin 2^31 elements in or later. Only the pages that are touched exist."""
+    if backend.name == "cuda":
+        pytest.skip("memory on a GPU is not handed out page by page")
+    rows = random_rows(Shape(6, 3, 32, 16), BF16, lengths=[20])
+    k_SKd = rows["k_SKd"]
+    end = 1 + sum((size - 1) * stride for size, stride in zip(k_SKd.shape, strides, strict=True))
+    apart_SKd = torch.empty(end, dtype=BF16).as_strided(k_SKd.shape, strides).copy_(k_SKd)
+    near, apart = (rows | {"k_SKd": x, "v_SKe": x[..., 16:]} for x in (k_SKd, apart_SKd))
+    assert torch.equal(attend(apart, backend.impl), attend(near, backend.impl))
+
+
 def test_strided_inputs_and_no_rows(backend: Backend) -> None:
     rows = backend.to(random_rows(SHAPES["grouped"]))
     want = attend(rows, backend.impl)
