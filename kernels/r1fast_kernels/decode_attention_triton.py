@@ -82,7 +82,7 @@ def _attend_kernel(
         live = offs_t < length
         block = tl.load(table_ptr + b * table_width + offs_t // BLOCK, mask=live, other=0)  # [BLOCK_T]
         slot = block.to(tl.int64) * BLOCK + offs_t % BLOCK
-        k_rows = k_ptr + slot[:, None] * stride_ks + kv_head * stride_kh
+        k_rows = k_ptr + slot[:, None] * stride_ks + kv_head.to(tl.int64) * stride_kh
         k = tl.load(k_rows + offs_d, mask=live[:, None] & (offs_d < width), other=0.0)  # [BLOCK_T, BLOCK_D]
         scores = dot(q, tl.trans(k), tl.zeros([BLOCK_H, BLOCK_T], tl.float32))
         if BLOCK_R:
@@ -96,7 +96,7 @@ def _attend_kernel(
         if SHARED:
             v = k
         else:
-            v_rows = v_ptr + slot[:, None] * stride_vs + kv_head * stride_vh
+            v_rows = v_ptr + slot[:, None] * stride_vs + kv_head.to(tl.int64) * stride_vh
             v = tl.load(v_rows + offs_e, mask=live[:, None] & (offs_e < value_width), other=0.0)  # [BLOCK_T, BLOCK_E]
         sums = dot(p.to(v.dtype), v, sums * kept[:, None])
         top = higher

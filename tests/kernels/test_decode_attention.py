@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,17 +38,25 @@ SHAPES = {
     "one-key-head": Shape(12, 1, 32, 32),  # more query heads than a strip has rows
     "mla": Shape(4, 1, 48, 32, shared=True),
     "odd": Shape(6, 2, 33, 17),
+    "two-tiles": Shape(40, 2, 48, 32, shared=True),  # 20 query heads of a key head: a program on a GPU takes 16
+    "latents": Shape(16, 1, 576, 512, shared=True),  # DeepSeek-V3's: 512 channels have tiles of their own
+}
+# Values in keys, but not as first channels up to a power of two: those a GPU reads once.
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "last-channels": lambda k_SKd: k_SKd[..., 16:],
+    "past-a-power-of-two": lambda k_SKd: k_SKd[..., :40],
+    "of-one-head": lambda k_SKd: k_SKd[:, :1, :32].expand(-1, 2, -1),
 }
 # One token; up to, at and past a block; at and past a span of 256; several spans.
 LENGTHS = [1, 15, 16, 17, 255, 256, 257, 600]
 
 
 def random_rows(shape: Shape, dtype: torch.dtype = FP32, lengths: list[int] = LENGTHS) -> dict[str, Any]:
-    """Blocks in any order; NaN in every slot that no row has, ids of no block behind the length."""
+    """Blocks in any order; NaN in slots that no row has, all of block 0 among them; no block's id behind the length."""
     generator = torch.Generator().manual_seed(0)
     width, B = -(-max(lengths, default=1) // BLOCK) + 1, len(lengths)
-    table = torch.randperm(B * width, generator=generator).view(B, width).int()
-    num_slots = max(1, B * width) * BLOCK
+    table = 1 + torch.randperm(B * width, generator=generator).view(B, width).int()
+    num_slots = (1 + B * width) * BLOCK
     k = torch.full((num_slots, shape.K, shape.d), torch.nan, dtype=FP64)
     v = torch.full((num_slots, shape.K, shape.e), torch.nan, dtype=FP64)
     for row, length in enumerate(lengths):
@@ -104,19 +113,73 @@ def test_rows_may_share_blocks(backend: Backend) -> None:
     torch.testing.assert_close(attend(backend.to(rows), backend.impl).cpu(), attend(rows, "reference"))
 
 
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_values_may_be_any_view_of_keys(backend: Backend, view: Callable[[Tensor], Tensor]) -> None:
+    rows = random_rows(Shape(4, 2, 48, 32), lengths=[17, 300])
+    rows["v_SKe"] = view(rows["k_SKd"])
+    want = attend(rows, "reference")
+    rows = backend.to(rows)
+    rows["v_SKe"] = view(rows["k_SKd"])
+    torch.testing.assert_close(attend(rows, backend.impl).cpu(), want)
+
+
+def test_scores_far_apart(backend: Backend) -> None:
+    """A token of the first, second or last span that outweighs the row; a row of scores far below 0."""
+    rows = random_rows(Shape(1, 1, 16, 16), lengths=[600] * 4)
+    scores_BJ = torch.zeros(4, 600)
+    scores_BJ[[0, 1, 2], [3, 300, 599]] = 1000.0
+    scores_BJ[3] = -1000.0
+    slots_BJ = slots_of(rows["block_table_BN"], 600)
+    rows["k_SKd"][slots_BJ] = 0.0
+    rows["k_SKd"][slots_BJ, 0, 0] = scores_BJ
+    rows["q_BHd"] = torch.ones(4, 1, 16)
+    torch.testing.assert_close(attend(backend.to(rows), backend.impl).cpu(), attend(rows, "reference"))
+
+
+def test_spans_are_merged_in_fp32(backend: Backend) -> None:
+    """Spans of 256, 256 and 88 tokens that nearly cancel: bf16 holds neither a mean of 1 + 2^-8 nor log2(88)."""
+    rows = random_rows(Shape(1, 1, 16, 16), BF16, lengths=[600])
+    values_J = torch.tensor([1.0, 1.0 + 2.0**-7]).repeat(300)
+    values_J[512:] = -5.8125
+    slots_J = slots_of(rows["block_table_BN"], 600)[0]
+    rows["k_SKd"][slots_J] = 0.0
+    rows["v_SKe"][slots_J] = values_J.to(BF16)[:, None, None]
+    got = attend(backend.to(rows), backend.impl)
+    torch.testing.assert_close(got, torch.full_like(got, (514 - 88 * 5.8125) / 600), rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=lambda dtype: str(dtype)[6:])
 def test_a_row_alone_is_the_row_in_a_batch(backend: Backend, dtype: torch.dtype) -> None:
+    """With the batch's width of the table, and with its own: a GPU then merges fewer spans, or none."""
     rows = backend.to(random_rows(SHAPES["mla"], dtype))
     together = attend(rows, backend.impl)
-    for b in range(len(LENGTHS)):
+    for b, length in enumerate(LENGTHS):
         alone = rows | {name: rows[name][b : b + 1] for name in ("q_BHd", "block_table_BN", "lengths_B")}
         assert torch.equal(attend(alone, backend.impl)[0], together[b])
+        narrow = alone | {"block_table_BN": alone["block_table_BN"][:, : -(-length // BLOCK)]}
+        assert torch.equal(attend(narrow, backend.impl)[0], together[b])
 
 
-def test_strided_queries_and_no_rows(backend: Backend) -> None:
+@pytest.mark.parametrize("strides", [(1 << 26, 32, 1), (32, 1 << 30, 1)], ids=["slots", "heads"])
+def test_strides_beyond_32_bits(backend: Backend, strides: tuple[int, int, int]) -> None:
+    """The last slots, or the last key head, begin 2^31 elements in or later. Only the pages that are touched exist."""
+    if backend.name == "cuda":
+        pytest.skip("memory on a GPU is not handed out page by page")
+    rows = random_rows(Shape(6, 3, 32, 16), BF16, lengths=[20])
+    k_SKd = rows["k_SKd"]
+    end = 1 + sum((size - 1) * stride for size, stride in zip(k_SKd.shape, strides, strict=True))
+    apart_SKd = torch.empty(end, dtype=BF16).as_strided(k_SKd.shape, strides).copy_(k_SKd)
+    near, apart = (rows | {"k_SKd": x, "v_SKe": x[..., 16:]} for x in (k_SKd, apart_SKd))
+    assert torch.equal(attend(apart, backend.impl), attend(near, backend.impl))
+
+
+def test_strided_inputs_and_no_rows(backend: Backend) -> None:
     rows = backend.to(random_rows(SHAPES["grouped"]))
+    want = attend(rows, backend.impl)
     wide = rows | {"q_BHd": torch.cat((rows["q_BHd"], rows["q_BHd"]), dim=-1)[..., :64]}
-    assert not wide["q_BHd"].is_contiguous() and torch.equal(attend(wide, backend.impl), attend(rows, backend.impl))
+    assert not wide["q_BHd"].is_contiguous() and torch.equal(attend(wide, backend.impl), want)
+    turned = rows | {name: rows[name].mT.contiguous().mT for name in ("q_BHd", "k_SKd", "v_SKe")}
+    assert turned["k_SKd"].stride(-1) == 2 and torch.equal(attend(turned, backend.impl), want)
     empty = backend.to(random_rows(SHAPES["grouped"], lengths=[]))
     assert attend(empty, backend.impl).shape == attend(empty, "reference").shape == (0, 8, 64)
 
