@@ -160,8 +160,9 @@ class Decoder(nn.Module):
         written before any is read.
         """
         step = DecodeStep.at(positions_B, block_table_BN)
-        x_BD = self.embed_tokens(input_ids_B)
+        # `forward` itself, past hooks: FSDP's make its streams wait for this one, which would break a graph's capture.
+        x_BD = self.embed_tokens.forward(input_ids_B)
         rope = self.rotary(positions_B, x_BD.dtype)
         for layer in cast(Iterable[DecoderLayer], self.layers):
             x_BD = layer.decode(x_BD, rope, step, cache)
-        return self.head(self.norm(x_BD), head)
+        return self.head.forward(self.norm.forward(x_BD), head)

@@ -7,6 +7,8 @@ enter    p0 p0 p1 ...  a row holds the full blocks of its prompt together with i
 decode   o o x o x o   one token per row and step
 leave    o o   o   o   stopped rows give back their blocks; on a GPU every eighth step, which is a wait for it
 
+What a step reads and writes (rows.py, the outputs, the cache) stays where it is: on a GPU graphs.py runs the steps.
+
 blocks   |prompt 0   |prompt 0   |tail, sample 0|sample 0|      16 tokens each
                                  |tail, sample 1|sample 1|
 """
@@ -24,6 +26,8 @@ from torch import Tensor
 from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.rollout.blocks import BlockPool
+from r1fast.rollout.graphs import StepGraphs
+from r1fast.rollout.rows import Row, Rows, Span
 from r1fast.rollout.sampling import SamplingParams, fold_in
 from r1fast_kernels import sample_tokens, selective_logprobs
 from r1fast_kernels.decode_attention import BLOCK
@@ -65,7 +69,7 @@ class Sampled:
 
 
 @dataclass
-class _Row:
+class _Member:
     index: int  # in the output
     key: int
     line: int  # of the buffers
@@ -73,30 +77,11 @@ class _Row:
     blocks: list[int]
 
 
-@dataclass
-class _Rows:
-    """What a step needs of each row, tensors of one length."""
-
-    line_B: Tensor
-    key_B: Tensor
-    next_B: Tensor  # place in the sequence of the token sampled next
-    last_B: Tensor  # the last place that is fed
-    count_B: Tensor  # tokens sampled
-    stopped_B: Tensor
-    id_B: Tensor  # the token sampled last
-    block_table_BN: Tensor
-
-    def select(self, index_B: Tensor) -> "_Rows":
-        return _Rows(*(x[index_B] for x in self.__dict__.values()))
-
-    def join(self, other: "_Rows") -> "_Rows":
-        return _Rows(*(torch.cat(pair) for pair in zip(self.__dict__.values(), other.__dict__.values())))
-
-
 class Batch:
     """Samples what waits in `prompts`; `finish(index, sampled)` is called for each sample when it has left.
 
     num_blocks: of the cache; max_rows: rows at a time; max_tokens_at_once: of a prefill, longer prompts come in parts.
+    graphs: of the steps; the last block is then that of their padding.
     """
 
     def __init__(
@@ -111,16 +96,17 @@ class Batch:
         max_tokens_at_once: int,
         impl: str | None,
         record_experts: bool,
+        graphs: StepGraphs | None,
         finish: Callable[[int, Sampled], None],
     ) -> None:
         self.model, self.params, self.impl, self.finish = model, params, impl, finish
         self.queue, self.max_rows, self.max_tokens_at_once = deque(prompts), max_rows, max_tokens_at_once
-        self.record_experts = record_experts
+        self.graphs = graphs
         weight_VD = model.embed_tokens.weight
         self.device = weight_VD.device
         self.cache = BlockCache(model.config, num_blocks, weight_VD.dtype, self.device)
-        self.pool = BlockPool(num_blocks)
-        self.table_width = max(p.num_full + p.num_own(params.max_tokens) for p in prompts)
+        self.pool = BlockPool(num_blocks if graphs is None else num_blocks - 1)
+        table_width = max(p.num_full + p.num_own(params.max_tokens) for p in prompts)
         self.stop_ids_X = torch.tensor(stop_ids, dtype=torch.int64, device=self.device)
         self.is_stop_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
         self.is_stop_V[self.stop_ids_X] = True
@@ -128,21 +114,27 @@ class Batch:
         self.ids_RS = torch.zeros(max_rows, params.max_tokens + 1, dtype=torch.int64, device=self.device)
         self.logprobs_RS = torch.zeros(max_rows, params.max_tokens + 1, device=self.device)
         self.experts_RSLK: Tensor | None = None
+        if record_experts:
+            routed_LK = sum(1 for _ in model.moe_layers()), model.config.num_experts_per_tok
+            self.experts_RSLK = torch.zeros(*self.ids_RS.shape, *routed_LK, dtype=torch.int16, device=self.device)
         self.free_lines = list(range(max_rows - 1, -1, -1))
-        self.members: list[_Row] = []
-        none = torch.zeros(0, dtype=torch.int64, device=self.device)
-        table_0N = torch.zeros(0, self.table_width, dtype=torch.int32, device=self.device)
-        self.rows = _Rows(none, none, none, none, none, none.bool(), none, table_0N)
+        self.members: list[_Member] = []
+        self.rows = Rows(max_rows, table_width, num_blocks - 1, self.device)
 
     def run(self) -> None:
         sync_steps = SYNC_STEPS.get(self.device.type, DEVICE_SYNC_STEPS)
+        addresses = self._addresses()
         while self.queue or self.members:
             while self.queue and len(self.free_lines) >= self.max_rows * ENTER_ABOVE and self._enter():
                 self._leave()  # the first token may be the last
             assert self.members or not self.queue, "a sample that does not fit into the empty cache"
             for _ in range(sync_steps if self.members else 0):
-                self._step()
+                if self.graphs is None:
+                    self._step(len(self.members))
+                else:
+                    self.graphs.run(self._step, len(self.members))
             self._leave()
+        assert self._addresses() == addresses, "parameters moved: graphs read where they were"
 
     # ---- entering ----
 
@@ -161,10 +153,10 @@ class Batch:
                 prompt.logits_1V = None
         return True
 
-    def _admit(self) -> tuple[list[Prompt], list[_Row]]:
+    def _admit(self) -> tuple[list[Prompt], list[_Member]]:
         """The prompts to prefill, and the samples that enter, as far as rows and blocks allow."""
         prompts: list[Prompt] = []
-        members: list[_Row] = []
+        members: list[_Member] = []
         while self.queue and self.free_lines:
             prompt = self.queue[0]
             own = prompt.num_own(self.params.max_tokens)
@@ -177,7 +169,7 @@ class Batch:
                 index, key = prompt.waiting.popleft()
                 shared = prompt.blocks[: prompt.num_full]
                 self.pool.share(shared)
-                members.append(_Row(index, key, self.free_lines.pop(), prompt, shared + self.pool.take(own)))
+                members.append(_Member(index, key, self.free_lines.pop(), prompt, shared + self.pool.take(own)))
             if prompt.waiting:
                 break
             self.queue.popleft()
@@ -196,7 +188,11 @@ class Batch:
             slots_T=torch.cat([self._slots(prompt.blocks, len(ids)) for prompt, ids in zip(prompts, heads)]),
             head=lambda hidden_TD, weight_VD: linear(hidden_TD[last_P], weight_VD),
         )
-        parts = np.split(self._last_experts(), ends_P[:-1].numpy()) if self.record_experts else [None] * len(prompts)
+        parts = (
+            np.split(self._last_experts(), ends_P[:-1].numpy())
+            if self.experts_RSLK is not None
+            else [None] * len(prompts)
+        )
         for prompt, logits_1V, experts_TLK in zip(prompts, logits_PV.split(1), parts):
             prompt.logits_1V, prompt.experts_PLK = logits_1V, experts_TLK
             for start in range(self.max_tokens_at_once, len(prompt.ids), self.max_tokens_at_once):
@@ -214,7 +210,7 @@ class Batch:
         if prompt.experts_PLK is not None:
             prompt.experts_PLK = np.concatenate([prompt.experts_PLK, self._last_experts()])
 
-    def _copy_tails(self, members: list[_Row]) -> None:
+    def _copy_tails(self, members: list[_Member]) -> None:
         """The last block of a prompt, unless it is full, goes on differently in each sample."""
         parting = [member for member in members if len(member.prompt.ids) % BLOCK and member.blocks]
         if parting:
@@ -222,77 +218,73 @@ class Batch:
             sources = self._int64([member.prompt.blocks[n] for member, n in zip(parting, full)])
             self.cache.copy_blocks(sources, self._int64([member.blocks[n] for member, n in zip(parting, full)]))
 
-    def _sample_first(self, members: list[_Row]) -> None:
-        size_B = self._int64([len(member.prompt.ids) for member in members])
-        none_B = torch.zeros_like(size_B)
-        table_BN = [member.blocks + [0] * (self.table_width - len(member.blocks)) for member in members]
-        rows = _Rows(
-            line_B=self._int64([member.line for member in members]),
-            key_B=self._int64([member.key for member in members]),
-            next_B=size_B,
-            last_B=size_B + self.params.max_tokens - 2,
-            count_B=none_B,
-            stopped_B=none_B.bool(),
-            id_B=none_B,
-            block_table_BN=torch.tensor(table_BN, dtype=torch.int32, device=self.device),
+    def _sample_first(self, members: list[_Member]) -> None:
+        width, more = self.rows.block_table_RN.shape[1], self.params.max_tokens - 2
+        rows = self.rows.put(
+            len(self.members),
+            [Row(x.line, x.key, len(x.prompt.ids), len(x.prompt.ids) + more, live=1) for x in members],
+            [member.blocks + [0] * (width - len(member.blocks)) for member in members],
         )
         self._sample(rows, torch.cat([cast(Tensor, member.prompt.logits_1V) for member in members]))
         self.members += members
-        self.rows = self.rows.join(rows)
 
     # ---- decoding ----
 
-    def _step(self) -> None:
-        rows = self.rows
+    def _step(self, num_rows: int) -> None:
+        """A token for each of the first rows. A graph repeats what this launches: only tensors may hold what changes
+        from step to step, only such as stay, and nothing may wait for the device."""
+        rows = self.rows.span(0, num_rows)
         # The place of the token sampled last; a row that has stopped at the end of its blocks stays in them.
         place_B = torch.minimum(rows.next_B - 1, rows.last_B)
         logits_BV = self.model.decode(rows.id_B, place_B, self.cache, rows.block_table_BN)
-        if self.record_experts:
-            self._record(rows)
+        if self.experts_RSLK is not None:
+            column_B = self._column(rows, rows.num_sampled_B - 1)
+            self.experts_RSLK[rows.line_B, column_B] = self.model.last_expert_ids().to(torch.int16)
         self._sample(rows, logits_BV)
 
-    def _sample(self, rows: _Rows, logits_BV: Tensor) -> None:
+    def _sample(self, rows: Span, logits_BV: Tensor) -> None:
         """The next token of each row, and where it stands then. In place."""
         min_tokens = self.params.min_tokens
-        banned_BV = (rows.count_B < min_tokens)[:, None] & self.is_stop_V if min_tokens else None
+        banned_BV = (rows.num_sampled_B < min_tokens)[:, None] & self.is_stop_V if min_tokens else None
         seeds_B = fold_in(rows.key_B, rows.next_B)
-        rows.id_B, logprobs_B = draw(logits_BV, self.params, seeds_B, banned_BV, self.impl)
-        column_B = rows.count_B.where(~rows.stopped_B, self.params.max_tokens)
-        self.ids_RS[rows.line_B, column_B] = rows.id_B
+        ids_B, logprobs_B = draw(logits_BV, self.params, seeds_B, banned_BV, self.impl)
+        column_B = self._column(rows, rows.num_sampled_B)
+        self.ids_RS[rows.line_B, column_B] = ids_B
         self.logprobs_RS[rows.line_B, column_B] = logprobs_B
-        rows.next_B = rows.next_B + ~rows.stopped_B
-        rows.count_B = rows.count_B + ~rows.stopped_B
-        rows.stopped_B = rows.stopped_B | self.is_stop_V[rows.id_B] | (rows.count_B == self.params.max_tokens)
+        rows.id_B.copy_(ids_B)
+        rows.next_B.add_(rows.live_B)
+        rows.num_sampled_B.add_(rows.live_B)
+        rows.live_B.mul_(~(self.is_stop_V[ids_B] | (rows.num_sampled_B == self.params.max_tokens)))
 
-    def _record(self, rows: _Rows) -> None:
-        experts_BLK = self.model.last_expert_ids().to(torch.int16)
-        if self.experts_RSLK is None:
-            self.experts_RSLK = experts_BLK.new_zeros(*self.ids_RS.shape, *experts_BLK.shape[1:])
-        column_B = (rows.count_B - 1).where(~rows.stopped_B, self.params.max_tokens)
-        self.experts_RSLK[rows.line_B, column_B] = experts_BLK
+    def _column(self, rows: Span, count_B: Tensor) -> Tensor:
+        return count_B.where(rows.live_B.bool(), self.params.max_tokens)
 
     # ---- leaving ----
 
     def _leave(self) -> None:
         """Rows that have stopped. The one host read of a step."""
-        stopped = self.rows.stopped_B.nonzero().squeeze(1)
-        if not len(stopped):
+        rows = self.rows.span(0, len(self.members))
+        live = rows.live_B.tolist()
+        if all(live):
             return
-        lines_B = self.rows.line_B[stopped]
-        ids, logprobs = self.ids_RS[lines_B].tolist(), self.logprobs_RS[lines_B].tolist()
-        counts, leaving = self.rows.count_B[stopped].tolist(), stopped.tolist()
-        routed_BSLK = None if self.experts_RSLK is None else self.experts_RSLK[lines_B].cpu().numpy()
-        for b, (place, count) in enumerate(zip(leaving, counts)):
-            member = self.members[place]
+        leaving = [member for member, lives in zip(self.members, live) if not lives]
+        counts = [count for count, lives in zip(rows.num_sampled_B.tolist(), live) if not lives]
+        lines_B = self._int64([member.line for member in leaving])
+        ids, logprobs = (x_RS[lines_B, : max(counts)].tolist() for x_RS in (self.ids_RS, self.logprobs_RS))
+        routed_BSLK = None if self.experts_RSLK is None else self.experts_RSLK[lines_B, : max(counts)].cpu().numpy()
+        for b, (member, count) in enumerate(zip(leaving, counts)):
             experts = member.prompt.experts_PLK
             if experts is not None and routed_BSLK is not None:
                 experts = np.concatenate([experts, routed_BSLK[b, : count - 1]])
             self.finish(member.index, Sampled(ids[b][:count], logprobs[b][:count], experts))
             self.pool.give_back(member.blocks)
             self.free_lines.append(member.line)
-        gone = set(leaving)
-        self.members = [member for place, member in enumerate(self.members) if place not in gone]
-        self.rows = self.rows.select((~self.rows.stopped_B).nonzero().squeeze(1))
+        places = [place for place, lives in enumerate(live) if lives]
+        self.rows.keep(places, len(self.members))
+        self.members = [self.members[place] for place in places]
+
+    def _addresses(self) -> list[int]:
+        return [] if self.graphs is None else [param.data_ptr() for param in self.model.parameters()]
 
     def _last_experts(self) -> np.ndarray:
         return self.model.last_expert_ids().to(torch.int16).cpu().numpy()

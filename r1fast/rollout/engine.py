@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.rollout.batch import Batch, Prompt, Sampled, num_blocks_of
+from r1fast.rollout.graphs import CAPTURES, StepGraphs
 from r1fast.rollout.sampling import Completion, SamplingParams, completion_texts, eos_token_ids, sample_keys
 
 RawPrompt = str | Sequence[int]
@@ -25,6 +26,7 @@ class RolloutEngine:
         need. They are held while `generate` runs.
     impl: which implementation its ops run ("reference", "cpp", "triton"); default: the best on the device.
     enable_return_routed_experts: completions say which experts each token went to, for an update to replay them.
+    enforce_eager: no CUDA graphs (graphs.py), which speed up decoding on a GPU; impl "reference" never has them.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class RolloutEngine:
         max_num_batched_tokens: int = 8192,
         kv_cache_memory_bytes: int | None = None,
         enable_return_routed_experts: bool = False,
+        enforce_eager: bool = False,
     ) -> None:
         if model.scalar_head:
             raise ValueError("the model is a reward model (a `score` head); expected a language model")
@@ -59,6 +62,7 @@ class RolloutEngine:
         if enable_return_routed_experts and not any(True for _ in model.moe_layers()):
             raise ValueError("enable_return_routed_experts: the model has no mixture-of-experts layer")
         self.enable_return_routed_experts = enable_return_routed_experts
+        self.enforce_eager = enforce_eager
 
     @torch.no_grad()  # not inference_mode: its tensors may not take part in autograd later, and FSDP keeps some
     def generate(
@@ -88,7 +92,9 @@ class RolloutEngine:
             return []
         stop_ids = self._stop_ids(params)
         distinct = self._distinct(prompt_ids, sequence_ids, params)
-        num_blocks = self._num_blocks(distinct, num_total, params.max_tokens)
+        max_rows = min(self.max_num_seqs, num_total)
+        graphs = self._graphs(max_rows)
+        num_blocks = self._num_blocks(distinct, max_rows, params.max_tokens, spare=0 if graphs is None else 1)
         sampled: dict[int, Sampled] = {}
 
         def finish(index: int, sample: Sampled) -> None:
@@ -99,18 +105,20 @@ class RolloutEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            Batch(
-                self.model,
-                distinct,
-                params,
-                stop_ids,
-                num_blocks=num_blocks,
-                max_rows=min(self.max_num_seqs, num_total),
-                max_tokens_at_once=self.max_num_batched_tokens,
-                impl=self.impl,
-                record_experts=self.enable_return_routed_experts,
-                finish=finish,
-            ).run()
+            with torch.cuda.device_of(self.model.embed_tokens.weight):
+                Batch(
+                    self.model,
+                    distinct,
+                    params,
+                    stop_ids,
+                    num_blocks=num_blocks,
+                    max_rows=max_rows,
+                    max_tokens_at_once=self.max_num_batched_tokens,
+                    impl=self.impl,
+                    record_experts=self.enable_return_routed_experts,
+                    graphs=graphs,
+                    finish=finish,
+                ).run()
         finally:
             self.model.train(was_training)
 
@@ -132,17 +140,23 @@ class RolloutEngine:
             prompt.waiting += ((index, keys[index]) for index in range(p * params.n, (p + 1) * params.n))
         return list(distinct.values())
 
-    def _num_blocks(self, prompts: list[Prompt], num_total: int, max_tokens: int) -> int:
-        """What the rows need, or what the budget has room for. Raises when one sample alone needs more."""
-        rows = min(self.max_num_seqs, num_total)
+    def _graphs(self, max_rows: int) -> StepGraphs | None:
+        """None: every step runs op by op."""
+        capture = CAPTURES.get(self.model.embed_tokens.weight.device.type)
+        if capture is None or self.enforce_eager or self.impl == "reference":
+            return None
+        return StepGraphs(max_rows, capture())
+
+    def _num_blocks(self, prompts: list[Prompt], rows: int, max_tokens: int, *, spare: int) -> int:
+        """What the rows need and `spare` more, or what the budget has room for. Raises when one sample needs more."""
         most_shared = max(num_blocks_of(len(prompt.ids)) for prompt in prompts)
         most_own = max(prompt.num_own(max_tokens) for prompt in prompts)
-        needed = rows * most_own + min(rows, len(prompts)) * most_shared
+        needed = spare + rows * most_own + min(rows, len(prompts)) * most_shared
         if self.kv_cache_memory_bytes is None:
             return needed
         block_bytes = BlockCache.bytes_per_block(self.model.config, self.model.embed_tokens.weight.dtype)
         affordable = self.kv_cache_memory_bytes // block_bytes
-        alone = max(num_blocks_of(len(prompt.ids)) + prompt.num_own(max_tokens) for prompt in prompts)
+        alone = spare + max(num_blocks_of(len(prompt.ids)) + prompt.num_own(max_tokens) for prompt in prompts)
         if alone > affordable:
             longest = max(len(prompt.ids) for prompt in prompts)
             raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from r1fast.rollout import batch as batch_module
 from r1fast.rollout import engine as engine_module
+from r1fast.rollout import graphs as graphs_module
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams, fold_in, sample_keys
 from r1fast_kernels import sample_tokens
@@ -97,7 +98,8 @@ class HashDecoder(nn.Module):
             self.prefill_lengths.append(len(input_ids_B))
         # One by one: rows may be neighbours in one sequence.
         states = []
-        for before, at, token in zip(slots_of(positions_B - 1), slots_of(positions_B), input_ids_B, strict=True):
+        befores_B = slots_of((positions_B - 1).clamp(min=0))  # a padding row is on the first place
+        for before, at, token in zip(befores_B, slots_of(positions_B), input_ids_B, strict=True):
             cache.state_S[at] = hash_step(cache.state_S[before], token)
             states.append(cache.state_S[at].clone())
         return self._logits(torch.stack(states), head or (lambda hidden, weight: hidden))
@@ -114,6 +116,20 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> HashDecoder:
     monkeypatch.setattr(engine_module, "BlockCache", HashCache)
     HashCache.made.clear()
     return HashDecoder()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Graphs on a CPU: what is captured is the code of a step, run again for all rows of its bucket."""
+    events: list[str] = []
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        events.append("capture")
+        step()
+        return lambda: events.append("replay") or step()
+
+    monkeypatch.setitem(graphs_module.CAPTURES, "cpu", lambda: capture)
+    return events
 
 
 def expected_completion(
@@ -145,8 +161,20 @@ def expected_completion(
 
 @pytest.mark.parametrize("trial", range(60))
 def test_rows_are_never_mixed(decoder: HashDecoder, trial: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_random_samples(decoder, random.Random(trial), monkeypatch)
+
+
+@pytest.mark.parametrize("trial", range(60))
+def test_padding_mixes_no_rows(
+    decoder: HashDecoder, graphs: list[str], trial: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs_module, "STEPS_BEFORE", trial % 3)
+    monkeypatch.setattr(graphs_module, "MOST_PADDING", 1 + trial % 4)
+    check_random_samples(decoder, random.Random(trial), monkeypatch)
+
+
+def check_random_samples(decoder: HashDecoder, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random prompts, duplicates, stops, limits, rows, blocks and prefills; stops also noticed late, as on a GPU."""
-    rng = random.Random(trial)
     monkeypatch.setitem(batch_module.SYNC_STEPS, "cpu", rng.choice([1, 1, 5]))
     prompts = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 33))] for _ in range(rng.randint(1, 12))]
     prompts += rng.choices(prompts, k=rng.randint(0, 3))
@@ -224,6 +252,38 @@ def test_the_cache_keeps_to_its_budget(decoder: HashDecoder) -> None:
     assert HashCache.made[-1].num_blocks == 8 * 2 + 2 and max(decoder.decode_rows) == 8
     with pytest.raises(ValueError, match=r"kv_cache_memory_bytes is 2,999; one completion of 33 .* 16 takes 3,000"):
         RolloutEngine(decoder, None, kv_cache_memory_bytes=2999).generate([[1] * 16], params)
+
+
+def test_padding_has_a_block_of_its_own_within_the_budget(decoder: HashDecoder, graphs: list[str]) -> None:
+    params = SamplingParams(n=4, max_tokens=33, ignore_eos=True)
+    RolloutEngine(decoder, None, kv_cache_memory_bytes=5999).generate([[1] * 16, [2] * 16], params)
+    assert HashCache.made[-1].num_blocks == 5 and max(decoder.decode_rows) == 1  # two rows would take five blocks
+    RolloutEngine(decoder, None).generate([[1] * 16, [2] * 16], params)
+    assert HashCache.made[-1].num_blocks == 8 * 2 + 2 + 1 and max(decoder.decode_rows) == 8
+    with pytest.raises(ValueError, match=r"kv_cache_memory_bytes is 3,999; one completion of 33 .* 16 takes 4,000"):
+        RolloutEngine(decoder, None, kv_cache_memory_bytes=3999).generate([[1] * 16], params)
+
+
+@pytest.mark.parametrize("options", [{"enforce_eager": True}, {"impl": "reference"}])
+def test_graphs_are_not_always_wanted(decoder: HashDecoder, graphs: list[str], options: dict) -> None:
+    params = SamplingParams(n=4, max_tokens=40, ignore_eos=True)
+    (eager,) = RolloutEngine(decoder, None, **options).generate([[1] * 16], params)
+    assert not graphs
+    (replayed,) = RolloutEngine(decoder, None).generate([[1] * 16], params)
+    assert [completion.token_ids for completion in replayed] == [completion.token_ids for completion in eager]
+    assert graphs == ["capture"] + ["replay"] * (39 - graphs_module.STEPS_BEFORE - 1)
+
+
+def test_parameters_that_move_are_noticed(decoder: HashDecoder, graphs: list[str]) -> None:
+    step = decoder.decode
+
+    def decode(*args: Tensor, **options: Callable) -> Tensor:
+        decoder.embed_tokens.weight.data = decoder.embed_tokens.weight.data.clone()
+        return step(*args, **options)
+
+    decoder.decode = decode  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="parameters moved"):
+        RolloutEngine(decoder, None).generate([[1]], SamplingParams(max_tokens=4, ignore_eos=True))
 
 
 def test_equal_prompts_share_one_prefill_but_no_noise(decoder: HashDecoder) -> None:

@@ -1,0 +1,113 @@
+"""CUDA graphs of the decode step: one launch a token. Alone, its thousand kernels take the host longer to launch than
+a GPU to run.
+
+A graph steps a fixed number of rows, its bucket; behind the rows in use is padding (rows.py). As rows leave:
+
+    rows in use     256 ......... 128 | 127 ...... 64 | 63 ...
+    step by step    8                 |               |              eager: what is short is not captured
+    graph of          256             | 256  128      | 128  64      the larger one for 8 steps, then the closer
+
+A closer one is captured where the graph at hand has more than MOST_PADDING times the rows. Below that padding costs
+little: a step reads all weights for one row too. Rows enter before they leave, so that the first graph is as a rule the
+largest, and those after it find room in its memory, which they share.
+
+Graphs live for one call of `generate`, because its cache and buffers do, whose memory is training's afterwards. To
+capture takes about what a graph saves in some tens of steps, of a thousand. What a graph has the addresses of does not
+move in that time: parameters do when sharded ones are gathered, and not when an optimizer writes them.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+STEPS_BEFORE = 8  # of a bucket, until it is captured
+MOST_PADDING = 2
+
+Step = Callable[[], None]
+
+
+def bucket_of(num_rows: int, max_rows: int) -> int:
+    """1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, .. and at last max_rows: the first with room for num_rows."""
+    power = 1 << (num_rows - 1).bit_length()
+    between = power // 4 * 3
+    return min(between if power >= 32 and num_rows <= between else power, max_rows)
+
+
+class StepGraphs:
+    """Runs steps of any number of rows up to max_rows, by graphs where it pays. Buffers have max_rows rows.
+
+    capture: runs a step and returns what repeats it (CudaCapture).
+    """
+
+    def __init__(self, max_rows: int, capture: Callable[[Step], Step]) -> None:
+        self.max_rows, self.capture = max_rows, capture
+        self.graphs: dict[int, Step] = {}
+        self.steps_without: Counter[int] = Counter()
+
+    def run(self, step: Callable[[int], None], num_rows: int) -> None:
+        """step(n): the first n rows. Given anew each time: kept, it would keep its owner, and the cache, alive."""
+        closest = min((bucket for bucket in self.graphs if bucket >= num_rows), default=None)
+        if closest is None or closest > MOST_PADDING * num_rows:
+            bucket = bucket_of(num_rows, self.max_rows)
+            self.steps_without[bucket] += 1
+            if self.steps_without[bucket] > STEPS_BEFORE:
+                self.graphs[bucket] = self.capture(partial(step, bucket))
+                return
+        if closest is None:
+            step(num_rows)
+        else:
+            self.graphs[closest]()
+
+
+class _OfThread(threading.local):
+    """cuBLAS keeps a workspace (32 MiB on Hopper) for every stream that it ever met: no new one for each call."""
+
+    def __init__(self) -> None:
+        self.streams: dict[int, torch.cuda.Stream] = {}  # by device
+
+    def stream(self) -> torch.cuda.Stream:
+        device = torch.cuda.current_device()
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream()
+        return self.streams[device]
+
+
+_here = _OfThread()
+_one_at_a_time = threading.Lock()
+
+
+class CudaCapture:
+    """Captures the steps of one call of `generate`, on the current device. Other threads may train meanwhile."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Step) -> Step:
+        stream, current = _here.stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            step()  # a token like any other; and kernels are compiled and loaded, which a capture could not do
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: what other threads do, the watchdog of NCCL for one, does not end the capture.
+            with (
+                _one_at_a_time,
+                torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                step()
+        except RuntimeError as error:
+            # Where an op broke the capture, ending it raises in its turn and says less. There is no going on without a
+            # graph: torch's allocator does not recover from this.
+            raise RuntimeError(
+                "the decode step of this model cannot be captured as a CUDA graph; enforce_eager=True (in a recipe "
+                f"rollout.enforce_eager: true) decodes without: {error.__context__ or error}"
+            ) from error
+        return graph.replay
+
+
+# What makes a `capture` for a call of `generate`, by type of device. On others every step runs op by op.
+CAPTURES: dict[str, Callable[[], Callable[[Step], Step]]] = {"cuda": CudaCapture}

@@ -1,0 +1,298 @@
+"""Which steps are captured and replayed; and that a step can be: on a CPU by its tape, on a GPU by itself."""
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from r1fast.models.config import ModelConfig
+from r1fast.models.decoder import Decoder
+from r1fast.rollout import batch, graphs
+from r1fast.rollout.engine import RolloutEngine
+from r1fast.rollout.graphs import CudaCapture, StepGraphs, bucket_of
+from r1fast.rollout.sampling import Completion, SamplingParams
+from tests.rollout.test_engine import COMMON, FAMILIES, PROMPTS
+
+# What waits for the device, or has a shape that it must wait for: capturing ends with an error there.
+WAITS = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.equal.default,
+}
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph for a CPU: the ops of one step, played again on the very tensors that they had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.played: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in WAITS, f"{func} waits for the device"
+        out = func(*args, **(kwargs or {}))
+        self.played.append((func, args, kwargs or {}, out))
+        return out
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        with self:
+            step()
+        return self.replay
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.played:
+            again = func(*args, **kwargs)
+            for kept, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(kept, Tensor) and kept.data_ptr() != new.data_ptr():  # neither a view nor in place
+                    kept.copy_(new)
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    made: list[Tape] = []
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        made.append(Tape())
+        return made[-1].capture(step)
+
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", lambda: capture)
+    monkeypatch.setattr(graphs, "STEPS_BEFORE", 1)
+    return made
+
+
+def random_model(family: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
+    config_class, options = FAMILIES[family]
+    model = Decoder(ModelConfig.from_hf(config_class(**COMMON, **options)))
+    model.init_weights(torch.Generator().manual_seed(3))
+    return model.to(device, dtype).requires_grad_(False).eval()
+
+
+def flat(groups: list[list[Completion]]) -> list[Completion]:
+    return [completion for group in groups for completion in group]
+
+
+# ---- which bucket, and when ----
+
+
+def test_buckets() -> None:
+    buckets = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1000]
+    assert sorted({bucket_of(n, 1000) for n in range(1, 1001)}) == buckets
+    for n in range(1, 1001):
+        assert bucket_of(n, 1000) == min(bucket for bucket in buckets if bucket >= n)
+
+
+class Recorder:
+    def __init__(self, max_rows: int) -> None:
+        self.events: list[str] = []
+        self.graphs = StepGraphs(max_rows, self.capture)
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        self.events[-1] = self.events[-1].replace("eager", "capture")
+        return lambda name=self.events[-1]: self.events.append(name.replace("capture", "replay"))
+
+    def run(self, *rows: int) -> list[str]:
+        self.events.clear()
+        for num_rows in rows:
+            self.graphs.run(lambda n: self.events.append(f"eager {n}"), num_rows)
+        return self.events
+
+
+def test_a_bucket_is_captured_when_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "STEPS_BEFORE", 2)
+    recorder = Recorder(max_rows=200)
+    assert recorder.run(200, 197, 196, 195) == ["eager 200", "eager 197", "capture 200", "replay 200"]
+    assert recorder.run(150, 101, 100) == ["replay 200"] * 3, "twice the rows are near enough"
+    assert recorder.run(99, 40, 98, 97, 96, 90) == ["replay 200"] * 3 + ["capture 128", "replay 128", "replay 128"]
+    assert recorder.run(120, 180) == ["replay 128", "replay 200"], "rows have entered; the closest graph"
+    assert recorder.run(1, 1, 1, 1) == ["replay 128", "replay 128", "capture 1", "replay 1"]
+
+
+# ---- steps that are captured ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{}, {"min_tokens": 12, "top_p": 0.9}], ids=str)
+def test_a_tape_of_the_step_samples_the_same(family: str, options: dict[str, Any], tapes: list[Tape]) -> None:
+    """Nothing that changes from step to step is baked in, nothing outside of the buffers survives it."""
+    model = random_model(family)
+    is_moe = any(True for _ in model.moe_layers())
+    params = SamplingParams(n=5, max_tokens=30, seed=4, stop_token_ids=[5, 6, 7], **options)
+
+    def generate(**more: Any) -> list[Completion]:
+        engine = RolloutEngine(model, None, max_num_seqs=11, enable_return_routed_experts=is_moe, **more)
+        return flat(engine.generate(PROMPTS, params))
+
+    eager = generate(enforce_eager=True)
+    assert not tapes
+    replayed = generate()
+    assert len(tapes) > 1, "rows of several buckets"
+    for x, y in zip(eager, replayed, strict=True):
+        assert x.token_ids == y.token_ids
+        assert x.logprobs == pytest.approx(y.logprobs, abs=1e-5)
+        assert (x.routed_experts is None) == (not is_moe)
+        assert x.routed_experts is None or (x.routed_experts == y.routed_experts).all()  # type: ignore[union-attr]
+
+
+def test_a_step_that_waits_for_the_device_is_not_captured(tapes: list[Tape]) -> None:
+    model = random_model("qwen3_moe")
+    model.use_kernels("reference")
+    with pytest.raises(AssertionError, match="waits for the device"):
+        RolloutEngine(model, None).generate(PROMPTS, SamplingParams(max_tokens=30, ignore_eos=True))
+
+
+def test_a_step_passes_by_hooks() -> None:
+    """FSDP has them on what it shards by itself, and there makes its own streams wait: a capture that spreads to other
+    streams fails."""
+    model = random_model("llama")
+    hooked: list[str] = []
+    for name in ("embed_tokens", "layers.0", "layers.1", "norm", "lm_head"):
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: hooked.append(name))
+    RolloutEngine(model, None).generate([[5]], SamplingParams(max_tokens=9, ignore_eos=True))
+    assert len(hooked) == 5, "the prefill"
+
+
+def test_cache_and_graphs_go_with_the_call(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not at the next garbage collection: training wants their memory."""
+    caches: list[weakref.ref] = []
+    made = batch.BlockCache
+
+    def make(*args: Any) -> Any:
+        cache = made(*args)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(batch, "BlockCache", make)
+    engine = RolloutEngine(random_model("llama"), None)
+    gc.disable()
+    try:
+        engine.generate(PROMPTS, SamplingParams(max_tokens=30, ignore_eos=True))
+        graph = weakref.ref(tapes.pop())
+        assert not tapes
+        assert [cache() for cache in caches] == [None] and graph() is None
+    finally:
+        gc.enable()
+
+
+def test_a_capture_that_fails_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def capturing(*args: Any, **options: Any) -> Iterator[None]:
+        assert options["capture_error_mode"] == "thread_local"
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "graph_pool_handle": lambda: (0, 1),
+        "current_device": lambda: 0,
+        "current_stream": lambda: stream,
+        "Stream": lambda: stream,
+        "stream": lambda _: contextlib.nullcontext(),
+        "CUDAGraph": SimpleNamespace,
+        "graph": capturing,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    runs = []
+
+    def step() -> None:
+        runs.append(len(runs))
+        if len(runs) > 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match=r"enforce_eager=True .*: operation not permitted when stream is capturing"):
+        CudaCapture()(step)
+    assert runs == [0, 1], "once for its token, once to be captured"
+
+
+# ---- on a GPU ----
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def without_waits(run: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return checked
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, torch.float32) for family in FAMILIES), ("qwen2", torch.bfloat16), ("deepseek_v3", torch.bfloat16)],
+    ids=str,
+)
+def test_graphs_sample_what_eager_steps_do(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither steps nor replays wait for the device. Weights that changed in place are those of the next call. The
+    memory of cache and graphs is given back."""
+    captures: list[int] = []
+    capture = CudaCapture.__call__
+
+    def counted(self: CudaCapture, step: Callable[[], None]) -> Callable[[], None]:
+        captures.append(1)
+        return without_waits(capture(self, step))
+
+    monkeypatch.setattr(CudaCapture, "__call__", counted)
+    monkeypatch.setattr(batch.Batch, "_step", without_waits(batch.Batch._step))
+    model = random_model(family, "cuda", dtype)
+    is_moe = any(True for _ in model.moe_layers())
+    # In bf16 a product of more rows may round otherwise: rows of one length, and no padding.
+    stops = [5, 6, 7] if dtype == torch.float32 else None
+    params = SamplingParams(n=6, max_tokens=60, seed=1, ignore_eos=True, stop_token_ids=stops)
+
+    def generate(**more: Any) -> list[list[int]]:
+        engine = RolloutEngine(model, None, max_num_seqs=24, enable_return_routed_experts=is_moe, **more)
+        return [completion.token_ids for completion in flat(engine.generate(PROMPTS, params))]
+
+    eager = generate(enforce_eager=True)
+    assert not captures
+    assert generate() == eager
+    assert len(captures) > 1 if stops else captures == [1]
+    allocated = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(1.2)
+    changed = generate()
+    assert changed != eager
+    assert changed == generate(enforce_eager=True)
+    assert torch.cuda.memory_allocated() <= allocated + 4096, "what was sampled last may have other experts' ids"
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_captures_beside_a_thread_that_trains() -> None:
+    """As with rollout.async_steps: sampling in a thread, on a stream of its own."""
+    engine = RolloutEngine(random_model("llama", "cuda"), None, max_num_seqs=24)
+    params = SamplingParams(n=8, max_tokens=100, seed=1)
+    expected = [completion.token_ids for completion in flat(engine.generate(PROMPTS, params))]
+    stream = torch.cuda.Stream()
+
+    def sample() -> list[list[int]]:
+        with torch.cuda.stream(stream):
+            return [completion.token_ids for completion in flat(engine.generate(PROMPTS, params))]
+
+    weight = torch.randn(512, 512, device="cuda", requires_grad=True)
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(sample)
+        while not future.done():
+            loss = (torch.randn(512, 512, device="cuda") @ weight).square().mean()
+            loss.backward()
+            assert float(loss) > 0  # this thread waits for its own stream
+    assert future.result() == expected
