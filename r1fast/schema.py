@@ -68,6 +68,7 @@ class RolloutSection(Strict):
     # max_num_seqs samples need). With less, fewer samples are decoded at a time; one that does not fit is an error.
     max_num_batched_tokens: Positive = 8192
     kv_cache_memory_bytes: Positive | None = None
+    enforce_eager: bool = False  # decode without CUDA graphs
     # 1: GRPO samples a step ahead, while it updates, from a copy of the weights (a whole model more on every rank).
     async_steps: Annotated[int, Field(ge=0, le=1)] = 0
     vllm: VllmOptions = VllmOptions()
@@ -81,6 +82,8 @@ class RolloutSection(Strict):
                 "max_num_batched_tokens and kv_cache_memory_bytes are of engine: r1fast; vLLM's memory is "
                 "vllm.gpu_memory_utilization: drop them"
             )
+        if self.engine == "vllm" and self.vllm.server_base_url is not None and self.enforce_eager:
+            raise ValueError("enforce_eager is a setting of the server: start it so, or drop it")
         if self.engine == "vllm" and self.vllm.server_base_url is None and self.async_steps:
             raise ValueError(
                 f"async_steps = {self.async_steps} does not apply to vLLM in process, which takes turns with training: "

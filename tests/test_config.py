@@ -320,6 +320,10 @@ def test_options_that_do_not_go_together(zero: str) -> None:
             {"engine": "vllm", "vllm": {"server_base_url": "http://a:1", "max_model_length": 9}},
             "rollout.vllm: max_model_length is a setting of the server",
         ),
+        (
+            {"engine": "vllm", "enforce_eager": True, "vllm": {"server_base_url": "http://a:1"}},
+            "rollout: enforce_eager is a setting of the server",
+        ),
         ({"engine": "vllm", "vllm": {"server_base_url": "a:1"}}, "server_base_url is 'a:1'; expected http://host:port"),
         ({"engine": "vllm", "vllm": {"server_url": "http://a:1"}}, "rollout.vllm.server_url: unknown key"),
         ({"engine": "vllm", "async_steps": 1}, "rollout: async_steps = 1 does not apply to vLLM in process"),

@@ -38,7 +38,8 @@ class InProcess:
 
     @classmethod
     def get(cls, config: ModelConfig, dtype: torch.dtype, device: torch.device, **options: Any) -> "InProcess":
-        """options: `LLM`'s max_num_seqs, max_model_len, gpu_memory_utilization, enable_return_routed_experts.
+        """options: of `LLM`: max_num_seqs, max_model_len, gpu_memory_utilization, enforce_eager and
+        enable_return_routed_experts.
 
         Raises RolloutError if vLLM does not start, or runs already for another model.
         """
@@ -120,7 +121,9 @@ def _forget_packed_experts(vllm_model: nn.Module) -> None:
             module.quant_method.moe_kernel = None
 
 
-def _make_llm(config: ModelConfig, dtype: torch.dtype, *, on_cpu: bool, **options: Any) -> Any:
+def _make_llm(
+    config: ModelConfig, dtype: torch.dtype, *, on_cpu: bool, enforce_eager: bool = False, **options: Any
+) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at every push
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it pins the trainer's threads
@@ -137,7 +140,7 @@ def _make_llm(config: ModelConfig, dtype: torch.dtype, *, on_cpu: bool, **option
             skip_tokenizer_init=True,
             dtype=str(dtype).removeprefix("torch."),
             logprobs_mode="processed_logprobs",
-            enforce_eager=on_cpu,  # compiling for a CPU takes longer than most runs there
+            enforce_eager=enforce_eager or on_cpu,  # compiling for a CPU takes longer than most runs there
             enable_sleep_mode=not on_cpu,
             distributed_executor_backend="external_launcher" if many else None,
             disable_log_stats=True,

@@ -26,6 +26,7 @@ def build_engine(ctx: StageContext, model: Decoder, tokenizer: Any, *, record: b
             max_num_batched_tokens=rollout.max_num_batched_tokens,
             kv_cache_memory_bytes=rollout.kv_cache_memory_bytes,
             enable_return_routed_experts=record and any(True for _ in model.moe_layers()),
+            enforce_eager=rollout.enforce_eager,
         )
     try:
         backend = vllm_backend(ctx, model)
@@ -49,6 +50,7 @@ def vllm_backend(ctx: StageContext, model: Decoder) -> Backend:
         max_num_seqs=rollout.max_num_seqs,
         max_model_len=options.max_model_length,
         gpu_memory_utilization=options.gpu_memory_utilization,
+        enforce_eager=rollout.enforce_eager,
         enable_return_routed_experts=any(getattr(stage, "router_replay", False) for stage in ctx.recipe.stages),
     )
 
