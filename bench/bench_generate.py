@@ -1,6 +1,7 @@
 """Generation by RolloutEngine against transformers' generate: the same checkpoint, in one process, in turns.
 
-N prompts of about 20 tokens, L new tokens each, temperature 1, no end-of-sequence token, log-probs returned.
+N prompts of about 20 tokens, L new tokens each, temperature 1, no end-of-sequence token, log-probs returned. Models of
+full size have another floor and baseline: large.py.
 Floor: 2 FLOPs of each active parameter and new token, as products of N rows.
 """
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
-from bench import harness
+from bench import harness, large
 from bench.bench_train_step import CONFIG as MOE
 from bench.cases import Case
 from bench.head import can_multiply
@@ -27,6 +28,9 @@ MODELS: dict[str, PretrainedConfig] = {"moe": MOE, "dense": DENSE}
 
 
 def test_generate(case: Case, compare: Callable[[harness.Problem], None]) -> None:
+    if case.mode in large.MODELS:
+        compare(large.problem(case))
+        return
     N, L = case.sizes["N"], case.sizes["L"]
     dtype, config = harness.DTYPES[case.dtype], MODELS[case.mode]
     if not can_multiply(torch.empty(0, dtype=dtype, device=harness.DEVICE)):

@@ -1,7 +1,7 @@
 """What is measured, on which device, and what was asked of it. Data only: no torch, so that the report stays light.
 
 Sizes: T tokens, V vocabulary, D model width, N samples, L mean tokens a sample, B sequences that decode,
-E experts, K experts per token, F expert width, H heads.
+E experts, K experts per token, F expert width, H heads, P tokens of a prompt.
 """
 
 from dataclasses import dataclass, field
@@ -162,12 +162,18 @@ def _steps() -> list[Case]:
 
 
 def _generation() -> list[Case]:
-    times = {"moe": 5, "dense": 2}
+    times, full = {"moe": 5, "dense": 2}, {"N": 256, "P": 1024, "L": 1024}
     return [
         Case("generate", "cpu", dtype, model, {"N": 256, "L": 64}, (faster("transformers", times[model]),))
         for model in times
         for dtype in ("fp32", "bf16")
-    ] + [Case("generate", "cuda", "bf16", "dense", {"N": 256, "L": 64}, (faster("transformers", 10),))]
+    ] + [
+        Case("generate", "cuda", "bf16", "dense", {"N": 256, "L": 64}, (faster("transformers", 10),)),
+        Case(
+            "generate", "cuda", "bf16", "qwen2.5-1.5b", full, (of_floor(0.6), faster("transformers, decode alone", 10))
+        ),
+        Case("generate", "cuda", "bf16", "v3-16b-a3b", full, (of_floor(0.4),)),
+    ]
 
 
 def _experts() -> list[Case]:

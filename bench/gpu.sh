@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tests and measures the Triton kernels on an NVIDIA GPU, in under ten minutes, without installing r1fast.
 #   bench/gpu.sh                      rows go to $OUT, or bench/results; then: python bench/report.py
+#   TESTS=tests/rollout BENCH=bench/bench_generate.py SELECT= bench/gpu.sh    generation, at full size too: 80 GB
 #   TESTS=0 PYTHON=python3.12 bench/gpu.sh    measures only
 #   R1FAST_COMMIT=abc1234 bench/gpu.sh        names the commit where the tree is a copy without .git
 # Needs torch, triton, transformers, pytest, pytest-benchmark, pytest-timeout. Peers that are importable get rows.
@@ -16,11 +17,12 @@ mkdir -p "$results"
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv
 
 status=0
-if [ "${TESTS:-1}" != 0 ]; then
+if [ "${TESTS:-tests/kernels}" != 0 ]; then
   # A wrong kernel does not stop the rest: a bench refuses its own op, and says by how much it is off.
-  timeout 230 "$PYTHON" -m pytest -m gpu tests/kernels -p no:cacheprovider || status=$?
+  timeout 230 "$PYTHON" -m pytest -m gpu "${TESTS:-tests/kernels}" -p no:cacheprovider || status=$?
 fi
-timeout 350 "$PYTHON" -m pytest bench --benchmark-only --benchmark-columns=median,rounds -p no:cacheprovider \
+timeout 350 "$PYTHON" -m pytest "${BENCH:-bench}" -k "${SELECT-not P1024}" --benchmark-only \
+  --benchmark-columns=median,rounds -p no:cacheprovider \
   --seconds "${SECONDS_A_CASE:-3}" --results "$results" || status=$?
 echo "gpu.sh: rows in $results; exit status $status"
 exit $status

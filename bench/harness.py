@@ -69,6 +69,7 @@ class Problem:
     check: Callable[[str, Outputs], None]  # raises when a contender's first outputs are wrong
     gradient_bytes: int = 0  # of the peak memory, what every implementation returns
     repeated: bool = False  # each timed run follows one of its own, as the steps of a training loop do
+    scale: dict[str, float] = field(default_factory=dict)  # of contenders that do a part: their time counts so often
 
 
 @dataclass
@@ -78,12 +79,13 @@ class Timing:
     samples_ms: list[float] = field(default_factory=list)
     error: str | None = None
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, scale: float = 1.0) -> dict[str, Any]:
         if self.error is not None:
             return {"error": self.error}
-        low, high = spread(self.samples_ms)
+        samples_ms = [scale * ms for ms in self.samples_ms]
+        low, high = spread(samples_ms)
         return {
-            "median_ms": statistics.median(self.samples_ms),
+            "median_ms": statistics.median(samples_ms),
             "spread_ms": [low, high],
             "runs": len(self.samples_ms),
             "first_call_s": self.first_call_s,
@@ -272,7 +274,7 @@ def measure(problem: Problem, benchmark: Any, seconds: float) -> dict[str, Any]:
 def _row(problem: Problem, floor: Timing, timings: dict[str, Timing]) -> dict[str, Any]:
     case = problem.case
     floor_ms = statistics.median(floor.samples_ms) * problem.floor.scale
-    contenders = {name: timing.summary() for name, timing in timings.items()}
+    contenders = {name: timing.summary(problem.scale.get(name, 1.0)) for name, timing in timings.items()}
     ours = contenders.pop(OURS)
     ratios = {name: x["median_ms"] / ours["median_ms"] for name, x in contenders.items() if "error" not in x}
     targets = []
