@@ -15,6 +15,7 @@ from bench import harness
 from bench.bench_train_step import CONFIG as MOE
 from bench.cases import Case
 from bench.head import can_multiply
+from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams
@@ -24,6 +25,13 @@ DENSE = Qwen2Config(
     num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
 )  # fmt: skip
 MODELS: dict[str, PretrainedConfig] = {"moe": MOE, "dense": DENSE}
+
+
+def active_parameters(config: PretrainedConfig, model: Decoder) -> int:
+    """Of the whole model, embeddings included where they are the head too."""
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
+    chosen = routed * config.num_experts_per_tok // config.n_routed_experts if routed else 0
+    return sum(p.numel() for p in model.parameters()) - routed + chosen
 
 
 def test_generate(case: Case, compare: Callable[[harness.Problem], None]) -> None:
@@ -67,14 +75,5 @@ def test_generate(case: Case, compare: Callable[[harness.Problem], None]) -> Non
             # Of random weights a few tokens lie between two experts, and go to either.
             assert difference.quantile(0.99) < (1e-4 if case.dtype == "fp32" else 0.1), difference.quantile(0.99)
 
-    total = sum(p.numel() for p in theirs.parameters())
-    routed = sum(p.numel() for name, p in theirs.named_parameters() if ".mlp.experts." in name)
-    active = total - routed + (routed * MOE.num_experts_per_tok // MOE.n_routed_experts if routed else 0)
-    x_ND = torch.randn(N, 512, device=harness.DEVICE).to(dtype)
-    weight_DD = torch.randn(512, 512, device=harness.DEVICE).to(dtype)
-    flops = 2.0 * active * N * L
-    floor = harness.Floor(
-        f"2 FLOPs of {active:,} active parameters a token, products of {N} rows", lambda: x_ND @ weight_DD,
-        scale=flops / (2.0 * N * 512 * 512), flops=flops,
-    )  # fmt: skip
+    floor = harness.products_floor(2.0 * active_parameters(config, model) * N * L, N, dtype)
     compare(harness.Problem(case, {harness.OURS: ours, "transformers": transformers}, floor=floor, check=check))

@@ -163,11 +163,19 @@ def _steps() -> list[Case]:
 
 def _generation() -> list[Case]:
     times = {"moe": 5, "dense": 2}
-    return [
-        Case("generate", "cpu", dtype, model, {"N": 256, "L": 64}, (faster("transformers", times[model]),))
-        for model in times
-        for dtype in ("fp32", "bf16")
-    ] + [Case("generate", "cuda", "bf16", "dense", {"N": 256, "L": 64}, (faster("transformers", 10),))]
+    return (
+        [
+            Case("decode_layers", "cpu", dtype, model, {"B": 256, "T": 52}, (faster("modules", 1), faster("eager", 2)))
+            for model in times
+            for dtype in ("fp32", "bf16")
+        ]
+        + [
+            Case("generate", "cpu", dtype, model, {"N": 256, "L": 64}, (faster("transformers", times[model]),))
+            for model in times
+            for dtype in ("fp32", "bf16")
+        ]
+        + [Case("generate", "cuda", "bf16", "dense", {"N": 256, "L": 64}, (faster("transformers", 10),))]
+    )
 
 
 def _experts() -> list[Case]:

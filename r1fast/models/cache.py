@@ -12,6 +12,7 @@ from torch import Tensor
 
 from r1fast.models.config import ModelConfig
 from r1fast_kernels.decode_attention import BLOCK
+from r1fast_kernels.decode_layers import DecodeLayers
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class BlockCache:
             tuple(torch.empty(num_blocks * BLOCK, *shape, dtype=dtype, device=device) for shape in _shapes(config))
             for _ in range(config.num_hidden_layers)
         ]
+        self.buffers = [buffer for layer in self.layers for buffer in layer]
+        # The model's, from its first step on: parameters do not move while a cache is in use.
+        self.decode_layers: DecodeLayers | None = None
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -55,10 +59,9 @@ class BlockCache:
 
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
         """int64 [n] each: what sequences share up to the middle of a block has to part there."""
-        for layer in self.layers:
-            for buffer in layer:
-                blocks = buffer.unflatten(0, (-1, BLOCK))
-                blocks.index_copy_(0, targets, blocks.index_select(0, sources))
+        for buffer in self.buffers:
+            blocks = buffer.unflatten(0, (-1, BLOCK))
+            blocks.index_copy_(0, targets, blocks.index_select(0, sources))
 
 
 def _shapes(config: ModelConfig) -> list[tuple[int, int]]:

@@ -86,6 +86,7 @@ class HashDecoder(nn.Module):
         cache: HashCache,
         block_table_BN: Tensor,
         *,
+        neighbours: bool = False,
         head: Callable | None = None,
     ) -> Tensor:
         def slots_of(places_B: Tensor) -> Tensor:
@@ -95,9 +96,10 @@ class HashDecoder(nn.Module):
             self.decode_rows.append(len(input_ids_B))
         else:
             self.prefill_lengths.append(len(input_ids_B))
-        # One by one: rows may be neighbours in one sequence.
+        read_B, written_B = slots_of(positions_B - 1), slots_of(positions_B)
+        assert neighbours or not torch.isin(read_B, written_B).any()
         states = []
-        for before, at, token in zip(slots_of(positions_B - 1), slots_of(positions_B), input_ids_B, strict=True):
+        for before, at, token in zip(read_B, written_B, input_ids_B, strict=True):  # one by one: they may be neighbours
             cache.state_S[at] = hash_step(cache.state_S[before], token)
             states.append(cache.state_S[at].clone())
         return self._logits(torch.stack(states), head or (lambda hidden, weight: hidden))
