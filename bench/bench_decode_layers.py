@@ -1,4 +1,4 @@
-"""A decode step through all layers in one call, against the layers' own modules: B rows behind T tokens each.
+"""A decode step through all layers and the head in one call, against the layers' own modules: B rows behind T tokens each.
 
 The models of bench_generate. `modules` runs our ops one after the other, `eager` torch's. Floor: 2 FLOPs of each active
 parameter and row, as products of B rows.
@@ -40,7 +40,7 @@ def test_decode_layers(case: Case, compare: Callable[[harness.Problem], None]) -
 
         def run() -> harness.Outputs:
             model.use_kernels(impl)
-            return [model.decode(ids_B, positions_B, cache, table_BN, head=lambda hidden_BD, _: hidden_BD, **options)]
+            return [model.decode(ids_B, positions_B, cache, table_BN, **options)]
 
         return run
 

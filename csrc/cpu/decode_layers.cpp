@@ -1,4 +1,4 @@
-// All layers of a decode step: one new token in each row, and no wait of threads between the layers.
+// All layers of a decode step and the head: one new token in each row, and no wait of threads between them.
 //
 // A thread takes some rows through every layer: what a row computes needs no other row, only the cache. Rows lie side by
 // side in panels of 32 (the last one may have 16), so that a vector holds one channel of several rows:
@@ -39,8 +39,10 @@ struct LayersArgs {
   at::ScalarType dtype;
   const LayerArgs* layers;
   int64_t num_layers;
+  const void* norm;  // before the head
+  Projection head;
   const void* x;  // [B, D]
-  void* out;      // [B, D]
+  void* out;      // [B, V]
   int64_t num_rows, width;
   const void *cos, *sin;  // [B, R / 2]
   int64_t half;           // R / 2
@@ -60,6 +62,7 @@ namespace {
 inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kPanel = 32;
+constexpr int64_t kLogits = 1024;  // at a time: those of a whole vocabulary would leave the cache
 
 struct Panel {
   int64_t first, width;  // rows
@@ -141,11 +144,22 @@ class RowsWorker {
         add(routed);
       }
     }
-    T* out = static_cast<T*>(args_.out) + first * args_.width;
-    to_rows<T>([&](int64_t row) { return out + row * args_.width; }, x_, args_.width, layout_);
+    normalize(args_.norm);
+    write_logits();
   }
 
  private:
+  void write_logits() {
+    const Projection& head = args_.head;
+    T* out = static_cast<T*>(args_.out) + first_ * head.outputs;
+    for (int64_t begin = 0; begin < head.outputs; begin += kLogits) {
+      const int64_t count = std::min(kLogits, head.outputs - begin);
+      const T* weight = static_cast<const T*>(head.weight) + begin * head.inputs;
+      const Floats logits = linear(a_, normed_units_, {weight, nullptr, count, head.inputs});
+      to_rows<T>([&](int64_t row) { return out + row * head.outputs + begin; }, logits, count, layout_);
+    }
+  }
+
   // ---- attention ----
 
   Floats grouped_query_attention(const LayerArgs& layer) {
@@ -714,7 +728,7 @@ int64_t rows_per_chunk(int64_t num_rows) {
 std::tuple<at::Tensor, at::Tensor> decode_layers(
     const at::Tensor& x_BD, const Weights& weights, const std::vector<at::Tensor>& cache, const at::Tensor& slots_B,
     const at::Tensor& block_table_BN, const at::Tensor& lengths_B, const at::Tensor& cos_BR, const at::Tensor& sin_BR,
-    bool interleaved, int64_t num_heads, double scale, double eps, double latent_eps, int64_t top_k, int64_t n_group,
+    const at::Tensor& norm_D, const at::Tensor& head_VD, bool interleaved, int64_t num_heads, double scale, double eps, double latent_eps, int64_t top_k, int64_t n_group,
     int64_t topk_group, bool norm_topk_prob, double routed_scaling_factor) {
   const auto dtype = x_BD.scalar_type();
   const at::Tensor x = x_BD.contiguous(), cos = cos_BR.contiguous(), sin = sin_BR.contiguous();
@@ -731,11 +745,17 @@ std::tuple<at::Tensor, at::Tensor> decode_layers(
     num_moe += layers.back().router.weight != nullptr;
   }
   const at::Tensor& keys = cache[0];
-  at::Tensor out = at::empty(x.sizes(), x.options());
+  TORCH_CHECK_VALUE(
+      norm_D.scalar_type() == dtype && head_VD.scalar_type() == dtype && head_VD.size(1) == x.size(1),
+      "decode_layers: got x in ", dtype, ", a norm in ", norm_D.scalar_type(), " and a head ", head_VD.sizes(), " in ",
+      head_VD.scalar_type(), ", expected one dtype and [V, ", x.size(1), "]");
+  const at::Tensor norm = norm_D.contiguous(), head = head_VD.contiguous();
+  at::Tensor out = at::empty({num_rows, head.size(0)}, x.options());
   at::Tensor experts = at::empty({num_moe, num_rows, top_k}, x.options().dtype(at::kLong));
   const int64_t value_width = buffers == 2 ? cache[1].size(2) : layers[0].kv_b.inputs;
   const LayersArgs args{
-      dtype, layers.data(), num_layers, x.const_data_ptr(), out.mutable_data_ptr(), num_rows, x.size(1),
+      dtype, layers.data(), num_layers, norm.const_data_ptr(),
+      {head.const_data_ptr(), nullptr, head.size(0), head.size(1)}, x.const_data_ptr(), out.mutable_data_ptr(), num_rows, x.size(1),
       cos.const_data_ptr(), sin.const_data_ptr(), cos.size(1), interleaved, slots.const_data_ptr<int64_t>(),
       block_table.const_data_ptr<int32_t>(), lengths.const_data_ptr<int32_t>(), block_table.size(1), num_heads,
       keys.size(1), keys.size(2), value_width, scale, eps, latent_eps, top_k, n_group, topk_group, norm_topk_prob,

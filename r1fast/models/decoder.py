@@ -168,21 +168,23 @@ class Decoder(nn.Module):
         rope = self.rotary(positions_B, x_BD.dtype)
         if cache.decode_layers is None:
             cache.decode_layers = self._decode_layers()
-        if not neighbours and cache.decode_layers.can_run(self.impl, x_BD):
-            x_BD, experts_LBK = cache.decode_layers(
+        if head is None and not neighbours and cache.decode_layers.can_run(self.impl, x_BD):
+            logits_BV, experts_LBK = cache.decode_layers(
                 x_BD, cache.buffers, step.slots_B, block_table_BN, step.lengths_B, rope.angles, rope.interleaved
             )
             for moe, ids_BK in zip(self.moe_layers(), experts_LBK):
                 moe.last_ids_TK = ids_BK
-        else:
-            for layer in cast(Iterable[DecoderLayer], self.layers):
-                x_BD = layer.decode(x_BD, rope, step, cache)
+            return logits_BV
+        for layer in cast(Iterable[DecoderLayer], self.layers):
+            x_BD = layer.decode(x_BD, rope, step, cache)
         return self.head(self.norm(x_BD), head)
 
     def _decode_layers(self) -> DecodeLayers:
         config, grouped = self.config, self.config.uses_mla
         return DecodeLayers(
             [dict(layer.named_parameters()) | dict(layer.named_buffers()) for layer in self.layers],
+            self.norm.weight,
+            self.head.weight,
             LayersSpec(
                 num_heads=config.num_attention_heads,
                 scale=softmax_scale(config),
