@@ -1,4 +1,4 @@
-"""A decode step through all layers and the head in one call, against the layers' own modules: B rows behind T tokens each.
+"""A decode step through all layers and the head in one call, against their own modules: B rows behind T tokens each.
 
 The models of bench_generate. `modules` runs our ops one after the other, `eager` torch's. Floor: 2 FLOPs of each active
 parameter and row, as products of B rows.

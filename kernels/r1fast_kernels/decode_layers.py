@@ -36,8 +36,8 @@ NAMES = (
 
 _QUERIES = ("self_attn.q_proj.weight", "self_attn.q_b_proj.weight")
 
-# Elements of all matrices. Beyond, products are everything, and threads that share each of them are better when rows are
-# few. Not a matter of the number of rows: what a row gets must not depend on the batch.
+# Elements of all matrices. Beyond, products are everything, and threads that share each of them are better when rows
+# are few. Not a matter of the number of rows: what a row gets must not depend on the batch.
 MOST_WEIGHTS = 100_000_000
 
 torch.library.define(
@@ -116,6 +116,6 @@ class DecodeLayers:
         rope             cos and sin [B, R / 2] in the dtype of x; the last R channels of a head are rotated
         """
         return torch.ops.r1fast.decode_layers(
-            x_BD, self.weights, cache, slots_B, block_table_BN, lengths_B, *rope, self.norm_D, self.head_VD, interleaved,
-            *vars(self.spec).values(),
+            x_BD, self.weights, cache, slots_B, block_table_BN, lengths_B, *rope, self.norm_D, self.head_VD,
+            interleaved, *vars(self.spec).values(),
         )  # fmt: skip
