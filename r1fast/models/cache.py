@@ -6,6 +6,7 @@ compressed kv beside the rotated shared key. For DeepSeek-V3 that is 576 values 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -62,6 +63,17 @@ class BlockCache:
         for buffer in self.buffers:
             blocks = buffer.unflatten(0, (-1, BLOCK))
             blocks.index_copy_(0, targets, blocks.index_select(0, sources))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a cache on `device` could take now; None where the system does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if device.type == "cpu" and meminfo.exists() else []
+    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(available[0]) * 1024 if available else None
 
 
 def _shapes(config: ModelConfig) -> list[tuple[int, int]]:

@@ -228,6 +228,19 @@ def test_the_cache_keeps_to_its_budget(decoder: HashDecoder) -> None:
         RolloutEngine(decoder, None, kv_cache_memory_bytes=2999).generate([[1] * 16], params)
 
 
+def test_more_than_the_machine_has_is_refused_before_any_work(
+    decoder: HashDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "free_memory", lambda device: 17_999)
+    params, prompts = SamplingParams(n=4, max_tokens=33, ignore_eos=True), [[1] * 16, [2] * 16]
+    for budget in (None, 10**9):
+        with pytest.raises(ValueError, match=r"of 8 rows would take 18,000 bytes; cpu has 17,999 free: set kv_cache"):
+            RolloutEngine(decoder, None, kv_cache_memory_bytes=budget).generate(prompts, params)
+    assert not HashCache.made and not decoder.prefill_lengths
+    RolloutEngine(decoder, None, kv_cache_memory_bytes=17_000).generate(prompts, params)
+    RolloutEngine(decoder, None, max_num_seqs=4).generate(prompts, params)
+
+
 def test_equal_prompts_share_one_prefill_but_no_noise(decoder: HashDecoder) -> None:
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     groups = RolloutEngine(decoder, None).generate([[3, 1]] * 8, params)
