@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
 from bench import harness
 from bench.bench_train_step import CONFIG as MOE
+from bench.bench_train_step import active_parameters
 from bench.cases import Case
 from bench.head import can_multiply
 from r1fast.models.weights import load_model
@@ -67,9 +68,7 @@ def test_generate(case: Case, compare: Callable[[harness.Problem], None]) -> Non
             # Of random weights a few tokens lie between two experts, and go to either.
             assert difference.quantile(0.99) < (1e-4 if case.dtype == "fp32" else 0.1), difference.quantile(0.99)
 
-    total = sum(p.numel() for p in theirs.parameters())
-    routed = sum(p.numel() for name, p in theirs.named_parameters() if ".mlp.experts." in name)
-    active = total - routed + (routed * MOE.num_experts_per_tok // MOE.n_routed_experts if routed else 0)
+    active = active_parameters(theirs)
     x_ND = torch.randn(N, 512, device=harness.DEVICE).to(dtype)
     weight_DD = torch.randn(512, 512, device=harness.DEVICE).to(dtype)
     flops = 2.0 * active * N * L
