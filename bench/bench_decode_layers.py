@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bench import harness
-from bench.bench_generate import MODELS, active_parameters
+from bench.bench_generate import MODELS
+from bench.bench_train_step import active_parameters
 from bench.cases import Case
 from bench.head import can_multiply
 from r1fast.models.cache import BlockCache
@@ -56,5 +57,5 @@ def test_decode_layers(case: Case, compare: Callable[[harness.Problem], None]) -
         assert error < (1e-4 if case.dtype == "fp32" else 3e-2), f"{name}: {error:.2g}"
 
     contenders = {harness.OURS: decode(None), "modules": decode(None, neighbours=True), "eager": decode("reference")}
-    floor = harness.products_floor(2.0 * active_parameters(MODELS[case.mode], model) * B, B, dtype)
+    floor = harness.products_floor(2.0 * active_parameters(model) * B, B, dtype)
     compare(harness.Problem(case, contenders, floor=floor, check=check))

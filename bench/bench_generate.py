@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
 from bench import harness
 from bench.bench_train_step import CONFIG as MOE
+from bench.bench_train_step import active_parameters
 from bench.cases import Case
 from bench.head import can_multiply
-from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams
@@ -25,13 +25,6 @@ DENSE = Qwen2Config(
     num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
 )  # fmt: skip
 MODELS: dict[str, PretrainedConfig] = {"moe": MOE, "dense": DENSE}
-
-
-def active_parameters(config: PretrainedConfig, model: Decoder) -> int:
-    """Of the whole model, embeddings included where they are the head too."""
-    routed = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
-    chosen = routed * config.num_experts_per_tok // config.n_routed_experts if routed else 0
-    return sum(p.numel() for p in model.parameters()) - routed + chosen
 
 
 def test_generate(case: Case, compare: Callable[[harness.Problem], None]) -> None:
@@ -75,5 +68,5 @@ def test_generate(case: Case, compare: Callable[[harness.Problem], None]) -> Non
             # Of random weights a few tokens lie between two experts, and go to either.
             assert difference.quantile(0.99) < (1e-4 if case.dtype == "fp32" else 0.1), difference.quantile(0.99)
 
-    floor = harness.products_floor(2.0 * active_parameters(config, model) * N * L, N, dtype)
+    floor = harness.products_floor(2.0 * active_parameters(model) * N * L, N, dtype)
     compare(harness.Problem(case, {harness.OURS: ours, "transformers": transformers}, floor=floor, check=check))

@@ -1,7 +1,7 @@
 """What is measured, on which device, and what was asked of it. Data only: no torch, so that the report stays light.
 
-Sizes: T tokens, V vocabulary, D model width, N samples, L mean tokens a sample, B sequences that decode,
-E experts, K experts per token, F expert width, H heads.
+Sizes: T tokens, V vocabulary, D model width, N samples, G of them for a prompt, L mean tokens a sample,
+B sequences that decode, E experts, K experts per token, F expert width, H heads.
 """
 
 from dataclasses import dataclass, field
@@ -161,6 +161,16 @@ def _steps() -> list[Case]:
     ]
 
 
+def _grpo_steps() -> list[Case]:
+    """16 prompts with 8 completions each."""
+    sizes = {"N": 128, "G": 8, "L": 64}
+    return [
+        Case("grpo_step", "cpu", "fp32", "step", sizes, (faster("TRL", 1.7),)),
+        Case("grpo_step", "cpu", "bf16", "step", sizes, (faster("TRL", 4), faster("TRL fp32", 4))),
+        Case("grpo_step", "cuda", "bf16", "step", sizes),
+    ]
+
+
 def _generation() -> list[Case]:
     times = {"moe": 5, "dense": 2}
     return (
@@ -206,9 +216,10 @@ def _experts() -> list[Case]:
     return cases
 
 
-CASES = tuple(
-    _selective() + _linear() + _losses() + _experts() + _sampling() + _norms() + _attention() + _steps() + _generation()
-)
+FAMILIES = (
+    _selective, _linear, _losses, _experts, _sampling, _norms, _attention, _steps, _grpo_steps, _generation,
+)  # fmt: skip
+CASES = tuple(case for family in FAMILIES for case in family())
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
 
