@@ -147,6 +147,18 @@ def expected_completion(
 
 @pytest.mark.parametrize("trial", range(60))
 def test_rows_are_never_mixed(decoder: HashDecoder, trial: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_schedule(decoder, trial, monkeypatch)
+
+
+@pytest.mark.slow
+def test_rows_are_never_mixed_in_10_000_schedules(decoder: HashDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for trial in range(60, 10_060):
+        decoder.decode_rows.clear()
+        HashCache.made.clear()
+        check_schedule(decoder, trial, monkeypatch)
+
+
+def check_schedule(decoder: HashDecoder, trial: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random prompts, duplicates, stops, limits, rows, blocks and prefills; stops also noticed late, as on a GPU."""
     rng = random.Random(trial)
     monkeypatch.setitem(batch_module.SYNC_STEPS, "cpu", rng.choice([1, 1, 5]))
