@@ -151,6 +151,7 @@ def test_rows_are_never_mixed(decoder: HashDecoder, trial: int, monkeypatch: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_rows_are_never_mixed_in_10_000_schedules(decoder: HashDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     for trial in range(60, 10_060):
         decoder.decode_rows.clear()
