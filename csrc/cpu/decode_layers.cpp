@@ -1,4 +1,4 @@
-// All layers of a decode step and the head: one new token in each row, and no wait of threads between them.
+// A decode step from token ids to logits: one new token in each row, and no wait of threads between the layers.
 //
 // A thread takes some rows through every layer: what a row computes needs no other row, only the cache. Rows lie side by
 // side in panels of 32 (the last one may have 16), so that a vector holds one channel of several rows:
@@ -41,11 +41,13 @@ struct LayersArgs {
   int64_t num_layers;
   const void* norm;  // before the head
   Projection head;
-  const void* x;  // [B, D]
-  void* out;      // [B, V]
+  const void* embedding;  // [V, D]
+  void* out;              // [B, V]
   int64_t num_rows, width;
-  const void *cos, *sin;  // [B, R / 2]
-  int64_t half;           // R / 2
+  const int64_t *ids, *positions;
+  const float* frequencies;  // [R / 2]
+  int64_t half;              // R / 2
+  double rotary_scale;
   bool interleaved;
   const int64_t* slots;
   const int32_t *block_table, *lengths;
@@ -121,13 +123,9 @@ class RowsWorker {
     first_ = first;
     layout_.set(rows);
     x_ = x_memory_.get(layout_, args_.width);
-    from_rows(x_, static_cast<const T*>(args_.x) + first * args_.width, args_.width, layout_);
-    if (args_.half > 0) {
-      cos_ = cos_memory_.get(layout_, args_.half);
-      sin_ = sin_memory_.get(layout_, args_.half);
-      from_rows(cos_, static_cast<const T*>(args_.cos) + first * args_.half, args_.half, layout_);
-      from_rows(sin_, static_cast<const T*>(args_.sin) + first * args_.half, args_.half, layout_);
-    }
+    const T* embedding = static_cast<const T*>(args_.embedding);
+    from_rows([&](int64_t row) { return embedding + args_.ids[first + row] * args_.width; }, x_, args_.width, layout_);
+    set_angles();
     int64_t moe_layer = 0;
     for (int64_t i = 0; i < args_.num_layers; ++i) {
       const LayerArgs& layer = args_.layers[i];
@@ -241,7 +239,7 @@ class RowsWorker {
         args_.scale, out};
     DecodeWorker<T>(args).tasks(0, layout_.rows * K);
     const Floats attended = attended_.get(layout_, H * e);
-    from_rows(attended, out, H * e, layout_);
+    from_rows([&](int64_t row) { return out + row * H * e; }, attended, H * e, layout_);
     return attended;
   }
 
@@ -259,6 +257,29 @@ class RowsWorker {
       }
     }
     return out;
+  }
+
+  void set_angles() {
+    cos_ = cos_memory_.get(layout_, args_.half);
+    sin_ = sin_memory_.get(layout_, args_.half);
+    float positions[kPanel];
+    for (const Panel& panel : layout_.panels) {
+      for (int64_t i = 0; i < panel.width; ++i) {
+        const int64_t row = panel.first + i;
+        positions[i] = row < layout_.rows ? static_cast<float>(args_.positions[first_ + row]) : 0;
+      }
+      float *cos = cos_.at(panel), *sin = sin_.at(panel);
+      const V scale(static_cast<float>(args_.rotary_scale));
+      for (int64_t i = 0; i < args_.half; ++i) {
+        for (int64_t j = 0; j < panel.width; j += kLanes<float>) {
+          const V angle = V::loadu(positions + j) * V(args_.frequencies[i]);
+          (angle.cos() * scale).store(cos + i * panel.width + j);
+          (angle.sin() * scale).store(sin + i * panel.width + j);
+        }
+      }
+    }
+    round(cos_, args_.half, layout_);
+    round(sin_, args_.half, layout_);
   }
 
   // The pairs of R channels are turned by the angle of their row; halves come out apart.
@@ -338,7 +359,7 @@ class RowsWorker {
       }
     }
     const Floats sum = routed_.get(layout_, width);
-    from_rows(sum, in, width, layout_, stride);
+    from_rows([&](int64_t row) { return in + row * stride; }, sum, width, layout_);
     round(sum, width, layout_);
     return sum;
   }
@@ -555,15 +576,15 @@ class RowsWorker {
     }
   }
 
-  template <typename Value>
-  void from_rows(const Floats& out, const Value* rows, int64_t channels, const Layout& layout, int64_t stride = 0) {
-    stride = stride ? stride : channels;
+  // from(row): where the channels of a row are.
+  template <typename From>
+  void from_rows(const From& from, const Floats& out, int64_t channels, const Layout& layout) {
     const int64_t columns = padded(channels);
     for (const Panel& panel : layout.panels) {
       float* wide = wide_.get(kPanel * columns);
       const int64_t count = std::min(panel.width, layout.rows - panel.first);
       for (int64_t i = 0; i < count; ++i) {
-        widen(wide + i * columns, rows + (panel.first + i) * stride, channels);
+        widen(wide + i * columns, from(panel.first + i), channels);
       }
       std::fill(wide + count * columns, wide + panel.width * columns, 0.f);
       transpose(out.at(panel), panel.width, wide, columns, panel.width, columns);
@@ -701,21 +722,33 @@ LayerArgs read_layer(const LayerReader& reader) {
   return layer;
 }
 
-void check_places(const LayersArgs& args, int64_t num_slots) {
-  for (int64_t b = 0; b < args.num_rows; ++b) {
-    const int32_t length = args.lengths[b];
-    TORCH_CHECK_VALUE(
-        args.slots[b] >= 0 && args.slots[b] < num_slots && length >= 1 && length <= args.table_width * kCacheBlock,
-        "decode_layers: row ", b, " has slot ", args.slots[b], " and length ", length, ", expected a slot below ",
-        num_slots, " and a length of 1 to ", args.table_width * kCacheBlock);
-    for (int64_t n = 0; n * kCacheBlock < length; ++n) {
-      const int32_t block = args.block_table[b * args.table_width + n];
+// Slots and lengths of the new tokens.
+struct Places {
+  std::vector<int64_t> slots;
+  std::vector<int32_t> lengths;
+
+  Places(const at::Tensor& ids, const at::Tensor& positions, const at::Tensor& block_table, int64_t vocab,
+         int64_t num_blocks) {
+    const int64_t *id = ids.const_data_ptr<int64_t>(), *position = positions.const_data_ptr<int64_t>();
+    const int32_t* blocks = block_table.const_data_ptr<int32_t>();
+    const int64_t width = block_table.size(1);
+    for (int64_t b = 0; b < ids.size(0); ++b) {
       TORCH_CHECK_VALUE(
-          block >= 0 && block < num_slots / kCacheBlock, "decode_layers: got block_table_BN[", b, ", ", n, "] = ", block,
-          ", expected a block of the cache, 0 to ", num_slots / kCacheBlock - 1);
+          id[b] >= 0 && id[b] < vocab && position[b] >= 0 && position[b] < width * kCacheBlock,
+          "decode_layers: row ", b, " has token ", id[b], " at position ", position[b], ", expected an id below ", vocab,
+          " and a position below ", width * kCacheBlock, ", what ", width, " blocks hold");
+      for (int64_t n = 0; n <= position[b] / kCacheBlock; ++n) {
+        const int32_t block = blocks[b * width + n];
+        TORCH_CHECK_VALUE(
+            block >= 0 && block < num_blocks, "decode_layers: got block_table_BN[", b, ", ", n, "] = ", block,
+            ", expected a block of the cache, 0 to ", num_blocks - 1);
+      }
+      const int64_t block = blocks[b * width + position[b] / kCacheBlock];
+      slots.push_back(block * kCacheBlock + position[b] % kCacheBlock);
+      lengths.push_back(static_cast<int32_t>(position[b] + 1));
     }
   }
-}
+};
 
 constexpr int64_t kMostRows = 128;  // their activations stay in the cache of a core
 
@@ -726,16 +759,31 @@ int64_t rows_per_chunk(int64_t num_rows) {
 }
 
 std::tuple<at::Tensor, at::Tensor> decode_layers(
-    const at::Tensor& x_BD, const Weights& weights, const std::vector<at::Tensor>& cache, const at::Tensor& slots_B,
-    const at::Tensor& block_table_BN, const at::Tensor& lengths_B, const at::Tensor& cos_BR, const at::Tensor& sin_BR,
-    const at::Tensor& norm_D, const at::Tensor& head_VD, bool interleaved, int64_t num_heads, double scale, double eps, double latent_eps, int64_t top_k, int64_t n_group,
-    int64_t topk_group, bool norm_topk_prob, double routed_scaling_factor) {
-  const auto dtype = x_BD.scalar_type();
-  const at::Tensor x = x_BD.contiguous(), cos = cos_BR.contiguous(), sin = sin_BR.contiguous();
-  const at::Tensor slots = slots_B.contiguous(), block_table = block_table_BN.contiguous();
-  const at::Tensor lengths = lengths_B.contiguous();
-  const int64_t num_rows = x.size(0), num_layers = static_cast<int64_t>(weights.size()) / kNumNames;
-  const int64_t buffers = static_cast<int64_t>(cache.size()) / num_layers;
+    const at::Tensor& input_ids_B, const at::Tensor& positions_B, const std::vector<at::Tensor>& cache,
+    const at::Tensor& block_table_BN, const at::Tensor& embedding_VD, const Weights& weights, const at::Tensor& norm_D,
+    const at::Tensor& head_VD, const at::Tensor& inv_freq_R, double rotary_scale, bool interleaved, int64_t num_heads,
+    double scale, double eps, double latent_eps, int64_t top_k, int64_t n_group, int64_t topk_group,
+    bool norm_topk_prob, double routed_scaling_factor) {
+  const auto dtype = embedding_VD.scalar_type();
+  const int64_t num_rows = input_ids_B.size(0), width = embedding_VD.size(1);
+  TORCH_CHECK_VALUE(
+      (dtype == at::kFloat || dtype == at::kBFloat16) && norm_D.scalar_type() == dtype &&
+          head_VD.scalar_type() == dtype && head_VD.size(1) == width && inv_freq_R.scalar_type() == at::kFloat,
+      "decode_layers: got an embedding in ", dtype, ", a norm in ", norm_D.scalar_type(), ", a head ", head_VD.sizes(),
+      " in ", head_VD.scalar_type(), " and frequencies in ", inv_freq_R.scalar_type(),
+      ", expected float32 or bfloat16, [V, ", width, "] and float32");
+  TORCH_CHECK_VALUE(
+      input_ids_B.scalar_type() == at::kLong && positions_B.scalar_type() == at::kLong &&
+          positions_B.sizes() == input_ids_B.sizes() && block_table_BN.scalar_type() == at::kInt &&
+          block_table_BN.dim() == 2 && block_table_BN.size(0) == num_rows,
+      "decode_layers: got ids ", input_ids_B.sizes(), " in ", input_ids_B.scalar_type(), ", positions ",
+      positions_B.sizes(), " in ", positions_B.scalar_type(), " and a table ", block_table_BN.sizes(), " in ",
+      block_table_BN.scalar_type(), ", expected int64 [B], int64 [B] and int32 [B, N]");
+  const at::Tensor ids = input_ids_B.contiguous(), positions = positions_B.contiguous();
+  const at::Tensor block_table = block_table_BN.contiguous(), embedding = embedding_VD.contiguous();
+  const at::Tensor norm = norm_D.contiguous(), head = head_VD.contiguous(), frequencies = inv_freq_R.contiguous();
+  const int64_t num_layers = static_cast<int64_t>(weights.size()) / kNumNames;
+  const int64_t buffers = static_cast<int64_t>(cache.size()) / num_layers;  // of a layer
   int64_t num_moe = 0;
   std::vector<LayerArgs> layers;
   for (int64_t i = 0; i < num_layers; ++i) {
@@ -745,22 +793,18 @@ std::tuple<at::Tensor, at::Tensor> decode_layers(
     num_moe += layers.back().router.weight != nullptr;
   }
   const at::Tensor& keys = cache[0];
-  TORCH_CHECK_VALUE(
-      norm_D.scalar_type() == dtype && head_VD.scalar_type() == dtype && head_VD.size(1) == x.size(1),
-      "decode_layers: got x in ", dtype, ", a norm in ", norm_D.scalar_type(), " and a head ", head_VD.sizes(), " in ",
-      head_VD.scalar_type(), ", expected one dtype and [V, ", x.size(1), "]");
-  const at::Tensor norm = norm_D.contiguous(), head = head_VD.contiguous();
-  at::Tensor out = at::empty({num_rows, head.size(0)}, x.options());
-  at::Tensor experts = at::empty({num_moe, num_rows, top_k}, x.options().dtype(at::kLong));
+  const Places places(ids, positions, block_table, embedding.size(0), keys.size(0) / kCacheBlock);
+  at::Tensor out = at::empty({num_rows, head.size(0)}, embedding.options());
+  at::Tensor experts = at::empty({num_moe, num_rows, top_k}, ids.options());
   const int64_t value_width = buffers == 2 ? cache[1].size(2) : layers[0].kv_b.inputs;
   const LayersArgs args{
       dtype, layers.data(), num_layers, norm.const_data_ptr(),
-      {head.const_data_ptr(), nullptr, head.size(0), head.size(1)}, x.const_data_ptr(), out.mutable_data_ptr(), num_rows, x.size(1),
-      cos.const_data_ptr(), sin.const_data_ptr(), cos.size(1), interleaved, slots.const_data_ptr<int64_t>(),
-      block_table.const_data_ptr<int32_t>(), lengths.const_data_ptr<int32_t>(), block_table.size(1), num_heads,
-      keys.size(1), keys.size(2), value_width, scale, eps, latent_eps, top_k, n_group, topk_group, norm_topk_prob,
+      {head.const_data_ptr(), nullptr, head.size(0), head.size(1)}, embedding.const_data_ptr(), out.mutable_data_ptr(),
+      num_rows, width, ids.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(),
+      frequencies.const_data_ptr<float>(), frequencies.numel(), rotary_scale, interleaved, places.slots.data(),
+      block_table.const_data_ptr<int32_t>(), places.lengths.data(), block_table.size(1), num_heads, keys.size(1),
+      keys.size(2), value_width, scale, eps, latent_eps, top_k, n_group, topk_group, norm_topk_prob,
       routed_scaling_factor, experts.mutable_data_ptr<int64_t>(), rows_per_chunk(num_rows)};
-  check_places(args, keys.size(0));
   at::parallel_for(0, (num_rows + args.rows_per_chunk - 1) / args.rows_per_chunk, 1, [&](int64_t begin, int64_t end) {
     R1FAST_PICK(decode_layers_chunks)(args, begin, end);
   });

@@ -1,5 +1,6 @@
-"""A decode step behind the embedding in one call on a CPU: one new token per row, keys and values in a cache's blocks.
+"""A decode step in one call on a CPU: one new token per row, keys and values in the blocks of a cache.
 
+    embedding
     norm -> attention (grouped-query or latent) -> + -> norm -> MLP, or experts and shared experts -> +     per layer
     norm -> head
 
@@ -42,17 +43,19 @@ MOST_WEIGHTS = 100_000_000
 
 torch.library.define(
     "r1fast::decode_layers",
-    "(Tensor x_BD, Tensor?[] weights, Tensor(a!)[] cache, Tensor slots_B, Tensor block_table_BN, Tensor lengths_B, "
-    "Tensor cos_BR, Tensor sin_BR, Tensor norm_D, Tensor head_VD, bool interleaved, int num_heads, float scale, "
-    "float eps, float latent_eps, int top_k, int n_group, int topk_group, bool norm_topk_prob, "
-    "float routed_scaling_factor) -> (Tensor logits_BV, Tensor experts_LBK)",
+    "(Tensor input_ids_B, Tensor positions_B, Tensor(a!)[] cache, Tensor block_table_BN, Tensor embedding_VD, "
+    "Tensor?[] weights, Tensor norm_D, Tensor head_VD, Tensor inv_freq_R, float rotary_scale, bool interleaved, "
+    "int num_heads, float scale, float eps, float latent_eps, int top_k, int n_group, int topk_group, "
+    "bool norm_topk_prob, float routed_scaling_factor) -> (Tensor logits_BV, Tensor experts_LBK)",
 )
 
 
 @dataclass(frozen=True)
 class LayersSpec:
-    """What weights do not say. latent_eps: of the norms inside latent attention."""
+    """What weights do not say. rotary_scale: on cos and sin; latent_eps: of the norms inside latent attention."""
 
+    rotary_scale: float
+    interleaved: bool
     num_heads: int
     scale: float
     eps: float
@@ -65,25 +68,35 @@ class LayersSpec:
 
 
 class DecodeLayers:
-    """A model's layers and head, ready to be called; it holds the very tensors, which must not move meanwhile.
+    """A model, ready to be called; it holds the very tensors, which must not move meanwhile.
 
-    layers: for each its parameters and buffers by NAMES; norm_D, head_VD: what follows them. All of one dtype, but the
-    router's bias in fp32.
+    embedding_VD     tokens to what the layers read
+    layers           for each its parameters and buffers by NAMES
+    norm_D, head_VD  what follows them; all of one dtype, but the router's bias in fp32
+    inv_freq_R       fp32 [R / 2]: the last R channels of a head are rotated
     """
 
     def __init__(
-        self, layers: Sequence[Mapping[str, Tensor]], norm_D: Tensor, head_VD: Tensor, spec: LayersSpec
+        self,
+        embedding_VD: Tensor,
+        layers: Sequence[Mapping[str, Tensor]],
+        norm_D: Tensor,
+        head_VD: Tensor,
+        inv_freq_R: Tensor,
+        spec: LayersSpec,
     ) -> None:
+        self.spec = spec
         self.weights = [layer.get(name) for layer in layers for name in NAMES]
-        self.norm_D, self.head_VD, self.spec = norm_D, head_VD, spec
+        self.tensors = embedding_VD, self.weights, norm_D, head_VD, inv_freq_R
 
-    def can_run(self, impl: str | None, x_BD: Tensor) -> bool:
-        """False: run the modules (`impl` says so, x is fp64 or not on a CPU, or the model is not for this op)."""
+    def can_run(self, impl: str | None) -> bool:
+        """False: run the modules (`impl` says so, or the model is fp64, not on a CPU or not for this op)."""
+        embedding_VD = self.tensors[0]
         return (
             impl in (None, "cpp")
             and self._fits
-            and x_BD.dtype != torch.float64
-            and choose("decode_layers", impl, x_BD) == "cpp"
+            and embedding_VD.dtype != torch.float64
+            and choose("decode_layers", impl, embedding_VD) == "cpp"
         )
 
     @cached_property
@@ -92,30 +105,22 @@ class DecodeLayers:
         matrices = [weight for _, weight in named if weight.dim() > 1]
         queries = [weight for name, weight in named if name in _QUERIES]
         return (
-            sum(weight.numel() for weight in [*matrices, self.head_VD]) <= MOST_WEIGHTS
+            sum(weight.numel() for weight in [*matrices, self.tensors[3]]) <= MOST_WEIGHTS
             # bf16 is multiplied in pairs
             and all(weight.shape[-1] % 2 == 0 for weight in matrices)
             and all(len(weight) // self.spec.num_heads % 2 == 0 for weight in queries)
         )
 
     def __call__(
-        self,
-        x_BD: Tensor,
-        cache: Sequence[Tensor],
-        slots_B: Tensor,
-        block_table_BN: Tensor,
-        lengths_B: Tensor,
-        rope: tuple[Tensor, Tensor],
-        interleaved: bool,
+        self, input_ids_B: Tensor, positions_B: Tensor, cache: Sequence[Tensor], block_table_BN: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """logits_BV in the dtype of x, and the experts [MoE layers, B, K] that each row went to.
+        """logits_BV in the dtype of the weights, and the experts [MoE layers, B, K] that each row went to.
 
-        cache            keys and values of each layer [S, K, d], or its latents [S, 1, C + R]; row b is written to
-                         slots_B (int64), in sequences of their own
-        block_table_BN, lengths_B    int32, as decode_attention has them, the new token included
-        rope             cos and sin [B, R / 2] in the dtype of x; the last R channels of a head are rotated
+        input_ids_B, positions_B   int64: a token of each row and its place in a sequence of its own
+        cache                      keys and values of each layer [S, K, d], or its latents [S, 1, C + R]; the new token's
+                                   are written there
+        block_table_BN             int32, as decode_attention has it
         """
         return torch.ops.r1fast.decode_layers(
-            x_BD, self.weights, cache, slots_B, block_table_BN, lengths_B, *rope, self.norm_D, self.head_VD,
-            interleaved, *vars(self.spec).values(),
-        )  # fmt: skip
+            input_ids_B, positions_B, cache, block_table_BN, *self.tensors, *vars(self.spec).values()
+        )

@@ -163,18 +163,16 @@ class Decoder(nn.Module):
         block_table_BN: int32, the blocks of each row's sequence. neighbours: rows may be of one sequence; all are
         written before any is read.
         """
-        step = DecodeStep.at(positions_B, block_table_BN)
-        x_BD = self.embed_tokens(input_ids_B)
-        rope = self.rotary(positions_B, x_BD.dtype)
         if cache.decode_layers is None:
             cache.decode_layers = self._decode_layers()
-        if head is None and not neighbours and cache.decode_layers.can_run(self.impl, x_BD):
-            logits_BV, experts_LBK = cache.decode_layers(
-                x_BD, cache.buffers, step.slots_B, block_table_BN, step.lengths_B, rope.angles, rope.interleaved
-            )
+        if head is None and not neighbours and cache.decode_layers.can_run(self.impl):
+            logits_BV, experts_LBK = cache.decode_layers(input_ids_B, positions_B, cache.buffers, block_table_BN)
             for moe, ids_BK in zip(self.moe_layers(), experts_LBK):
                 moe.last_ids_TK = ids_BK
             return logits_BV
+        step = DecodeStep.at(positions_B, block_table_BN)
+        x_BD = self.embed_tokens(input_ids_B)
+        rope = self.rotary(positions_B, x_BD.dtype)
         for layer in cast(Iterable[DecoderLayer], self.layers):
             x_BD = layer.decode(x_BD, rope, step, cache)
         return self.head(self.norm(x_BD), head)
@@ -182,10 +180,14 @@ class Decoder(nn.Module):
     def _decode_layers(self) -> DecodeLayers:
         config, grouped = self.config, self.config.uses_mla
         return DecodeLayers(
+            self.embed_tokens.weight,
             [dict(layer.named_parameters()) | dict(layer.named_buffers()) for layer in self.layers],
             self.norm.weight,
             self.head.weight,
+            self.rotary.inv_freq,
             LayersSpec(
+                rotary_scale=self.rotary.attention_factor,
+                interleaved=self.rotary.interleaved,
                 num_heads=config.num_attention_heads,
                 scale=softmax_scale(config),
                 eps=config.rms_norm_eps,

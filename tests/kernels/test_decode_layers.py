@@ -93,9 +93,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     run = op.DecodeLayers.__call__
 
-    def spy(self: op.DecodeLayers, x_BD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        seen.append(len(x_BD))
-        return run(self, x_BD, *args)
+    def spy(self: op.DecodeLayers, ids_B: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        seen.append(len(ids_B))
+        return run(self, ids_B, *args)
 
     monkeypatch.setattr(op.DecodeLayers, "__call__", spy)
     return seen
@@ -212,8 +212,10 @@ def test_errors_say_what_was_expected() -> None:
     step.table_BN[5, 0] = 1000  # of three blocks
     with pytest.raises(ValueError, match=r"block_table_BN\[5, 0\] = 1000, expected a block of the cache"):
         step.logits()
-    step.table_BN[5, 2] = 1000
-    with pytest.raises(ValueError, match="row 5 has slot 16000 and length 33, expected a slot below"):
+    step.positions_B[4] = 64
+    with pytest.raises(
+        ValueError, match="row 4 has token .* at position 64, expected an id below 1043 and a position below 64"
+    ):
         step.logits()
     step = make_step("llama", num_rows=2)
     step.model.layers[0].mlp.up_proj.weight.data = step.model.layers[0].mlp.up_proj.weight.data.T.contiguous().T
