@@ -117,8 +117,8 @@ class DecodeLayers:
         """logits_BV in the dtype of the weights, and the experts [MoE layers, B, K] that each row went to.
 
         input_ids_B, positions_B   int64: a token of each row and its place in a sequence of its own
-        cache                      keys and values of each layer [S, K, d], or its latents [S, 1, C + R]; the new token's
-                                   are written there
+        cache                      keys and values of each layer [S, K, d], or its latents [S, 1, C + R]; those of the
+                                   new tokens are written there
         block_table_BN             int32, as decode_attention has it
         """
         return torch.ops.r1fast.decode_layers(
