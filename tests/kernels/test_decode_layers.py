@@ -213,9 +213,7 @@ def test_errors_say_what_was_expected() -> None:
     with pytest.raises(ValueError, match=r"block_table_BN\[5, 0\] = 1000, expected a block of the cache"):
         step.logits()
     step.positions_B[4] = 64
-    with pytest.raises(
-        ValueError, match="row 4 has token .* at position 64, expected an id below 1043 and a position below 64"
-    ):
+    with pytest.raises(ValueError, match="at position 64, expected an id below 1043 and a position below 64, what 4"):
         step.logits()
     step = make_step("llama", num_rows=2)
     step.model.layers[0].mlp.up_proj.weight.data = step.model.layers[0].mlp.up_proj.weight.data.T.contiguous().T
