@@ -36,6 +36,7 @@ PEERS = {
     "Liger": "liger-kernel",
     "CCE": "cut-cross-entropy",
     "transformers": "transformers",
+    "vLLM": "vllm",
     "gmm": "grouped-gemm",
     "megablocks": "megablocks",
     "scattermoe": "scattermoe",
