@@ -37,6 +37,7 @@ PEERS = {
     "Liger": "liger-kernel",
     "CCE": "cut-cross-entropy",
     "transformers": "transformers",
+    "vLLM": "vllm",
     "gmm": "grouped-gemm",
     "megablocks": "megablocks",
     "scattermoe": "scattermoe",
