@@ -3,7 +3,7 @@
 
 namespace r1fast {
 
-// Tasks begin..end: a row and a key head each.
+// Tasks begin..end.
 R1FAST_KERNEL(decode_attention_rows, DecodeArgs) {
   by_dtype(args.dtype, [&]<typename T>() {
     DecodeWorker<T>(args).tasks(begin, end);
@@ -54,12 +54,14 @@ at::Tensor decode_attention(
     longest = std::max<int64_t>(longest, tokens[b]);
   }
   at::Tensor out = at::empty({num_rows, q.size(1), v.size(2)}, q.options());
+  // Few rows: each head by itself, for all threads to have something.
+  const int64_t tasks_per_row = num_rows < at::get_num_threads() ? k.size(1) : 1;
   const DecodeArgs args{
       dtype, q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), q.stride(0), q.stride(1), k.stride(0),
       k.stride(1), v.stride(0), v.stride(1), blocks, tokens, table_width, q.size(1), k.size(1), q.size(2), v.size(2),
-      scale, out.mutable_data_ptr()};
-  const int64_t grain = rows_per_task(longest * (q.size(2) + v.size(2)));
-  at::parallel_for(0, num_rows * k.size(1), grain, [&](int64_t begin, int64_t end) {
+      tasks_per_row, scale, out.mutable_data_ptr()};
+  const int64_t grain = rows_per_task(longest * k.size(1) / tasks_per_row * (q.size(2) + v.size(2)));
+  at::parallel_for(0, num_rows * tasks_per_row, grain, [&](int64_t begin, int64_t end) {
     R1FAST_PICK(decode_attention_rows)(args, begin, end);
   });
   return out;

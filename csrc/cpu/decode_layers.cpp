@@ -236,8 +236,8 @@ class RowsWorker {
     const DecodeArgs args{
         args_.dtype, queries, layer.keys, values, H * d, d, K * d, d, K * value_width, value_width,
         args_.block_table + first_ * args_.table_width, args_.lengths + first_, args_.table_width, H, K, d, e,
-        args_.scale, out};
-    DecodeWorker<T>(args).tasks(0, layout_.rows * K);
+        /*tasks_per_row=*/1, args_.scale, out};
+    DecodeWorker<T>(args).tasks(0, layout_.rows);
     const Floats attended = attended_.get(layout_, H * e);
     from_rows([&](int64_t row) { return out + row * H * e; }, attended, H * e, layout_);
     return attended;
