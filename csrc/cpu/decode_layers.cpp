@@ -505,6 +505,7 @@ class RowsWorker {
     const T* bias = static_cast<const T*>(projection.bias);
     for (int64_t n = 0; n < projection.outputs; n += kStrip) {
       const Left<U> weights = strip<U>(projection, n);
+      fetch(projection, n + kStrip);
       for (const Panel& panel : layout.panels) {
         float* to = out.at(panel, out_at + n);
         product<U>(to, panel.width, weights, {in.at(panel, in_at), panel.width}, projection.inputs / kValues<U>,
@@ -516,6 +517,15 @@ class RowsWorker {
           }
         }
       }
+    }
+  }
+
+  // Rows n..n + 8 of a weight to the second-level cache.
+  C10_ALWAYS_INLINE static void fetch(const Projection& projection, int64_t n) {
+    const T* weight = static_cast<const T*>(projection.weight) + n * projection.inputs;
+    const int64_t size = std::min(kStrip, projection.outputs - n) * projection.inputs;
+    for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(weight + i, 0, 2);
     }
   }
 
