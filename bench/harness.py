@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case
+from r1fast_kernels.products import linear
 
 OURS = "r1fast"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,6 +37,7 @@ PEERS = {
     "Liger": "liger-kernel",
     "CCE": "cut-cross-entropy",
     "transformers": "transformers",
+    "vLLM": "vllm",
     "gmm": "grouped-gemm",
     "megablocks": "megablocks",
     "scattermoe": "scattermoe",
@@ -146,6 +148,13 @@ def agrees_with(exact: Outputs, tolerance: float) -> Callable[[str, Outputs], No
                 raise AssertionError(f"{name}: output {index} is off by {error:.2g}, allowed {allowed:.2g}")
 
     return check
+
+
+def products_floor(flops: float, rows: int, dtype: torch.dtype) -> Floor:
+    """FLOPs at the rate of products of `rows` rows, 512 channels to 512."""
+    x_TD, weight_DD = torch.randn(rows, 512, device=DEVICE).to(dtype), torch.randn(512, 512, device=DEVICE).to(dtype)
+    what, scale = f"{flops / 1e9:,.3g} GFLOP, products of {rows} rows", flops / (2.0 * rows * 512 * 512)
+    return Floor(what, lambda: linear(x_TD, weight_DD), scale, flops=flops)
 
 
 def stream_floor(what: str, read_bytes: float, write_bytes: float = 0) -> Floor:

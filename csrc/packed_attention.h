@@ -16,7 +16,6 @@ struct Heads {
 
 struct AttentionArgs {
   at::ScalarType dtype;
-  bool pairs;      // multiply bf16 as it is
   Heads q, k, v;
   Heads k_pe;      // rotated channels that all key heads share; null: they are the last ones of k
   const void *cos, *sin;  // [T, R / 2]

@@ -47,6 +47,26 @@ struct Right {
   int64_t step;
 };
 
+// Up to 8 rows of A at one step. Three pointers: eight would be more than there are registers for.
+template <typename Unit>
+class RowPointers {
+ public:
+  explicit RowPointers(const Left<Unit>& a)
+      : row_(a.row), step_(a.step), first_(a.data), fourth_(a.data + 3 * a.row), seventh_(a.data + 6 * a.row) {}
+  const Unit& operator[](int i) const { return (i < 3 ? first_ : i < 6 ? fourth_ : seventh_)[i % 3 * row_]; }
+  void advance() {
+    first_ += step_;
+    fourth_ += step_;
+    seventh_ += step_;
+    // Opaque to the compiler, which else makes eight of three again and moves them through vector registers.
+    asm("" : "+r"(first_), "+r"(fourth_), "+r"(seventh_));
+  }
+
+ private:
+  const int64_t row_, step_;
+  const Unit *first_, *fourth_, *seventh_;
+};
+
 #define R1FAST_UNROLL _Pragma("GCC unroll 8")
 
 #ifdef CPU_CAPABILITY_AVX512
@@ -68,13 +88,14 @@ inline void tile(sum_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Unit*
       sum[i][v] = V(0);
     }
   }
-  for (int64_t s = 0; s < steps; ++s) {
+  RowPointers<Unit> left_of(a);
+  for (int64_t s = 0; s < steps; ++s, left_of.advance(), b += b_step) {
     V right[vectors];
     R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
-      right[v] = V::loadu(b + s * b_step + v * lanes);
+      right[v] = V::loadu(b + v * lanes);
     }
     R1FAST_UNROLL for (int i = 0; i < rows; ++i) {
-      const V left(a.data[i * a.row + s * a.step]);
+      const V left(left_of[i]);
       R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
         sum[i][v] = at::vec::fmadd(left, right[v], sum[i][v]);
       }
@@ -105,13 +126,14 @@ R1FAST_BF16_TARGET inline void tile(float* c, int64_t c_row, const Left<BF16Pair
       sum[i][v] = _mm512_setzero_ps();
     }
   }
-  for (int64_t s = 0; s < steps; ++s) {
+  RowPointers<BF16Pair> left_of(a);
+  for (int64_t s = 0; s < steps; ++s, left_of.advance(), b += b_step) {
     __m512bh right[vectors];
     R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
-      right[v] = (__m512bh)_mm512_loadu_si512(b + s * b_step + v * 16);
+      right[v] = (__m512bh)_mm512_loadu_si512(b + v * 16);
     }
     R1FAST_UNROLL for (int i = 0; i < rows; ++i) {
-      const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(a.data[i * a.row + s * a.step].bits));
+      const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(left_of[i].bits));
       R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
         sum[i][v] = _mm512_dpbf16_ps(sum[i][v], left, right[v]);
       }

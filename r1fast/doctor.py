@@ -157,11 +157,26 @@ def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
         "decode_attention": lambda: kernels.decode_attention(
             heads_TKd[:1], slots_SKd, slots_SKd, cu_seqlens[None, :1], cu_seqlens[1:2], scale=1.0
         ),
+        "decode_layers": lambda: decode_once(device, dtype),
         "packed_attention": lambda: kernels.packed_attention(heads_TKd, heads_TKd, heads_TKd, cu_seqlens, scale=1.0),
         "rms_norm": lambda: kernels.rms_norm(hidden_TD, hidden_TD[0]),
         "sample_tokens": lambda: kernels.sample_tokens(logits_TV),
         "swiglu": lambda: kernels.swiglu(hidden_TD, hidden_TD),
     }
+
+
+def decode_once(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    from r1fast.models.cache import BlockCache
+    from r1fast.models.config import ModelConfig
+    from r1fast.models.decoder import Decoder
+
+    config = ModelConfig(
+        "llama", vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    model = Decoder(config).to(device, dtype)
+    model.init_weights()
+    ids_B = torch.zeros(1, dtype=torch.int64, device=device)
+    return model.decode(ids_B, ids_B, BlockCache(config, 1, dtype, device), ids_B[:, None].int())
 
 
 def _table(title: str, headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:

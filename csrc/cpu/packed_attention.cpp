@@ -291,7 +291,7 @@ void run_pass(const AttentionArgs& args) {
   by_dtype(args.dtype, [&]<typename T>() {
 #ifdef R1FAST_HAS_BF16_PAIRS
     if constexpr (std::is_same_v<T, at::BFloat16>) {
-      if (args.pairs && cpu_multiplies_bf16()) {
+      if (cpu_multiplies_bf16()) {
         return Pass<T, BF16Pair>(args).run();
       }
     }
@@ -391,7 +391,6 @@ class Call {
     args.value_width = v.size(2);
     args.interleaved = interleaved;
     args.scale = scale;
-    args.pairs = true;
     set_sequences();
     args.taken = &taken_;
   }

@@ -1,23 +1,11 @@
 // Expert selection. The scores are torch's own sigmoid and softmax, to the bit, so that the choice is the reference's
 // wherever two scores are close. A vector holds one expert's score of several tokens: no branch depends on a score.
-#include "../simd.h"
+#include "../route.h"
 
 #include <numeric>
 #include <vector>
 
 namespace r1fast {
-
-struct RouteArgs {
-  at::ScalarType dtype;
-  const void* scores;  // [T, E]
-  const void* bias;    // [E], or null
-  int64_t num_experts, top_k, n_group, topk_group;
-  bool norm_topk_prob;
-  double scale;
-  bool replays;   // the ids are given
-  int64_t* ids;   // [T, K]
-  void* weights;  // [T, K]
-};
 
 struct RouteGradientArgs {
   at::ScalarType dtype;

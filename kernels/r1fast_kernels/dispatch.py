@@ -26,6 +26,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "packed_attention": ("reference", "cpp"),
     "swiglu": ("reference", "cpp"),
     "decode_attention": ("reference", "cpp", "triton"),
+    "decode_layers": ("reference", "cpp"),
 }
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)

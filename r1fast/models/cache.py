@@ -6,12 +6,14 @@ compressed kv beside the rotated shared key. For DeepSeek-V3 that is 576 values 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from r1fast.models.config import ModelConfig
 from r1fast_kernels.decode_attention import BLOCK
+from r1fast_kernels.decode_layers import DecodeLayers
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class BlockCache:
             tuple(torch.empty(num_blocks * BLOCK, *shape, dtype=dtype, device=device) for shape in _shapes(config))
             for _ in range(config.num_hidden_layers)
         ]
+        self.buffers = [buffer for layer in self.layers for buffer in layer]
+        # The model's, from its first step on: parameters do not move while a cache is in use.
+        self.decode_layers: DecodeLayers | None = None
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -55,10 +60,20 @@ class BlockCache:
 
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
         """int64 [n] each: what sequences share up to the middle of a block has to part there."""
-        for layer in self.layers:
-            for buffer in layer:
-                blocks = buffer.unflatten(0, (-1, BLOCK))
-                blocks.index_copy_(0, targets, blocks.index_select(0, sources))
+        for buffer in self.buffers:
+            blocks = buffer.unflatten(0, (-1, BLOCK))
+            blocks.index_copy_(0, targets, blocks.index_select(0, sources))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a cache on `device` could take now; None where the system does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if device.type == "cpu" and meminfo.exists() else []
+    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(available[0]) * 1024 if available else None
 
 
 def _shapes(config: ModelConfig) -> list[tuple[int, int]]:

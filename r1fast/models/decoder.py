@@ -16,9 +16,10 @@ from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.config import ModelConfig
 from r1fast.models.gqa import GroupedQueryAttention
 from r1fast.models.layers import MLP, Head, HeadFn, RMSNorm
-from r1fast.models.mla import LatentAttention
+from r1fast.models.mla import LATENT_NORM_EPS, LatentAttention
 from r1fast.models.moe import MoE
-from r1fast.models.rope import Rope, Rotary
+from r1fast.models.rope import Rope, Rotary, softmax_scale
+from r1fast_kernels.decode_layers import DecodeLayers, LayersSpec
 
 
 class DecoderLayer(nn.Module):
@@ -61,6 +62,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, *, scalar_head: bool = False) -> None:
         super().__init__()
         self.config, self.scalar_head = config, scalar_head
+        self.impl: str | None = None  # of the kernels
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -107,10 +109,11 @@ class Decoder(nn.Module):
         self.rotary.reset_buffers()
 
     def moe_layers(self) -> Iterator[MoE]:
-        return (module for module in self.modules() if isinstance(module, MoE))
+        return (layer.mlp for layer in cast(Iterable[DecoderLayer], self.layers) if isinstance(layer.mlp, MoE))
 
     def use_kernels(self, impl: str | None) -> None:
         """Which implementation the model's own ops run: "reference", "cpp", "triton", or None for the best."""
+        self.impl = impl
         for module in self.modules():
             if isinstance(module, (MoE, MLP, RMSNorm, GroupedQueryAttention, LatentAttention)):
                 module.impl = impl
@@ -152,13 +155,21 @@ class Decoder(nn.Module):
         cache: BlockCache,
         block_table_BN: Tensor,
         *,
+        neighbours: bool = False,
         head: HeadFn | None = None,
     ) -> Any:
         """One token for each row, at its place in a sequence whose earlier tokens are in the cache; returns logits_BV.
 
-        block_table_BN: int32, the blocks of each row's sequence. Rows may be neighbours in one sequence: all are
+        block_table_BN: int32, the blocks of each row's sequence. neighbours: rows may be of one sequence; all are
         written before any is read.
         """
+        if cache.decode_layers is None:
+            cache.decode_layers = self._decode_layers()
+        if head is None and not neighbours and cache.decode_layers.can_run(self.impl):
+            logits_BV, experts_LBK = cache.decode_layers(input_ids_B, positions_B, cache.buffers, block_table_BN)
+            for moe, ids_BK in zip(self.moe_layers(), experts_LBK):
+                moe.last_ids_TK = ids_BK
+            return logits_BV
         step = DecodeStep.at(positions_B, block_table_BN)
         # `forward` itself, past hooks: FSDP's make its streams wait for this one, which would break a graph's capture.
         x_BD = self.embed_tokens.forward(input_ids_B)
@@ -166,3 +177,26 @@ class Decoder(nn.Module):
         for layer in cast(Iterable[DecoderLayer], self.layers):
             x_BD = layer.decode(x_BD, rope, step, cache)
         return self.head.forward(self.norm.forward(x_BD), head)
+
+    def _decode_layers(self) -> DecodeLayers:
+        config, grouped = self.config, self.config.uses_mla
+        return DecodeLayers(
+            self.embed_tokens.weight,
+            [dict(layer.named_parameters()) | dict(layer.named_buffers()) for layer in self.layers],
+            self.norm.weight,
+            self.head.weight,
+            self.rotary.inv_freq,
+            LayersSpec(
+                rotary_scale=self.rotary.attention_factor,
+                interleaved=self.rotary.interleaved,
+                num_heads=config.num_attention_heads,
+                scale=softmax_scale(config),
+                eps=config.rms_norm_eps,
+                latent_eps=LATENT_NORM_EPS,
+                top_k=config.num_experts_per_tok,
+                n_group=config.n_group if grouped else 1,
+                topk_group=config.topk_group if grouped else 1,
+                norm_topk_prob=config.norm_topk_prob,
+                routed_scaling_factor=config.routed_scaling_factor if grouped else 1.0,
+            ),
+        )

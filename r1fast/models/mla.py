@@ -16,7 +16,7 @@ from r1fast.models.rope import Rope, softmax_scale
 from r1fast_kernels import decode_attention
 
 # transformers builds both latent norms with their class default, whatever rms_norm_eps says.
-_LATENT_NORM_EPS = 1e-6
+LATENT_NORM_EPS = 1e-6
 
 
 class LatentAttention(nn.Module):
@@ -32,12 +32,12 @@ class LatentAttention(nn.Module):
         query_width = self.num_heads * (self.nope_dim + self.rope_dim)
         if config.q_lora_rank is not None:
             self.q_a_proj = Linear(width, config.q_lora_rank, bias=bias)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = Linear(config.q_lora_rank, query_width, bias=False)
         else:
             self.q_proj = Linear(width, query_width, bias=False)
         self.kv_a_proj_with_mqa = Linear(width, self.latent_dim + self.rope_dim, bias=bias)
-        self.kv_a_layernorm = RMSNorm(self.latent_dim, _LATENT_NORM_EPS)
+        self.kv_a_layernorm = RMSNorm(self.latent_dim, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(self.latent_dim, self.num_heads * (self.nope_dim + self.value_dim), bias=False)
         self.o_proj = Linear(self.num_heads * self.value_dim, width, bias=bias)
 

@@ -205,6 +205,7 @@ class Batch:
             torch.arange(places.start, places.stop, device=self.device),
             self.cache,
             table_1N.expand(len(places), -1),
+            neighbours=True,
             head=lambda hidden_TD, weight_VD: linear(hidden_TD[-1:], weight_VD),
         )
         if prompt.experts_PLK is not None:

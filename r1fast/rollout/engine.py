@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from r1fast.models.cache import BlockCache
+from r1fast.models.cache import BlockCache, free_memory
 from r1fast.models.decoder import Decoder
 from r1fast.rollout.batch import Batch, Prompt, Sampled, num_blocks_of
 from r1fast.rollout.graphs import CAPTURES, StepGraphs
@@ -152,16 +152,21 @@ class RolloutEngine:
         most_shared = max(num_blocks_of(len(prompt.ids)) for prompt in prompts)
         most_own = max(prompt.num_own(max_tokens) for prompt in prompts)
         needed = spare + rows * most_own + min(rows, len(prompts)) * most_shared
-        if self.kv_cache_memory_bytes is None:
-            return needed
-        block_bytes = BlockCache.bytes_per_block(self.model.config, self.model.embed_tokens.weight.dtype)
-        affordable = self.kv_cache_memory_bytes // block_bytes
+        weight_VD = self.model.embed_tokens.weight
+        block_bytes = BlockCache.bytes_per_block(self.model.config, weight_VD.dtype)
+        affordable = needed if self.kv_cache_memory_bytes is None else self.kv_cache_memory_bytes // block_bytes
         alone = spare + max(num_blocks_of(len(prompt.ids)) + prompt.num_own(max_tokens) for prompt in prompts)
         if alone > affordable:
             longest = max(len(prompt.ids) for prompt in prompts)
             raise ValueError(
                 f"kv_cache_memory_bytes is {self.kv_cache_memory_bytes:,}; one completion of {max_tokens} tokens "
                 f"after a prompt of up to {longest} takes {alone * block_bytes:,}: raise it, or lower max_tokens"
+            )
+        size, free = min(needed, affordable) * block_bytes, free_memory(weight_VD.device)
+        if free is not None and size > free:
+            raise ValueError(
+                f"keys and values of {rows} rows would take {size:,} bytes; {weight_VD.device} has {free:,} free: set "
+                "kv_cache_memory_bytes below that, or lower max_num_seqs or max_tokens"
             )
         return min(needed, affordable)
 

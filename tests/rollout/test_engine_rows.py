@@ -87,6 +87,7 @@ class HashDecoder(nn.Module):
         cache: HashCache,
         block_table_BN: Tensor,
         *,
+        neighbours: bool = False,
         head: Callable | None = None,
     ) -> Tensor:
         def slots_of(places_B: Tensor) -> Tensor:
@@ -96,10 +97,11 @@ class HashDecoder(nn.Module):
             self.decode_rows.append(len(input_ids_B))
         else:
             self.prefill_lengths.append(len(input_ids_B))
-        # One by one: rows may be neighbours in one sequence.
+        # A padding row is on the first place, where it has nothing to read.
+        read_B, written_B = slots_of((positions_B - 1).clamp(min=0)), slots_of(positions_B)
+        assert neighbours or not torch.isin(read_B[positions_B > 0], written_B).any()
         states = []
-        befores_B = slots_of((positions_B - 1).clamp(min=0))  # a padding row is on the first place
-        for before, at, token in zip(befores_B, slots_of(positions_B), input_ids_B, strict=True):
+        for before, at, token in zip(read_B, written_B, input_ids_B, strict=True):  # one by one: they may be neighbours
             cache.state_S[at] = hash_step(cache.state_S[before], token)
             states.append(cache.state_S[at].clone())
         return self._logits(torch.stack(states), head or (lambda hidden, weight: hidden))
@@ -161,7 +163,16 @@ def expected_completion(
 
 @pytest.mark.parametrize("trial", range(60))
 def test_rows_are_never_mixed(decoder: HashDecoder, trial: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_random_samples(decoder, random.Random(trial), monkeypatch)
+    check_schedule(decoder, trial, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_rows_are_never_mixed_in_10_000_schedules(decoder: HashDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for trial in range(60, 10_060):
+        decoder.decode_rows.clear()
+        HashCache.made.clear()
+        check_schedule(decoder, trial, monkeypatch)
 
 
 @pytest.mark.parametrize("trial", range(60))
@@ -170,11 +181,12 @@ def test_padding_mixes_no_rows(
 ) -> None:
     monkeypatch.setattr(graphs_module, "STEPS_BEFORE", trial % 3)
     monkeypatch.setattr(graphs_module, "MOST_PADDING", 1 + trial % 4)
-    check_random_samples(decoder, random.Random(trial), monkeypatch)
+    check_schedule(decoder, trial, monkeypatch)
 
 
-def check_random_samples(decoder: HashDecoder, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_schedule(decoder: HashDecoder, trial: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random prompts, duplicates, stops, limits, rows, blocks and prefills; stops also noticed late, as on a GPU."""
+    rng = random.Random(trial)
     monkeypatch.setitem(batch_module.SYNC_STEPS, "cpu", rng.choice([1, 1, 5]))
     prompts = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 33))] for _ in range(rng.randint(1, 12))]
     prompts += rng.choices(prompts, k=rng.randint(0, 3))
@@ -252,6 +264,19 @@ def test_the_cache_keeps_to_its_budget(decoder: HashDecoder) -> None:
     assert HashCache.made[-1].num_blocks == 8 * 2 + 2 and max(decoder.decode_rows) == 8
     with pytest.raises(ValueError, match=r"kv_cache_memory_bytes is 2,999; one completion of 33 .* 16 takes 3,000"):
         RolloutEngine(decoder, None, kv_cache_memory_bytes=2999).generate([[1] * 16], params)
+
+
+def test_more_than_the_machine_has_is_refused_before_any_work(
+    decoder: HashDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "free_memory", lambda device: 17_999)
+    params, prompts = SamplingParams(n=4, max_tokens=33, ignore_eos=True), [[1] * 16, [2] * 16]
+    for budget in (None, 10**9):
+        with pytest.raises(ValueError, match=r"of 8 rows would take 18,000 bytes; cpu has 17,999 free: set kv_cache"):
+            RolloutEngine(decoder, None, kv_cache_memory_bytes=budget).generate(prompts, params)
+    assert not HashCache.made and not decoder.prefill_lengths
+    RolloutEngine(decoder, None, kv_cache_memory_bytes=17_000).generate(prompts, params)
+    RolloutEngine(decoder, None, max_num_seqs=4).generate(prompts, params)
 
 
 def test_padding_has_a_block_of_its_own_within_the_budget(decoder: HashDecoder, graphs: list[str]) -> None:

@@ -1,0 +1,126 @@
+"""A decode step in one call on a CPU: one new token per row, keys and values in the blocks of a cache.
+
+    embedding
+    norm -> attention (grouped-query or latent) -> + -> norm -> MLP, or experts and shared experts -> +     per layer
+    norm -> head
+
+What they compute is defined by the modules of r1fast.models, op after op. Here a thread takes rows of the batch through
+all layers: a step of a small model is neither Python nor threads that wait for each other.
+
+Bound by compute at many rows: 2 FLOPs of each weight that a row meets. Weights are read once for 128 rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose
+
+# What a layer may have, by its name in a checkpoint; csrc/cpu/decode_layers.cpp reads them in this order.
+NAMES = (
+    "input_layernorm.weight", "post_attention_layernorm.weight",
+    "self_attn.q_proj.weight", "self_attn.q_proj.bias", "self_attn.k_proj.weight", "self_attn.k_proj.bias",
+    "self_attn.v_proj.weight", "self_attn.v_proj.bias", "self_attn.o_proj.weight", "self_attn.o_proj.bias",
+    "self_attn.q_norm.weight", "self_attn.k_norm.weight",
+    "self_attn.q_a_proj.weight", "self_attn.q_a_proj.bias", "self_attn.q_a_layernorm.weight",
+    "self_attn.q_b_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", "self_attn.kv_a_proj_with_mqa.bias",
+    "self_attn.kv_a_layernorm.weight", "self_attn.kv_b_proj.weight",
+    "mlp.gate_proj.weight", "mlp.gate_proj.bias", "mlp.up_proj.weight", "mlp.up_proj.bias",
+    "mlp.down_proj.weight", "mlp.down_proj.bias",
+    "mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight", "mlp.shared_experts.down_proj.weight",
+    "mlp.gate.weight", "mlp.gate.e_score_correction_bias",
+    "mlp.experts.gate_up_proj", "mlp.experts.down_proj",
+)  # fmt: skip
+
+_QUERIES = ("self_attn.q_proj.weight", "self_attn.q_b_proj.weight")
+
+# Elements of all matrices. Beyond, products are everything, and threads that share each of them are better when rows
+# are few. Not a matter of the number of rows: what a row gets must not depend on the batch.
+MOST_WEIGHTS = 100_000_000
+
+torch.library.define(
+    "r1fast::decode_layers",
+    "(Tensor input_ids_B, Tensor positions_B, Tensor(a!)[] cache, Tensor block_table_BN, Tensor embedding_VD, "
+    "Tensor?[] weights, Tensor norm_D, Tensor head_VD, Tensor inv_freq_R, float rotary_scale, bool interleaved, "
+    "int num_heads, float scale, float eps, float latent_eps, int top_k, int n_group, int topk_group, "
+    "bool norm_topk_prob, float routed_scaling_factor) -> (Tensor logits_BV, Tensor experts_LBK)",
+)
+
+
+@dataclass(frozen=True)
+class LayersSpec:
+    """What weights do not say. rotary_scale: on cos and sin; latent_eps: of the norms inside latent attention."""
+
+    rotary_scale: float
+    interleaved: bool
+    num_heads: int
+    scale: float
+    eps: float
+    latent_eps: float
+    top_k: int
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+
+
+class DecodeLayers:
+    """A model, ready to be called; it holds the very tensors, which must not move meanwhile.
+
+    embedding_VD     tokens to what the layers read
+    layers           for each its parameters and buffers by NAMES
+    norm_D, head_VD  what follows them; all of one dtype, but the router's bias in fp32
+    inv_freq_R       fp32 [R / 2]: the last R channels of a head are rotated
+    """
+
+    def __init__(
+        self,
+        embedding_VD: Tensor,
+        layers: Sequence[Mapping[str, Tensor]],
+        norm_D: Tensor,
+        head_VD: Tensor,
+        inv_freq_R: Tensor,
+        spec: LayersSpec,
+    ) -> None:
+        self.spec = spec
+        self.weights = [layer.get(name) for layer in layers for name in NAMES]
+        self.tensors = embedding_VD, self.weights, norm_D, head_VD, inv_freq_R
+
+    def can_run(self, impl: str | None) -> bool:
+        """False: run the modules (`impl` says so, or the model is fp64, not on a CPU or not for this op)."""
+        embedding_VD = self.tensors[0]
+        return (
+            impl in (None, "cpp")
+            and self._fits
+            and embedding_VD.dtype != torch.float64
+            and choose("decode_layers", impl, embedding_VD) == "cpp"
+        )
+
+    @cached_property
+    def _fits(self) -> bool:
+        named = [(name, w) for name, w in zip(NAMES * len(self.weights), self.weights) if w is not None]
+        matrices = [weight for _, weight in named if weight.dim() > 1]
+        queries = [weight for name, weight in named if name in _QUERIES]
+        return (
+            sum(weight.numel() for weight in [*matrices, self.tensors[3]]) <= MOST_WEIGHTS
+            # bf16 is multiplied in pairs
+            and all(weight.shape[-1] % 2 == 0 for weight in matrices)
+            and all(len(weight) // self.spec.num_heads % 2 == 0 for weight in queries)
+        )
+
+    def __call__(
+        self, input_ids_B: Tensor, positions_B: Tensor, cache: Sequence[Tensor], block_table_BN: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """logits_BV in the dtype of the weights, and the experts [MoE layers, B, K] that each row went to.
+
+        input_ids_B, positions_B   int64: a token of each row and its place in a sequence of its own
+        cache                      keys and values of each layer [S, K, d], or its latents [S, 1, C + R]; those of the
+                                   new tokens are written there
+        block_table_BN             int32, as decode_attention has it
+        """
+        return torch.ops.r1fast.decode_layers(
+            input_ids_B, positions_B, cache, block_table_BN, *self.tensors, *vars(self.spec).values()
+        )

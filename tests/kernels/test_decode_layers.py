@@ -1,0 +1,221 @@
+"""decode_layers, against the modules whose work it does."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from r1fast.models.cache import BlockCache
+from r1fast.models.config import ModelConfig
+from r1fast.models.decoder import Decoder
+from r1fast_kernels import decode_layers as op
+from r1fast_kernels.decode_attention import BLOCK
+from tests.kernels.backends import BF16, FP32, FP64, assert_same_bits, needs_cpp, of_older_processor
+
+pytestmark = needs_cpp
+
+COMMON: dict[str, Any] = {"vocab_size": 1043, "num_hidden_layers": 2, "max_position_embeddings": 256}
+# Widths that are no multiple of a vector, a strip or a block, and ones that are.
+CONFIGS = {
+    "llama": ModelConfig("llama", hidden_size=64, intermediate_size=96, num_attention_heads=4,
+                         attention_bias=True, mlp_bias=True, **COMMON),
+    "qwen2": ModelConfig("qwen2", hidden_size=80, intermediate_size=112, num_attention_heads=10,
+                         num_key_value_heads=2, **COMMON),
+    "qwen3": ModelConfig("qwen3", hidden_size=72, intermediate_size=100, num_attention_heads=6,
+                         num_key_value_heads=3, head_dim=20, **COMMON),
+    "qwen3-moe": ModelConfig("qwen3_moe", hidden_size=32, intermediate_size=50, num_attention_heads=4,
+                             num_key_value_heads=2, head_dim=16, n_routed_experts=7, num_experts_per_tok=3,
+                             moe_intermediate_size=18, norm_topk_prob=False, mlp_only_layers=(0,), **COMMON),
+    "deepseek": ModelConfig("deepseek_v3", hidden_size=128, intermediate_size=64, num_attention_heads=4,
+                            kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32,
+                            n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=64,
+                            first_k_dense_replace=1, **COMMON),
+    "deepseek-odd": ModelConfig("deepseek_v3", hidden_size=50, intermediate_size=70, num_attention_heads=3,
+                                attention_bias=True, q_lora_rank=22, kv_lora_rank=18, qk_nope_head_dim=10,
+                                qk_rope_head_dim=6, v_head_dim=14, n_routed_experts=12, num_experts_per_tok=3,
+                                n_group=3, topk_group=2, moe_intermediate_size=26, routed_scaling_factor=2.5,
+                                rope_interleave=False, **COMMON),
+}  # fmt: skip
+LENGTHS = [1, 2, 15, 16, 17, 33, 48, 64]
+
+
+@dataclass
+class Step:
+    """A model, and B rows at the end of sequences whose earlier tokens are in the cache."""
+
+    model: Decoder
+    ids_B: Tensor
+    positions_B: Tensor
+    table_BN: Tensor
+    cache: BlockCache
+
+    def logits(self, rows: slice | Tensor = slice(None), **options: Any) -> Tensor:
+        inputs = (self.ids_B[rows], self.positions_B[rows], self.cache, self.table_BN[rows])
+        return self.model.decode(*inputs, **options)
+
+    def by_modules(self) -> "Step":
+        """The same, in another cache, by the layers' own modules."""
+        cache = BlockCache(self.model.config, self.cache.num_blocks, self.cache.dtype, "cpu")
+        for to, source in zip(cache.buffers, self.cache.buffers):
+            to.copy_(source)
+        return replace(self, cache=cache)
+
+
+def make_step(name: str, dtype: torch.dtype = FP32, num_rows: int = 70) -> Step:
+    generator = torch.Generator().manual_seed(0)
+    config = CONFIGS[name]
+    model = Decoder(config)
+    model.init_weights(generator)
+    with torch.no_grad():
+        for p in model.parameters():  # norms and biases that do something, logits that differ
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.1 if p.dim() > 1 else 0.3) + (p.dim() == 1))
+        for moe in model.moe_layers():
+            if moe.gate.e_score_correction_bias is not None:
+                moe.gate.e_score_correction_bias.normal_(0, 0.1, generator=generator)
+    width = max(LENGTHS) // BLOCK
+    cache = BlockCache(config, num_rows * width + 1, dtype, "cpu")
+    for buffer in cache.buffers:
+        buffer.copy_(torch.randn(buffer.shape, generator=generator))
+    return Step(
+        model.to(dtype).eval(),
+        torch.randint(config.vocab_size, (num_rows,), generator=generator),
+        torch.tensor([LENGTHS[b % len(LENGTHS)] - 1 for b in range(num_rows)]),
+        torch.randperm(num_rows * width, generator=generator).view(num_rows, width).int(),
+        cache,
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each call of the op: that it ran at all."""
+    seen: list[int] = []
+    run = op.DecodeLayers.__call__
+
+    def spy(self: op.DecodeLayers, ids_B: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        seen.append(len(ids_B))
+        return run(self, ids_B, *args)
+
+    monkeypatch.setattr(op.DecodeLayers, "__call__", spy)
+    return seen
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 70, 300])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_the_modules(name: str, num_rows: int, calls: list[int]) -> None:
+    step = make_step(name, num_rows=num_rows)
+    other = step.by_modules()
+    got = step.logits()
+    assert calls == [num_rows]
+    experts = step.model.last_expert_ids() if step.cache.decode_layers and CONFIGS[name].n_routed_experts else None
+    step.model.use_kernels("reference")
+    want = other.logits()
+    assert calls == [num_rows] and want.std() > 0.1
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+    for ours, theirs in zip(step.cache.buffers, other.cache.buffers):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    if experts is not None:
+        assert torch.equal(experts, step.model.last_expert_ids())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bf16_is_as_near_as_the_modules(name: str, calls: list[int]) -> None:
+    """Compared where no expert is chosen differently: there a rounding makes another function."""
+    step = make_step(name, BF16)
+    exact, modules = step.by_modules(), step.by_modules()
+    exact.cache = exact.by_modules().cache
+    got = step.logits().float().log_softmax(-1)
+    assert calls == [70]
+    routed = CONFIGS[name].n_routed_experts > 0
+    ids = [step.model.last_expert_ids()] if routed else []
+    step.model.use_kernels("reference")
+    near = modules.logits().float().log_softmax(-1)
+    ids += [step.model.last_expert_ids()] if routed else []
+    exact.model.double()
+    exact.cache = BlockCache(step.model.config, step.cache.num_blocks, FP64, "cpu")
+    for to, source in zip(exact.cache.buffers, make_step(name, BF16).cache.buffers):
+        to.copy_(source)
+    want = exact.logits().log_softmax(-1)
+    ids += [step.model.last_expert_ids()] if routed else []
+    same = torch.ones(70, dtype=torch.bool)
+    for other in ids:
+        same &= (other == ids[-1]).flatten(1).all(1)
+    assert same.float().mean() > 0.6
+    error, their_error = ((x - want)[same].abs() for x in (got, near))
+    assert error.mean() < 1.2 * their_error.mean() + 1e-4 and error.max() < 2 * their_error.max()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_row_gets_the_same_bits_in_any_batch(name: str, dtype: torch.dtype) -> None:
+    step = make_step(name, dtype)
+    together = step.logits()
+    for rows in (slice(3, 4), slice(0, 17), torch.arange(69, 20, -1)):
+        assert torch.equal(step.logits(rows), together[rows])
+    assert_same_bits(lambda: [step.logits()])
+
+
+def test_writes_one_slot_of_each_row_and_reads_none_behind_it() -> None:
+    step = make_step("qwen2", num_rows=20)
+    slots_B = step.table_BN.gather(1, (step.positions_B // BLOCK)[:, None]).squeeze(1) * BLOCK
+    slots_B = slots_B + step.positions_B % BLOCK
+    read = torch.zeros(step.cache.num_blocks * BLOCK, dtype=torch.bool)
+    for b, position in enumerate(step.positions_B.tolist()):
+        places = torch.arange(position)
+        read[step.table_BN[b, places // BLOCK].long() * BLOCK + places % BLOCK] = True
+    want = step.by_modules().logits()
+    for buffer in step.cache.buffers:
+        buffer[~read] = torch.nan
+    before = [buffer.clone() for buffer in step.cache.buffers]
+    assert torch.equal(step.logits(), want)
+    for buffer, kept in zip(step.cache.buffers, before):
+        assert not buffer[slots_B].isnan().any()
+        buffer[slots_B] = kept[slots_B]
+        torch.testing.assert_close(buffer, kept, rtol=0, atol=0, equal_nan=True)
+
+
+def test_follows_weights_that_change_in_place() -> None:
+    step = make_step("llama")
+    before = step.logits()
+    with torch.no_grad():
+        step.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+    after = step.logits()
+    step.model.use_kernels("reference")
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, step.logits(), rtol=1e-5, atol=2e-5)
+
+
+def test_what_it_cannot_do_runs_by_modules(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    make_step("llama", FP64).logits()
+    make_step("llama").logits(neighbours=True)
+    odd = replace(CONFIGS["deepseek"], qk_nope_head_dim=15)
+    monkeypatch.setitem(CONFIGS, "deepseek", odd)
+    make_step("deepseek").logits()
+    monkeypatch.setattr(op, "MOST_WEIGHTS", 1000)
+    make_step("llama").logits()
+    assert calls == []
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_builds_for_older_processors_agree(capability: str, tmp_path: Any) -> None:
+    expression = "[make_step(n, d).logits() for n in ('qwen3', 'deepseek-odd') for d in (FP32, BF16)]"
+    for got, want in zip(*of_older_processor(capability, "test_decode_layers", expression, tmp_path), strict=True):
+        if want.dtype == BF16:  # of fp32 products: some tokens go to other experts
+            assert (got - want).abs().float().quantile(0.9) < 0.1
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+
+
+def test_errors_say_what_was_expected() -> None:
+    step = make_step("llama", num_rows=6)
+    step.table_BN[5, 0] = 1000  # of three blocks
+    with pytest.raises(ValueError, match=r"block_table_BN\[5, 0\] = 1000, expected a block of the cache"):
+        step.logits()
+    step.positions_B[4] = 64
+    with pytest.raises(ValueError, match="at position 64, expected an id below 1043 and a position below 64, what 4"):
+        step.logits()
+    step = make_step("llama", num_rows=2)
+    step.model.layers[0].mlp.up_proj.weight.data = step.model.layers[0].mlp.up_proj.weight.data.T.contiguous().T
+    with pytest.raises(ValueError, match="expected contiguous memory"):
+        step.logits()
