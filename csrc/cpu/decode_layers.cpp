@@ -1,4 +1,5 @@
-// A decode step from token ids to logits: one new token in each row, and no wait of threads between the layers.
+// A decode step from token ids to logits: one new token in each row, and no wait of threads between the layers. Or short
+// prompts: a token in each row, those of a sequence on one thread, which writes all keys of a layer before it reads any.
 //
 // A thread takes some rows through every layer: what a row computes needs no other row, only the cache. Rows lie side by
 // side in panels of 32 (the last one may have 16), so that a vector holds one channel of several rows:
@@ -42,7 +43,8 @@ struct LayersArgs {
   const void* norm;  // before the head
   Projection head;
   const void* embedding;  // [V, D]
-  void* out;              // [B, V]
+  bool logits;            // else what the head would read
+  void* out;              // [B, V or D]
   int64_t num_rows, width;
   const int64_t *ids, *positions;
   const float* frequencies;  // [R / 2]
@@ -56,8 +58,8 @@ struct LayersArgs {
   int64_t top_k, n_group, topk_group;
   bool norm_topk_prob;
   double routed_scaling_factor;
-  int64_t* experts;  // [MoE layers, B, K]
-  int64_t rows_per_chunk;
+  int64_t* experts;           // [MoE layers, B, K]
+  const int64_t* chunk_rows;  // first row of each chunk, and the end
 };
 
 namespace {
@@ -143,7 +145,12 @@ class RowsWorker {
       }
     }
     normalize(args_.norm);
-    write_logits();
+    if (args_.logits) {
+      write_logits();
+    } else {
+      T* out = static_cast<T*>(args_.out) + first * args_.width;
+      to_rows<T>([&](int64_t row) { return out + row * args_.width; }, normed_, args_.width, layout_);
+    }
   }
 
  private:
@@ -630,8 +637,7 @@ template <typename T, typename Unit>
 void run_chunks(const LayersArgs& args, int64_t begin, int64_t end) {
   RowsWorker<T, Unit> worker(args);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t first = chunk * args.rows_per_chunk;
-    worker.run(first, std::min(args.rows_per_chunk, args.num_rows - first));
+    worker.run(args.chunk_rows[chunk], args.chunk_rows[chunk + 1] - args.chunk_rows[chunk]);
   }
 }
 
@@ -732,31 +738,16 @@ LayerArgs read_layer(const LayerReader& reader) {
   return layer;
 }
 
-// Slots and lengths of the new tokens.
+// Where the rows are in their sequences and in the cache, and which rows a thread takes together.
 struct Places {
-  std::vector<int64_t> slots;
-  std::vector<int32_t> lengths;
+  std::vector<int64_t> positions, slots, chunk_rows;
+  std::vector<int32_t> lengths, block_table;
+  int64_t table_width = 0;
 
-  Places(const at::Tensor& ids, const at::Tensor& positions, const at::Tensor& block_table, int64_t vocab,
-         int64_t num_blocks) {
-    const int64_t *id = ids.const_data_ptr<int64_t>(), *position = positions.const_data_ptr<int64_t>();
-    const int32_t* blocks = block_table.const_data_ptr<int32_t>();
-    const int64_t width = block_table.size(1);
-    for (int64_t b = 0; b < ids.size(0); ++b) {
-      TORCH_CHECK_VALUE(
-          id[b] >= 0 && id[b] < vocab && position[b] >= 0 && position[b] < width * kCacheBlock,
-          "decode_layers: row ", b, " has token ", id[b], " at position ", position[b], ", expected an id below ", vocab,
-          " and a position below ", width * kCacheBlock, ", what ", width, " blocks hold");
-      for (int64_t n = 0; n <= position[b] / kCacheBlock; ++n) {
-        const int32_t block = blocks[b * width + n];
-        TORCH_CHECK_VALUE(
-            block >= 0 && block < num_blocks, "decode_layers: got block_table_BN[", b, ", ", n, "] = ", block,
-            ", expected a block of the cache, 0 to ", num_blocks - 1);
-      }
-      const int64_t block = blocks[b * width + position[b] / kCacheBlock];
-      slots.push_back(block * kCacheBlock + position[b] % kCacheBlock);
-      lengths.push_back(static_cast<int32_t>(position[b] + 1));
-    }
+  void add(int64_t position, int64_t slot) {
+    positions.push_back(position);
+    slots.push_back(slot);
+    lengths.push_back(static_cast<int32_t>(position + 1));
   }
 };
 
@@ -768,14 +759,94 @@ int64_t rows_per_chunk(int64_t num_rows) {
   return padded((num_rows + chunks - 1) / chunks);
 }
 
+void check_block(const char* name, int64_t row, int64_t n, int64_t block, int64_t num_blocks) {
+  TORCH_CHECK_VALUE(
+      block >= 0 && block < num_blocks, "decode_layers: got ", name, "[", row, ", ", n, "] = ", block,
+      ", expected a block of the cache, 0 to ", num_blocks - 1);
+}
+
+// Each row at the end of a sequence of its own.
+Places decode_places(const at::Tensor& positions_B, const at::Tensor& block_table_BN, int64_t num_blocks) {
+  TORCH_CHECK_VALUE(
+      positions_B.scalar_type() == at::kLong && block_table_BN.scalar_type() == at::kInt && block_table_BN.dim() == 2 &&
+          block_table_BN.size(0) == positions_B.size(0),
+      "decode_layers: got positions ", positions_B.sizes(), " in ", positions_B.scalar_type(), " and a table ",
+      block_table_BN.sizes(), " in ", block_table_BN.scalar_type(), ", expected int64 [B] and int32 [B, N]");
+  const at::Tensor positions = positions_B.contiguous(), table = block_table_BN.contiguous();
+  const int64_t num_rows = positions.size(0), width = table.size(1);
+  const int32_t* blocks = table.const_data_ptr<int32_t>();
+  Places places;
+  places.table_width = width;
+  places.block_table.assign(blocks, blocks + num_rows * width);
+  for (int64_t b = 0; b < num_rows; ++b) {
+    const int64_t position = positions.const_data_ptr<int64_t>()[b];
+    TORCH_CHECK_VALUE(
+        position >= 0 && position < width * kCacheBlock, "decode_layers: got positions_B[", b, "] = ", position,
+        ", expected 0 to ", width * kCacheBlock - 1, ", what ", width, " blocks hold");
+    for (int64_t n = 0; n <= position / kCacheBlock; ++n) {
+      check_block("block_table_BN", b, n, blocks[b * width + n], num_blocks);
+    }
+    const int64_t block = blocks[b * width + position / kCacheBlock];
+    places.add(position, block * kCacheBlock + position % kCacheBlock);
+  }
+  for (int64_t row = 0; row < num_rows; row += rows_per_chunk(num_rows)) {
+    places.chunk_rows.push_back(row);
+  }
+  places.chunk_rows.push_back(num_rows);
+  return places;
+}
+
+// Whole sequences: token p of one is in slot p % 16 of its block p / 16.
+Places prefill_places(const at::Tensor& cu_seqlens, const at::Tensor& slots_T, int64_t num_blocks) {
+  TORCH_CHECK_VALUE(
+      cu_seqlens.scalar_type() == at::kInt && slots_T.scalar_type() == at::kLong, "decode_layers: got cu_seqlens in ",
+      cu_seqlens.scalar_type(), " and slots in ", slots_T.scalar_type(), ", expected int32 and int64");
+  const at::Tensor ends = cu_seqlens.contiguous(), slots = slots_T.contiguous();
+  const int32_t* end = ends.const_data_ptr<int32_t>();
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  const int64_t num_sequences = ends.numel() - 1, num_rows = slots.numel();
+  Places places;
+  for (int64_t n = 0; n < num_sequences; ++n) {
+    places.table_width = std::max(places.table_width, (end[n + 1] - end[n] + kCacheBlock - 1) / kCacheBlock);
+  }
+  places.block_table.assign(num_rows * places.table_width, 0);
+  for (int64_t n = 0; n < num_sequences; ++n) {
+    for (int64_t row = end[n]; row < end[n + 1]; ++row) {
+      const int64_t position = row - end[n];
+      check_block("slots_T / 16", n, position, slot[row] / kCacheBlock, num_blocks);
+      TORCH_CHECK_VALUE(
+          slot[row] % kCacheBlock == position % kCacheBlock, "decode_layers: got slots_T[", row, "] = ", slot[row],
+          " for position ", position, ", expected the same place in a block of ", kCacheBlock);
+      for (int64_t i = 0; i <= position / kCacheBlock; ++i) {
+        places.block_table[row * places.table_width + i] =
+            static_cast<int32_t>(slot[end[n] + i * kCacheBlock] / kCacheBlock);
+      }
+      places.add(position, slot[row]);
+    }
+  }
+  places.chunk_rows.push_back(0);
+  for (int64_t n = 0; n < num_sequences; ++n) {
+    if (end[n + 1] - places.chunk_rows.back() > rows_per_chunk(num_rows) && end[n] > places.chunk_rows.back()) {
+      places.chunk_rows.push_back(end[n]);
+    }
+  }
+  places.chunk_rows.push_back(num_rows);
+  return places;
+}
+
+// places: (positions_B, block_table_BN) of a decode step, (cu_seqlens, slots_T) of a prefill, which returns what the head
+// would read.
 std::tuple<at::Tensor, at::Tensor> decode_layers(
-    const at::Tensor& input_ids_B, const at::Tensor& positions_B, const std::vector<at::Tensor>& cache,
-    const at::Tensor& block_table_BN, const at::Tensor& embedding_VD, const Weights& weights, const at::Tensor& norm_D,
-    const at::Tensor& head_VD, const at::Tensor& inv_freq_R, double rotary_scale, bool interleaved, int64_t num_heads,
-    double scale, double eps, double latent_eps, int64_t top_k, int64_t n_group, int64_t topk_group,
-    bool norm_topk_prob, double routed_scaling_factor) {
+    const at::Tensor& input_ids, const at::Tensor& first_of_places, const at::Tensor& second_of_places, bool prefills,
+    const std::vector<at::Tensor>& cache, const at::Tensor& embedding_VD, const Weights& weights,
+    const at::Tensor& norm_D, const at::Tensor& head_VD, const at::Tensor& inv_freq_R, double rotary_scale,
+    bool interleaved, int64_t num_heads, double scale, double eps, double latent_eps, int64_t top_k, int64_t n_group,
+    int64_t topk_group, bool norm_topk_prob, double routed_scaling_factor) {
+  const at::Tensor& keys = cache[0];
+  const Places places = (prefills ? prefill_places : decode_places)(
+      first_of_places, second_of_places, keys.size(0) / kCacheBlock);
   const auto dtype = embedding_VD.scalar_type();
-  const int64_t num_rows = input_ids_B.size(0), width = embedding_VD.size(1);
+  const int64_t num_rows = input_ids.size(0), width = embedding_VD.size(1);
   TORCH_CHECK_VALUE(
       (dtype == at::kFloat || dtype == at::kBFloat16) && norm_D.scalar_type() == dtype &&
           head_VD.scalar_type() == dtype && head_VD.size(1) == width && inv_freq_R.scalar_type() == at::kFloat,
@@ -783,14 +854,16 @@ std::tuple<at::Tensor, at::Tensor> decode_layers(
       " in ", head_VD.scalar_type(), " and frequencies in ", inv_freq_R.scalar_type(),
       ", expected float32 or bfloat16, [V, ", width, "] and float32");
   TORCH_CHECK_VALUE(
-      input_ids_B.scalar_type() == at::kLong && positions_B.scalar_type() == at::kLong &&
-          positions_B.sizes() == input_ids_B.sizes() && block_table_BN.scalar_type() == at::kInt &&
-          block_table_BN.dim() == 2 && block_table_BN.size(0) == num_rows,
-      "decode_layers: got ids ", input_ids_B.sizes(), " in ", input_ids_B.scalar_type(), ", positions ",
-      positions_B.sizes(), " in ", positions_B.scalar_type(), " and a table ", block_table_BN.sizes(), " in ",
-      block_table_BN.scalar_type(), ", expected int64 [B], int64 [B] and int32 [B, N]");
-  const at::Tensor ids = input_ids_B.contiguous(), positions = positions_B.contiguous();
-  const at::Tensor block_table = block_table_BN.contiguous(), embedding = embedding_VD.contiguous();
+      input_ids.scalar_type() == at::kLong && static_cast<size_t>(num_rows) == places.slots.size(),
+      "decode_layers: got ids ", input_ids.sizes(), " in ", input_ids.scalar_type(), ", expected int64 [",
+      places.slots.size(), "]");
+  const at::Tensor ids = input_ids.contiguous(), embedding = embedding_VD.contiguous();
+  for (int64_t b = 0; b < num_rows; ++b) {
+    const int64_t id = ids.const_data_ptr<int64_t>()[b];
+    TORCH_CHECK_VALUE(
+        id >= 0 && id < embedding.size(0), "decode_layers: got the id ", id, " in row ", b, ", expected 0 to ",
+        embedding.size(0) - 1);
+  }
   const at::Tensor norm = norm_D.contiguous(), head = head_VD.contiguous(), frequencies = inv_freq_R.contiguous();
   const int64_t num_layers = static_cast<int64_t>(weights.size()) / kNumNames;
   const int64_t buffers = static_cast<int64_t>(cache.size()) / num_layers;  // of a layer
@@ -802,20 +875,18 @@ std::tuple<at::Tensor, at::Tensor> decode_layers(
     layers.back().values = buffers == 2 ? cache[i * buffers + 1].mutable_data_ptr() : nullptr;
     num_moe += layers.back().router.weight != nullptr;
   }
-  const at::Tensor& keys = cache[0];
-  const Places places(ids, positions, block_table, embedding.size(0), keys.size(0) / kCacheBlock);
-  at::Tensor out = at::empty({num_rows, head.size(0)}, embedding.options());
+  at::Tensor out = at::empty({num_rows, prefills ? width : head.size(0)}, embedding.options());
   at::Tensor experts = at::empty({num_moe, num_rows, top_k}, ids.options());
   const int64_t value_width = buffers == 2 ? cache[1].size(2) : layers[0].kv_b.inputs;
   const LayersArgs args{
       dtype, layers.data(), num_layers, norm.const_data_ptr(),
-      {head.const_data_ptr(), nullptr, head.size(0), head.size(1)}, embedding.const_data_ptr(), out.mutable_data_ptr(),
-      num_rows, width, ids.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(),
+      {head.const_data_ptr(), nullptr, head.size(0), head.size(1)}, embedding.const_data_ptr(), !prefills,
+      out.mutable_data_ptr(), num_rows, width, ids.const_data_ptr<int64_t>(), places.positions.data(),
       frequencies.const_data_ptr<float>(), frequencies.numel(), rotary_scale, interleaved, places.slots.data(),
-      block_table.const_data_ptr<int32_t>(), places.lengths.data(), block_table.size(1), num_heads, keys.size(1),
-      keys.size(2), value_width, scale, eps, latent_eps, top_k, n_group, topk_group, norm_topk_prob,
-      routed_scaling_factor, experts.mutable_data_ptr<int64_t>(), rows_per_chunk(num_rows)};
-  at::parallel_for(0, (num_rows + args.rows_per_chunk - 1) / args.rows_per_chunk, 1, [&](int64_t begin, int64_t end) {
+      places.block_table.data(), places.lengths.data(), places.table_width, num_heads, keys.size(1), keys.size(2),
+      value_width, scale, eps, latent_eps, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor,
+      experts.mutable_data_ptr<int64_t>(), places.chunk_rows.data()};
+  at::parallel_for(0, static_cast<int64_t>(places.chunk_rows.size()) - 1, 1, [&](int64_t begin, int64_t end) {
     R1FAST_PICK(decode_layers_chunks)(args, begin, end);
   });
   return {out, experts};

@@ -1,4 +1,4 @@
-"""A decode step in one call on a CPU: one new token per row, keys and values in the blocks of a cache.
+"""A decode step in one call on a CPU, or the prefill of short prompts; keys and values in the blocks of a cache.
 
     embedding
     norm -> attention (grouped-query or latent) -> + -> norm -> MLP, or experts and shared experts -> +     per layer
@@ -41,12 +41,15 @@ _QUERIES = ("self_attn.q_proj.weight", "self_attn.q_b_proj.weight")
 # are few. Not a matter of the number of rows: what a row gets must not depend on the batch.
 MOST_WEIGHTS = 100_000_000
 
+# Longer ones attend faster in packed_attention, and have other threads to share them with.
+MOST_PROMPT_TOKENS = 128
+
 torch.library.define(
     "r1fast::decode_layers",
-    "(Tensor input_ids_B, Tensor positions_B, Tensor(a!)[] cache, Tensor block_table_BN, Tensor embedding_VD, "
-    "Tensor?[] weights, Tensor norm_D, Tensor head_VD, Tensor inv_freq_R, float rotary_scale, bool interleaved, "
-    "int num_heads, float scale, float eps, float latent_eps, int top_k, int n_group, int topk_group, "
-    "bool norm_topk_prob, float routed_scaling_factor) -> (Tensor logits_BV, Tensor experts_LBK)",
+    "(Tensor input_ids, Tensor first_of_places, Tensor second_of_places, bool prefills, Tensor(a!)[] cache, "
+    "Tensor embedding_VD, Tensor?[] weights, Tensor norm_D, Tensor head_VD, Tensor inv_freq_R, float rotary_scale, "
+    "bool interleaved, int num_heads, float scale, float eps, float latent_eps, int top_k, int n_group, "
+    "int topk_group, bool norm_topk_prob, float routed_scaling_factor) -> (Tensor out, Tensor experts)",
 )
 
 
@@ -122,5 +125,17 @@ class DecodeLayers:
         block_table_BN             int32, as decode_attention has it
         """
         return torch.ops.r1fast.decode_layers(
-            input_ids_B, positions_B, cache, block_table_BN, *self.tensors, *vars(self.spec).values()
+            input_ids_B, positions_B, block_table_BN, False, cache, *self.tensors, *vars(self.spec).values()
+        )
+
+    def prefill(
+        self, input_ids_T: Tensor, cu_seqlens: Tensor, cache: Sequence[Tensor], slots_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the head reads of each token, [T, D], and experts [MoE layers, T, K], of whole packed sequences.
+
+        cu_seqlens, slots_T   int32 [N + 1] and int64: where each sequence begins, and where its tokens go in the cache
+        A sequence stays on one thread: for prompts of up to MOST_PROMPT_TOKENS.
+        """
+        return torch.ops.r1fast.decode_layers(
+            input_ids_T, cu_seqlens, slots_T, True, cache, *self.tensors, *vars(self.spec).values()
         )

@@ -19,7 +19,7 @@ from r1fast.models.layers import MLP, Head, HeadFn, RMSNorm
 from r1fast.models.mla import LATENT_NORM_EPS, LatentAttention
 from r1fast.models.moe import MoE
 from r1fast.models.rope import Rope, Rotary, softmax_scale
-from r1fast_kernels.decode_layers import DecodeLayers, LayersSpec
+from r1fast_kernels.decode_layers import MOST_PROMPT_TOKENS, DecodeLayers, LayersSpec
 
 
 class DecoderLayer(nn.Module):
@@ -135,10 +135,17 @@ class Decoder(nn.Module):
         """Run N packed sequences; cu_seqlens [N+1] (int32) says where each begins.
 
         head: `fn(hidden_TD, weight_VD)`, run inside the head's own forward; default logits_TV.
-        cache: also keeps the keys of every token in its slot (int64 slots_T), for decode to go on from.
+        cache: also keeps the keys of every token in its slot (int64 slots_T), for decode to go on from; a sequence
+            begins with a block, and token p of it is in place p % 16 of one.
         replay_ids_TLK: the experts that each token takes in each MoE layer, instead of what the routers choose.
         """
         plan = AttentionPlan(cu_seqlens, input_ids_T.numel(), input_ids_T.device)
+        if cache is not None and slots_T is not None and plan.max_length <= MOST_PROMPT_TOKENS:
+            fused = None if torch.is_grad_enabled() or replay_ids_TLK is not None else self._fused(cache)
+            if fused is not None:
+                hidden_TD, experts_LTK = fused.prefill(input_ids_T, plan.cu_seqlens, cache.buffers, slots_T)
+                self._set_last_experts(experts_LTK)
+                return self.head(hidden_TD, head)
         x_TD = self.embed_tokens(input_ids_T)
         rope = self.rotary(plan.positions_T, x_TD.dtype)
         replayed = iter(() if replay_ids_TLK is None else replay_ids_TLK.unbind(1))
@@ -163,12 +170,9 @@ class Decoder(nn.Module):
         block_table_BN: int32, the blocks of each row's sequence. neighbours: rows may be of one sequence; all are
         written before any is read.
         """
-        if cache.decode_layers is None:
-            cache.decode_layers = self._decode_layers()
-        if head is None and not neighbours and cache.decode_layers.can_run(self.impl):
-            logits_BV, experts_LBK = cache.decode_layers(input_ids_B, positions_B, cache.buffers, block_table_BN)
-            for moe, ids_BK in zip(self.moe_layers(), experts_LBK):
-                moe.last_ids_TK = ids_BK
+        if head is None and not neighbours and (fused := self._fused(cache)) is not None:
+            logits_BV, experts_LBK = fused(input_ids_B, positions_B, cache.buffers, block_table_BN)
+            self._set_last_experts(experts_LBK)
             return logits_BV
         step = DecodeStep.at(positions_B, block_table_BN)
         # `forward` itself, past hooks: FSDP's make its streams wait for this one, which would break a graph's capture.
@@ -177,6 +181,15 @@ class Decoder(nn.Module):
         for layer in cast(Iterable[DecoderLayer], self.layers):
             x_BD = layer.decode(x_BD, rope, step, cache)
         return self.head.forward(self.norm.forward(x_BD), head)
+
+    def _fused(self, cache: BlockCache) -> DecodeLayers | None:
+        if cache.decode_layers is None:
+            cache.decode_layers = self._decode_layers()
+        return cache.decode_layers if cache.decode_layers.can_run(self.impl) else None
+
+    def _set_last_experts(self, experts_LTK: Tensor) -> None:
+        for moe, ids_TK in zip(self.moe_layers(), experts_LTK):
+            moe.last_ids_TK = ids_TK
 
     def _decode_layers(self) -> DecodeLayers:
         config, grouped = self.config, self.config.uses_mla

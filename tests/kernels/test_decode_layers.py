@@ -146,6 +146,40 @@ def test_bf16_is_as_near_as_the_modules(name: str, calls: list[int]) -> None:
     assert error.mean() < 1.2 * their_error.mean() + 1e-4 and error.max() < 2 * their_error.max()
 
 
+def prefill(step: Step, ids_T: Tensor, cu_seqlens: list[int], slots_T: Tensor) -> Tensor:
+    with torch.no_grad():
+        return step.model(ids_T, torch.tensor(cu_seqlens, dtype=torch.int32), cache=step.cache, slots_T=slots_T)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prefill_equals_the_modules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [1, 17, 128, 16, 2, 60, 100, 33, 5]
+    step = make_step(name, num_rows=3 * len(lengths))
+    ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    blocks = torch.randperm(step.cache.num_blocks, generator=torch.Generator().manual_seed(1)).split(8)
+    slots_T = torch.cat(
+        [(blocks[n][:, None] * BLOCK + torch.arange(BLOCK)).flatten()[:length] for n, length in enumerate(lengths)]
+    )
+    ids_T = torch.randint(1043, (ends[-1],), generator=torch.Generator().manual_seed(2))
+    seen: list[int] = []
+    run = op.DecodeLayers.prefill
+    monkeypatch.setattr(op.DecodeLayers, "prefill", lambda self, ids, *x: seen.append(len(ids)) or run(self, ids, *x))
+
+    other = step.by_modules()
+    got = prefill(step, ids_T, ends, slots_T)
+    experts = step.model.last_expert_ids() if CONFIGS[name].n_routed_experts else None
+    alone = prefill(step.by_modules(), ids_T[ends[5] : ends[6]], [0, 60], slots_T[ends[5] : ends[6]])
+    assert seen == [ends[-1], 60]
+    torch.testing.assert_close(alone, got[ends[5] : ends[6]], rtol=1e-6, atol=1e-6)  # the head is a product of torch
+    step.model.use_kernels("reference")
+    want = prefill(other, ids_T, ends, slots_T)
+    assert len(seen) == 2 and want.std() > 0.1
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=3e-5)
+    for ours, theirs in zip(step.cache.buffers, other.cache.buffers):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert experts is None or torch.equal(experts, step.model.last_expert_ids())
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_row_gets_the_same_bits_in_any_batch(name: str, dtype: torch.dtype) -> None:
@@ -187,6 +221,9 @@ def test_follows_weights_that_change_in_place() -> None:
 
 
 def test_what_it_cannot_do_runs_by_modules(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op.DecodeLayers, "prefill", lambda self, ids, *_: calls.append(len(ids)))
+    step = make_step("llama", num_rows=33)
+    prefill(step, torch.zeros(129, dtype=torch.int64), [0, 129], torch.arange(129))  # too long for one thread
     make_step("llama", FP64).logits()
     make_step("llama").logits(neighbours=True)
     odd = replace(CONFIGS["deepseek"], qk_nope_head_dim=15)
@@ -213,9 +250,15 @@ def test_errors_say_what_was_expected() -> None:
     with pytest.raises(ValueError, match=r"block_table_BN\[5, 0\] = 1000, expected a block of the cache"):
         step.logits()
     step.positions_B[4] = 64
-    with pytest.raises(ValueError, match="at position 64, expected an id below 1043 and a position below 64, what 4"):
+    with pytest.raises(ValueError, match=r"positions_B\[4\] = 64, expected 0 to 63, what 4 blocks hold"):
+        step.logits()
+    step.positions_B[4], step.table_BN[5, 0], step.ids_B[3] = 4, 0, 1043
+    with pytest.raises(ValueError, match="got the id 1043 in row 3, expected 0 to 1042"):
         step.logits()
     step = make_step("llama", num_rows=2)
+    slots_T = torch.tensor([0, 2, 1])
+    with pytest.raises(ValueError, match=r"slots_T\[1\] = 2 for position 1, expected the same place in a block of 16"):
+        prefill(step, torch.zeros(3, dtype=torch.int64), [0, 3], slots_T)
     step.model.layers[0].mlp.up_proj.weight.data = step.model.layers[0].mlp.up_proj.weight.data.T.contiguous().T
     with pytest.raises(ValueError, match="expected contiguous memory"):
         step.logits()
