@@ -3,7 +3,7 @@
 queue    p3 p4 ...     prompts; the samples of a prompt enter one by one as rows and blocks become free
 prefill  p0 p1 p2      new prompts, packed; their blocks are written once
 enter    p0 p0 p1 ...  a row holds the full blocks of its prompt together with its sisters, and has the last,
-                       partly filled one as a copy, beside the blocks for what it will sample
+                       partly filled one as a copy (the last sample: itself), beside the blocks for what it will sample
 decode   o o x o x o   one token per row and step
 leave    o o   o   o   stopped rows give back their blocks; on a GPU every eighth step, which is a wait for it
 
@@ -167,9 +167,11 @@ class Batch:
                 prompts.append(prompt)
             while prompt.waiting and self.free_lines and own <= self.pool.num_free:
                 index, key = prompt.waiting.popleft()
-                shared = prompt.blocks[: prompt.num_full]
+                # The last sample has the last block to itself, and needs no copy.
+                shared = prompt.blocks[: prompt.num_full] if prompt.waiting else prompt.blocks[: prompt.num_full + own]
                 self.pool.share(shared)
-                members.append(_Member(index, key, self.free_lines.pop(), prompt, shared + self.pool.take(own)))
+                rest = self.pool.take(prompt.num_full + own - len(shared))
+                members.append(_Member(index, key, self.free_lines.pop(), prompt, shared + rest))
             if prompt.waiting:
                 break
             self.queue.popleft()
@@ -213,11 +215,14 @@ class Batch:
 
     def _copy_tails(self, members: list[_Member]) -> None:
         """The last block of a prompt, unless it is full, goes on differently in each sample."""
-        parting = [member for member in members if len(member.prompt.ids) % BLOCK and member.blocks]
-        if parting:
-            full = [member.prompt.num_full for member in parting]
-            sources = self._int64([member.prompt.blocks[n] for member, n in zip(parting, full)])
-            self.cache.copy_blocks(sources, self._int64([member.blocks[n] for member, n in zip(parting, full)]))
+        pairs = [
+            (member.prompt.blocks[n], member.blocks[n])
+            for member in members
+            if len(member.prompt.ids) % BLOCK and member.blocks[n := member.prompt.num_full] != member.prompt.blocks[n]
+        ]
+        if pairs:
+            sources, targets = zip(*pairs)
+            self.cache.copy_blocks(self._int64(sources), self._int64(targets))
 
     def _sample_first(self, members: list[_Member]) -> None:
         width, more = self.rows.block_table_RN.shape[1], self.params.max_tokens - 2
@@ -290,7 +295,7 @@ class Batch:
     def _last_experts(self) -> np.ndarray:
         return self.model.last_expert_ids().to(torch.int16).cpu().numpy()
 
-    def _int64(self, values: list[int]) -> Tensor:
+    def _int64(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def _slots(self, blocks: list[int], num_tokens: int) -> Tensor:
@@ -300,11 +305,13 @@ class Batch:
 def _packs(prompts: list[Prompt], max_tokens: int) -> Iterator[list[Prompt]]:
     """In order, as many as fit into max_tokens together, at least one."""
     pack: list[Prompt] = []
+    num_tokens = 0
     for prompt in prompts:
-        if pack and sum(len(other.ids) for other in pack) + len(prompt.ids) > max_tokens:
+        if pack and num_tokens + len(prompt.ids) > max_tokens:
             yield pack
-            pack = []
+            pack, num_tokens = [], 0
         pack.append(prompt)
+        num_tokens += len(prompt.ids)
     if pack:
         yield pack
 
