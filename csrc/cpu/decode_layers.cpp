@@ -751,11 +751,12 @@ struct Places {
   }
 };
 
-constexpr int64_t kMostRows = 128;  // their activations stay in the cache of a core
+// Their activations stay in the cache of a core. Of prompts more: the last panel of a chunk is half empty.
+constexpr int64_t kMostRows = 128, kMostPromptRows = 160;
 
-int64_t rows_per_chunk(int64_t num_rows) {
+int64_t rows_per_chunk(int64_t num_rows, int64_t most) {
   const int64_t threads = std::max(at::get_num_threads(), 1);
-  const int64_t chunks = std::max(threads, (num_rows + kMostRows - 1) / kMostRows);
+  const int64_t chunks = std::max(threads, (num_rows + most - 1) / most);
   return padded((num_rows + chunks - 1) / chunks);
 }
 
@@ -789,7 +790,7 @@ Places decode_places(const at::Tensor& positions_B, const at::Tensor& block_tabl
     const int64_t block = blocks[b * width + position / kCacheBlock];
     places.add(position, block * kCacheBlock + position % kCacheBlock);
   }
-  for (int64_t row = 0; row < num_rows; row += rows_per_chunk(num_rows)) {
+  for (int64_t row = 0; row < num_rows; row += rows_per_chunk(num_rows, kMostRows)) {
     places.chunk_rows.push_back(row);
   }
   places.chunk_rows.push_back(num_rows);
@@ -826,7 +827,8 @@ Places prefill_places(const at::Tensor& cu_seqlens, const at::Tensor& slots_T, i
   }
   places.chunk_rows.push_back(0);
   for (int64_t n = 0; n < num_sequences; ++n) {
-    if (end[n + 1] - places.chunk_rows.back() > rows_per_chunk(num_rows) && end[n] > places.chunk_rows.back()) {
+    const int64_t first = places.chunk_rows.back();
+    if (end[n] > first && end[n + 1] - first > rows_per_chunk(num_rows, kMostPromptRows)) {
       places.chunk_rows.push_back(end[n]);
     }
   }
