@@ -174,6 +174,7 @@ def _grpo_steps() -> list[Case]:
 def _generation() -> list[Case]:
     times, full = {"moe": 5, "dense": 2}, {"N": 256, "P": 1024, "L": 1024}
     on_dense = of_floor(0.6), faster("transformers, decode alone", 10)
+    beside_vllm = {("dense", "fp32"): (faster("vLLM", 1.8),), ("dense", "bf16"): (faster("vLLM", 1),)}
     return (
         [
             Case("decode_layers", "cpu", dtype, model, {"B": 256, "T": 52}, (faster("modules", 1), faster("eager", 2)))
@@ -181,7 +182,14 @@ def _generation() -> list[Case]:
             for dtype in ("fp32", "bf16")
         ]
         + [
-            Case("generate", "cpu", dtype, model, {"N": 256, "L": 64}, (faster("transformers", times[model]),))
+            Case(
+                "generate",
+                "cpu",
+                dtype,
+                model,
+                {"N": 256, "L": 64},
+                (faster("transformers", times[model]), *beside_vllm.get((model, dtype), ())),
+            )
             for model in times
             for dtype in ("fp32", "bf16")
         ]
