@@ -83,15 +83,18 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def targets(case: Case, row: dict[str, Any] | None) -> str:
     """What was asked of a case, with what was measured."""
-    measured = {} if row is None else {x["target"]: x for x in row["targets"]}
+    measured = {} if row is None else {x["target"]: x["measured"] for x in row["targets"]}
+    if row is not None:  # also of what was asked later than the row was measured
+        ratios = row["ratios"]
+        measured |= {str(x): ratios[x.than] for x in case.targets if x.measure == "speedup" and x.than in ratios}
     texts = []
-    for target in map(str, case.targets):
-        if target not in measured:
-            texts.append(target if row is None else f"{target}: not measured")
+    for target in case.targets:
+        value = measured.get(str(target))
+        if value is None:
+            texts.append(str(target) if row is None else f"{target}: not measured")
             continue
-        value, met = measured[target]["measured"], measured[target]["met"]
-        shown = f"{value:.0%}" if "floor" in target else f"{value:.2f}"
-        texts.append(f"{target}: {shown}, {'met' if met else '**missed**'}")
+        shown = f"{value:.0%}" if target.measure == "fraction" else f"{value:.2f}"
+        texts.append(f"{target}: {shown}, {'met' if target.met(value) else '**missed**'}")
     return "<br>".join(texts)
 
 
