@@ -1,0 +1,649 @@
+// A decode step from token ids to logits: one new token in each row, and no wait of threads between the layers. Or short
+// prompts: a token in each row, those of a sequence on one thread, which writes all keys of a layer before it reads any.
+//
+// A thread takes some rows through every layer: what a row computes needs no other row, only the cache. Rows lie side by
+// side in panels of 32 (the last one may have 16), so that a vector holds one channel of several rows:
+//
+//   panel    channel 0 of rows 0..31 | channel 1 of rows 0..31 | ...
+//
+// Products then read weights where and as they lie in the model, a number at a time against a vector of rows; norms,
+// rotations and activations need no sum across a vector; and the bits of a row depend on the row alone. Attention and the
+// choice of experts take rows one by one. What is rounded to bf16 is what the layers of a training forward round.
+#pragma once
+
+#include "decode_attention.h"
+#include "route.h"
+
+#include <vector>
+
+namespace r1fast {
+
+struct Projection {
+  const void* weight = nullptr;  // [outputs, inputs]
+  const void* bias = nullptr;
+  int64_t outputs = 0, inputs = 0;
+};
+
+// Null: the layer has none.
+struct LayerArgs {
+  const void *attention_norm, *mlp_norm;
+  Projection q, k, v, o;                // k and v: of grouped-query attention
+  const void *q_head_norm, *k_head_norm;
+  Projection q_a, kv_a, kv_b;           // of latent attention
+  const void *q_a_norm, *kv_a_norm;
+  Projection gate, up, down;            // of the MLP, or of the shared experts
+  Projection router;
+  const float* router_bias;
+  Projection expert_gate_up, expert_down;  // of the first expert, the others follow
+  void *keys, *values;                     // [slots, K, d]; latents [slots, 1, C + R] and null
+};
+
+struct LayersArgs {
+  at::ScalarType dtype;
+  const LayerArgs* layers;
+  int64_t num_layers;
+  const void* norm;  // before the head
+  Projection head;
+  const void* embedding;  // [V, D]
+  bool logits;            // else what the head would read
+  void* out;              // [B, V or D]
+  int64_t num_rows, width;
+  const int64_t *ids, *positions;
+  const float* frequencies;  // [R / 2]
+  int64_t half;              // R / 2
+  double rotary_scale;
+  bool interleaved;
+  const int64_t* slots;
+  const int32_t *block_table, *lengths;
+  int64_t table_width, num_heads, num_kv_heads, head_width, value_width;  // of what is cached
+  double scale, eps, latent_eps;
+  int64_t top_k, n_group, topk_group;
+  bool norm_topk_prob;
+  double routed_scaling_factor;
+  int64_t* experts;           // [MoE layers, B, K]
+  const int64_t* chunk_rows;  // first row of each chunk, and the end
+};
+
+namespace {
+inline namespace CPU_CAPABILITY {
+
+constexpr int64_t kPanel = 32;
+constexpr int64_t kLogits = 1024;  // at a time: those of a whole vocabulary would leave the cache
+
+struct Panel {
+  int64_t first, width;  // rows
+};
+
+struct Layout {
+  int64_t rows = 0, lanes = 0;
+  std::vector<Panel> panels;
+
+  void set(int64_t num_rows) {
+    rows = num_rows;
+    lanes = 0;
+    panels.clear();
+    while (lanes < rows) {
+      panels.push_back({lanes, rows - lanes > kPanel / 2 ? kPanel : kPanel / 2});
+      lanes += panels.back().width;
+    }
+  }
+};
+
+// Channels of all rows of a layout, panel after panel.
+template <typename Unit>
+struct Sheet {
+  Unit* data = nullptr;
+  int64_t channels = 0;  // units of a row, padded
+
+  Unit* at(const Panel& panel, int64_t channel = 0) const {
+    return data + panel.first * channels + channel * panel.width;
+  }
+};
+
+template <typename Unit>
+class SheetMemory {
+ public:
+  // A strip more than asked for: products write whole strips. And a block behind the last panel, which transposes read.
+  Sheet<Unit> get(const Layout& layout, int64_t channels) {
+    const int64_t size = padded(channels + kStrip);
+    return {memory_.get(layout.lanes * size + kBlock * kPanel), size};
+  }
+
+ private:
+  Scratch<Unit> memory_;
+};
+
+// Rows of one thread, in bf16 or fp32 (T), multiplied in units of `Unit`.
+template <typename T, typename Unit>
+class RowsWorker {
+  using V = Vec<float>;
+  using Floats = Sheet<float>;
+  using Units = Sheet<Unit>;
+
+ public:
+  explicit RowsWorker(const LayersArgs& args) : args_(args) {}
+
+  void run(int64_t first, int64_t rows) {
+    first_ = first;
+    layout_.set(rows);
+    x_ = x_memory_.get(layout_, args_.width);
+    const T* embedding = static_cast<const T*>(args_.embedding);
+    from_rows([&](int64_t row) { return embedding + args_.ids[first + row] * args_.width; }, x_, args_.width, layout_);
+    set_angles();
+    int64_t moe_layer = 0;
+    for (int64_t i = 0; i < args_.num_layers; ++i) {
+      const LayerArgs& layer = args_.layers[i];
+      normalize(layer.attention_norm);
+      add(layer.k.weight != nullptr ? grouped_query_attention(layer) : latent_attention(layer));
+      normalize(layer.mlp_norm);
+      if (layer.router.weight == nullptr) {
+        add(mlp(layer));
+      } else {
+        const Floats routed = experts(layer, moe_layer++);
+        if (layer.gate.weight != nullptr) {
+          accumulate(routed, mlp(layer), args_.width);
+        }
+        add(routed);
+      }
+    }
+    normalize(args_.norm);
+    if (args_.logits) {
+      write_logits();
+    } else {
+      T* out = static_cast<T*>(args_.out) + first * args_.width;
+      to_rows<T>([&](int64_t row) { return out + row * args_.width; }, normed_, args_.width, layout_);
+    }
+  }
+
+ private:
+  void write_logits() {
+    const Projection& head = args_.head;
+    T* out = static_cast<T*>(args_.out) + first_ * head.outputs;
+    for (int64_t begin = 0; begin < head.outputs; begin += kLogits) {
+      const int64_t count = std::min(kLogits, head.outputs - begin);
+      const T* weight = static_cast<const T*>(head.weight) + begin * head.inputs;
+      const Floats logits = linear(a_, normed_units_, {weight, nullptr, count, head.inputs});
+      to_rows<T>([&](int64_t row) { return out + row * head.outputs + begin; }, logits, count, layout_);
+    }
+  }
+
+  // ---- attention ----
+
+  Floats grouped_query_attention(const LayerArgs& layer) {
+    const int64_t d = args_.head_width, e = args_.value_width, H = args_.num_heads, K = args_.num_kv_heads;
+    const Floats q = linear(a_, normed_units_, layer.q), k = linear(b_, normed_units_, layer.k);
+    const Floats v = linear(c_, normed_units_, layer.v);
+    turn_heads(q, H, layer.q_head_norm);
+    turn_heads(k, K, layer.k_head_norm);
+    to_cache(layer.keys, k, K * d);
+    to_cache(layer.values, v, K * e);
+    const Floats out = attend(layer, q, layer.values);
+    return linear(b_, pack(attended_units_, out, H * e, layout_), layer.o);
+  }
+
+  void turn_heads(const Floats& x, int64_t heads, const void* norm) {
+    const int64_t d = args_.head_width;
+    for (int64_t h = 0; h < heads; ++h) {
+      if (norm != nullptr) {
+        this->norm(x, h * d, x, h * d, d, norm, args_.eps);
+      }
+    }
+    if (norm != nullptr) {
+      round(x, heads * d, layout_);
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      rotate(x, h * d + d - 2 * args_.half, x, h * d + d - 2 * args_.half);
+    }
+    round(x, heads * d, layout_);
+  }
+
+  // q . (W_UK c) = (W_UK^T q) . c: queries go to the space of the cached latents, and their result back by W_UV.
+  Floats latent_attention(const LayerArgs& layer) {
+    const int64_t H = args_.num_heads, C = args_.value_width, R = 2 * args_.half, D = args_.head_width;
+    const int64_t plain = layer.q.outputs / H - R, value = layer.o.inputs / H;
+    Units queried = normed_units_;
+    if (layer.q_a.weight != nullptr) {
+      const Floats low = linear(a_, normed_units_, layer.q_a);
+      norm(low, 0, low, 0, layer.q_a.outputs, layer.q_a_norm, args_.latent_eps);
+      round(low, layer.q_a.outputs, layout_);
+      queried = pack(attended_units_, low, layer.q_a.outputs, layout_);
+    }
+    const Floats q = linear(b_, queried, layer.q);
+
+    const Floats shared = linear(c_, normed_units_, layer.kv_a);
+    norm(shared, 0, shared, 0, C, layer.kv_a_norm, args_.latent_eps);
+    rotate(shared, C, shared, C);
+    round(shared, D, layout_);
+    to_cache(layer.keys, shared, D);
+
+    const Floats absorbed = a_.get(layout_, H * D);
+    const Units q_units = pack(attended_units_, q, H * (plain + R), layout_);
+    const T* kv_b = static_cast<const T*>(layer.kv_b.weight);  // of each head W_UK [plain, C], then W_UV [value, C]
+    for (int64_t h = 0; h < H; ++h) {
+      project(absorbed, h * D, q_units, h * (plain + R) / kValues<Unit>,
+              {turned(kv_b + h * (plain + value) * C, plain, C), nullptr, C, plain}, layout_);
+      rotate(absorbed, h * D + C, q, h * (plain + R) + plain);
+    }
+    round(absorbed, H * D, layout_);
+    const Floats latent = attend(layer, absorbed, layer.keys);
+    const Units latent_units = pack(attended_units_, latent, H * C, layout_);
+    const Floats out = b_.get(layout_, H * value);
+    for (int64_t h = 0; h < H; ++h) {
+      project(out, h * value, latent_units, h * C / kValues<Unit>,
+              {kv_b + (h * (plain + value) + plain) * C, nullptr, value, C}, layout_);
+    }
+    round(out, H * value, layout_);
+    return linear(a_, pack(attended_units_, out, H * value, layout_), layer.o);
+  }
+
+  // [H e] of each row, from queries [H d] and the cache.
+  Floats attend(const LayerArgs& layer, const Floats& q, const void* values) {
+    const int64_t d = args_.head_width, e = args_.value_width, H = args_.num_heads, K = args_.num_kv_heads;
+    T *queries = query_rows_.get(layout_.rows * H * d), *out = out_rows_.get(layout_.rows * H * e);
+    to_rows<T>([&](int64_t row) { return queries + row * H * d; }, q, H * d, layout_);
+    const int64_t value_width = values == layer.keys ? d : e;
+    const DecodeArgs args{
+        args_.dtype, queries, layer.keys, values, H * d, d, K * d, d, K * value_width, value_width,
+        args_.block_table + first_ * args_.table_width, args_.lengths + first_, args_.table_width, H, K, d, e,
+        /*tasks_per_row=*/1, args_.scale, out};
+    DecodeWorker<T>(args).tasks(0, layout_.rows);
+    const Floats attended = attended_.get(layout_, H * e);
+    from_rows([&](int64_t row) { return out + row * H * e; }, attended, H * e, layout_);
+    return attended;
+  }
+
+  void to_cache(void* cache, const Floats& x, int64_t channels) {
+    T* to = static_cast<T*>(cache);
+    to_rows<T>([&](int64_t row) { return to + args_.slots[first_ + row] * channels; }, x, channels, layout_);
+  }
+
+  // [columns, rows] of a weight [rows, columns].
+  const T* turned(const T* weight, int64_t rows, int64_t columns) {
+    T* out = turned_.get(rows * columns);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        out[j * rows + i] = weight[i * columns + j];
+      }
+    }
+    return out;
+  }
+
+  void set_angles() {
+    cos_ = cos_memory_.get(layout_, args_.half);
+    sin_ = sin_memory_.get(layout_, args_.half);
+    float positions[kPanel];
+    for (const Panel& panel : layout_.panels) {
+      for (int64_t i = 0; i < panel.width; ++i) {
+        const int64_t row = panel.first + i;
+        positions[i] = row < layout_.rows ? static_cast<float>(args_.positions[first_ + row]) : 0;
+      }
+      float *cos = cos_.at(panel), *sin = sin_.at(panel);
+      const V scale(static_cast<float>(args_.rotary_scale));
+      for (int64_t i = 0; i < args_.half; ++i) {
+        for (int64_t j = 0; j < panel.width; j += kLanes<float>) {
+          const V angle = V::loadu(positions + j) * V(args_.frequencies[i]);
+          (angle.cos() * scale).store(cos + i * panel.width + j);
+          (angle.sin() * scale).store(sin + i * panel.width + j);
+        }
+      }
+    }
+    round(cos_, args_.half, layout_);
+    round(sin_, args_.half, layout_);
+  }
+
+  // The pairs of R channels are turned by the angle of their row; halves come out apart.
+  void rotate(const Floats& out, int64_t out_at, const Floats& x, int64_t x_at) {
+    const int64_t half = args_.half, step = args_.interleaved ? 2 : 1, second = args_.interleaved ? 1 : half;
+    for (const Panel& panel : layout_.panels) {
+      const int64_t width = panel.width;
+      const float *in = x.at(panel, x_at), *cos = cos_.at(panel), *sin = sin_.at(panel);
+      if (args_.interleaved) {
+        in = std::copy_n(in, 2 * half * width, moved_.get(2 * half * kPanel)) - 2 * half * width;
+      }
+      float* to = out.at(panel, out_at);
+      for (int64_t i = 0; i < half; ++i) {
+        for (int64_t j = 0; j < width; j += kLanes<float>) {
+          const V a = V::loadu(in + i * step * width + j), b = V::loadu(in + (i * step + second) * width + j);
+          const V c = V::loadu(cos + i * width + j), s = V::loadu(sin + i * width + j);
+          (a * c - b * s).store(to + i * width + j);
+          at::vec::fmadd(b, c, a * s).store(to + (i + half) * width + j);
+        }
+      }
+    }
+  }
+
+  // ---- MLP and experts ----
+
+  Floats mlp(const LayerArgs& layer) {
+    const int64_t inner = layer.gate.outputs;
+    const Floats gate = linear(a_, normed_units_, layer.gate), up = linear(b_, normed_units_, layer.up);
+    for (const Panel& panel : layout_.panels) {
+      float* g = gate.at(panel);
+      const float* u = up.at(panel);
+      for (int64_t i = 0; i < inner * panel.width; i += kLanes<float>) {
+        const V x = V::loadu(g + i);
+        (x * sigmoid<float>(x) * V::loadu(u + i)).store(g + i);
+      }
+    }
+    round(gate, inner, layout_);
+    return linear(c_, pack(attended_units_, gate, inner, layout_), layer.down);
+  }
+
+  Floats experts(const LayerArgs& layer, int64_t moe_layer) {
+    const int64_t num_experts = layer.router.outputs, top_k = args_.top_k, rows = layout_.rows, width = args_.width;
+    int64_t* ids = args_.experts + (moe_layer * args_.num_rows + first_) * top_k;
+    const float* weights = route(layer, ids);
+    // Choices sorted by expert: the choice at each place, and the place of each choice.
+    ends_.assign(num_experts, 0);
+    for (int64_t i = 0; i < rows * top_k; ++i) {
+      ++ends_[ids[i]];
+    }
+    for (int64_t e = 1; e < num_experts; ++e) {
+      ends_[e] += ends_[e - 1];
+    }
+    choice_.resize(rows * top_k);
+    place_.resize(rows * top_k);
+    for (int64_t i = rows * top_k - 1; i >= 0; --i) {
+      place_[i] = --ends_[ids[i]];
+      choice_[place_[i]] = i;
+    }
+    const int64_t stride = padded(width);
+    float *in = row_memory_.get(rows * stride), *out = expert_rows_.get(rows * top_k * stride);
+    to_rows<float>([&](int64_t row) { return in + row * stride; }, normed_, width, layout_);
+    for (int64_t e = 0; e < num_experts; ++e) {
+      const int64_t begin = ends_[e], end = e + 1 < num_experts ? ends_[e + 1] : rows * top_k;
+      if (begin < end) {
+        expert(layer, e, in, choice_.data() + begin, end - begin, weights, out + begin * stride);
+      }
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      float* sum = in + row * stride;
+      const float* first = out + place_[row * top_k] * stride;
+      std::copy(first, first + width, sum);
+      for (int64_t k = 1; k < top_k; ++k) {
+        const float* add = out + place_[row * top_k + k] * stride;
+        for (int64_t c = 0; c < width; ++c) {
+          sum[c] += add[c];
+        }
+      }
+    }
+    const Floats sum = routed_.get(layout_, width);
+    from_rows([&](int64_t row) { return in + row * stride; }, sum, width, layout_);
+    round(sum, width, layout_);
+    return sum;
+  }
+
+  // Chooses experts by fp32 logits; returns their weights [rows, K].
+  const float* route(const LayerArgs& layer, int64_t* ids) {
+    const int64_t num_experts = layer.router.outputs, rows = layout_.rows;
+    const Floats scores = b_.get(layout_, num_experts);
+    project(scores, 0, normed_, 0, layer.router, layout_);
+    for (const Panel& panel : layout_.panels) {
+      for (int64_t j = 0; j < panel.width; j += kLanes<float>) {
+        score(scores.at(panel) + j, num_experts, panel.width, layer.router_bias != nullptr);
+      }
+    }
+    float *score_rows = score_rows_.get(rows * num_experts), *weights = weight_rows_.get(rows * args_.top_k);
+    to_rows<float>([&](int64_t row) { return score_rows + row * num_experts; }, scores, num_experts, layout_);
+    R1FAST_PASTE(route_tokens_, CPU_CAPABILITY)(
+        {at::kFloat, score_rows, layer.router_bias, num_experts, args_.top_k, args_.n_group, args_.topk_group,
+         args_.norm_topk_prob, args_.routed_scaling_factor, false, ids, weights},
+        0, rows);
+    return weights;
+  }
+
+  static void score(float* x, int64_t num_experts, int64_t stride, bool is_sigmoid) {
+    if (is_sigmoid) {
+      for (int64_t e = 0; e < num_experts; ++e) {
+        (V(1) + V::loadu(x + e * stride).neg().exp()).reciprocal().store(x + e * stride);
+      }
+      return;
+    }
+    V top = V::loadu(x), total(0);
+    for (int64_t e = 1; e < num_experts; ++e) {
+      top = at::vec::maximum(top, V::loadu(x + e * stride));
+    }
+    for (int64_t e = 0; e < num_experts; ++e) {
+      const V exponential = (V::loadu(x + e * stride) - top).exp();
+      exponential.store(x + e * stride);
+      total = total + exponential;
+    }
+    for (int64_t e = 0; e < num_experts; ++e) {
+      (V::loadu(x + e * stride) / total).store(x + e * stride);
+    }
+  }
+
+  // The rows that chose expert e, `choices` of [rows, K]: gathered, through its MLP, and to `out`.
+  void expert(const LayerArgs& layer, int64_t e, const float* rows, const int32_t* choices, int64_t count,
+              const float* weights, float* out) {
+    const int64_t width = args_.width, stride = padded(width), inner = layer.expert_down.inputs;
+    chosen_.set(count);
+    const Floats in = c_.get(chosen_, width);
+    const Floats weight = chosen_weights_.get(chosen_, 1);
+    for (const Panel& panel : chosen_.panels) {
+      float* gathered = gathered_.get(kPanel * stride);
+      for (int64_t i = 0; i < panel.width; ++i) {
+        const int64_t m = panel.first + i;
+        if (m < count) {
+          std::copy_n(rows + choices[m] / args_.top_k * stride, stride, gathered + i * stride);
+        } else {
+          std::fill_n(gathered + i * stride, stride, 0.f);
+        }
+        weight.at(panel)[i] = m < count ? weights[choices[m]] : 0;
+      }
+      transpose(in.at(panel), panel.width, gathered, stride, panel.width, stride);
+    }
+    const Units in_units = pack(attended_units_, in, width, chosen_);
+    const Floats both = a_.get(chosen_, 2 * inner);
+    project(both, 0, in_units, 0, of_expert(layer.expert_gate_up, e), chosen_);
+    round(both, 2 * inner, chosen_);
+    for (const Panel& panel : chosen_.panels) {
+      float *g = both.at(panel), *w = weight.at(panel);
+      const float* u = both.at(panel, inner);
+      for (int64_t i = 0; i < inner * panel.width; i += kLanes<float>) {
+        const V x = V::loadu(g + i);
+        (x * sigmoid<float>(x) * V::loadu(u + i) * V::loadu(w + i % panel.width)).store(g + i);
+      }
+    }
+    round(both, inner, chosen_);
+    const Floats y = b_.get(chosen_, width);
+    project(y, 0, pack(attended_units_, both, inner, chosen_), 0, of_expert(layer.expert_down, e), chosen_);
+    round(y, width, chosen_);
+    to_rows<float>([&](int64_t m) { return out + m * stride; }, y, width, chosen_);
+  }
+
+  static Projection of_expert(const Projection& first, int64_t e) {
+    return {static_cast<const T*>(first.weight) + e * first.outputs * first.inputs, nullptr, first.outputs, first.inputs};
+  }
+
+  // ---- the parts ----
+
+  // normed_ and normed_units_ of x_.
+  void normalize(const void* weight) {
+    normed_ = normed_memory_.get(layout_, args_.width);
+    norm(normed_, 0, x_, 0, args_.width, weight, args_.eps);
+    round(normed_, args_.width, layout_);
+    normed_units_ = pack(normed_unit_memory_, normed_, args_.width, layout_);
+  }
+
+  void add(const Floats& y) { accumulate(x_, y, args_.width); }
+
+  void accumulate(const Floats& sum, const Floats& y, int64_t channels) {
+    for (const Panel& panel : layout_.panels) {
+      float* to = sum.at(panel);
+      const float* from = y.at(panel);
+      for (int64_t i = 0; i < channels * panel.width; i += kLanes<float>) {
+        (V::loadu(to + i) + V::loadu(from + i)).store(to + i);
+      }
+    }
+    round(sum, channels, layout_);
+  }
+
+  void norm(const Floats& out, int64_t out_at, const Floats& x, int64_t x_at, int64_t channels, const void* weight,
+            double eps) {
+    const T* w = static_cast<const T*>(weight);
+    for (const Panel& panel : layout_.panels) {
+      for (int64_t j = 0; j < panel.width; j += kLanes<float>) {
+        const float* in = x.at(panel, x_at) + j;
+        float* to = out.at(panel, out_at) + j;
+        V sums[4] = {V(0), V(0), V(0), V(0)};
+        for (int64_t c = 0; c < channels; ++c) {
+          const V value = V::loadu(in + c * panel.width);
+          sums[c % 4] = at::vec::fmadd(value, value, sums[c % 4]);
+        }
+        const V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        const V rstd = (sum / V(static_cast<float>(channels)) + V(static_cast<float>(eps))).sqrt().reciprocal();
+        for (int64_t c = 0; c < channels; ++c) {
+          (V::loadu(in + c * panel.width) * rstd * V(static_cast<float>(w[c]))).store(to + c * panel.width);
+        }
+      }
+    }
+  }
+
+  Floats linear(SheetMemory<float>& memory, const Units& in, const Projection& projection) {
+    const Floats out = memory.get(layout_, projection.outputs);
+    project(out, 0, in, 0, projection, layout_);
+    round(out, projection.outputs, layout_);
+    return out;
+  }
+
+  // Channels out_at.. of `out` from channels in_at.. of `in`. Up to a strip, what lies behind is overwritten.
+  template <typename U>
+  void project(const Floats& out, int64_t out_at, const Sheet<U>& in, int64_t in_at, const Projection& projection,
+               const Layout& layout) {
+    const T* bias = static_cast<const T*>(projection.bias);
+    for (int64_t n = 0; n < projection.outputs; n += kStrip) {
+      const Left<U> weights = strip<U>(projection, n);
+      fetch(projection, n + kStrip);
+      for (const Panel& panel : layout.panels) {
+        float* to = out.at(panel, out_at + n);
+        product<U>(to, panel.width, weights, {in.at(panel, in_at), panel.width}, projection.inputs / kValues<U>,
+                   panel.width, false);
+        for (int64_t i = 0; bias != nullptr && i < std::min(kStrip, projection.outputs - n); ++i) {
+          const V value(static_cast<float>(bias[n + i]));
+          for (int64_t j = i * panel.width; j < (i + 1) * panel.width; j += kLanes<float>) {
+            (V::loadu(to + j) + value).store(to + j);
+          }
+        }
+      }
+    }
+  }
+
+  // Rows n..n + 8 of a weight to the second-level cache.
+  C10_ALWAYS_INLINE static void fetch(const Projection& projection, int64_t n) {
+    const T* weight = static_cast<const T*>(projection.weight) + n * projection.inputs;
+    const int64_t size = std::min(kStrip, projection.outputs - n) * projection.inputs;
+    for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(weight + i, 0, 2);
+    }
+  }
+
+  // Rows n..n + 8 of a weight: where they lie, or widened, or with zeros below the last.
+  template <typename U>
+  Left<U> strip(const Projection& projection, int64_t n) {
+    constexpr bool as_it_is = kValues<U> == 2 || std::is_same_v<T, U>;
+    const int64_t inputs = projection.inputs, rows = std::min(kStrip, projection.outputs - n);
+    const T* weight = static_cast<const T*>(projection.weight) + n * inputs;
+    if (as_it_is && rows == kStrip) {
+      return {reinterpret_cast<const U*>(weight), inputs / kValues<U>, 1};
+    }
+    using Value = std::conditional_t<kValues<U> == 2, T, U>;
+    Value* copy = strip_memory<Value>().get(kStrip * inputs);
+    for (int64_t i = 0; i < rows * inputs; ++i) {
+      copy[i] = weight[i];
+    }
+    std::fill(copy + rows * inputs, copy + kStrip * inputs, Value(0.f));
+    return {reinterpret_cast<const U*>(copy), inputs / kValues<U>, 1};
+  }
+
+  template <typename Value>
+  Scratch<Value>& strip_memory() {
+    if constexpr (std::is_same_v<Value, float>) {
+      return float_strip_;
+    } else {
+      return strip_;
+    }
+  }
+
+  // To what T holds.
+  static void round(const Floats& x, int64_t channels, const Layout& layout) {
+    if constexpr (!std::is_same_v<T, float>) {
+      for (const Panel& panel : layout.panels) {
+        float* values = x.at(panel);
+        for (int64_t i = 0; i < channels * panel.width; i += kPair<float>) {
+          const auto [a, b] = at::vec::convert_to_float<T>(
+              at::vec::convert_from_float<T>(V::loadu(values + i), V::loadu(values + i + kLanes<float>)));
+          a.store(values + i);
+          b.store(values + i + kLanes<float>);
+        }
+      }
+    }
+  }
+
+  // What products read; x holds rounded values.
+  static Units pack(SheetMemory<Unit>& memory, const Floats& x, int64_t channels, const Layout& layout) {
+    if constexpr (kValues<Unit> == 1) {
+      return x;
+    } else {
+      const Units out = memory.get(layout, channels / 2);
+      for (const Panel& panel : layout.panels) {
+        for (int64_t c = 0; c < channels; c += 2) {
+          round_across(out.at(panel, c / 2), x.at(panel, c), x.at(panel, c + 1), panel.width);
+        }
+      }
+      return out;
+    }
+  }
+
+  // from(row): where the channels of a row are.
+  template <typename From>
+  void from_rows(const From& from, const Floats& out, int64_t channels, const Layout& layout) {
+    const int64_t columns = padded(channels);
+    for (const Panel& panel : layout.panels) {
+      float* wide = wide_.get(kPanel * columns);
+      const int64_t count = std::min(panel.width, layout.rows - panel.first);
+      for (int64_t i = 0; i < count; ++i) {
+        widen(wide + i * columns, from(panel.first + i), channels);
+      }
+      std::fill(wide + count * columns, wide + panel.width * columns, 0.f);
+      transpose(out.at(panel), panel.width, wide, columns, panel.width, columns);
+    }
+  }
+
+  // to(row): where the channels of a row go.
+  template <typename Value, typename To>
+  void to_rows(const To& to, const Floats& x, int64_t channels, const Layout& layout) {
+    const int64_t columns = padded(channels);
+    for (const Panel& panel : layout.panels) {
+      float* wide = wide_.get(kPanel * columns);
+      transpose(wide, columns, x.at(panel), panel.width, columns, panel.width);
+      for (int64_t i = 0; i < std::min(panel.width, layout.rows - panel.first); ++i) {
+        narrow<Value>(to(panel.first + i), wide + i * columns, channels);
+      }
+    }
+  }
+
+  const LayersArgs& args_;
+  int64_t first_ = 0;
+  Layout layout_, chosen_;
+  Floats x_, cos_, sin_, normed_;
+  Units normed_units_;
+  SheetMemory<float> x_memory_, cos_memory_, sin_memory_, normed_memory_, a_, b_, c_, attended_, routed_, chosen_weights_;
+  SheetMemory<Unit> normed_unit_memory_, attended_units_;
+  Scratch<float> moved_, wide_, row_memory_, expert_rows_, score_rows_, weight_rows_, gathered_, float_strip_;
+  Scratch<T> query_rows_, out_rows_, turned_, strip_;
+  std::vector<int32_t> ends_, choice_, place_;
+};
+
+template <typename T, typename Unit>
+void run_chunks(const LayersArgs& args, int64_t begin, int64_t end) {
+  RowsWorker<T, Unit> worker(args);
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    worker.run(args.chunk_rows[chunk], args.chunk_rows[chunk + 1] - args.chunk_rows[chunk]);
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace
+
+}  // namespace r1fast
