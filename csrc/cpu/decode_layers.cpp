@@ -225,6 +225,12 @@ std::tuple<at::Tensor, at::Tensor> decode_layers(
         id >= 0 && id < embedding.size(0), "decode_layers: got the id ", id, " in row ", b, ", expected 0 to ",
         embedding.size(0) - 1);
   }
+  for (const at::Tensor& buffer : cache) {
+    TORCH_CHECK_VALUE(
+        buffer.scalar_type() == dtype && buffer.is_contiguous() && buffer.sizes()[0] == keys.size(0),
+        "decode_layers: got a cache ", buffer.sizes(), " in ", buffer.scalar_type(), ", expected contiguous [",
+        keys.size(0), ", K, d] in ", dtype);
+  }
   const at::Tensor norm = norm_D.contiguous(), head = head_VD.contiguous(), frequencies = inv_freq_R.contiguous();
   const int64_t num_layers = static_cast<int64_t>(weights.size()) / kNumNames;
   const int64_t buffers = static_cast<int64_t>(cache.size()) / num_layers;  // of a layer

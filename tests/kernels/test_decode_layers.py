@@ -256,6 +256,10 @@ def test_errors_say_what_was_expected() -> None:
     with pytest.raises(ValueError, match="got the id 1043 in row 3, expected 0 to 1042"):
         step.logits()
     step = make_step("llama", num_rows=2)
+    step.cache.buffers[1] = step.cache.buffers[1].bfloat16()
+    with pytest.raises(ValueError, match=r"got a cache .* in BFloat16, expected contiguous"):
+        step.logits()
+    step = make_step("llama", num_rows=2)
     slots_T = torch.tensor([0, 2, 1])
     with pytest.raises(ValueError, match=r"slots_T\[1\] = 2 for position 1, expected the same place in a block of 16"):
         prefill(step, torch.zeros(3, dtype=torch.int64), [0, 3], slots_T)
