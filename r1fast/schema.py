@@ -1,25 +1,51 @@
-"""Every option of a recipe, with its meaning: the typed schema. Names are TRL's or verl's where they exist."""
+"""Every option of a recipe, with its meaning: the typed schema. Names are TRL's or verl's where they exist.
 
+Types are strict: a number in quotes is text, true is no number, 10.0 no integer. An option that changes nothing is
+refused, by value, because the recipe that a run saves names every option: one at its default counts as not set.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+from r1fast.schema_types import (
+    Bytes,
+    Files,
+    FolderName,
+    LearningRate,
+    NonNegative,
+    Plain,
+    Positive,
+    Ref,
+    RewardName,
+    Seconds,
+    Seed,
+    StageName,
+    Temperature,
+    Weight,
+)
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 PromptTemplate = Literal["r1_zero", "chat", "plain", "few_shot", "tokenizer"]
 ResponseFormatName = Literal["think_answer", "special_token", "think_summary"]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Seconds = Annotated[float, Field(gt=0)]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
+
+    def changed(self, names: Iterable[str]) -> list[str]:
+        """Those of the options that have not their default value."""
+        options = type(self).model_fields
+        return [name for name in names if getattr(self, name) != options[name].get_default(call_default_factory=True)]
 
 
 class ModelSection(Strict):
     """The model that a stage starts from when it names none."""
 
-    path: str | None = None  # a folder, a Hub id, or @stage
+    path: Ref | None = None  # a folder, a Hub id, or @stage
     dtype: Dtype = "auto"  # of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU. Master weights are float32.
 
 
@@ -36,7 +62,7 @@ class KernelsSection(Strict):
 class VllmOptions(Strict):
     """Generation by vLLM: in every training process, or by a running server (docs/rollout.md)."""
 
-    server_base_url: str | None = None  # of a server; None: in every training process
+    server_base_url: Ref | None = None  # of a server; None: in every training process
     server_timeout: Seconds = 240.0  # how long a request to the server is tried again after it got no answer
     request_timeout: Seconds = 600.0  # for one answer of the server: n samples of one prompt, waiting included
     # To the server. folder: through the run directory, which it must see under the same path. nccl: two CUDA devices.
@@ -52,13 +78,19 @@ class VllmOptions(Strict):
             others, advice = ("server_timeout", "request_timeout", "weight_transfer"), "needs server_base_url: set that"
         else:
             others, advice = ("gpu_memory_utilization", "max_model_length"), "is a setting of the server: start it so"
-        for name in others:
-            # By value: the recipe that a run saves names every option.
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} {advice}, or drop it")
-        if not in_process and not str(self.server_base_url).startswith(("http://", "https://")):
+        for name in self.changed(others):
+            raise ValueError(f"{name} {advice}, or drop it")
+        if not in_process and not _is_url(str(self.server_base_url)):
             raise ValueError(f"server_base_url is {self.server_base_url!r}; expected http://host:port")
         return self
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and text.isascii()
+    except ValueError:  # a port that is no number
+        return False
 
 
 class RolloutSection(Strict):
@@ -67,7 +99,7 @@ class RolloutSection(Strict):
     # Of engine r1fast: prompt tokens of one prefill, and the most that keys and values may take (bytes; default: what
     # max_num_seqs samples need). With less, fewer samples are decoded at a time; one that does not fit is an error.
     max_num_batched_tokens: Positive = 8192
-    kv_cache_memory_bytes: Positive | None = None
+    kv_cache_memory_bytes: Bytes | None = None
     enforce_eager: bool = False  # decode without CUDA graphs
     # 1: GRPO samples a step ahead, while it updates, from a copy of the weights (a whole model more on every rank).
     async_steps: Annotated[int, Field(ge=0, le=1)] = 0
@@ -93,45 +125,79 @@ class RolloutSection(Strict):
 
 
 class RewardWorkers(Strict):
-    num_workers: Positive = 1
-    timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    num_workers: Annotated[int, Field(gt=0, le=1024)] = 1
+    timeout_s: Seconds = 30.0
 
 
 class RewardSpec(Strict):
     """A reward's weight, the domains it applies to (all when empty), and keyword arguments of the function."""
 
     model_config = ConfigDict(extra="allow")
-    function: str | None = None  # registry name or dotted path; None: the name of the reward
-    weight: float = 1.0
+    __pydantic_extra__: dict[str, Plain]
+    function: Ref | None = None  # registry name or dotted path; None: the name of the reward
+    weight: Weight = 1.0
     domains: list[str] = []
 
 
 class RewardModelSpec(Strict):
     """A reward model's part in the reward: sigmoid(score) * weight, on the domains named."""
 
-    model: str
+    model: Ref
     prompt_template: PromptTemplate = "chat"  # that it was trained with
-    weight: float = 1.0
+    weight: Weight = 1.0
     domains: list[str] = []
     score_on: Literal["summary", "response"] = "response"
 
 
+def _reward_kind(value: Any) -> str:
+    return "options" if isinstance(value, (dict, RewardSpec)) else "number"
+
+
+# A weight alone, or options; the tags are never shown.
+Reward = Annotated[
+    Annotated[Weight, Tag("number")] | Annotated[RewardSpec, Tag("options")], Discriminator(_reward_kind)
+]
+
+
+def _measured(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a reward that is measured and not learned from."""
+    if "weight" in options:
+        raise ValueError("weight does not apply to a reward that is only measured; drop it")
+    RewardSpec.model_validate(options)
+    return options
+
+
+EvalRewards = dict[RewardName, Annotated[dict[str, Any], AfterValidator(_measured)]]
+
+
 class StageBase(Strict):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # of a folder in the run directory
-    model: str | None = None  # @stage, folder or Hub id; None: the recipe's model.path
-    seed: int | None = None  # None: the recipe's seed
+    name: StageName  # of a folder in the run directory
+    model: Ref | None = None  # @stage, folder or Hub id; None: the recipe's model.path
+    seed: Seed | None = None  # None: the recipe's seed
 
 
 class EvalOptions(Strict):
     """What is measured before and after a stage, on samples at `eval_temperature`."""
 
-    eval_files: list[str] = []
-    eval_rewards: dict[str, dict[str, Any]] = {"accuracy": {}, "format": {}}
+    eval_files: list[Ref] = []
+    eval_rewards: Annotated[EvalRewards, Field(min_length=1)] = {"accuracy": {}, "format": {}}
     eval_num_samples: Positive = 4  # k of pass@1 over k samples, and of cons@k
-    eval_temperature: NonNegative = 1.0
+    eval_temperature: Temperature = 1.0
     eval_greedy: bool = True
     eval_limit: Positive | None = None  # rows of eval_files
-    eval_before: bool = True
+    eval_before: bool = True  # of stages that train
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> "EvalOptions":
+        others = [name for name in EvalOptions.model_fields if name != "eval_files"]
+        for name in self.changed(others) if not self.eval_files else ():
+            raise ValueError(f"{name} applies to eval_files, and there are none: name some, or drop it")
+        if self.eval_files and self.eval_temperature == 0 and self.eval_num_samples > 1:
+            raise ValueError(
+                f"eval_num_samples = {self.eval_num_samples} with eval_temperature 0 are {self.eval_num_samples} equal "
+                "samples: set eval_num_samples: 1, or raise eval_temperature"
+            )
+        return self
 
 
 class GenerateOptions(Strict):
@@ -141,9 +207,14 @@ class GenerateOptions(Strict):
     max_prompt_length: Positive = 512
     max_completion_length: Positive = 512
 
+    def refuse_lengths(self, why: str) -> None:
+        """Raise ValueError if a length of sampling is set in a stage that does not sample."""
+        for name in self.changed(("max_prompt_length", "max_completion_length")):
+            raise ValueError(f"{name} = {getattr(self, name)} does not apply: {why}; drop it")
+
 
 class TrainOptions(Strict):
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    learning_rate: LearningRate = 1e-6
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -152,13 +223,28 @@ class TrainOptions(Strict):
     weight_decay: NonNegative = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e18)] = 1.0
     max_tokens_per_microbatch: Positive = 16384
     # DeepSeek-V3's balance rule. 0 freezes the bias, as V3's last phase does and RL should: a few hundred prompts load
     # experts unevenly for good reasons, and a bias that moves between sampling and update re-routes the same tokens.
     router_bias_update_rate: NonNegative = 0.0
     router_aux_loss_coef: NonNegative = 0.0  # factor of the balance loss within each sequence (V3: 1e-4)
     save_steps: Positive = 100  # the last step is always saved
+
+    def num_updates(self) -> int | None:
+        """Optimizer steps of the stage, or the most that they can be; None where only the data tell."""
+        return getattr(self, "max_steps", None)
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> "TrainOptions":
+        updates, schedule = self.num_updates(), self.lr_scheduler_type
+        if updates is not None and self.warmup_steps > updates:
+            raise ValueError(f"warmup_steps = {self.warmup_steps} is longer than the stage's {updates} optimizer steps")
+        if schedule != "wsd" and self.changed(["decay_ratio"]):
+            raise ValueError(f"decay_ratio applies to lr_scheduler_type wsd, got {schedule}: drop it")
+        if schedule == "constant" and self.changed(["min_lr_ratio"]):
+            raise ValueError("min_lr_ratio applies to a schedule that decays, and constant does not: drop it")
+        return self
 
 
 class FilterOptions(Strict):
@@ -173,19 +259,30 @@ class FilterOptions(Strict):
 class SampleOptions(Strict):
     num_prompts: Positive | None = None  # None: every row of train_files
     num_samples: Positive = 4
-    temperature: NonNegative = 1.0
+    temperature: Temperature = 1.0
     max_per_prompt: Positive | None = None  # kept, of the samples that pass
     filters: FilterOptions = FilterOptions()
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> "SampleOptions":
+        few_shot = getattr(self, "few_shot", None)
+        most = max(self.num_samples, few_shot.num_samples if few_shot else 0)
+        if self.temperature == 0 and most > 1:
+            raise ValueError(f"num_samples = {most} with temperature 0 are {most} equal samples: set it to 1")
+        if self.max_per_prompt is not None and self.max_per_prompt > most:
+            raise ValueError(f"max_per_prompt = {self.max_per_prompt} is more than num_samples = {most}: drop it")
+        return self
 
 
 class PretrainStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     """Next-token training of a model from scratch; trains its tokenizer too unless it takes one."""
 
     kind: Literal["pretrain"]
-    train_files: list[str]
-    architecture: dict[str, Any]  # model_type and the fields of the Hugging Face configuration
-    tokenizer: str | None = None  # @stage or a folder; None: train one of vocab_size on train_files
-    vocab_size: Positive = 1024
+    train_files: Files
+    architecture: dict[str, Plain]  # model_type and the fields of the Hugging Face configuration
+    tokenizer: Ref | None = None  # @stage or a folder; None: train one of vocab_size on train_files
+    # Bytes and special tokens are 265; trainers reserve memory for what is asked.
+    vocab_size: Annotated[int, Field(ge=265, le=2**20)] = 1024
     batch_size: Positive = 64  # documents per step
     max_steps: Positive
     max_length: Positive = 1024
@@ -198,6 +295,12 @@ class PretrainStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
             raise ValueError(
                 f"model = {self.model!r} does not apply: pretrain starts from scratch; drop it, or use sft"
             )
+        if self.tokenizer is not None and self.changed(["vocab_size"]):
+            raise ValueError(f"vocab_size = {self.vocab_size} does not apply: tokenizer is given; drop one of them")
+        if self.changed(["eval_before"]):
+            raise ValueError("eval_before does not apply: pretrain starts from scratch; drop it")
+        if not self.eval_files:
+            self.refuse_lengths("without eval_files nothing is sampled")
         return self
 
 
@@ -205,35 +308,41 @@ class SFTStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     """Supervised fine-tuning on prompts and completions, or messages."""
 
     kind: Literal["sft"]
-    train_files: list[str]
+    train_files: Files
     batch_size: Positive = 128
     num_train_epochs: Positive = 2
     max_steps: Positive | None = None  # stops earlier than num_train_epochs
     max_length: Positive = 32768
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    learning_rate: LearningRate = 5e-5
     lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     prompt_template: PromptTemplate = "chat"
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> "SFTStage":
+        if not self.eval_files and getattr(self, "teacher", None) is None:
+            self.refuse_lengths("without eval_files nothing is sampled")
+        return self
 
 
 class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     """Group relative policy optimization on rule rewards and reward models."""
 
     kind: Literal["grpo"]
-    train_files: list[str]
-    rewards: dict[str, float | RewardSpec] = {"accuracy": 1.0, "format": 1.0}
-    reward_models: dict[str, RewardModelSpec] = {}
+    train_files: Files
+    rewards: dict[RewardName, Reward] = {"accuracy": 1.0, "format": 1.0}
+    reward_models: dict[RewardName, RewardModelSpec] = {}
     domain_weights: dict[str, NonNegative] = {}  # share of a step's prompts by column `domain`; empty: as they come
     num_generations: Annotated[int, Field(ge=2)] = 8
     prompts_per_step: Positive = 16  # per rollout
     steps_per_generation: Positive = 1  # optimizer steps (minibatches) per rollout
     num_iterations: Positive = 1  # passes over a rollout
     max_steps: Positive = 200  # rollouts
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.001, le=1000)] = 1.0
     beta: NonNegative = 0.001
-    epsilon: Annotated[float, Field(gt=0)] = 0.2
-    epsilon_high: Annotated[float, Field(gt=0)] | None = None
-    delta: Annotated[float, Field(gt=1)] | None = None
+    epsilon: Annotated[float, Field(gt=0, le=1e18)] = 0.2
+    epsilon_high: Annotated[float, Field(gt=0, le=1e18)] | None = None
+    delta: Annotated[float, Field(gt=1, le=1e18)] | None = None
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "grpo"
     importance_sampling_level: Literal["token", "sequence"] = "token"
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -241,15 +350,18 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     mask_truncated_completions: bool = False
     partial_rollout_length: Positive | None = None  # tokens a completion gets per step, the next goes on; None: all
     overlong_buffer_length: Positive | None = None  # DAPO: the last tokens of max_completion_length, each costs reward
-    overlong_penalty: Annotated[float, Field(gt=0)] = 1.0  # reward that all of them cost
+    overlong_penalty: Annotated[float, Field(gt=0, le=1e18)] = 1.0  # reward that all of them cost
     dynamic_sampling_refills: Annotated[int, Field(ge=0)] = 0  # DAPO: rounds per step to replace groups of equal reward
     ref_model_sync_steps: Positive | None = None  # optimizer steps between copies of the policy into the reference
     # Truncated importance sampling; auto: 2.0 where the sampler is not exactly the policy (grpo.py), else None.
-    sampling_importance_cap: Literal["auto"] | Annotated[float, Field(gt=0)] | None = "auto"
+    sampling_importance_cap: Literal["auto"] | Annotated[float, Field(gt=0, le=1e18)] | None = "auto"
     router_replay: bool = False  # the update takes the experts that the sampler took (mixture of experts)
     skip_zero_variance_groups: bool = False  # leave them out of the update; exact where beta is 0
     log_completions: Annotated[int, Field(ge=0)] = 16  # rows of samples/*.parquet per logged step
     log_completions_steps: Positive = 10
+
+    def num_updates(self) -> int:
+        return self.max_steps * self.steps_per_generation * self.num_iterations
 
     @model_validator(mode="before")
     @classmethod
@@ -266,6 +378,14 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     def _check(self) -> "GRPOStage":
         if not self.rewards and not self.reward_models:
             raise ValueError("rewards and reward_models are both empty; name at least one")
+        weights = [reward if isinstance(reward, float) else reward.weight for reward in self.rewards.values()]
+        if not any([*weights, *(spec.weight for spec in self.reward_models.values())]):
+            raise ValueError("every reward has weight 0, so nothing is learned; give one a weight")
+        for name in self.rewards:
+            if name in self.reward_models:
+                raise ValueError(f"a reward and a reward model are both named {name!r}; rename one")
+        if self.domain_weights and not any(self.domain_weights.values()):
+            raise ValueError("domain_weights are all 0; give one of them a weight")
         if (self.prompts_per_step * self.num_generations) % self.steps_per_generation:
             raise ValueError(
                 f"prompts_per_step * num_generations = {self.prompts_per_step * self.num_generations} is not a "
@@ -279,6 +399,10 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
             )
         if self.loss_type == "cispo" and (self.epsilon_high is None or self.delta is not None):
             raise ValueError("loss_type cispo caps the ratio at epsilon_high itself: set it (5.0, say), and no delta")
+        if self.loss_type == "cispo" and self.changed(["epsilon"]):
+            raise ValueError(f"epsilon = {self.epsilon} does not apply to loss_type cispo, which has no lower bound")
+        if self.log_completions == 0 and self.changed(["log_completions_steps"]):
+            raise ValueError("log_completions_steps does not apply: log_completions is 0; drop it")
         if self.ref_model_sync_steps and self.beta == 0:
             raise ValueError("ref_model_sync_steps needs beta above 0: without KL there is no reference to copy into")
         if self.skip_zero_variance_groups and self.beta > 0:
@@ -311,8 +435,8 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
 class FewShotOptions(Strict):
     """Cold-start samples by prompting with worked examples (Problem, Solution, Summary)."""
 
-    model: str | None = None  # None: the stage's model
-    examples_files: list[str]  # rows {prompt, reasoning, answer, language}: examples of the prompt's language are shown
+    model: Ref | None = None  # None: the stage's model
+    examples_files: Files  # rows {prompt, reasoning, answer, language}: examples of the prompt's language are shown
     num_examples: Positive = 2
     num_prompts: Positive | None = None
     num_samples: Positive = 4
@@ -322,7 +446,7 @@ class CollectStage(StageBase, GenerateOptions, SampleOptions):
     """Cold-start data: readable, correct samples of the zero model, and of few-shot prompts, in the cold-start form."""
 
     kind: Literal["collect"]
-    train_files: list[str]
+    train_files: Files
     output_format: ResponseFormatName = "special_token"
     few_shot: FewShotOptions | None = None
     limit: Positive | None = None  # rows kept
@@ -332,7 +456,7 @@ class RejectStage(StageBase, GenerateOptions, SampleOptions):
     """Rejection sampling: many candidates per prompt, only the correct, complete and readable ones kept."""
 
     kind: Literal["reject"]
-    train_files: list[str]
+    train_files: Files
     prompt_template: PromptTemplate = "chat"
     response_format: ResponseFormatName = "special_token"
 
@@ -341,7 +465,7 @@ class RewardModelStage(StageBase, TrainOptions, GenerateOptions):
     """A scalar head on the model, trained on preference pairs (pairwise) or labels (pointwise)."""
 
     kind: Literal["reward_model"]
-    train_files: list[str]
+    train_files: Files
     loss: Literal["pairwise", "pointwise"]
     score_on: Literal["summary", "response"] = "response"
     batch_size: Positive = 256
@@ -349,24 +473,37 @@ class RewardModelStage(StageBase, TrainOptions, GenerateOptions):
     max_length: Positive = 8192
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     center_rewards_coefficient: NonNegative = 0.01  # keeps pairwise scores around 0
-    learning_rate: Annotated[float, Field(gt=0)] = 6e-6
+    learning_rate: LearningRate = 6e-6
     prompt_template: PromptTemplate = "chat"
     response_format: ResponseFormatName = "special_token"
+
+    @model_validator(mode="after")
+    def _check(self) -> "RewardModelStage":
+        self.refuse_lengths("a reward model samples nothing")
+        if self.prefill_think:
+            raise ValueError("prefill_think does not apply: a reward model reads prompts that do not end so; drop it")
+        if self.loss == "pointwise" and self.changed(["center_rewards_coefficient"]):
+            raise ValueError("center_rewards_coefficient applies to loss pairwise, got pointwise: drop it")
+        return self
 
 
 class DistillStage(SFTStage, SampleOptions):
     """SFT of a student on a teacher's samples: those of train_files, or fresh ones when `teacher` is given."""
 
     kind: Literal["distill"]  # type: ignore[assignment]
-    teacher: str | None = None  # then train_files are prompts
+    teacher: Ref | None = None  # then train_files are prompts
     response_format: ResponseFormatName = "special_token"
 
     @model_validator(mode="after")
     def _samples_need_a_teacher(self) -> "DistillStage":
-        # By value: the recipe that a run saves names every option.
-        changed = [name for name, option in SampleOptions.model_fields.items() if getattr(self, name) != option.default]
-        if self.teacher is None and changed:
-            raise ValueError(f"{changed[0]} applies to a teacher's samples: name a teacher, or drop it")
+        for name in self.changed(SampleOptions.model_fields) if self.teacher is None else ():
+            raise ValueError(f"{name} applies to a teacher's samples: name a teacher, or drop it")
+        longest, room = self.max_prompt_length + self.max_completion_length, self.max_length
+        if self.teacher is not None and longest > min(room, self.max_tokens_per_microbatch):
+            raise ValueError(
+                f"max_prompt_length + max_completion_length = {longest} does not fit into max_length = {room} and "
+                f"max_tokens_per_microbatch = {self.max_tokens_per_microbatch}: a sample might not be learned from"
+            )
         return self
 
 
@@ -374,7 +511,13 @@ class EvaluateStage(StageBase, EvalOptions, GenerateOptions):
     """pass@1 over k samples with a confidence interval, cons@k, greedy, and the means of eval_rewards."""
 
     kind: Literal["evaluate"]
-    eval_files: list[str]
+    eval_files: Files
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluateStage":
+        if self.changed(["eval_before"]):
+            raise ValueError("eval_before does not apply: an evaluation changes nothing; drop it")
+        return self
 
 
 Stage = Annotated[
@@ -392,8 +535,8 @@ KINDS: dict[str, type[StageBase]] = {get_args(arg)[1].tag: get_args(arg)[0] for 
 
 
 class Recipe(Strict):
-    name: str = "recipe"
-    seed: int = 0
+    name: FolderName = "recipe"  # of the folder under runs/
+    seed: Seed = 0
     model: ModelSection = ModelSection()
     trainer: TrainerSection = TrainerSection()
     kernels: KernelsSection = KernelsSection()
@@ -405,13 +548,26 @@ class Recipe(Strict):
     @field_validator("stages")
     @classmethod
     def _unique(cls, stages: list[Any]) -> list[Any]:
-        names = [stage.name for stage in stages]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two stages are named {name!r}; names must differ")
+        # Some file systems take upper and lower case for the same.
+        for name, count in Counter(stage.name.lower() for stage in stages).items():
+            if count > 1:
+                raise ValueError(f"two stages are named {name!r}; names must differ in more than upper and lower case")
         if not stages:
             raise ValueError("no stages; name at least one")
         return stages
+
+    @field_validator("report_to")
+    @classmethod
+    def _once(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"names a tracker twice: {', '.join(names)}")
+        return names
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if self.rollout.async_steps and not any(isinstance(stage, GRPOStage) for stage in self.stages):
+            raise ValueError("rollout.async_steps applies to stages of kind grpo, and there are none: drop it")
+        return self
 
     def stage(self, name: str) -> Any:
         return next(stage for stage in self.stages if stage.name == name)

@@ -1,0 +1,52 @@
+"""The types that options have: finite, and no larger than what they count can be."""
+
+import math
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+Positive = Annotated[int, Field(gt=0, lt=2**31)]  # ops count in int32
+Bytes = Annotated[int, Field(gt=0, lt=2**60)]
+# What float32 holds, with room for a product.
+NonNegative = Annotated[float, Field(ge=0, le=1e18)]
+Weight = Annotated[float, Field(ge=-1e18, le=1e18)]
+Temperature = Annotated[float, Field(ge=0, le=1000)]
+Seconds = Annotated[float, Field(gt=0, le=1e6)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch, numpy and vLLM all take
+Ref = Annotated[str, Field(min_length=1, max_length=4096)]  # a path, a Hub id, a source of data, @stage
+Files = Annotated[list[Ref], Field(min_length=1)]
+LearningRate = Annotated[float, Field(gt=0, le=1000)]
+RewardName = Annotated[str, Field(min_length=1, max_length=1000)]
+
+MAX_NAME_BYTES = 200  # of a folder, with room for an ending: file systems take 255
+# In a run folder, or beside it; upper and lower case are one name on some file systems.
+_RESERVED = ("latest", "rollout_weights", "tensorboard", "wandb", "trackio")
+_RESERVED_ENDINGS = (".yaml", ".json", ".jsonl", ".html", ".partial", ".lock", ".tmp", ".log")
+
+
+def _folder(name: str) -> str:
+    if name != name.strip() or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
+        raise ValueError(f"{name[:60]!r} is no name of a folder; expected letters, digits, spaces, - _ .")
+    if not 0 < len(name.encode()) <= MAX_NAME_BYTES:
+        raise ValueError(f"{name[:60]!r} has {len(name.encode())} bytes; expected 1 to {MAX_NAME_BYTES}")
+    return name
+
+
+def _stage_name(name: str) -> str:
+    if name.lower() in _RESERVED or name.lower().endswith(_RESERVED_ENDINGS):
+        raise ValueError(f"{name!r} is what a run calls a file of its own; choose another name")
+    return _folder(name)
+
+
+def _plain(value: Any) -> Any:
+    """What YAML can hold, and a saved recipe gives back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"got {value}, expected a finite number")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _plain(part)
+    return value
+
+
+FolderName = Annotated[str, AfterValidator(_folder)]
+StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"), AfterValidator(_stage_name)]
+Plain = Annotated[Any, AfterValidator(_plain)]
