@@ -8,12 +8,14 @@ import itertools
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from r1fast.config import ConfigError
+from r1fast.config import ConfigError, shown
+from r1fast.preflight_architecture import architecture_of, architecture_problems, router_problems
+from r1fast.recipe_yaml import check_text
 from r1fast.schema import Recipe
 
 DATA_KIND = {
@@ -22,8 +24,9 @@ DATA_KIND = {
 }  # fmt: skip
 
 
-def check_output(run_dir: Path, *, resume: bool) -> None:
-    """The run directory is new (or resumed), and can be written."""
+def check_output(run_dir: Path, *, resume: bool, stages: Sequence[str] = ()) -> None:
+    """The run directory is new (or resumed), can be written, and leaves room in a path for what the stages write."""
+    _check_path(run_dir, stages)
     if run_dir.exists() and not resume:
         if not run_dir.is_dir():
             raise ConfigError(f"--output-dir {run_dir}: is a file, expected a folder")
@@ -39,6 +42,20 @@ def check_output(run_dir: Path, *, resume: bool) -> None:
         raise ConfigError(
             f"--output-dir {run_dir}: cannot write in {parent} ({error.strerror}); choose another"
         ) from None
+
+
+def _check_path(run_dir: Path, stages: Sequence[str]) -> None:
+    name = shown(str(run_dir))
+    longest = max(stages, key=len, default="")
+    try:
+        check_text(str(run_dir))
+        (run_dir / longest / "checkpoints" / "tmp_step_000000" / "manifest.json").lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ConfigError(f"--output-dir {name}: {error.strerror}; choose another") from None
+    except ValueError as error:
+        raise ConfigError(f"--output-dir {error}") from None
 
 
 def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> None:
@@ -67,7 +84,7 @@ def _problems(recipe: Recipe, stage: Any) -> Iterator[str]:
         outside = [source for source in sources if not source.startswith("@")]
         try:
             rows = _rows(outside, kind)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a name that no file system takes, a folder that may not be read
             yield f"{key}: {error}"
             continue
         if len(outside) == len(sources):
@@ -151,15 +168,14 @@ def _model_refs(recipe: Recipe, stage: Any) -> Iterator[tuple[str, str]]:
 
 
 def _model_problems(recipe: Recipe, stage: Any) -> Iterator[str]:
-    from r1fast.models.config import ModelConfig
-    from r1fast.models.weights import check_checkpoint
+    from r1fast.models.weights import check_checkpoint, load_tokenizer
 
     for key, ref in _model_refs(recipe, stage):
         if ref.startswith("@"):
             continue
         try:
             _, is_reward_model = check_checkpoint(ref)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             yield f"{key}: {error}"
             continue
         yield from _tokenizer_problems(key, ref)
@@ -167,13 +183,14 @@ def _model_problems(recipe: Recipe, stage: Any) -> Iterator[str]:
             kinds = ("a language model", "a reward model (a `score` head)")
             yield f"{key}: {ref} is {kinds[is_reward_model]}, expected {kinds[not is_reward_model]}"
     if stage.kind == "pretrain":
-        tokenizer = stage.tokenizer
-        try:
-            ModelConfig.from_dict({"vocab_size": stage.vocab_size, **stage.architecture})
-        except (ValueError, TypeError) as error:
-            yield f"architecture: {error}"
-        if tokenizer and not tokenizer.startswith("@"):
-            yield from _tokenizer_problems("tokenizer", tokenizer)
+        num_tokens, ref = stage.vocab_size, stage.tokenizer
+        if ref is not None and not ref.startswith("@"):
+            if problems := list(_tokenizer_problems("tokenizer", ref)):
+                yield from problems
+                return
+            num_tokens = len(load_tokenizer(ref))  # type: ignore[arg-type]
+        yield from architecture_problems(stage, num_tokens)
+    yield from router_problems(recipe, stage)
 
 
 def _tokenizer_problems(key: str, ref: str) -> Iterator[str]:
@@ -217,7 +234,8 @@ def _text_problems(recipe: Recipe, stage: Any, key: str, kind: str, rows: list[d
         except ConfigError as error:
             yield f"{key}: {str(error).removeprefix(f'stages.{stage.name}: ')}"
     elif tokenizer is not None and kind == "prompts":
-        limit = math.inf if stage.kind == "pretrain" else check_checkpoint(ref)[0].max_position_embeddings  # type: ignore[arg-type]
+        config = architecture_of(recipe, stage) if stage.kind == "pretrain" else check_checkpoint(ref)[0]  # type: ignore[arg-type]
+        limit = config.max_position_embeddings if config is not None else math.inf
         for i, (ids, _) in enumerate(encode_prompts([row["prompt"] for row in rows], tokenizer, stage)):
             row = f"row {i + 1} ({str(rows[i]['prompt'])[:60]!r}) has {len(ids)} prompt tokens"
             if len(ids) > stage.max_prompt_length:
@@ -225,7 +243,7 @@ def _text_problems(recipe: Recipe, stage: Any, key: str, kind: str, rows: list[d
             elif len(ids) + stage.max_completion_length > limit:
                 yield (
                     f"{key}: {row}, with max_completion_length = {stage.max_completion_length} more than the "
-                    f"{limit} positions of {ref} (max_position_embeddings)"
+                    f"{limit} positions of the model (max_position_embeddings)"
                 )
 
 
@@ -255,13 +273,19 @@ def _row_problems(stage: Any, rows_of: dict[str, list[dict]]) -> Iterator[str]:
     if stage.kind == "grpo" and rows is not None:
         if len(rows) < stage.prompts_per_step:
             yield f"train_files: {len(rows)} prompts, fewer than prompts_per_step = {stage.prompts_per_step}"
-        domains = {row.get("domain") for row in rows}
-        for name in stage.domain_weights:
-            if name not in domains:
-                yield f"domain_weights: no row of train_files has domain {name!r}; domains: {sorted(map(str, domains))}"
-        for name in sorted(map(str, domains)) if stage.domain_weights else ():
-            if name not in stage.domain_weights:
-                yield f"domain_weights: rows of train_files have domain {name!r}; give it a weight (0 leaves it out)"
+        yield from _domain_problems(stage, rows)
+    if stage.kind in ("sft", "distill", "reward_model") and not getattr(stage, "teacher", None) and rows is not None:
+        updates = stage.num_train_epochs * -(-len(rows) // stage.batch_size)
+        if stage.warmup_steps > updates:
+            yield (
+                f"warmup_steps = {stage.warmup_steps} is longer than the {updates} optimizer steps that {len(rows)} "
+                f"rows make in num_train_epochs = {stage.num_train_epochs}"
+            )
+    eval_rows = rows_of.get("eval_files")
+    if eval_rows is not None:
+        domains = _domains(eval_rows)
+        for name, options in stage.eval_rewards.items():
+            yield from _unknown_domains(f"eval_rewards.{name}.domains", options.get("domains", []), domains)
     examples = rows_of.get("few_shot.examples_files")
     if examples is not None:
         for i, row in enumerate(examples):
@@ -274,3 +298,36 @@ def _row_problems(stage: Any, rows_of: dict[str, list[dict]]) -> Iterator[str]:
                     f"few_shot.examples_files: {shown[language]} examples in language {language!r}, expected at least "
                     f"num_examples = {stage.few_shot.num_examples}"
                 )
+
+
+def _domains(rows: list[dict]) -> list[str | None]:
+    """What the column `domain` holds."""
+    return list(dict.fromkeys(domain if isinstance(domain := row.get("domain"), str) else None for row in rows))
+
+
+def _unknown_domains(key: str, names: list[str], domains: list[str | None]) -> Iterator[str]:
+    for name in names:
+        if name not in domains:
+            yield f"{key}: no row has domain {name!r}; domains: {', '.join(map(str, domains))}"
+
+
+def _domain_problems(stage: Any, rows: list[dict]) -> Iterator[str]:
+    """Domains that no row has, and rows of a domain that nothing weighs or rewards."""
+    for i, row in enumerate(rows):
+        if not isinstance(row.get("domain"), (str, type(None))):
+            yield f"train_files: row {i + 1}: column 'domain' is {shown(repr(row['domain']))}, expected text"
+            return
+    domains = _domains(rows)
+    yield from _unknown_domains("domain_weights", list(stage.domain_weights), domains)
+    for name in domains if stage.domain_weights else ():
+        if name not in stage.domain_weights:
+            yield f"domain_weights: rows of train_files have domain {name!r}; give it a weight (0 leaves it out)"
+    scopes: list[list[str]] = []
+    for key, specs in (("rewards", stage.rewards), ("reward_models", stage.reward_models)):
+        for name, spec in specs.items():
+            scopes.append([] if isinstance(spec, float) else spec.domains)
+            yield from _unknown_domains(f"{key}.{name}.domains", scopes[-1], domains)
+    for name in domains:
+        used = not stage.domain_weights or stage.domain_weights.get(str(name), 0) > 0
+        if used and not any(not scope or name in scope for scope in scopes):
+            yield f"rewards: none applies to the rows of train_files with domain {name!r}; name one, or drop the rows"

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from r1fast.schema import Recipe
@@ -41,12 +41,29 @@ def choose_threads(resumed: Path | None) -> None:
 RUNS = Path("runs")  # where runs go that are given no --output-dir
 
 
+def print_error(message: str) -> None:
+    """A line for each mistake, from one rank."""
+    from r1fast.config import error_lines
+
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(error_lines(message)), file=sys.stderr)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, as for every other mistake, from one rank."""
-        if os.environ.get("RANK", "0") == "0":
-            print(f"r1fast: {message}; --help lists the options", file=sys.stderr)
+        print_error(f"{message[:500]}; --help lists the options")
         sys.exit(2)
+
+
+class Once(argparse.Action):
+    """An option with a value that may not be empty, and not be given twice."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if not values:
+            parser.error(f"{option_string} is empty")
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string} is given twice")
+        setattr(namespace, self.dest, values)
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -57,16 +74,22 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", metavar="NAME_OR_FILE", help="a recipe of r1fast/recipes or a YAML file (default: tiny)"
+        "--config",
+        action=Once,
+        metavar="NAME_OR_FILE",
+        help="a recipe of r1fast/recipes or a YAML file (default: tiny)",
     )
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="run directory (default: runs/<recipe>-<time>)")
+    parser.add_argument(
+        "--output-dir", action=Once, metavar="DIR", help="run directory (default: runs/<recipe>-<time>)"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in --output-dir (default: runs/latest)")
-    parser.add_argument("--stages", metavar="A,B", help="run only these stages of the recipe")
+    parser.add_argument("--stages", action=Once, metavar="A,B", help="run only these stages of the recipe")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the resolved recipe, and stop")
     args, overrides = parser.parse_known_args(argv)
     for override in overrides:
         if "=" not in override:
-            parser.error(f"{override!r} is neither an option nor an override key.sub=value")
+            parser.error(f"{override[:80]!r} is neither an option nor an override key.sub=value")
+    args.output_dir = None if args.output_dir is None else Path(args.output_dir)
     return args, overrides
 
 
@@ -85,22 +108,18 @@ def main(argv: list[str] | None = None) -> int:
                 print(dump_recipe(recipe), end="")
             return 0
     except ConfigError as error:
-        if is_main:
-            print(f"r1fast: {error}", file=sys.stderr)
+        print_error(str(error))
         return 2
     try:
         return run(recipe, run_dir, selected, resume=args.resume)
     except ConfigError as error:  # what only the run could show, as when no sample passes a filter
-        if is_main:
-            print(f"r1fast: {error}", file=sys.stderr)
+        print_error(str(error))
         return 1
 
 
 def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple["Recipe", Path, list[str]]:
     """The recipe, the run directory and the stages to run, all checked; ConfigError before anything is written"""
-    from r1fast.config import ConfigError, dump_recipe, load_recipe
-    from r1fast.pipeline import check_references
-    from r1fast.preflight import check_inputs, check_output
+    from r1fast.config import ConfigError, dump_recipe, load_recipe, shown
 
     run_dir = args.output_dir or ((RUNS / "latest").resolve() if args.resume else None)
     saved = run_dir / "config.yaml" if run_dir else None
@@ -116,9 +135,14 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple["Recipe", P
     selected = args.stages.split(",") if args.stages else names
     for name in selected:
         if name not in names:
-            raise ConfigError(f"--stages: no stage {name!r}; stages: {', '.join(names)}")
+            raise ConfigError(f"--stages: no stage {shown(name)!r}; stages: {', '.join(names)}")
+        if selected.count(name) > 1:
+            raise ConfigError(f"--stages: {name} is given twice")
+    from r1fast.pipeline import check_references  # these import torch: only when there is a recipe
+    from r1fast.preflight import check_inputs, check_output
+
     check_references(recipe, selected, run_dir)
-    check_output(run_dir, resume=args.resume)
+    check_output(run_dir, resume=args.resume, stages=names)
     check_inputs(recipe, selected, run_dir)
     return recipe, run_dir, selected
 

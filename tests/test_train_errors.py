@@ -248,7 +248,8 @@ def test_vllm_that_is_not_installed(refuse_recipe, without_vllm: None) -> None:
 
 
 def test_a_temperature_that_vllm_would_raise(refuse_recipe) -> None:
-    message = refuse_recipe({**GRPO, "eval_temperature": 0.001}, rollout=IN_PROCESS)
+    stage = {**GRPO, "eval_files": ["train.jsonl"], "eval_temperature": 0.001}
+    message = refuse_recipe(stage, rollout=IN_PROCESS)
     assert "stages.zero.eval_temperature = 0.001: vLLM takes 0 or at least 0.01" in message
 
 
@@ -454,9 +455,10 @@ def test_output_where_a_file_is(refuse_recipe, tmp_path: Path) -> None:
     assert "--output-dir" in (message := refuse_recipe(GRPO)) and "is a file" in message
 
 
-def test_output_under_a_file(refuse_recipe, tmp_path: Path) -> None:
+def test_output_under_a_file(refuse, base_model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    message = refuse_recipe(GRPO, argv=("--output-dir", tmp_path / "file" / "run"))
+    config = write_recipe(tmp_path / "mine.yaml", GRPO, model={"path": str(base_model)})
+    message = refuse("--config", config, "--output-dir", tmp_path / "file" / "run")
     assert f"--output-dir {tmp_path / 'file' / 'run'}: cannot write" in message
 
 

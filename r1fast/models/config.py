@@ -1,14 +1,15 @@
 """The architecture of a decoder in Hugging Face's field names, one dataclass for every family."""
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from r1fast.models.checks import architecture_fields, check_from_scratch, check_parts, check_rope, check_types
+from r1fast.models.checks import require as _require
+
 FAMILIES = ("deepseek_v3", "llama", "qwen2", "qwen3", "qwen3_moe")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 _ALIASES = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
 _COMMON = (
@@ -67,9 +68,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self.model_type in FAMILIES, "model_type", self.model_type, f"one of {', '.join(FAMILIES)}")
+        check_types(self)
         rope = {"rope_type": self.rope_parameters.get("type", "default"), "rope_theta": 10000.0, **self.rope_parameters}
         rope.pop("type", None)
-        _require(rope["rope_type"] in ROPE_TYPES, "rope_type", rope["rope_type"], f"one of {', '.join(ROPE_TYPES)}")
+        check_rope(rope)
+        width, heads = self.hidden_size, self.num_attention_heads
+        divides = self.uses_mla or self.head_dim is not None or width % heads == 0
+        _require(divides, "num_attention_heads", heads, f"a divisor of hidden_size={width}, or head_dim")
         if rope["rope_type"] in ("llama3", "yarn"):
             rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
         normal = {
@@ -83,20 +88,7 @@ class ModelConfig:
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)
-        self._check_dims()
-
-    def _check_dims(self) -> None:
-        heads, kv_heads = self.num_attention_heads, self.kv_heads
-        _require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
-        if self.uses_mla:
-            for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-                _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number for deepseek_v3")
-        _require(self.rope_dim % 2 == 0, "rotary dimension", self.rope_dim, "an even number")
-        if any(self.is_moe_layer(i) for i in range(self.num_hidden_layers)):
-            experts, chosen = self.n_routed_experts, self.num_experts_per_tok
-            _require(0 < chosen <= experts, "num_experts_per_tok", chosen, f"1 to n_routed_experts={experts}")
-            _require(self.moe_intermediate_size > 0, "moe_intermediate_size", self.moe_intermediate_size, "> 0")
-            _require(experts % self.n_group == 0, "n_group", self.n_group, f"a divisor of n_routed_experts={experts}")
+        check_parts(self)
 
     @property
     def uses_mla(self) -> bool:
@@ -134,21 +126,14 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """A recipe's `model` section; an unknown key is an error that names the nearest known one."""
-        values = dict(values)
-        rope = {**(values.pop("rope_scaling", None) or {}), **(values.pop("rope_parameters", None) or {})}
-        if "rope_theta" in values:
-            rope["rope_theta"] = values.pop("rope_theta")
-        values = {_ALIASES.get(name, name): value for name, value in values.items()}
         fields = {f.name: f for f in dataclasses.fields(cls)}
-        for name in values:
-            if name not in fields:
-                nearest = difflib.get_close_matches(name, [*fields, *_ALIASES, "rope_theta"], n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-                raise ValueError(f"model config: unknown key {name!r}{hint}")
+        values = architecture_fields(values, fields)
         required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
         if absent := [name for name in required if name not in values]:
             raise ValueError(f"model config: missing {', '.join(absent)}; give every one of {', '.join(required)}")
-        return cls(**values, rope_parameters=rope)
+        config = cls(**values)
+        check_from_scratch(config, values)
+        return config
 
     @classmethod
     def from_hf(cls, config: PretrainedConfig) -> "ModelConfig":
@@ -187,8 +172,3 @@ class ModelConfig:
             values |= {name: getattr(self, name) for name in (*_MOE, "decoder_sparse_step")}
             values |= {"num_experts": self.n_routed_experts, "mlp_only_layers": list(self.mlp_only_layers)}
         return AutoConfig.for_model(self.model_type, **{**values, **overrides})
-
-
-def _require(condition: bool, name: str, got: Any, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"model config: {name}={got!r}, expected {expected}")

@@ -1,0 +1,84 @@
+"""Architectures before the run: a pretrain stage's as a checkpoint's config is checked; options of a router."""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from r1fast.schema import Recipe
+
+
+def architecture_problems(stage: Any, num_tokens: int) -> Iterator[str]:
+    """What is wrong with a pretrain stage's architecture. num_tokens: the entries of its tokenizer, or their limit."""
+    from r1fast.models.config import ModelConfig
+
+    try:
+        config = ModelConfig.from_dict({"vocab_size": num_tokens, **stage.architecture})
+    except (ValueError, TypeError) as error:
+        yield f"architecture: {error}"
+        return
+    at_hand = stage.tokenizer is None or not stage.tokenizer.startswith("@")
+    if config.vocab_size < num_tokens and at_hand:
+        yield f"architecture.vocab_size = {config.vocab_size} is less than the {num_tokens} entries of the tokenizer"
+    positions = config.max_position_embeddings
+    for key in ("max_length", *(("max_completion_length",) if stage.eval_files else ())):
+        if getattr(stage, key) > positions:
+            yield f"{key} = {getattr(stage, key)} is more than architecture.max_position_embeddings = {positions}"
+    try:
+        needed = 4 * num_parameters(config)
+    except RuntimeError as error:  # torch cannot even count them
+        yield f"architecture: is too large to be built ({error})"
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:  # every rank initializes the whole model before it is sharded
+        yield (
+            f"architecture: has {needed // 4:.3g} parameters, {needed / 2**30:.3g} GiB in float32, more than the "
+            f"{memory / 2**30:.3g} GiB of this machine"
+        )
+
+
+def num_parameters(config: Any) -> int:
+    """Parameters of the decoder: a layer of each kind is built on meta, so that a huge architecture costs nothing."""
+    import torch
+
+    from r1fast.models.decoder import DecoderLayer
+
+    total = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) + config.hidden_size
+    for is_moe, count in Counter(config.is_moe_layer(i) for i in range(config.num_hidden_layers)).items():
+        first = next(i for i in range(config.num_hidden_layers) if config.is_moe_layer(i) == is_moe)
+        with torch.device("meta"):
+            layer = DecoderLayer(config, first)
+        total += count * sum(math.prod(parameter.shape) for parameter in layer.parameters())
+    return total
+
+
+def router_problems(recipe: Recipe, stage: Any) -> Iterator[str]:
+    """Options of a router, for a model that has none. The architecture is known before the run, through @stages too."""
+    names = ("router_bias_update_rate", "router_aux_loss_coef", "router_replay")
+    wanted = [name for name in names if getattr(stage, name, 0)]
+    config = architecture_of(recipe, stage) if wanted else None
+    if config is None:
+        return
+    has_router = any(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
+    for name in wanted:
+        if not has_router:
+            yield f"{name} = {getattr(stage, name)}: {config.model_type} has no router; drop it"
+        elif name == "router_bias_update_rate" and not config.uses_mla:
+            yield f"{name} = {getattr(stage, name)}: the router of {config.model_type} has no bias; leave it at 0"
+
+
+def architecture_of(recipe: Recipe, stage: Any) -> Any:
+    """The architecture of the model that a stage trains; None where it is wrong, which its own stage reports."""
+    from r1fast.models.config import ModelConfig
+    from r1fast.models.weights import check_checkpoint
+
+    try:
+        while stage.kind != "pretrain":
+            ref = stage.model or recipe.model.path
+            if not ref.startswith("@"):
+                return check_checkpoint(ref)[0]
+            stage = recipe.stage(ref[1:])
+        return ModelConfig.from_dict({"vocab_size": stage.vocab_size, **stage.architecture})
+    except (ValueError, TypeError, OSError):
+        return None
