@@ -1,14 +1,18 @@
-"""The architecture of a decoder in Hugging Face's field names, one dataclass for every family."""
+"""The architecture of a decoder in Hugging Face's field names, one dataclass for every family.
+
+What a config.json may say beside these fields is in hf_fields.py.
+"""
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-FAMILIES = ("deepseek_v3", "llama", "qwen2", "qwen3", "qwen3_moe")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+from r1fast.models.hf_fields import check_fields
 
 _ALIASES = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
 _COMMON = (
@@ -20,7 +24,27 @@ _MLA = (
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave",
     "n_group", "topk_group", "n_shared_experts", "routed_scaling_factor", "first_k_dense_replace",
 )  # fmt: skip
-_MOE = ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+_MOE = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+FAMILY_FIELDS = {
+    "deepseek_v3": (*_COMMON, "attention_bias", *_MLA, *_MOE),
+    "llama": (*_COMMON, "attention_bias", "head_dim", "mlp_bias"),
+    "qwen2": (*_COMMON, "head_dim"),
+    "qwen3": (*_COMMON, "attention_bias", "head_dim"),
+    "qwen3_moe": (*_COMMON, "attention_bias", "head_dim", *_MOE, "decoder_sparse_step", "mlp_only_layers"),
+}
+FAMILIES = tuple(FAMILY_FIELDS)
+
+# By rope_type: the numbers that it needs, and those that it takes beside rope_theta.
+_ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
+    ),
+}
+ROPE_TYPES = tuple(_ROPE_KEYS)
 
 
 @dataclass(frozen=True)
@@ -67,13 +91,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self.model_type in FAMILIES, "model_type", self.model_type, f"one of {', '.join(FAMILIES)}")
-        rope = {"rope_type": self.rope_parameters.get("type", "default"), "rope_theta": 10000.0, **self.rope_parameters}
-        rope.pop("type", None)
-        _require(rope["rope_type"] in ROPE_TYPES, "rope_type", rope["rope_type"], f"one of {', '.join(ROPE_TYPES)}")
-        if rope["rope_type"] in ("llama3", "yarn"):
-            rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
         normal = {
-            "rope_parameters": rope,
+            "rope_parameters": _normal_rope(self.rope_parameters, self.max_position_embeddings),
             # transformers' DeepSeek default is 128 whatever the query heads; MLA has as many of both.
             "num_key_value_heads": self.num_attention_heads if self.uses_mla else self.kv_heads,
             "head_dim": self.head_dim or self.hidden_size // self.num_attention_heads,
@@ -91,7 +110,16 @@ class ModelConfig:
         if self.uses_mla:
             for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
                 _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number for deepseek_v3")
+        elif self.model_type == "llama":  # transformers refuses it, whatever head_dim says
+            width = self.hidden_size
+            _require(width % heads == 0, "hidden_size", width, f"a multiple of num_attention_heads={heads} for llama")
         _require(self.rope_dim % 2 == 0, "rotary dimension", self.rope_dim, "an even number")
+        pad = self.pad_token_id
+        _require(pad is None or pad < self.vocab_size, "pad_token_id", pad, f"below vocab_size={self.vocab_size}")
+        own = FAMILY_FIELDS[self.model_type]
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            _require(name in own or value == default, name, value, f"nothing: {self.model_type} has no such field")
         if any(self.is_moe_layer(i) for i in range(self.num_hidden_layers)):
             experts, chosen = self.n_routed_experts, self.num_experts_per_tok
             _require(0 < chosen <= experts, "num_experts_per_tok", chosen, f"1 to n_routed_experts={experts}")
@@ -133,7 +161,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """A recipe's `model` section; an unknown key is an error that names the nearest known one."""
+        """A recipe's `architecture`; an unknown key is an error that names the nearest known one.
+
+        What transformers could not load again once it is saved is an error here, before any work.
+        """
         values = dict(values)
         rope = {**(values.pop("rope_scaling", None) or {}), **(values.pop("rope_parameters", None) or {})}
         if "rope_theta" in values:
@@ -148,7 +179,15 @@ class ModelConfig:
         required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
         if absent := [name for name in required if name not in values]:
             raise ValueError(f"model config: missing {', '.join(absent)}; give every one of {', '.join(required)}")
-        return cls(**values, rope_parameters=rope)
+        config = cls(**values, rope_parameters=rope)
+        try:
+            config.to_hf()
+        except StrictDataclassError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(
+                f"model config: transformers could not load such a {config.model_type} ({reason})"
+            ) from error
+        return config
 
     @classmethod
     def from_hf(cls, config: PretrainedConfig) -> "ModelConfig":
@@ -156,39 +195,57 @@ class ModelConfig:
         values = config.to_dict()
         model_type = values["model_type"]
         _require(model_type in FAMILIES, "model_type", model_type, f"one of {', '.join(FAMILIES)}")
-        _require(values.get("hidden_act", "silu") == "silu", "hidden_act", values.get("hidden_act"), "silu")
-        if values.get("sliding_window") is not None and model_type.startswith("qwen"):
-            _require(False, "sliding_window", values["sliding_window"], "full attention (use_sliding_window: false)")
-        rope = values.get("rope_parameters") or {}
-        _require(rope.get("partial_rotary_factor", 1.0) == 1.0, "partial_rotary_factor",
-                 rope.get("partial_rotary_factor"), "1.0")  # fmt: skip
-        if model_type == "deepseek_v3":
-            values["head_dim"] = None  # transformers repeats qk_rope_head_dim there
         values = {_ALIASES.get(name, name): value for name, value in values.items()}
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        own = FAMILY_FIELDS[model_type]
+        check_fields(values, own)
+        return cls(model_type, **{name: values[name] for name in own if name in values})
 
     def to_hf(self, **overrides: Any) -> PretrainedConfig:
         """The transformers config of this architecture, with the family's own fields only."""
-        names = list(_COMMON)
-        if self.model_type != "qwen2":
-            names.append("attention_bias")
+        values = {name: getattr(self, name) for name in FAMILY_FIELDS[self.model_type]}
+        values["rope_parameters"] = dict(self.rope_parameters)
         if self.uses_mla:
-            names += [*_MLA, *_MOE, "n_routed_experts"]
             overrides["num_nextn_predict_layers"] = 0  # the multi-token-prediction block is not part of the decoder
             # transformers has V3's router in its code; vLLM reads it here, and falls back on V2's softmax.
             overrides |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-        elif self.model_type == "llama":
-            names += ["head_dim", "mlp_bias"]
-        elif self.model_type in ("qwen3", "qwen3_moe"):
-            names.append("head_dim")
-        values = {name: getattr(self, name) for name in names} | {"rope_parameters": dict(self.rope_parameters)}
-        if self.model_type == "qwen3_moe":
-            values |= {name: getattr(self, name) for name in (*_MOE, "decoder_sparse_step")}
-            values |= {"num_experts": self.n_routed_experts, "mlp_only_layers": list(self.mlp_only_layers)}
+        elif self.model_type == "qwen3_moe":
+            values["num_experts"] = values.pop("n_routed_experts")
+            values["mlp_only_layers"] = list(self.mlp_only_layers)
         return AutoConfig.for_model(self.model_type, **{**values, **overrides})
+
+
+def _normal_rope(given: dict[str, Any], max_position_embeddings: int) -> dict[str, Any]:
+    """rope_parameters with a rope_type and a rope_theta; a key that its type does not know is an error."""
+    rope = {"rope_type": given.get("type", "default"), "rope_theta": 10000.0, **given}
+    rope.pop("type", None)
+    rope.pop("finetuned", None)  # says where the weights came from
+    rope_type, partial = rope["rope_type"], rope.pop("partial_rotary_factor", 1.0)
+    _require(rope_type in ROPE_TYPES, "rope_type", rope_type, f"one of {', '.join(ROPE_TYPES)}")
+    _require(partial == 1.0, "partial_rotary_factor", partial, "1.0")
+    needed, optional = _ROPE_KEYS[rope_type]
+    if "original_max_position_embeddings" in needed:
+        rope.setdefault("original_max_position_embeddings", max_position_embeddings)
+    for name, value in rope.items():
+        known = name in ("rope_type", "rope_theta", *needed, *optional)
+        _require(
+            known or value is None, f"rope_parameters.{name}", value, f"nothing: rope_type {rope_type} has no such key"
+        )
+    for name in ("rope_theta", *needed):
+        value = rope.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        _require(number and 0 < value < math.inf, f"rope_parameters.{name}", value, f"a number above 0 for {rope_type}")
+    for name in optional:
+        value = rope.get(name)
+        _require(value is None or isinstance(value, int | float), f"rope_parameters.{name}", value, "a number")
+    return rope
 
 
 def _require(condition: bool, name: str, got: Any, expected: str) -> None:
     if not condition:
         raise ValueError(f"model config: {name}={got!r}, expected {expected}")
+
+
+# Of the fields that only some families have.
+_DEFAULTS = {
+    f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name not in (*_COMMON, "model_type", "head_dim")
+}

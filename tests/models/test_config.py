@@ -34,8 +34,9 @@ def test_the_router_is_named_for_other_readers() -> None:
 
 
 def test_qwen_name_for_experts() -> None:
-    values = {**TINY, "model_type": "qwen3_moe", "num_experts": 4}
-    del values["n_routed_experts"]
+    dense = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    moe = ("num_experts_per_tok", "moe_intermediate_size")
+    values = {name: TINY[name] for name in (*dense, *moe)} | {"model_type": "qwen3_moe", "num_experts": 4}
     assert ModelConfig.from_dict(values).n_routed_experts == 4
 
 
