@@ -1,4 +1,4 @@
-"""Prompt templates as Jinja: what a saved model carries, so that `apply_chat_template` gives the prompts of its training.
+"""Prompt templates as Jinja: a saved model carries one, by which `apply_chat_template` gives its training's prompts.
 
 With add_generation_prompt the token ids are those of the stage's prompts, token for token: rendering here writes out
 what the tokenizer puts before a text by default, because chats are encoded without it. Without, the same text goes on
@@ -20,7 +20,8 @@ from r1fast.data.templates import (
 )
 
 _ONE_QUESTION = (
-    "{%- if messages[0]['role'] != 'user' or messages|length > 2 or messages[-1]['role'] not in ['user', 'assistant'] -%}"
+    "{%- if messages[0]['role'] != 'user' or messages|length > 2"
+    " or messages|length == 2 and messages[1]['role'] != 'assistant' -%}"
     "{{ raise_exception('this model was trained on single questions: expected one user message') }}"
     "{%- endif -%}"
 )
@@ -72,8 +73,8 @@ def _chat(tokenizer: Any, prefill: str, leading: str) -> str:
         "{%- elif message['role'] == 'assistant' -%}" + _write(ASSISTANT) + "{%- if loop.last -%}"
         "{{- message['content'] -}}{%- else -%}{{- message['content'].split('</think>')[-1] -}}{%- endif -%}"
         + _write(eos)
-        + "{%- else -%}{{ raise_exception('roles are system, user and assistant, got ' + message['role']) }}{%- endif -%}"
-        "{%- endfor -%}"
+        + "{%- else -%}{{ raise_exception('roles are system, user and assistant, got ' + message['role']) }}"
+        "{%- endif -%}{%- endfor -%}"
         "{%- if add_generation_prompt -%}" + _write(ASSISTANT + prefill) + "{%- endif -%}"
     )
 
@@ -84,8 +85,8 @@ def _tokenizers_own(tokenizer: Any, prefill: str) -> str | dict[str, str] | None
         return None
     templates = tokenizer.chat_template
     own = templates["default"] if isinstance(templates, dict) else templates
-    # Jinja drops one newline at the end of a template; here that is no longer the end.
-    own = own.removesuffix("\n") + "{%- if add_generation_prompt -%}" + _write(prefill) + "{%- endif -%}"
+    # Jinja drops one newline at the end of a template; here that is no longer the end. The plus keeps other blanks.
+    own = own.removesuffix("\n") + "{%+ if add_generation_prompt %}{{ " + _quote(prefill) + " }}{% endif %}"
     return templates | {"default": own} if isinstance(templates, dict) else own
 
 

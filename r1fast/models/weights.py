@@ -322,7 +322,7 @@ def _share_head(config: ModelConfig, state: StateDict, folder: Path) -> ModelCon
         return config
     if len(stored) == 2 and not torch.equal(*stored):
         logger.warning(
-            "%s: tie_word_embeddings is true, but the stored lm_head.weight differs from model.embed_tokens.weight: not tied",
+            "%s: not tied, although tie_word_embeddings is true: lm_head.weight and model.embed_tokens.weight differ",
             folder,
         )
         return dataclasses.replace(config, tie_word_embeddings=False)

@@ -10,7 +10,14 @@ from r1fast.models.decoder import Decoder
 from r1fast.rollout.batch import Batch, Prompt, Sampled, num_blocks_of
 from r1fast.rollout.graphs import CAPTURES, StepGraphs
 from r1fast.rollout.prompts import encode_text_prompts
-from r1fast.rollout.sampling import Completion, SamplingParams, completion_texts, eos_token_ids, sample_keys
+from r1fast.rollout.sampling import (
+    Completion,
+    SamplingParams,
+    check_finite,
+    completion_texts,
+    eos_token_ids,
+    sample_keys,
+)
 
 RawPrompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
@@ -79,7 +86,8 @@ class RolloutEngine:
         prompts: strings (encoded as prompts.py does, like training's) or lists of token ids. sequence_ids: one integer
         per prompt that stands for it in the noise (default: its index), so that a prompt gets the same completions in
         whichever call or rank it is sampled. on_progress(num_finished, num_total) counts completions.
-        Raises ValueError, before any work, for a prompt that is empty, too long or not of the vocabulary.
+        Raises ValueError, before any work, for a prompt that is empty, too long or not of the vocabulary; and
+        FloatingPointError when the model's logits are not finite.
         """
         prompt_ids = self._encode(prompts)
         self._check_prompts(prompt_ids, params)
@@ -124,7 +132,9 @@ class RolloutEngine:
             self.model.train(was_training)
 
         flat = self._completions([sampled[index] for index in range(num_total)], stop_ids)
-        return [flat[start : start + params.n] for start in range(0, num_total, params.n)]
+        outputs = [flat[start : start + params.n] for start in range(0, num_total, params.n)]
+        check_finite(outputs)
+        return outputs
 
     def _distinct(
         self, prompt_ids: list[list[int]], sequence_ids: Sequence[int], params: SamplingParams

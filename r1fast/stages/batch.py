@@ -102,7 +102,7 @@ def encode_prompts(prompts: Sequence[Any], tokenizer: Any, options: Any) -> list
         raise ValueError(
             f"row {ids.index([]) + 1}: the prompt is empty, and the tokenizer puts no BOS token; drop the row"
         )
-    return [Prompt(row, layout.is_prefilled(text)) for row, text in zip(ids, texts, strict=True)]
+    return [Prompt(x, layout.is_prefilled(text)) for x, text in zip(ids, texts, strict=True)]
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
