@@ -199,8 +199,8 @@ def _tokenizer_problems(key: str, ref: str) -> Iterator[str]:
     try:
         if load_tokenizer(ref) is None:
             yield f"{key}: {ref} has no tokenizer; expected tokenizer.json in it"
-    except Exception as error:  # the tokenizers library raises plain Exception
-        yield f"{key}: the tokenizer of {ref} cannot be read ({error}); copy or download it again"
+    except ValueError as error:
+        yield f"{key}: {error}"
 
 
 def _check_rewards(rewards: dict[str, Any], columns: set[str] | None) -> None:
@@ -249,6 +249,7 @@ def _text_problems(recipe: Recipe, stage: Any, key: str, kind: str, rows: list[d
 
 def _unrendered(stage: Any, tokenizer: Any, kind: str, rows: list[dict]) -> Iterator[str]:
     from r1fast.data.templates import render_prompt
+    from r1fast.rollout.prompts import leading_ids
 
     if tokenizer is None and stage.prompt_template == "tokenizer":
         return
@@ -263,8 +264,8 @@ def _unrendered(stage: Any, tokenizer: Any, kind: str, rows: list[dict]) -> Iter
         except ValueError as error:
             yield f"row {i + 1}: {error}"
             continue
-        if not text and tokenizer is not None and tokenizer.bos_token_id is None:
-            yield f"row {i + 1}: the prompt is empty, and the tokenizer has no BOS token; drop the row"
+        if not text and tokenizer is not None and not leading_ids(tokenizer):
+            yield f"row {i + 1}: the prompt is empty, and the tokenizer puts no BOS token before it; drop the row"
 
 
 def _row_problems(stage: Any, rows_of: dict[str, list[dict]]) -> Iterator[str]:

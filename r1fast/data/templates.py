@@ -271,20 +271,6 @@ def render_prompt(
     return chosen.render(_as_messages(prompt, system), RenderOptions(tokenizer, layout, shots, prefill_think))
 
 
-def encode_prompt(prompt: str | Messages, template: str, *, tokenizer: Any, **options: Any) -> list[int]:
-    """Token ids of render_prompt, led by exactly one bos token (by none if the tokenizer has no bos)."""
-    text = render_prompt(prompt, template, tokenizer=tokenizer, **options)
-    # Templates may or may not write bos, and tokenizers may or may not add it: take it off, then put it back.
-    token_ids = list(tokenizer.encode(text, add_special_tokens=False))
-    bos_id = tokenizer.bos_token_id
-    if bos_id is None:
-        return token_ids
-    start = 0
-    while start < len(token_ids) and token_ids[start] == bos_id:
-        start += 1
-    return [bos_id, *token_ids[start:]]
-
-
 def _as_messages(prompt: str | Messages, system: str | None) -> Messages:
     messages: Messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     for index, message in enumerate(messages):

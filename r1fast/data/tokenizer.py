@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from r1fast.data.chat_templates import chat_template
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -13,18 +15,14 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>", "|special_token|")
 # Operators with their spaces, numbers of up to three digits (as DeepSeek-V3 groups them), words with the space behind
 # them, single Han characters, punctuation. A number is one token wherever it stands.
 PIECES = r" [-+*/=] |\d{1,3}|[A-Za-z]+ ?|\p{Han} ?|[^\w\s] ?|\s+|\w+"
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}{{ '<｜Assistant｜>' + message['content'] + eos_token }}"
-    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
-)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Train BPE on `texts`. The vocabulary has at most `vocab_size` entries, and encodes any string (byte level)."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    """Train BPE on `texts`. The vocabulary has at most `vocab_size` entries, and encodes any string (byte level).
+
+    By default a text gets the BOS token, as from DeepSeek's own.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -44,6 +42,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS)
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = chat_template("chat", tokenizer=fast, leading=BOS)
     return fast

@@ -21,19 +21,18 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "first_k_dense_replace",
     ),
     "llama": (*_COMMON, "head_dim", "attention_bias", "mlp_bias"),
-    "qwen2": _COMMON,
+    "qwen2": (*_COMMON, "head_dim"),
     "qwen3": (*_COMMON, "head_dim", "attention_bias"),
     "qwen3_moe": (*_COMMON, *_EXPERTS, "head_dim", "attention_bias", "decoder_sparse_step", "mlp_only_layers"),
 }  # fmt: skip
-_ALIASES = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
+ALIASES = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
 _ROPE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # rope_type -> (required, optional)
     "default": ((), ()),
     "linear": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
     "yarn": (
-        ("factor",),
-        ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-         "mscale_all_dim", "truncate"),
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
 }  # fmt: skip
 
@@ -70,10 +69,10 @@ def architecture_fields(values: Mapping[str, Any], known: Iterable[str]) -> dict
         rope["rope_theta"] = values.pop("rope_theta")
     named: dict[str, Any] = {"rope_parameters": rope}
     for name, value in values.items():
-        field = _ALIASES.get(name, name)
+        field = ALIASES.get(name, name)
         require(field not in named, name, value, f"one of {name} and {field}")
         named[field] = value
-    _check_names(named, [*known, *_ALIASES, "rope_theta"])
+    _check_names(named, [*known, *ALIASES, "rope_theta"])
     return named
 
 
@@ -89,12 +88,6 @@ def _check_names(named: dict[str, Any], known: list[str]) -> None:
     for name in named:
         if name not in FIELDS[family]:
             raise ValueError(f"model config: {name} does not apply to model_type {family!r}; drop it")
-    rope = named["rope_parameters"]
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if isinstance(kind, str) and kind in _ROPE:
-        names = ["rope_theta", "rope_type", "type", *_ROPE[kind][0], *_ROPE[kind][1]]
-        for name in rope:
-            require(name in names, f"rope_parameters.{name}", rope[name], f"only {', '.join(names)} for {kind}")
 
 
 def check_types(config: Any) -> None:
@@ -125,10 +118,27 @@ def check_types(config: Any) -> None:
         require(right, name, getattr(config, name), "the id of a token")
 
 
-def check_rope(rope: Mapping[str, Any]) -> None:
-    """rope: with rope_type and rope_theta."""
+def normal_rope(given: Mapping[str, Any], max_position_embeddings: int) -> dict[str, Any]:
+    """rope_parameters with a rope_type and a rope_theta, checked; a key that its type does not know is an error."""
+    require(isinstance(given, Mapping), "rope_parameters", given, "a mapping such as {rope_type: default}")
+    rope = {"rope_type": given.get("type", "default"), "rope_theta": 10000.0, **given}
+    rope.pop("type", None)
+    rope.pop("finetuned", None)  # says where the weights came from
+    partial = rope.pop("partial_rotary_factor", None)
+    require(partial is None or partial == 1, "partial_rotary_factor", partial, "1.0")
     kind = rope["rope_type"]
     require(isinstance(kind, str) and kind in _ROPE, "rope_type", kind, f"one of {', '.join(_ROPE)}")
+    if "original_max_position_embeddings" in _ROPE[kind][0]:
+        rope.setdefault("original_max_position_embeddings", max_position_embeddings)
+    names = ("rope_type", "rope_theta", *_ROPE[kind][0], *_ROPE[kind][1])
+    for name, value in rope.items():
+        require(value is None or name in names, f"rope_parameters.{name}", value, f"only {', '.join(names)} for {kind}")
+    _check_rope(rope)
+    return rope
+
+
+def _check_rope(rope: Mapping[str, Any]) -> None:
+    kind = rope["rope_type"]
     theta = rope["rope_theta"]
     require(_is_number(1, 1e30)(theta) and theta > 1, "rope_theta", theta, "a number above 1")
     required, optional = _ROPE[kind]
@@ -160,6 +170,9 @@ def check_parts(config: Any) -> None:
     if config.uses_mla:
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             require(getattr(config, name) > 0, name, getattr(config, name), "a positive number for deepseek_v3")
+    elif config.model_type == "llama":  # transformers refuses it, whatever head_dim says
+        width = config.hidden_size
+        require(width % heads == 0, "hidden_size", width, f"a multiple of num_attention_heads={heads} for llama")
     require(config.rope_dim % 2 == 0, "rotary dimension", config.rope_dim, "an even number")
     if not any(config.is_moe_layer(i) for i in range(config.num_hidden_layers)):
         return

@@ -1,27 +1,28 @@
-"""The architecture of a decoder in Hugging Face's field names, one dataclass for every family."""
+"""The architecture of a decoder in Hugging Face's field names, one dataclass for every family.
+
+What a config.json may say beside these fields is in hf_fields.py.
+"""
 
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from r1fast.models.checks import architecture_fields, check_from_scratch, check_parts, check_rope, check_types
-from r1fast.models.checks import require as _require
+from r1fast.models.checks import (
+    ALIASES,
+    FIELDS,
+    architecture_fields,
+    check_from_scratch,
+    check_parts,
+    check_types,
+    normal_rope,
+    require,
+)
+from r1fast.models.hf_fields import check_fields
 
-FAMILIES = ("deepseek_v3", "llama", "qwen2", "qwen3", "qwen3_moe")
-
-_ALIASES = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
-_COMMON = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "tie_word_embeddings",
-    "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
-)  # fmt: skip
-_MLA = (
-    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave",
-    "n_group", "topk_group", "n_shared_experts", "routed_scaling_factor", "first_k_dense_replace",
-)  # fmt: skip
-_MOE = ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+FAMILIES = tuple(FIELDS)
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,13 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()  # Qwen3-MoE: these layers are dense
 
     def __post_init__(self) -> None:
-        _require(self.model_type in FAMILIES, "model_type", self.model_type, f"one of {', '.join(FAMILIES)}")
+        require(self.model_type in FAMILIES, "model_type", self.model_type, f"one of {', '.join(FAMILIES)}")
         check_types(self)
-        rope = {"rope_type": self.rope_parameters.get("type", "default"), "rope_theta": 10000.0, **self.rope_parameters}
-        rope.pop("type", None)
-        check_rope(rope)
         width, heads = self.hidden_size, self.num_attention_heads
         divides = self.uses_mla or self.head_dim is not None or width % heads == 0
-        _require(divides, "num_attention_heads", heads, f"a divisor of hidden_size={width}, or head_dim")
-        if rope["rope_type"] in ("llama3", "yarn"):
-            rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
+        require(divides, "num_attention_heads", heads, f"a divisor of hidden_size={width}, or head_dim")
         normal = {
-            "rope_parameters": rope,
+            "rope_parameters": normal_rope(self.rope_parameters, self.max_position_embeddings),
             # transformers' DeepSeek default is 128 whatever the query heads; MLA has as many of both.
             "num_key_value_heads": self.num_attention_heads if self.uses_mla else self.kv_heads,
             "head_dim": self.head_dim or self.hidden_size // self.num_attention_heads,
@@ -125,7 +121,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """A recipe's `model` section; an unknown key is an error that names the nearest known one."""
+        """A recipe's `architecture`; an unknown key is an error that names the nearest known one.
+
+        What transformers could not load again once it is saved is an error here, before any work.
+        """
         fields = {f.name: f for f in dataclasses.fields(cls)}
         values = architecture_fields(values, fields)
         required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
@@ -133,6 +132,13 @@ class ModelConfig:
             raise ValueError(f"model config: missing {', '.join(absent)}; give every one of {', '.join(required)}")
         config = cls(**values)
         check_from_scratch(config, values)
+        try:
+            config.to_hf()
+        except StrictDataclassError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(
+                f"model config: transformers could not load such a {config.model_type} ({reason})"
+            ) from error
         return config
 
     @classmethod
@@ -140,35 +146,21 @@ class ModelConfig:
         """The same architecture from a transformers config; what the decoder cannot do is an error."""
         values = config.to_dict()
         model_type = values["model_type"]
-        _require(model_type in FAMILIES, "model_type", model_type, f"one of {', '.join(FAMILIES)}")
-        _require(values.get("hidden_act", "silu") == "silu", "hidden_act", values.get("hidden_act"), "silu")
-        if values.get("sliding_window") is not None and model_type.startswith("qwen"):
-            _require(False, "sliding_window", values["sliding_window"], "full attention (use_sliding_window: false)")
-        rope = values.get("rope_parameters") or {}
-        _require(rope.get("partial_rotary_factor", 1.0) == 1.0, "partial_rotary_factor",
-                 rope.get("partial_rotary_factor"), "1.0")  # fmt: skip
-        if model_type == "deepseek_v3":
-            values["head_dim"] = None  # transformers repeats qk_rope_head_dim there
-        values = {_ALIASES.get(name, name): value for name, value in values.items()}
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        require(model_type in FAMILIES, "model_type", model_type, f"one of {', '.join(FAMILIES)}")
+        values = {ALIASES.get(name, name): value for name, value in values.items()}
+        own = FIELDS[model_type]
+        check_fields(values, own)
+        return cls(**{name: values[name] for name in own if name in values})
 
     def to_hf(self, **overrides: Any) -> PretrainedConfig:
         """The transformers config of this architecture, with the family's own fields only."""
-        names = list(_COMMON)
-        if self.model_type != "qwen2":
-            names.append("attention_bias")
+        values = {name: getattr(self, name) for name in FIELDS[self.model_type] if name != "model_type"}
+        values["rope_parameters"] = dict(self.rope_parameters)
         if self.uses_mla:
-            names += [*_MLA, *_MOE, "n_routed_experts"]
             overrides["num_nextn_predict_layers"] = 0  # the multi-token-prediction block is not part of the decoder
             # transformers has V3's router in its code; vLLM reads it here, and falls back on V2's softmax.
             overrides |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-        elif self.model_type == "llama":
-            names += ["head_dim", "mlp_bias"]
-        elif self.model_type in ("qwen3", "qwen3_moe"):
-            names.append("head_dim")
-        values = {name: getattr(self, name) for name in names} | {"rope_parameters": dict(self.rope_parameters)}
-        if self.model_type == "qwen3_moe":
-            values |= {name: getattr(self, name) for name in (*_MOE, "decoder_sparse_step")}
-            values |= {"num_experts": self.n_routed_experts, "mlp_only_layers": list(self.mlp_only_layers)}
+        elif self.model_type == "qwen3_moe":
+            values["num_experts"] = values.pop("n_routed_experts")
+            values["mlp_only_layers"] = list(self.mlp_only_layers)
         return AutoConfig.for_model(self.model_type, **{**values, **overrides})

@@ -1,17 +1,14 @@
-"""Hugging Face checkpoints in and out.
+"""Hugging Face checkpoints in and out: folders, Hub repositories, configurations, tokenizers, shards.
 
-Our parameter names are theirs without the leading `model.`; the one other difference is that a MoE layer's experts are
-stacked here and one key per expert on disk:
-
-    ours  layers.3.mlp.experts.gate_up_proj [E, 2F, D]    layers.3.mlp.experts.down_proj [E, D, F]
-    disk  model.layers.3.mlp.experts.7.{gate,up,down}_proj.weight
+Which tensor is which: names.py. Only safetensors are read, and no code that a folder brings along is run.
 """
 
 import dataclasses
 import json
-import re
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
@@ -22,21 +19,26 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers import __version__ as transformers_version
 
 from r1fast.models.config import FAMILIES, ModelConfig
 from r1fast.models.decoder import Decoder
+from r1fast.models.names import StateDict, disk_name, from_hf_names, is_left_out, some, to_hf_names
 
-StateDict = dict[str, Tensor]
+logger = logging.getLogger(__name__)
 
 _MAX_SHARD_SIZE = "5GB"
+_GENERATION_NAME = "generation_config.json"
 _INDEX_NAME = "model.safetensors.index.json"
 _ROUTER_BIAS = "e_score_correction_bias"  # stays fp32 in every checkpoint
-_EXPERT_KEY = re.compile(r"(?P<layer>.*\.experts)\.(?P<expert>\d+)\.(?P<proj>gate|up|down)_proj\.weight")
+_AGAIN = "copy or download it again"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+# What a Hub repository may keep a tokenizer and its chat template in.
+_TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load_model(
@@ -55,7 +57,9 @@ def load_model(
     """
     folder = _resolve(path)
     config, is_scalar = _read_config(folder)
-    state = load_state_dict(folder)
+    state = _read_state(folder, config.num_hidden_layers)
+    if not is_scalar:
+        config = _share_head(config, state, folder)
     if scalar_head and not is_scalar:
         state.pop("lm_head.weight", None)
         state["score.weight"] = torch.zeros(1, config.hidden_size)
@@ -73,7 +77,7 @@ def load_model(
 def load_state_dict(path: str | Path) -> StateDict:
     """The tensors of a checkpoint folder (or Hub id) under our names, on the CPU, in the dtypes stored."""
     folder = _resolve(path)
-    return from_hf_names(_read_tensors(folder), _read_config(folder)[0].num_hidden_layers, source=folder)
+    return _read_state(folder, _read_config(folder)[0].num_hidden_layers)
 
 
 def check_checkpoint(path: str | Path) -> tuple[ModelConfig, bool]:
@@ -86,23 +90,31 @@ def check_checkpoint(path: str | Path) -> tuple[ModelConfig, bool]:
         return _read_config(_fetch(str(path), ["config.json"]))
     folder = _resolve(path)
     config, is_scalar = _read_config(folder)
-    state = from_hf_names(_read_tensors(folder, shapes_only=True), config.num_hidden_layers, source=folder)
+    state = _read_state(folder, config.num_hidden_layers, shapes_only=True)
+    if not is_scalar:
+        config = _share_head(config, state, folder)
     _meta_decoder(config, is_scalar, state, folder)
     return config, is_scalar
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a checkpoint folder or Hub id, None if it has none."""
-    folder = _resolve(path) if _is_local(path) else _fetch(str(path), ["tokenizer*", "config.json", "vocab*", "*.txt"])
+    """The tokenizer of a checkpoint folder or Hub id, None if it has none.
+
+    Raises ValueError naming the folder for files that are damaged, or that need code of their own.
+    """
+    folder = _resolve(path) if _is_local(path) else _fetch(str(path), _TOKENIZER_PATTERNS)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     file = folder / "tokenizer_config.json"
-    declared = json.loads(file.read_text()).get("tokenizer_class") if file.is_file() else None
-    if declared in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-        # AutoTokenizer goes by model type for some families: a tokenizer of one's own in a Qwen2 checkpoint would get
-        # Qwen2's splitting and an extra token (transformers 5.23). tokenizer.json alone is right.
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    declared = _read_json(file).get("tokenizer_class") if file.is_file() else None
+    # AutoTokenizer goes by model type for some families: a tokenizer of one's own in a Qwen2 checkpoint would get
+    # Qwen2's splitting and an extra token (transformers 5.23, whatever the files say). tokenizer.json alone is right.
+    own = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    try:
+        return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason = _one_line(error)
+        raise ValueError(f"{folder}: its tokenizer cannot be read ({reason}); {_AGAIN}") from error
 
 
 def save_model(
@@ -113,13 +125,18 @@ def save_model(
     dtype: torch.dtype | None = None,
     scalar_head: bool = False,
     *,
+    source: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a checkpoint that AutoModelForCausalLM (or ...ForSequenceClassification) and AutoTokenizer load.
 
-    One exception, see load_tokenizer: a qwen2 checkpoint with a tokenizer that is not Qwen2's.
+    One exception, which nothing that is written here can mend: AutoTokenizer gives every qwen2 checkpoint the splitting
+    of Qwen2's tokenizer (transformers 5.23). One of another kind, such as that of recipe `tiny`, is read right by
+    load_tokenizer and PreTrainedTokenizerFast alone.
 
     state_dict: our names, whole tensors on any device. dtype: of the floating-point weights on disk, None as given.
+    source: the checkpoint that training started from; its generation_config is kept (temperature, top_p, ...), but for
+    the token ids, which are the model's and end with the tokenizer's own end-of-sequence token.
     Raises ValueError if the directory holds weights already and overwrite is False.
     """
     directory = Path(directory)
@@ -136,67 +153,26 @@ def save_model(
 
     suffix = "ForSequenceClassification" if scalar_head else "ForCausalLM"
     extra = {"num_labels": 1} if scalar_head else {}
-    hf_config = decoder_config.to_hf(dtype=state["model.embed_tokens.weight"].dtype, **extra)
+    eos = _eos_ids(decoder_config.eos_token_id, getattr(tokenizer, "eos_token_id", None))
+    hf_config = decoder_config.to_hf(dtype=state["model.embed_tokens.weight"].dtype, eos_token_id=eos, **extra)
     hf_config.architectures = [type(hf_config).__name__.removesuffix("Config") + suffix]
     hf_config.save_pretrained(directory)
     if not scalar_head:
-        tokens = {name: getattr(decoder_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        GenerationConfig(**tokens).save_pretrained(directory)
+        ids = {"bos_token_id": decoder_config.bos_token_id, "pad_token_id": decoder_config.pad_token_id}
+        _write_generation_config(directory, source, ids | {"eos_token_id": eos})
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
 
-def to_hf_names(state_dict: StateDict, *, tied: bool) -> StateDict:
-    """Our names -> names on disk: experts apart, `model.` in front, no second copy of a tied head."""
-    out: StateDict = {}
-    for name, tensor in state_dict.items():
-        if name.startswith(("lm_head.", "score.")):
-            if not (tied and name.startswith("lm_head.")):
-                out[name] = tensor
-        elif name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            out |= _split_experts(f"model.{name}", tensor)
-        else:
-            out[f"model.{name}"] = tensor
-    return out
-
-
-def from_hf_names(stored: StateDict, num_layers: int, *, source: Path) -> StateDict:
-    """Names on disk -> our names. Multi-token-prediction layers (past num_layers) and stored rotary tables are left."""
-    out: StateDict = {}
-    experts: dict[str, dict[tuple[str, int], Tensor]] = {}
-    for name, tensor in stored.items():
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if (layer and int(layer[1]) >= num_layers) or name.endswith("rotary_emb.inv_freq"):
-            continue
-        ours = name.removeprefix("model.")
-        if found := _EXPERT_KEY.fullmatch(ours):
-            experts.setdefault(found["layer"], {})[found["proj"], int(found["expert"])] = tensor
-        else:
-            out[ours] = tensor
-    for layer_name, parts in experts.items():
-        out |= _stack_experts(layer_name, parts, source)
-    return out
-
-
-def _split_experts(name: str, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
-    prefix, _, proj = name.rpartition(".")
-    for expert, weight in enumerate(stacked):
-        if proj == "down_proj":
-            yield f"{prefix}.{expert}.down_proj.weight", weight
-        else:
-            gate, up = weight.chunk(2)
-            yield f"{prefix}.{expert}.gate_proj.weight", gate
-            yield f"{prefix}.{expert}.up_proj.weight", up
-
-
-def _stack_experts(layer_name: str, parts: dict[tuple[str, int], Tensor], source: Path) -> StateDict:
-    num_experts = 1 + max(expert for _, expert in parts)
-    wanted = [(proj, expert) for expert in range(num_experts) for proj in ("gate", "up", "down")]
-    if absent := [f"model.{layer_name}.{e}.{proj}_proj.weight" for proj, e in wanted if (proj, e) not in parts]:
-        raise ValueError(f"{source}: missing {_some(absent)}; is the checkpoint complete?")
-    gate_up = [torch.cat((parts["gate", e], parts["up", e])) for e in range(num_experts)]
-    down = [parts["down", e] for e in range(num_experts)]
-    return {f"{layer_name}.gate_up_proj": torch.stack(gate_up), f"{layer_name}.down_proj": torch.stack(down)}
+def _write_generation_config(directory: Path, source: str | Path | None, ids: Mapping[str, Any]) -> None:
+    values: dict[str, Any] = {}
+    if source is not None:
+        folder = _resolve(source) if _is_local(source) else _fetch(str(source), [_GENERATION_NAME])
+        values = _read_generation_config(folder)
+        values.pop("_from_model_config", None)
+    values |= {name: value for name, value in ids.items() if value is not None}
+    values["transformers_version"] = transformers_version
+    (directory / _GENERATION_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _is_local(path: str | Path) -> bool:
@@ -209,7 +185,7 @@ def _is_local(path: str | Path) -> bool:
 def _resolve(path: str | Path) -> Path:
     """A local folder, or the local snapshot of a Hub repository."""
     if not _is_local(path):
-        return _fetch(str(path), ["*.json", "*.safetensors", "tokenizer*", "*.txt"])
+        return _fetch(str(path), ["*.safetensors", *_TOKENIZER_PATTERNS])
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{path}: no such folder; expected a checkpoint folder with config.json, or a Hub id")
@@ -231,69 +207,134 @@ def _read_config(folder: Path) -> tuple[ModelConfig, bool]:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder}: no config.json; expected a Hugging Face checkpoint folder")
-    try:
-        values = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    values = _read_json(file)
     model_type = values.get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(f"{file}: model_type is {model_type!r}, expected one of {', '.join(FAMILIES)}")
-    if "quantization_config" in values:
-        method = values["quantization_config"].get("quant_method")
+        raise ValueError(f"{file}: model_type is {model_type!r:.80}, expected one of {', '.join(FAMILIES)}")
+    if values.get("quantization_config") is not None:
+        method = values["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
         raise ValueError(f"{file}: quantization_config ({method}) cannot be read; convert the checkpoint to bf16 first")
-    try:
-        config = ModelConfig.from_hf(AutoConfig.from_pretrained(folder))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    config = dataclasses.replace(config, eos_token_id=_all_eos_ids(config, folder / "generation_config.json"))
     architectures = values.get("architectures") or ["ForCausalLM"]
-    return config, architectures[0].endswith("ForSequenceClassification")
+    if not _is_list_of(str, architectures):
+        raise ValueError(f"{file}: architectures is {architectures!r:.80}, expected a list of names")
+    try:
+        config = ModelConfig.from_hf(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except Exception as error:  # what transformers raises for a value of a wrong type is no ValueError
+        raise ValueError(f"{file}: {_one_line(error)}") from error
+    eos = _eos_ids(config.eos_token_id, _read_generation_config(folder).get("eos_token_id"))
+    return dataclasses.replace(config, eos_token_id=eos), architectures[0].endswith("ForSequenceClassification")
 
 
-def _all_eos_ids(config: ModelConfig, generation_config: Path) -> int | list[int] | None:
-    """config.json's and those that only generation_config.json knows, such as the end of a turn of chat models."""
-    found = [config.eos_token_id]
-    if generation_config.is_file():
-        found.append(json.loads(generation_config.read_text()).get("eos_token_id"))
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON ({_one_line(error)}); {_AGAIN}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: is a JSON {type(values).__name__}, expected an object; {_AGAIN}")
+    return values
+
+
+def _read_generation_config(folder: Path) -> dict[str, Any]:
+    """Its values, {} where there is no such file."""
+    file = folder / _GENERATION_NAME
+    values = _read_json(file) if file.is_file() else {}
+    eos = values.get("eos_token_id")
+    if not (eos is None or _is_list_of(int, eos if isinstance(eos, list) else [eos])):
+        raise ValueError(f"{file}: eos_token_id is {eos!r:.80}, expected a token id or a list of them")
+    return values
+
+
+def _eos_ids(*found: int | list[int] | None) -> int | list[int] | None:
+    """All of them: chat models end a turn with a token that only generation_config.json, or the tokenizer, knows."""
     ids = [i for eos in found if eos is not None for i in (eos if isinstance(eos, list) else [eos])]
     ids = list(dict.fromkeys(ids))
     return ids if len(ids) > 1 else ids[0] if ids else None
 
 
+def _is_list_of(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(x, kind) and not isinstance(x, bool) for x in values)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX_NAME
-    if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    else:
-        files = [folder / "model.safetensors"]
+    """As transformers: one file, or else what the index names."""
+    index, whole = folder / _INDEX_NAME, folder / "model.safetensors"
+    names: Collection[Any] = ["model.safetensors"]
+    if index.is_file() and not whole.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        names = weight_map.values() if isinstance(weight_map, dict) else ()
+        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError(f"{index}: no weight_map of tensor names to files of this folder; {_AGAIN}")
+    files = [folder / name for name in sorted(set(names))]
     for file in files:
         if not file.is_file():
             raise ValueError(f"{folder}: no {file.name}; expected model.safetensors, or {_INDEX_NAME} and its shards")
     return files
 
 
-def _read_tensors(folder: Path, *, shapes_only: bool = False) -> StateDict:
-    """Every stored tensor by its name on disk; shapes_only: as meta tensors, from the file headers."""
+def _read_state(folder: Path, num_layers: int, *, shapes_only: bool = False) -> StateDict:
+    """Every tensor of the decoder by our name; shapes_only: as meta tensors, from the file headers.
+
+    Raises ValueError naming file and tensor for one that is not floating point, or that holds NaN or Inf.
+    """
     stored: StateDict = {}
     for file in _weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    if is_left_out(name, num_layers):
+                        continue
+                    part = tensors.get_slice(name)
+                    if part.get_dtype() not in _FLOATS or name in stored:
+                        problem = "is there twice" if name in stored else f"has dtype {part.get_dtype()}"
+                        raise ValueError(
+                            f"{file}: {name} {problem}; expected each tensor once, in {', '.join(_FLOATS)}"
+                        )
                     if shapes_only:
-                        stored[name] = torch.empty(tensors.get_slice(name).get_shape(), device="meta")
+                        stored[name] = torch.empty(part.get_shape(), dtype=_FLOATS[part.get_dtype()], device="meta")
                     else:
-                        stored[name] = tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error}); copy or download it again") from error
-    return stored
+                        stored[name] = _finite(tensors.get_tensor(name), name, file)
+        except (SafetensorError, OSError) as error:
+            reason = _one_line(error)
+            raise ValueError(f"{file}: not a readable safetensors file ({reason}); {_AGAIN}") from error
+    return from_hf_names(stored, source=folder)
+
+
+def _finite(tensor: Tensor, name: str, file: Path) -> Tensor:
+    # A sum is one pass at the speed of memory, and finite only if every element is; large ones may overflow it.
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise ValueError(f"{file}: {name} holds NaN or Inf; take an earlier checkpoint, or {_AGAIN}")
+    return tensor
+
+
+def _share_head(config: ModelConfig, state: StateDict, folder: Path) -> ModelConfig:
+    """As transformers: tied weights are one where one or two equal ones are stored, and two where those differ."""
+    if not config.tie_word_embeddings:
+        return config
+    names = ("embed_tokens.weight", "lm_head.weight")
+    stored = [state[name] for name in names if name in state]
+    if len(stored) == 2 and stored[0].is_meta:
+        return config
+    if len(stored) == 2 and not torch.equal(*stored):
+        logger.warning(
+            "%s: not tied, although tie_word_embeddings is true: lm_head.weight and model.embed_tokens.weight differ",
+            folder,
+        )
+        return dataclasses.replace(config, tie_word_embeddings=False)
+    if stored:
+        state |= dict.fromkeys(names, stored[0])
+    return config
 
 
 def _meta_decoder(config: ModelConfig, scalar_head: bool, state: StateDict, folder: Path) -> Decoder:
-    """A decoder on meta that `state` fits; a tied head, absent on disk, is added to `state`."""
+    """A decoder on meta that `state` fits."""
     with torch.device("meta"):
         decoder = Decoder(config, scalar_head=scalar_head)
-    if config.tie_word_embeddings and not scalar_head and "embed_tokens.weight" in state:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
     _check_against(decoder, state, folder)
     return decoder
 
@@ -301,28 +342,18 @@ def _meta_decoder(config: ModelConfig, scalar_head: bool, state: StateDict, fold
 def _check_against(decoder: Decoder, state: StateDict, folder: Path) -> None:
     """Names and shapes, before any copy; keys are reported as they stand on disk."""
     expected = decoder.state_dict()
-    missing = [_disk_name(name) for name in expected if name not in state]
-    unexpected = [_disk_name(name) for name in state if name not in expected]
+    missing = [disk_name(name) for name in expected if name not in state]
+    unexpected = [disk_name(name) for name in state if name not in expected]
     if missing or unexpected:
-        problems = [f"missing {_some(missing)}"] if missing else []
-        problems += [f"unexpected {_some(unexpected)}"] if unexpected else []
+        problems = [f"missing {some(missing)}"] if missing else []
+        problems += [f"unexpected {some(unexpected)}"] if unexpected else []
         raise ValueError(f"{folder}: {'; '.join(problems)}; do the weights belong to this config.json?")
     for name, tensor in expected.items():
         if tensor.shape != state[name].shape:
             raise ValueError(
-                f"{folder}: {_disk_name(name)} has shape {tuple(state[name].shape)}, "
+                f"{folder}: {disk_name(name)} has shape {tuple(state[name].shape)}, "
                 f"expected {tuple(tensor.shape)} from config.json"
             )
-
-
-def _disk_name(name: str) -> str:
-    return name if name.startswith(("lm_head.", "score.")) else f"model.{name}"
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _resolve_dtype(dtype: torch.dtype | str, folder: Path, state: StateDict) -> torch.dtype:
@@ -330,10 +361,10 @@ def _resolve_dtype(dtype: torch.dtype | str, folder: Path, state: StateDict) -> 
         return dtype
     name = dtype
     if name == "auto":
-        values = json.loads((folder / "config.json").read_text())
+        values = _read_json(folder / "config.json")
         name = str(values.get("dtype") or values.get("torch_dtype") or state["embed_tokens.weight"].dtype)
     resolved = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(resolved, torch.dtype):
+    if resolved not in _FLOATS.values():
         raise ValueError(f"dtype={dtype!r}, expected a torch.dtype, its name (bfloat16, float16, float32), or 'auto'")
     return resolved
 

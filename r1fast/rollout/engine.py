@@ -9,7 +9,15 @@ from r1fast.models.cache import BlockCache, free_memory
 from r1fast.models.decoder import Decoder
 from r1fast.rollout.batch import Batch, Prompt, Sampled, num_blocks_of
 from r1fast.rollout.graphs import CAPTURES, StepGraphs
-from r1fast.rollout.sampling import Completion, SamplingParams, completion_texts, eos_token_ids, sample_keys
+from r1fast.rollout.prompts import encode_text_prompts
+from r1fast.rollout.sampling import (
+    Completion,
+    SamplingParams,
+    check_finite,
+    completion_texts,
+    eos_token_ids,
+    sample_keys,
+)
 
 RawPrompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
@@ -75,10 +83,11 @@ class RolloutEngine:
     ) -> list[list[Completion]]:
         """`params.n` completions for each prompt, in order.
 
-        prompts: strings (encoded as the tokenizer does by default) or lists of token ids. sequence_ids: one integer
+        prompts: strings (encoded as prompts.py does, like training's) or lists of token ids. sequence_ids: one integer
         per prompt that stands for it in the noise (default: its index), so that a prompt gets the same completions in
         whichever call or rank it is sampled. on_progress(num_finished, num_total) counts completions.
-        Raises ValueError, before any work, for a prompt that is empty, too long or not of the vocabulary.
+        Raises ValueError, before any work, for a prompt that is empty, too long or not of the vocabulary; and
+        FloatingPointError when the model's logits are not finite.
         """
         prompt_ids = self._encode(prompts)
         self._check_prompts(prompt_ids, params)
@@ -123,7 +132,9 @@ class RolloutEngine:
             self.model.train(was_training)
 
         flat = self._completions([sampled[index] for index in range(num_total)], stop_ids)
-        return [flat[start : start + params.n] for start in range(0, num_total, params.n)]
+        outputs = [flat[start : start + params.n] for start in range(0, num_total, params.n)]
+        check_finite(outputs)
+        return outputs
 
     def _distinct(
         self, prompt_ids: list[list[int]], sequence_ids: Sequence[int], params: SamplingParams
@@ -178,7 +189,7 @@ class RolloutEngine:
             return [list(prompt) for prompt in prompts]  # type: ignore[arg-type]
         if self.tokenizer is None:
             raise ValueError("got string prompts but no tokenizer; give RolloutEngine one, or prompts as token ids")
-        encoded = iter(self.tokenizer(texts)["input_ids"])
+        encoded = iter(encode_text_prompts(texts, self.tokenizer))
         return [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
 
     def _check_prompts(self, prompt_ids: list[list[int]], params: SamplingParams) -> None:

@@ -82,6 +82,16 @@ class Completion:
     routed_experts: np.ndarray | None = None
 
 
+def check_finite(outputs: Sequence[Sequence[Completion]]) -> None:
+    """FloatingPointError when a log-prob is NaN or infinite: then so were the logits, and the tokens mean nothing."""
+    bad = sum(not math.isfinite(sum(sample.logprobs)) for samples in outputs for sample in samples)
+    if bad:
+        raise FloatingPointError(
+            f"the model's logits are not finite in {bad} of {sum(map(len, outputs))} completions: its weights hold NaN "
+            "or Inf, or overflow in its dtype; take an earlier checkpoint, or another dtype"
+        )
+
+
 def eos_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
     """End-of-sequence tokens of the model's configuration (one or several) and of the tokenizer."""
     eos = config.eos_token_id

@@ -30,6 +30,7 @@ from r1fast.models.weights import StateDict
 from r1fast.rollout.sampling import (
     Completion,
     SamplingParams,
+    check_finite,
     completion_texts,
     eos_token_ids,
     fold_in,
@@ -103,7 +104,7 @@ class VllmEngine:
 
         sequence_ids: one integer per prompt that stands for it in the seeds; default: its index.
         Raises ValueError for parameters under which vLLM's log-probs would not be the trainer's, RolloutError when vLLM
-        gives no answer, or log-probs that are not the trainer's.
+        gives no answer, or log-probs that are not the trainer's, FloatingPointError when those are not finite.
         """
         check_params(params)
         if not prompts:
@@ -123,7 +124,11 @@ class VllmEngine:
                     raise
                 self.num_pushes = 0  # another server: zeros and the check again
         self.backend.rest()
-        return [self._completions(prompt, sampled, params) for prompt, sampled in zip(prompt_ids, outputs, strict=True)]
+        found = [
+            self._completions(prompt, sampled, params) for prompt, sampled in zip(prompt_ids, outputs, strict=True)
+        ]
+        check_finite(found)
+        return found
 
     def _push(self, prompts: list[list[int]], max_tokens: int) -> None:
         self.backend.load(self.model, zero_first=self.num_pushes == 0)

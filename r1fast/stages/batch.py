@@ -15,6 +15,7 @@ from torch import Tensor
 
 from r1fast.config import ConfigError
 from r1fast.data.templates import RESPONSE_FORMATS, render_prompt
+from r1fast.rollout.prompts import encode_text_prompts
 
 
 @dataclass(slots=True)
@@ -87,20 +88,21 @@ class Prompt(NamedTuple):
 
 
 def encode_prompts(prompts: Sequence[Any], tokenizer: Any, options: Any) -> list[Prompt]:
-    """Prompts (text or chat messages) in the stage's template, with the BOS token exactly once."""
+    """Prompts (text or chat messages) in the stage's template.
+
+    Of special tokens a prompt has what the template writes. Our own templates also get what the tokenizer puts before a
+    text by default, once; its own chat template is taken to be complete, as transformers does.
+    """
     render = {"response_format": options.response_format, "prefill_think": options.prefill_think}
     texts = [render_prompt(prompt, options.prompt_template, tokenizer=tokenizer, **render) for prompt in prompts]
     layout = RESPONSE_FORMATS[options.response_format]
-    ids = with_bos(encode_texts(texts, tokenizer), tokenizer)
-    return [Prompt(row, layout.is_prefilled(text)) for row, text in zip(ids, texts, strict=True)]
-
-
-def with_bos(ids: list[list[int]], tokenizer: Any) -> list[list[int]]:
-    """Every row led by the BOS token exactly once, if the tokenizer has one; templates may have written it."""
-    bos = tokenizer.bos_token_id
-    if bos is None and [] in ids:
-        raise ValueError(f"row {ids.index([])} has an empty prompt, and the tokenizer no BOS token; drop the row")
-    return ids if bos is None else [row if row[:1] == [bos] else [bos, *row] for row in ids]
+    encode = encode_texts if options.prompt_template == "tokenizer" else encode_text_prompts
+    ids = encode(texts, tokenizer)
+    if [] in ids:
+        raise ValueError(
+            f"row {ids.index([]) + 1}: the prompt is empty, and the tokenizer puts no BOS token; drop the row"
+        )
+    return [Prompt(x, layout.is_prefilled(text)) for x, text in zip(ids, texts, strict=True)]
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:

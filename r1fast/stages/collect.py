@@ -10,8 +10,9 @@ from typing import Any
 from r1fast.config import ConfigError
 from r1fast.data.sources import load_rows
 from r1fast.data.templates import FEW_SHOT_STOP, RESPONSE_FORMATS, render_prompt
+from r1fast.rollout.prompts import encode_text_prompts
 from r1fast.schema import FewShotOptions
-from r1fast.stages.batch import Prompt, encode_texts, with_bos
+from r1fast.stages.batch import Prompt
 from r1fast.stages.context import StageContext
 from r1fast.stages.reject import select, sft_row
 from r1fast.stages.sampling import Sample, Sampler
@@ -59,7 +60,7 @@ def few_shot_samples(ctx: StageContext, rows: list[dict], first_group: int) -> l
             )
         shown = rng.sample(same, few_shot.num_examples)
         texts.append(render_prompt(row["prompt"], "few_shot", examples=shown, prefill_think=True))
-    prompts = [Prompt(ids, True) for ids in with_bos(encode_texts(texts, tokenizer), tokenizer)]
+    prompts = [Prompt(ids, True) for ids in encode_text_prompts(texts, tokenizer)]
     samples = Sampler(ctx, model, tokenizer).generate(
         rows,
         n=few_shot.num_samples,

@@ -1,5 +1,6 @@
 """What every stage is given: its settings, the run it belongs to, the ranks, and the clock."""
 
+import copy
 import json
 import os
 import shutil
@@ -14,12 +15,14 @@ import torch
 from torch import nn
 
 from r1fast.config import ConfigError
+from r1fast.data.chat_templates import chat_template
 from r1fast.dist.mesh import Dist
 from r1fast.dist.parallelize import full_state_dict, parallelize
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model, save_model
 from r1fast.observe.metrics import StageLog
 from r1fast.observe.progress import active_progress
+from r1fast.rollout.prompts import leading_ids
 from r1fast.schema import Recipe
 
 
@@ -102,7 +105,14 @@ class StageContext:
                 partial = target.with_name(target.name + ".partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 config = model.config  # type: ignore[union-attr]
-                save_model(config, state, partial, tokenizer=tokenizer, scalar_head=model.scalar_head)  # type: ignore[arg-type]
+                save_model(
+                    config,  # type: ignore[arg-type]
+                    state,
+                    partial,
+                    tokenizer=exported_tokenizer(self, tokenizer),
+                    scalar_head=model.scalar_head,  # type: ignore[arg-type]
+                    source=None if self.stage.kind == "pretrain" else self.model_path(self.model_ref),
+                )
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(partial, target)
             self.dist.barrier()
@@ -145,3 +155,22 @@ class StageContext:
         finally:
             self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
             self._in_phase = False
+
+
+def exported_tokenizer(ctx: StageContext, tokenizer: Any) -> Any:
+    """The tokenizer with the chat template that renders the stage's prompts."""
+    stage = ctx.stage
+    if stage.prompt_template == "few_shot":
+        ctx.message(f"{stage.name}: few_shot prompts are no chat: the saved model keeps the tokenizer's chat template")
+    template = chat_template(
+        stage.prompt_template,
+        tokenizer=tokenizer,
+        response_format=stage.response_format,
+        prefill_think=stage.prefill_think,
+        leading=tokenizer.decode(leading_ids(tokenizer), skip_special_tokens=False),
+    )
+    if template is None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer

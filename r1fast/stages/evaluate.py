@@ -7,9 +7,13 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import torch
 
+from r1fast.config import ConfigError
 from r1fast.data.sources import load_rows
+from r1fast.dist.parallelize import local_tensor
 from r1fast.models.decoder import Decoder
+from r1fast.models.names import some
 from r1fast.rewards.accuracy import last_box, plain_number
 from r1fast.stages.context import StageContext
 from r1fast.stages.sampling import Sample, Sampler, summary_of
@@ -55,6 +59,7 @@ def evaluate(ctx: StageContext, model: Decoder, tokenizer: Any) -> dict[str, Any
     rows = load_rows(ctx.sources(stage.eval_files), "prompts")
     if stage.eval_limit is not None and stage.eval_limit < len(rows):
         rows = random.Random(0).sample(rows, stage.eval_limit)  # from every file, the same in every run
+    check_weights(ctx, model)
     sampler = Sampler(ctx, model, tokenizer)
     with ctx.phase("evaluate"), Scorer(ctx, stage.eval_rewards, stage.response_format) as scorer:
         prompts = sampler.encode(rows)
@@ -70,6 +75,19 @@ def evaluate(ctx: StageContext, model: Decoder, tokenizer: Any) -> dict[str, Any
     result = {name: value for name, value in result.items() if not math.isnan(value)}
     settings = {"split": ",".join(stage.eval_files), "temperature": stage.eval_temperature, "k": stage.eval_num_samples}
     return result | settings
+
+
+@torch.no_grad()
+def check_weights(ctx: StageContext, model: Decoder) -> None:
+    """ConfigError, on every rank, when a weight or a router's bias is not finite: some of that shows in no logit."""
+    local = {name: local_tensor(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    sums = torch.stack([t.sum(dtype=torch.float32) for t in local.values()]).tolist()
+    bad = [name for name, total in zip(local, sums) if not math.isfinite(total) and not local[name].isfinite().all()]
+    if found := sorted({name for names in ctx.dist.all_gather_objects(bad) for name in names}):
+        raise ConfigError(
+            f"stages.{ctx.stage.name}: the model holds NaN or Inf in {some(found)}, so it is not evaluated; take an "
+            "earlier checkpoint, or lower learning_rate"
+        )
 
 
 def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from r1fast.stages.batch import Prompt, encode_prompts
 from r1fast.stages.context import StageContext
 from r1fast.stages.engines import build_engine, share_of
 
-Share = dict[int, list[Completion]] | str  # by index of the prompt, or why vLLM gave none
+# By index of the prompt, or why there are none: vLLM gave no answer, or the model's logits are not finite.
+Share = dict[int, list[Completion]] | RolloutError | FloatingPointError
 
 
 class GenerationFailed(ConfigError):
@@ -114,15 +115,17 @@ class Sampler:
             outputs = self.engine.generate(
                 [call.prompts[i].ids for i in mine], call.params, sequence_ids=[call.sequence_ids[i] for i in mine]
             )
-        except RolloutError as error:  # raised by `gather` on every rank: the others would wait for this one
-            return str(error)
+        except (RolloutError, FloatingPointError) as error:  # `gather` raises: the other ranks would wait for this one
+            return error
         return dict(zip(mine, outputs, strict=True))
 
     def gather(self, call: Call, mine: Share) -> list[Sample]:
         merged: dict[int, list[Completion]] = {}
         for share in self.ctx.dist.all_gather_objects(mine):
-            if isinstance(share, str):
+            if isinstance(share, RolloutError):
                 raise GenerationFailed(f"stages.{self.ctx.stage.name}: {share}")
+            if isinstance(share, FloatingPointError):
+                raise ConfigError(f"stages.{self.ctx.stage.name}: {share}")
             merged |= share
         return [
             Sample(

@@ -123,9 +123,9 @@ WRONG_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope_parameters.factor=0, expected a number, 1 or"),
     (
         {"rope_parameters": {"rope_type": "linear", "factor": 2, "beta_fast": 3}},
-        "beta_fast=3, expected only rope_theta",
+        "beta_fast=3, expected only rope_type, rope_theta",
     ),
-    ({"rope_parameters": {"factor": 2}}, "rope_parameters.factor=2, expected only rope_theta, rope_type, type for def"),
+    ({"rope_parameters": {"factor": 2}}, "rope_parameters.factor=2, expected only rope_type, rope_theta for def"),
     (
         {"rope_parameters": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 4}},
         "low_freq_factor=4, expected less than high_freq_factor=4",

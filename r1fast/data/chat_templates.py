@@ -1,0 +1,99 @@
+"""Prompt templates as Jinja: a saved model carries one, by which `apply_chat_template` gives its training's prompts.
+
+With add_generation_prompt the token ids are those of the stage's prompts, token for token: rendering here writes out
+what the tokenizer puts before a text by default, because chats are encoded without it. Without, the same text goes on
+with the assistant's turn, as in supervised fine-tuning.
+"""
+
+import json
+from typing import Any
+
+from r1fast.data.templates import (
+    ASSISTANT,
+    BOS,
+    EOS,
+    PROMPT_TEMPLATES,
+    R1_ZERO,
+    USER,
+    get_response_format,
+    render_prompt,
+)
+
+_ONE_QUESTION = (
+    "{%- if messages[0]['role'] != 'user' or messages|length > 2"
+    " or messages|length == 2 and messages[1]['role'] != 'assistant' -%}"
+    "{{ raise_exception('this model was trained on single questions: expected one user message') }}"
+    "{%- endif -%}"
+)
+
+
+def chat_template(
+    template: str,
+    *,
+    tokenizer: Any,
+    response_format: str | None = None,
+    prefill_think: bool = False,
+    leading: str = "",
+) -> str | dict[str, str] | None:
+    """The Jinja template that renders what render_prompt does with these options; None: the tokenizer's own does.
+
+    leading: the text of the special tokens that the tokenizer puts before a text by default.
+    `few_shot` holds worked examples, which are no chat: None.
+    """
+    chosen = PROMPT_TEMPLATES[template]
+    prefill = get_response_format(response_format or chosen.response_format).prefill if prefill_think else ""
+    if template == "chat":
+        return _chat(tokenizer, prefill, leading)
+    if template == "tokenizer":
+        return _tokenizers_own(tokenizer, prefill)
+    if template == "few_shot":
+        return None
+    before, after = R1_ZERO.split("{prompt}") if template == "r1_zero" else ("", "")
+    space = " " if prefill and template == "r1_zero" else ""
+    start = _write(leading + before)
+    if leading and not before:  # a question that begins with it gets no second one
+        start = "{%- if not messages[0]['content'].startswith(" + _quote(leading) + ") -%}" + start + "{%- endif -%}"
+    end = _write((tokenizer.eos_token if tokenizer is not None else EOS) or "")
+    answer = "{{- messages[1]['content'] -}}" + end
+    return (
+        f"{_ONE_QUESTION}{start}{{{{- messages[0]['content'] -}}}}{_write(after)}"
+        f"{{%- if messages|length == 2 -%}}{_write(space)}{answer}"
+        f"{{%- elif add_generation_prompt -%}}{_write(space + prefill)}{{%- endif -%}}"
+    )
+
+
+def _chat(tokenizer: Any, prefill: str, leading: str) -> str:
+    """As templates.py renders it: earlier assistant turns lose their reasoning, the last message is whole."""
+    bos, eos = (BOS, EOS) if tokenizer is None else (tokenizer.bos_token or "", tokenizer.eos_token or "")
+    return (
+        f"{_write(bos if bos.startswith(leading) else leading + bos)}"
+        "{%- for message in messages -%}"
+        "{%- if message['role'] == 'system' -%}{{- message['content'] -}}"
+        "{%- elif message['role'] == 'user' -%}" + _write(USER) + "{{- message['content'] -}}"
+        "{%- elif message['role'] == 'assistant' -%}" + _write(ASSISTANT) + "{%- if loop.last -%}"
+        "{{- message['content'] -}}{%- else -%}{{- message['content'].split('</think>')[-1] -}}{%- endif -%}"
+        + _write(eos)
+        + "{%- else -%}{{ raise_exception('roles are system, user and assistant, got ' + message['role']) }}"
+        "{%- endif -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}" + _write(ASSISTANT + prefill) + "{%- endif -%}"
+    )
+
+
+def _tokenizers_own(tokenizer: Any, prefill: str) -> str | dict[str, str] | None:
+    """The tokenizer's template, which opens the reasoning at the end where it does not by itself."""
+    if not prefill or render_prompt("a", "tokenizer", tokenizer=tokenizer).rstrip().endswith(prefill.rstrip()):
+        return None
+    templates = tokenizer.chat_template
+    own = templates["default"] if isinstance(templates, dict) else templates
+    # Jinja drops one newline at the end of a template; here that is no longer the end. The plus keeps other blanks.
+    own = own.removesuffix("\n") + "{%+ if add_generation_prompt %}{{ " + _quote(prefill) + " }}{% endif %}"
+    return templates | {"default": own} if isinstance(templates, dict) else own
+
+
+def _write(text: str) -> str:
+    return "{{- " + _quote(text) + " -}}" if text else ""
+
+
+def _quote(text: str) -> str:
+    """A Jinja string: its escapes are those of Python, of which JSON's are a part."""
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,92 @@
+"""Tensor names on disk and in the decoder.
+
+Our parameter names are Hugging Face's without the leading `model.`; the one other difference is that a MoE layer's
+experts are stacked here and one key per expert on disk:
+
+    ours  layers.3.mlp.experts.gate_up_proj [E, 2F, D]    layers.3.mlp.experts.down_proj [E, D, F]
+    disk  model.layers.3.mlp.experts.7.{gate,up,down}_proj.weight
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+StateDict = dict[str, Tensor]
+
+_LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.")
+_EXPERT_KEY = re.compile(r"(?P<layer>.*\.experts)\.(?P<expert>\d+)\.(?P<proj>gate|up|down)_proj\.weight")
+
+
+def to_hf_names(state_dict: StateDict, *, tied: bool) -> StateDict:
+    """Our names -> names on disk: experts apart, `model.` in front, no second copy of a tied head."""
+    out: StateDict = {}
+    for name, tensor in state_dict.items():
+        if name.startswith(("lm_head.", "score.")):
+            if not (tied and name.startswith("lm_head.")):
+                out[name] = tensor
+        elif name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            out |= _split_experts(f"model.{name}", tensor)
+        else:
+            out[f"model.{name}"] = tensor
+    return out
+
+
+def is_left_out(name: str, num_layers: int) -> bool:
+    """Whether a tensor on disk is not the decoder's: multi-token-prediction layers and stored rotary tables."""
+    layer = _LAYER_KEY.match(name)
+    return bool(layer and int(layer[1]) >= num_layers) or name.endswith("rotary_emb.inv_freq")
+
+
+def from_hf_names(stored: StateDict, *, source: Path) -> StateDict:
+    """Names on disk -> our names."""
+    out: StateDict = {}
+    experts: dict[str, dict[tuple[str, int], Tensor]] = {}
+    for name, tensor in stored.items():
+        ours = name.removeprefix("model.")
+        if found := _EXPERT_KEY.fullmatch(ours):
+            experts.setdefault(found["layer"], {})[found["proj"], int(found["expert"])] = tensor
+        else:
+            out[ours] = tensor
+    for layer_name, parts in experts.items():
+        out |= _stack_experts(layer_name, parts, source)
+    return out
+
+
+def _split_experts(name: str, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
+    prefix, _, proj = name.rpartition(".")
+    for expert, weight in enumerate(stacked):
+        if proj == "down_proj":
+            yield f"{prefix}.{expert}.down_proj.weight", weight
+        else:
+            gate, up = weight.chunk(2)
+            yield f"{prefix}.{expert}.gate_proj.weight", gate
+            yield f"{prefix}.{expert}.up_proj.weight", up
+
+
+def _stack_experts(layer_name: str, parts: dict[tuple[str, int], Tensor], source: Path) -> StateDict:
+    num_experts = 1 + max(expert for _, expert in parts)
+    wanted = ((proj, expert) for expert in range(num_experts) for proj in ("gate", "up", "down"))
+    missing = (f"model.{layer_name}.{e}.{proj}_proj.weight" for proj, e in wanted if (proj, e) not in parts)
+    if absent := list(islice(missing, 3)):  # a name may hold any number
+        raise ValueError(f"{source}: missing {some(absent)}; is the checkpoint complete?")
+    for proj in ("gate", "up", "down"):
+        shapes = {tuple(parts[proj, e].shape) for e in range(num_experts)}
+        if len(shapes) > 1 or len(next(iter(shapes))) != 2:
+            raise ValueError(f"{source}: model.{layer_name}.*.{proj}_proj.weight have shapes {sorted(shapes)}, not one")
+    gate_up = [torch.cat((parts["gate", e], parts["up", e])) for e in range(num_experts)]
+    down = [parts["down", e] for e in range(num_experts)]
+    return {f"{layer_name}.gate_up_proj": torch.stack(gate_up), f"{layer_name}.down_proj": torch.stack(down)}
+
+
+def disk_name(name: str) -> str:
+    return name if name.startswith(("lm_head.", "score.")) else f"model.{name}"
+
+
+def some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,28 @@
+"""Text prompts as token ids, the same for training, evaluation and `generate`."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text by default: its BOS token (Llama), or nothing (Qwen)."""
+    inside, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    for start in range(len(whole) - len(inside) + 1):
+        if whole[start : start + len(inside)] == inside:
+            return list(whole[:start])
+    raise ValueError(
+        f"the tokenizer encodes 'a' as {inside}, and with its special tokens as {whole}, without the former"
+    )
+
+
+def encode_text_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of texts as the tokenizer encodes them by default, but open at the end, as a prompt has to be.
+
+    A text that begins with what the tokenizer would put there, such as a chat template's BOS token, gets no second one.
+    """
+    if not texts:
+        return []
+    leading = leading_ids(tokenizer)
+    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [ids if ids[: len(leading)] == leading else [*leading, *ids] for ids in encoded]

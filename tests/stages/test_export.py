@@ -1,0 +1,169 @@
+"""The saved folder alone gives the prompts of training, its stop tokens, and the generation defaults of its source."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import processors
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from r1fast.data.tokenizer import BOS, train_tokenizer
+from r1fast.models.config import ModelConfig
+from r1fast.models.decoder import Decoder
+from r1fast.models.weights import load_model, save_model
+from r1fast.rollout.engine import RolloutEngine
+from r1fast.rollout.prompts import encode_text_prompts, leading_ids
+from r1fast.rollout.sampling import SamplingParams
+from r1fast.stages.batch import encode_examples, encode_prompts
+from r1fast.stages.context import exported_tokenizer
+from tests.tiny_checkpoint import TEXTS
+
+QUESTION = "What is {1} + 2 ?\n 'quoted' \"twice\" \\n {{ braces }} 🙂  "
+SYSTEM = {"role": "system", "content": "be brief \n"}
+TURNS = [
+    {"role": "user", "content": "one ?"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\ntwo"},
+    {"role": "user", "content": QUESTION},
+]
+PROMPTS: dict[str, Any] = {
+    "question": QUESTION,
+    "bos-in-the-question": f"{BOS}one ?",
+    "system": [SYSTEM, TURNS[0]],
+    "turns": TURNS,
+    "system-turns": [SYSTEM, *TURNS],
+}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\n"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}\n"
+)
+
+
+def make_tokenizer(kind: str) -> PreTrainedTokenizerBase:
+    """adds-bos as Llama's; has-bos as SmolLM2's, which it never puts itself; no-bos as Qwen's."""
+    made = train_tokenizer(TEXTS, 320)
+    if kind != "adds-bos":
+        made.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    if kind == "no-bos":
+        made.bos_token = None
+    made.chat_template = CHATML
+    return made
+
+
+@pytest.fixture(scope="module", params=["adds-bos", "has-bos", "no-bos"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    return make_tokenizer(request.param)
+
+
+def stage_of(template: str, response_format: str = "think_summary", prefill: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(
+        name="s", kind="sft", prompt_template=template, response_format=response_format, prefill_think=prefill
+    )
+
+
+def tiny_decoder(tokenizer: PreTrainedTokenizerBase, **fields: Any) -> Decoder:
+    values: dict[str, Any] = {
+        "model_type": "llama", "vocab_size": -(-len(tokenizer) // 8) * 8, "hidden_size": 16, "intermediate_size": 16,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 512,
+    }  # fmt: skip
+    decoder = Decoder(ModelConfig.from_dict(values | fields))
+    decoder.init_weights()
+    return decoder
+
+
+def saved(tokenizer: PreTrainedTokenizerBase, stage: SimpleNamespace, folder: Path, **options: Any) -> Path:
+    said: list[str] = []
+    exported = exported_tokenizer(SimpleNamespace(stage=stage, message=said.append), tokenizer)  # type: ignore[arg-type]
+    assert bool(said) == (stage.prompt_template == "few_shot")
+    decoder = tiny_decoder(tokenizer)
+    save_model(decoder.config, decoder.state_dict(), folder, exported, **options)
+    return folder
+
+
+def as_messages(prompt: Any) -> list[dict]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+@pytest.mark.parametrize("prefill", [None, "think_summary", "think_answer", "special_token"])
+@pytest.mark.parametrize("template", ["chat", "r1_zero", "plain", "tokenizer"])
+def test_the_folder_renders_the_prompts_of_training(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, template: str, prefill: str | None
+) -> None:
+    stage = stage_of(template, prefill or "think_answer", prefill is not None)
+    loaded = AutoTokenizer.from_pretrained(saved(tokenizer, stage, tmp_path))
+    assert (tmp_path / "chat_template.jinja").is_file()  # where transformers and vLLM look for it
+    for name, prompt in PROMPTS.items():
+        if isinstance(prompt, list) and template in ("r1_zero", "plain"):
+            with pytest.raises(Exception, match="trained on single questions"):
+                loaded.apply_chat_template(prompt, add_generation_prompt=True)
+            continue
+        ((expected, _),) = encode_prompts([prompt], tokenizer, stage)
+        found = loaded.apply_chat_template(as_messages(prompt), add_generation_prompt=True)["input_ids"]
+        assert found == expected, name
+
+
+@pytest.mark.parametrize("prefill", [False, True], ids=["open", "prefilled"])
+@pytest.mark.parametrize("template", ["chat", "r1_zero", "plain"])
+def test_whole_chats_are_the_examples_of_training(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, template: str, prefill: bool
+) -> None:
+    """Other trainers render the assistant's turn by the same template."""
+    stage = stage_of(template, prefill=prefill)
+    loaded = AutoTokenizer.from_pretrained(saved(tokenizer, stage, tmp_path))
+    turns = [TURNS[0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nthree"}]
+    (example,) = encode_examples([{"messages": turns}], tokenizer, stage)
+    found = loaded.apply_chat_template(turns)["input_ids"]
+    assert loaded.decode(found) == loaded.decode(example.prompt_ids + example.completion_ids)
+
+
+def test_few_shot_keeps_the_tokenizers_template(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    folder = saved(tokenizer, stage_of("few_shot"), tmp_path)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+
+
+def test_a_template_that_opens_the_reasoning_is_kept(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    opening = make_tokenizer("adds-bos")
+    opening.chat_template = CHATML.removesuffix("{% endif %}\n") + "<think>\n\n{% endif %}"
+    folder = saved(opening, stage_of("tokenizer", prefill=True), tmp_path)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == opening.chat_template
+
+
+@pytest.mark.parametrize("template", ["chat", "r1_zero", "plain"])
+def test_text_given_by_hand_is_encoded_as_in_training(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    from r1fast.data.templates import render_prompt
+
+    ((expected, _),) = encode_prompts(["one ?"], tokenizer, stage_of(template))
+    text = render_prompt("one ?", template, tokenizer=tokenizer)
+    engine = RolloutEngine(tiny_decoder(tokenizer), tokenizer)
+    params = SamplingParams(max_tokens=3)
+    assert engine.generate([text], params) == engine.generate([expected], params)
+    assert encode_text_prompts([text], tokenizer) == [expected]
+
+
+def test_what_a_tokenizer_puts_before_a_text() -> None:
+    adds, has = make_tokenizer("adds-bos"), make_tokenizer("has-bos")
+    assert leading_ids(adds) == [adds.bos_token_id] and leading_ids(has) == []
+    ends = make_tokenizer("adds-bos")
+    ends.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {ends.eos_token}",
+        special_tokens=[(BOS, ends.bos_token_id), (ends.eos_token, ends.eos_token_id)],
+    )
+    assert ends("a").input_ids[-1] == ends.eos_token_id
+    assert encode_text_prompts(["a"], ends) == [[ends.bos_token_id, *has("a").input_ids]]  # a prompt does not end
+
+
+def test_generation_defaults_of_the_source_are_kept(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("no-bos")
+    source = saved(tokenizer, stage_of("chat"), tmp_path / "source")
+    theirs = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": True, "pad_token_id": 7, "eos_token_id": 9}
+    (source / "generation_config.json").write_text(json.dumps(theirs | {"_from_model_config": True}))
+    decoder, loaded = load_model(source)
+    save_model(decoder.config, decoder.state_dict(), tmp_path / "trained", loaded, source=source)
+    found = GenerationConfig.from_pretrained(tmp_path / "trained")
+    assert {name: getattr(found, name) for name in theirs if name != "eos_token_id"} == {
+        name: value for name, value in theirs.items() if name != "eos_token_id"
+    }
+    assert set(found.eos_token_id) == {9, tokenizer.eos_token_id}  # what training ended answers with is one of them
+    again, _ = load_model(tmp_path / "trained")
+    assert set(again.config.eos_token_id) == set(found.eos_token_id)
