@@ -13,7 +13,7 @@ from typing import Any
 
 from r1fast.config import ConfigError
 from r1fast.data.rows import Row
-from r1fast.preflight_rows import reward_problems, row_problems, text_problems
+from r1fast.preflight_rows import checkpoint_of, reward_problems, row_problems, text_problems, tokenizer_of
 from r1fast.schema import Recipe
 
 DATA_KIND = {
@@ -62,13 +62,13 @@ def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> list[str
                 notes += [f"stages.{stage.name}.{' '.join(note.splitlines())}" for note in found]
     finally:
         _cache.clear()
+        checkpoint_of.cache_clear()
+        tokenizer_of.cache_clear()
     return notes
 
 
 def _problems(recipe: Recipe, stage: Any, notes: list[str]) -> Iterator[str]:
     """What is wrong, the first thing first; a caller that goes on after one may see what follows from it."""
-    from r1fast.stages.scoring import reward_specs
-
     yield from _model_problems(recipe, stage)
     rows_of: dict[str, list[Row]] = {}  # not of files that earlier stages write
     for key, kind in _file_keys(stage):
@@ -96,6 +96,8 @@ def _problems(recipe: Recipe, stage: Any, notes: list[str]) -> Iterator[str]:
                 yield f"{key}: {error}"
                 continue
             if files in rows_of:
+                from r1fast.stages.scoring import reward_specs
+
                 specs = reward_specs(rewards)
                 yield from reward_problems(recipe, key, files, specs, rows_of[files], notes)
 
@@ -168,13 +170,12 @@ def _model_refs(recipe: Recipe, stage: Any) -> Iterator[tuple[str, str]]:
 
 def _model_problems(recipe: Recipe, stage: Any) -> Iterator[str]:
     from r1fast.models.config import ModelConfig
-    from r1fast.models.weights import check_checkpoint
 
     for key, ref in _model_refs(recipe, stage):
         if ref.startswith("@"):
             continue
         try:
-            _, is_reward_model = check_checkpoint(ref)
+            _, is_reward_model = checkpoint_of(ref)
         except ValueError as error:
             yield f"{key}: {error}"
             continue
@@ -193,10 +194,8 @@ def _model_problems(recipe: Recipe, stage: Any) -> Iterator[str]:
 
 
 def _tokenizer_problems(key: str, ref: str) -> Iterator[str]:
-    from r1fast.models.weights import load_tokenizer
-
     try:
-        if load_tokenizer(ref) is None:
+        if tokenizer_of(ref) is None:
             yield f"{key}: {ref} has no tokenizer; expected tokenizer.json in it"
     except Exception as error:  # the tokenizers library raises plain Exception
         yield f"{key}: the tokenizer of {ref} cannot be read ({error}); copy or download it again"

@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from r1fast.config import ConfigError
@@ -16,12 +17,26 @@ SAMPLING_KINDS = ("collect", "reject", "distill")  # keep samples that are right
 Rows = Sequence[Row]
 
 
+@cache
+def checkpoint_of(ref: str) -> tuple[Any, bool]:
+    """(architecture, whether it is a reward model); read once for all that is checked, as the tokenizer is."""
+    from r1fast.models.weights import check_checkpoint
+
+    return check_checkpoint(ref)
+
+
+@cache
+def tokenizer_of(ref: str) -> Any:
+    from r1fast.models.weights import load_tokenizer
+
+    return load_tokenizer(ref)
+
+
 # Texts
 
 
 def text_problems(recipe: Recipe, stage: Any, key: str, kind: str, rows: Rows) -> Iterator[str]:
     """Rows that the template or the tokenizer cannot take, or too long; without a tokenizer before the run, less."""
-    from r1fast.models.weights import load_tokenizer
     from r1fast.stages.batch import of_rows, render_prompts
 
     if key.startswith("few_shot."):
@@ -29,7 +44,7 @@ def text_problems(recipe: Recipe, stage: Any, key: str, kind: str, rows: Rows) -
     ref = getattr(stage, "tokenizer", None) if stage.kind == "pretrain" else stage.model or recipe.model.path
     if key == "train_files" and kind == "prompts":
         ref = getattr(stage, "teacher", None) or ref
-    tokenizer = load_tokenizer(ref) if ref is not None and not ref.startswith("@") else None
+    tokenizer = tokenizer_of(ref) if ref is not None and not ref.startswith("@") else None
     try:
         if getattr(stage, "few_shot", None):
             few_shot = stage.model_copy(update={"prompt_template": "few_shot", "response_format": "special_token"})
@@ -59,9 +74,7 @@ def _prompts(rows: Rows, kind: str) -> list[Any]:
 
 
 def _encoding_problems(stage: Any, key: str, kind: str, rows: Rows, tokenizer: Any, ref: Any) -> Iterator[str]:
-    from r1fast.models.weights import check_checkpoint
     from r1fast.stages.batch import check_lengths, encode_examples, encode_row_prompts
-    from r1fast.stages.reward_model import encode_units
 
     if kind != "prompts" and tokenizer.eos_token_id is None:
         yield f"{key}: the tokenizer of {ref} has no EOS token, which every answer ends with; set eos_token in it"
@@ -70,7 +83,7 @@ def _encoding_problems(stage: Any, key: str, kind: str, rows: Rows, tokenizer: A
     limit = stage.max_prompt_length if kind == "prompts" else stage.max_length
     # Encoding a file of one line takes minutes. Normalisation may shorten a text, hence the factor.
     _refuse_endless(rows, kind, 4 * limit * max(map(len, vocabulary)), limit)
-    model = None if stage.kind == "pretrain" else check_checkpoint(ref)[0]
+    model = None if stage.kind == "pretrain" else checkpoint_of(ref)[0]
     if kind == "prompts":
         prompts = [ids for ids, _ in encode_row_prompts(rows, tokenizer, stage)]
         positions = math.inf if model is None else model.max_position_embeddings
@@ -81,6 +94,8 @@ def _encoding_problems(stage: Any, key: str, kind: str, rows: Rows, tokenizer: A
             mask = getattr(stage, "mask_prompt", True)
             units = [[example] for example in encode_examples(rows, tokenizer, stage, mask_prompt=mask)]
         else:
+            from r1fast.stages.reward_model import encode_units
+
             units = encode_units(rows, tokenizer, stage)
         check_lengths(units, rows, stage)
         encoded = [[ids for example in unit for ids in (example.prompt_ids, example.completion_ids)] for unit in units]
@@ -155,7 +170,7 @@ def reward_problems(
             if given is None and all(row.get("language") is None for row in chosen):
                 yield f"{key}.{name}: no row of {files} has a language; add the column, or take the reward out"
         if function == "accuracy":
-            yield from _gold_problems(recipe, f"{key}.{name}", chosen, chosen, notes)
+            yield from _gold_problems(recipe, f"{key}.{name}", chosen, notes)
             if any(row.get("reasoning_gym") for row in chosen):
                 notes.append(
                     f"{key}.{name}: rows of {files} are of reasoning_gym, whose tasks have verifiers of their own; "
@@ -200,7 +215,7 @@ def _schedule_problems(stage: Any, rows: Rows) -> Iterator[str]:
 
 def _sampling_problems(recipe: Recipe, stage: Any, rows: Rows, notes: list[str]) -> Iterator[str]:
     yield from _language_problems("train_files", rows)
-    yield from _gold_problems(recipe, "train_files", [row for row in rows if row["answer"] is not None], rows, notes)
+    yield from _gold_problems(recipe, "train_files", [row for row in rows if row["answer"] is not None], notes)
     for i, row in enumerate(rows):
         try:
             json.dumps(row)
@@ -249,25 +264,27 @@ def _few_shot_problems(stage: Any, examples: Rows, rows: Rows) -> Iterator[str]:
 # Golds
 
 
-def _gold_problems(recipe: Recipe, key: str, rows: Rows, of: Rows, notes: list[str]) -> Iterator[str]:
+def _gold_problems(recipe: Recipe, key: str, rows: Rows, notes: list[str]) -> Iterator[str]:
     """A note on the rows whose gold the accuracy reward cannot read; a problem if there are no others."""
-    if not rows:
-        return
     golds = {_spelled(row.get("answer")): row.get("answer") for row in rows}
-    tried = list(golds)[:: -(-len(golds) // MAX_GOLDS)]
+    # A domain without any gold, such as chat beside mathematics, is not meant to have one.
+    judged_domains = {_spelled(row.get("domain")) for row in rows if row.get("answer") is not None}
+    if judged_domains:
+        rows = [row for row in rows if row.get("answer") is not None or _spelled(row.get("domain")) in judged_domains]
+    tried = dict.fromkeys(list(golds)[:: -(-len(golds) // MAX_GOLDS) or 1])
     unread = _unreadable({name: golds[name] for name in tried}, recipe)
-    judged = [row for row in rows if _spelled(row.get("answer")) in set(tried)]
+    judged = [row for row in rows if _spelled(row.get("answer")) in tried]
     wrong = [row for row in judged if _spelled(row.get("answer")) in unread]
     if not wrong:
         return
-    first = f"{place(wrong[0], 0)}: {shown(wrong[0].get('answer'))}"
+    first = f"the first: {place(wrong[0], 0)}: {shown(wrong[0].get('answer'))}"
     if len(wrong) == len(judged):
-        yield f"{key}: accuracy can read the answer of no row, so none would be scored; the first: {first}"
+        yield f"{key}: accuracy can read the answer of no row, so it would score none; {first}"
         return
     among = "" if len(tried) == len(golds) else f" ({len(tried)} of {len(golds)} different answers were tried)"
     notes.append(
-        f"{key}: accuracy cannot read the answer of {len(wrong)} of {len(of)} rows{among}, which are not scored; "
-        f"the first: {first}"
+        f"{key}: accuracy cannot read the answer of {len(wrong)} of {len(rows)} rows{among} and will not score them; "
+        f"{first}"
     )
 
 
