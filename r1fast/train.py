@@ -143,7 +143,9 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple["Recipe", P
 
     check_references(recipe, selected, run_dir)
     check_output(run_dir, resume=args.resume, stages=names)
-    check_inputs(recipe, selected, run_dir)
+    for note in check_inputs(recipe, selected, run_dir):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"r1fast: note: {note}", file=sys.stderr)
     return recipe, run_dir, selected
 
 

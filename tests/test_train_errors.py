@@ -119,7 +119,9 @@ def test_long_prompt_names_the_row_and_the_limit(refuse_recipe, tmp_path: Path, 
     long = {"prompt": "red " * 50, "answer": "1"}
     write_jsonl(tmp_path / "long.jsonl", [*PROMPTS[:6], long])
     message = refuse_recipe({**GRPO, key: ["long.jsonl"]})
-    assert f"stages.zero.{key}: row 7" in message and "max_prompt_length = 40" in message and "red red" in message
+    assert (
+        f"stages.zero.{key}: long.jsonl:7" in message and "max_prompt_length = 40" in message and "red red" in message
+    )
 
 
 def test_completion_beyond_the_positions_of_the_model(refuse_recipe) -> None:
@@ -131,7 +133,7 @@ def test_prompt_that_the_template_cannot_render(refuse_recipe, tmp_path: Path) -
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     write_jsonl(tmp_path / "train.jsonl", [*PROMPTS[:2], {"prompt": chat, "answer": "1"}])
     message = refuse_recipe({**GRPO, "prompt_template": "r1_zero"})
-    assert "stages.zero.train_files: row 3" in message and "'r1_zero' takes one user message" in message
+    assert "stages.zero.train_files: train.jsonl:3" in message and "'r1_zero' takes one user message" in message
 
 
 def test_fewer_prompts_than_a_step_takes(refuse_recipe) -> None:
@@ -166,7 +168,10 @@ def test_missing_data_names_the_nearest(refuse_recipe, tmp_path: Path, file: str
     [
         ({"prompt": "one ?"}, ["sft.jsonl:5", "'completion'"]),
         ({"messages": [{"role": "user", "content": "one ?"}]}, ["sft.jsonl:5", "'user'", "assistant"]),
-        ({"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]}, ["row 5", "'tool'"]),
+        (
+            {"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]},
+            ["sft.jsonl:5", "'tool'"],
+        ),
         ({"prompt": "one ?", "completion": "red " * 40}, ["max_length = 30", "one ?"]),
     ],
     ids=["no-completion", "ends-with-the-user", "tool-turn", "too-long"],
@@ -186,7 +191,7 @@ def test_sft_row_that_no_microbatch_holds(refuse_recipe, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("example", "parts"),
     [
-        ({"prompt": "a", "answer": "b"}, ["row 1 lacks reasoning"]),
+        ({"prompt": "a", "answer": "b"}, ["examples.jsonl:1 lacks reasoning"]),
         ({"prompt": "a", "reasoning": "r", "answer": "b", "language": "zh"}, ["0 examples in language None"]),
     ],
     ids=["no-reasoning", "other-language"],

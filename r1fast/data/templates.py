@@ -111,6 +111,38 @@ class ResponseFormat:
         return pieces == expected
 
 
+Messages = list[dict[str, Any]]
+
+
+def target_text(target: str | Messages, layout: ResponseFormat) -> str:
+    """A completion as text: of a chat its last turn, the reasoning of which is rendered in `layout`."""
+    if isinstance(target, str):
+        return target
+    content, reasoning = target[-1]["content"], target[-1].get("reasoning_content")
+    return layout.render(reasoning.strip(), content.strip()) if reasoning else content
+
+
+def without_opening(target: str, prompt_text: str, layout: ResponseFormat) -> str:
+    """`target` without what the rendered prompt ends with: the opening of the reasoning, whatever the white space.
+
+    A template of R1-Distill ends in "<think>\\n", others in an empty reasoning; a target that begins with the same
+    would hold it twice.
+    """
+    start = prompt_text.rfind(layout.think_open)
+    held = "".join(prompt_text[start:].split()) if start >= 0 else ""
+    if held not in (layout.think_open, layout.think_open + layout.think_close):
+        return target
+    rest = target
+    for character in held:
+        rest = rest.lstrip()
+        if not rest.startswith(character):
+            return target
+        rest = rest[1:]
+    for character in prompt_text[len(prompt_text.rstrip()) :]:  # the white space that is there already
+        rest = rest.removeprefix(character)
+    return rest
+
+
 RESPONSE_FORMATS: dict[str, ResponseFormat] = {
     "think_answer": ResponseFormat("think_answer", "<think>", "</think>", "<answer>", "</answer>"),
     "special_token": ResponseFormat("special_token", "|special_token|", "|special_token|"),
@@ -152,8 +184,6 @@ FEW_SHOT_EXAMPLES: tuple[dict[str, str], ...] = (
         "answer": "The answer is 120.",
     },
 )
-
-Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -211,7 +241,20 @@ def _render_tokenizer(messages: Messages, options: RenderOptions) -> str:
             f"prompt template 'tokenizer' needs a tokenizer with a chat_template, got {type(tokenizer).__name__} "
             "without one; use 'chat', 'r1_zero' or 'plain'"
         )
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program: raise_exception, an undefined name, 1 / 0, ...
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"the tokenizer's chat template fails on it: {cause}") from error
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "assistant":
+            content = content.rpartition("</think>")[2]  # R1's template takes the reasoning of earlier turns out
+        if content.strip() not in text:
+            raise ValueError(
+                f"the tokenizer's chat template leaves out the turn of {message['role']!r} {content.strip()[:40]!r}; "
+                "put it into another turn, or use another prompt_template"
+            )
     # R1-Distill's own template already opens the reasoning.
     wanted = options.prefill_think and not options.format.is_prefilled(text)
     return text + options.format.prefill if wanted else text

@@ -16,6 +16,20 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     )
 
 
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids, none added; ValueError for whatever the tokenizer raises."""
+    if not texts:
+        return []
+    try:
+        return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    except BaseException as error:
+        # Rust's panics come as an exception that is no Exception, and whose class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"the tokenizer fails on it: {cause}") from error
+
+
 def encode_text_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of texts as the tokenizer encodes them by default, but open at the end, as a prompt has to be.
 
@@ -24,5 +38,5 @@ def encode_text_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
     if not texts:
         return []
     leading = leading_ids(tokenizer)
-    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    encoded = encode_texts(texts, tokenizer)
     return [ids if ids[: len(leading)] == leading else [*leading, *ids] for ids in encoded]

@@ -5,17 +5,20 @@ p p p c c c (c) | p p c c (c) | p p p p c (c)    inputs: every token but the las
 cu_seqlens [0, 6, 10, 15]   loss_cu_seqlens [0, 4, 7, 9]
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from r1fast.config import ConfigError
-from r1fast.data.templates import RESPONSE_FORMATS, render_prompt
-from r1fast.rollout.prompts import encode_text_prompts
+from r1fast.data.rows import Row, place
+from r1fast.data.templates import RESPONSE_FORMATS, render_prompt, target_text, without_opening
+from r1fast.rollout.prompts import encode_text_prompts, encode_texts
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -93,64 +96,121 @@ def encode_prompts(prompts: Sequence[Any], tokenizer: Any, options: Any) -> list
     Of special tokens a prompt has what the template writes. Our own templates also get what the tokenizer puts before a
     text by default, once; its own chat template is taken to be complete, as transformers does.
     """
+    return encode_rendered(render_prompts(prompts, tokenizer, options), tokenizer, options)
+
+
+def encode_row_prompts(rows: Sequence[dict], tokenizer: Any, options: Any) -> list[Prompt]:
+    """encode_prompts of the rows' prompts; ConfigError naming the first row that cannot be encoded."""
+    return of_rows(rows, lambda part: encode_prompts([row["prompt"] for row in part], tokenizer, options))
+
+
+def render_prompts(prompts: Sequence[Any], tokenizer: Any, options: Any) -> list[str]:
     render = {"response_format": options.response_format, "prefill_think": options.prefill_think}
-    texts = [render_prompt(prompt, options.prompt_template, tokenizer=tokenizer, **render) for prompt in prompts]
+    return [render_prompt(prompt, options.prompt_template, tokenizer=tokenizer, **render) for prompt in prompts]
+
+
+def encode_rendered(texts: Sequence[str], tokenizer: Any, options: Any) -> list[Prompt]:
     layout = RESPONSE_FORMATS[options.response_format]
     encode = encode_texts if options.prompt_template == "tokenizer" else encode_text_prompts
     ids = encode(texts, tokenizer)
     if [] in ids:
-        raise ValueError(
-            f"row {ids.index([]) + 1}: the prompt is empty, and the tokenizer puts no BOS token; drop the row"
-        )
+        raise ValueError("the prompt is empty, and the tokenizer puts no BOS token before it; drop the row")
     return [Prompt(x, layout.is_prefilled(text)) for x, text in zip(ids, texts, strict=True)]
-
-
-def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
 
 
 def encode_examples(rows: Sequence[dict], tokenizer: Any, options: Any, *, mask_prompt: bool = True) -> list[Example]:
     """Rows {prompt, completion}, {messages} or {text} as examples that end with the EOS token.
 
-    Plain text, and prompts where mask_prompt is False, are learned from their first token on.
+    Plain text, and prompts where mask_prompt is False, are learned from their first token on. ConfigError naming the
+    first row that cannot be encoded.
     """
-    prompts, completions, masked = [], [], []
+    return of_rows(rows, lambda part: _encode_examples(part, tokenizer, options, mask_prompt))
+
+
+def _encode_examples(rows: Sequence[dict], tokenizer: Any, options: Any, mask_prompt: bool) -> list[Example]:
+    prompts: list[Any] = []
+    targets: list[Any] = []
     for row in rows:
         if row.get("messages"):
-            messages = row["messages"]
-            prompts.append(messages[:-1])
-            completions.append(messages[-1]["content"])
-        elif row.get("prompt") is not None:
+            prompts.append(row["messages"][:-1])
+            targets.append(row["messages"][-1:])
+        elif row.get("completion") is not None:
             prompts.append(row["prompt"])
-            completions.append(row["completion"])
+            targets.append(row["completion"])
         else:
             prompts.append(None)
-            completions.append(row["text"])
-        masked.append(mask_prompt and prompts[-1] is not None)
-    encoded = iter(encode_prompts([p for p in prompts if p is not None], tokenizer, options))
+            targets.append(row["text"])
+    prompt_ids, target_ids = encode_with_targets(prompts, targets, tokenizer, options)
+    completion_ids = [[*ids, tokenizer.eos_token_id] for ids in target_ids]
+    return [
+        Example(p, c) if mask_prompt and prompt is not None else Example(p[:1], p[1:] + c)
+        for prompt, p, c in zip(prompts, prompt_ids, completion_ids, strict=True)
+    ]
+
+
+def encode_with_targets(
+    prompts: Sequence[Any], targets: Sequence[Any], tokenizer: Any, options: Any
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of prompts (None: text without one) and of what follows each: text, or a chat's last turn.
+
+    A target loses what is there already or will be: the opening of the reasoning if the prompt ends with it, and EOS.
+    """
+    layout = RESPONSE_FORMATS[options.response_format]
+    rendered = render_prompts([prompt for prompt in prompts if prompt is not None], tokenizer, options)
+    texts = [_without_eos(target_text(target, layout), tokenizer) for target in targets]
     start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
-    opening = RESPONSE_FORMATS[options.response_format].prefill
+    encoded = zip(rendered, encode_rendered(rendered, tokenizer, options), strict=True)
     prompt_ids = []
     for i, prompt in enumerate(prompts):
-        ids, prefilled = (start, False) if prompt is None else next(encoded)
+        if prompt is None:
+            prompt_ids.append(start)
+            continue
+        prompt_text, (ids, _) = next(encoded)
         prompt_ids.append(ids)
-        if prefilled:  # then the prompt ends with it
-            completions[i] = completions[i].removeprefix(opening)
-    completion_ids = [[*ids, tokenizer.eos_token_id] for ids in encode_texts(completions, tokenizer)]
-    return [
-        Example(p, c) if keep else Example(p[:1], p[1:] + c)
-        for p, c, keep in zip(prompt_ids, completion_ids, masked, strict=True)
-    ]
+        texts[i] = without_opening(texts[i], prompt_text, layout)
+    return prompt_ids, encode_texts(texts, tokenizer)
+
+
+def of_rows(rows: Sequence[dict], encode: Callable[[Sequence[dict]], list[T]]) -> list[T]:
+    """encode(rows) as one batch; where that raises ValueError, ConfigError naming the first row that raises it."""
+    try:
+        return encode(rows)
+    except ValueError as error:
+        first, last, cause = 0, len(rows), error
+        while last - first > 1:
+            middle = (first + last) // 2
+            try:
+                encode(rows[first:middle])
+                first = middle
+            except ValueError:
+                last = middle
+        try:  # alone, so that an index in the message is its own
+            encode(rows[first:last])
+        except ValueError as found:
+            cause = found
+        raise ConfigError(f"{place(rows[first], first)}: {cause}") from cause
+
+
+def _without_eos(text: str, tokenizer: Any) -> str:
+    """Some data sets write the end token themselves, and templates a line break after it."""
+    while tokenizer.eos_token and (stripped := text.rstrip()).endswith(tokenizer.eos_token):
+        text = stripped.removesuffix(tokenizer.eos_token)
+    return text
 
 
 def check_lengths(units: Sequence[Sequence[Example]], rows: Sequence[dict], stage: Any) -> None:
     """Every example fits into max_length, and what must stay together (one unit a row) into a micro-batch."""
     for unit, row in zip(units, rows, strict=True):
-        shown = repr(next((str(row[name]) for name in ("prompt", "messages", "text") if row.get(name)), ""))[:60]
         longest, total = max(example.num_inputs + 1 for example in unit), sum(example.num_inputs for example in unit)
         for name, length in (("max_length", longest), ("max_tokens_per_microbatch", total)):
             if length > getattr(stage, name):
                 raise ConfigError(
-                    f"stages.{stage.name}: the row {shown} has {length} tokens, more than {name} = "
+                    f"stages.{stage.name}: {_described(row)} has {length} tokens, more than {name} = "
                     f"{getattr(stage, name)}; raise it or shorten the row"
                 )
+
+
+def _described(row: Mapping[str, Any]) -> str:
+    """A row as an error shows it: where it stands, if that is known, and how it begins."""
+    begin = repr(next((str(row[name]) for name in ("prompt", "messages", "text") if row.get(name)), ""))[:60]
+    return f"{row.where}: the row {begin}" if isinstance(row, Row) else f"the row {begin}"

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from r1fast.config import ConfigError
 from r1fast.data.sources import load_rows
+from r1fast.data.templates import RESPONSE_FORMATS, target_text
 from r1fast.models.decoder import Decoder
 from r1fast.schema import RewardModelSpec
-from r1fast.stages.batch import Batch, Example, check_lengths, encode_prompts, encode_texts
+from r1fast.stages.batch import Batch, Example, check_lengths, encode_with_targets, of_rows
 from r1fast.stages.context import StageContext
 from r1fast.stages.sampling import Sample, summary_of
 from r1fast.stages.training import LossFn, Trainer, map_packed
@@ -30,8 +31,10 @@ def run(ctx: StageContext) -> dict[str, Any]:
     prompts = list(dict.fromkeys(str(row["prompt"]) for row in rows))
     held_out = set(prompts[: int(len(prompts) * stage.eval_fraction)])  # by prompt: none is on both sides
     model, tokenizer = ctx.load(ctx.model_ref, trainable=True, scalar_head=True)
-    train_units = _encode(ctx, tokenizer, [row for row in rows if str(row["prompt"]) not in held_out])
-    eval_units = _encode(ctx, tokenizer, [row for row in rows if str(row["prompt"]) in held_out])
+    units = encode_units(rows, tokenizer, stage)
+    check_lengths(units, rows, stage)
+    train_units = [unit for unit, row in zip(units, rows) if str(row["prompt"]) not in held_out]
+    eval_units = [unit for unit, row in zip(units, rows) if str(row["prompt"]) in held_out]
     if not train_units:
         raise ConfigError(f"stages.{stage.name}: no rows to train on in {', '.join(stage.train_files)}")
     _train(ctx, model, train_units)
@@ -39,35 +42,41 @@ def run(ctx: StageContext) -> dict[str, Any]:
     return {"numbers": {"rows": len(train_units), **_agreement(ctx, model, eval_units)}}
 
 
-def _encode(ctx: StageContext, tokenizer: Any, rows: Sequence[dict]) -> list[list[Example]]:
-    """One unit per row: [chosen, rejected], or one labelled example."""
-    stage = ctx.stage
+def encode_units(rows: Sequence[dict], tokenizer: Any, stage: Any) -> list[list[Example]]:
+    """One unit per row: [chosen, rejected], or one labelled example; ConfigError naming a row that gives none."""
 
     def read(column: str) -> list[Example]:
-        texts = [row[column] for row in rows]
-        if stage.score_on == "summary":
-            texts = [summary_of(text, stage.response_format) for text in texts]
-        return score_examples(tokenizer, rows, texts, stage)
+        return of_rows(rows, lambda part: score_examples(tokenizer, part, _scored(part, column, stage), stage))
 
     if stage.loss == "pairwise":
-        units = [[chosen, rejected] for chosen, rejected in zip(read("chosen"), read("rejected"))]
-    else:
-        units = [[example] for example in read("response")]
-        for (example,), row in zip(units, rows):
-            example.values["label"] = float(row["label"])
-    check_lengths(units, rows, stage)
+        return [[chosen, rejected] for chosen, rejected in zip(read("chosen"), read("rejected"))]
+    units = [[example] for example in read("response")]
+    for (example,), row in zip(units, rows):
+        example.values["label"] = float(row["label"])
     return units
 
 
-def score_examples(tokenizer: Any, rows: Sequence[dict], texts: Sequence[str], options: Any) -> list[Example]:
-    """Prompt and the text that is scored, ended by EOS, at whose position the head is read."""
-    prompts = encode_prompts([row["prompt"] for row in rows], tokenizer, options)
+def _scored(rows: Sequence[dict], column: str, stage: Any) -> list[str]:
+    layout = RESPONSE_FORMATS[stage.response_format]
+    texts = [target_text(row[column], layout) for row in rows]
+    if stage.score_on == "response":
+        return texts
+    summaries = [summary_of(text, layout.name) for text in texts]
+    for text, summary in zip(texts, summaries):
+        if text.strip() and not summary:
+            raise ValueError(
+                f"score_on: summary, but {column} has none in response_format {layout.name}: {text[:60]!r}; "
+                "use score_on: response, or name the format of the data"
+            )
+    return summaries
+
+
+def score_examples(tokenizer: Any, rows: Sequence[dict], targets: Sequence[Any], options: Any) -> list[Example]:
+    """Prompt and what is scored (text, or a chat's last turn), ended by EOS, at whose position the head is read."""
+    prompts, texts = encode_with_targets([row["prompt"] for row in rows], targets, tokenizer, options)
     eos = tokenizer.eos_token_id
     # The second EOS is the target of the first, which makes the first an input; the head never looks at targets.
-    return [
-        Example(prompt.ids, [*ids, eos, eos], {})
-        for prompt, ids in zip(prompts, encode_texts(texts, tokenizer), strict=True)
-    ]
+    return [Example(prompt, [*ids, eos, eos], {}) for prompt, ids in zip(prompts, texts, strict=True)]
 
 
 def score_head(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:

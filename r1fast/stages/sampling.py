@@ -12,7 +12,7 @@ from r1fast.dist.parallelize import generation_phase
 from r1fast.models.decoder import Decoder
 from r1fast.rollout.sampling import Completion, SamplingParams, completion_texts, eos_token_ids
 from r1fast.rollout.vllm import RolloutError
-from r1fast.stages.batch import Prompt, encode_prompts
+from r1fast.stages.batch import Prompt, encode_row_prompts
 from r1fast.stages.context import StageContext
 from r1fast.stages.engines import build_engine, share_of
 
@@ -65,7 +65,7 @@ class Sampler:
         self.engine = build_engine(ctx, model, tokenizer, record=record)
 
     def encode(self, rows: Sequence[dict]) -> list[Prompt]:
-        prompts = encode_prompts([row["prompt"] for row in rows], self.tokenizer, self.options)
+        prompts = encode_row_prompts(rows, self.tokenizer, self.options)
         for row, (ids, _) in zip(rows, prompts):
             if len(ids) > self.options.max_prompt_length:
                 raise ConfigError(

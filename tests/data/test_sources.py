@@ -69,7 +69,8 @@ VERL = {
     ],
 )
 def test_columns_become_canonical(tmp_path: Path, kind: Any, row: dict, expected: dict) -> None:
-    assert load_rows([written(tmp_path / "rows.jsonl", [row])], kind) == [expected]
+    """And what the row held stays beside them, under its own name."""
+    assert load_rows([written(tmp_path / "rows.jsonl", [row])], kind) == [{**row, **expected}]
 
 
 @pytest.mark.parametrize(

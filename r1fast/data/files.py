@@ -1,0 +1,204 @@
+"""JSON lines, JSON and Parquet files as located columns; what a library raises becomes one error with file and row.
+
+JSON is read as written: a key that is there twice, half of a surrogate pair, and a number that no float holds are
+refused. NaN and the infinities, which Python's json writes and reads, mean "no value": None.
+"""
+
+import codecs
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from r1fast.data.rows import MAX_DEPTH, plain
+
+Columns = dict[str, Any]
+Located = tuple[str, Columns]  # ("train.jsonl:17", columns)
+T = TypeVar("T")
+
+MAX_DIGITS = 300  # of an integer: a float holds no more, and Python itself reads at most 4,300
+_HALF_OF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole pair: the row has to be looked at
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def guarded(what: str, call: Callable[[], T]) -> T:
+    """call(), with any exception as a ValueError that begins with `what`: readers raise dozens, of no common base."""
+    try:
+        return call()
+    except Exception as error:
+        raise ValueError(f"{what}: {one_line(error)}") from error
+
+
+# JSON
+
+
+def read_jsonl(path: Path) -> Iterator[Located]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if content.strip():
+                where = f"{path}:{number}"
+                text = _decoded(content, where)
+                try:
+                    row = _DECODER.decode(text)
+                except json.JSONDecodeError as error:
+                    column = error.colno
+                    raise ValueError(
+                        f"{where}: wrong JSON at column {column}: {error.msg}; expected one object"
+                    ) from error
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{where}: {_refusal(error)}") from error
+                yield where, _checked(row, _Suspicion.of(text), where)
+
+
+def read_json(path: Path) -> Iterator[Located]:
+    text = _decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8), str(path))
+    try:
+        content = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        hint = "; one object per line belongs in a .jsonl file" if error.msg == "Extra data" else ""
+        raise ValueError(f"{path}:{error.lineno}: wrong JSON at column {error.colno}: {error.msg}{hint}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}{_row_of_error(text)}: {_refusal(error)}") from error
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+    if not isinstance(content, list):
+        raise ValueError(f'{path}: got a JSON {type(content).__name__}, expected a list of rows or {{"data": [...]}}')
+    suspicion = _Suspicion.of(text)
+    for index, row in enumerate(content):
+        where = f"{path}: row {index}"
+        yield where, _checked(row, suspicion, where)
+
+
+def _decoded(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Columns:
+    columns = dict(pairs)
+    if len(columns) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice, and which one counts is not known; take one out")
+    return columns
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits; write it as a string")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {digits[:40]} is more than a float can be; write it as a string")
+    return value
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=lambda name: None
+)
+
+
+def _refusal(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return f"nested too deep, expected at most {MAX_DEPTH} levels; flatten it"
+    return str(error)
+
+
+def _row_of_error(text: str) -> str:
+    """': row 3' for the row of a list that cannot be decoded; up to it the text is valid."""
+    start = re.match(r'\s*(?:\{\s*"data"\s*:\s*)?\[', text)
+    if start is None:
+        return ""
+    position, index = start.end(), 0
+    while True:
+        while text[position] in " \t\r\n,":
+            position += 1
+        try:
+            _, position = _DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError):
+            return f": row {index}"
+        index += 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Suspicion:
+    """What the text of a row, or of a whole file, may hold: most need no look at their values."""
+
+    deep: bool
+    halves: bool
+
+    @classmethod
+    def of(cls, text: str) -> "_Suspicion":
+        deep = text.count("[") + text.count("{") > MAX_DEPTH
+        return cls(deep, "\\u" in text and _HALF_OF_A_PAIR.search(text) is not None)
+
+
+def _checked(row: Any, suspicion: _Suspicion, where: str) -> Columns:
+    if not isinstance(row, dict):
+        raise ValueError(f'{where}: got a JSON {type(row).__name__}, expected an object like {{"prompt": ...}}')
+    if suspicion.deep and _depth(row) > MAX_DEPTH:
+        raise ValueError(f"{where}: nested more than {MAX_DEPTH} levels deep; flatten it")
+    if suspicion.halves:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise ValueError(f"{where}: {half} is half of a surrogate pair, no character; repair it") from error
+    return row
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inner: list[Any] = []
+        for entry in level:
+            children = entry.values() if isinstance(entry, dict) else entry
+            inner.extend(child for child in children if isinstance(child, dict | list))
+        level = inner
+    return depth
+
+
+# Parquet
+
+
+def read_parquet(path: Path) -> Iterator[Located]:
+    import pyarrow.parquet as pq
+
+    what = f"{path}: not a readable parquet file"
+    file = guarded(what, lambda: pq.ParquetFile(path))
+    names = guarded(what, lambda: file.schema_arrow.names)
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{path}: two columns are named {twice!r}, and which one counts is not known; take one out")
+    batches = file.iter_batches()
+    index = 0
+    while (batch := guarded(what, lambda: next(batches, None))) is not None:
+        for row in _rows_of(batch, path, index):
+            where = f"{path}: row {index}"
+            yield where, plain_columns(row, where)
+            index += 1
+
+
+def _rows_of(batch: Any, path: Path, first: int) -> list[Columns]:
+    try:
+        return batch.to_pylist()
+    except Exception:  # a text that is no UTF-8, a time that Python has not, ...: name the row
+        for i in range(batch.num_rows):
+            guarded(f"{path}: row {first + i}: cannot be read", batch.slice(i, 1).to_pylist)
+        raise
+
+
+def plain_columns(row: Columns, where: str) -> Columns:
+    return {name: plain(value, name, where) for name, value in row.items()}
