@@ -95,6 +95,7 @@ class RolloutSection(Strict):
 class RewardWorkers(Strict):
     num_workers: Positive = 1
     timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    memory_limit_gb: Annotated[float, Field(gt=0)] | None = None  # of one worker; None: its part of half the machine's
 
 
 class RewardSpec(Strict):
