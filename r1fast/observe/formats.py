@@ -74,6 +74,13 @@ def interval(evaluation: Mapping[str, Any] | None) -> tuple[float, float] | None
     return None
 
 
+def losses(evaluation: Mapping[str, Any] | None) -> list[str]:
+    """What stands beside the scores of an evaluation: how much of it is not the model's doing. Empty: nothing."""
+    named = (("failures", "samples with a failed reward (scored 0)"), ("unscorable", "prompts without a readable gold"))
+    counts = [(int(score(evaluation, key) or 0), words) for key, words in named]
+    return [f"{count} {words}" for count, words in counts if count]
+
+
 def short_name(name: str) -> str:
     """The last part of a Hub id or a path: charts have little room."""
     return name.rstrip("/").rpartition("/")[2] or name

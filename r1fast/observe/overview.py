@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from r1fast.observe.charts import PHASE_CLASSES, legend, phase_class, score_bars, time_rows
-from r1fast.observe.formats import format_percent, format_seconds, interval, is_number, score, short_name
+from r1fast.observe.formats import format_percent, format_seconds, interval, is_number, losses, score, short_name
 from r1fast.observe.graph import chain_graph
 from r1fast.observe.markup import Html, join, tag
 from r1fast.observe.run_data import RunData, StageData
@@ -120,6 +120,7 @@ def score_card(stages: Sequence[StageData]) -> Html | None:
         "section",
         tag("h2", "Scores by stage"),
         tag("p", _how_measured(groups), class_="soft"),
+        *(tag("p", f"{name}: {', '.join(found)}.", class_="soft") for name, e in groups if (found := losses(e))),
         legend(entries),
         tag("div", score_bars(bars, series), class_="scroll"),
         class_="card",

@@ -23,6 +23,7 @@ from r1fast.observe.formats import (
     interval,
     is_number,
     key_numbers,
+    losses,
     main_curve,
     score,
 )
@@ -126,6 +127,8 @@ class ChainProgress:
         for key in ("pass@1", "language", "format"):
             if score(evaluation, key) is not None:
                 line.append(f"  {key} ").append(format_percent(score(evaluation, key)), "bold")
+        for loss in losses(evaluation):
+            line.append(f"  {loss}", "red")
         self.console.print(line, soft_wrap=True)
 
     def message(self, text: str) -> None:
@@ -210,6 +213,7 @@ class ChainProgress:
 
 
 _SCORES = ("cons@k", "language", "format", "helpful", "harmless")
+_LOSSES = ("failures", "unscorable")  # counts, where there are any
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
@@ -218,7 +222,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.caption, table.caption_justify = f"total {format_seconds(summary.get('seconds'))}", "left"
     rows = [_summary_row(stage) for stage in summary.get("stages") or [] if isinstance(stage, Mapping)]
-    headings = ["stage", "kind", "time", "pass@1", "CI", *_SCORES]
+    headings = ["stage", "kind", "time", "pass@1", "CI", *_SCORES, *_LOSSES]
     used = [i for i in range(len(headings)) if i < 4 or any(row[i] for row in rows)]
     for i in used:
         if i < 2:
@@ -256,7 +260,8 @@ def _summary_row(stage: Mapping[str, Any]) -> list[str | Text]:
         f"{format_percent(bounds[0])}–{format_percent(bounds[1])}" if bounds else "",
     ]
     others = [_change(before, after, key) if key == "language" else _change({}, after, key) for key in _SCORES]
-    return [name, *texts, *others]
+    counts = [format_number(int(score(after, key) or 0)) if score(after, key) else "" for key in _LOSSES]
+    return [name, *texts, *others, *counts]
 
 
 def _change(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> str:

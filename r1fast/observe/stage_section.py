@@ -69,6 +69,10 @@ def _scores(stage: StageData) -> Html | None:
         if any(value is not None for value in values):
             cells = [tag("td", _written(key, evaluation)) for _, evaluation in made]
             rows.append(tag("tr", tag("td", key), *cells, _delta(key, *values) if len(made) == 2 else None))
+    for key in ("failures", "unscorable"):
+        if any(score(evaluation, key) for _, evaluation in made):
+            cells = [tag("td", format_number(evaluation.get(key))) for _, evaluation in made]
+            rows.append(tag("tr", tag("td", key), *cells, tag("td", "") if len(made) == 2 else None))
     if not rows:
         return None
     names = [name for name, _ in made] + (["change"] if len(made) == 2 else [])

@@ -16,10 +16,17 @@ def is_verl_function(function: Callable[..., Any]) -> bool:
     return {"solution_str", "ground_truth"} <= set(parameters)
 
 
-def adapt_verl(compute_score: Callable[..., Any]) -> Callable[..., list[float | None]]:
-    """A batch reward that calls `compute_score` row by row; a dict result gives its "score".
+def is_adapted(function: Callable[..., Any]) -> bool:
+    """True for what adapt_verl returns."""
+    return getattr(function, "__name__", "") == "verl_reward" and hasattr(function, "compute_score")
 
-    The gold comes from column `answer`. Further parameters of compute_score stay options of the reward.
+
+def adapt_verl(compute_score: Callable[..., Any]) -> Callable[..., Any]:
+    """A batch reward that calls `compute_score` row by row, as verl does; a dict result gives its "score".
+
+    The gold comes from column `answer`. compute_score may be a coroutine function, whose rows then run together.
+    Its further parameters stay options of the reward; what verl passes where it has no column is "" for data_source,
+    {} for extra_info.
     """
     parameters = inspect.signature(compute_score).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -29,26 +36,42 @@ def adapt_verl(compute_score: Callable[..., Any]) -> Callable[..., list[float | 
         completions: list[str],
         answer: list[Any],
         data_source: list[str] | None = None,
-        extra_info: list[dict[str, Any]] | None = None,
+        extra_info: list[dict[str, Any] | None] | None = None,
         **given: Any,
-    ) -> list[float | None]:
+    ) -> Any:
         chosen = {name: value for name, value in given.items() if name in options}
-        values: list[float | None] = []
+        results = []
         for index, (completion, gold) in enumerate(zip(completions, answer, strict=True)):
             row = {
                 "data_source": "" if data_source is None else data_source[index],
                 "solution_str": completion,
                 "ground_truth": gold,
-                "extra_info": {} if extra_info is None else extra_info[index],
+                "extra_info": {} if extra_info is None else extra_info[index] or {},
             }
             known = {name: value for name, value in row.items() if takes_any or name in parameters}
-            result = compute_score(**known, **chosen)
-            values.append(result["score"] if isinstance(result, dict) else result)
-        return values
+            results.append(compute_score(**known, **chosen))
+        if results and inspect.isawaitable(results[0]):
+            return _together(results)
+        return [_score(result) for result in results]
 
     verl_reward.__module__, verl_reward.__qualname__ = compute_score.__module__, compute_score.__qualname__
+    verl_reward.compute_score = compute_score  # type: ignore[attr-defined]
     # The visible signature holds compute_score's own options, so that a misspelt one is caught before any work.
     own = [p for p in inspect.signature(verl_reward).parameters.values() if p.kind is not p.VAR_KEYWORD]
     extra = [p.replace(kind=p.KEYWORD_ONLY) for p in options.values()]
     verl_reward.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
     return verl_reward
+
+
+async def _together(results: list[Any]) -> list[float | None]:
+    import asyncio
+
+    return [_score(result) for result in await asyncio.gather(*results)]
+
+
+def _score(result: Any) -> Any:
+    if not isinstance(result, dict):
+        return result
+    if "score" not in result:
+        raise ValueError(f"compute_score returned a dict with the keys {sorted(map(str, result))}, expected 'score'")
+    return result["score"]

@@ -1,75 +1,90 @@
-"""Runs rewards in processes that can be killed: a reward that hangs or crashes costs its rows, not the run.
+"""Runs rewards in processes that can be killed: a reward that hangs or crashes costs the rows that make it do so.
 
-Each worker is a plain subprocess speaking length-prefixed pickles over its pipes (worker.py). A call that passes the
-time limit, dies or raises is scored None for its rows, logged and listed in `RewardResult.failures`; the worker is
-killed with everything that it started, and a new one starts with the next call.
+A call is one reward on at most 64 rows, in a process of its own (process.py, worker.py) that is killed at a time limit
+with all that it started (keeper.py). A call that fails is taken apart until the rows at fault are known (isolation.py).
+The rewards of r1fast share a process; one of the user's never shares it with another reward, so that it cannot change
+what others compute.
 """
 
-import contextlib
 import inspect
 import logging
 import math
-import os
 import pickle
-import select
-import signal
-import subprocess
-import sys
-import time
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import SimpleQueue
+from functools import partial
+from itertools import takewhile
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from r1fast.rewards.registry import did_you_mean, locate, resolve
-from r1fast.rewards.worker import HEADER
+from r1fast.rewards.isolation import Isolation, Outcome
+from r1fast.rewards.process import Values, WorkerProcess, memory_share
+from r1fast.rewards.registry import did_you_mean, is_builtin, locate, resolve, takes_messages
 
 logger = logging.getLogger(__name__)
 
 MAX_CHUNK_ROWS = 64
-LOAD_TIMEOUT_S = 120.0  # process start and the import of a user's module, which may pull in anything
 _ALWAYS_THERE = {"prompts", "completions", "completion_ids", "response_format", "finish_reason", "prefilled"}
+_PER_COMPLETION = ("completions", "completion_ids", "finish_reason", "prefilled")
+_ONLY_IN_TRL = ("trainer_state", "log_extra", "log_metric", "environments")  # TRL 1.16, GRPOTrainer
+Table = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
 class RewardResult:
     """values: reward name -> float64 [N], NaN where it gave None or failed. total: weighted sum over the rewards
-    that applied, NaN where none did. failures: one text per failed call, naming reward, rows and reason.
-    failed: bool [N], True where any reward's call failed: such a completion is not scored, rather than scored low."""
+    that applied, NaN where none did. failures: one text per reason, naming reward, rows and reason.
+    failed: bool [N], True where any reward failed: such a completion is not scored, rather than scored low.
+    failed_by, exceeded: reward name -> bool [N]: where this one failed, and where its value is 0 because the
+    completion alone passed the limits of time or memory or ended the worker."""
 
     values: dict[str, np.ndarray]
     total: np.ndarray
     failures: list[str]
     failed: np.ndarray
+    failed_by: dict[str, np.ndarray]
+    exceeded: dict[str, np.ndarray]
 
 
 class RewardPool:
-    """Named rewards with weights, run in `num_workers` processes with `timeout_s` seconds for each call.
+    """Named rewards with weights, at most `num_workers` calls at a time with `timeout_s` seconds for each.
 
-    rewards: name -> weight, or {"weight": w, keyword: value, ...}; names as in registry.resolve. A call is one reward
-    on at most 64 rows. Raises ValueError, naming the reward, for one that does not exist or does not take a keyword.
+    rewards: name -> weight, or {"weight": w, keyword: value, ...}; names as in registry.resolve. memory_limit_gb: data
+    of a worker, and of each process that it starts; None: its part of half of the machine's memory.
+    Raises ValueError, naming the reward, for one that does not exist or does not take a keyword.
     """
 
     def __init__(
-        self, rewards: Mapping[str, float | Mapping[str, Any]], *, num_workers: int = 1, timeout_s: float = 30.0
+        self,
+        rewards: Mapping[str, float | Mapping[str, Any]],
+        *,
+        num_workers: int = 1,
+        timeout_s: float = 30.0,
+        memory_limit_gb: float | None = None,
     ) -> None:
         if not rewards:
             raise ValueError("rewards is empty, expected at least one, such as {accuracy: 1.0, format: 1.0}")
         if num_workers < 1 or not timeout_s > 0:
             raise ValueError(f"expected num_workers >= 1 and timeout_s > 0, got {num_workers=} and {timeout_s=}")
+        if memory_limit_gb is not None and not memory_limit_gb > 0:
+            raise ValueError(f"expected memory_limit_gb > 0 or None, got {memory_limit_gb=}")
         self.timeout_s = timeout_s
+        self._memory_bytes = memory_share(num_workers) if memory_limit_gb is None else int(memory_limit_gb * 2**30)
         self._num_workers = num_workers
         self._rewards = [_Reward.build(name, setting) for name, setting in rewards.items()]
-        self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        workers = [_Worker() for _ in range(num_workers)]
-        for worker in workers:
-            self._idle.put(worker)
-        self._closer = weakref.finalize(self, _kill_all, workers)  # also when the pool is dropped, or Python exits
+        self._lock = Lock()
+        self._idle: dict[str, list[WorkerProcess]] = {}  # by what shares a process
+        self._workers: list[WorkerProcess] = []
+        self._told: set[str] = set()  # failures whose whole text has been logged
+        self._closer = weakref.finalize(
+            self, _kill_all, self._workers
+        )  # also when the pool is dropped, or Python exits
 
     def __enter__(self) -> "RewardPool":
         return self
@@ -112,37 +127,74 @@ class RewardPool:
         if wrong := {name: len(column) for name, column in table.items() if len(column) != num_rows}:
             raise ValueError(f"expected one value per completion ({num_rows}), got columns of other lengths: {wrong}")
         self._require(set(table))
-        values = {reward.name: np.full(num_rows, np.nan) for reward in self._rewards}
         chunk_rows = max(1, min(MAX_CHUNK_ROWS, math.ceil(num_rows / self._num_workers)))
-        calls = [(reward, slice(i, i + chunk_rows)) for reward in self._rewards for i in range(0, num_rows, chunk_rows)]
-        failures: list[str] = []
-        failed = np.zeros(num_rows, dtype=bool)
+        chunks = [range(i, min(i + chunk_rows, num_rows)) for i in range(0, num_rows, chunk_rows)]
+        prompt_of = partial(_without_completion, table)
+        isolations = [
+            Isolation(partial(self._call, reward, table), self.timeout_s, prompt_of) for reward in self._rewards
+        ]
+        calls = [(isolation, rows) for isolation in isolations for rows in chunks]
         with ThreadPoolExecutor(self._num_workers) as executor:
-            outcomes = executor.map(lambda call: self._run(call[0], table, call[1]), calls)
-            for (reward, rows), outcome in zip(calls, outcomes, strict=True):
-                if isinstance(outcome, str):
-                    last = min(rows.stop, num_rows) - 1
-                    failures.append(f"reward {reward.name!r}, rows {rows.start}-{last}: {outcome}")
-                    failed[rows] = True
-                    logger.warning("%s", failures[-1])
-                else:
-                    values[reward.name][rows] = [np.nan if value is None else value for value in outcome]
-        return RewardResult(values, self._weighted_total(values, num_rows), failures, failed)
+            outcomes = list(executor.map(lambda call: call[0].score(call[1]), calls))
+        return self._gather(outcomes, len(chunks), num_rows)
 
-    def _run(self, reward: "_Reward", table: Mapping[str, Sequence[Any]], rows: slice) -> list[float | None] | str:
-        """The chunk's values, or why there are none."""
-        kwargs = {name: list(column[rows]) for name, column in table.items() if reward.takes(name)} | reward.options
-        num_rows = len(table["completions"][rows])
-        # CPU time counts once per core, so the worker's own limit stays behind the pool's whatever it runs.
-        cpu_limit_s = self.timeout_s * (os.cpu_count() or 1) + 1.0
-        worker = self._idle.get()
+    def _call(
+        self,
+        reward: "_Reward",
+        table: Table,
+        rows: Sequence[int],
+        timeout_s: float,
+        *,
+        empty: bool = False,
+        fresh: bool = False,
+    ) -> tuple[Values, dict[int, str]]:
+        kwargs = reward.arguments(table, rows, empty=empty)
+        with self._lock:
+            idle = self._idle.setdefault(reward.process, [])
+            worker = idle.pop() if idle else WorkerProcess(self._memory_bytes)
+            if worker not in self._workers:
+                self._workers.append(worker)
         try:
+            if fresh and worker.used:
+                worker.kill()
             worker.load(reward.name, reward.location)
-            return worker.request(("call", reward.name, kwargs, num_rows, cpu_limit_s), self.timeout_s)
-        except _CallFailed as error:
-            return str(error)
+            worker.used = worker.used or not empty
+            return worker.call(reward.name, kwargs, len(rows), timeout_s)
         finally:
-            self._idle.put(worker)
+            with self._lock:
+                idle.append(worker)
+
+    def _gather(self, outcomes: list[Outcome], num_chunks: int, num_rows: int) -> RewardResult:
+        names = [reward.name for reward in self._rewards]
+        values = {name: np.full(num_rows, np.nan) for name in names}
+        failed = {name: np.zeros(num_rows, dtype=bool) for name in names}
+        exceeded = {name: np.zeros(num_rows, dtype=bool) for name in names}
+        failures: list[str] = []
+        for i, name in enumerate(names):
+            reasons: dict[str, tuple[str, list[int]]] = {}  # by kind
+            for outcome in outcomes[i * num_chunks : (i + 1) * num_chunks]:
+                for row, value in outcome.values.items():
+                    values[name][row] = np.nan if value is None else value
+                failed[name][list(outcome.failed)] = True
+                exceeded[name][list(outcome.exceeded)] = True
+                why = outcome.failed | {
+                    row: f"{reason}; it is the completion alone, which scores 0"
+                    for row, reason in outcome.exceeded.items()
+                }
+                for row, reason in why.items():
+                    reasons.setdefault(_kind(reason), (reason, []))[1].append(row)
+            texts = {k: f"reward {name!r}, {_row_text(rows)}: {reason}" for k, (reason, rows) in reasons.items()}
+            failures += texts.values()
+            self._tell({f"{name} {kind}": text for kind, text in texts.items()})
+        any_failed = np.logical_or.reduce(list(failed.values()))
+        return RewardResult(values, self._weighted_total(values, num_rows), failures, any_failed, failed, exceeded)
+
+    def _tell(self, texts: dict[str, str]) -> None:
+        """Log each kind of failure once in the life of the pool."""
+        for kind, text in texts.items():
+            if kind not in self._told:
+                logger.warning("%s", text)
+        self._told |= texts.keys()
 
     def _weighted_total(self, values: dict[str, np.ndarray], num_rows: int) -> np.ndarray:
         total, applied = np.zeros(num_rows), np.zeros(num_rows, dtype=bool)
@@ -153,14 +205,48 @@ class RewardPool:
         return np.where(applied, total, np.nan)
 
 
+def headline(failure: str) -> str:
+    """A failure on one line: of a traceback its last."""
+    first, *others = failure.strip().splitlines()
+    return f"{first.partition(': Traceback')[0]}: {others[-1].strip()}" if others else first
+
+
+def _kind(reason: str) -> str:
+    """Equal for reasons that differ in the rows' own words: a traceback without the exception's message, say."""
+    first, *lines = reason.splitlines() or [""]
+    frames = list(takewhile(lambda line: line.startswith(" "), lines))
+    raised = [line.partition(":")[0] for line in lines[len(frames) :][:1]]
+    return "\n".join([re.sub(r"returned .* for row \d+", "returned", first), *frames, *raised])
+
+
+def _row_text(rows: list[int]) -> str:
+    """rows 0-63, 70 and 12 others"""
+    spans: list[list[int]] = []
+    for row in sorted(rows):
+        if spans and row == spans[-1][1] + 1:
+            spans[-1][1] = row
+        else:
+            spans.append([row, row])
+    shown = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans[:5])
+    others = sum(last - first + 1 for first, last in spans[5:])
+    return f"row{'s' if len(rows) > 1 else ''} {shown}" + (f" and {others} others" if others else "")
+
+
+def _without_completion(table: Table, row: int) -> bytes:
+    """Equal for rows that differ in their completions only."""
+    return pickle.dumps([column[row] for name, column in table.items() if name not in _PER_COMPLETION])
+
+
 @dataclass(frozen=True)
 class _Reward:
     name: str
     location: str
+    process: str  # rewards with the same word here share a process
     weight: float
     options: dict[str, Any]
     accepted: frozenset[str] | None  # None: takes every column
     required_columns: frozenset[str]
+    takes_messages: bool  # completions as TRL has them
 
     @classmethod
     def build(cls, name: str, setting: float | Mapping[str, Any]) -> "_Reward":
@@ -168,7 +254,8 @@ class _Reward:
         weight = options.pop("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"reward {name!r} has weight {weight!r}, expected a finite number or {{weight: 1.0, ...}}")
-        parameters = _signature(name, resolve(name))
+        function = resolve(name)
+        parameters = _signature(name, function)
         named = {key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         for key in options:
             if key not in named or key in ("prompts", "completions", "completion_ids"):
@@ -179,11 +266,34 @@ class _Reward:
         # `**_` is there to swallow columns, `**columns` to read them.
         takes_all = any(p.kind is p.VAR_KEYWORD and not key.startswith("_") for key, p in parameters.items())
         required = {key for key in named if parameters[key].default is inspect.Parameter.empty} - set(options)
+        if absent := required.intersection(_ONLY_IN_TRL):
+            raise ValueError(
+                f"reward {name!r} needs {sorted(absent)}, which only TRL's trainer passes; give the parameter a default"
+            )
         accepted = None if takes_all else frozenset(named)
-        return cls(name, locate(name), float(weight), options, accepted, frozenset(required))
+        location = locate(name)
+        process = "r1fast" if is_builtin(function) else location
+        chats = takes_messages(name, function)
+        return cls(name, location, process, float(weight), options, accepted, frozenset(required), chats)
 
-    def takes(self, column: str) -> bool:
-        return self.accepted is None or column in self.accepted
+    def arguments(self, table: Table, rows: Sequence[int], *, empty: bool = False) -> dict[str, Any]:
+        """Keyword arguments of the call on these rows; empty: with completions of no tokens."""
+        taken = [name for name in table if self.accepted is None or name in self.accepted]
+        kwargs: dict[str, Any] = {name: [table[name][row] for row in rows] for name in taken}
+        if empty:
+            blank = {"completions": "", "completion_ids": []}
+            kwargs |= {name: [value for _ in rows] for name, value in blank.items() if name in kwargs}
+        if self.takes_messages and "completions" in kwargs:
+            kwargs["completions"] = [
+                [{"role": "assistant", "content": text}] if _is_chat(table["prompts"][row]) else text
+                for row, text in zip(rows, kwargs["completions"], strict=True)
+            ]
+        return kwargs | self.options
+
+
+def _is_chat(prompt: Any) -> bool:
+    """A list of messages, as TRL's is_conversational has it."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict) and "role" in prompt[0]
 
 
 def _signature(name: str, function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -199,110 +309,6 @@ def _signature(name: str, function: Callable[..., Any]) -> Mapping[str, inspect.
     return parameters
 
 
-class _CallFailed(Exception):
-    """Why a call has no values: a time limit, a dead worker, or the traceback of the reward."""
-
-
-class _Worker:
-    """One process, started by the first request and again by the first request after it was killed."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._loaded: set[str] = set()
-
-    def load(self, name: str, location: str) -> None:
-        if name not in self._loaded:
-            self.request(("load", name, location), LOAD_TIMEOUT_S)
-            self._loaded.add(name)
-
-    def request(self, message: tuple[Any, ...], timeout_s: float) -> Any:
-        """Sends a message and waits for its reply; kills the process if none comes in time."""
-        payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-        deadline = time.monotonic() + timeout_s
-        process = self._process = self._process or _start()
-        try:
-            _write(process, HEADER.pack(len(payload)) + payload, deadline)
-            (num_bytes,) = HEADER.unpack(_read(process, HEADER.size, deadline))
-            status, value = pickle.loads(_read(process, num_bytes, deadline))
-        except TimeoutError:
-            self.kill()
-            raise _CallFailed(f"no result after {timeout_s:g} s, worker killed") from None
-        except (EOFError, BrokenPipeError):
-            raise _CallFailed(f"the worker died: {_describe_exit(self.kill())}") from None
-        except BaseException:  # an interrupt leaves half a message in the pipe
-            self.kill()
-            raise
-        if status == "error":
-            raise _CallFailed(value)
-        return value
-
-    def kill(self) -> int:
-        """Kills the process and all that it started; returns its exit code."""
-        process, self._process = self._process, None
-        self._loaded.clear()
-        if process is None:
-            return 0
-        # It leads a session of its own. Before wait(): until then nobody else can get its process id.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            pipe.close()
-        return process.returncode
-
-
-def _kill_all(workers: list[_Worker]) -> None:
+def _kill_all(workers: list[WorkerProcess]) -> None:
     for worker in workers:
         worker.kill()
-
-
-def _start() -> subprocess.Popen[bytes]:
-    # The worker must find what this process finds: r1fast itself and the user's reward modules.
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "r1fast.rewards.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        bufsize=0,
-        env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    os.set_blocking(process.stdin.fileno(), False)
-    os.set_blocking(process.stdout.fileno(), False)
-    return process
-
-
-def _write(process: subprocess.Popen[bytes], data: bytes, deadline: float) -> None:
-    assert process.stdin is not None
-    rest = memoryview(data)
-    while rest:
-        _wait(process.stdin.fileno(), select.POLLOUT, deadline)
-        rest = rest[os.write(process.stdin.fileno(), rest) :]
-
-
-def _read(process: subprocess.Popen[bytes], num_bytes: int, deadline: float) -> bytes:
-    assert process.stdout is not None
-    data = bytearray()
-    while len(data) < num_bytes:
-        _wait(process.stdout.fileno(), select.POLLIN, deadline)
-        piece = os.read(process.stdout.fileno(), min(num_bytes - len(data), 1 << 20))
-        if not piece:
-            raise EOFError
-        data += piece
-    return bytes(data)
-
-
-def _wait(descriptor: int, event: int, deadline: float) -> None:
-    """Waits until the pipe is ready; TimeoutError after the deadline. poll: select fails above descriptor 1023."""
-    poller = select.poll()
-    poller.register(descriptor, event)
-    if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise TimeoutError
-
-
-def _describe_exit(code: int) -> str:
-    if code < 0:
-        return f"signal {-code} ({signal.strsignal(-code)})"
-    return f"exit code {code}"

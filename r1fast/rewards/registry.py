@@ -1,8 +1,9 @@
 """Rewards by name: `@reward("accuracy")` registers one, `resolve` finds one by name, dotted path or file.
 
 A reward is `f(prompts, completions, completion_ids, **columns) -> list[float | None]` (TRL's signature); columns of
-the data arrive by name, one list per column, and None means "not applicable to this row". Functions with the
-signature of verl's compute_score are adapted on the way.
+the data arrive by name, one list per column, and None means "not applicable to this row". Where the prompt is a chat,
+a function named by its path gets TRL's completions (`takes_messages`). Functions with the signature of verl's
+compute_score are adapted on the way.
 """
 
 import importlib.util
@@ -15,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from r1fast.rewards.adapters import adapt_verl, is_verl_function
+from r1fast.rewards.adapters import adapt_verl, is_adapted, is_verl_function
 
 RewardFunction = Callable[..., Any]
 
@@ -59,6 +60,19 @@ def resolve(name: str) -> RewardFunction:
     if not callable(function):
         raise ValueError(f"reward {name!r} is a {type(function).__name__}, expected a function")
     return adapt_verl(function) if is_verl_function(function) else function
+
+
+def is_builtin(function: RewardFunction) -> bool:
+    """One of r1fast's own."""
+    return function.__module__.startswith("r1fast.rewards.") and function in REWARDS.values()
+
+
+def takes_messages(name: str, function: RewardFunction) -> bool:
+    """Whether the completions of chat prompts are passed as TRL does, as [{"role": "assistant", "content": text}].
+
+    That is what a function expects that a recipe names by its path. Registered rewards and verl's get text.
+    """
+    return name not in REWARDS and not is_builtin(function) and not is_adapted(function)
 
 
 def locate(name: str) -> str:

@@ -1,43 +1,53 @@
-"""The process that runs reward functions: `python -m r1fast.rewards.worker`, started and killed by pool.py.
+"""The process that runs reward functions: `python -m r1fast.rewards.worker TRAINER MEMORY`, started by process.py.
 
-It reads length-prefixed pickles from its standard input and answers each on its standard output:
-    ("load", name, location)                        -> ("ok", None)                 | ("error", text)
-    ("call", name, kwargs, num_rows, cpu_limit_s)   -> ("ok", list of float | None) | ("error", text)
+Requests come on standard input, pickled by the trainer; replies go out on standard output as JSON, which runs nothing
+when it is read: a reward shares this process and may write there what it likes. Both have a header (id, bytes):
+
+    ("load", name, location)          -> {"values": []}
+    ("call", name, kwargs, num_rows)  -> {"values": [float | null], "rows": {row: why it has no value}}
+    either                            -> {"error": text, "memory": bool}
+
 Both streams are moved away before any reward is imported, so that whatever a reward prints goes to stderr.
 """
 
 import inspect
+import json
 import math
 import os
 import pickle
-import signal
 import struct
+import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
+from r1fast.rewards.keeper import keep
 from r1fast.rewards.registry import resolve
 
-HEADER = struct.Struct("<Q")
+HEADER = struct.Struct("<QQ")  # id of the request, bytes that follow
+MAX_REPLY_BYTES = 1 << 18  # 64 values with a reason each take 20 kB
+MAX_TEXT_CHARS = 4000
+# Bound now: a reward may put other functions in their modules.
+_dumps, _write, _getpid, _exit = json.dumps, os.write, os.getpid, os._exit
 
 
-def main() -> None:
+def serve() -> None:
     requests, replies = _claim_streams()
     functions: dict[str, Callable[..., Any]] = {}
-    while header := requests.read(HEADER.size):
-        message = requests.read(HEADER.unpack(header)[0])
-        # BaseException: a reward that calls sys.exit, or a library's own timeout class, is a failed reward
-        try:
-            reply: tuple[str, Any] = ("ok", _serve(pickle.loads(message), functions))
-        except BaseException:
-            reply = ("error", traceback.format_exc())
-        payload = pickle.dumps(reply, protocol=pickle.HIGHEST_PROTOCOL)
-        replies.write(HEADER.pack(len(payload)) + payload)
-        replies.flush()
+    own_pid = _getpid()
+    while header := _read(requests, HEADER.size):
+        number, size = HEADER.unpack(header)
+        reply = _answer(_read(requests, size), functions)
+        if _getpid() != own_pid:  # a child that a reward has forked, and that came back
+            _exit(0)
+        payload = _dumps(reply).encode()
+        rest = memoryview(HEADER.pack(number, len(payload)) + payload)
+        while rest:
+            rest = rest[_write(replies, rest) :]
 
 
-def _claim_streams() -> tuple[BinaryIO, BinaryIO]:
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+def _claim_streams() -> tuple[int, int]:
+    requests, replies = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
@@ -45,20 +55,39 @@ def _claim_streams() -> tuple[BinaryIO, BinaryIO]:
     return requests, replies
 
 
-def _serve(message: tuple[Any, ...], functions: dict[str, Callable[..., Any]]) -> list[float | None] | None:
-    if message[0] == "load":
-        _, name, location = message
-        functions[name] = resolve(location)
-        return None
-    _, name, kwargs, num_rows, cpu_limit_s = message
-    # The pool kills this process at its limit. If the pool itself is gone by then, SIGPROF ends an endless loop.
-    signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
+def _read(descriptor: int, size: int) -> bytes:
+    """Exactly so many bytes; none when the trainer has closed the pipe."""
+    data = bytearray()
+    while len(data) < size:
+        piece = os.read(descriptor, min(size - len(data), 1 << 20))
+        if not piece:
+            return b""
+        data += piece
+    return bytes(data)
+
+
+def _answer(message: bytes, functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
+    # BaseException: a reward that calls sys.exit, or a library's own timeout class, is a failed reward
     try:
-        values = functions[name](**kwargs)
-        if inspect.isawaitable(values):
-            values = _run_async(values)
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        kind, name, *rest = pickle.loads(message)
+        if kind == "load":
+            functions[name] = resolve(rest[0])
+            return {"values": []}
+        values, reasons = _call(functions[name], name, *rest)
+        return {"values": values, "rows": reasons}
+    except MemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # what filled the memory is in their variables
+        return {"error": cut(traceback.format_exc(limit=-1)), "memory": True}
+    except BaseException:
+        return {"error": cut(traceback.format_exc()), "memory": False}
+
+
+def _call(
+    function: Callable[..., Any], name: str, kwargs: dict[str, Any], num_rows: int
+) -> tuple[list[float | None], dict[int, str]]:
+    values = function(**kwargs)
+    if inspect.isawaitable(values):
+        values = _run_async(values)
     return checked_values(values, num_rows, name)
 
 
@@ -71,23 +100,31 @@ def _run_async(awaitable: Any) -> Any:
     return asyncio.run(wait())
 
 
-def checked_values(values: Any, num_rows: int, name: str) -> list[float | None]:
-    """One finite float or None (NaN counts as None) per row; ValueError naming the reward otherwise."""
+def checked_values(values: Any, num_rows: int, name: str) -> tuple[list[float | None], dict[int, str]]:
+    """One finite float or None (NaN counts as None) per row, and by row why another value is not taken.
+
+    Raises ValueError naming the reward where there is not one value per row.
+    """
     if isinstance(values, str | bytes | dict) or not hasattr(values, "__iter__"):
         raise ValueError(f"reward {name!r} returned {type(values).__name__}, expected a list of {num_rows} numbers")
-    items = list(values)
+    items = []
+    for item in values:
+        items.append(item)
+        if len(items) > num_rows:  # a generator may go on for ever
+            raise ValueError(f"reward {name!r} returned more than {num_rows} values for {num_rows} completions")
     if len(items) != num_rows:
         raise ValueError(f"reward {name!r} returned {len(items)} values for {num_rows} completions")
     checked: list[float | None] = []
+    reasons: dict[int, str] = {}
     for row, item in enumerate(items):
         try:
-            value = _as_float(item)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"reward {name!r} returned {item!r:.80} for row {row}, expected a finite number or None"
-            ) from None
-        checked.append(value)
-    return checked
+            checked.append(_as_float(item))
+        except (TypeError, ValueError, OverflowError):
+            checked.append(None)
+            reasons[row] = cut(
+                f"reward {name!r} returned {item!r:.80} for row {row}, expected a finite number or None", 300
+            )
+    return checked, reasons
 
 
 def _as_float(item: Any) -> float | None:
@@ -101,5 +138,12 @@ def _as_float(item: Any) -> float | None:
     return None if math.isnan(value) else value
 
 
+def cut(text: str, limit: int = MAX_TEXT_CHARS) -> str:
+    """At most `limit` characters, the beginning and the end; printable anywhere."""
+    if len(text) > limit:
+        text = f"{text[: limit // 4]} [{len(text) - limit} characters cut] {text[-(limit - limit // 4) :]}"
+    return text.encode("utf-8", "replace").decode()
+
+
 if __name__ == "__main__":
-    main()
+    keep(int(sys.argv[1]), int(sys.argv[2]), serve)

@@ -71,7 +71,8 @@ def evaluate(ctx: StageContext, model: Decoder, tokenizer: Any) -> dict[str, Any
         if stage.eval_greedy:
             greedy = sampler.generate(rows, n=1, temperature=0.0, seed=EVAL_SEED, prompts=prompts)
             scorer.score(greedy)
-            result["greedy"] = _mean(_accuracies(greedy))
+            result["greedy"] = _mean(_scores(greedy, "accuracy"))
+            result["failures"] += sum(sample.failed for sample in greedy)
     result = {name: value for name, value in result.items() if not math.isnan(value)}
     settings = {"split": ",".join(stage.eval_files), "temperature": stage.eval_temperature, "k": stage.eval_num_samples}
     return result | settings
@@ -91,21 +92,29 @@ def check_weights(ctx: StageContext, model: Decoder) -> None:
 
 
 def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
-    """pass@1 is the mean accuracy over k samples a prompt; `_half_width` says how sure that is."""
+    """pass@1 is the mean accuracy over k samples a prompt; `_half_width` says how sure that is.
+
+    failures: samples on which a reward failed; they score 0. unscorable: prompts whose gold answer gives no accuracy
+    at all; n leaves them out.
+    """
     groups: dict[int, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.group, []).append(sample)
-    scored = [group for group in groups.values() if not math.isnan(_mean(_accuracies(group)))]
+    scored = [group for group in groups.values() if not math.isnan(_mean(_scores(group, "accuracy")))]
     result: dict[str, Any] = {}
     if scored:
-        means = np.array([_mean(_accuracies(group)) for group in scored])
+        means = np.array([_mean(_scores(group, "accuracy")) for group in scored])
         problems = [str(group[0].row.get("problem", group[0].group)) for group in scored]
         result["pass@1"], result["pass@1_ci"] = float(means.mean()), _half_width(means, problems)
         result["n"] = len(scored)
         result["cons@k"] = _mean([_majority(group, response_format) for group in scored])
     for name in samples[0].rewards if samples else ():
         if name != "accuracy":
-            result[name] = _mean([sample.rewards[name] for sample in samples])
+            result[name] = _mean(_scores(samples, name))
+    result["failures"] = sum(sample.failed for sample in samples)
+    if samples and "accuracy" in samples[0].rewards:
+        golds = sum(group[0].row.get("answer") is not None for group in groups.values())
+        result["unscorable"] = golds - sum(group[0].row.get("answer") is not None for group in scored)
     return result | {"length": _mean([len(sample.completion_ids) for sample in samples])}
 
 
@@ -125,8 +134,9 @@ def _half_width(means: np.ndarray, problems: list[str]) -> float:
     return float(1.96 * math.sqrt(variance))
 
 
-def _accuracies(group: list[Sample]) -> list[float]:
-    return [sample.rewards.get("accuracy", math.nan) for sample in group]
+def _scores(samples: list[Sample], name: str) -> list[float]:
+    """nan where the reward does not apply. Where it failed 0: a mean must not rise by what was not measured."""
+    return [0.0 if sample.has_failed(name) else sample.rewards.get(name, math.nan) for sample in samples]
 
 
 def _majority(group: list[Sample], response_format: str) -> float:
@@ -136,7 +146,7 @@ def _majority(group: list[Sample], response_format: str) -> float:
     if not given:
         return 0.0
     winner = given.most_common(1)[0][0]
-    return group[answers.index(winner)].rewards["accuracy"]
+    return _scores(group, "accuracy")[answers.index(winner)]
 
 
 def _answer_key(summary: str) -> str:

@@ -29,7 +29,7 @@ from r1fast.stages.evaluate import evaluate_end, evaluate_start
 from r1fast.stages.reward_model import RewardModels
 from r1fast.stages.rollouts import Rollouts
 from r1fast.stages.sampling import GenerationFailed, Sample
-from r1fast.stages.scoring import Scorer, punish_overlong, total_rewards
+from r1fast.stages.scoring import NothingScored, Scorer, punish_overlong, total_rewards
 from r1fast.stages.training import LossFn, Trainer, map_packed
 from r1fast_kernels import group_advantages, linear_grpo_loss, linear_logprobs
 
@@ -68,6 +68,7 @@ class Learner:
         self.weights = scorer.weights | self.reward_models.weights
         if self.stage.overlong_buffer_length:
             self.weights["overlong"] = self.stage.overlong_penalty
+        self.unscored_prompts = 0  # in a row
         self.reference: Decoder | None = None
         if self.stage.beta > 0:
             self.reference, _ = ctx.load(ctx.model_ref, trainable=False)
@@ -85,7 +86,7 @@ class Learner:
                 start = time.perf_counter()
                 try:
                     samples, metrics = self.train_step(step)
-                except GenerationFailed:
+                except (GenerationFailed, NothingScored):
                     if step > done and not self.trainer.is_due(step, last=False):  # else it has been saved
                         self.trainer.save(step, last=True, rollouts=step, sampling=self.rollouts.state())
                     raise
@@ -104,6 +105,7 @@ class Learner:
         metrics: dict[str, float] = {"rewards/failures": self.reward(samples)}
         if self.stage.dynamic_sampling_refills:
             samples = self.refill(step, samples, metrics)
+        self.check_scored(samples)
         self.advantage(samples)
         examples = self.logprobs(samples)
         metrics |= self.update(step, examples) | rollout_metrics(samples)
@@ -130,6 +132,13 @@ class Learner:
             punish_overlong(samples, stage.max_completion_length, stage.overlong_buffer_length)
         total_rewards(samples, self.weights)
         return failures
+
+    def check_scored(self, samples: list[Sample]) -> None:
+        """Raises NothingScored when no sample of a step has a reward; short steps (partial rollouts) count together."""
+        scored = any(not np.isnan(sample.reward) for sample in samples)
+        self.unscored_prompts = 0 if scored else self.unscored_prompts + len(by_group(samples))
+        if self.unscored_prompts >= self.stage.prompts_per_step:
+            raise self.scorer.nothing_scored(samples, self.scorer.specs)
 
     def refill(self, step: int, samples: list[Sample], metrics: dict[str, float]) -> list[Sample]:
         """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): groups of equal reward give their places to others.

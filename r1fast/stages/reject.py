@@ -3,6 +3,7 @@
 Also what `collect` and `distill` sample with: one filter, one record of why each sample was dropped.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -41,6 +42,9 @@ def select(
     stage = ctx.stage
     with Scorer(ctx, {"accuracy": 1.0}, response_format) as scorer:
         scorer.score(samples)
+        golds = [sample for sample in samples if sample.row.get("answer") is not None]
+        if golds and all(sample.has_failed("accuracy") for sample in golds):
+            raise scorer.nothing_scored(golds, ["accuracy"])
     kept: list[Sample] = []
     reasons: list[tuple[Sample, str]] = []
     seen: set[tuple[str, str]] = set()
@@ -73,8 +77,8 @@ def select(
 
 
 def drop_reason(sample: Sample, filters: Any, response_format: str) -> str | None:
-    if sample.row.get("answer") is not None and sample.rewards["accuracy"] != 1.0:  # nan: the gold could not be read
-        return "incorrect"
+    if sample.row.get("answer") is not None and (reason := _why_not_correct(sample)):
+        return reason
     return check_completion(
         sample.text,
         response_format=response_format,
@@ -83,6 +87,14 @@ def drop_reason(sample: Sample, filters: Any, response_format: str) -> str | Non
         prefilled=sample.prefilled,
         **filters.model_dump(),
     )
+
+
+def _why_not_correct(sample: Sample) -> str | None:
+    if sample.has_failed("accuracy"):
+        return "reward failed"
+    if math.isnan(sample.rewards["accuracy"]):
+        return "gold unreadable"
+    return None if sample.rewards["accuracy"] == 1.0 else "incorrect"
 
 
 def sft_row(sample: Sample, response_format: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Sampling from the model of a stage: rows in, scored samples out, the same on every rank."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,8 +40,15 @@ class Sample:
     routed_experts: np.ndarray | None = None  # of every token but the last: [., L, K]
     rewards: dict[str, float] = field(default_factory=dict)  # by name; nan = does not apply
     failed: bool = False  # a reward's call failed
+    failed_rewards: tuple[str, ...] = ()  # which: without a value, or 0 where the completion was at fault
     reward: float = float("nan")  # weighted sum; nan = unscorable
     advantage: float = 0.0
+
+    def has_failed(self, name: str) -> bool:
+        """Whether the call of this reward failed; where the names are not known, every reward without a value."""
+        if not self.failed_rewards:
+            return self.failed and math.isnan(self.rewards.get(name, math.nan))
+        return name in self.failed_rewards
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,19 @@
 """Rewards of samples: rule functions in worker processes, routed by domain, and the weighted sum."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from r1fast.config import ConfigError
-from r1fast.rewards.pool import RewardPool
+from r1fast.rewards.pool import RewardPool, headline
 from r1fast.schema import RewardSpec
 from r1fast.stages.context import StageContext
 from r1fast.stages.sampling import Sample
+
+
+class NothingScored(ConfigError):
+    """No reward gave any sample a value: going on would cost time and teach nothing. Raised on every rank."""
 
 
 class Scorer:
@@ -25,24 +29,44 @@ class Scorer:
         workers = ctx.recipe.reward_workers
         self.pools: dict[tuple[str, ...], RewardPool] = {}
         for domains, arguments in pool_arguments(self.specs).items() if ctx.dist.is_main else ():
-            pool = RewardPool(arguments, num_workers=workers.num_workers, timeout_s=workers.timeout_s)
-            self.pools[domains] = pool
+            self.pools[domains] = RewardPool(
+                arguments,
+                num_workers=workers.num_workers,
+                timeout_s=workers.timeout_s,
+                memory_limit_gb=workers.memory_limit_gb,
+            )
+        self.failures: list[str] = []  # of the last call of `score`, one line each
 
     def score(self, samples: Sequence[Sample]) -> int:
-        """Fill sample.rewards (nan where a reward does not apply) and sample.failed; returns how many calls failed."""
+        """Fill sample.rewards (nan where a reward does not apply or failed), sample.failed and failed_rewards.
+
+        Returns how many values are missing, or 0, because a reward failed.
+        """
         with self.ctx.phase("reward"):
             values, failed, failures = self.ctx.dist.all_gather_objects(self._score(samples))[0]
         for i, sample in enumerate(samples):
-            sample.failed = bool(failed[i])
+            sample.failed_rewards = tuple(name for name in self.specs if failed[name][i])
+            sample.failed = bool(sample.failed_rewards)
             for name in self.specs:
                 sample.rewards[name] = float(values[name][i])
-        for failure in failures[:3]:
+        self.failures = [headline(failure) for failure in failures]  # the pool logs a whole traceback, once
+        for failure in self.failures[:3]:
             self.ctx.message(f"reward failed: {failure}")
-        return len(failures)
+        return sum(len(sample.failed_rewards) for sample in samples)
 
-    def _score(self, samples: Sequence[Sample]) -> tuple[dict[str, np.ndarray], np.ndarray, list[str]]:
+    def nothing_scored(self, samples: Sequence[Sample], names: Iterable[str]) -> NothingScored:
+        """The error of a batch in which no sample has a value of these rewards."""
+        empty = [name for name in names if all(np.isnan(sample.rewards[name]) for sample in samples)]
+        silent = [name for name in empty if not any(sample.has_failed(name) for sample in samples)]
+        reasons = self.failures[:3] + [f"reward {name!r} gave None for every sample" for name in silent]
+        return NothingScored(
+            f"stages.{self.ctx.stage.name}: none of {len(samples)} samples could be scored: {'; '.join(reasons)}; "
+            "correct the reward, or the columns that it reads"
+        )
+
+    def _score(self, samples: Sequence[Sample]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[str]]:
         values = {name: np.full(len(samples), np.nan) for name in self.specs}
-        failed = np.zeros(len(samples), dtype=bool)
+        failed = {name: np.zeros(len(samples), dtype=bool) for name in self.specs}
         failures: list[str] = []
         for domains, pool in self.pools.items():
             index = [i for i, s in enumerate(samples) if not domains or s.row.get("domain") in domains]
@@ -57,13 +81,15 @@ class Scorer:
             )
             for name, spec in self.specs.items():
                 if tuple(spec.domains) == domains:
-                    values[name][index] = result.values[spec.function or name]
-            failed[index] |= result.failed
+                    function = spec.function or name
+                    values[name][index] = result.values[function]
+                    failed[name][index] = result.failed_by[function] | result.exceeded[function]
             failures += result.failures
         return values, failed, failures
 
     def _columns(self, samples: Sequence[Sample]) -> dict[str, list]:
-        names = dict.fromkeys(name for sample in samples for name in sample.row if name not in ("prompt", "completion"))
+        ours = ("prompt", "completion", "completion_ids")
+        names = dict.fromkeys(name for sample in samples for name in sample.row if name not in ours)
         columns: dict[str, list] = {name: [sample.row.get(name) for sample in samples] for name in names}
         columns["response_format"] = [self.response_format] * len(samples)
         columns["finish_reason"] = [sample.finish_reason for sample in samples]
@@ -101,12 +127,21 @@ def pool_arguments(specs: dict[str, RewardSpec]) -> dict[tuple[str, ...], dict[s
 
 
 def total_rewards(samples: Sequence[Sample], weights: dict[str, float]) -> None:
-    """sample.reward = weighted sum of the rewards that apply; nan where none does, or where a reward's call failed."""
+    """sample.reward = weighted sum of the rewards that apply; nan where none does.
+
+    A group is compared with itself, so its sums have the same terms: a reward that failed on all samples of a group is
+    left out of the group, and where it failed on some, these are nan.
+    """
+    groups: dict[int, list[Sample]] = {}
     for sample in samples:
-        terms = [
-            weight * sample.rewards[name] for name, weight in weights.items() if not np.isnan(sample.rewards[name])
-        ]
-        sample.reward = sum(terms) if terms and not sample.failed else float("nan")
+        groups.setdefault(sample.group, []).append(sample)
+    for group in groups.values():
+        counted = [name for name in weights if not all(np.isnan(sample.rewards[name]) for sample in group)]
+        for sample in group:
+            terms = {name: weights[name] * sample.rewards[name] for name in counted}
+            known = [term for term in terms.values() if not np.isnan(term)]
+            failed = any(np.isnan(term) and sample.has_failed(name) for name, term in terms.items())
+            sample.reward = sum(known) if known and not failed else float("nan")
 
 
 def punish_overlong(samples: Sequence[Sample], max_length: int, buffer_length: int) -> None:

@@ -1,0 +1,161 @@
+"""Takes a failed call apart, so that a row that fails costs itself and no other row.
+
+A call is one reward on up to 64 rows. When it fails:
+
+1. It may be the reward, or a gold. If the call was lost (time, memory, a crash), rows of up to three different prompts
+   are tried without their completions. Three prompts lost like that in a step that has scored nothing: the reward is
+   given up for the step. A prompt lost like that: its rows have no score, and are not tried.
+2. Each other row alone, on a fresh worker, with a quarter of the time limit. What is scored keeps its score; an
+   exception leaves its row without one.
+3. Each row whose call was lost, alone, on a fresh worker, with the whole limit. Lost again, it is the row's own doing:
+   the completion's, which then scores 0, if the row without its completion is not lost; else the prompt's.
+
+Time: one limit for each call, and for steps 1 to 3 of a reward BUDGET_LIMITS limits (a minute at least) in one step of
+training; rows that are not tried by then have no score.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from r1fast.rewards.process import CallFailed, Values
+
+BUDGET_LIMITS = 16.0
+LOWEST_BUDGET_S = 60.0  # short limits end before a fresh worker has started
+FIRST_TRY = 0.25  # of the limit
+MAX_PROBES = 3
+
+
+class Call(Protocol):
+    def __call__(
+        self, rows: Sequence[int], timeout_s: float, *, empty: bool = False, fresh: bool = False
+    ) -> tuple[Values, dict[int, str]]:
+        """Scores rows, and says by place in `rows` why a value is missing; CallFailed. empty: without completions.
+        fresh: in a process that has seen no completion."""
+
+
+@dataclass
+class Outcome:
+    """By row: the value, why there is none, and why it is 0 (the completion alone was lost)."""
+
+    values: dict[int, float | None] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    exceeded: dict[int, str] = field(default_factory=dict)
+
+
+class Isolation:
+    """The calls of one reward in one step. Its methods may run in several threads, each with rows of its own."""
+
+    def __init__(self, call: Call, timeout_s: float, prompt_of: Callable[[int], Hashable]) -> None:
+        """prompt_of: what is the same for rows that differ in nothing but their completions."""
+        self._call, self._timeout_s, self._prompt_of = call, timeout_s, prompt_of
+        self._lock = threading.Lock()
+        self._left_s = max(BUDGET_LIMITS * timeout_s, LOWEST_BUDGET_S)
+        self._without_completion: dict[Hashable, str | None] = {}  # why its call was lost
+        self._has_scored = False
+        self.given_up: str | None = None  # why no further row is tried
+
+    def score(self, rows: Sequence[int]) -> Outcome:
+        outcome = Outcome()
+        if self.given_up is None:
+            try:
+                self._keep(outcome, rows, self._call(rows, self._timeout_s))
+            except CallFailed as error:
+                self._take_apart(outcome, rows, error)
+        for row in rows:
+            if row not in outcome.values:
+                outcome.values[row] = None
+                outcome.failed.setdefault(row, self.given_up or "not tried")
+        return outcome
+
+    def _take_apart(self, outcome: Outcome, rows: Sequence[int], error: CallFailed) -> None:
+        if error.loading:
+            self.given_up = str(error)
+        elif error.lost:
+            self._probe(rows, error)
+        if self.given_up is None:
+            suspects = rows if len(rows) == 1 and error.lost else self._first_try(outcome, rows)
+            for row in suspects:
+                self._judge(outcome, row)
+            if not error.lost and all(row in outcome.failed for row in rows):  # its words are about the whole call
+                outcome.failed = dict.fromkeys(rows, str(error))
+
+    def _probe(self, rows: Sequence[int], error: CallFailed) -> None:
+        firsts = list({self._prompt_of(row): row for row in reversed(rows)}.values())[::-1]
+        for row in sorted({firsts[i * (len(firsts) - 1) // (MAX_PROBES - 1)] for i in range(MAX_PROBES)}):
+            try:
+                if self._lost_without_completion(row) is None:
+                    return
+            except _NoTimeLeft:
+                return
+        lost = [reason for reason in self._without_completion.values() if reason is not None]
+        if len(lost) >= MAX_PROBES and not self._has_scored:
+            self.given_up = f"{error}; without completions too, so the reward is given up for this step"
+
+    def _first_try(self, outcome: Outcome, rows: Sequence[int]) -> list[int]:
+        """Scores each row alone; returns those whose call was lost."""
+        suspects = []
+        fresh = True
+        for row in rows:
+            if self._without_completion.get(self._prompt_of(row)) is not None:
+                suspects.append(row)  # no need to try
+                continue
+            try:
+                self._keep(outcome, [row], self._try(row, FIRST_TRY * self._timeout_s, fresh=fresh))
+            except CallFailed as error:
+                if error.lost:
+                    suspects.append(row)
+                outcome.failed[row] = str(error)
+            fresh = False
+        return suspects
+
+    def _judge(self, outcome: Outcome, row: int) -> None:
+        outcome.failed.pop(row, None)
+        try:
+            reason = self._lost_without_completion(row)
+            if reason is not None:
+                raise CallFailed(f"without its completion too: {reason}", lost=False)
+            self._keep(outcome, [row], self._try(row, self._timeout_s, fresh=True))
+        except CallFailed as error:
+            if error.lost:
+                outcome.values[row] = 0.0
+                outcome.exceeded[row] = str(error)
+            else:
+                outcome.failed[row] = str(error)
+
+    def _lost_without_completion(self, row: int) -> str | None:
+        """Why the call of a row is lost even with an empty completion; an exception is a reward that expects one."""
+        prompt = self._prompt_of(row)
+        if prompt not in self._without_completion:
+            reason = None
+            try:
+                self._try(row, self._timeout_s, empty=True, fresh=True)
+            except _NoTimeLeft:
+                raise
+            except CallFailed as error:
+                reason = str(error) if error.lost else None
+            self._without_completion[prompt] = reason
+        return self._without_completion[prompt]
+
+    def _try(self, row: int, timeout_s: float, *, empty: bool = False, fresh: bool = False) -> tuple[Values, dict]:
+        if self._left_s <= 0:
+            raise _NoTimeLeft
+        start = time.monotonic()
+        try:
+            return self._call([row], timeout_s, empty=empty, fresh=fresh)
+        finally:
+            with self._lock:
+                self._left_s -= time.monotonic() - start
+
+    def _keep(self, outcome: Outcome, rows: Sequence[int], scored: tuple[Values, dict[int, str]]) -> None:
+        values, reasons = scored
+        self._has_scored = True
+        outcome.values |= dict(zip(rows, values, strict=True))
+        outcome.failed |= {rows[place]: reason for place, reason in reasons.items()}
+
+
+class _NoTimeLeft(CallFailed):
+    def __init__(self) -> None:
+        super().__init__("not tried alone: the time for taking failed calls apart is used up", lost=False)

@@ -1,0 +1,196 @@
+"""A worker as the trainer sees it: a process that is asked, waited for until a time limit, and killed.
+
+What comes back is judged before it is used: a reply answers the request that was sent (by its id), is of bounded size,
+and is JSON of the expected form. Anything else costs the process, and the call.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from r1fast.rewards.keeper import KILL_LIMIT_S
+from r1fast.rewards.worker import HEADER, MAX_REPLY_BYTES, cut
+
+LOAD_TIMEOUT_S = 120.0  # process start and the import of a user's module, which may pull in anything
+MEMORY_SHARE = 0.5  # of the machine, shared by the workers that can be busy at once
+
+Values = list[float | None]
+
+
+class CallFailed(Exception):
+    """Why a call has no values. lost: it cost the worker (time, memory, a crash), rather than being an exception of
+    the reward. loading: the function could not be loaded, so no other call can work either."""
+
+    def __init__(self, text: str, *, lost: bool, loading: bool = False) -> None:
+        super().__init__(text)
+        self.lost, self.loading = lost, loading
+
+
+def memory_share(num_workers: int) -> int:
+    """Bytes for each worker: its part of half of the memory that this machine or its container has."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(Path(path).read_text()))
+    return int(min(limits) * MEMORY_SHARE / num_workers)
+
+
+class WorkerProcess:
+    """One process, started by the first request and again by the first request after it was killed."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._memory_bytes = memory_bytes
+        self._process: subprocess.Popen[bytes] | None = None
+        self._loaded: set[str] = set()
+        self.used = False  # it has seen completions: a thread or a changed module may be left of them
+
+    def load(self, name: str, location: str) -> None:
+        """Import the reward `name`, once per process. Raises CallFailed."""
+        if self._process is not None and self._has_something_to_say(self._process):
+            self.kill()  # nothing was asked: it has died since, or a reward wrote into the pipe
+        if name not in self._loaded:
+            try:
+                self._request(("load", name, location), LOAD_TIMEOUT_S)
+            except CallFailed as error:
+                raise CallFailed(f"it cannot be loaded in a worker: {error}", lost=error.lost, loading=True) from None
+            self._loaded.add(name)
+
+    def call(self, name: str, kwargs: dict[str, Any], num_rows: int, timeout_s: float) -> tuple[Values, dict[int, str]]:
+        """A value for each row, and by row why there is none. Raises CallFailed; the worker may be gone then."""
+        reply = self._request(("call", name, kwargs, num_rows), timeout_s)
+        values, reasons = _values_in(reply, num_rows), reply.get("rows")
+        if values is None or not isinstance(reasons, dict):
+            self.kill()
+            raise CallFailed("something else than its values was written on the reply pipe", lost=True)
+        return values, {int(row): str(text) for row, text in reasons.items() if row.isdecimal() and int(row) < num_rows}
+
+    def _request(self, message: tuple[Any, ...], timeout_s: float) -> dict[str, Any]:
+        number = secrets.randbits(64)
+        payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        deadline = time.monotonic() + timeout_s
+        process = self._process = self._process or _start(self._memory_bytes)
+        try:
+            _write(process, HEADER.pack(number, len(payload)) + payload, deadline)
+            got, size = HEADER.unpack(_read(process, HEADER.size, deadline))
+            reply = _parse(_read(process, size, deadline)) if got == number and size <= MAX_REPLY_BYTES else None
+        except TimeoutError:
+            self.kill()
+            raise CallFailed(f"no result after {timeout_s:g} s, worker killed", lost=True) from None
+        except (EOFError, BrokenPipeError):
+            raise CallFailed(f"the worker died: {_describe_exit(self.kill())}", lost=True) from None
+        except BaseException:  # an interrupt leaves half a message in the pipe
+            self.kill()
+            raise
+        if reply is None:
+            self.kill()
+            raise CallFailed("what was written on the reply pipe is no reply to the call", lost=True)
+        if "error" in reply:
+            if lost := reply.get("memory") is True:
+                self.kill()
+            raise CallFailed(cut(str(reply["error"])).rstrip(), lost=lost)
+        return reply
+
+    def _has_something_to_say(self, process: subprocess.Popen[bytes]) -> bool:
+        assert process.stdout is not None
+        poller = select.poll()
+        poller.register(process.stdout.fileno(), select.POLLIN)
+        return bool(poller.poll(0))
+
+    def kill(self) -> int:
+        """Ends the process and all that it started; returns its exit code."""
+        process, self._process = self._process, None
+        self._loaded.clear()
+        self.used = False
+        if process is None:
+            return 0
+        # Before wait(): until then nobody else can get its process id.
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+        try:
+            process.wait(KILL_LIMIT_S + 5.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            pipe.close()
+        return process.returncode
+
+
+def _start(memory_bytes: int) -> subprocess.Popen[bytes]:
+    # The worker must find what this process finds: r1fast itself and the user's reward modules.
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "r1fast.rewards.worker", str(os.getpid()), str(memory_bytes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    os.set_blocking(process.stdin.fileno(), False)
+    os.set_blocking(process.stdout.fileno(), False)
+    return process
+
+
+def _parse(payload: bytes) -> dict[str, Any] | None:
+    try:
+        reply = json.loads(payload)
+    except (ValueError, RecursionError):
+        return None
+    return reply if isinstance(reply, dict) else None
+
+
+def _values_in(reply: dict[str, Any], num_rows: int) -> Values | None:
+    """The reply's values, if there is a finite number or null for each row."""
+    values = reply.get("values")
+    if not isinstance(values, list) or len(values) != num_rows:
+        return None
+    found = [value for value in values if value is None or (isinstance(value, float) and math.isfinite(value))]
+    return found if len(found) == num_rows else None
+
+
+def _write(process: subprocess.Popen[bytes], data: bytes, deadline: float) -> None:
+    assert process.stdin is not None
+    rest = memoryview(data)
+    while rest:
+        _wait(process.stdin.fileno(), select.POLLOUT, deadline)
+        rest = rest[os.write(process.stdin.fileno(), rest) :]
+
+
+def _read(process: subprocess.Popen[bytes], num_bytes: int, deadline: float) -> bytes:
+    assert process.stdout is not None
+    data = bytearray()
+    while len(data) < num_bytes:
+        _wait(process.stdout.fileno(), select.POLLIN, deadline)
+        piece = os.read(process.stdout.fileno(), min(num_bytes - len(data), 1 << 20))
+        if not piece:
+            raise EOFError
+        data += piece
+    return bytes(data)
+
+
+def _wait(descriptor: int, event: int, deadline: float) -> None:
+    """Waits until the pipe is ready; TimeoutError after the deadline. poll: select fails above descriptor 1023."""
+    poller = select.poll()
+    poller.register(descriptor, event)
+    if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError
+
+
+def _describe_exit(code: int) -> str:
+    if code < 0:
+        return f"signal {-code} ({signal.strsignal(-code)})"
+    return f"exit code {code}"
