@@ -17,7 +17,7 @@ from r1fast.models.config import ModelConfig
 from r1fast.models.gqa import GroupedQueryAttention
 from r1fast.models.layers import MLP, Head, HeadFn, RMSNorm
 from r1fast.models.mla import LATENT_NORM_EPS, LatentAttention
-from r1fast.models.moe import MoE
+from r1fast.models.moe import MoE, Routing
 from r1fast.models.rope import Rope, Rotary, softmax_scale
 from r1fast_kernels.decode_layers import MOST_PROMPT_TOKENS, DecodeLayers, LayersSpec
 
@@ -42,14 +42,34 @@ class DecoderLayer(nn.Module):
         cache: BlockCache | None = None,
         slots_T: Tensor | None = None,
         replay_ids_TK: Tensor | None = None,
-    ) -> Tensor:
+        balance_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None]:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, plan, cache, slots_T)
-        routing = (plan, replay_ids_TK) if isinstance(self.mlp, MoE) else ()
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD), *routing)
+        return self._mlp(x_TD, plan, replay_ids_TK, balance_scale)
 
-    def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: BlockCache) -> Tensor:
-        x_BD = x_BD + self.self_attn.decode(self.input_layernorm(x_BD), rope, step, cache)
-        return x_BD + self.mlp(self.post_attention_layernorm(x_BD))
+    def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: BlockCache) -> tuple[Tensor, Routing | None]:
+        return self._mlp(x_BD + self.self_attn.decode(self.input_layernorm(x_BD), rope, step, cache))
+
+    def _mlp(self, x_TD: Tensor, *routing_args: Any) -> tuple[Tensor, Routing | None]:
+        normed_TD = self.post_attention_layernorm(x_TD)
+        if not isinstance(self.mlp, MoE):
+            return x_TD + self.mlp(normed_TD), None
+        out_TD, routing = self.mlp(normed_TD, *routing_args)
+        return x_TD + out_TD, routing
+
+
+def _of_model(routings: Iterable[Routing | None]) -> Routing | None:
+    """The layers' routing as one; None without experts."""
+    found = [routing for routing in routings if routing is not None]
+    if not found:
+        return None
+    balances = [routing.balance for routing in found if routing.balance is not None]
+    expert_ids_TLK = torch.stack([routing.expert_ids for routing in found], dim=1)
+    return Routing(expert_ids_TLK, torch.stack(balances).sum() if balances else None)
+
+
+def _of_experts(experts_LTK: Tensor) -> Routing | None:
+    return Routing(experts_LTK.transpose(0, 1), None) if len(experts_LTK) else None
 
 
 class Decoder(nn.Module):
@@ -118,10 +138,6 @@ class Decoder(nn.Module):
             if isinstance(module, (MoE, MLP, RMSNorm, GroupedQueryAttention, LatentAttention)):
                 module.impl = impl
 
-    def last_expert_ids(self) -> Tensor:
-        """[T, L, K]: the experts of every token of the last forward pass, in each of the L MoE layers."""
-        return torch.stack([cast(Tensor, moe.last_ids_TK) for moe in self.moe_layers()], dim=1)
-
     def forward(
         self,
         input_ids_T: Tensor,
@@ -131,6 +147,8 @@ class Decoder(nn.Module):
         cache: BlockCache | None = None,
         slots_T: Tensor | None = None,
         replay_ids_TLK: Tensor | None = None,
+        balance_scale: Tensor | None = None,
+        with_routing: bool = False,
     ) -> Any:
         """Run N packed sequences; cu_seqlens [N+1] (int32) says where each begins.
 
@@ -138,21 +156,26 @@ class Decoder(nn.Module):
         cache: also keeps the keys of every token in its slot (int64 slots_T), for decode to go on from; a sequence
             begins with a block, and token p of it is in place p % 16 of one.
         replay_ids_TLK: the experts that each token takes in each MoE layer, instead of what the routers choose.
+        balance_scale: 0-d; this times the balance loss of every layer and sequence is added to what is minimised.
+        with_routing: return (result, Routing), or (result, None) without experts.
         """
         plan = AttentionPlan(cu_seqlens, input_ids_T.numel(), input_ids_T.device)
         if cache is not None and slots_T is not None and plan.max_length <= MOST_PROMPT_TOKENS:
             fused = None if torch.is_grad_enabled() or replay_ids_TLK is not None else self._fused(cache)
             if fused is not None:
                 hidden_TD, experts_LTK = fused.prefill(input_ids_T, plan.cu_seqlens, cache.buffers, slots_T)
-                self._set_last_experts(experts_LTK)
-                return self.head(hidden_TD, head)
+                result = self.head(hidden_TD, head)
+                return (result, _of_experts(experts_LTK)) if with_routing else result
         x_TD = self.embed_tokens(input_ids_T)
         rope = self.rotary(plan.positions_T, x_TD.dtype)
         replayed = iter(() if replay_ids_TLK is None else replay_ids_TLK.unbind(1))
+        routings: list[Routing | None] = []
         for i, layer in enumerate(self.layers):
             replay_ids_TK = next(replayed, None) if self.config.is_moe_layer(i) else None
-            x_TD = layer(x_TD, rope, plan, cache, slots_T, replay_ids_TK)
-        return self.head(self.norm(x_TD), head)
+            x_TD, routing = layer(x_TD, rope, plan, cache, slots_T, replay_ids_TK, balance_scale)
+            routings.append(routing)
+        result = self.head(self.norm(x_TD), head)
+        return (result, _of_model(routings)) if with_routing else result
 
     @torch.no_grad()
     def decode(
@@ -164,32 +187,31 @@ class Decoder(nn.Module):
         *,
         neighbours: bool = False,
         head: HeadFn | None = None,
+        with_routing: bool = False,
     ) -> Any:
         """One token for each row, at its place in a sequence whose earlier tokens are in the cache; returns logits_BV.
 
         block_table_BN: int32, the blocks of each row's sequence. neighbours: rows may be of one sequence; all are
-        written before any is read.
+        written before any is read. with_routing: as in forward.
         """
         if head is None and not neighbours and (fused := self._fused(cache)) is not None:
             logits_BV, experts_LBK = fused(input_ids_B, positions_B, cache.buffers, block_table_BN)
-            self._set_last_experts(experts_LBK)
-            return logits_BV
+            return (logits_BV, _of_experts(experts_LBK)) if with_routing else logits_BV
         step = DecodeStep.at(positions_B, block_table_BN)
         # `forward` itself, past hooks: FSDP's make its streams wait for this one, which would break a graph's capture.
         x_BD = self.embed_tokens.forward(input_ids_B)
         rope = self.rotary(positions_B, x_BD.dtype)
+        routings: list[Routing | None] = []
         for layer in cast(Iterable[DecoderLayer], self.layers):
-            x_BD = layer.decode(x_BD, rope, step, cache)
-        return self.head.forward(self.norm.forward(x_BD), head)
+            x_BD, routing = layer.decode(x_BD, rope, step, cache)
+            routings.append(routing)
+        result = self.head.forward(self.norm.forward(x_BD), head)
+        return (result, _of_model(routings)) if with_routing else result
 
     def _fused(self, cache: BlockCache) -> DecodeLayers | None:
         if cache.decode_layers is None:
             cache.decode_layers = self._decode_layers()
         return cache.decode_layers if cache.decode_layers.can_run(self.impl) else None
-
-    def _set_last_experts(self, experts_LTK: Tensor) -> None:
-        for moe, ids_TK in zip(self.moe_layers(), experts_LTK):
-            moe.last_ids_TK = ids_TK
 
     def _decode_layers(self) -> DecodeLayers:
         config, grouped = self.config, self.config.uses_mla

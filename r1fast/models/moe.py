@@ -1,7 +1,7 @@
 """Mixture of experts: the router (sigmoid with bias and groups, or softmax), routed experts, shared experts."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,15 +103,16 @@ def sequence_balance_loss(
     return (fraction_NE * shares_NE / lengths_N1).sum()
 
 
-class MoE(nn.Module):
-    """Router, routed experts, shared experts; and what a training step wants to know of its routing.
+class Routing(NamedTuple):
+    """What MoE layers did with the tokens of one forward pass. Returned and not left on the layers: a layer runs again
+    where activations are recomputed, and must not be counted twice."""
 
-    last_counts      tokens per expert [E], summed over training forwards until the reader zeroes it. Under activation
-                     checkpointing the recomputation counts again: every count doubles, their order does not change
-    last_ids_TK      the experts of the last forward
-    balance_scale    0-d: this times the balance loss of every sequence is added to what is minimised; None: off
-    last_balance     the balance loss, summed as last_counts is
-    """
+    expert_ids: Tensor  # [T, K] of a layer, [T, L, K] of a model
+    balance: Tensor | None  # 0-d, the balance loss of all sequences, of a model summed over layers; None: off
+
+
+class MoE(nn.Module):
+    """Router, routed experts, shared experts."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -120,24 +121,27 @@ class MoE(nn.Module):
         shared_width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = MLP(config.hidden_size, shared_width) if shared_width else None
         self.impl: str | None = None  # of the kernels
-        # Not buffers: neither saved nor sharded. On the CPU until first use, also in a model built on meta.
-        self.last_counts = torch.zeros(config.n_routed_experts, dtype=torch.int64, device="cpu")
-        self.last_ids_TK: Tensor | None = None
-        self.balance_scale: Tensor | None = None
-        self.last_balance = torch.zeros((), device="cpu")
 
-    def forward(self, x_TD: Tensor, plan: AttentionPlan | None = None, replay_ids_TK: Tensor | None = None) -> Tensor:
-        """plan: which sequence each token belongs to, None while decoding. replay_ids_TK: route to these experts."""
-        expert_ids_TK, weights_TK, counts_E, logits_TE = self.gate(x_TD, replay_ids_TK, self.impl)
-        self.last_ids_TK = expert_ids_TK
-        if self.training and torch.is_grad_enabled():
-            counts_E = counts_E.detach()
-            self.last_counts = self.last_counts.to(counts_E.device) + counts_E
-            if self.balance_scale is not None and plan is not None:
-                scoring = "softmax" if self.gate.e_score_correction_bias is None else "sigmoid"
-                lengths_N = plan.cu_seqlens.diff().long()
-                loss = sequence_balance_loss(logits_TE, expert_ids_TK, lengths_N, plan.rows_T, scoring)
-                weights_TK = AddLoss.apply(weights_TK, loss * self.balance_scale)
-                self.last_balance = self.last_balance.to(loss.device) + loss.detach()
+    def forward(
+        self,
+        x_TD: Tensor,
+        plan: AttentionPlan | None = None,
+        replay_ids_TK: Tensor | None = None,
+        balance_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """plan: which sequence each token belongs to, None while decoding. replay_ids_TK: route to these experts.
+
+        balance_scale: 0-d; this times the balance loss of every sequence is added to what is minimised.
+        """
+        expert_ids_TK, weights_TK, _, logits_TE = self.gate(x_TD, replay_ids_TK, self.impl)
+        balance = None
+        if balance_scale is not None and plan is not None:
+            scoring = "softmax" if self.gate.e_score_correction_bias is None else "sigmoid"
+            lengths_N = plan.cu_seqlens.diff().long()
+            loss = sequence_balance_loss(logits_TE, expert_ids_TK, lengths_N, plan.rows_T, scoring)
+            weights_TK = AddLoss.apply(weights_TK, loss * balance_scale)
+            balance = loss.detach()
         out_TD = self.experts(x_TD, expert_ids_TK, weights_TK, self.impl)
-        return out_TD if self.shared_experts is None else out_TD + self.shared_experts(x_TD)
+        if self.shared_experts is not None:
+            out_TD = out_TD + self.shared_experts(x_TD)
+        return out_TD, Routing(expert_ids_TK, balance)

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -183,7 +183,8 @@ class Batch:
         lengths_P = torch.tensor([len(ids) for ids in heads])
         ends_P = lengths_P.cumsum(0)
         last_P = (ends_P - 1).to(self.device)
-        logits_PV = self.model(
+        logits_PV, experts_TLK = self._run(
+            self.model,
             self._int64([i for ids in heads for i in ids]),
             torch.nn.functional.pad(ends_P, (1, 0)).to(self.device, torch.int32),
             cache=self.cache,
@@ -191,18 +192,19 @@ class Batch:
             head=lambda hidden_TD, weight_VD: linear(hidden_TD[last_P], weight_VD),
         )
         parts = (
-            np.split(self._last_experts(), ends_P[:-1].numpy())
-            if self.experts_RSLK is not None
+            np.split(experts_TLK.cpu().numpy(), ends_P[:-1].numpy())
+            if experts_TLK is not None
             else [None] * len(prompts)
         )
-        for prompt, logits_1V, experts_TLK in zip(prompts, logits_PV.split(1), parts):
-            prompt.logits_1V, prompt.experts_PLK = logits_1V, experts_TLK
+        for prompt, logits_1V, experts_PLK in zip(prompts, logits_PV.split(1), parts):
+            prompt.logits_1V, prompt.experts_PLK = logits_1V, experts_PLK
             for start in range(self.max_tokens_at_once, len(prompt.ids), self.max_tokens_at_once):
                 self._prefill_part(prompt, range(start, min(start + self.max_tokens_at_once, len(prompt.ids))))
 
     def _prefill_part(self, prompt: Prompt, places: range) -> None:
         table_1N = torch.tensor([prompt.blocks], dtype=torch.int32, device=self.device)
-        prompt.logits_1V = self.model.decode(
+        prompt.logits_1V, experts_TLK = self._run(
+            self.model.decode,
             self._int64(prompt.ids[places.start : places.stop]),
             torch.arange(places.start, places.stop, device=self.device),
             self.cache,
@@ -210,8 +212,15 @@ class Batch:
             neighbours=True,
             head=lambda hidden_TD, weight_VD: linear(hidden_TD[-1:], weight_VD),
         )
-        if prompt.experts_PLK is not None:
-            prompt.experts_PLK = np.concatenate([prompt.experts_PLK, self._last_experts()])
+        if prompt.experts_PLK is not None and experts_TLK is not None:
+            prompt.experts_PLK = np.concatenate([prompt.experts_PLK, experts_TLK.cpu().numpy()])
+
+    def _run(self, run: Callable[..., Any], *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """Logits, and the experts of each token as int16 [tokens, L, K] where they are recorded."""
+        if self.experts_RSLK is None:
+            return run(*args, **options), None
+        logits, routing = run(*args, **options, with_routing=True)
+        return logits, routing.expert_ids.to(torch.int16)
 
     def _copy_tails(self, members: list[_Member]) -> None:
         """The last block of a prompt, unless it is full, goes on differently in each sample."""
@@ -242,10 +251,10 @@ class Batch:
         rows = self.rows.span(0, num_rows)
         # The place of the token sampled last; a row that has stopped at the end of its blocks stays in them.
         place_B = torch.minimum(rows.next_B - 1, rows.last_B)
-        logits_BV = self.model.decode(rows.id_B, place_B, self.cache, rows.block_table_BN)
-        if self.experts_RSLK is not None:
+        logits_BV, experts_BLK = self._run(self.model.decode, rows.id_B, place_B, self.cache, rows.block_table_BN)
+        if self.experts_RSLK is not None and experts_BLK is not None:
             column_B = self._column(rows, rows.num_sampled_B - 1)
-            self.experts_RSLK[rows.line_B, column_B] = self.model.last_expert_ids().to(torch.int16)
+            self.experts_RSLK[rows.line_B, column_B] = experts_BLK
         self._sample(rows, logits_BV)
 
     def _sample(self, rows: Span, logits_BV: Tensor) -> None:
@@ -291,9 +300,6 @@ class Batch:
 
     def _addresses(self) -> list[int]:
         return [] if self.graphs is None else [param.data_ptr() for param in self.model.parameters()]
-
-    def _last_experts(self) -> np.ndarray:
-        return self.model.last_expert_ids().to(torch.int16).cpu().numpy()
 
     def _int64(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -32,6 +32,11 @@ class Example:
     completion_ids: list[int]
     values: dict[str, Any] = field(default_factory=dict)
     routed_experts: np.ndarray | None = None
+    learned: bool = True  # False: the model reads it, and no loss or log-prob does
+
+    @property
+    def num_learned(self) -> int:
+        return len(self.completion_ids) if self.learned else 0
 
     @property
     def num_inputs(self) -> int:
@@ -44,8 +49,8 @@ class Batch:
     cu_seqlens: Tensor  # int32 [N + 1], of the inputs
     loss_index_M: Tensor  # positions of the inputs whose next token is learned from
     target_ids_M: Tensor
-    loss_cu_seqlens: Tensor  # int32 [N + 1], of the learned tokens
-    values: dict[str, Tensor]
+    loss_cu_seqlens: Tensor  # int32 [N + 1], of the learned tokens; fewer where examples are not learned
+    values: dict[str, Tensor]  # of the learned examples
     routed_TLK: Tensor | None = None  # int64, the experts that the sampler took
 
 
@@ -56,16 +61,18 @@ def collate(examples: Sequence[Example], device: torch.device) -> Batch:
     index: list[int] = []
     ends, loss_ends = [0], [0]
     for example in examples:
-        first = len(inputs) + len(example.prompt_ids) - 1
-        index.extend(range(first, first + len(example.completion_ids)))
-        targets.extend(example.completion_ids)
+        if example.learned:
+            first = len(inputs) + len(example.prompt_ids) - 1
+            index.extend(range(first, first + len(example.completion_ids)))
+            targets.extend(example.completion_ids)
+            loss_ends.append(len(targets))
         inputs.extend(example.prompt_ids)
         inputs.extend(example.completion_ids[:-1])
         ends.append(len(inputs))
-        loss_ends.append(len(targets))
     values: dict[str, Tensor] = {}
-    for name in examples[0].values if examples else ():
-        column = [example.values[name] for example in examples]
+    learned = [example for example in examples if example.learned]
+    for name in learned[0].values if learned else ():
+        column = [example.values[name] for example in learned]
         flat = [x for xs in column for x in xs] if isinstance(column[0], list) else column
         values[name] = torch.tensor(flat, dtype=torch.float32, device=device)
     routed = [example.routed_experts for example in examples if example.routed_experts is not None]

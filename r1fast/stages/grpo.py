@@ -11,6 +11,7 @@ update     steps_per_generation minibatches -> linear_grpo_loss -> clip -> optim
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +27,7 @@ from r1fast.schema import GRPOStage
 from r1fast.stages.batch import Batch, Example
 from r1fast.stages.context import StageContext
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
+from r1fast.stages.measures import Max, Mean, Measures, merge, numbers
 from r1fast.stages.reward_model import RewardModels
 from r1fast.stages.rollouts import Rollouts
 from r1fast.stages.sampling import GenerationFailed, Sample
@@ -179,10 +181,12 @@ class Learner:
         stage = self.stage
         examples = []
         for sample in samples:
-            keep = not (stage.mask_truncated_completions and sample.finish_reason == "length")
+            masked = stage.mask_truncated_completions and sample.finish_reason == "length"
+            learned = bool(sample.completion_ids) and not masked
             values = {"advantage": sample.advantage, "sampler": sample.sampler_logprobs}
-            values["mask"] = [float(keep)] * len(sample.completion_ids)
-            examples.append(Example(sample.prompt_ids, sample.completion_ids, values, sample.routed_experts))
+            examples.append(
+                Example(sample.prompt_ids, sample.completion_ids, values, sample.routed_experts, learned=learned)
+            )
         with self.ctx.phase("logprobs"):
             if stage.steps_per_generation * stage.num_iterations > 1:
                 self._fill(examples, "old", self.policy, router_replay=stage.router_replay)
@@ -204,9 +208,9 @@ class Learner:
         for example, logprobs in zip(examples, found, strict=True):
             example.values[name] = logprobs
 
-    def update(self, step: int, examples: list[Example]) -> dict[str, float]:
+    def update(self, step: int, examples: list[Example]) -> dict[str, Any]:
         stage = self.stage
-        history: list[dict[str, float]] = []
+        history: list[Measures] = []
         for iteration in range(stage.num_iterations):
             order = list(range(len(examples)))
             count = stage.steps_per_generation
@@ -215,9 +219,9 @@ class Learner:
             for first, end in pairwise(len(order) * i // count for i in range(count + 1)):
                 chosen = [examples[i] for i in order[first:end]]
                 with self.ctx.phase("update"):
-                    history.append(self.trainer.update(self._active(chosen), policy_loss(chosen, self.ctx)))
+                    history.append(self.trainer.step_on(self._active(chosen), policy_loss(chosen, self.ctx)))
                 self._refresh_reference()
-        return {name: _over_updates(name, [m[name] for m in history if name in m]) for name in history[-1]}
+        return numbers(merge(history))
 
     def _refresh_reference(self) -> None:
         every = self.stage.ref_model_sync_steps
@@ -228,12 +232,8 @@ class Learner:
         """The examples with a gradient: without KL, one whose advantage is 0 has none."""
         if not self.stage.skip_zero_variance_groups:
             return examples
-        return [example for example in examples if example.values["advantage"] != 0.0] or examples[:1]
-
-
-def _over_updates(name: str, values: list[Any]) -> Any:
-    """One metric over the updates of a rollout; the load of experts is a table."""
-    return max(values) if name.endswith("/max") else np.mean(values, axis=0).tolist()
+        active = [example for example in examples if example.values["advantage"] != 0.0]
+        return active or [replace(examples[0], learned=False)]
 
 
 def importance_cap(ctx: StageContext) -> float | None:
@@ -253,13 +253,11 @@ def importance_cap(ctx: StageContext) -> float | None:
 def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
     """The GRPO loss of a minibatch, normalised by what all its micro-batches and ranks hold."""
     stage: GRPOStage = ctx.stage
-    num_items = sum(sum(example.values["mask"]) for example in examples)
+    num_items = float(sum(example.num_learned for example in examples))
     num_samples = len(examples)
     is_cap = importance_cap(ctx)
-    # Known here, where looking does not wait for the device; without a mask the op has nothing to look for.
-    masked = num_items < sum(len(example.completion_ids) for example in examples)
 
-    def loss_fn(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_fn(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
         values = batch.values
         loss, metrics = linear_grpo_loss(
             hidden_TD.index_select(0, batch.loss_index_M),
@@ -271,7 +269,6 @@ def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
             old_logprobs_T=values.get("old"),
             ref_logprobs_T=values.get("ref"),
             sampler_logprobs_T=values["sampler"],
-            loss_mask_T=values["mask"].bool() if masked else None,
             epsilon=stage.epsilon,
             epsilon_high=stage.epsilon_high,
             delta=stage.delta,
@@ -284,9 +281,20 @@ def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
             num_samples=float(num_samples),
             impl=ctx.recipe.kernels.impl,
         )
-        return loss, metrics | {"weight": values["mask"].sum()}
+        return loss, policy_measures(metrics, batch, stage)
 
     return loss_fn
+
+
+def policy_measures(metrics: dict[str, Tensor], batch: Batch, stage: GRPOStage) -> Measures:
+    """The op's means of one batch, with what they are means of: tokens, or samples where a ratio is of a sample."""
+    num_tokens, num_samples = len(batch.target_ids_M), len(batch.loss_cu_seqlens) - 1
+    measures: Measures = {}
+    for name, value in metrics.items():
+        of_ratio = name.split("/")[0] in ("importance_ratio", "clip_ratio", "cispo_clip_ratio")
+        count = num_samples if of_ratio and stage.importance_sampling_level == "sequence" else num_tokens
+        measures[name] = Max(value) if name.endswith("/max") else Mean(value.double() * count, count)
+    return measures
 
 
 def by_group(samples: list[Sample]) -> list[list[Sample]]:
@@ -303,16 +311,17 @@ def has_spread(group: list[Sample]) -> bool:
 
 
 def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
+    """Every rank holds all samples, so these are plain means; NaN where there is nothing to take one of."""
     rewards = np.array([sample.reward for sample in samples])
     groups = by_group(samples)
     scored = [[sample.reward for sample in group if not np.isnan(sample.reward)] for group in groups]
-    spreads = [float(np.std(group, ddof=1)) if len(group) > 1 else 0.0 for group in scored]
+    spreads = [float(np.std(group, ddof=1)) for group in scored if len(group) > 1]
     equal = [not has_spread(group) for group in groups]
     lengths = np.array([len(sample.completion_ids) for sample in samples])
     metrics = {
         "reward": float(np.nanmean(rewards)) if any(scored) else float("nan"),
         "frac_unscorable": float(np.mean(np.isnan(rewards))),
-        "reward_std": float(np.mean(spreads)),
+        "reward_std": float(np.mean(spreads)) if spreads else float("nan"),
         "frac_reward_zero_std": float(np.mean(equal)),
         "completions/mean_length": float(lengths.mean()),
         "completions/clipped_ratio": float(np.mean([sample.finish_reason == "length" for sample in samples])),

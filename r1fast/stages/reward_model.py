@@ -19,6 +19,7 @@ from r1fast.models.decoder import Decoder
 from r1fast.schema import RewardModelSpec
 from r1fast.stages.batch import Batch, Example, check_lengths, encode_with_targets, of_rows
 from r1fast.stages.context import StageContext
+from r1fast.stages.measures import Mean, Measures
 from r1fast.stages.sampling import Sample, summary_of
 from r1fast.stages.training import LossFn, Trainer, map_packed
 
@@ -111,19 +112,18 @@ def preference_loss(num_units: int, ctx: StageContext) -> LossFn:
     """Mean over the units of -log sigmoid(chosen - rejected) (Bradley-Terry), or of binary cross-entropy."""
     stage = ctx.stage
 
-    def loss_fn(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_fn(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
         scores_N = score_head(batch, hidden_TD, weight_VD)
         if stage.loss == "pointwise":
             label_N = batch.values["label"]
             loss = F.binary_cross_entropy_with_logits(scores_N, label_N, reduction="sum")
-            accuracy = ((scores_N > 0) == (label_N > 0.5)).float().mean()
+            right = (scores_N > 0) == (label_N > 0.5)
         else:
             chosen, rejected = scores_N[0::2], scores_N[1::2]
             centre = stage.center_rewards_coefficient * (chosen + rejected).square()
             loss = (centre - F.logsigmoid(chosen - rejected)).sum()
-            accuracy = (chosen > rejected).float().mean()
-        weight = torch.tensor(float(scores_N.numel()))
-        return loss / num_units, {"accuracy": accuracy.detach(), "weight": weight}
+            right = chosen > rejected
+        return loss / num_units, {"accuracy": Mean(right.sum(), right.numel())}
 
     return loss_fn
 

@@ -7,6 +7,7 @@ by the global count before backward and gradients are summed over ranks, so the 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from r1fast.dist import checkpoint
 from r1fast.dist.optim import build_optimizer, lr_at
 from r1fast.dist.parallelize import grad_norm_and_clip
 from r1fast.models.decoder import Decoder
+from r1fast.models.moe import Routing
 from r1fast.stages.batch import Batch, Example, collate, empty_batch
 from r1fast.stages.context import StageContext
+from r1fast.stages.measures import Mean, Measures, merge, numbers
 
-# (batch, hidden_TD, weight_VD) -> (loss already divided by the global count, metrics). Metrics are means over
-# the learned tokens, or over metrics["weight"] items.
-LossFn = Callable[[Batch, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+# (batch, hidden_TD, weight_VD) -> (loss already divided by the global count, this batch's part of the metrics)
+LossFn = Callable[[Batch, Tensor, Tensor], tuple[Tensor, Measures]]
 
 
 class Trainer:
@@ -46,7 +48,11 @@ class Trainer:
         self.step = 0
         self.saved: nn.Module = model  # what checkpoints hold; GRPO adds its reference
 
-    def update(self, examples: Sequence[Example], loss_fn: LossFn, *, together: int = 1) -> dict[str, float]:
+    def update(self, examples: Sequence[Example], loss_fn: LossFn, *, together: int = 1) -> dict[str, Any]:
+        """`step_on`, with its metrics as numbers."""
+        return numbers(self.step_on(examples, loss_fn, together=together))
+
+    def step_on(self, examples: Sequence[Example], loss_fn: LossFn, *, together: int = 1) -> Measures:
         """One optimizer step on this step's examples, which every rank holds; each rank works on its share.
 
         together: runs of that many examples stay in one micro-batch, in order (2 for preference pairs).
@@ -54,24 +60,34 @@ class Trainer:
         """
         self.model.train()
         batches = self._my_batches([examples[i : i + together] for i in range(0, len(examples), together)])
-        self._begin_balance(len(examples))
-        totals: dict[str, Tensor] = {}
+        coefficient = self.ctx.stage.router_aux_loss_coef
+        # The balance loss is a mean over the sequences of the step, as every loss is, and a sum over layers.
+        scale = torch.tensor(coefficient / len(examples), device=self.ctx.dist.device) if coefficient > 0 else None
+        counts_LE = self._no_counts()
+        parts: list[Measures] = []
         for batch in batches:
-            loss, found = self._forward(batch, loss_fn)
+            loss, found, routing = self._forward(batch, loss_fn, scale)
             loss.backward()
-            weight = float(found.pop("weight", batch.target_ids_M.numel()))
-            _accumulate(totals, {"loss": loss.detach(), **found}, weight)
-        grad_norm = grad_norm_and_clip(self.model.parameters(), self.ctx.stage.max_grad_norm)
-        metrics = self._reduce(totals) | {"grad_norm": float(grad_norm), "learning_rate": self._set_lr()}
-        if not (math.isfinite(metrics["grad_norm"]) and math.isfinite(metrics["loss"])):
+            parts.append({"loss": Mean(loss.detach(), 0), **found})
+            if batch is not None and routing is not None:
+                counts_LE += count_experts(routing.expert_ids, counts_LE.shape[1])
+                parts.append(self._routing_measures(batch, routing))
+        grad_norm = float(grad_norm_and_clip(self.model.parameters(), self.ctx.stage.max_grad_norm))
+        totals = merge(self.ctx.dist.all_gather_objects(merge(parts)))
+        loss_sum = totals["loss"].total  # type: ignore[union-attr]
+        if not (math.isfinite(grad_norm) and math.isfinite(loss_sum)):
             raise FloatingPointError(
-                f"stage {self.ctx.stage.name}, step {self.step + 1}: loss {metrics['loss']}, gradient norm "
-                f"{metrics['grad_norm']}; the weights were not changed. Lower the learning rate or look at the batch"
+                f"stage {self.ctx.stage.name}, step {self.step + 1}: loss {loss_sum}, gradient norm {grad_norm}; "
+                "the weights were not changed. Lower the learning rate or look at the batch"
             )
+        # Of an update that learned from nothing there is neither.
+        learned = float(any(example.num_learned for example in examples))
+        totals["loss"] = Mean(loss_sum, learned)
+        totals |= {"grad_norm": Mean(grad_norm * learned, learned), "learning_rate": Mean(self._set_lr(), 1.0)}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return metrics | self._end_balance()
+        return totals | self._end_balance(counts_LE)
 
     def restore(self) -> dict[str, Any]:
         """Load the newest complete checkpoint of the stage, if any; returns what was saved beside the model."""
@@ -101,28 +117,42 @@ class Trainer:
                 dist=self.ctx.dist,
             )
 
-    def _my_batches(self, units: list[Sequence[Example]]) -> list[Batch]:
+    def _my_batches(self, units: list[Sequence[Example]]) -> list[Batch | None]:
+        """Of each rank as many; None: this rank has no work left, and still takes part in every collective."""
         dist = self.ctx.dist
         groups = share(units, self.ctx)
         batches = [collate([example for i in group for example in units[i]], dist.device) for group in groups]
         most = int(dist.all_reduce_max(torch.tensor(len(batches))))
-        return batches + [empty_batch(dist.device)] * (most - len(batches))
+        return [*batches, *[None] * (most - len(batches))]
 
-    def _forward(self, batch: Batch, loss_fn: LossFn) -> tuple[Tensor, dict[str, Tensor]]:
-        if not batch.loss_index_M.numel():
-            self.model.eval()  # the filler token does not count towards any expert's load
-            loss, metrics = self.model(batch.input_ids_T, batch.cu_seqlens, head=partial(_no_loss, batch))
-            self.model.train()
-            return loss, metrics
-        replayed = batch.routed_TLK if self.router_replay else None
-        loss, metrics = self.model(
-            batch.input_ids_T, batch.cu_seqlens, head=partial(loss_fn, batch), replay_ids_TLK=replayed
+    def _forward(
+        self, batch: Batch | None, loss_fn: LossFn, balance_scale: Tensor | None
+    ) -> tuple[Tensor, Measures, Routing | None]:
+        if batch is None:
+            batch, balance_scale = empty_batch(self.ctx.dist.device), None
+        fn = loss_fn if batch.target_ids_M.numel() else _no_loss
+        (loss, found), routing = self.model(
+            batch.input_ids_T,
+            batch.cu_seqlens,
+            head=partial(fn, batch),
+            replay_ids_TLK=batch.routed_TLK if self.router_replay else None,
+            balance_scale=balance_scale,
+            with_routing=True,
         )
+        return loss, found, routing
+
+    def _routing_measures(self, batch: Batch, routing: Routing) -> Measures:
+        found: Measures = {}
+        if routing.balance is not None:
+            balance = self.ctx.stage.router_aux_loss_coef * routing.balance.double()
+            found["moe/aux_loss"] = Mean(balance, len(batch.cu_seqlens) - 1)
         if batch.routed_TLK is not None and not self.router_replay:
-            metrics["moe/changed_routings"] = changed_routings(self.model.last_expert_ids(), batch.routed_TLK)
-        return loss, metrics
+            changed_TL = changed_routings(routing.expert_ids, batch.routed_TLK)
+            found["moe/changed_routings"] = Mean(changed_TL.sum(), changed_TL.numel())
+        return found
 
     def _set_lr(self) -> float:
+        """Of the next optimizer step; returns it."""
         options = self.ctx.stage
         scale = lr_at(
             self.step,
@@ -135,52 +165,26 @@ class Trainer:
         self.optimizer.set_lr(scale)
         return scale * options.learning_rate
 
-    def _reduce(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        """Metrics over micro-batches and ranks: loss a sum, */max a maximum, the rest weighted means."""
-        gathered = self.ctx.dist.all_gather_objects({name: value.tolist() for name, value in totals.items()})
-        names = dict.fromkeys(name for part in gathered for name in part)
-        out: dict[str, float] = {}
-        for name in names:
-            parts = [part[name] for part in gathered if name in part]
-            if name == "loss":
-                out[name] = sum(value for value, _ in parts)
-            elif name.endswith("/max"):
-                out[name] = max(value for value, _ in parts)
-            else:
-                out[name] = sum(value for value, _ in parts) / max(sum(weight for _, weight in parts), 1.0)
-        return out
-
-    def _begin_balance(self, num_sequences: int) -> None:
-        """The balance loss is a mean over the sequences of the step, as every loss is, and a sum over layers."""
-        coefficient = self.ctx.stage.router_aux_loss_coef
-        for layer in self.model.moe_layers():
-            scale = torch.tensor(coefficient / num_sequences, device=self.ctx.dist.device)
-            layer.balance_scale = scale if coefficient > 0 else None
-            layer.last_balance = torch.zeros_like(layer.last_balance)
+    def _no_counts(self) -> Tensor:
+        layers = sum(1 for _ in self.model.moe_layers())
+        return torch.zeros(layers, self.model.config.n_routed_experts, dtype=torch.int64, device=self.ctx.dist.device)
 
     @torch.no_grad()
-    def _end_balance(self) -> dict[str, Any]:
+    def _end_balance(self, counts_LE: Tensor) -> Measures:
         """Load metrics, and V3's balance rule (2412.19437, section 2.1.2): b += rate * sign(mean load - load).
 
         Both from global counts. moe/load [L][E] is relative to an even load of 1.
         """
-        layers = list(self.model.moe_layers())
-        if not layers:
+        if not counts_LE.numel():
             return {}
-        counts_LE = self.ctx.dist.all_reduce_sum(torch.stack([layer.last_counts for layer in layers]).float())
+        counts_LE = self.ctx.dist.all_reduce_sum(counts_LE.float())
         rate = self.ctx.stage.router_bias_update_rate
-        for layer, counts_E in zip(layers, counts_LE, strict=True):
-            if rate > 0:
+        if rate > 0:
+            for layer, counts_E in zip(self.model.moe_layers(), counts_LE, strict=True):
                 layer.gate.e_score_correction_bias += rate * torch.sign(counts_E.mean() - counts_E)
-            layer.last_counts = torch.zeros_like(layer.last_counts)
-        load_LE = counts_LE / counts_LE.mean(1, keepdim=True)
-        metrics: dict[str, Any] = {
-            "moe/max_violation": float(load_LE.amax(1).mean() - 1), "moe/load": load_LE.tolist()
-        }  # fmt: skip
-        if (scale := layers[0].balance_scale) is not None:
-            scaled = scale * torch.stack([layer.last_balance for layer in layers]).sum()
-            metrics["moe/aux_loss"] = float(self.ctx.dist.all_reduce_sum(scaled))
-        return metrics
+        even = float(counts_LE[0].mean())  # as in every layer
+        violation = counts_LE.amax(1).mean() / even - 1
+        return merge([{"moe/max_violation": Mean(violation, 1.0), "moe/load": Mean(counts_LE, even)}])
 
 
 def check_router_options(options: Any, model: Decoder, router_replay: bool) -> None:
@@ -202,9 +206,15 @@ def check_router_options(options: Any, model: Decoder, router_replay: bool) -> N
 
 
 def changed_routings(expert_ids_TLK: Tensor, recorded_TLK: Tensor) -> Tensor:
-    """Share of (token, layer) pairs that go to another set of experts than the sampler's did."""
-    changed_TL = (expert_ids_TLK.sort(-1).values != recorded_TLK.sort(-1).values).any(-1)
-    return changed_TL.float().mean()
+    """Which (token, layer) pairs go to another set of experts than the sampler's did, [T, L]."""
+    return (expert_ids_TLK.sort(-1).values != recorded_TLK.sort(-1).values).any(-1)
+
+
+def count_experts(expert_ids_TLK: Tensor, num_experts: int) -> Tensor:
+    """How many tokens chose each expert of each layer, int64 [L, E]."""
+    chosen_LM = expert_ids_TLK.transpose(0, 1).flatten(1)
+    counts_LE = chosen_LM.new_zeros(len(chosen_LM), num_experts)
+    return counts_LE.scatter_add_(1, chosen_LM, torch.ones_like(chosen_LM))  # of integers: any order
 
 
 def share(units: Sequence[Sequence[Example]], ctx: StageContext) -> list[list[int]]:
@@ -215,23 +225,8 @@ def share(units: Sequence[Sequence[Example]], ctx: StageContext) -> list[list[in
     return [[mine[i] for i in group] for group in groups]
 
 
-def _no_loss(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _no_loss(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
     return hidden_TD.sum() * 0 + weight_VD.sum() * 0, {}
-
-
-def _accumulate(totals: dict[str, Tensor], metrics: dict[str, Tensor], num_items: float) -> None:
-    """totals[name] = [sum of value * weight, sum of weights], or the plain sum for the loss, or the maximum."""
-    for name, value in metrics.items():
-        value = value.detach().double().cpu()
-        weight = 1.0 if name == "loss" else num_items
-        new = torch.stack(
-            [value if name.endswith("/max") else value * weight, torch.tensor(weight, dtype=torch.float64)]
-        )
-        old = totals.get(name)
-        if old is None:
-            totals[name] = new
-        else:
-            totals[name] = torch.maximum(old, new) if name.endswith("/max") else old + new
 
 
 @torch.no_grad()
@@ -246,8 +241,8 @@ def map_packed(
 ) -> list[Any]:
     """Forward only: head's values for each example, on every rank, in order: a list per example, or one number.
 
-    head returns a value per learned token, or per sequence where per_token is False. router_replay: with the experts
-    that the sampler took.
+    head returns a value per learned token, or per sequence where per_token is False. The list of an example that is not
+    learned is empty. router_replay: with the experts that the sampler took.
     """
     dist = ctx.dist
     model.eval()
@@ -258,10 +253,9 @@ def map_packed(
         group = groups[turn] if turn < len(groups) else []
         batch = collate([examples[i] for i in group], dist.device) if group else empty_batch(dist.device)
         replayed = batch.routed_TLK if router_replay else None
-        values = model(batch.input_ids_T, batch.cu_seqlens, head=partial(head, batch), replay_ids_TLK=replayed)
-        values = values.float().tolist()
-        ends = batch.loss_cu_seqlens.tolist()
-        for place, i in enumerate(group):
-            results[i] = values[ends[place] : ends[place + 1]] if per_token else values[place]
+        found = model(batch.input_ids_T, batch.cu_seqlens, head=partial(head, batch), replay_ids_TLK=replayed)
+        left = iter(found.float().tolist())
+        for i in group:
+            results[i] = list(islice(left, examples[i].num_learned)) if per_token else next(left)
     merged = {i: value for part in dist.all_gather_objects(results) for i, value in part.items()}
     return [merged[i] for i in range(len(examples))]

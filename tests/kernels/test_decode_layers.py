@@ -10,6 +10,7 @@ from torch import Tensor
 from r1fast.models.cache import BlockCache
 from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
+from r1fast.models.moe import Routing
 from r1fast_kernels import decode_layers as op
 from r1fast_kernels.decode_attention import BLOCK
 from tests.kernels.backends import BF16, FP32, FP64, assert_same_bits, needs_cpp, of_older_processor
@@ -51,7 +52,7 @@ class Step:
     table_BN: Tensor
     cache: BlockCache
 
-    def logits(self, rows: slice | Tensor = slice(None), **options: Any) -> Tensor:
+    def logits(self, rows: slice | Tensor = slice(None), **options: Any) -> Any:
         inputs = (self.ids_B[rows], self.positions_B[rows], self.cache, self.table_BN[rows])
         return self.model.decode(*inputs, **options)
 
@@ -101,22 +102,26 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+def assert_same_experts(name: str, got: Routing | None, want: Routing | None) -> None:
+    assert (got is None) == (want is None) == (not CONFIGS[name].n_routed_experts)
+    if got is not None and want is not None:
+        assert torch.equal(got.expert_ids, want.expert_ids)
+
+
 @pytest.mark.parametrize("num_rows", [1, 16, 17, 70, 300])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_the_modules(name: str, num_rows: int, calls: list[int]) -> None:
     step = make_step(name, num_rows=num_rows)
     other = step.by_modules()
-    got = step.logits()
+    got, routing = step.logits(with_routing=True)
     assert calls == [num_rows]
-    experts = step.model.last_expert_ids() if step.cache.decode_layers and CONFIGS[name].n_routed_experts else None
     step.model.use_kernels("reference")
-    want = other.logits()
+    want, their_routing = other.logits(with_routing=True)
     assert calls == [num_rows] and want.std() > 0.1
     torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
     for ours, theirs in zip(step.cache.buffers, other.cache.buffers):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    if experts is not None:
-        assert torch.equal(experts, step.model.last_expert_ids())
+    assert_same_experts(name, routing, their_routing)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -125,19 +130,17 @@ def test_bf16_is_as_near_as_the_modules(name: str, calls: list[int]) -> None:
     step = make_step(name, BF16)
     exact, modules = step.by_modules(), step.by_modules()
     exact.cache = exact.by_modules().cache
-    got = step.logits().float().log_softmax(-1)
+    found = [step.logits(with_routing=True)]
     assert calls == [70]
-    routed = CONFIGS[name].n_routed_experts > 0
-    ids = [step.model.last_expert_ids()] if routed else []
     step.model.use_kernels("reference")
-    near = modules.logits().float().log_softmax(-1)
-    ids += [step.model.last_expert_ids()] if routed else []
+    found.append(modules.logits(with_routing=True))
     exact.model.double()
     exact.cache = BlockCache(step.model.config, step.cache.num_blocks, FP64, "cpu")
     for to, source in zip(exact.cache.buffers, make_step(name, BF16).cache.buffers):
         to.copy_(source)
-    want = exact.logits().log_softmax(-1)
-    ids += [step.model.last_expert_ids()] if routed else []
+    found.append(exact.logits(with_routing=True))
+    got, near, want = (logits.to(torch.promote_types(logits.dtype, FP32)).log_softmax(-1) for logits, _ in found)
+    ids = [routing.expert_ids for _, routing in found if routing is not None]
     same = torch.ones(70, dtype=torch.bool)
     for other in ids:
         same &= (other == ids[-1]).flatten(1).all(1)
@@ -146,9 +149,10 @@ def test_bf16_is_as_near_as_the_modules(name: str, calls: list[int]) -> None:
     assert error.mean() < 1.2 * their_error.mean() + 1e-4 and error.max() < 2 * their_error.max()
 
 
-def prefill(step: Step, ids_T: Tensor, cu_seqlens: list[int], slots_T: Tensor) -> Tensor:
+def prefill(step: Step, ids_T: Tensor, cu_seqlens: list[int], slots_T: Tensor) -> tuple[Tensor, Routing | None]:
+    cu = torch.tensor(cu_seqlens, dtype=torch.int32)
     with torch.no_grad():
-        return step.model(ids_T, torch.tensor(cu_seqlens, dtype=torch.int32), cache=step.cache, slots_T=slots_T)
+        return step.model(ids_T, cu, cache=step.cache, slots_T=slots_T, with_routing=True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -166,18 +170,17 @@ def test_prefill_equals_the_modules(name: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(op.DecodeLayers, "prefill", lambda self, ids, *x: seen.append(len(ids)) or run(self, ids, *x))
 
     other = step.by_modules()
-    got = prefill(step, ids_T, ends, slots_T)
-    experts = step.model.last_expert_ids() if CONFIGS[name].n_routed_experts else None
-    alone = prefill(step.by_modules(), ids_T[ends[5] : ends[6]], [0, 60], slots_T[ends[5] : ends[6]])
+    got, routing = prefill(step, ids_T, ends, slots_T)
+    alone, _ = prefill(step.by_modules(), ids_T[ends[5] : ends[6]], [0, 60], slots_T[ends[5] : ends[6]])
     assert seen == [ends[-1], 60]
     torch.testing.assert_close(alone, got[ends[5] : ends[6]], rtol=1e-6, atol=1e-6)  # the head is a product of torch
     step.model.use_kernels("reference")
-    want = prefill(other, ids_T, ends, slots_T)
+    want, their_routing = prefill(other, ids_T, ends, slots_T)
     assert len(seen) == 2 and want.std() > 0.1
     torch.testing.assert_close(got, want, rtol=1e-5, atol=3e-5)
     for ours, theirs in zip(step.cache.buffers, other.cache.buffers):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert experts is None or torch.equal(experts, step.model.last_expert_ids())
+    assert_same_experts(name, routing, their_routing)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)

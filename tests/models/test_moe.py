@@ -8,7 +8,7 @@ from torch import Tensor
 
 from r1fast.models.attention import AttentionPlan
 from r1fast.models.moe import AddLoss, sequence_balance_loss
-from r1fast.stages.training import changed_routings
+from r1fast.stages.training import changed_routings, count_experts
 from tests.models.conftest import Checkpoint
 
 MakeCheckpoint = Callable[[str], Checkpoint]
@@ -59,27 +59,22 @@ def test_a_loss_inside_the_model_is_minimised_with_the_rest() -> None:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
-def test_the_model_adds_it_in_training_only(
+def test_the_model_adds_it_where_asked(
     make_checkpoint: MakeCheckpoint, documents: list[Tensor], pack: Pack, family: str
 ) -> None:
     decoder = make_checkpoint(family).load()
     ids, cu_seqlens = pack(documents)
     gate = next(decoder.moe_layers()).gate.weight
     gradients = []
-    for scale, training in ((None, True), (0.0, True), (0.5, True), (0.5, False)):
-        for moe in decoder.moe_layers():
-            moe.balance_scale = None if scale is None else torch.tensor(scale)
-            moe.last_balance = torch.zeros(())
-        decoder.train(training)
-        gradients.append(torch.autograd.grad(decoder(ids, cu_seqlens).square().mean(), gate)[0])
-        found = [float(moe.last_balance) for moe in decoder.moe_layers()]
-        if scale is None or not training:
-            assert not any(found)
-        else:  # 1 where even, at most E / K
-            assert all(
-                0.5 * len(documents) < value < len(documents) * decoder.config.n_routed_experts for value in found
-            )
-    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[3])
+    for scale in (None, torch.tensor(0.0), torch.tensor(0.5)):
+        logits, routing = decoder(ids, cu_seqlens, balance_scale=scale, with_routing=True)
+        gradients.append(torch.autograd.grad(logits.square().mean(), gate)[0])
+        if scale is None:
+            assert routing.balance is None
+        else:  # of each layer and sequence 1 where even, at most E / K
+            even = len(documents) * routing.expert_ids.shape[1]
+            assert 0.5 * even < float(routing.balance) < even * decoder.config.n_routed_experts
+    assert torch.equal(gradients[0], gradients[1])
     assert not torch.allclose(gradients[0], gradients[2])
 
 
@@ -87,16 +82,21 @@ def test_the_model_adds_it_in_training_only(
 def test_replayed_experts(make_checkpoint: MakeCheckpoint, documents: list[Tensor], pack: Pack, family: str) -> None:
     decoder = make_checkpoint(family).load()
     ids, cu_seqlens = pack(documents)
-    logits = decoder(ids, cu_seqlens)
-    own = decoder.last_expert_ids()
+    logits, (own, _) = decoder(ids, cu_seqlens, with_routing=True)
+    num_experts = decoder.config.n_routed_experts
     assert own.shape == (len(ids), len(list(decoder.moe_layers())), decoder.config.num_experts_per_tok)
     # Its own choice, in another order: the same sum over experts, to rounding.
     torch.testing.assert_close(decoder(ids, cu_seqlens, replay_ids_TLK=own.flip(-1)), logits, rtol=1e-4, atol=1e-4)
-    others = (own + 1) % decoder.config.n_routed_experts
-    replayed = decoder(ids, cu_seqlens, replay_ids_TLK=others)
-    assert torch.equal(decoder.last_expert_ids(), others)
+    others = (own + 1) % num_experts
+    replayed, routing = decoder(ids, cu_seqlens, replay_ids_TLK=others, with_routing=True)
+    assert torch.equal(routing.expert_ids, others)
     assert not torch.allclose(replayed, logits, rtol=1e-2)
-    assert changed_routings(own.flip(-1), own) == 0
+    assert not changed_routings(own.flip(-1), own).any()
     one_changed = own.clone()
-    one_changed[3, 0, 0] = next(e for e in range(decoder.config.n_routed_experts) if e not in own[3, 0])
-    torch.testing.assert_close(changed_routings(one_changed, own), torch.tensor(1 / own[..., 0].numel()))
+    one_changed[3, 0, 0] = next(e for e in range(num_experts) if e not in own[3, 0])
+    assert changed_routings(one_changed, own).nonzero().tolist() == [[3, 0]]
+
+
+def test_experts_are_counted_layer_by_layer() -> None:
+    expert_ids_TLK = torch.tensor([[[0, 1], [2, 3]], [[0, 2], [3, 2]]])
+    assert count_experts(expert_ids_TLK, 4).tolist() == [[2, 1, 1, 0], [0, 0, 2, 2]]

@@ -266,9 +266,9 @@ def test_recorded_experts_are_those_of_a_forward_pass(checkpoints: dict[str, Pat
     for prompt, completions in zip(prompts, outputs, strict=True):
         for completion in completions:
             tokens = torch.tensor([*prompt, *completion.token_ids[:-1]])
-            model(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32))
+            _, routing = model(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32), with_routing=True)
             assert completion.routed_experts is not None
-            assert torch.equal(torch.from_numpy(completion.routed_experts).long(), model.last_expert_ids())
+            assert torch.equal(torch.from_numpy(completion.routed_experts).long(), routing.expert_ids)
     assert len({len(c.token_ids) for completions in outputs for c in completions}) > 3
     plain = RolloutEngine(model, None, max_num_seqs=10).generate(prompts, params)
     assert [c.token_ids for cs in plain for c in cs] == [c.token_ids for cs in outputs for c in cs]

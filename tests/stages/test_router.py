@@ -45,9 +45,18 @@ def step(dist: Dist, model: Path, **options: Any) -> tuple[dict[str, Any], list[
             weight = getattr(moe.gate.weight, "_local_tensor", moe.gate.weight)
             weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
     examples = learner.logprobs(samples)
+    taken: list[torch.Tensor] = []
+    forward = decoder.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result, routing = forward(*args, **kwargs)
+        taken.append(routing.expert_ids)
+        return result, routing
+
+    decoder.forward = watched  # type: ignore[method-assign]
     metrics = learner.update(0, examples)
-    recorded = torch.cat([torch.from_numpy(sample.routed_experts) for sample in samples])
-    return metrics, *(sorted(ids.flatten(1).tolist()) for ids in (recorded, decoder.last_expert_ids()))
+    recorded = [torch.from_numpy(sample.routed_experts) for sample in samples]
+    return metrics, *(sorted(torch.cat(ids).flatten(1).tolist()) for ids in (recorded, taken))
 
 
 def test_experts_are_replayed(dist: Dist, models: dict[str, Path]) -> None:
