@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .decode_attention_triton import BLOCK, launch
 from .dispatch import TRITON_DEVICE, choose, compute_dtype
+from .ids import check_blocks
 
 
 def slots_of(block_table_BN: Tensor, num_tokens: int) -> Tensor:
@@ -89,6 +90,9 @@ def decode_attention(
             f"decode_attention: got block_table in {block_table_BN.dtype}, lengths in {lengths_B.dtype} and {scale=}; "
             "expected int32, int32 and a scale above 0"
         )
-    if choose("decode_attention", impl, q_BHd) == "reference":
+    chosen = choose("decode_attention", impl, q_BHd)
+    if chosen != "cpp":
+        check_blocks("decode_attention", block_table_BN, lengths_B, BLOCK, S // BLOCK)
+    if chosen == "reference":
         return decode_attention_reference(q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale)
     return torch.ops.r1fast.decode_attention(q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose
+from .ids import check_offsets
 
 # What a layer may have, by its name in a checkpoint; csrc/cpu/decode_layers.cpp reads them in this order.
 NAMES = (
@@ -136,6 +137,7 @@ class DecodeLayers:
         cu_seqlens, slots_T   int32 [N + 1] and int64: where each sequence begins, and where its tokens go in the cache
         A sequence stays on one thread: for prompts of up to MOST_PROMPT_TOKENS.
         """
+        check_offsets("decode_layers", "cu_seqlens", cu_seqlens, len(slots_T))
         return torch.ops.r1fast.decode_layers(
             input_ids_T, cu_seqlens, slots_T, True, cache, *self.tensors, *vars(self.spec).values()
         )

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import TRITON_DEVICE, choose, compute_dtype
+from .ids import check_ids
 
 SCALES = ("group", "batch", "none")
 
@@ -151,6 +152,7 @@ def group_advantages(
         )
     if scale not in SCALES:
         raise ValueError(f"group_advantages: got scale={scale!r}, expected group, batch or none")
+    check_ids("group_advantages", "group_ids_N", group_ids_N, None)
     rewards_N = rewards_N.detach()
     if choose("group_advantages", impl, rewards_N) == "reference":
         return group_advantages_reference(rewards_N, group_ids_N, scale, eps).to(compute_dtype(rewards_N))

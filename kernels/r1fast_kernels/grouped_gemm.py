@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import INTERPRETING, TRITON_DEVICE, choose
+from .ids import check_offsets
 from .moe_dispatch import tile_table
 
 
@@ -314,6 +315,9 @@ def grouped_gemm(
         )
     if x_MD.dtype != weight.dtype:
         raise ValueError(f"grouped_gemm: got x in {x_MD.dtype} and weight in {weight.dtype}, expected one dtype")
-    if choose("grouped_gemm", impl, x_MD) == "reference":
+    chosen = choose("grouped_gemm", impl, x_MD)
+    if chosen != "cpp":
+        check_offsets("grouped_gemm", "offsets_E", offsets_E, len(x_MD), whole=False)
+    if chosen == "reference":
         return grouped_gemm_reference(x_MD, weight, offsets_E, transpose_weight)
     return torch.ops.r1fast.grouped_gemm(x_MD, weight, offsets_E.int(), transpose_weight)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .dispatch import TRITON_DEVICE, choose, compute_dtype
 from .group_advantages import advantage_of
-from .grpo_loss_reference import LossArguments, check_end, grpo_loss_reference
+from .grpo_loss_reference import LossArguments, grpo_loss_reference
 from .head import times
 
 # Columns 2.. of the partial sums of a sample, after its loss and its tokens that count; csrc/cpu/grpo_loss.cpp has them
@@ -52,22 +52,29 @@ BLOCK_T, BLOCK_N, NUM_WARPS = 1024, 64, 8
 def _surrogate(ratio, advantage, logprob, clip_low, clip_high, delta, CISPO: tl.constexpr):
     """(loss, slope, clipped below, clipped above); NaN passes through every `where`, which tl.minimum would drop."""
     # The bounds that count as clipping, for the sign of this advantage.
-    below_bound = tl.where(advantage < 0, clip_low, -float("inf"))
     above_bound = tl.where(advantage > 0, clip_high, float("inf"))
+    # One return: the compiler types both branches of an early one, and here they differ where the log-prob is a constant.
     if CISPO:
         slope = -tl.where(ratio > clip_high, clip_high, ratio) * advantage
-        return slope * logprob, slope, ratio < -float("inf"), ratio > above_bound
-    capped = tl.where(ratio > delta, delta, ratio)
-    clipped = tl.where(ratio < clip_low, clip_low, tl.where(ratio > clip_high, clip_high, ratio))
-    a = capped * advantage
-    b = clipped * advantage
-    # As autograd has it: on an edge clamp passes the gradient, and a tie of the minimum gives half to each side.
-    share = tl.where(a == b, 0.5, 1.0)
-    passes = tl.where((a > b) | (ratio > delta), 0.0, share)
-    passes += tl.where((b > a) | (ratio < clip_low) | (ratio > clip_high), 0.0, share)
-    # A ratio of infinity that is clipped has slope 0: select, 0 times infinity is NaN.
-    slope = tl.where(passes == 0, 0.0, -(passes * ratio * advantage))
-    return -tl.where(a > b, b, a), slope, capped < below_bound, capped > above_bound
+        loss = slope * logprob
+        below = ratio < -float("inf")
+        above = ratio > above_bound
+    else:
+        below_bound = tl.where(advantage < 0, clip_low, -float("inf"))
+        capped = tl.where(ratio > delta, delta, ratio)
+        clipped = tl.where(ratio < clip_low, clip_low, tl.where(ratio > clip_high, clip_high, ratio))
+        a = capped * advantage
+        b = clipped * advantage
+        # As autograd has it: on an edge clamp passes the gradient, and a tie of the minimum gives half to each side.
+        share = tl.where(a == b, 0.5, 1.0)
+        passes = tl.where((a > b) | (ratio > delta), 0.0, share)
+        passes += tl.where((b > a) | (ratio < clip_low) | (ratio > clip_high), 0.0, share)
+        # A ratio of infinity that is clipped has slope 0: select, 0 times infinity is NaN.
+        slope = tl.where(passes == 0, 0.0, -(passes * ratio * advantage))
+        loss = -tl.where(a > b, b, a)
+        below = capped < below_bound
+        above = capped > above_bound
+    return loss, slope, below, above
 
 
 @triton.jit
@@ -312,7 +319,6 @@ def _launch(
     importance_level: str,
     max_completion_length: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_end(cu_seqlens, logprobs_T)
     mask_T = None if mask_T is None else mask_T.bool()
     N = len(cu_seqlens) - 1
     loss, grad_T, metrics_M = _fake(logprobs_T)
@@ -464,6 +470,7 @@ def grpo_loss(
     if logprobs_T.dim() != 1:
         raise ValueError(f"grpo_loss: got logprobs {tuple(logprobs_T.shape)}, expected [T]")
     given.check_shapes(len(logprobs_T), cu_seqlens)
+    given.check_values("grpo_loss", len(logprobs_T), cu_seqlens)
     if choose("grpo_loss", impl, logprobs_T) == "reference":
         return grpo_loss_reference(logprobs_T, cu_seqlens, given)
     loss, _, metrics_M = torch.ops.r1fast.grpo_loss(logprobs_T, cu_seqlens, *op_arguments(given, logprobs_T.device))

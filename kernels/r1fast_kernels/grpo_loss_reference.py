@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .dispatch import compute_dtype
 from .group_advantages import SCALES, group_advantages
+from .ids import check_ids, check_offsets
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 
@@ -81,17 +82,14 @@ class LossArguments:
                     f"samples, expected ({expected},)"
                 )
 
+    def check_values(self, op: str, num_tokens: int, cu_seqlens: Tensor) -> None:
+        """What the boundaries and the names of groups are, on a CPU."""
+        check_offsets(op, "cu_seqlens", cu_seqlens, num_tokens)
+        if self.group_ids_N is not None:
+            check_ids(op, "group_ids_N", self.group_ids_N, None)
+
 
 LOSS_ARGUMENTS = tuple(field.name for field in fields(LossArguments))
-
-
-def check_end(cu_seqlens: Tensor, logprobs_T: Tensor) -> None:
-    # On a GPU this look would stop the host. The C++ operator looks for itself, so that torch.compile need not.
-    if cu_seqlens.device.type == "cpu" and int(cu_seqlens[-1]) != len(logprobs_T):
-        raise ValueError(
-            f"grpo_loss: cu_seqlens ends at {int(cu_seqlens[-1])} but there are {len(logprobs_T)} log-probabilities; "
-            "pass completion tokens only, and the boundaries of these"
-        )
 
 
 @dataclass(frozen=True)
@@ -238,7 +236,6 @@ def grpo_loss_reference(
     logprobs_T: Tensor, cu_seqlens: Tensor, given: LossArguments
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics) of the public function, with autograd's own gradient."""
-    check_end(cu_seqlens, logprobs_T)
     advantages_N = given.advantages_N
     if advantages_N is None:
         assert given.rewards_N is not None and given.group_ids_N is not None

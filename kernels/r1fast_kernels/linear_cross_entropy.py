@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .dispatch import choose
 from .head import forward_with_gradient, times
+from .ids import check_target_ids
 from .linear_logprobs import check_head, linear_logprobs, linear_logprobs_reference
 
 
@@ -23,19 +24,36 @@ def linear_cross_entropy_reference(hidden_TD: Tensor, weight_VD: Tensor, target_
 
 
 def _forward(
-    hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, scale: float, needs_hidden: bool, needs_weight: bool
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_ids_T: Tensor,
+    ignore_index: int | None,
+    mean: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    shape, kept_M = hidden_TD.shape, None
+    if ignore_index is not None:
+        kept_M = (target_ids_T != ignore_index).nonzero().squeeze(1)
+        if len(kept_M) == len(target_ids_T):
+            kept_M = None
+        else:
+            hidden_TD, target_ids_T = hidden_TD.index_select(0, kept_M), target_ids_T[kept_M]
+    check_target_ids("linear_cross_entropy", target_ids_T, weight_VD.shape[0])
+    scale = 1 / max(len(target_ids_T), 1) if mean else 1.0
     logprobs_T, _, grad_hidden_TD, grad_weight_VD = forward_with_gradient(
         hidden_TD, weight_VD, target_ids_T, 1.0, False, lambda _, logprobs_R, __: torch.full_like(logprobs_R, -scale),
         needs_hidden, needs_weight,
     )  # fmt: skip
+    if needs_hidden and kept_M is not None:
+        grad_hidden_TD = grad_hidden_TD.new_zeros(shape).index_copy_(0, kept_M, grad_hidden_TD)
     return logprobs_T.sum() * -scale, grad_hidden_TD, grad_weight_VD
 
 
 torch.library.define(
     "r1fast::linear_cross_entropy",
-    "(Tensor hidden_TD, Tensor weight_VD, Tensor target_ids_T, float scale, bool needs_hidden, bool needs_weight) "
-    "-> (Tensor loss, Tensor grad_hidden_TD, Tensor grad_weight_VD)",
+    "(Tensor hidden_TD, Tensor weight_VD, Tensor target_ids_T, int? ignore_index, bool mean, bool needs_hidden, "
+    "bool needs_weight) -> (Tensor loss, Tensor grad_hidden_TD, Tensor grad_weight_VD)",
 )
 for _device in ("cpu", "cuda"):
     torch.library.impl("r1fast::linear_cross_entropy", _device, _forward)
@@ -43,7 +61,13 @@ for _device in ("cpu", "cuda"):
 
 @torch.library.register_fake("r1fast::linear_cross_entropy")
 def _fake(
-    hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, scale: float, needs_hidden: bool, needs_weight: bool
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_ids_T: Tensor,
+    ignore_index: int | None,
+    mean: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = hidden_TD.new_empty((), dtype=torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32)
     return (
@@ -81,11 +105,12 @@ def linear_cross_entropy(
     reduction: str = "mean",
     impl: str | None = None,
 ) -> Tensor:
-    """Cross-entropy of a language-model head; targets equal to `ignore_index` are dropped before the product.
+    """Cross-entropy of a language-model head; targets equal to `ignore_index` do not count.
 
     hidden_TD      [T, D]; weight_VD [V, D], same dtype
     target_ids_T   [T] int64, 0 <= id < V or ignore_index
-    ignore_index   None = every target counts: on a GPU this spares the wait for how many are left
+    ignore_index   with "mean" and "sum" such targets are dropped before the product, which on a GPU waits for how many
+                   are left; None = every target counts, without a wait
     reduction      "mean" over the targets that count (0 when none does, where torch gives NaN), "sum", or "none": [T],
                    0 where ignored. Under gradient accumulation use "sum" over the step's global count
     Returns the loss, fp32 (fp64 for fp64).
@@ -94,24 +119,24 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy: got reduction={reduction!r}, expected mean, sum or none")
     chosen = choose("linear_cross_entropy", impl, hidden_TD)
-    num_targets, kept = target_ids_T.shape[0], None
-    if ignore_index is not None:
-        kept = (target_ids_T != ignore_index).nonzero().squeeze(1)
-        if kept.shape[0] == num_targets:
-            kept = None
-        else:
-            hidden_TD, target_ids_T = hidden_TD.index_select(0, kept), target_ids_T[kept]
-    scale = 1 / max(target_ids_T.shape[0], 1) if reduction == "mean" else 1.0
     if reduction != "none" and chosen != "reference":
         learns = torch.is_grad_enabled()
         return torch.ops.r1fast.linear_cross_entropy(
-            hidden_TD, weight_VD, target_ids_T, scale, learns and hidden_TD.requires_grad,
+            hidden_TD, weight_VD, target_ids_T, ignore_index, reduction == "mean", learns and hidden_TD.requires_grad,
             learns and weight_VD.requires_grad,
         )[0]  # fmt: skip
+    # Shapes here depend on no value, for torch.compile: what is ignored is not dropped, but is a zero row of target 0.
+    ignored_T = torch.zeros_like(target_ids_T, dtype=torch.bool)
+    if ignore_index is not None:
+        ignored_T = target_ids_T == ignore_index
+        hidden_TD, target_ids_T = hidden_TD.masked_fill(ignored_T[:, None], 0), target_ids_T.masked_fill(ignored_T, 0)
     if chosen == "reference":
-        losses = linear_cross_entropy_reference(hidden_TD, weight_VD, target_ids_T)
+        check_target_ids("linear_cross_entropy", target_ids_T, weight_VD.shape[0])
+        losses_T = linear_cross_entropy_reference(hidden_TD, weight_VD, target_ids_T)
     else:
-        losses = -linear_logprobs(hidden_TD, weight_VD, target_ids_T, impl=impl)  # type: ignore[operator]
-    if reduction != "none":
-        return losses.sum() * scale
-    return losses if kept is None else losses.new_zeros(num_targets).index_copy(0, kept, losses)
+        losses_T = -linear_logprobs(hidden_TD, weight_VD, target_ids_T, impl=impl)  # type: ignore[operator]
+    if ignore_index is not None:
+        losses_T = losses_T.masked_fill(ignored_T, 0)
+    if reduction == "none":
+        return losses_T
+    return losses_T.sum() / ((~ignored_T).sum().clamp(min=1) if reduction == "mean" else 1)

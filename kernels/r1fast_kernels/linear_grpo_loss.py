@@ -24,6 +24,7 @@ from .group_advantages import group_advantages
 from .grpo_loss import LOSS_SCHEMA, METRICS, grpo_loss, named_metrics, op_arguments
 from .grpo_loss_reference import LOSS_ARGUMENTS, LossArguments
 from .head import forward_with_gradient, rows_of_tall_tile
+from .ids import check_target_ids
 from .linear_cross_entropy import save_gradients, scale_gradients
 from .linear_logprobs import check_head, linear_logprobs
 
@@ -57,6 +58,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *advantages, old_T, ref_T, sampler_T, mask_T, _, counts_N, num_items, num_samples = given[:12]
     num_tokens = hidden_TD.shape[0]
+    check_target_ids("linear_grpo_loss", target_ids_T, weight_VD.shape[0])
     whole = slice(0, num_tokens)
 
     def loss_of(rows: slice, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,6 +161,7 @@ def linear_grpo_loss(
         raise ValueError(f"linear_grpo_loss: got temperature={temperature}, expected > 0; for greedy use 1.0")
     given = LossArguments(**loss_arguments)
     given.check_shapes(hidden_TD.shape[0], cu_seqlens)
+    given.check_values("linear_grpo_loss", hidden_TD.shape[0], cu_seqlens)
     chosen = choose("linear_grpo_loss", impl, hidden_TD)
     hidden_TD, target_ids_T, cu_seqlens, given = _drop_masked(hidden_TD, target_ids_T, cu_seqlens, given)
     num_tokens, vocab = hidden_TD.shape[0], weight_VD.shape[0]

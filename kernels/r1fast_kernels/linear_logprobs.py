@@ -27,6 +27,7 @@ from .head import (
     tile_dtype,
     wide_tiles,
 )  # fmt: skip
+from .ids import check_target_ids
 from .selective_logprobs import selective_logprobs_reference
 
 
@@ -52,11 +53,11 @@ def _forward(
     keep_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_tokens = hidden_TD.shape[0]
+    check_target_ids("linear_logprobs", target_ids_T, weight_VD.shape[0])
     if fits_wide_tile(hidden_TD, weight_VD.shape[0]):
         logits_TV = project(hidden_TD, weight_VD, bias_V, new_tile(hidden_TD, num_tokens * weight_VD.shape[0]))
         found = torch.ops.r1fast.selective_logprobs(logits_TV, target_ids_T, temperature, with_entropy, False)
         return *found, logits_TV if keep_logits else logits_TV.new_empty(0)
-    _check_ids(target_ids_T, weight_VD.shape[0])
     state_T4 = new_state(num_tokens, hidden_TD.device)
     token_pieces, vocab_pieces, buffer = wide_tiles(hidden_TD, weight_VD)
     for rows in token_pieces:
@@ -67,18 +68,6 @@ def _forward(
                 state_T4[rows], tile, target_ids_T[rows], temperature, columns.start, with_entropy
             )
     return *finish(state_T4, temperature, with_entropy, compute_dtype(hidden_TD)), new_tile(hidden_TD, 0)
-
-
-def _check_ids(target_ids_T: Tensor, vocab: int) -> None:
-    """On a CPU; looking at ids on a GPU would wait for it, and there an id outside gives NaN."""
-    if target_ids_T.device.type != "cpu" or not target_ids_T.numel():
-        return
-    lowest, highest = (int(x) for x in target_ids_T.aminmax())
-    if lowest < 0 or highest >= vocab:
-        raise IndexError(
-            f"linear_logprobs: target_ids_T holds ids from {lowest} to {highest}, expected 0 <= id < {vocab}; drop "
-            "ignored positions before the call"
-        )
 
 
 def _backward_kernel(
@@ -250,6 +239,7 @@ def linear_logprobs(
         bias_V = bias_V.to(weight_VD.dtype)
     entropy_T: Tensor | None
     if choose("linear_logprobs", impl, hidden_TD) == "reference":
+        check_target_ids("linear_logprobs", target_ids_T, weight_VD.shape[0])
         logprobs_T, entropy_T = linear_logprobs_reference(
             hidden_TD, weight_VD, target_ids_T, bias_V, temperature, with_entropy
         )

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import TRITON_DEVICE, choose
+from .ids import check_ids
 
 
 def moe_dispatch_reference(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,6 +196,10 @@ def fake(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
     return int32(expert_ids_TK.numel()), int32(*expert_ids_TK.shape), int32(num_experts)
 
 
+def check_expert_ids(op: str, expert_ids_TK: Tensor, num_experts: int) -> None:
+    check_ids(op, "expert_ids_TK", expert_ids_TK, None, hint=f"ids from {num_experts} on are skipped")
+
+
 def moe_dispatch(expert_ids_TK: Tensor, num_experts: int, *, impl: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Sort the T K choices by expert.
 
@@ -204,6 +209,9 @@ def moe_dispatch(expert_ids_TK: Tensor, num_experts: int, *, impl: str | None = 
     """
     if expert_ids_TK.dim() != 2:
         raise ValueError(f"moe_dispatch: got expert ids {tuple(expert_ids_TK.shape)}, expected [T, K]")
-    if choose("moe_dispatch", impl, expert_ids_TK) == "reference":
+    chosen = choose("moe_dispatch", impl, expert_ids_TK)
+    if chosen != "cpp":
+        check_expert_ids("moe_dispatch", expert_ids_TK, num_experts)
+    if chosen == "reference":
         return moe_dispatch_reference(expert_ids_TK, num_experts)
     return torch.ops.r1fast.moe_dispatch(expert_ids_TK, num_experts)

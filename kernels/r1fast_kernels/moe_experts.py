@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .dispatch import TRITON_DEVICE, choose
 from .moe_dispatch import fake as fake_dispatch
-from .moe_dispatch import moe_dispatch_reference
+from .moe_dispatch import check_expert_ids, moe_dispatch_reference
 from .moe_experts_triton import launch_backward, launch_forward
 
 
@@ -159,7 +159,10 @@ def moe_experts(
             f"{down_EDF.dtype}, expected one dtype"
         )
     inputs = hidden_TD, gate_up_E2FD, down_EDF, expert_ids_TK, weights_TK
-    if choose("moe_experts", impl, hidden_TD) == "reference":
+    chosen = choose("moe_experts", impl, hidden_TD)
+    if chosen != "cpp":
+        check_expert_ids("moe_experts", expert_ids_TK, num_experts)
+    if chosen == "reference":
         return moe_experts_reference(*inputs)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return torch.ops.r1fast.moe_experts(*inputs, learns and not recompute)[0]

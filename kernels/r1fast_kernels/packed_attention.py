@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose, compute_dtype
+from .ids import check_offsets
 
 
 def rotate_reference(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> Tensor:
@@ -142,7 +143,10 @@ def packed_attention(
         )
     if scale <= 0:
         raise ValueError(f"packed_attention: got {scale=}, expected more than 0")
-    if choose("packed_attention", impl, q_THd) == "reference":
+    chosen = choose("packed_attention", impl, q_THd)
+    if chosen != "cpp":
+        check_offsets("packed_attention", "cu_seqlens", cu_seqlens, T)
+    if chosen == "reference":
         return packed_attention_reference(q_THd, k_TKd, v_TKe, cu_seqlens, scale, k_pe_TR, rope, interleaved)
     cos, sin = rope or (None, None)
     return torch.ops.r1fast.packed_attention(q_THd, k_TKd, v_TKe, cu_seqlens, k_pe_TR, cos, sin, scale, interleaved)[0]

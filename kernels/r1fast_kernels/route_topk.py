@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import TRITON_DEVICE, choose, compute_dtype
+from .ids import check_ids
 from .sample_tokens import key_of, value_of
 
 
@@ -367,6 +368,9 @@ def route_topk(
         router_logits_TE, bias_E, replay_ids_TK, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor,
         scoring,
     )  # fmt: skip
-    if choose("route_topk", impl, router_logits_TE) == "reference":
+    chosen = choose("route_topk", impl, router_logits_TE)
+    if chosen != "cpp" and replay_ids_TK is not None:
+        check_ids("route_topk", "replay_ids_TK", replay_ids_TK, num_experts)
+    if chosen == "reference":
         return route_topk_reference(*arguments)
     return torch.ops.r1fast.route_topk(*arguments)

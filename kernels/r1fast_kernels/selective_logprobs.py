@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import TRITON_DEVICE, choose, compute_dtype
+from .ids import check_target_ids
 
 
 def selective_logprobs_reference(
@@ -310,7 +311,10 @@ def selective_logprobs(
     if temperature <= 0:
         raise ValueError(f"selective_logprobs: got temperature={temperature}, expected > 0; for greedy use 1.0")
     entropy_T: Tensor | None
-    if choose("selective_logprobs", impl, logits_TV) == "reference":
+    chosen = choose("selective_logprobs", impl, logits_TV)
+    if chosen != "cpp":
+        check_target_ids("selective_logprobs", target_ids_T, logits_TV.shape[1])
+    if chosen == "reference":
         logprobs_T, entropy_T = selective_logprobs_reference(logits_TV, target_ids_T, temperature, with_entropy)
     else:
         logprobs_T, entropy_T, _ = torch.ops.r1fast.selective_logprobs(

@@ -116,19 +116,13 @@ def test_same_bits_and_backward_twice(backend: Backend, monkeypatch: pytest.Monk
 
 @needs_cpp
 @pytest.mark.parametrize("tiling", TILINGS)
-def test_gradcheck_opcheck_and_compile(monkeypatch: pytest.MonkeyPatch, tiling: str) -> None:
+def test_gradcheck_and_opcheck(monkeypatch: pytest.MonkeyPatch, tiling: str) -> None:
     set_tiling(monkeypatch, tiling)
     hidden, weight, _, ids = random_head(num_tokens=7, width=2, vocab=67)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, ids), leaves)
-    arguments = (*leaves, ids, 0.5, True, True)
-    torch.library.opcheck(torch.ops.r1fast.linear_cross_entropy.default, arguments)
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda h, w: linear_cross_entropy(h * 2, w, ids, ignore_index=None), backend="aot_eager", fullgraph=True
-    )
-    got = torch.autograd.grad(compiled(*leaves), leaves)
-    torch.testing.assert_close(got, torch.autograd.grad(linear_cross_entropy(hidden * 2, weight, ids), leaves))
+    ids[2] = -100
+    torch.library.opcheck(torch.ops.r1fast.linear_cross_entropy.default, (*leaves, ids, -100, True, True, True))
 
 
 def test_errors_say_what_was_expected() -> None:
