@@ -31,6 +31,7 @@ __all__ = ["Box", "accuracy", "final_answer", "last_box", "plain_number", "score
 _MISSING = frozenset({"", "nan", "NaN", "None", "null", "<NA>"})  # how Python, JSON and pandas spell a missing value
 _LETTER = r"(?:\\text\s*\{\s*)?[(\[]?\s*(?:\\text\s*\{\s*)?([A-Z])"
 _CHOICE = re.compile(rf"{_LETTER}\s*\}}?\s*(?:[)\]]\s*\}}?|[.:]|\)\s*\\\s*\}})*\s*\}}?(?P<rest>(?:(?<=[)\]}}.:\s]).*)?)", re.DOTALL)
+_CHOICES = re.compile(r"\(?[A-H]\)?(?:\s*(?:,|;|、|\band\b)+\s*\(?[A-H]\)?)+")
 _TEXT_PATTERNS = tuple(
     re.compile(rf"(?<![\w.]){pattern}(?![\w])", re.IGNORECASE)
     for pattern in (
@@ -136,6 +137,10 @@ def read_gold(gold: str) -> Gold | None:
         text = _told(text)
     if letter := _choice_letter(text):
         return letter
+    if _CHOICES.fullmatch(text):
+        return Gold("choices", _letters(text))
+    if "$" in text and is_number(text.replace("$", "")):
+        text = text.replace("$", "")
     if not re.search(r"\w|\\(?:emptyset|varnothing|infty)", text):
         return None
     if re.fullmatch(r"[0-9A-Za-z]+_\{?[0-9]+\}?", text) and re.fullmatch(r"[0-9].*", text):
@@ -145,6 +150,10 @@ def read_gold(gold: str) -> Gold | None:
     if _is_words(text):
         return Gold("words", _spaced(text)) if part.marked or _is_naming(gold, text) else None
     return Gold("value", text) if is_readable(text) else None
+
+
+def _letters(text: str) -> str:
+    return "".join(sorted(set(re.findall("[A-H]", text))))
 
 
 def _told(text: str) -> str:
@@ -209,6 +218,9 @@ def _spaced(text: str) -> str:
 def _matches(gold: Gold, answer: Answer) -> bool:
     if gold.kind == "choice":
         return _matches_choice(gold, answer)
+    if gold.kind == "choices":
+        text = answer.text if answer.marked else bare(after_lead(answer.text) or answer.text)
+        return bool(_CHOICES.fullmatch(text) or re.fullmatch("[A-H]{2,8}", text)) and _letters(text) == gold.text
     if gold.kind in ("text", "words", "based"):
         return _matches_text(gold, answer)
     return _matches_value(gold.text, answer)

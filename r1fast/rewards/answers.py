@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_DIGITS = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 NUMBER = rf"(?:{_DIGITS})(?:[eE][+-]?[0-9]{{1,3}}(?![0-9a-zA-Z]))?"
 _PLAIN = re.compile(rf"[+-]?{NUMBER}(?:\s*/\s*[0-9]+(?:\.[0-9]+)?)?")
 _MIXED = re.compile(r"([+-]?)\s*([0-9]{1,3}(?:[ ,][0-9]{3})+|[0-9]+) +([0-9]+) ?/ ?([0-9]+)")

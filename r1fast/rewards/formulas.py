@@ -1,7 +1,7 @@
 """Formulas: LaTeX to sympy by math-verify's parser, and whether two of them are the same.
 
 The parser evaluates nothing, so the size of what an evaluation would make is computed from the tree before anything is
-evaluated (`_num_digits`): a formula that would need more than _MAX_DIGITS digits is not evaluated at all. There is no
+evaluated (`_size`): a formula that would need more than _MAX_DIGITS digits is not evaluated at all. There is no
 list of dangerous shapes; what is still slow is for the worker pool's time limit.
 
 Numbers are equal if they are equal: decimals are read as exact fractions, irrational values are compared to 50 digits
@@ -10,13 +10,15 @@ neither expands nor simplifies anything. Sets and relations that are not the sam
 """
 
 import logging
+import math
 import re
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 _MAX_CHARS = 1000
 _MAX_DEPTH = 40  # the parser's time grows steeply with nested brackets
 _MAX_DIGITS = 100_000  # an integer of that size takes milliseconds; the next factorial of it takes for ever
+_DIGITS_PER_BIT = math.log10(2)
 _MAX_DEGREE = 200  # expanding or solving beyond it does not end
 _PRECISION = 50
 _POINTS = (0.7302, -1.3519, 2.1847, -0.4151, 3.3391, 0.1173, -2.7723, 1.6053)
@@ -26,12 +28,13 @@ _FUNCTION = re.compile(
 _COMPLEX = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])|\\(?:Re|Im|arg|imath)(?![A-Za-z])")
 
 
-def same_formula(gold: str, answer: str) -> bool:
+def same_formula(gold: str, answer: str, *, digits: int | None = None) -> bool:
     """Whether two formulas are equal; spellings that cannot be read are equal only if they are the same text."""
     gold_tree, answer_tree = parse(gold), parse(answer)
     if gold_tree is None or answer_tree is None:
         return squeezed(gold) == squeezed(answer)
-    digits = max(_literal_digits(gold), _literal_digits(answer))
+    if digits is None:
+        digits = max(literal_digits(gold), literal_digits(answer))
     return _same(gold_tree, answer_tree, digits)
 
 
@@ -122,7 +125,7 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _literal_digits(text: str) -> int:
+def literal_digits(text: str) -> int:
     """Significant digits of the longest decimal with at least six places: how precisely a text gives its value."""
     found = re.findall(r"([0-9]*)\.([0-9]{6,})", text)
     return max((len((whole + places).lstrip("0")) for whole, places in found), default=0)
@@ -154,41 +157,54 @@ def _exact(tree: Any, is_complex: bool) -> Any:
     return tree.func(*exact)
 
 
-def _num_digits(tree: Any) -> float:
-    """An upper bound of the decimal digits that evaluating the tree makes, at variables below ten; inf if unbounded."""
+class _Size(NamedTuple):
+    """Upper bounds of what evaluating a tree makes, at variables below ten."""
+
+    digits: float  # decimal digits that are written
+    magnitude: float  # log10 of the absolute value
+
+
+def _size(tree: Any) -> _Size:
     import sympy
 
     if isinstance(tree, sympy.Rational):
-        return (tree.p.bit_length() + tree.q.bit_length()) * 0.302
+        digits = (tree.p.bit_length() + tree.q.bit_length()) * _DIGITS_PER_BIT
+        return _Size(digits, (tree.p.bit_length() - tree.q.bit_length() + 1) * _DIGITS_PER_BIT)
     if isinstance(tree, sympy.MatrixBase):
-        return sum(map(_num_digits, tree.flat()))
-    parts = [_num_digits(argument) for argument in getattr(tree, "args", ()) if isinstance(argument, sympy.Basic)]
-    total = sum(parts, 1.0)
+        return _Size(sum(_size(element).digits for element in tree.flat()), 0)
+    parts = [_size(argument) for argument in getattr(tree, "args", ()) if isinstance(argument, sympy.Basic)]
+    total = sum((part.digits for part in parts), 1.0)
     if total > _MAX_DIGITS:
-        return float("inf")
+        return _Size(math.inf, math.inf)
+    largest = max((part.magnitude for part in parts), default=1.0)
     if isinstance(tree, sympy.Pow):
-        base, exponent = parts
-        return (base + 1) * _bound(tree.exp, exponent)
-    if isinstance(tree, sympy.exp | sympy.sinh | sympy.cosh | sympy.tanh):
-        return _bound(tree.args[0], parts[0])
+        return _size_of_power(tree, *parts)
+    if isinstance(tree, sympy.exp | sympy.sinh | sympy.cosh):
+        return _Size(_absolute(parts[0]), _absolute(parts[0]))
     if isinstance(tree, sympy.factorial | sympy.gamma | sympy.factorial2 | sympy.binomial):
-        value = max(_bound(argument, part) for argument, part in zip(tree.args, parts))
-        return value * (max(parts) + 1)
+        value = _absolute(_Size(total, largest))
+        return _Size(value * (largest + 1), value * (largest + 1))
     if isinstance(tree, sympy.Sum | sympy.Product):
-        terms = max([_bound(limit, _num_digits(limit)) for bounds in tree.args[1:] for limit in bounds.args[1:]], default=1)
-        return parts[0] * terms
-    return total
+        terms = max((_absolute(_size(limit)) for bounds in tree.args[1:] for limit in bounds.args[1:]), default=1.0)
+        return _Size(parts[0].digits * terms, parts[0].magnitude * terms)
+    if isinstance(tree, sympy.Mul):
+        return _Size(total, sum(max(part.magnitude, 0.0) for part in parts))
+    return _Size(total, largest + math.log10(len(parts) + 1))
 
 
-def _bound(tree: Any, digits: float) -> float:
-    """An upper bound of |tree|, which has `digits` digits."""
-    if getattr(tree, "is_Rational", False):
-        return abs(tree.p) / tree.q if digits < 300 else float("inf")
-    return float("inf") if digits > 12 else 10.0**digits
+def _size_of_power(tree: Any, base: _Size, exponent: _Size) -> _Size:
+    times = abs(tree.exp.p) / tree.exp.q if tree.exp.is_Rational and exponent.digits < 300 else _absolute(exponent)
+    written = base.digits if tree.exp.is_Rational else max(abs(base.magnitude), 1.0)
+    return _Size((written + 1) * times, max(abs(base.magnitude), 0.1) * times)
+
+
+def _absolute(size: _Size) -> float:
+    """An upper bound of the absolute value itself."""
+    return math.inf if size.magnitude > 15 else 10.0**size.magnitude
 
 
 def _is_small(tree: Any) -> bool:
-    return _num_digits(tree) <= _MAX_DIGITS
+    return _size(tree).digits <= _MAX_DIGITS
 
 
 def _degree(tree: Any) -> float:

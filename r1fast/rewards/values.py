@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 from r1fast.rewards.answers import any_number, bare, decimals, plain_number, split_list, split_unit, top_level, units_conflict
 from r1fast.rewards.formulas import is_readable as is_readable_formula
-from r1fast.rewards.formulas import same_formula, squeezed
+from r1fast.rewards.formulas import literal_digits, same_formula, squeezed
 
 _ROUNDED = 6  # decimals from which a decimal may stand for the exact value that it rounds
 _OPEN, _CLOSE = ("(", "[", "\\{", "{", "\\langle"), (")", "]", "\\}", "}", "\\rangle")
 _BRACKETS = re.compile(r"\\[{}]|\\[lr]angle|[()\[\]{}]")
 _EQUALS = re.compile(r"\\[{}]|\\[lr]angle|[()\[\]{}]|(?<![<>!=])=(?!=)|\\approx|\\in(?![A-Za-z])")
-_NAME = re.compile(r"[^0-9=]*[A-Za-z][^=<>]*")
-_MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array|cases)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_NAME = re.compile(r"(?!.*\\(?:le|ge|ne|sqrt|pi|infty)(?![A-Za-z]))[^0-9=<>+^]*[A-Za-z][^0-9=<>+^]*")  # no arithmetic
+_MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array|cases)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*)\\end\{\1\}", re.DOTALL)
 
 
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne)(?![A-Za-z])")
@@ -101,7 +101,7 @@ def _split_name(text: str) -> tuple[str, str]:
     if not cuts:
         return "", text
     name = text[: cuts[0].start()].strip()
-    if re.search(r"[<>+]|\\(?:le|ge|ne)(?![A-Za-z])|[0-9]\s*[A-Za-z(\\]|\^", name) or not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(re.sub(r"_(?:\{[^{}]*\}|\w)|\s", "", name)):
         return "", text
     exact = [match for match in cuts if match[0] != "\\approx"] or cuts[:1]
     rest = text[exact[-1].end() :]
@@ -136,6 +136,8 @@ def _bracketed(text: str) -> Value | None:
             return None
     inner = text[len(opening) : len(text) - len(closing)]
     parts = _plain_split(inner)
+    if len(parts) == 1 and inner.lstrip().startswith("\\begin"):
+        return read_value(inner)
     if opening in ("\\{", "{"):
         return Value("set", text, tuple(item for part in parts for item in _spread(part)))
     if len(parts) == 1 and (opening, closing) == ("(", ")"):
@@ -186,7 +188,7 @@ def _same_mixed(gold: Value, answer: Value) -> bool:
     whole, leaf = (gold, answer) if answer.kind == "leaf" else (answer, gold)
     if len(whole.items) == 1 and whole.kind in ("set", "list"):
         return _same(gold.items[0], answer) if whole is gold else _same(gold, answer.items[0])
-    if not re.search(r"[<>]|\\(?:le|ge|ne|cup|cap|in|setminus|infty|mathbb|text)(?![A-Za-z])", leaf.text):
+    if not re.search(r"[<>]|\\(?:le|ge|ne|cup|cap|in|setminus|infty|begin|text)(?![A-Za-z])", leaf.text):
         return False
     return same_formula(gold.text, answer.text)
 
@@ -249,7 +251,8 @@ def _same_quantity(
         gold = f"\\frac{{{gold}}}{{100}}"
     if answer_scale != 1:
         answer = f"\\frac{{{answer}}}{{100}}"
-    return same_formula(_fraction(gold, first), _fraction(answer, second))
+    digits = max(literal_digits(gold), literal_digits(answer))
+    return same_formula(_fraction(gold, first), _fraction(answer, second), digits=digits)
 
 
 def _fraction(text: str, number: Fraction | None) -> str:
