@@ -1,38 +1,64 @@
 """Accuracy reward: does the final answer equal the gold one?
 
-Plain numbers are compared as exact fractions and choice letters and words as text, all without math-verify, which
-takes half a second to import; only formulas go through it. It is called without its own time limits, because those
-need SIGALRM and the main thread: the worker pool's limit is the one that holds (a power tower can take for ever).
+What kind of thing the gold is decides how the answer is compared (`read_gold`):
+
+  choice   one capital letter, alone or before its text: (B), \\textbf{(C)}\\ 17. Two letters are no answer to one.
+  text     hex and binary literals, dates, clock times, IP and phone numbers, versions, ranges, grids of numbers, words
+           with digits: equal as text with spaces normalised. Arithmetic would divide and multiply them out, and then
+           21:45 equals 14:30 and 8 2 5 equals 5 8 2.
+  words    equal as text, whatever the case.
+  based    101_3: the base is part of the value, so digits and base must agree.
+  value    everything else: numbers, formulas, equations, sets, tuples, intervals, part by part (`values.py`).
+
+Golds that are none of these (None, NaN, a dict, an argument in prose, broken LaTeX) are unscorable: None. A list of
+golds means that any of them is right. Plain numbers, letters and text are compared without importing math-verify. It
+is called without its own time limits, because those need SIGALRM and the main thread: the worker pool's limit holds.
 """
 
-import logging
 import re
-from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from r1fast.data.templates import ResponseFormat, get_response_format
+from r1fast.rewards.answers import Box, bare, last_box, last_boxes, plain_number, split_list, typeset
 from r1fast.rewards.format import per_row
+from r1fast.rewards.prose import Answer, after_lead, answer_part, expressions, is_expression
 from r1fast.rewards.registry import reward
+from r1fast.rewards.values import is_number, is_readable, same_value
 
-_MAX_FORMULA_CHARS = 1000  # a longer answer is text, not a formula to solve
-_BOX = re.compile(r"\\boxed\s*\{")
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-_NUMBER = re.compile(rf"[+-]?(?:{_DIGITS})(?:[eE][+-]?[0-9]{{1,3}}(?![0-9a-zA-Z]))?(?:\s*/\s*[0-9]+(?:\.[0-9]+)?)?")
-# In running text a minus right after a word, a digit or a bracket is an operator or a dash: 7-3, (2)-1, plan-9.
-_NUMBER_IN_TEXT = re.compile(rf"(?<![0-9.])(?:(?<![\w)\]}}])[+-])?{_NUMBER.pattern.removeprefix('[+-]?')}")
-_LETTER = re.compile(r"[(\[]?([A-Z])(?:[)\].:]+(?:\s.*)?)?", re.DOTALL)
-_LEAD = re.compile(r"\b(?:answer|option|choice|summary)\b[*\s]*(?:is\b[*\s]*:?|:|=)|答案(?:是|为|：|:)", re.IGNORECASE)
-_NOT_WORDS = re.compile(r"[\\0-9_^=+*/<>{}$|()\[\]]")
-# Cheap to write, for ever to evaluate: powers of powers, five-digit exponents, factorials and binomials of thousands.
-_EXPLOSIVE = re.compile(r"\^\s*\{[^{}]*\^|\^\s*\{?\s*-?[0-9]{5,}|[0-9]{4,}\s*!|\\d?binom\s*\{\s*[0-9]{4,}")
+__all__ = ["Box", "accuracy", "final_answer", "last_box", "plain_number", "score_answer"]
+
+_MISSING = frozenset({"", "nan", "NaN", "None", "null", "<NA>"})  # how Python, JSON and pandas spell a missing value
+_LETTER = r"(?:\\text\s*\{\s*)?[(\[]?\s*(?:\\text\s*\{\s*)?([A-Z])"
+_CHOICE = re.compile(rf"{_LETTER}\s*\}}?\s*(?:[)\]]\s*\}}?|[.:]|\)\s*\\\s*\}})*\s*\}}?(?P<rest>(?:(?<=[)\]}}.:\s]).*)?)", re.DOTALL)
+_CHOICES = re.compile(r"\(?[A-H]\)?(?:\s*(?:,|;|、|\band\b)+\s*\(?[A-H]\)?)+")
+_TEXT_PATTERNS = tuple(
+    re.compile(rf"(?<![\w.]){pattern}(?![\w])", re.IGNORECASE)
+    for pattern in (
+        r"0x[0-9a-f]+|0b[01]+|0o[0-7]+",
+        r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?(?:\s*[ap]\.?m\.?)?",
+        r"[0-9]{1,4}[-/.][0-9]{1,2}[-/.][0-9]{1,4}(?:[T ][0-9]{2}:[0-9]{2}(?::[0-9]{2})?Z?)?",
+        r"[0-9]+(?:\.[0-9]+){2,}",
+        r"\+?(?:[0-9]{1,3}[ -])?\(?[0-9]{3}\)?[ -][0-9]{3}[ -][0-9]{4}|[0-9]{3}-[0-9]{4}",
+        r"[0-9]+-[0-9]+(?:-[0-9]+)*",
+    )
+)
+_GRID = re.compile(r"[+-]?[0-9.]+(?:[\s|]+[+-]?[0-9.]+)+")
+_NAME_WITH_DIGITS = re.compile(r"(?<![\\A-Za-z0-9_^{])[A-Za-z]+[0-9]+[A-Za-z0-9]*")
+_ARGUES = re.compile(
+    r"\b(?:it|we|this|that|these|there|they|let|see|since|because|by|assume|suppose|note|proof|proved?|hence|thus|therefore|"
+    r"follows?|which|induction|hypothesis|trivial|obvious(?:ly)?|clear(?:ly)?)\b",
+    re.IGNORECASE,
+)
+_MAX_NAMING_WORDS = 6
 
 
-class Box(NamedTuple):
-    """The last \\boxed{} of a text: its content (None where there is none), and False if it never closes."""
+class Gold(NamedTuple):
+    """A gold answer as it is compared: its kind (module docstring), its text, and a choice's letter."""
 
-    content: str | None
-    closed: bool
+    kind: str
+    text: str
+    letter: str = ""
 
 
 @reward("accuracy")
@@ -83,133 +109,225 @@ def final_answer(
 
 
 def score_answer(final: str | None, gold: Any) -> float | None:
-    """Compares an answer part with the gold answer; None if `gold` is empty or unparsable."""
-    gold_text = _gold_text(gold)
-    if not gold_text:
+    """Compares an answer part with the gold answer, or with each of a list of golds; None if no gold can be read."""
+    golds = [read_gold(_as_text(each)) for each in (gold if isinstance(gold, list | tuple) else [gold])]
+    readable = [each for each in golds if each is not None]
+    if not readable:
         return None
-    gold_number = plain_number(gold_text)
-    letter = _LETTER.fullmatch(gold_text)
-    is_choice = letter is not None and len(gold_text) <= 4
-    is_words = _is_words(gold_text)
-    if gold_number is None and not is_choice and not is_words and not _is_readable(gold_text):
-        return None
-    if not final:
-        return 0.0
-    box = last_box(final)
-    if not box.closed:
-        return 0.0
-    if gold_number is not None:
-        return float(_equals_number(final, box.content, gold_number, gold_text))
-    phrase = _bare(box.content if box.content is not None else _LEAD.split(final)[-1])
-    if is_choice:
-        found = _LETTER.fullmatch(phrase)
-        return float(letter is not None and found is not None and found[1] == letter[1])
-    if phrase.casefold() == gold_text.casefold():
-        return 1.0
-    if is_words:
-        return 0.0
-    return float(_equals_formula(final if box.content is None else _in_box(box.content), gold_text))
+    answer = answer_part(final) if final else None
+    return float(answer is not None and any(_matches(each, answer) for each in readable))
 
 
-def last_box(text: str) -> Box:
-    """The content of the last \\boxed{...}, with balanced braces (escaped ones do not count)."""
-    starts = list(_BOX.finditer(text))
-    if not starts:
-        return Box(None, True)
-    begin = index = starts[-1].end()
-    depth = 1
-    while index < len(text):
-        if text[index] == "\\":
-            index += 2
-            continue
-        depth += (text[index] == "{") - (text[index] == "}")
-        if depth == 0:
-            return Box(text[begin:index].strip(), True)
-        index += 1
-    return Box(None, False)
-
-
-def plain_number(text: str) -> Fraction | None:
-    """The exact value of a plain number: 1,000 -> 1000, 033 -> 33, 0.5 -> 1/2, 3/4, -2e3; None for anything else."""
-    stripped = _bare(text).replace("{,}", ",")
-    if len(stripped) > 100 or not _NUMBER.fullmatch(stripped):
-        return None
-    numerator, _, denominator = stripped.replace(",", "").partition("/")
-    divisor = Fraction(denominator.strip() or 1)
-    return Fraction(numerator.strip()) / divisor if divisor else None
-
-
-def _gold_text(gold: Any) -> str:
-    """A gold answer as data sets hold it: a number, a text, a solution that ends in a box or (GSM8K) in '#### 7'."""
-    if gold is None or (isinstance(gold, float) and gold != gold):
+def _as_text(gold: Any) -> str:
+    if gold is None or isinstance(gold, dict | set | bytes) or gold != gold:
         return ""
-    text = str(gold)
-    box = last_box(text)
-    if box.content is not None:
-        text = box.content
-    elif "####" in text:
-        text = text.rpartition("####")[2]
-    return _bare(text)
+    return str(gold)
 
 
-def _bare(text: str) -> str:
-    """Without the wrapping that changes no value: $..$, \\(..\\), \\text{..}, **..**, a final full stop."""
-    text = text.strip().replace("−", "-")
-    for _ in range(4):  # wrappings nest: **$\text{B}$.**
-        before = text
-        for opening, closing in (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("\\text{", "}")):
-            inner = text[len(opening) : -len(closing)]
-            if len(text) > len(opening) + len(closing) and text == opening + inner + closing and closing not in inner:
-                text = inner.strip()
-        text = text.removesuffix(".").removesuffix("。").strip()
-        if text == before:
-            break
-    return text
+@lru_cache(maxsize=1024)  # the G samples of a prompt share their gold
+def read_gold(gold: str) -> Gold | None:
+    """The kind of a gold as data sets hold it: bare, a solution that ends in boxes or (GSM8K) in '#### 7', or in prose."""
+    if gold.strip() in _MISSING:
+        return None
+    part = answer_part(gold)
+    if part is None or not part.text:
+        return None
+    text = part.text
+    if not part.marked and not is_expression(text):
+        text = _told(text)
+    if letter := _choice_letter(text):
+        return letter
+    if _CHOICES.fullmatch(text):
+        return Gold("choices", _letters(text))
+    if "$" in text and is_number(text.replace("$", "")):
+        text = text.replace("$", "")
+    if not re.search(r"\w|\\(?:emptyset|varnothing|infty)", text):
+        return None
+    if re.fullmatch(r"[0-9A-Za-z]+_\{?[0-9]+\}?", text) and re.fullmatch(r"[0-9].*", text):
+        return Gold("based", re.sub(r"[{}]", "", text))
+    if _is_text(text):
+        return None if not part.marked and _ARGUES.search(text) else Gold("text", _spaced(text))
+    if _is_words(text):
+        return Gold("words", _spaced(text)) if part.marked or _is_naming(gold, text) else None
+    return Gold("value", text) if is_readable(text) else None
+
+
+def _letters(text: str) -> str:
+    return "".join(sorted(set(re.findall("[A-H]", text))))
+
+
+def _told(text: str) -> str:
+    """What a gold in prose gives after "the answer is"; the text itself without such words."""
+    tail = after_lead(text)
+    if tail is None or not bare(tail):
+        return text
+    runs = expressions(tail)
+    return runs[0] if runs and not re.fullmatch(r"[A-Za-z]", runs[0]) and len(bare(tail)) > len(runs[0]) + 20 else bare(tail)
+
+
+def _choice_letter(text: str) -> Gold | None:
+    match = _CHOICE.fullmatch(text)
+    if match is None:
+        lines = text.splitlines()
+        line = re.fullmatch(r"\(?([A-Z])\)?[ .:]\s*([A-Z][a-z].*)", lines[-1].strip()) if lines else None
+        return Gold("choice", bare(line[2]), line[1]) if line else None
+    rest = bare(match["rest"].strip().lstrip("\\~ "))
+    delimited = re.match(r"\s*[A-Z]\s", text) is None
+    if rest and not delimited and not re.match(r"[A-Z][a-z]", rest):
+        return None
+    if re.match(r"[-+*/^_=<>']", rest):
+        return None
+    return Gold("choice", rest.splitlines()[0] if rest else "", match[1])
+
+
+def _is_text(text: str) -> bool:
+    """Literals and words with digits; see the module docstring."""
+    if any(pattern.fullmatch(text) for pattern in _TEXT_PATTERNS):
+        return True
+    if _GRID.fullmatch(text) and not is_number(text):
+        return True
+    if not re.search(r"[0-9]", text) or "\\" in text:
+        return False
+    return bool(_NAME_WITH_DIGITS.search(text)) or not (is_expression(text) or is_readable_quantity(text))
+
+
+def is_readable_quantity(text: str) -> bool:
+    """Numbers with units, and lists of them."""
+    return all(is_number(part) or is_expression(part) for part in split_list(text))
 
 
 def _is_words(text: str) -> bool:
     """Words rather than a formula: no symbol or digit, and longer than a product of two variables."""
-    return not _NOT_WORDS.search(text) and any(c.isalpha() for c in text) and (len(text) > 2 or not text.isascii())
-
-
-def _is_readable(gold_text: str) -> bool:
-    # math-verify hands back what it cannot parse as a string
-    return any(not isinstance(value, str) for value in _parse_formula(_in_box(gold_text)))
-
-
-def _equals_number(final: str, boxed: str | None, gold: Fraction, gold_text: str) -> bool:
-    candidate = final if boxed is None else boxed
-    number = plain_number(candidate)
-    if number is None and boxed is None and "\\" not in final:
-        found = _NUMBER_IN_TEXT.findall(final.replace("−", "-"))
-        number = plain_number(found[-1]) if found else None
-        return number == gold
-    if number is not None:
-        return number == gold
-    return _equals_formula(final if boxed is None else _in_box(boxed), gold_text)
-
-
-def _equals_formula(prediction: str, gold_text: str) -> bool:
-    """`prediction` is LaTeX in a box, or text; a bare formula such as x+1 is boxed first."""
-    if len(prediction) > _MAX_FORMULA_CHARS or (_EXPLOSIVE.search(prediction) and not _EXPLOSIVE.search(gold_text)):
+    inner = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
+    if re.search(r"[\\0-9_^=+*/<>{}$|()\[\]]", inner) or not any(char.isalpha() for char in inner):
         return False
-    from math_verify import verify
-
-    if not _BOX.search(prediction) and "$" not in prediction and "\\(" not in prediction and "\\[" not in prediction:
-        prediction = _in_box(_bare(_LEAD.split(prediction)[-1]))
-    gold = _parse_formula(_in_box(gold_text))
-    # Gold first: verify is not symmetric (an interval given as an inequality is accepted one way only).
-    return bool(verify(list(gold), list(_parse_formula(prediction)), timeout_seconds=None))
+    return len(inner) > 2 or not inner.isascii() or inner != text
 
 
-@lru_cache(maxsize=1024)  # the G samples of a prompt share their gold
-def _parse_formula(text: str) -> tuple[Any, ...]:
-    from math_verify import parse
-
-    # math-verify warns at every start that its own time limits are off, which is what the pool wants.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    return tuple(parse(text, parsing_timeout=None))
+def _is_naming(gold: str, text: str) -> bool:
+    """Words that name something, not an argument: few, without the words by which a sentence argues."""
+    if "\\text" in gold or "\\mathrm" in gold:
+        return True
+    return len(text.split()) <= _MAX_NAMING_WORDS and not _ARGUES.search(text)
 
 
-def _in_box(text: str) -> str:
-    return f"\\boxed{{{text}}}"
+def _spaced(text: str) -> str:
+    return " ".join(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).split()).casefold()
+
+
+def _matches(gold: Gold, answer: Answer) -> bool:
+    if gold.kind == "choice":
+        return _matches_choice(gold, answer)
+    if gold.kind == "choices":
+        text = answer.text if answer.marked else bare(after_lead(answer.text) or answer.text)
+        return bool(_CHOICES.fullmatch(text) or re.fullmatch("[A-H]{2,8}", text)) and _letters(text) == gold.text
+    if gold.kind in ("text", "words", "based"):
+        return _matches_text(gold, answer)
+    return _matches_value(gold.text, answer)
+
+
+def _matches_text(gold: Gold, answer: Answer) -> bool:
+    tail = None if answer.marked else after_lead(answer.text)
+    candidates = [answer.text] + ([bare(tail)] if tail is not None else [])
+    if gold.kind == "based":
+        runs = expressions(candidates[-1])
+        return re.sub(r"[{}\s$]", "", (runs or candidates)[-1]) == gold.text
+    if any(_spaced(candidate) == gold.text for candidate in candidates):
+        return True
+    if gold.kind == "text" and not answer.marked:
+        for pattern in _TEXT_PATTERNS:
+            if pattern.fullmatch(gold.text):
+                found = [match[0] for match in pattern.finditer(candidates[-1])]
+                return bool(found) and _spaced(found[-1]) == gold.text
+    return False
+
+
+_LEADS_LETTER = re.compile(
+    r"(?:(?i:\b(?:answer|option|choice|réponse|respuesta|antwort|select|choose|pick)\b)[^A-Z.\n]{0,30}?|答案[^A-Z。\n]{0,10}?|[故应]?选[^A-Z。\n]{0,5}?)"
+    rf"{_LETTER}(?![A-Za-z])",
+)
+_ANY_LETTER = re.compile(r"(?<![A-Za-z0-9_^\\{])(\(?)([A-Z])(\)?)(?![A-Za-z0-9_^'’]|\s*[-+=*/<>])")
+_ALTERNATIVE = re.compile(r"\s*\)?[*\s]*(?:(?:,|/|and|or|&|或|和)+\s*)+\(?[A-Z](?![A-Za-z])")
+
+
+def _matches_choice(gold: Gold, answer: Answer) -> bool:
+    letter = _answered_letter(answer)
+    if letter is not None:
+        return letter == gold.letter
+    if gold.text and _LETTER_ONLY.fullmatch(answer.text) is None:
+        inner = read_gold(gold.text)
+        return inner is not None and inner.kind != "choice" and _matches(inner, answer)
+    return False
+
+
+_LETTER_ONLY = re.compile(r"\W*[A-Z]\W*")
+
+
+def _answered_letter(answer: Answer) -> str | None:
+    """The one letter that an answer gives; "" where it gives two, None without any."""
+    text = answer.text
+    lower = re.fullmatch(r"\(([a-z])\)|([a-z])\)", text)
+    if lower:
+        return (lower[1] or lower[2]).upper()
+    if not answer.marked:
+        if leads := list(_LEADS_LETTER.finditer(text)):
+            return "" if _ALTERNATIVE.match(text, leads[-1].end()) else leads[-1][1]
+        if lower := re.search(r"(?i:answer)[^A-Z()\n]{0,20}\(([a-z])\)", text):
+            return lower[1].upper()
+    begin = re.match(rf"{_LETTER}(?:\s*\}}?[)\].:。,、]|\s*\}}*\s*$|(?=[^\x00-\x7f]))", text)
+    if begin:
+        return "" if _ALTERNATIVE.match(text, begin.end() - (text[begin.end() - 1] == ",")) else begin[1]
+    if answer.marked:
+        return None
+    found = [
+        m
+        for m in _ANY_LETTER.finditer(text)
+        if m[1] or m[3] or m[2] not in "AI" or _ends(text, m.end()) or _ALTERNATIVE.match(text, m.end())
+    ]
+    if not found:
+        return None
+    last = found[-1]
+    if len(found) > 1 and _ALTERNATIVE.fullmatch(text, found[-2].end(), last.end(2)):
+        return ""
+    return last[2]
+
+
+def _ends(text: str, index: int) -> bool:
+    return re.match(r"\W*(?:$|[.,;:。，])", text[index : index + 10]) is not None
+
+
+def _matches_value(gold: str, answer: Answer) -> bool:
+    text = answer.text
+    if answer.marked or is_expression(text) or is_number(text, loose=True):
+        return same_value(gold, text) or (answer.marked and _matches_prose(gold, text, marked=True))
+    return _matches_prose(gold, text)
+
+
+def _matches_prose(gold: str, text: str, *, marked: bool = False) -> bool:
+    """The first expression after "the answer is", else the last one of the text."""
+    tail = after_lead(text)
+    if tail is not None:
+        tail_text = bare(tail)
+        if is_number(tail_text, loose=True) or is_expression(tail_text):
+            return same_value(gold, tail_text)
+        runs = _worth(expressions(tail), gold)
+        if runs:
+            return same_value(gold, runs[0])
+    if marked and tail is None:
+        return False
+    runs = _worth(expressions(text), gold)
+    if not runs:
+        return False
+    last = runs[-1]
+    parts = split_list(last)
+    if is_number(gold) and len(parts) > 1 and ", " in last and not re.search(r"(?:and|or)(?![a-z])|[()\[\]]", last):
+        last = parts[-1]  # In 1999, 35 people
+    return same_value(gold, last)
+
+
+def _worth(runs: list[str], gold: str) -> list[str]:
+    """Runs that can answer: a gold with digits is not answered by the name of a variable."""
+    named = re.fullmatch(r"\W*(?:\\?[A-Za-z]+|[A-Za-z]_\{?\w+\}?)\W*", gold)
+    if named:
+        return runs
+    return [run for run in runs if re.search(r"[0-9]|\\(?:pi|infty|emptyset|sqrt)|[-+*/^=<>].*[A-Za-z]", run)]

@@ -1,0 +1,340 @@
+"""Answers as text: one spelling for what is written in several ways, boxes, plain numbers, units, lists.
+
+Everything here is linear in the text and imports neither sympy nor math-verify (half a second).
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_DIGITS = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+NUMBER = rf"(?:{_DIGITS})(?:[eE][+-]?[0-9]{{1,3}}(?![0-9a-zA-Z]))?"
+_PLAIN = re.compile(rf"[+-]?{NUMBER}(?:\s*/\s*[0-9]+(?:\.[0-9]+)?)?")
+_MIXED = re.compile(r"([+-]?)\s*([0-9]{1,3}(?:[ ,][0-9]{3})+|[0-9]+) +([0-9]+) ?/ ?([0-9]+)")
+_SPACED_THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?")
+_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+
+
+class Box(NamedTuple):
+    """The last \\boxed{} of a text: its content (None where there is none), and False if it never closes."""
+
+    content: str | None
+    closed: bool
+
+
+def last_box(text: str) -> Box:
+    """The content of the last \\boxed{...}, with balanced braces (escaped ones do not count)."""
+    starts = list(_BOX.finditer(text))
+    if not starts:
+        return Box(None, True)
+    end = _closing_brace(text, starts[-1].end(), len(text))
+    return Box(None, False) if end is None else Box(text[starts[-1].end() : end].strip(), True)
+
+
+# What may stand between two boxes of one list: nothing but markup, or up to four words, the last of them a comma,
+# "and" or "or", and then the name of what the next box holds. "but" and the like take the first box back.
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s$]|\\[()\[\]]|\\q?quad)*"
+    r"(?:(?!\b(?:but|wait|no|not|so|then|thus|again|hmm)\b)[A-Za-z()]+\s*){0,4}"
+    r"(?:,|;|、|&|\b(?:and|or)\b|和|或|$)"
+    r"(?:[\s$,]|\\[()\[\]]|\\q?quad|\b(?:and|or)\b)*"
+    r"(?:[A-Za-z](?:_?\{?[A-Za-z0-9]{1,3}\}?)?(?:\([a-z]\))?\s*=\s*)?(?:[\s$]|\\[()\[\]])*"
+)
+_MAX_BETWEEN = 60
+
+
+def last_boxes(text: str) -> list[str] | None:
+    """The boxes that end a text as one list: those joined by commas, "and" or "or"; [] without a box, None if the
+    last one never closes.
+
+    A box written twice is one answer. Boxes with prose between them are steps or second thoughts: the last counts.
+    """
+    starts = list(_BOX.finditer(text))
+    if not starts:
+        return []
+    contents: list[str] = []
+    limit, next_start = len(text), -1
+    for match in reversed(starts):
+        end = _closing_brace(text, match.end(), limit)
+        if end is None:
+            if not contents:
+                return None
+            break
+        if contents:
+            between = typeset_words(text[end + 1 : next_start]) if next_start - end <= _MAX_BETWEEN else None
+            if between is None or not _BETWEEN_BOXES.fullmatch(between):
+                break
+        contents.append(text[match.end() : end].strip())
+        limit = next_start = match.start()
+    return list(dict.fromkeys(reversed(contents)))
+
+
+def _closing_brace(text: str, begin: int, limit: int) -> int | None:
+    depth = 1
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, begin, limit):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.start()
+    return None
+
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_GREEK = dict(
+    zip(
+        "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
+        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
+        "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
+        strict=True,
+    )
+)
+_SIGNS = {
+    **{letter: f"\\{name} " for letter, name in _GREEK.items()},
+    **dict.fromkeys("−‐‑‒–—﹣", "-"),
+    **dict.fromkeys("\u00a0\u2007\u2009\u202f\u2008\u200a\u3000", " "),
+    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
+    "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "÷": "/", "≤": "\\le ", "≥": "\\ge ",
+    "≠": "\\ne ", "≈": "\\approx ", "∞": "\\infty ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "±": "\\pm ",
+    "∅": "\\emptyset ", "°": "^\\circ ", "º": "^\\circ ", "∣": "|", "′": "'", "…": "\\ldots ",
+}  # fmt: skip
+_SIGN_TABLE = str.maketrans(_SIGNS)
+_ONE_SPELLING: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\\\(?=[A-Za-z])(?!\\\\end)", r"\\"),  # a LaTeX command that was escaped once too often
+        (r"(?<=[0-9]),\\!\s*(?=[0-9]{3})|(?<=[0-9])\s?\{\s*,\s*\}(?=[0-9]{3})", ","),
+        (r"(?<=[0-9])(?:\\[,;:]|\\ |~|\\thinspace\s)(?=[0-9]{3}(?![0-9]))", ""),
+        (r"(?<!\\)\\!", ""),
+        (r"(?<!\\)\\[,;:> ]|~|\\(?:thinspace|enspace)(?![A-Za-z])|\\q?quad", " "),
+        (r"\\varnothing(?![A-Za-z])|\\text\{\s*\\?emptyset\s*\}", r"\\emptyset"),
+        (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])\.?", ""),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:math(?:rm|bf|it|sf|tt|bb)|boldsymbol|bm|text(?:rm|bf|it|sf|tt|normal)|mbox|textup)\s*(?=\{)", r"\\text"),
+        (r"\\text\{\s*([eid])\s*\}", r"{\1}"),  # upright e, i and d are the constants and the differential
+        (r"\\text\{[\s,]*(and|or)[\s,]*\}", r" \1 "),
+        (r"\\text\{\s*(?:percent|percentage|pct|\\?%)\s*\}|(?<=[0-9}$])\s*(?:percent(?:age)?|pct)\b|\\%", "%"),
+        (r"\\lt(?![A-Za-z])", "<"),
+        (r"\\gt(?![A-Za-z])", ">"),
+        (r"\\(?:leqslant|leq)(?![A-Za-z])|<=", r"\\le "),
+        (r"\\(?:geqslant|geq)(?![A-Za-z])|>=", r"\\ge "),
+        (r"\\neq(?![A-Za-z])|!=", r"\\ne "),
+        (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z]))", r"^\\circ "),
+    )
+)  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def typeset(text: str) -> str:
+    """One spelling: full-width digits, dashes, thin spaces, fractions as one sign, Unicode roots and powers, LaTeX's
+    spaces, sizes, fonts and digit groups. No value changes."""
+    if not text.isascii():
+        text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
+        text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
+        text = re.sub(r"(?<=[0-9])\s?(?=[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒])", " ", text)
+        text = unicodedata.normalize("NFKC", text.translate(_SIGN_TABLE)).replace("\u2044", "/").translate(_SIGN_TABLE)
+        text = re.sub(r"([√∛])\s*([0-9]+(?:\.[0-9]+)?|[A-Za-z])", r"\1{\2}", text)
+        text = text.replace("√", "\\sqrt").replace("∛", "\\sqrt[3]")
+    if "\\" in text or "!" in text or "=" in text or "p" in text or "~" in text:
+        for pattern, replacement in _ONE_SPELLING:
+            if "\\begin" not in text or pattern is not _ONE_SPELLING[0][0]:
+                text = pattern.sub(replacement, text)
+    return text
+
+
+def typeset_words(text: str) -> str:
+    """Markup of words taken off: \\text{ and } reads as `and`."""
+    return re.sub(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r" \1 ", text)
+
+
+_WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"), ('"', '"'),
+              ("\\text{", "}"), ("{", "}"))  # fmt: skip
+
+
+def bare(text: str) -> str:
+    """Without the wrapping that changes no value: $..$, \\(..\\), \\text{..}, **..**, a final full stop."""
+    text = text.strip()
+    for _ in range(6):  # wrappings nest: **$\text{B}$.**
+        before = text
+        for opening, closing in _WRAPPINGS:
+            inner = text[len(opening) : -len(closing)]
+            whole = len(text) > len(opening) + len(closing) - 1 and text == opening + inner + closing
+            if whole and closing not in inner and opening not in inner:
+                text = inner.strip()
+        text = text.rstrip("。").removesuffix("\\").strip()
+        text = text if text.endswith("..") else text.removesuffix(".").rstrip()
+        if text == before:
+            break
+    return text
+
+
+def plain_number(text: str) -> Fraction | None:
+    """The exact value of a plain number: 1,000 -> 1000, 033 -> 33, 0.5 -> 1/2, 3/4, -2e3; None for anything else."""
+    stripped = bare(text.replace("−", "-")).replace("{,}", ",")
+    if len(stripped) > 100 or not _PLAIN.fullmatch(stripped):
+        return None
+    numerator, _, denominator = stripped.replace(",", "").partition("/")
+    divisor = Fraction(denominator.strip() or 1)
+    return Fraction(numerator.strip()) / divisor if divisor else None
+
+
+def any_number(text: str) -> Fraction | None:
+    """plain_number, and the spellings that are numbers only where one is expected: 3 1/2, 1 000, 0,5, 5 million."""
+    value = plain_number(text)
+    if value is not None or len(text) > 100:
+        return value
+    text = text.strip()
+    if match := _MIXED.fullmatch(text):
+        sign, whole, numerator, denominator = match.groups()
+        if int(numerator) >= int(denominator):  # 11 7/6 is no mixed number, and no product either
+            return None
+        value = int(re.sub("[ ,]", "", whole)) + Fraction(int(numerator), int(denominator))
+        return -value if sign == "-" else value
+    if _SPACED_THOUSANDS.fullmatch(text):
+        return Fraction(text.replace(" ", ""))
+    if _DECIMAL_COMMA.fullmatch(text):
+        return Fraction(text.replace(",", "."))
+    head, _, scale = text.rpartition(" ")
+    if scale.lower() in _SCALES and (value := plain_number(head)) is not None:
+        return value * 10 ** _SCALES[scale.lower()]
+    return None
+
+
+def decimals(text: str) -> int:
+    """Digits after the decimal point of a plain decimal; 0 for other numbers."""
+    match = re.fullmatch(r"[+-]?[0-9,]*\.([0-9]+)", text.strip())
+    return len(match[1]) if match else 0
+
+
+_UNIT_NAMES = {
+    "mm": "mm millimeter millimetre", "cm": "cm centimeter centimetre", "m": "m meter metre", "dm": "dm",
+    "km": "km kilometer kilometre", "in": "in inch inche", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile",
+    "mg": "mg milligram", "g": "g gram gm", "kg": "kg kilogram", "lb": "lb lbs pound", "oz": "oz ounce", "t": "t ton tonne",
+    "s": "s sec second", "min": "min minute", "h": "h hr hour", "day": "day", "week": "week wk", "month": "month",
+    "year": "year yr", "ml": "ml mL milliliter millilitre", "l": "l L liter litre", "gal": "gal gallon",
+    "degree": "degree deg", "rad": "rad radian", "usd": "usd dollar buck", "cent": "cent", "eur": "eur euro", "gbp": "gbp",
+    "unit": "unit", "kmh": "km/h kmh kph", "mph": "mph", "j": "J joule", "n": "N newton", "w": "W watt", "v": "V volt",
+    "hz": "Hz hertz", "pa": "Pa pascal", "k": "K kelvin", "mol": "mol mole", "yuan": "yuan rmb", "rupee": "rupee rs",
+    "people": "people person", "piece": "piece pc", "inverse": "per", "square": "square sq", "cubic": "cubic cu",
+}  # fmt: skip
+_UNITS = {word: unit for unit, words in _UNIT_NAMES.items() for word in words.split()}
+_CURRENCIES = {"$": "usd", "\\$": "usd", "€": "eur", "£": "gbp", "¥": "yuan", "₹": "rupee"}
+_UNIT_WORDS = r"[A-Za-zµ]+(?:[\s/.-]+[A-Za-zµ]+)*\.?"
+_POWER = r"(?:\s*\^\s*\{?\s*-?[0-9]\s*\}?)?"
+_TEXT_UNIT = re.compile(rf"(.*?[0-9A-Za-z}})\]])\s*\\text\s*\{{\s*([^{{}}]*)\}}({_POWER})\.?", re.DOTALL)
+_WORD_UNIT = re.compile(rf"(.*?[0-9)}}%])(\s*)({_UNIT_WORDS})({_POWER})((?:\s*/\s*[A-Za-z]+{_POWER})?)\.?", re.DOTALL)
+_DEGREES = re.compile(r"(.*?[0-9)}])\s*\^\\circ\s*([CFK]?)", re.DOTALL)
+_CURRENCY_BEFORE = re.compile(r"([+-]?)\s*(\\?\$|[€£¥₹])\s*(.*)", re.DOTALL)
+_CURRENCY_AFTER = re.compile(r"(.*?[0-9)}])\s*(\\?\$|[€£¥₹])", re.DOTALL)
+
+
+_MAX_QUANTITY = 300  # characters
+
+
+class Quantity(NamedTuple):
+    """A value as written, with what stands beside it."""
+
+    text: str
+    unit: str | None = None
+    percent: bool = False
+
+
+def split_unit(text: str, *, loose: bool = False) -> Quantity:
+    """The value and its unit. loose: any word after a space is taken for one, as fits an answer to a number
+    ("14 x", "12 ways"); otherwise a bare single letter is a variable, and glued letters (2ab) are a product."""
+    text = text.strip()
+    if len(text) > _MAX_QUANTITY:
+        return Quantity(text)
+    if match := _CURRENCY_BEFORE.fullmatch(text):
+        return Quantity(match[1] + split_unit(match[3]).text, _CURRENCIES[match[2]])
+    if match := _CURRENCY_AFTER.fullmatch(text):
+        return Quantity(match[1], _CURRENCIES[match[2]])
+    if text.endswith("%"):
+        return Quantity(text[:-1].rstrip().removesuffix("$").rstrip(), percent=True)
+    if (match := _DEGREES.fullmatch(text)) and not re.search("[a-z]{2}", match[1].replace("frac", "")):
+        return Quantity(match[1], f"degree{match[2]}")
+    if match := _TEXT_UNIT.fullmatch(text):
+        return Quantity(match[1], _unit(match[2] + match[3]) or None)
+    if (match := _WORD_UNIT.fullmatch(text)) and _is_unit(match, loose):
+        if match[3] in _SCALES:
+            return Quantity(text)
+        scale, _, rest = match[3].partition(" ")
+        if scale in _SCALES:
+            return Quantity(f"{match[1]} {scale}", _unit(rest))
+        return Quantity(match[1], _unit(match[3] + match[4] + match[5]))
+    return Quantity(text)
+
+
+def _is_unit(match: re.Match[str], loose: bool) -> bool:
+    words = match[3].rstrip(".")
+    if words.split()[0].lower() in ("and", "or", "mod", "choose", "to"):
+        return False
+    known = all(word in _UNITS or word.rstrip("s") in _UNITS for word in re.split(r"[\s/]+", words))
+    if not match[2]:  # glued: 10cm is a length, 2ab a product, and 10m is a length only where a number is expected
+        return known and (len(words) > 1 or loose)
+    return loose or len(words) > 2 or (known and len(words) > 1)
+
+
+def _unit(words: str) -> str:
+    """`cm^2` for 'square centimeters', 'cm^{2}', ...; the words themselves where they are no known unit."""
+    words = re.sub(r"\\[A-Za-z]*|[{}.]", " ", words.replace("²", "^2").replace("³", "^3"))
+    power = ""
+    names = []
+    for word in re.findall(r"\^\s*-?[0-9]|/|[^\s/^]+", words):
+        name = _UNITS.get(word) or _UNITS.get(word.lower()) or _UNITS.get(word.lower().rstrip("s")) or word.lower()
+        if name in ("square", "cubic"):
+            power = "^2" if name == "square" else "^3"
+        elif name.startswith("^"):
+            power = re.sub(r"\s", "", name)
+        else:
+            names.append("/" if name == "inverse" else name)
+    return "".join(names) + power
+
+
+def units_conflict(first: str | None, second: str | None) -> bool:
+    """Whether both sides name a unit and the units differ; several words are a description, which decides nothing."""
+    if not first or not second or first == second:
+        return False
+    return max(len(first), len(second)) <= 12
+
+
+_DEPTH = re.compile(r"\\[{}]|\\[a-zA-Z]+|\\.|[()\[\]{}]|[,;、，]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|和|或")
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of a list at its weakest separator: `;`, else commas, "and" and "or"; [text] for a single thing.
+
+    A comma before exactly three digits, without a space, groups thousands.
+    """
+    cuts: list[tuple[int, int, str]] = []
+    for match in top_level(text, _DEPTH):
+        separator = match[0]
+        if separator == "," and re.match(r"[0-9]{3}(?![0-9])", text[match.end() : match.end() + 4]):
+            if re.search(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})*$", text[max(0, match.start() - 40) : match.start()]):
+                continue
+        cuts.append((match.start(), match.end(), separator))
+    if any(separator in ";" for _, _, separator in cuts):
+        cuts = [cut for cut in cuts if cut[2] == ";"]
+    parts, begin = [], 0
+    for start, end, _ in cuts:
+        parts.append(text[begin:start].strip())
+        begin = end
+    parts.append(text[begin:].strip())
+    return [part for part in parts if part] if len(parts) > 1 else [text.strip()]
+
+
+def top_level(text: str, tokens: re.Pattern[str]) -> Iterator[re.Match[str]]:
+    """The matches of `tokens` outside all brackets; a half-open interval's brackets close each other."""
+    depth = 0
+    for match in tokens.finditer(text):
+        token = match[0]
+        if token in ("(", "[", "{", "\\{", "\\langle"):
+            depth += 1
+        elif token in (")", "]", "}", "\\}", "\\rangle"):
+            depth = max(0, depth - 1)
+        elif depth == 0 and not token.startswith("\\"):
+            yield match

@@ -1,0 +1,188 @@
+"""Where an answer's text says it: in a box, after ####, after "the answer is", or as the last expression of its prose.
+
+The text is cut into runs: maximal stretches of mathematics between words. What is one run as a whole is an expression
+and is read as such, boxed or not; only prose is searched, and there a run counts whole: `2^10`, `[0,9)` or `C6H6` is
+never searched for a number inside it.
+"""
+
+import re
+from typing import NamedTuple
+
+from r1fast.rewards.answers import NUMBER, bare, last_boxes, typeset
+
+_WINDOW = 10_000  # characters of prose that are searched, from its end: the cost of a hostile text is bounded
+_LEAD = re.compile(
+    r"\b(?:answer|option|choice|summary|result|réponse|respuesta|antwort)\b[*_\s]*(?:(?:is|est|es|ist)\b[*_\s]*:?|:|=)"
+    r"|答案(?:应?该?(?:是|为)|：|:)|故选[:：]?|应选[:：]?",
+    re.IGNORECASE,
+)
+_FUNCTIONS = (
+    "sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|lg|exp|min|max|gcd|lcm|det|pi|infty|inf"
+)
+_TOKEN = re.compile(
+    r"(?P<segment>\\\[.{1,2000}?\\\]|\\\(.{1,1000}?\\\)|\$\$[^$]{1,2000}\$\$"
+    r"|(?<![\\0-9])\$[^$\n]{1,1000}(?<!\\)\$(?![0-9]))"
+    rf"|(?P<number>{NUMBER}|[0-9]+,[0-9]+(?![0-9,]))"
+    r"|(?P<text>\\text\s*\{[^{}]{0,200}\}(?:\s*\^\s*\{?[0-9]\}?)?)"
+    r"|(?P<command>\\(?:begin|end)\{[a-zA-Z*]{1,20}\}|\\[A-Za-z]+|\\[{}%$\\])"
+    rf"|(?P<function>(?<![A-Za-z])(?:{_FUNCTIONS})(?![A-Za-z]))"
+    r"|(?P<joint>(?<![A-Za-z])(?:and|or)(?![A-Za-z]))"
+    r"|(?P<label>[A-Z]{2,4}(?=\s*[=|:/^+<>)}])|(?<=[|:/+=({])[A-Z]{2,4}(?![A-Za-z0-9]))"
+    r"|(?P<word>(?<![\w^_])[A-Za-zÀ-ɏ][0-9]\w*|(?:[A-Za-zÀ-ɏ]['’]?){2,}[0-9]*\w*(?:\s?\^\s?\{?-?[0-9]\}?)?)"
+    r"|(?P<letter>[A-Za-z])"
+    r"|(?P<operator>\*\*|[-+*/^_=<>()\[\]{}|!:'%&,;])"
+    r"|(?P<space>[ \t]+)"
+    r"|(?P<other>.)",
+    re.DOTALL,
+)
+_UNIT_AFTER = re.compile(
+    r"(?:mm|cm|dm|km|kg|mg|ml|mph|km/h|miles?|meters?|metres?|feet|inch(?:es)?|grams?|dollars?|cents?|degrees?|hours?"
+    r"|minutes?|seconds?|days?|weeks?|months?|years?|lit(?:er|re)s?|pounds?|million|billion|thousand|trillion"
+    r"|sq(?:uare)?|cubic|units?)(?:\^\{?[0-9]\}?)?",
+)
+_LEADING = re.compile(r"^(?:[\s=*/:,;!|&^_'%]|\\(?:times|cdot|approx|implies|Rightarrow|to|le|ge|ne)(?![A-Za-z])|(?:and|or)\b)+")
+_TRAILING = re.compile(r"(?:[\s=*/:,;&^_+<>-]|\\(?:times|cdot|approx|quad)|\b(?:and|or))+$")
+_RANGE = re.compile(r"[0-9.]+-([0-9.]+)")
+
+
+class Answer(NamedTuple):
+    """What was answered: the text that holds it, and whether it was marked (by a box or ####) or has to be found."""
+
+    text: str
+    marked: bool
+
+
+def answer_part(final: str) -> Answer | None:
+    """The text that holds the answer, in one spelling; None for a box that never closes.
+
+    Boxes that end the text as a list are joined by `;`. Of `#### 42` only the rest of its line counts: what follows
+    on later lines is comment.
+    """
+    boxes = last_boxes(final)
+    if boxes is None:
+        return None
+    if boxes:
+        return Answer(bare(typeset("; ".join(boxes))), True)
+    if "####" in final:
+        return Answer(bare(typeset(final.rpartition("####")[2].lstrip().partition("\n")[0])), True)
+    return Answer(bare(typeset(_without_markdown(final[-_WINDOW:]))), False)
+
+
+def _without_markdown(text: str) -> str:
+    """Without **bold** and headings; ** between two operands is a power."""
+    text = re.sub(r"(?<![A-Za-z0-9)}\s])\*\*(?=\S)|(?:(?<=\s)|^)\*\*(?=\S)", "", text)
+    text = re.sub(r"(?<=\S)\*\*(?![A-Za-z0-9({\\-])", "", text)
+    return re.sub(r"^#{1,3} +|(?<![\w`])`|`(?![\w`])|^\s*[-*] +(?=\D)", "", text, flags=re.MULTILINE)
+
+
+def after_lead(text: str) -> str | None:
+    """What follows the last "the answer is"; None without one."""
+    leads = list(_LEAD.finditer(text))
+    return text[leads[-1].end() :] if leads else None
+
+
+def expressions(text: str) -> list[str]:
+    """The runs of mathematics of a text, in order; a text that is one expression gives itself alone."""
+    runs: list[str] = []
+    pieces: list[tuple[str, str]] = []  # (kind, token) of the run that grows
+
+    def flush() -> None:
+        if pieces:
+            runs.extend(_tidied(pieces))
+            pieces.clear()
+
+    previous = "space"
+    depth = 0
+    for match in _TOKEN.finditer(text):
+        kind, token = match.lastgroup or "other", match[0]
+        if kind == "operator":
+            depth += (token in "([{") - (token in ")]}")
+            if token == "-" and previous == "word":  # plan-9: a dash
+                continue
+        if kind == "segment":
+            flush()
+            inner = bare(token)
+            runs.extend([inner] if is_expression(inner) else expressions(inner) if inner != token else [])
+        elif kind == "number" and _follows_number(pieces):
+            if depth <= 0 and not _is_fraction_part(match, pieces):
+                flush()
+            pieces.append((kind, token))
+        elif kind == "word":
+            if pieces and pieces[-1][0] in ("number", "space") and _follows_number(pieces, spaces=True) and _UNIT_AFTER.fullmatch(token):
+                pieces.append((kind, token))
+            flush()
+            depth = 0
+        elif kind == "text" and not pieces:
+            pass
+        elif kind == "other" or (kind == "space" and not pieces):
+            flush()
+            depth = 0 if kind == "other" else depth
+        else:
+            pieces.append((kind, token))
+        previous = kind
+    flush()
+    return runs
+
+
+def _follows_number(pieces: list[tuple[str, str]], *, spaces: bool = False) -> bool:
+    """Whether a space and before it a number end the run: two numbers with a space between are no product."""
+    if spaces and pieces and pieces[-1][0] == "number":
+        return True
+    return len(pieces) > 1 and pieces[-1][0] == "space" and pieces[-2][0] == "number"
+
+
+def _is_fraction_part(match: re.Match[str], pieces: list[tuple[str, str]]) -> bool:
+    """3 1/2 and 1 000: the second number belongs to the first."""
+    after = match.string[match.end() : match.end() + 2]
+    whole = pieces[-2][1]
+    return (after.startswith("/") and "." not in whole and "/" not in whole and not _ends_fraction(pieces)) or (
+        len(match[0]) == 3 and match[0].isdigit() and len(whole) <= 3 and whole.isdigit()
+    )
+
+
+def _ends_fraction(pieces: list[tuple[str, str]]) -> bool:
+    return len(pieces) > 2 and pieces[-3][1] == "/"
+
+
+def _tidied(pieces: list[tuple[str, str]]) -> list[str]:
+    """The run without operators at its ends, unmatched brackets, and letters that stand alone at an end."""
+    while len(pieces) > 1 and pieces[0][0] == "letter" and pieces[1][0] == "space" and pieces[2:3] and pieces[2][0] in ("number", "letter"):
+        pieces = pieces[2:]
+    text = "".join(token for _, token in pieces)
+    text = _matched(_LEADING.sub("", text))
+    text = _TRAILING.sub("", _LEADING.sub("", text)).strip()
+    text = re.sub(r"^-\s+(?=[0-9])", "", text)  # a dash; a minus stands at its number
+    if not text or not re.search(r"[0-9A-Za-z]", text):
+        return []
+    if match := _RANGE.fullmatch(text):
+        return [match[1]]  # 7-3 in prose: a score, a range, pages
+    return [text]
+
+
+def _matched(text: str) -> str:
+    """Without the brackets that close or open nothing."""
+    stack: list[int] = []
+    drop: set[int] = set()
+    for index, char in enumerate(text):
+        if char in "([{":
+            stack.append(index)
+        elif char in ")]}":
+            if stack:
+                stack.pop()
+            else:
+                drop.add(index)
+    drop.update(stack)
+    return "".join(char for index, char in enumerate(text) if index not in drop) if drop else text
+
+
+def is_expression(text: str) -> bool:
+    """Whether the text is mathematics as a whole, with no prose around it."""
+    if len(text) > 2000:
+        return False
+    kinds = [(match.lastgroup, match[0]) for match in _TOKEN.finditer(text)]
+    if any(kind == "segment" for kind, _ in kinds):
+        rest = "".join(token for kind, token in kinds if kind != "segment")
+        return not re.sub(r"[\s,;.]|\b(?:and|or)\b|%", "", rest)
+    return all(kind not in ("word", "other") for kind, _ in kinds) and any(
+        kind in ("number", "letter", "label", "command", "function", "text") for kind, _ in kinds
+    )
