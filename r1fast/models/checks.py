@@ -189,7 +189,8 @@ def check_parts(config: Any) -> None:
 def check_from_scratch(config: Any, given: Mapping[str, Any]) -> None:
     """What only a model that is made from a recipe must be: each field that was given has an effect."""
     vocab_size, layers = config.vocab_size, config.num_hidden_layers
-    require(config.initializer_range > 0, "initializer_range", config.initializer_range, "a number above 0")
+    right = 0 < config.initializer_range <= 1
+    require(right, "initializer_range", config.initializer_range, "a number above 0, at most 1")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = getattr(config, name)
         for i in ids if isinstance(ids, list) else [ids]:
