@@ -125,6 +125,15 @@ class ModelConfig:
             _require(0 < chosen <= experts, "num_experts_per_tok", chosen, f"1 to n_routed_experts={experts}")
             _require(self.moe_intermediate_size > 0, "moe_intermediate_size", self.moe_intermediate_size, "> 0")
             _require(experts % self.n_group == 0, "n_group", self.n_group, f"a divisor of n_routed_experts={experts}")
+            if self.uses_mla:  # a group is judged by its two best experts
+                _require(experts >= 2 * self.n_group, "n_group", self.n_group, "groups of at least 2 experts")
+            _require(
+                1 <= self.topk_group <= self.n_group, "topk_group", self.topk_group, f"1 to n_group={self.n_group}"
+            )
+            allowed = experts // self.n_group * self.topk_group
+            _require(
+                chosen <= allowed, "num_experts_per_tok", chosen, f"at most {allowed}, in the groups that are taken"
+            )
 
     @property
     def uses_mla(self) -> bool:

@@ -114,7 +114,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
         return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
         reason = _one_line(error)
-        raise ValueError(f"{folder}: its tokenizer cannot be read ({reason}); {_AGAIN}") from error
+        raise ValueError(f"the tokenizer of {folder} cannot be read ({reason}); {_AGAIN}") from error
 
 
 def save_model(
@@ -290,6 +290,8 @@ def _read_state(folder: Path, num_layers: int, *, shapes_only: bool = False) -> 
                     if is_left_out(name, num_layers):
                         continue
                     part = tensors.get_slice(name)
+                    if 0 in part.get_shape():  # as transformers writes the shared experts of a model without them
+                        continue
                     if part.get_dtype() not in _FLOATS or name in stored:
                         problem = "is there twice" if name in stored else f"has dtype {part.get_dtype()}"
                         raise ValueError(
