@@ -116,6 +116,8 @@ class ModelConfig:
         _require(self.rope_dim % 2 == 0, "rotary dimension", self.rope_dim, "an even number")
         pad = self.pad_token_id
         _require(pad is None or pad < self.vocab_size, "pad_token_id", pad, f"below vocab_size={self.vocab_size}")
+        for name in ("rms_norm_eps", "initializer_range", "routed_scaling_factor"):
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a finite number, at least 0")
         own = FAMILY_FIELDS[self.model_type]
         for name, default in _DEFAULTS.items():
             value = getattr(self, name)
