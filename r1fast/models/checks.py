@@ -173,6 +173,8 @@ def check_parts(config: Any) -> None:
     elif config.model_type == "llama":  # transformers refuses it, whatever head_dim says
         width = config.hidden_size
         require(width % heads == 0, "hidden_size", width, f"a multiple of num_attention_heads={heads} for llama")
+    pad = config.pad_token_id
+    require(pad is None or pad < config.vocab_size, "pad_token_id", pad, f"below vocab_size={config.vocab_size}")
     require(config.rope_dim % 2 == 0, "rotary dimension", config.rope_dim, "an even number")
     if not any(config.is_moe_layer(i) for i in range(config.num_hidden_layers)):
         return
@@ -181,6 +183,8 @@ def check_parts(config: Any) -> None:
     require(config.moe_intermediate_size > 0, "moe_intermediate_size", config.moe_intermediate_size, "> 0")
     groups, kept = config.n_group, config.topk_group
     require(experts % groups == 0, "n_group", groups, f"a divisor of n_routed_experts={experts}")
+    if config.uses_mla:  # a group is judged by its two best experts
+        require(experts >= 2 * groups, "n_group", groups, "groups of at least 2 experts")
     require(kept <= groups, "topk_group", kept, f"1 to n_group={groups}")
     most = experts // groups * kept
     require(chosen <= most, "num_experts_per_tok", chosen, f"1 to {most}, the experts of topk_group={kept} groups")

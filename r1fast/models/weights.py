@@ -114,7 +114,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
         return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
         reason = _one_line(error)
-        raise ValueError(f"{folder}: its tokenizer cannot be read ({reason}); {_AGAIN}") from error
+        raise ValueError(f"the tokenizer of {folder} cannot be read ({reason}); {_AGAIN}") from error
 
 
 def save_model(
@@ -290,13 +290,15 @@ def _read_state(folder: Path, num_layers: int, *, shapes_only: bool = False) -> 
                     if is_left_out(name, num_layers):
                         continue
                     part = tensors.get_slice(name)
-                    if part.get_dtype() not in _FLOATS or name in stored:
-                        problem = "is there twice" if name in stored else f"has dtype {part.get_dtype()}"
-                        raise ValueError(
-                            f"{file}: {name} {problem}; expected each tensor once, in {', '.join(_FLOATS)}"
-                        )
+                    shape, dtype = part.get_shape(), part.get_dtype()
+                    if 0 in shape:  # as transformers writes the shared experts of a model without them
+                        continue
+                    if name in stored:
+                        raise ValueError(f"{file}: {name} is in another file too; {_AGAIN}")
+                    if dtype not in _FLOATS:
+                        raise ValueError(f"{file}: {name} has dtype {dtype}, expected one of {', '.join(_FLOATS)}")
                     if shapes_only:
-                        stored[name] = torch.empty(part.get_shape(), dtype=_FLOATS[part.get_dtype()], device="meta")
+                        stored[name] = torch.empty(shape, dtype=_FLOATS[dtype], device="meta")
                     else:
                         stored[name] = _finite(tensors.get_tensor(name), name, file)
         except (SafetensorError, OSError) as error:
@@ -357,15 +359,21 @@ def _check_against(decoder: Decoder, state: StateDict, folder: Path) -> None:
 
 
 def _resolve_dtype(dtype: torch.dtype | str, folder: Path, state: StateDict) -> torch.dtype:
+    """ "auto": what config.json says, or else the dtype of the embeddings."""
     if isinstance(dtype, torch.dtype):
         return dtype
-    name = dtype
-    if name == "auto":
+    name, said_by = dtype, "dtype"
+    if dtype == "auto":
         values = _read_json(folder / "config.json")
-        name = str(values.get("dtype") or values.get("torch_dtype") or state["embed_tokens.weight"].dtype)
+        said = values.get("dtype") or values.get("torch_dtype")
+        if said is None:
+            return state["embed_tokens.weight"].dtype
+        name, said_by = str(said), f"{folder / 'config.json'}: dtype"
     resolved = getattr(torch, name.removeprefix("torch."), None)
     if resolved not in _FLOATS.values():
-        raise ValueError(f"dtype={dtype!r}, expected a torch.dtype, its name (bfloat16, float16, float32), or 'auto'")
+        raise ValueError(
+            f"{said_by}={name!r}, expected a torch.dtype, its name (bfloat16, float16, float32), or 'auto'"
+        )
     return resolved
 
 

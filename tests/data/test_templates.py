@@ -5,7 +5,6 @@ import pytest
 from r1fast.data.templates import (
     FEW_SHOT_STOP,
     RESPONSE_FORMATS,
-    encode_prompt,
     get_response_format,
     render_prompt,
 )
@@ -15,18 +14,12 @@ SPECIAL = RESPONSE_FORMATS["special_token"]
 SUMMARY = RESPONSE_FORMATS["think_summary"]
 
 
-class WordTokenizer:
-    """Splits at spaces; <bos> and <eos> are tokens of their own, as in a real tokenizer."""
+class FakeTokenizer:
+    """What templates ask of a tokenizer."""
 
     def __init__(self, bos_token="<bos>", chat_template=None):
         self.bos_token, self.eos_token = bos_token, "<eos>"
-        self.bos_token_id = 0 if bos_token else None
         self.chat_template = chat_template
-
-    def encode(self, text, add_special_tokens=True):
-        assert not add_special_tokens
-        words = text.replace("<bos>", " <bos> ").split()
-        return [0 if word == "<bos>" else 1 + hash(word) % 1000 for word in words]
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         assert not tokenize and add_generation_prompt
@@ -163,26 +156,15 @@ def test_plain_is_the_prompt_itself():
 
 
 def test_tokenizer_template_is_not_prefilled_twice():
-    opens = WordTokenizer(chat_template="[assistant]<think>\n")
-    plain = WordTokenizer(chat_template="[assistant]")
+    opens = FakeTokenizer(chat_template="[assistant]<think>\n")
+    plain = FakeTokenizer(chat_template="[assistant]")
     assert render_prompt("q", "tokenizer", tokenizer=opens, prefill_think=True) == "<bos>[user]q[assistant]<think>\n"
     assert render_prompt("q", "tokenizer", tokenizer=plain, prefill_think=True) == "<bos>[user]q[assistant]<think>\n"
     assert render_prompt("q", "tokenizer", tokenizer=plain, system="s") == "<bos>[system]s[user]q[assistant]"
 
 
-@pytest.mark.parametrize("template", ["chat", "plain", "r1_zero", "few_shot", "tokenizer"])
-def test_encode_puts_bos_exactly_once(template):
-    tokenizer = WordTokenizer(chat_template="[assistant]")
-    token_ids = encode_prompt("what is 2 + 2", template, tokenizer=tokenizer)
-    assert token_ids[0] == 0 and token_ids.count(0) == 1
-    already = encode_prompt("<bos><bos> what is 2 + 2", "plain", tokenizer=tokenizer)
-    assert already[0] == 0 and already.count(0) == 1
-
-
-def test_encode_without_a_bos_token_adds_none():
-    tokenizer = WordTokenizer(bos_token=None)
-    assert encode_prompt("a b", "plain", tokenizer=tokenizer) == tokenizer.encode("a b", add_special_tokens=False)
-    assert render_prompt("q", "chat", tokenizer=tokenizer).startswith("<｜User｜>")
+def test_chat_without_a_bos_token_begins_with_the_user():
+    assert render_prompt("q", "chat", tokenizer=FakeTokenizer(bos_token=None)).startswith("<｜User｜>")
 
 
 @pytest.mark.parametrize(
