@@ -5,10 +5,11 @@ A call is one reward on up to 64 rows. When it fails:
 1. It may be the reward, or a gold. If the call was lost (time, memory, a crash), rows of up to three different prompts
    are tried without their completions. Three prompts lost like that in a step that has scored nothing: the reward is
    given up for the step. A prompt lost like that: its rows have no score, and are not tried.
-2. Each other row alone, on a fresh worker, with a quarter of the time limit. What is scored keeps its score; an
-   exception leaves its row without one.
-3. Each row whose call was lost, alone, on a fresh worker, with the whole limit. Lost again, it is the row's own doing:
-   the completion's, which then scores 0, if the row without its completion is not lost; else the prompt's.
+2. Each other row alone: on a fresh worker, which may have to import, with the whole time limit, and after that with a
+   quarter of it. What is scored keeps its score; an exception leaves its row without one.
+3. Each row that was lost on a worker in use, alone on a fresh one, with the whole limit. Lost again, or lost on a fresh
+   worker at once, it is the row's own doing: the completion's, which then scores 0, if the row is not lost without its
+   completion; else the prompt's.
 
 Time: one limit for each call, and for steps 1 to 3 of a reward BUDGET_LIMITS limits (a minute at least) in one step of
 training; rows that are not tried by then have no score.
@@ -24,7 +25,7 @@ from r1fast.rewards.process import CallFailed, Values
 
 BUDGET_LIMITS = 16.0
 LOWEST_BUDGET_S = 60.0  # short limits end before a fresh worker has started
-FIRST_TRY = 0.25  # of the limit
+LATER_TRY = 0.25  # of the limit
 MAX_PROBES = 3
 
 
@@ -62,6 +63,8 @@ class Isolation:
         if self.given_up is None:
             try:
                 self._keep(outcome, rows, self._call(rows, self._timeout_s))
+                if outcome.failed and len(rows) > 1:  # values of a wrong kind: perhaps because of one row
+                    self._alone(outcome, sorted(outcome.failed))
             except CallFailed as error:
                 self._take_apart(outcome, rows, error)
         for row in rows:
@@ -76,11 +79,13 @@ class Isolation:
         elif error.lost:
             self._probe(rows, error)
         if self.given_up is None:
-            suspects = rows if len(rows) == 1 and error.lost else self._first_try(outcome, rows)
-            for row in suspects:
-                self._judge(outcome, row)
+            self._alone(outcome, rows)
             if not error.lost and all(row in outcome.failed for row in rows):  # its words are about the whole call
                 outcome.failed = dict.fromkeys(rows, str(error))
+
+    def _alone(self, outcome: Outcome, rows: Sequence[int]) -> None:
+        for row in self._first_try(outcome, rows):
+            self._judge(outcome, row)
 
     def _probe(self, rows: Sequence[int], error: CallFailed) -> None:
         firsts = list({self._prompt_of(row): row for row in reversed(rows)}.values())[::-1]
@@ -95,35 +100,48 @@ class Isolation:
             self.given_up = f"{error}; without completions too, so the reward is given up for this step"
 
     def _first_try(self, outcome: Outcome, rows: Sequence[int]) -> list[int]:
-        """Scores each row alone; returns those whose call was lost."""
+        """Scores each row alone; returns those that were lost on a worker that had seen others."""
         suspects = []
         fresh = True
         for row in rows:
+            outcome.failed.pop(row, None)
             if self._without_completion.get(self._prompt_of(row)) is not None:
                 suspects.append(row)  # no need to try
                 continue
             try:
-                self._keep(outcome, [row], self._try(row, FIRST_TRY * self._timeout_s, fresh=fresh))
+                self._keep(outcome, [row], self._try(row, self._timeout_s * (1.0 if fresh else LATER_TRY), fresh=fresh))
+                fresh = False
             except CallFailed as error:
-                if error.lost:
+                if error.lost and not fresh:
                     suspects.append(row)
-                outcome.failed[row] = str(error)
-            fresh = False
+                else:
+                    self._blame(outcome, row, error)
+                fresh = error.lost
         return suspects
 
     def _judge(self, outcome: Outcome, row: int) -> None:
-        outcome.failed.pop(row, None)
         try:
-            reason = self._lost_without_completion(row)
-            if reason is not None:
-                raise CallFailed(f"without its completion too: {reason}", lost=False)
+            self._check_prompt(row)
             self._keep(outcome, [row], self._try(row, self._timeout_s, fresh=True))
         except CallFailed as error:
+            self._blame(outcome, row, error)
+
+    def _blame(self, outcome: Outcome, row: int, error: CallFailed) -> None:
+        """Of a row that failed for itself."""
+        try:
             if error.lost:
+                self._check_prompt(row)
                 outcome.values[row] = 0.0
                 outcome.exceeded[row] = str(error)
             else:
                 outcome.failed[row] = str(error)
+        except CallFailed as prompt:
+            outcome.failed[row] = str(prompt)
+
+    def _check_prompt(self, row: int) -> None:
+        reason = self._lost_without_completion(row)
+        if reason is not None:
+            raise CallFailed(f"without its completion too: {reason}", lost=False)
 
     def _lost_without_completion(self, row: int) -> str | None:
         """Why the call of a row is lost even with an empty completion; an exception is a reward that expects one."""

@@ -128,3 +128,14 @@ def test_highlight_marks_tags_and_answers() -> None:
     assert "why" in special and special.endswith('<span class="answer">4</span>')
     long = highlight("<think>" + "x" * 10_000 + "</think>")
     assert "6,500 characters" in long and len(long) < 4_000
+
+
+def test_failures_stand_beside_the_scores(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+    run_dir = write_run(tmp_path)
+    path = run_dir / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["stages"][1]["eval_after"] |= {"failures": 3, "unscorable": 2}
+    path.write_text(json.dumps(summary))
+    content, _ = _page(run_dir)
+    assert "zero: 3 samples with a failed reward (scored 0), 2 prompts without a readable gold." in content
+    assert "<td>failures</td>" in content and "<td>unscorable</td>" in content

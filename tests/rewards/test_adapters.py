@@ -1,8 +1,11 @@
 """verl's compute_score behind our signature."""
 
+import asyncio
 import inspect
 
-from r1fast.rewards.adapters import adapt_verl, is_verl_function
+import pytest
+
+from r1fast.rewards.adapters import adapt_verl, is_adapted, is_verl_function
 from r1fast.rewards.registry import resolve
 
 
@@ -26,6 +29,25 @@ def test_rows_are_scored_one_by_one():
     assert adapted(completions=["14"], answer=["14"], bonus=0.5, **columns) == [1.5]
     assert adapt_verl(plain_score)(completions=["14"], answer=["14"], **columns) == [True]
     assert adapt_verl(anything_goes)(completions=["14"], answer=["14"]) == [2]
+
+
+def test_rows_without_extra_information_and_results_without_a_score():
+    columns = {"data_source": ["gsm8k"] * 2, "extra_info": [None, {"index": 7}]}
+    assert adapt_verl(compute_score)(completions=["14", "1"], answer=["14", "14"], **columns) == [1.0, 0.0]
+    with pytest.raises(ValueError, match=r"keys \['acc'\], expected 'score'"):
+        adapt_verl(lambda solution_str, ground_truth: {"acc": 1.0})(completions=["14"], answer=["14"])
+
+
+def test_coroutines_run_together():
+    met = asyncio.Barrier(2)
+
+    async def compute_later(solution_str, ground_truth):
+        await met.wait()  # needs both rows at once
+        return {"score": float(solution_str == ground_truth)}
+
+    reward = adapt_verl(compute_later)
+    assert is_adapted(reward) and not is_adapted(compute_later)
+    assert asyncio.run(reward(completions=["14", "1"], answer=["14", "14"])) == [1.0, 0.0]
 
 
 def test_signature_shows_the_columns_and_the_options():

@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from r1fast.rewards.pool import RewardPool
+from r1fast.rewards.pool import RewardPool, headline
+from r1fast.rewards.process import memory_share
 
 REWARDS_PY = """
 import asyncio, os, re, subprocess, sys, time
@@ -152,7 +153,7 @@ def test_a_hanging_reward_is_killed_and_the_next_call_works(path, name, caplog):
         start = time.monotonic()
         with caplog.at_level(logging.WARNING):
             result = score(pool, ["hang"] + ["fine"] * 64)
-        assert time.monotonic() - start < 5.0
+        assert time.monotonic() - start < 20.0  # four limits of half a second; the rest is the start of processes
         values = result.values[f"{path}:{name}"]
         assert values.tolist() == [0.0] + [1.0] * 64, "no other row is lost"
         assert len(result.failures) == 1 and "row 0: no result after 0.5 s" in result.failures[0]
@@ -259,8 +260,7 @@ def test_an_endless_reward_does_not_outlive_a_killed_trainer(path, tmp_path):
     pid_file = tmp_path / "pid"
     code = (
         "import json, os, sys; from r1fast.rewards.pool import RewardPool; path, pid_file = json.loads(sys.argv[1]);"
-        "os.cpu_count = lambda: 1;"  # the worker's own limit is CPU seconds for every core: make it come soon
-        "RewardPool({path + ':writes_pid': 1.0}, timeout_s=1.0).score(['p'], ['c'], [[]], {'pid_file': [pid_file]})"
+        "RewardPool({path + ':writes_pid': 1.0}, timeout_s=600.0).score(['p'], ['c'], [[]], {'pid_file': [pid_file]})"
     )
     arguments = [sys.executable, "-c", code, json.dumps([path, str(pid_file)])]
     environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}
@@ -302,7 +302,39 @@ def test_columns_are_checked_against_signatures(path):
         score(pool, ["a"], answer=["1", "2"], hint=["h"], finish_reason=["stop"])
 
 
-@pytest.mark.parametrize("settings", [{"num_workers": 0}, {"timeout_s": 0.0}])
+@pytest.mark.parametrize("settings", [{"num_workers": 0}, {"timeout_s": 0.0}, {"memory_limit_gb": 0.0}])
 def test_bad_limits(settings):
-    with pytest.raises(ValueError, match="expected num_workers >= 1 and timeout_s > 0"):
+    with pytest.raises(ValueError, match=f"expected .*{next(iter(settings))} >"):
         RewardPool({"format": 1.0}, **settings)
+
+
+def test_memory_is_shared_by_the_workers_that_can_be_busy():
+    half = memory_share(1)
+    assert 0 < half <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    assert memory_share(4) == half // 4
+
+
+def test_the_traceback_is_logged_once(path, caplog):
+    with RewardPool({f"{path}:raises": 1.0}) as pool, caplog.at_level(logging.WARNING):
+        failures = [score(pool, ["a"] * 3).failures for _ in range(3)]
+    assert caplog.text.count("Traceback") == 1
+    assert all(len(texts) == 1 and "rows 0-2: Traceback" in texts[0] for texts in failures)
+    assert headline(failures[0][0]) == f"reward '{path}:raises', rows 0-2: KeyError: 'what went wrong'"
+    assert headline("reward 'x', row 0: no result after 1 s") == "reward 'x', row 0: no result after 1 s"
+
+
+def test_rewards_of_others_have_a_process_of_their_own(path):
+    with RewardPool({"format": 1.0, "completeness": 1.0, f"{path}:process": 1.0, f"{path}:exits": 1.0}) as pool:
+        first = score(pool, ["exit", "a"], finish_reason=["stop"] * 2).values[f"{path}:process"]
+        second = score(pool, ["a", "a"], finish_reason=["stop"] * 2).values[f"{path}:process"]
+        assert len(pool._workers) == 3
+    assert first.tolist() == second.tolist(), "the crash of one reward does not cost another its process"
+
+
+@pytest.mark.slow
+def test_one_hostile_answer_costs_no_other_row():
+    hostile = "<think>hm</think><answer>$\\boxed{(x+1)^{9999}}$</answer>"
+    texts = ["<think>hm</think><answer>$x+1$</answer>"] * 128
+    with RewardPool({"accuracy": 1.0}, timeout_s=10.0) as pool:
+        values = score(pool, [*texts[:77], hostile, *texts[78:]], answer=["x+1"] * 128).values["accuracy"]
+    assert values.tolist() == [1.0] * 77 + [0.0] + [1.0] * 50

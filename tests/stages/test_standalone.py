@@ -188,15 +188,38 @@ def test_grpo_off_policy_on_a_mixture_of_experts(train, tmp_path: Path) -> None:
     assert moved.abs().max() > 0.0 and torch.allclose(moved * 100, (moved * 100).round(), atol=1e-3)
 
 
-def test_grpo_survives_a_reward_that_fails(train, base_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "my_rewards.py").write_text(REWARD_FILE + "def fails(completions, **_):\n    raise OSError\n")
+FAILS = "def fails(completions, **_):\n    raise OSError('no disk')\n"
+
+
+def test_grpo_learns_from_the_rewards_that_work(train, base_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text(REWARD_FILE + FAILS)
     stage = {"name": "zero", "kind": "grpo", "train_files": ["train.jsonl"], **SHORT, "beta": 0.0, "max_steps": 2}
-    stage |= {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4, "learning_rate": 1.0}
-    train(base_model, {**stage, "rewards": {"fails": {"function": "my_rewards.py:fails"}}})
+    stage |= {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4}
+    rewards = {"fails": {"function": "my_rewards.py:fails"}, "red": {"function": "my_rewards.py:say_red"}}
+    train(base_model, {**stage, "rewards": rewards})
     zero = tmp_path / "run" / "zero"
-    assert metrics(zero, "rewards/failures") == [1.0, 1.0] and metrics(zero, "reward") == [None, None]
-    before, after = (load_model(folder)[0].state_dict() for folder in (base_model, zero / "model"))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())  # nothing to learn from
+    assert metrics(zero, "rewards/failures") == [4.0, 4.0] and metrics(zero, "frac_unscorable") == [0.0, 0.0]
+    assert metrics(zero, "reward") == metrics(zero, "rewards/red/mean")
+
+
+@pytest.mark.parametrize("reward", ["fails", "silent"])
+def test_grpo_stops_where_there_is_nothing_to_learn(
+    command, base_model: Path, tmp_path: Path, reward: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent = "def silent(completions, **_):\n    return [None] * len(completions)\n"
+    (tmp_path / "my_rewards.py").write_text(FAILS + silent)
+    stage = {"name": "zero", "kind": "grpo", "train_files": ["train.jsonl"], **SHORT, "beta": 0.0, "max_steps": 2}
+    stage |= {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4}
+    stage |= {"rewards": {"mine": {"function": f"my_rewards.py:{reward}"}}}
+    config = write_recipe(tmp_path / "mine.yaml", stage, model={"path": str(base_model)})
+    assert command("--config", config, "--output-dir", "run") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    reason = {
+        "fails": "reward 'my_rewards.py:fails', rows 0-3: OSError: no disk",
+        "silent": "reward 'mine' gave None for every sample",
+    }[reward]
+    assert error.startswith(f"r1fast: stages.zero: none of 4 samples could be scored: {reason}; correct the reward")
+    assert not (tmp_path / "run" / "zero" / "model").exists()
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])

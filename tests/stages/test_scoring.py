@@ -1,0 +1,147 @@
+"""What a failed reward does to totals, evaluations and filters; by hand, without a model."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from r1fast.stages.evaluate import summarize
+from r1fast.stages.grpo import Learner, rollout_metrics
+from r1fast.stages.reject import drop_reason
+from r1fast.stages.sampling import Sample
+from r1fast.stages.scoring import NothingScored, Scorer, total_rewards
+
+NAN = math.nan
+
+
+def sample(group: int, failed: tuple[str, ...] = (), *, text: str = "", row: Any = None, **rewards: float) -> Sample:
+    found = Sample(row or {"answer": "1"}, group, [0], [1], [0.0], "stop", text, False)
+    found.rewards, found.failed, found.failed_rewards = dict(rewards), bool(failed), failed
+    return found
+
+
+def totals(samples: list[Sample], **weights: float) -> list[float]:
+    total_rewards(samples, weights)
+    return [one.reward for one in samples]
+
+
+def same(found: list[float], expected: list[float]) -> bool:
+    return all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_reward_that_failed_on_one_sample_leaves_it_out() -> None:
+    """With its format reward alone it would be compared with sums of two rewards."""
+    group = [sample(0, accuracy=1.0, format=1.0), sample(0, ("accuracy",), accuracy=NAN, format=1.0)]
+    assert same(totals(group, accuracy=2.0, format=0.5), [2.5, NAN])
+    assert group[1].rewards["format"] == 1.0
+
+
+def test_a_reward_that_failed_on_a_whole_group_leaves_the_others_theirs() -> None:
+    failed = [sample(0, ("accuracy",), accuracy=NAN, format=value) for value in (1.0, 0.0)]
+    scored = [sample(1, accuracy=value, format=1.0) for value in (1.0, 0.0)]
+    assert same(totals([*failed, *scored], accuracy=2.0, format=0.5), [0.5, 0.0, 2.5, 0.5])
+
+
+def test_none_is_left_out_of_the_sum_and_a_failure_scored_0_is_in_it() -> None:
+    group = [
+        sample(0, accuracy=NAN, format=1.0),
+        sample(0, ("accuracy",), accuracy=0.0, format=1.0),
+        sample(0, accuracy=1.0, format=1.0),
+    ]
+    assert same(totals(group, accuracy=2.0, format=0.5), [0.5, 0.5, 2.5])
+
+
+def test_where_all_failed_there_is_nothing_to_learn() -> None:
+    assert same(totals([sample(0, ("a", "b"), a=NAN, b=NAN)] * 2, a=1.0, b=1.0), [NAN, NAN])
+
+
+def test_failures_count_as_wrong_in_an_evaluation_and_stand_beside_it() -> None:
+    samples = [sample(0, accuracy=1.0), *(sample(group, ("accuracy",), accuracy=NAN) for group in (1, 2))]
+    result = summarize(samples, "think_answer")
+    assert result["pass@1"] == pytest.approx(1 / 3) and result["n"] == 3
+    assert result["failures"] == 2 and result["unscorable"] == 0
+    assert result["cons@k"] == 0.0  # no answer in these texts
+
+
+def test_a_failure_without_a_name_is_of_every_reward_without_a_value() -> None:
+    samples = [sample(0, accuracy=1.0), sample(1, accuracy=NAN)]
+    samples[1].failed = True
+    assert summarize(samples, "think_answer")["pass@1"] == 0.5
+
+
+def test_golds_that_cannot_be_read_are_counted_and_left_out() -> None:
+    chat = {"prompt": "hello"}
+    samples = [sample(0, accuracy=1.0), sample(1, accuracy=NAN), sample(2, accuracy=NAN, row=chat)]
+    result = summarize(samples, "think_answer")
+    assert (result["pass@1"], result["n"], result["failures"], result["unscorable"]) == (1.0, 1, 0, 1)
+
+
+def test_the_most_frequent_answer_may_be_one_whose_reward_failed() -> None:
+    text = "<think>hm</think><answer>1</answer>"
+    samples = [sample(0, ("accuracy",), accuracy=NAN, text=text) for _ in range(2)]
+    samples.append(sample(0, accuracy=1.0, text=text.replace("1", "2")))
+    assert summarize(samples, "think_answer")["cons@k"] == 0.0
+
+
+def test_other_rewards_that_failed_lower_their_mean() -> None:
+    samples = [sample(0, accuracy=1.0, format=1.0), sample(1, ("format",), accuracy=1.0, format=NAN)]
+    result = summarize(samples, "think_answer")
+    assert result["format"] == 0.5 and result["pass@1"] == 1.0 and result["failures"] == 1
+
+
+@pytest.mark.parametrize(
+    ("failed", "accuracy", "row", "reason"),
+    [
+        (("accuracy",), NAN, None, "reward failed"),
+        (("accuracy",), 0.0, None, "reward failed"),
+        ((), NAN, None, "gold unreadable"),
+        ((), 0.0, None, "incorrect"),
+        ((), NAN, {"prompt": "hello"}, "malformed"),  # no gold: only the form is judged
+    ],
+)
+def test_why_a_sample_is_dropped(failed: tuple[str, ...], accuracy: float, row: Any, reason: str) -> None:
+    filters = SimpleNamespace(
+        model_dump=lambda: {"min_language": 1.0, "max_repetition": 0.2, "max_paragraph_chars": 100, "allow_code": True}
+    )
+    assert drop_reason(sample(0, failed, accuracy=accuracy, row=row, text="no tags"), filters, "think_answer") == reason
+
+
+def learner(prompts_per_step: int) -> Learner:
+    made: Any = Learner.__new__(Learner)
+    made.stage, made.unscored_prompts = SimpleNamespace(prompts_per_step=prompts_per_step), 0
+    made.scorer = Scorer.__new__(Scorer)
+    made.scorer.ctx = SimpleNamespace(stage=SimpleNamespace(name="zero"))
+    made.scorer.specs, made.scorer.failures = (
+        {"accuracy": None, "mine": None},
+        ["reward 'mine', rows 0-1: KeyError: 'x'"],
+    )
+    return made
+
+
+def test_a_step_without_any_score_ends_the_run() -> None:
+    samples = [sample(group, ("mine",), accuracy=NAN, mine=NAN) for group in (0, 1)]
+    with pytest.raises(NothingScored) as raised:
+        learner(2).check_scored(samples)
+    assert str(raised.value) == (
+        "stages.zero: none of 2 samples could be scored: reward 'mine', rows 0-1: KeyError: 'x'; reward 'accuracy' "
+        "gave None for every sample; correct the reward, or the columns that it reads"
+    )
+
+
+def test_short_steps_without_a_score_count_together() -> None:
+    """With partial rollouts one prompt whose gold cannot be read may be a whole step."""
+    one = learner(3)
+    silent, scored = [sample(0, mine=NAN, accuracy=NAN)], [sample(0, mine=1.0, accuracy=NAN)]
+    scored[0].reward = 1.0
+    for samples in (silent, silent, scored, silent, silent):
+        one.check_scored(samples)
+    with pytest.raises(NothingScored):
+        one.check_scored(silent)
+
+
+def test_unscorable_samples_are_a_metric() -> None:
+    group = [sample(0, accuracy=1.0), sample(0, ("accuracy",), accuracy=NAN)]
+    total_rewards(group, {"accuracy": 1.0})
+    metrics = rollout_metrics(group)
+    assert metrics["frac_unscorable"] == 0.5 and metrics["rewards/accuracy/mean"] == 1.0
