@@ -11,7 +11,6 @@ update     steps_per_generation minibatches -> linear_grpo_loss -> clip -> optim
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -232,8 +231,7 @@ class Learner:
         """The examples with a gradient: without KL, one whose advantage is 0 has none."""
         if not self.stage.skip_zero_variance_groups:
             return examples
-        active = [example for example in examples if example.values["advantage"] != 0.0]
-        return active or [replace(examples[0], learned=False)]
+        return [example for example in examples if example.values["advantage"] != 0.0]
 
 
 def importance_cap(ctx: StageContext) -> float | None:

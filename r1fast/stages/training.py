@@ -56,13 +56,14 @@ class Trainer:
         """One optimizer step on this step's examples, which every rank holds; each rank works on its share.
 
         together: runs of that many examples stay in one micro-batch, in order (2 for preference pairs).
+        Without examples the gradient is 0, and what the optimizer does beside it is done: momentum, weight decay.
         Raises FloatingPointError before the weights change when the loss or the gradient is not finite.
         """
         self.model.train()
         batches = self._my_batches([examples[i : i + together] for i in range(0, len(examples), together)])
-        coefficient = self.ctx.stage.router_aux_loss_coef
+        coefficient, device = self.ctx.stage.router_aux_loss_coef, self.ctx.dist.device
         # The balance loss is a mean over the sequences of the step, as every loss is, and a sum over layers.
-        scale = torch.tensor(coefficient / len(examples), device=self.ctx.dist.device) if coefficient > 0 else None
+        scale = torch.tensor(coefficient / max(len(examples), 1), device=device) if coefficient > 0 else None
         counts_LE = self._no_counts()
         parts: list[Measures] = []
         for batch in batches:
@@ -118,11 +119,11 @@ class Trainer:
             )
 
     def _my_batches(self, units: list[Sequence[Example]]) -> list[Batch | None]:
-        """Of each rank as many; None: this rank has no work left, and still takes part in every collective."""
+        """Of each rank as many, at least one. None: no work is left, but the rank takes part in every collective."""
         dist = self.ctx.dist
         groups = share(units, self.ctx)
         batches = [collate([example for i in group for example in units[i]], dist.device) for group in groups]
-        most = int(dist.all_reduce_max(torch.tensor(len(batches))))
+        most = int(dist.all_reduce_max(torch.tensor(max(len(batches), 1))))
         return [*batches, *[None] * (most - len(batches))]
 
     def _forward(
@@ -183,6 +184,8 @@ class Trainer:
             for layer, counts_E in zip(self.model.moe_layers(), counts_LE, strict=True):
                 layer.gate.e_score_correction_bias += rate * torch.sign(counts_E.mean() - counts_E)
         even = float(counts_LE[0].mean())  # as in every layer
+        if not even:
+            return {}
         violation = counts_LE.amax(1).mean() / even - 1
         return merge([{"moe/max_violation": Mean(violation, 1.0), "moe/load": Mean(counts_LE, even)}])
 

@@ -2,10 +2,11 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.tiny_checkpoint import QWEN2, write_checkpoint, write_jsonl, write_recipe
+from tests.tiny_checkpoint import DEEPSEEK_V3, QWEN2, write_checkpoint, write_jsonl, write_recipe
 
 NAMES = {1: "one", 2: "two", 3: "three", 4: "four"}
 PAIRS = [(a, b) for a in (1, 2) for b in (1, 2, 3, 4)]
@@ -64,3 +65,23 @@ def taught_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     assert main(["--config", str(recipe), "--output-dir", str(folder / "run")]) == 0
     return folder / "run" / "taught" / "model"
+
+
+@pytest.fixture(scope="session")
+def cut_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The models of gradient_cases.py and metric_cases.py."""
+    folder = tmp_path_factory.mktemp("cut_models")
+    fields = {"moe": DEEPSEEK_V3, "dense": QWEN2}
+    return {name: str(write_checkpoint(folder / name, **fields[name])) for name in fields}
+
+
+@pytest.fixture(scope="session")
+def two_ranks(cut_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What rank_cases.py finds on two of them."""
+    import torch
+
+    from tests.dist.tiny_model import torchrun
+
+    output = tmp_path_factory.mktemp("two_ranks") / "results.pt"
+    torchrun(str(Path(__file__).with_name("rank_cases.py")), str(output), *cut_models.values())
+    return torch.load(output, weights_only=False)

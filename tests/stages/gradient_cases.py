@@ -1,16 +1,15 @@
 """One optimizer step of a stage on any number of ranks: loss, metrics and the gradient that the optimizer would get.
 
-Imported by test_two_ranks.py, and run by it under torchrun: python gradient_cases.py MODEL OUTPUT.
+Imported by test_two_ranks.py, and run on several ranks by rank_cases.py.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from r1fast.dist.mesh import Dist, init_distributed
+from r1fast.dist.mesh import Dist
 from r1fast.schema import Recipe
 from r1fast.stages.batch import Example, encode_examples
 from r1fast.stages.context import StageContext
@@ -210,11 +209,3 @@ CASES: dict[str, Callable[[Dist, str], dict[str, Any]]] = {
 def run_cases(dist: Dist, model: str) -> dict[str, dict[str, Any]]:
     torch.set_num_threads(1)
     return {name: case(dist, model) for name, case in CASES.items()}
-
-
-if __name__ == "__main__":
-    this = init_distributed("cpu")
-    found = run_cases(this, sys.argv[1])
-    if this.is_main:
-        torch.save(found, sys.argv[2])
-    this.close()

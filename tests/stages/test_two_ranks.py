@@ -1,8 +1,7 @@
-"""Same numbers, however it is cut (design.md, contract 1): one step on two gloo processes, and in micro-batches, is the
-step of one process in one batch: loss, metrics and the whole gradient in fp32 to 1e-5."""
+"""Same numbers, however it is cut (docs/architecture.md, section 5): one step on two gloo processes, and in
+micro-batches, is the step of one process in one batch: loss, metrics and the whole gradient in fp32 to 1e-5."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,34 +9,19 @@ import pytest
 import torch
 
 from r1fast.dist.mesh import init_distributed
-from tests.dist.tiny_model import torchrun
-from tests.stages import gradient_cases
 from tests.stages.gradient_cases import CASES, run_cases
-from tests.tiny_checkpoint import DEEPSEEK_V3, write_checkpoint
 
 STEPS = [name for name in CASES if name not in ("rollout", "ahead", "sft-local-denominator")]
 MICRO = [name for name in STEPS if name.removesuffix("-micro") in STEPS and name.endswith("-micro")]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("moe"), **DEEPSEEK_V3)
-
-
-@pytest.fixture(scope="module")
-def one_rank(model: Path) -> Iterator[dict[str, Any]]:
+def one_rank(cut_models: dict[str, str]) -> Iterator[dict[str, Any]]:
     num_threads = torch.get_num_threads()
     dist = init_distributed("cpu")
-    yield run_cases(dist, str(model))
+    yield run_cases(dist, cut_models["moe"])
     dist.close()
     torch.set_num_threads(num_threads)
-
-
-@pytest.fixture(scope="module")
-def two_ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    output = tmp_path_factory.mktemp("two_ranks") / "results.pt"
-    torchrun(gradient_cases.__file__, str(model), str(output))
-    return torch.load(output, weights_only=False)
 
 
 def difference(got: dict[str, Any], expected: dict[str, Any]) -> float:
@@ -79,19 +63,19 @@ def test_micro_batches_change_nothing(one_rank, name: str) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("name", STEPS)
 def test_two_ranks_are_one(one_rank, two_ranks, name: str) -> None:
-    assert difference(two_ranks[name], one_rank[name]) < 1e-5
-    assert_same_metrics(two_ranks[name]["metrics"], one_rank[name]["metrics"])
+    assert difference(two_ranks["gradients"][name], one_rank[name]) < 1e-5
+    assert_same_metrics(two_ranks["gradients"][name]["metrics"], one_rank[name]["metrics"])
 
 
 @pytest.mark.dist
 def test_a_local_denominator_would_be_seen(one_rank, two_ranks) -> None:
     assert difference(one_rank["sft-local-denominator"], one_rank["sft"]) == 0.0  # one rank: the same thing
-    assert difference(two_ranks["sft-local-denominator"], one_rank["sft"]) > 0.1
+    assert difference(two_ranks["gradients"]["sft-local-denominator"], one_rank["sft"]) > 0.1
 
 
 @pytest.mark.dist
 def test_two_ranks_sample_what_one_does(one_rank, two_ranks) -> None:
-    got, expected = two_ranks["rollout"], one_rank["rollout"]
+    got, expected = two_ranks["gradients"]["rollout"], one_rank["rollout"]
     assert got["ids"] == expected["ids"] and got["groups"] == expected["groups"] == [0] * 4 + [1] * 4 + [2] * 4
     assert len({tuple(ids) for ids in expected["ids"]}) > 9  # samples differ
     for ours, theirs in zip(got["logprobs"], expected["logprobs"], strict=True):
@@ -101,7 +85,7 @@ def test_two_ranks_sample_what_one_does(one_rank, two_ranks) -> None:
 @pytest.mark.dist
 def test_two_ranks_sample_ahead_what_one_does(one_rank, two_ranks) -> None:
     """While a thread samples, the update of both ranks goes through its collectives."""
-    ours, theirs = two_ranks["ahead"]["rollouts"], one_rank["ahead"]["rollouts"]
+    ours, theirs = two_ranks["gradients"]["ahead"]["rollouts"], one_rank["ahead"]["rollouts"]
     for step, (got, expected) in enumerate(zip(ours, theirs, strict=True)):
         assert [sample[0] for sample in got] == [3 * step + i // 4 for i in range(12)]
         assert [sample[:2] for sample in got] == [sample[:2] for sample in expected]

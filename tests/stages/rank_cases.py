@@ -1,0 +1,19 @@
+"""Run under torchrun: python rank_cases.py OUTPUT MOE DENSE. All that the tests compare between numbers of ranks."""
+
+import sys
+
+import torch
+
+from r1fast.dist.mesh import init_distributed
+from tests.stages import gradient_cases, metric_cases
+
+if __name__ == "__main__":
+    output, moe, dense = sys.argv[1:]
+    this = init_distributed("cpu")
+    found = {
+        "gradients": gradient_cases.run_cases(this, moe),
+        "metrics": metric_cases.run_cases(this, {"moe": moe, "dense": dense}),
+    }
+    if this.is_main:
+        torch.save(found, output)
+    this.close()
