@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from r1fast.config import ConfigError
+from r1fast.run_folder import holds_nothing
 from r1fast.schema import Recipe
 
 DATA_KIND = {
@@ -27,7 +28,7 @@ def check_output(run_dir: Path, *, resume: bool) -> None:
     if run_dir.exists() and not resume:
         if not run_dir.is_dir():
             raise ConfigError(f"--output-dir {run_dir}: is a file, expected a folder")
-        if any(run_dir.iterdir()):
+        if not holds_nothing(run_dir):
             raise ConfigError(
                 f"--output-dir {run_dir}: holds files already; choose another, or continue that run with --resume"
             )

@@ -15,8 +15,10 @@ from r1fast.rollout.vllm import RolloutError
 from r1fast.stages.batch import Prompt, encode_prompts
 from r1fast.stages.context import StageContext
 from r1fast.stages.engines import build_engine, share_of
+from r1fast.stopping import Interrupted, Stopped
 
-Share = dict[int, list[Completion]] | str  # by index of the prompt, or why vLLM gave none
+# By index of the prompt; or why vLLM gave none; or the signal that ended it.
+Share = dict[int, list[Completion]] | str | int
 
 
 class GenerationFailed(ConfigError):
@@ -111,16 +113,23 @@ class Sampler:
         """This rank's share of the prompts; no collective."""
         mine = share_of(self.engine, len(call.rows), self.ctx.dist)
         try:
-            outputs = self.engine.generate(
-                [call.prompts[i].ids for i in mine], call.params, sequence_ids=[call.sequence_ids[i] for i in mine]
-            )
+            with self.ctx.stop.interruptible:
+                outputs = self.engine.generate(
+                    [call.prompts[i].ids for i in mine], call.params, sequence_ids=[call.sequence_ids[i] for i in mine]
+                )
         except RolloutError as error:  # raised by `gather` on every rank: the others would wait for this one
             return str(error)
+        except Interrupted:
+            return self.ctx.stop.asked
         return dict(zip(mine, outputs, strict=True))
 
     def gather(self, call: Call, mine: Share) -> list[Sample]:
         merged: dict[int, list[Completion]] = {}
-        for share in self.ctx.dist.all_gather_objects(mine):
+        shares = self.ctx.dist.all_gather_objects(mine)
+        for share in shares:
+            if isinstance(share, int):
+                raise Stopped(share)
+        for share in shares:
             if isinstance(share, str):
                 raise GenerationFailed(f"stages.{self.ctx.stage.name}: {share}")
             merged |= share
