@@ -40,12 +40,17 @@ def load_recipe(config: str, overrides: list[str]) -> Recipe:
     """Read a recipe by name or file, apply overrides `key.sub=value`, validate. Raises ConfigError."""
     raw = _read(config)
     raw.setdefault("name", Path(config).stem)
+    return apply_overrides(raw, overrides, config)
+
+
+def apply_overrides(raw: dict[str, Any], overrides: list[str], where: str) -> Recipe:
+    """A recipe of these values and overrides `key.sub=value`; `where` names it in errors. Raises ConfigError."""
     for override in overrides:
         key, separator, value = override.removeprefix("--").partition("=")
         if not separator or not key:
             raise ConfigError(f"override {shown(override)!r}: expected key.sub=value")
         _assign(raw, key, _parse_value(override, value))
-    return validate(raw, config)
+    return validate(raw, where)
 
 
 def _parse_value(override: str, value: str) -> Any:

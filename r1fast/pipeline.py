@@ -4,11 +4,10 @@ A stage turns artifacts on disk into artifacts on disk: RUN/<stage>/model (a Hug
 RUN/<stage>/data.jsonl. A recipe names an earlier stage's artifact as @stage.
 """
 
-import json
 import os
 import platform
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -16,44 +15,26 @@ from typing import Any
 
 import torch
 
-from r1fast.config import ConfigError, dump_recipe
+from r1fast.config import ConfigError
 from r1fast.dist.mesh import Dist
+from r1fast.inputs import named_inputs, stage_inputs, start_model
 from r1fast.observe.progress import ChainProgress
 from r1fast.observe.trackers import open_trackers
+from r1fast.resume import STAGE, SUMMARY, Change, config_text
+from r1fast.run_folder import PARTIAL, remove_leftovers, replace_file, write_record
 from r1fast.schema import Recipe
 from r1fast.stages.context import StageContext
+from r1fast.stopping import Stop, Stopped
 
 MAKES_MODEL = {"pretrain", "sft", "grpo", "distill"}
 MAKES_DATA = {"collect", "reject"}
 
 
-def start_model(recipe: Recipe, stage: Any) -> str | None:
-    """The model that a stage starts from, as the recipe names it; a pretrain stage starts from none."""
-    return None if stage.kind == "pretrain" else stage.model or recipe.model.path
-
-
 def references(recipe: Recipe, stage: Any) -> Iterator[tuple[str, str, str]]:
     """(key, stage referred to, "model", "reward model" or "data") for every @stage in a stage's settings."""
-    settings = stage.model_dump()
-    few_shot = settings.get("few_shot") or {}
-    models = {
-        "model": start_model(recipe, stage),
-        "teacher": settings.get("teacher"),
-        "tokenizer": settings.get("tokenizer"),
-        "few_shot.model": few_shot.get("model"),
-    }
-    for key, ref in models.items():
-        if ref and ref.startswith("@"):
-            yield key, ref[1:], "model"
-    for name, spec in (settings.get("reward_models") or {}).items():
-        if spec["model"].startswith("@"):
-            yield f"reward_models.{name}.model", spec["model"][1:], "reward model"
-    files = {key: settings.get(key) or [] for key in ("train_files", "eval_files")}
-    files["few_shot.examples_files"] = few_shot.get("examples_files") or []
-    for key, refs in files.items():
-        for ref in refs:
-            if ref.startswith("@"):
-                yield key, ref[1:], "data"
+    for key, ref, wanted in named_inputs(recipe, stage):
+        if ref.startswith("@"):
+            yield key, ref[1:], wanted
 
 
 def check_references(recipe: Recipe, selected: list[str], run_dir: Path) -> None:
@@ -72,7 +53,8 @@ def check_references(recipe: Recipe, selected: list[str], run_dir: Path) -> None
             artifact = run_dir / name / ("data.jsonl" if wanted == "data" else "model")
             if stage.name in selected and name not in selected and not artifact.exists():
                 raise ConfigError(
-                    f"{where}: {artifact} does not exist, and {name} is not among the stages to run; run it first"
+                    f"{where}: {artifact} does not exist, and {name} is not among the stages to run; put it back, or run "
+                    "that stage first"
                 )
         if stage.kind != "pretrain" and start_model(recipe, stage) is None:
             raise ConfigError(f"stages.{stage.name}.model: missing, and the recipe has no model.path; name one")
@@ -95,11 +77,11 @@ def inputs(recipe: Recipe, stage: Any) -> list[str]:
 class Run:
     """A run directory: the resolved recipe, the summary, and what is finished."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, dist: Dist) -> None:
-        self.recipe, self.run_dir, self.dist = recipe, run_dir, dist
+    def __init__(self, recipe: Recipe, run_dir: Path, dist: Dist, stop: Stop | None = None) -> None:
+        self.recipe, self.run_dir, self.dist, self.stop = recipe, run_dir, dist, stop or Stop()
         self.summary: dict[str, Any] = {
             "recipe": recipe.name,
-            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "started": now(),
             "machine": machine(dist),
             "seed": recipe.seed,
             "seconds": 0.0,
@@ -107,38 +89,54 @@ class Run:
                 {"name": s.name, "kind": s.kind, "status": "pending", "inputs": inputs(recipe, s)}
                 for s in recipe.stages
             ],
+            "changes": [],
+            "settings": recipe.model_dump(mode="json"),
         }
         self.evaluations: dict[str, dict] = {}
 
     def start(self) -> None:
-        if self.dist.is_main:
+        """Make the folder, or take up the one there is: files that say the same are left alone."""
+
+        def begin() -> None:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.run_dir)
             if self.run_dir.parent.name == "runs":
                 point_latest(self.run_dir)
-            (self.run_dir / "config.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
+            path, text = self.run_dir / "config.yaml", config_text(self.recipe).encode()
+            if not path.is_file() or path.read_bytes() != text:
+                replace_file(path, text)
             self.write()
-        self.dist.barrier()
 
-    def resume(self) -> None:
-        """Take up the record of the run that was stopped."""
-        path = self.run_dir / "summary.json"
-        if path.exists():
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            self.summary |= {key: saved[key] for key in ("started", "seconds")}
-            by_name = {entry["name"]: entry for entry in saved["stages"]}
-            self.summary["stages"] = [by_name.get(entry["name"], entry) for entry in self.summary["stages"]]
-            self.evaluations = saved.get("evaluations", {})
+        self.dist.on_main(begin)
+
+    def resume(self, saved: dict[str, Any], changes: list[Change]) -> None:
+        """Take up the record of the run that was stopped (resume.py), and note what is changed from here on."""
+        self.summary |= {key: saved[key] for key in ("started", "seconds", "changes") if key in saved}
+        by_name = {entry["name"]: entry for entry in saved.get("stages", [])}
+        for entry in self.summary["stages"]:
+            found = by_name.get(entry["name"], {})
+            entry |= found if found.get("status") == "done" else {**found, "inputs": entry["inputs"]}
+        self.summary["changes"] = [
+            *self.summary["changes"],
+            *({"time": now(), **change.record()} for change in changes),
+        ]
+        self.evaluations = saved.get("evaluations", {})
 
     def entry(self, name: str) -> dict[str, Any]:
         return next(entry for entry in self.summary["stages"] if entry["name"] == name)
 
     def write(self) -> None:
-        if not self.dist.is_main:
-            return
-        partial = self.run_dir / "summary.json.partial"
-        record = self.summary | {"evaluations": self.evaluations}
-        partial.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(partial, self.run_dir / "summary.json")
+        """summary.json. Rank 0 alone; OSError."""
+        self.summary["seconds"] = round(sum(entry.get("seconds", 0.0) for entry in self.summary["stages"]), 2)
+        write_record(self.run_dir / SUMMARY, self.summary | {"evaluations": self.evaluations})
+
+    def write_entry(self, entry: dict[str, Any]) -> None:
+        """A stage's entry: in its folder, from where a damaged summary.json is made again, and in summary.json."""
+        folder = self.run_dir / entry["name"]
+        folder.mkdir(exist_ok=True)
+        common = {key: self.summary[key] for key in ("started", "machine", "changes")}
+        write_record(folder / STAGE, {"entry": entry, **common, "evaluations": self.evaluations})
+        self.write()
 
     def execute(self, selected: list[str]) -> None:
         """Run the selected stages that are not done, in the recipe's order."""
@@ -150,8 +148,6 @@ class Run:
             is_main=self.dist.is_main,
         )
         names = [stage.name for stage in self.recipe.stages if stage.name in selected]
-        before = self.summary["seconds"]
-        start = time.monotonic()
         with ChainProgress(names, title=self.recipe.name, is_main=self.dist.is_main) as progress:
             for stage in self.recipe.stages:
                 entry = self.entry(stage.name)
@@ -162,42 +158,52 @@ class Run:
                         stage.name, status="done", seconds=entry["seconds"], evaluation=entry.get("eval_after")
                     )
                     continue
+                self.stop.check(self.dist)
                 self._stage(stage, entry, progress, trackers)
-                self.summary["seconds"] = round(before + time.monotonic() - start, 2)
-                self.write()
         for tracker in trackers:
             tracker.close()
 
     def _stage(self, stage: Any, entry: dict[str, Any], progress: ChainProgress, trackers: Any) -> None:
-        ctx = StageContext(self.recipe, stage, self.dist, self.run_dir, trackers, self.evaluations)
+        def write_entry() -> None:
+            self.dist.on_main(lambda: self.write_entry(entry))
+
+        earlier: dict[str, Any] = {key: entry[key] for key in ("seconds", "phases") if key in entry}
+        ctx = StageContext(
+            self.recipe, stage, self.dist, self.run_dir, trackers, self.evaluations,
+            stop=self.stop, entry=entry, write_entry=write_entry, earlier=earlier,
+        )  # fmt: skip
         progress.start_stage(stage.name, stage.kind)
         entry |= {"status": "running", "model": (start_model(self.recipe, stage) or "").removeprefix("@")}
-        self.write()
+        entry["settings"] = stage.model_dump(mode="json")
+        entry["fingerprints"] = self.dist.on_main(lambda: stage_inputs(self.recipe, stage, self.run_dir))
+        write_entry()
         try:
             result = import_module(f"r1fast.stages.{stage.kind}").run(ctx)
-        except BaseException:
-            seconds = entry.get("seconds", 0.0) + time.monotonic() - ctx.started
-            entry |= {"status": "failed", "seconds": round(seconds, 2), "phases": _rounded(ctx.phases)}
-            self.write()
-            progress.finish_stage(stage.name, status="failed", seconds=seconds)
+        except BaseException as error:
+            status = "stopped" if isinstance(error, Stopped) else "failed"
+            entry |= {"status": status, **ctx.clock()}
+            if self.dist.is_main:
+                with suppress(OSError):  # a disk that is full or gone: the error that ends the stage tells so
+                    self.write_entry(entry)
+            progress.finish_stage(stage.name, status=status, seconds=entry["seconds"])
             raise
-        seconds = entry.get("seconds", 0.0) + time.monotonic() - ctx.started
-        entry |= {"status": "done", "seconds": round(seconds, 2), "phases": _rounded(ctx.phases)}
+        entry |= {"status": "done", **ctx.clock()}
         entry |= {key: value for key, value in result.items() if value is not None}
-        progress.finish_stage(stage.name, seconds=seconds, evaluation=entry.get("eval_after"))
+        write_entry()
+        progress.finish_stage(stage.name, seconds=entry["seconds"], evaluation=entry.get("eval_after"))
+
+
+def now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def point_latest(run_dir: Path) -> None:
     """runs/latest -> this run, which a --resume without --output-dir takes up."""
-    link, new = run_dir.parent / "latest", run_dir.parent / "latest.partial"
+    link, new = run_dir.parent / "latest", run_dir.parent / f"latest{PARTIAL}"
     if link.is_symlink() or not link.exists():
         new.unlink(missing_ok=True)
         new.symlink_to(run_dir.name)
         os.replace(new, link)
-
-
-def _rounded(phases: dict[str, float]) -> dict[str, float]:
-    return {name: round(seconds, 2) for name, seconds in phases.items()}
 
 
 def machine(dist: Dist) -> dict[str, Any]:

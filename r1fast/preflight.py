@@ -16,6 +16,7 @@ from r1fast.data.rows import Row
 from r1fast.preflight_architecture import architecture_problems, router_problems
 from r1fast.preflight_rows import checkpoint_of, reward_problems, row_problems, text_problems, tokenizer_of
 from r1fast.recipe_yaml import check_text
+from r1fast.run_folder import holds_nothing
 from r1fast.schema import Recipe
 
 DATA_KIND = {
@@ -30,7 +31,7 @@ def check_output(run_dir: Path, *, resume: bool, stages: Sequence[str] = ()) -> 
     if run_dir.exists() and not resume:
         if not run_dir.is_dir():
             raise ConfigError(f"--output-dir {run_dir}: is a file, expected a folder")
-        if any(run_dir.iterdir()):
+        if not holds_nothing(run_dir):
             raise ConfigError(
                 f"--output-dir {run_dir}: holds files already; choose another, or continue that run with --resume"
             )

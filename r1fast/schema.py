@@ -127,7 +127,9 @@ class RolloutSection(Strict):
 class RewardWorkers(Strict):
     num_workers: Annotated[int, Field(gt=0, le=1024)] = 1
     timeout_s: Seconds = 30.0
-    memory_limit_gb: Annotated[float, Field(gt=0, le=1e6)] | None = None  # of one worker; None: its part of half the machine's
+    memory_limit_gb: Annotated[float, Field(gt=0, le=1e6)] | None = (
+        None  # of one worker; None: its part of half the machine's
+    )
 
 
 class RewardSpec(Strict):

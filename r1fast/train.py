@@ -2,19 +2,25 @@
 
     torchrun --nproc-per-node 2 -m r1fast.train --config NAME_OR_FILE [--output-dir DIR] [--resume] [key=value]
 
-Exit status: 0 done, 1 a stage failed, 2 the request was wrong (nothing was started and nothing written over).
+Exit status: 0 done; 1 a stage failed; 2 the request was wrong (nothing was started and nothing written over); 130 and
+143 stopped by Ctrl-C and SIGTERM. Whatever is not a fault of the program ends in one line that says how to go on.
 """
 
 import argparse
-import json
 import os
+import shlex
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from r1fast.dist.mesh import Dist
+    from r1fast.resume import Change, Saved
     from r1fast.schema import Recipe
+    from r1fast.stopping import Stop
 
 
 def choose_threads(resumed: Path | None) -> None:
@@ -28,30 +34,32 @@ def choose_threads(resumed: Path | None) -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if "OMP_NUM_THREADS" in os.environ:
         return
-    summary = resumed / "summary.json" if resumed else None
-    if summary is not None and summary.is_file():
-        threads = json.loads(summary.read_text(encoding="utf-8"))["machine"]["threads"]
-    else:
+    threads = _recorded_threads(resumed) if resumed else None
+    if threads is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         threads = max(1, min(cores, round(cores - busy + 0.5)))
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
+def _recorded_threads(run_dir: Path) -> int | None:
+    """As summary.json says, or where it is damaged any stage's record; what is wrong with them, resume.py says."""
+    from r1fast.run_folder import read_record
+
+    for path in (run_dir / "summary.json", *run_dir.glob("*/stage.json")):
+        try:
+            return int(read_record(path)["machine"]["threads"])
+        except ValueError:
+            continue
+    return None
+
+
 RUNS = Path("runs")  # where runs go that are given no --output-dir
-
-
-def print_error(message: str) -> None:
-    """A line for each mistake, from one rank."""
-    from r1fast.config import error_lines
-
-    if os.environ.get("RANK", "0") == "0":
-        print("\n".join(error_lines(message)), file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print_error(f"{message[:500]}; --help lists the options")
+        say(f"{message[:500]}; --help lists the options")
         sys.exit(2)
 
 
@@ -70,7 +78,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(
         prog="torchrun -m r1fast.train",
         description="Train a model through the DeepSeek-R1 recipe, or through any part of it.",
-        epilog="Anything else is an override: key.sub=value, stages.NAME.key=value.",
+        epilog="Anything else is an override: key.sub=value, stages.NAME.key=value; --resume takes those of unfinished "
+        "stages.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -83,6 +92,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--output-dir", action=Once, metavar="DIR", help="run directory (default: runs/<recipe>-<time>)"
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --output-dir (default: runs/latest)")
+    parser.add_argument(
+        "--accept-changes", action="store_true", help="with --resume: go on though files or models were changed"
+    )
     parser.add_argument("--stages", action=Once, metavar="A,B", help="run only these stages of the recipe")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the resolved recipe, and stop")
     args, overrides = parser.parse_known_args(argv)
@@ -90,46 +102,89 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         if "=" not in override:
             parser.error(f"{override[:80]!r} is neither an option nor an override key.sub=value")
     args.output_dir = None if args.output_dir is None else Path(args.output_dir)
+    if args.accept_changes and not args.resume:
+        parser.error("--accept-changes goes with --resume: a new run has nothing to compare with")
     return args, overrides
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, checked: a recipe in a folder, the stages to run, and the run that is resumed, if one is."""
+
+    recipe: "Recipe"
+    run_dir: Path
+    selected: list[str]
+    saved: "Saved | None"
+    changes: "list[Change]"
+    stages: str | None  # --stages, for the command that goes on
 
 
 def main(argv: list[str] | None = None) -> int:
     args, overrides = parse(sys.argv[1:] if argv is None else argv)
-    choose_threads((args.output_dir or RUNS / "latest") if args.resume else None)
+    resumed = (args.output_dir or RUNS / "latest").resolve() if args.resume else None
     from r1fast.config import ConfigError
 
-    is_main = os.environ.get("RANK", "0") == "0"
-    try:
-        recipe, run_dir, selected = resolve(args, overrides)
-        if args.dry_run:
-            if is_main:
+    with ExitStack() as held:
+        try:
+            if resumed is not None and resumed.is_dir() and not args.dry_run:
+                hold(held, resumed)
+            choose_threads(resumed)
+            request = resolve(args, overrides)
+            if args.dry_run:
                 from r1fast.config import dump_recipe
 
-                print(dump_recipe(recipe), end="")
-            return 0
-    except ConfigError as error:
-        print_error(str(error))
-        return 2
-    try:
-        return run(recipe, run_dir, selected, resume=args.resume)
-    except ConfigError as error:  # what only the run could show, as when no sample passes a filter
-        print_error(str(error))
-        return 1
+                if is_main():
+                    print(dump_recipe(request.recipe), end="")
+                return 0
+        except ConfigError as error:
+            say(str(error))
+            return 2
+        except OSError as error:
+            say(one_line(error))
+            return 2
+        except KeyboardInterrupt:
+            say("stopped by SIGINT before the run began")
+            return 130
+        return run(request, held)
 
 
-def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple["Recipe", Path, list[str]]:
+def is_main() -> bool:
+    """Before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message: str, go_on: str = "") -> None:
+    """One rank speaks: a line for each mistake; go_on ends the last."""
+    from r1fast.config import error_lines
+
+    if is_main():
+        print("\n".join(error_lines(message)) + go_on, file=sys.stderr)
+
+
+def hold(held: ExitStack, run_dir: Path) -> None:
+    """Take the run folder's lock for the life of the run, on one rank."""
+    from r1fast.run_folder import locked
+
+    if is_main():
+        held.enter_context(locked(run_dir))
+
+
+def resolve(args: argparse.Namespace, overrides: list[str]) -> Request:
     """The recipe, the run directory and the stages to run, all checked; ConfigError before anything is written"""
-    from r1fast.config import ConfigError, dump_recipe, load_recipe, shown
+    from r1fast.config import ConfigError, load_recipe, shown
+    from r1fast.resume import changes, read_run
 
-    run_dir = args.output_dir or ((RUNS / "latest").resolve() if args.resume else None)
-    saved = run_dir / "config.yaml" if run_dir else None
-    if args.resume and (saved is None or not saved.is_file()):
-        raise ConfigError(f"--resume: {run_dir} holds no run (no config.yaml); name it with --output-dir")
-    recipe = load_recipe(args.config or (str(saved) if args.resume else "tiny"), overrides)
-    if args.resume and saved is not None and dump_recipe(recipe) != saved.read_text(encoding="utf-8"):
-        raise ConfigError(
-            f"--resume: the recipe differs from {saved}; resume without --config and overrides, or start a new run"
-        )
+    run_dir: Path | None = args.output_dir
+    if args.resume and run_dir is None:
+        run_dir = (RUNS / "latest").resolve()
+    saved: Saved | None = None
+    changed: list[Change] = []
+    if args.resume and run_dir is not None:
+        saved = read_run(run_dir, args.config)
+        recipe = saved.with_changes(args.config, overrides)
+        changed = changes(saved, recipe)
+    else:
+        recipe = load_recipe(args.config or "tiny", overrides)
     run_dir = run_dir or RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = [stage.name for stage in recipe.stages]
     selected = args.stages.split(",") if args.stages else names
@@ -141,48 +196,125 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> tuple["Recipe", P
     from r1fast.pipeline import check_references  # these import torch: only when there is a recipe
     from r1fast.preflight import check_inputs, check_output
 
-    check_references(recipe, selected, run_dir)
+    left = [name for name in selected if saved is None or not saved.is_done(name)]
+    check_references(recipe, left, run_dir)
     check_output(run_dir, resume=args.resume, stages=names)
-    for note in check_inputs(recipe, selected, run_dir):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"r1fast: note: {note}", file=sys.stderr)
-    return recipe, run_dir, selected
+    notes = check_inputs(recipe, left, run_dir)
+    if saved is not None:
+        changed = [*changed, *accept_inputs(saved, recipe, left, accept=args.accept_changes)]
+        notes += [*saved.notes, *map(str, changed)]
+    for note in notes:
+        say(f"note: {note}")
+    return Request(recipe, run_dir, selected, saved, changed, args.stages)
 
 
-def run(recipe: "Recipe", run_dir: Path, selected: list[str], *, resume: bool) -> int:
+def accept_inputs(saved: "Saved", recipe: "Recipe", left: list[str], *, accept: bool) -> "list[Change]":
+    """Report changed inputs of finished stages; those of others must be asked for."""
+    from r1fast.config import ConfigError
+    from r1fast.resume import changed_inputs
+
+    reports, found = changed_inputs(saved, recipe, left)
+    if found and not accept:
+        raise ConfigError(
+            f"--resume: not what the run began with: {'; '.join(change.key for change in found)}; put it back, or add "
+            "--accept-changes"
+        )
+    for line in reports:
+        say(line)
+    return found
+
+
+def run(request: Request, held: ExitStack) -> int:
     import torch
 
+    from r1fast.config import ConfigError
     from r1fast.dist.mesh import init_distributed
+    from r1fast.rollout.vllm_process import InProcess
+    from r1fast.stopping import Stop, Stopped
+
+    torch.manual_seed(request.recipe.seed)
+    with Stop() as stop:
+        dist = init_distributed()
+        go_on = ""
+        try:
+            # Its default name holds the time, which differs between ranks.
+            run_dir = dist.all_gather_objects(request.run_dir)[0]
+            if request.saved is None and (problem := begin(run_dir, dist, held)):
+                say(problem)
+                return 2
+            go_on = f"; go on with: {resume_command(run_dir, request.stages)}"
+            return execute(request, run_dir, dist, stop)
+        except Stopped as error:
+            say(str(error), go_on)
+            return 128 + error.signum
+        except (ConfigError, FloatingPointError) as error:  # what only the run could show
+            say(str(error), go_on)
+            return 1
+        except OSError as error:
+            say(f"{one_line(error)}: what was saved before is as it was", go_on)
+            return 1
+        finally:
+            InProcess.release()
+            dist.close()
+
+
+def begin(run_dir: Path, dist: "Dist", held: ExitStack) -> str:
+    """Make and hold the folder of a new run; what is wrong or "", on every rank."""
+    from r1fast.config import ConfigError
+    from r1fast.preflight import check_output
+
+    problem = ""
+    if dist.is_main:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            hold(held, run_dir)
+            check_output(run_dir, resume=False)  # again, now that nobody else can begin there
+        except (ConfigError, OSError) as error:
+            problem = str(error)
+    return dist.all_gather_objects(problem)[0]
+
+
+def execute(request: Request, run_dir: Path, dist: "Dist", stop: "Stop") -> int:
     from r1fast.observe.progress import summary_table
     from r1fast.observe.report import build_report
     from r1fast.pipeline import Run
-    from r1fast.rollout.vllm_process import InProcess
 
-    torch.manual_seed(recipe.seed)
-    dist = init_distributed()
-    run_dir = dist.all_gather_objects(run_dir)[0]  # its default name holds the time, which differs between ranks
+    chain = Run(request.recipe, run_dir, dist, stop)
+    if request.saved is not None:
+        chain.resume(request.saved.summary, request.changes)
+    chain.start()
     try:
-        chain = Run(recipe, run_dir, dist)
-        if resume:
-            chain.resume()
-        chain.start()
-        try:
-            chain.execute(selected)
-        finally:
-            if dist.is_main:
-                page = build_report(run_dir)
+        chain.execute(request.selected)
+    except BaseException:
         if dist.is_main:
-            from rich.console import Console
+            try:
+                build_report(run_dir)
+            except (OSError, ValueError) as error:  # a disk that is full or gone: why the run ended is told after this
+                say(f"no report.html: {one_line(error)}")
+        raise
+    if dist.is_main:
+        from rich.console import Console
 
-            console = Console()
-            if not console.is_terminal:
-                console = Console(width=132)
-            console.print(summary_table(chain.summary))
-            console.print(f"report: {page}", soft_wrap=True)
-    finally:
-        InProcess.release()
-        dist.close()
+        page = build_report(run_dir)
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=132)
+        console.print(summary_table(chain.summary))
+        console.print(f"report: {page}", soft_wrap=True)
     return 0
+
+
+def one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def resume_command(run_dir: Path, stages: str | None) -> str:
+    size = os.environ.get("LOCAL_WORLD_SIZE")
+    start = f"torchrun --nproc-per-node {size}" if size else "python"
+    command = [*start.split(), "-m", "r1fast.train", "--output-dir", str(run_dir), "--resume"]
+    return shlex.join([*command, *(["--stages", stages] if stages else [])])
 
 
 if __name__ == "__main__":

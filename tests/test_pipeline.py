@@ -13,6 +13,8 @@ from r1fast import pipeline
 from r1fast.config import ConfigError
 from r1fast.dist.mesh import Dist
 from r1fast.pipeline import Run, check_references, references
+from r1fast.resume import read_run
+from r1fast.run_folder import read_record
 from r1fast.schema import Recipe
 from tests.tiny_checkpoint import GRPO, PROMPTS, write_jsonl, write_recipe
 
@@ -78,8 +80,12 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return record
 
 
+def resume(run: Run) -> None:
+    run.resume(read_run(run.run_dir).summary, [])
+
+
 def summary_on_disk(tmp_path: Path) -> dict[str, Any]:
-    return json.loads((tmp_path / "run" / "summary.json").read_text())
+    return read_record(tmp_path / "run" / "summary.json")
 
 
 def statuses(summary: dict[str, Any]) -> dict[str, str]:
@@ -212,7 +218,7 @@ def test_resume_goes_on_where_the_run_stopped(chain, ran, tmp_path: Path) -> Non
     ran.names.clear()
     ran.fails = None
     second = chain()
-    second.resume()
+    resume(second)
     second.start()
     second.execute(["base", "zero", "cold"])
     assert ran.names == ["zero", "cold"]
@@ -228,11 +234,11 @@ def test_resume_of_other_stages_keeps_the_first_ones(chain, ran, tmp_path: Path)
     first.start()
     first.execute(["base"])
     second = chain()
-    second.resume()
+    resume(second)
     second.start()
     second.execute(["zero"])
     third = chain()
-    third.resume()
+    resume(third)
     third.start()
     third.execute(["base", "zero"])
     assert ran.names == ["base", "zero"]
@@ -242,7 +248,7 @@ def test_a_run_killed_before_its_first_stage_resumes(chain, ran, tmp_path: Path)
     chain().start()
     (tmp_path / "run" / "summary.json").unlink()
     run = chain()
-    run.resume()
+    resume(run)
     run.start()
     run.execute(["base"])
     assert ran.names == ["base"]
@@ -255,7 +261,7 @@ def test_a_run_killed_while_a_stage_ran_resumes_that_stage(chain, ran, tmp_path:
     run.entry("zero")["status"] = "running"  # what SIGKILL leaves
     run.write()
     run = chain()
-    run.resume()
+    resume(run)
     run.start()
     run.execute(["base", "zero"])
     assert ran.names == ["base", "zero", "zero"]
@@ -287,9 +293,11 @@ def test_resume_without_a_folder_takes_the_latest_run(command, ran, recipe_file:
     ran.fails = "second"
     with pytest.raises(RuntimeError):
         command("--config", recipe_file)
+    assert not list((tmp_path / "runs").glob("*/run.lock"))
     (first,) = [path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()]
     assert first.name.startswith("mine-") and (tmp_path / "runs" / "latest").resolve() == first
     ran.fails = None
+    (first / "zero" / "model").mkdir(parents=True)
     assert command("--resume") == 0
     assert ran.names == ["zero", "second", "second"]
     assert set(statuses(json.loads((first / "summary.json").read_text())).values()) == {"done"}

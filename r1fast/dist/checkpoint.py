@@ -1,24 +1,26 @@
 """Checkpoints that are either complete or not there.
 
     checkpoints/tmp_step_12/   written by all ranks        checkpoints/step_12/   the same folder, after one rename
-        __0_0.distcp ... .metadata   model and optimizer (torch.distributed.checkpoint), sharded
-        shared.pt                    `extra`: what is the same on every rank
-        rank_00000.pt ...            `rank_state` and random-number states, one file per rank
-        manifest.json                step, world size, and of every other file its size and crc32
+        __0_0.distcp ... contents.json   model and optimizer (torch.distributed.checkpoint), sharded
+        shared.json [shared.npz]         `extra`: what is the same on every rank
+        rank_00000.json ...              `rank_state` and random-number states, one file per rank
+        manifest.json                    step, world size, of every other file its size and crc32; a crc32 of its own
 
 Commit: all ranks write, errors are exchanged, rank 0 writes the manifest, fsyncs, and renames; only then are older
-checkpoints deleted. A reader believes a folder only if every file has the size and checksum of the manifest: DCP alone
-loads a flipped bit, and an interrupted overwrite, without a word. All ranks must see the same file system.
+checkpoints deleted. A reader believes a folder only if it holds exactly the files of the manifest, each with its size
+and checksum: DCP alone loads a flipped bit, and an interrupted overwrite, without a word. No file is unpickled
+(plain_state.py). Learning rate, betas and the like are the recipe's, so of the optimizer only tensors are kept.
+All ranks must see the same file system.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
 import re
 import shutil
+import stat
 import zlib
 from pathlib import Path
 from typing import Any
@@ -28,17 +30,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from r1fast.dist.mesh import Dist
 from r1fast.dist.parallelize import reshard, tied_names
+from r1fast.dist.plain_state import CONTENTS, Reader, Writer, check_fit, read_plain, write_plain
+from r1fast.run_folder import read_record, sealed, sync, write_synced
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+SHARED = "shared"
+KEEP = 2
+_PAYLOAD = re.compile(r"__\d+_\d+\.distcp|shared\.npz|rank_\d{5}\.npz")  # beside the files that must be there
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -51,11 +54,12 @@ def save(
     extra: dict[str, Any],
     rank_state: dict[str, Any],
     dist: Dist,
-    keep: int = 2,
+    keep: int = KEEP,
 ) -> Path:
     """Write directory/step_N and keep the newest `keep` checkpoints. Collective.
 
     extra: the same on all ranks (taken from rank 0). rank_state: this rank's own; random-number states are added here.
+    Both are plain values (plain_state.py).
     To save a frozen reference model too, pass nn.ModuleDict({"policy": ..., "reference": ...}) as the model, and the
     same to load. If any rank cannot write, every rank raises OSError and the older checkpoints stay.
     """
@@ -65,10 +69,10 @@ def save(
     tmp, final = directory / f"tmp_step_{step}", directory / f"step_{step}"
     _raise_together(dist, final, _prepare(tmp) if dist.is_main else "")
     reshard(model)
-    own_files: dict[str, Any] = {_rank_file(dist.rank): {"rng": rng_state(), "rank_state": rank_state}}
+    own_values: dict[str, Any] = {_rank_name(dist.rank): {"rng": rng_state(), "rank_state": rank_state}}
     if dist.is_main:
-        own_files["shared.pt"] = extra
-    reports = dist.all_gather_objects(_write_payload(tmp, _distributed_state(model, optimizer), own_files, dist.rank))
+        own_values[SHARED] = extra
+    reports = dist.all_gather_objects(_write_payload(tmp, _distributed_state(model, optimizer), own_values, dist.rank))
     problem = "; ".join(report[0] for report in reports if report[0])
     if dist.is_main:
         if not problem:
@@ -85,12 +89,21 @@ def latest(directory: Path, dist: Dist | None = None) -> Path | None:
 
     With dist: collective, the reading is shared out over the ranks.
     """
-    for path in _steps(Path(directory)):
+    found = _steps(Path(directory))
+    for path, before in zip(found, [*found[1:], None]):
         problem = verify(path, dist)
         if problem is None:
             return path
-        logger.warning("checkpoint %s is not usable (%s); trying the one before", path, problem)
+        if dist is None or dist.is_main:
+            then = f"trying {before.name}" if before else "none is before it, so the stage begins again"
+            logger.warning("checkpoint %s is not usable (%s); %s", path, problem, then)
     return None
+
+
+def tidy(directory: Path, keep: int = KEEP) -> None:
+    """Delete what a kill left of a save or of a deletion. For rank 0, where nobody saves."""
+    _retain(Path(directory), keep)
+    _remove_leftovers(Path(directory))
 
 
 def load(
@@ -108,24 +121,27 @@ def load(
     reshard(model)
     state = _distributed_state(model, optimizer)
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path))  # fills the tensors in place
+        check_fit(path, {f"{part}.{name}": tensor for part, tensors in state.items() for name, tensor in tensors.items()})
+        dcp.load(state, storage_reader=Reader(path))  # fills the tensors in place
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} does not fit this model and optimizer: {error}") from error
     except CheckpointException as error:  # no subclass of Exception: it would pass through every handler above
         cause = next(iter(error.failures.values()))[0]
-        raise ValueError(f"checkpoint {path} does not fit this model and optimizer: {cause}") from error
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    extra = torch.load(path / "shared.pt", map_location="cpu", weights_only=False)
-    saved_world_size = _manifest(path)["world_size"]
+        raise ValueError(f"checkpoint {path} cannot be loaded: {type(cause).__name__}: {cause}") from error
+    extra = read_plain(path / SHARED)
+    saved_world_size = read_record(path / MANIFEST)["world_size"]
     if saved_world_size != dist.world_size:
-        logger.warning(
-            "%s was written by %d ranks and is read by %d: random-number states of the ranks are not restored",
-            path,
-            saved_world_size,
-            dist.world_size,
-        )
+        if dist.is_main:
+            logger.warning(
+                "%s was written by %d ranks and is read by %d: random-number states of the ranks are not restored",
+                path,
+                saved_world_size,
+                dist.world_size,
+            )
         return extra, {}
-    rank_file = torch.load(path / _rank_file(dist.rank), map_location="cpu", weights_only=False)
-    set_rng_state(rank_file["rng"])
-    return extra, rank_file["rank_state"]
+    own = read_plain(path / _rank_name(dist.rank))
+    set_rng_state(own["rng"])
+    return extra, own["rank_state"]
 
 
 def verify(path: Path, dist: Dist | None = None) -> str | None:
@@ -138,62 +154,67 @@ def verify(path: Path, dist: Dist | None = None) -> str | None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every global random-number generator of this process."""
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    """The state of every global random-number generator of this process, as plain values."""
+    numpy_state: Any = np.random.get_state(legacy=False)  # a dict, with an array in it
+    state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state().numpy()}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state().numpy()
     return state
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Restore what rng_state returned."""
-    random.setstate(state["python"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(torch.from_numpy(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        torch.cuda.set_rng_state(torch.from_numpy(state["cuda"]))
 
 
-def _distributed_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Model and optimizer as DCP wants them; a tied weight once, under its first name."""
+def _distributed_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """The tensors of model and optimizer by name, themselves and no copies; a tied weight under its first name."""
     weights = get_model_state_dict(model)
     for _, *aliases in tied_names(model):
         for alias in aliases:
             del weights[alias]
-    return {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
+    values = get_optimizer_state_dict(model, optimizer)["state"]
+    moments = {f"{name}.{key}": tensor for name, of_one in values.items() for key, tensor in of_one.items()}  # type: ignore[union-attr]
+    return {"model": weights, "optimizer": moments}
 
 
-def _write_payload(tmp: Path, state: dict[str, Any], own_files: dict[str, Any], rank: int) -> tuple[str, dict]:
+def _write_payload(tmp: Path, state: dict[str, Any], own_values: dict[str, Any], rank: int) -> tuple[str, dict]:
     """(what went wrong or "", manifest entries of this rank's files). Never raises: the other ranks would wait."""
     problems: list[str] = []
+    names: list[str] = []
     try:
-        for name, content in own_files.items():
-            _torch_save(content, tmp / name)
-    except OSError as error:
+        for name, value in own_values.items():
+            names += write_plain(tmp / name, value)
+    except Exception as error:
         problems.append(f"rank {rank}: {type(error).__name__}: {error}")
     try:
-        # In any case, as it is collective. More writer threads swallow a failed write (pytorch#191391).
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp, thread_count=1))
-        entries = {name: _entry(tmp / name) for name in (*own_files, *_dcp_files(tmp, rank))}
+        # In any case, as it is collective. On a full disk torch.save raises RuntimeError, not OSError.
+        dcp.save(state, storage_writer=Writer(tmp))
+        entries = {name: _entry(tmp / name) for name in (*names, *_dcp_files(tmp, rank))}
     except (Exception, CheckpointException) as error:  # the latter is no Exception
-        return "; ".join([*problems, f"rank {rank}: {type(error).__name__}: {error}"]), {}
+        return "; ".join([*problems, f"rank {rank}: {_cause(error)}"]), {}
     return "; ".join(problems), entries
+
+
+def _cause(error: BaseException) -> str:
+    """In one line: DCP puts the tracebacks of all ranks into its message."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _dcp_files(tmp: Path, rank: int) -> list[str]:
     names = sorted(path.name for path in tmp.glob(f"__{rank}_*.distcp"))
-    return [*names, ".metadata"] if rank == 0 else names
+    return [*names, CONTENTS] if rank == 0 else names
 
 
-def _rank_file(rank: int) -> str:
-    return f"rank_{rank:05d}.pt"
-
-
-def _torch_save(content: Any, path: Path) -> None:
-    with path.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+def _rank_name(rank: int) -> str:
+    return f"rank_{rank:05d}"
 
 
 def _entry(path: Path) -> dict[str, int]:
@@ -215,8 +236,9 @@ def _raise_together(dist: Dist, final: Path, problem: str) -> None:
 def _prepare(tmp: Path) -> str:
     """An empty folder to write into; returns what went wrong or ""."""
     try:
+        tmp.parent.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not made again
         _remove_leftovers(tmp.parent)
-        tmp.mkdir(parents=True)
+        tmp.mkdir()
     except OSError as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -234,23 +256,12 @@ def _commit(tmp: Path, final: Path, manifest: dict[str, Any], keep: int) -> str:
 
 
 def _publish(tmp: Path, final: Path, manifest: dict[str, Any]) -> None:
-    with (tmp / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    _fsync_directory(tmp)
+    write_synced(tmp / MANIFEST, sealed(manifest))
+    sync(tmp)
     if final.exists():  # torn, or the same step saved again: step aside, so that the rename stays the only commit
         os.rename(final, final.with_name(f"tmp_replaced_{final.name}"))
     os.rename(tmp, final)
-    _fsync_directory(final.parent)
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 def _remove_leftovers(directory: Path) -> None:
@@ -270,7 +281,7 @@ def _retain(directory: Path, keep: int) -> None:
 
 def _steps(directory: Path) -> list[Path]:
     """All step_N folders, newest first, whatever their state."""
-    found = [path for path in directory.glob("step_*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in directory.glob("step_*") if _STEP.fullmatch(path.name)]
     return sorted(found, key=_step_of, reverse=True)
 
 
@@ -278,24 +289,42 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    return json.loads((path / MANIFEST).read_text())
-
-
 def _problem(path: Path, rank: int, world_size: int, *, checksums: bool = True) -> str | None:
-    """The first thing wrong with this rank's share of the files."""
+    """The first thing wrong with the folder, or with this rank's share of the files."""
     if not path.is_dir():
         return "there is no such folder"
     try:
-        files = _manifest(path)["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST} is missing or unreadable ({type(error).__name__})"
-    for name in sorted(files)[rank::world_size]:
-        file, expected = path / name, files[name]
-        if not file.is_file():
-            return f"{name} is missing"
-        if (size := file.stat().st_size) != expected["size"]:
-            return f"{name} has {size} bytes, expected {expected['size']}"
-        if checksums and _entry(file)["crc32"] != expected["crc32"]:
-            return f"{name} has another crc32 than when it was written"
+        manifest = read_record(path / MANIFEST)
+        files = _files_of(manifest, _step_of(path))
+        found = {file.name: file.lstat() for file in path.iterdir() if file.name != MANIFEST}
+        for name, status in found.items():
+            if name not in files:
+                return f"{name} is not in {MANIFEST}"
+            if not stat.S_ISREG(status.st_mode):
+                return f"{name} is no file"
+        for name in sorted(files)[rank::world_size]:
+            if name not in found:
+                return f"{name} is missing"
+            if (size := found[name].st_size) != files[name]["size"]:
+                return f"{name} has {size} bytes, expected {files[name]['size']}"
+            if checksums and _entry(path / name)["crc32"] != files[name]["crc32"]:
+                return f"{name} has another crc32 than when it was written"
+    except (OSError, ValueError) as error:
+        return str(error)
     return None
+
+
+def _files_of(manifest: dict[str, Any], step: int) -> dict[str, dict[str, int]]:
+    """The files that a manifest lists; ValueError unless they are just those that a save of this step writes."""
+    files, ranks = manifest.get("files"), manifest.get("world_size")
+    if manifest.get("step") != step or type(ranks) is not int or not 0 < ranks <= 1 << 20 or type(files) is not dict:
+        raise ValueError(f"{MANIFEST} is of step {manifest.get('step')!r} and {ranks!r} ranks")
+    needed = {f"{name}.json" for name in (SHARED, *map(_rank_name, range(ranks)))} | {CONTENTS}
+    if lacking := sorted(needed - files.keys()):
+        raise ValueError(f"{MANIFEST} lacks {lacking[0]}")
+    for name, entry in files.items():
+        if name not in needed and not _PAYLOAD.fullmatch(name):
+            raise ValueError(f"{MANIFEST} lists {name!r}, which is no file of a checkpoint")
+        if type(entry) is not dict or [type(entry.get(key)) for key in ("size", "crc32")] != [int, int]:
+            raise ValueError(f"{MANIFEST} does not say size and crc32 of {name}")
+    return files

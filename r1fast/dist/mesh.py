@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,20 @@ class Dist:
         gathered: list[Any] = [None] * self.world_size
         torch_dist.all_gather_object(gathered, obj)
         return gathered
+
+    def on_main(self, write: Callable[[], T]) -> T:
+        """What rank 0's `write` returns; where it raises OSError every rank does, so that none waits. Collective."""
+        result: Any = None
+        failure: OSError | None = None
+        if self.is_main:
+            try:
+                result = write()
+            except OSError as error:
+                failure = error
+        problem, result = self.all_gather_objects((None if failure is None else str(failure), result))[0]
+        if problem is not None:
+            raise failure or OSError(problem)
+        return result
 
     def close(self) -> None:
         """End the process group if init_distributed started it."""

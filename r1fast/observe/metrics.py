@@ -1,16 +1,20 @@
 """One stage's record: metrics.jsonl, sample completions, the console line, the trackers."""
 
+import io
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from r1fast.observe.progress import ChainProgress, active_progress
 from r1fast.observe.trackers import Tracker
+from r1fast.run_folder import replace_file
 
 TABLE_STEPS = 10  # a table may be large: 58 layers of 256 experts are 90 kB
 
@@ -23,8 +27,11 @@ class StageLog:
 
     stage_dir: its name is the stage's name. total_steps: for the progress bar.
     trackers: from `open_trackers`; a tracker sees the metrics as `<stage>/<metric>`.
-    resume_step: a resumed stage drops lines and samples after this step, which the killed run left; None appends.
+    resume_step: a resumed stage drops lines and samples after this step, which the killed run left, and says which
+    lines before it are damaged or gone: the curves then lack them, the training does not. None appends.
     progress: the display to feed; the active one by default, else one made for this stage.
+    on_failure: gets the OSError of a line or samples that cannot be written, after which nothing more is; by default
+    it is raised.
     """
 
     def __init__(
@@ -37,6 +44,7 @@ class StageLog:
         resume_step: int | None = None,
         logging_steps: int = 1,
         progress: ChainProgress | None = None,
+        on_failure: Callable[[OSError], None] | None = None,
     ) -> None:
         if logging_steps < 1:
             raise ValueError(f"logging_steps: got {logging_steps}, expected at least 1 (1 prints every step)")
@@ -47,20 +55,25 @@ class StageLog:
         self.logging_steps = logging_steps
         self._progress = progress or active_progress()
         self._owns_progress = self._progress is None
+        self._on_failure = on_failure
+        self._broken = False
+        self._file: io.FileIO | None = None
         if is_main:
-            self._open(resume_step)
+            if self._progress is None:
+                self._progress = ChainProgress([self.stage_dir.name])
+                self._progress.__enter__()
+            self._try(partial(self._open, self._progress, resume_step))
+            self._progress.begin_steps(self.stage_dir.name, self.total_steps, done=resume_step or 0)
 
-    def _open(self, resume_step: int | None) -> None:
-        self.stage_dir.mkdir(parents=True, exist_ok=True)
+    def _open(self, progress: ChainProgress, resume_step: int | None) -> None:
+        self.stage_dir.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not made again
         path = self.stage_dir / "metrics.jsonl"
-        _repair(path, resume_step)
+        for problem in _repair(path, resume_step):
+            progress.message(problem)
         if resume_step is not None:
             _drop_samples(self.stage_dir / "samples", resume_step)
-        self._file = path.open("a", encoding="utf-8")
-        if self._progress is None:
-            self._progress = ChainProgress([self.stage_dir.name])
-            self._progress.__enter__()
-        self._progress.begin_steps(self.stage_dir.name, self.total_steps, done=resume_step or 0)
+        # Unbuffered: what a full disk did not take must not be tried again when the file is closed.
+        self._file = io.FileIO(path, "a")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record one step. Values are numbers or 0-d tensors; a non-finite one is stored as null.
@@ -75,8 +88,7 @@ class StageLog:
         row |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         if step == 1 or step % TABLE_STEPS == 0 or step == self.total_steps:
             row |= {name: [[round(x, 3) for x in line] for line in table] for name, table in tables.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._try(lambda: self._write_line(json.dumps(row).encode() + b"\n"))
         for tracker in self.trackers:
             tracker.log(self.stage_dir.name, step, numbers)
         assert self._progress is not None
@@ -95,16 +107,42 @@ class StageLog:
         filled = [{"step": step, **row} for row in rows]
         table = pa.table({name: [_cell(row.get(name)) for row in filled] for name in names})
         path = self.stage_dir / "samples" / f"step_{step:05d}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        pq.write_table(table, partial, compression="zstd")
-        os.replace(partial, path)
+        content = io.BytesIO()
+        pq.write_table(table, content, compression="zstd")
+
+        def write() -> None:
+            path.parent.mkdir(exist_ok=True)
+            replace_file(path, content.getvalue())
+
+        self._try(write)
         return path
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def _write_line(self, line: bytes) -> None:
+        assert self._file is not None
+        while line:  # a disk that is nearly full takes a part, and raises at the next
+            line = line[self._file.write(line) :]
+
+    def _try(self, write: Callable[[], None]) -> None:
+        if self._broken:
+            return
+        try:
+            write()
+        except OSError as error:
+            self._broken = True
+            if self._on_failure is None:
+                raise
+            self._on_failure(error)
 
     def close(self) -> None:
         if not self.is_main:
             return
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._owns_progress and self._progress is not None:
             self._progress.close()
 
@@ -120,21 +158,40 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | tuple | dict) else value
 
 
-def _repair(path: Path, resume_step: int | None) -> None:
-    """Drop the half line of a killed writer, and the steps that a resumed stage does again."""
-    if not path.exists():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n")]
-    if resume_step is not None:
-        kept = [line for line in kept if json.loads(line)["step"] <= resume_step]
-    if len(kept) < len(lines):
-        partial = path.with_suffix(".tmp")
-        partial.write_bytes(b"".join(kept))
-        os.replace(partial, path)
+def _repair(path: Path, resume_step: int | None) -> list[str]:
+    """Drop the half line of a killed writer, and the steps that a resumed stage does again; says what else is wrong."""
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.splitlines(keepends=True)
+    rows: dict[int, bytes] = {}
+    for line in lines:
+        step = _step_of(line)
+        if step is not None and (resume_step is None or step <= resume_step):
+            rows[step] = line
+    kept = b"".join(rows.values())
+    if kept != content:
+        replace_file(path, kept)
+    problems = []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if damaged := sum(_step_of(line) is None for line in whole):
+        problems.append(f"{path}: {damaged} damaged line{'s' * (damaged > 1)} dropped")
+    if lacking := [step for step in range(1, (resume_step or 0) + 1) if step not in rows]:
+        listed = ", ".join(map(str, lacking[:3])) + (" ..." if len(lacking) > 3 else "")
+        problems.append(f"{path} lacks step{'s' * (len(lacking) > 1)} {listed}: the curves do, the training does not")
+    return problems
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a whole line, None for anything else."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if type(step) is int else None
 
 
 def _drop_samples(directory: Path, resume_step: int) -> None:
     for path in directory.glob("step_*.parquet"):
-        if int(path.stem.removeprefix("step_")) > resume_step:
+        found = re.fullmatch(r"step_(\d+)", path.stem)
+        if found and int(found[1]) > resume_step:
             path.unlink()

@@ -29,7 +29,10 @@ from r1fast.observe.formats import (
 )
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_MARKS = {"done": ("✓", "green"), "running": ("●", "cyan"), "failed": ("✗", "red"), "pending": ("·", "dim")}
+_MARKS = {
+    "done": ("✓", "green"), "running": ("●", "cyan"), "failed": ("✗", "red"), "stopped": ("■", "yellow"),
+    "pending": ("·", "dim"),
+}  # fmt: skip
 _active: list["ChainProgress"] = []
 
 

@@ -1,6 +1,5 @@
 """report.html: one self-contained page from a run directory, of a run that ended or stopped anywhere."""
 
-import os
 from pathlib import Path
 
 from r1fast.observe.markup import Html, anchor, tag
@@ -8,18 +7,18 @@ from r1fast.observe.overview import chain_card, page_header, score_card, tiles, 
 from r1fast.observe.page_style import SCRIPT, STYLE
 from r1fast.observe.run_data import RunData, load_run
 from r1fast.observe.stage_section import stage_section
+from r1fast.run_folder import replace_file
 
 
 def build_report(run_dir: Path) -> Path:
     """Write RUN/report.html from RUN/config.yaml, summary.json, */metrics.jsonl and */samples/*.parquet.
 
-    Returns the page's path; an older page is replaced whole. A directory without any of these is a ValueError.
+    Returns the page's path; an older page is replaced whole. A directory without any of these is a ValueError; one
+    that cannot be written an OSError.
     """
     run = load_run(Path(run_dir))
     path = run.directory / "report.html"
-    partial = path.with_suffix(".tmp")
-    partial.write_text(render(run), encoding="utf-8")
-    os.replace(partial, path)
+    replace_file(path, render(run).encode(errors="replace"))
     return path
 
 

@@ -74,17 +74,17 @@ def load_run(run_dir: Path) -> RunData:
 
 def _read_summary(path: Path) -> dict[str, Any]:
     """summary.json; one that a full disk or a kill cut short counts as missing, the metrics still tell."""
-    if not path.exists():
+    if not path.is_file():
         return {}
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return summary if isinstance(summary, dict) else {}
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
-    if not path.exists():
+    if not path.is_file():
         return "", {}
     content = path.read_text(encoding="utf-8", errors="replace")
     try:
@@ -96,9 +96,9 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
 
 def _stages(run_dir: Path, summary: dict[str, Any], config: dict[str, Any]) -> list[StageData]:
     """The stages in order: as summary.json has them, else as the recipe does, else by their folders."""
-    listed = [entry for entry in config.get("stages") or [] if isinstance(entry, dict) and "name" in entry]
+    listed = [entry for entry in _list(config.get("stages")) if isinstance(entry, dict) and "name" in entry]
     settings = {str(entry["name"]): entry for entry in listed}
-    entries = [entry for entry in summary.get("stages") or [] if isinstance(entry, dict) and "name" in entry]
+    entries = [entry for entry in _list(summary.get("stages")) if isinstance(entry, dict) and "name" in entry]
     if not entries:
         folders = sorted(run_dir.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
         present = [path.parent.name for path in folders]
@@ -114,7 +114,7 @@ def _stage(entry: dict[str, Any], settings: dict[str, Any]) -> StageData:
         kind=str(entry.get("kind") or settings.get("kind") or ""),
         status=str(entry.get("status") or "done"),
         seconds=float(entry["seconds"]) if is_number(entry.get("seconds")) else None,
-        inputs=[str(name) for name in entry.get("inputs") or []],
+        inputs=[str(name) for name in _list(entry.get("inputs"))],
         model=str(entry["model"]) if entry.get("model") else None,
         eval_before=_mapping(entry.get("eval_before")),
         eval_after=_mapping(entry.get("eval_after")),
@@ -124,19 +124,23 @@ def _stage(entry: dict[str, Any], settings: dict[str, Any]) -> StageData:
     )
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
 def _read_metrics(path: Path) -> dict[int, dict[str, Any]]:
     """Step -> its line, in order; of a step written twice (a resume) the last line counts."""
-    if not path.exists():
+    if not path.is_file():
         return {}
     rows: dict[int, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:  # the half line of a killed writer
+        except (ValueError, RecursionError):  # the half line of a killed writer, or damage
             continue
         if isinstance(row, dict) and is_number(row.get("step")):
             rows[int(row["step"])] = row

@@ -2,28 +2,30 @@
 
 import copy
 import json
-import os
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from r1fast.config import ConfigError
 from r1fast.data.chat_templates import chat_template
 from r1fast.dist.mesh import Dist
 from r1fast.dist.parallelize import full_state_dict, parallelize
+from r1fast.fingerprints import fingerprint
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model, save_model
 from r1fast.observe.metrics import StageLog
 from r1fast.observe.progress import active_progress
 from r1fast.rollout.prompts import leading_ids
+from r1fast.run_folder import replace_file, replace_folder
 from r1fast.schema import Recipe
+from r1fast.stopping import Stop
 
 
 @dataclass
@@ -34,8 +36,13 @@ class StageContext:
     run_dir: Path
     trackers: tuple = ()
     evaluations: dict[str, dict] = field(default_factory=dict)  # by model and settings: nothing is measured twice
-    phases: dict[str, float] = field(default_factory=dict)  # seconds by phase
+    phases: dict[str, float] = field(default_factory=dict)  # seconds by phase, of this process
     started: float = field(default_factory=time.monotonic)
+    stop: Stop = field(default_factory=Stop)
+    entry: dict[str, Any] = field(default_factory=dict)  # what summary.json says of this stage
+    write_entry: Callable[[], None] = lambda: None
+    earlier: dict[str, Any] = field(default_factory=dict)  # `clock` when this process took the stage up
+    stage_log: StageLog | None = None
     _in_phase: bool = False
 
     @property
@@ -98,45 +105,82 @@ class StageContext:
 
     def save(self, model: nn.Module, tokenizer: Any, name: str = "model") -> Path:
         """Write <stage>/<name> as a Hugging Face checkpoint, complete or not at all."""
+        target = self.stage_dir / name
         with self.phase("save"):
             state = full_state_dict(model, self.dist)
-            target = self.stage_dir / name
-            if self.dist.is_main:
-                partial = target.with_name(target.name + ".partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                config = model.config  # type: ignore[union-attr]
-                save_model(
-                    config,  # type: ignore[arg-type]
-                    state,
-                    partial,
-                    tokenizer=exported_tokenizer(self, tokenizer),
-                    scalar_head=model.scalar_head,  # type: ignore[arg-type]
-                    source=None if self.stage.kind == "pretrain" else self.model_path(self.model_ref),
-                )
-                shutil.rmtree(target, ignore_errors=True)
-                os.replace(partial, target)
-            self.dist.barrier()
+
+            def write() -> None:
+                self.stage_dir.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not made again
+                with replace_folder(target) as folder, _as_os_error(target):
+                    save_model(
+                        model.config,  # type: ignore[arg-type]
+                        state,
+                        folder,
+                        tokenizer=exported_tokenizer(self, tokenizer),
+                        scalar_head=model.scalar_head,  # type: ignore[arg-type]
+                        source=None if self.stage.kind == "pretrain" else self.model_path(self.model_ref),
+                    )
+
+            self._write_artifact(target, write)
         return target
 
     def write_rows(self, name: str, rows: list[dict]) -> Path:
         """Write <stage>/<name> as JSON lines, complete or not at all."""
         target = self.stage_dir / name
-        if self.dist.is_main:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-            os.replace(partial, target)
-        self.dist.barrier()
+
+        def write() -> None:
+            self.stage_dir.mkdir(exist_ok=True)
+            replace_file(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+        self._write_artifact(target, write)
         return target
 
+    def _write_artifact(self, target: Path, write: Callable[[], None]) -> None:
+        """Rank 0 writes; what it wrote is noted in summary.json, so that a later reader can tell damage."""
+
+        def write_and_note() -> str:
+            if self.stop.problem is not None:
+                raise self.stop.problem
+            write()
+            return fingerprint(target)
+
+        self.entry.setdefault("files", {})[target.name] = self.dist.on_main(write_and_note)
+        self.write_entry()
+
+    def is_intact(self, name: str) -> bool:
+        """Whether <stage>/<name> is there as this stage wrote it, in this process or before it was stopped."""
+        noted = self.entry.get("files", {}).get(name)
+        path = self.stage_dir / name
+        if noted is None or not path.exists():
+            return False
+        if intact := fingerprint(path) == noted:
+            return intact
+        self.message(f"{path} is damaged, and made again")
+        return False
+
     def log(self, total_steps: int, resume_step: int = 0) -> StageLog:
-        return StageLog(
+        self.stage_log = StageLog(
             self.stage_dir,
             total_steps=total_steps,
             trackers=self.trackers,
             is_main=self.dist.is_main,
             resume_step=resume_step,
+            on_failure=lambda error: setattr(self.stop, "problem", error),
         )
+        return self.stage_log
+
+    def clock(self) -> dict[str, Any]:
+        """Seconds that the stage took, in all and by phase, with those of the processes before this one."""
+        phases = dict(self.earlier.get("phases", {}))
+        for name, seconds in self.phases.items():
+            phases[name] = phases.get(name, 0.0) + seconds
+        seconds = self.earlier.get("seconds", 0.0) + time.monotonic() - self.started
+        return {"seconds": round(seconds, 2), "phases": {name: round(value, 2) for name, value in phases.items()}}
+
+    def take_up_clock(self, saved: dict[str, Any]) -> None:
+        """A checkpoint's clock counts where it is ahead of summary.json's, which a kill left behind."""
+        if saved["seconds"] > self.earlier.get("seconds", 0.0):
+            self.earlier = saved
 
     def message(self, text: str) -> None:
         progress = active_progress()
@@ -174,3 +218,16 @@ def exported_tokenizer(ctx: StageContext, tokenizer: Any) -> Any:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
     return tokenizer
+
+
+@contextmanager
+def _as_os_error(target: Path) -> Iterator[None]:
+    """What the libraries raise on a full disk that is no OSError: safetensors its own, tokenizers a bare Exception."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{target}: {error}") from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"{target}: {error}") from error

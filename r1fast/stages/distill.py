@@ -26,7 +26,7 @@ def teacher_rows(ctx: StageContext) -> tuple[list[dict], Counter[str]]:
     """The teacher's samples that pass the filters; written to data.jsonl, and read from there on a resume."""
     stage = ctx.stage
     path = ctx.stage_dir / "data.jsonl"
-    if path.exists():
+    if ctx.is_intact("data.jsonl") and ctx.is_intact("dropped.jsonl"):
         reasons = (ctx.stage_dir / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
         return load_rows([str(path)], "sft"), Counter(json.loads(line)["reason"] for line in reasons)
     teacher, tokenizer = ctx.load(stage.teacher, trainable=False)

@@ -32,6 +32,7 @@ from r1fast.stages.rollouts import Rollouts
 from r1fast.stages.sampling import GenerationFailed, Sample
 from r1fast.stages.scoring import NothingScored, Scorer, punish_overlong, total_rewards
 from r1fast.stages.training import LossFn, Trainer, map_packed
+from r1fast.stopping import Stopped
 from r1fast_kernels import group_advantages, linear_grpo_loss, linear_logprobs
 
 DEFAULT_IMPORTANCE_CAP = 2.0  # of truncated importance sampling, as verl has it
@@ -87,9 +88,8 @@ class Learner:
                 start = time.perf_counter()
                 try:
                     samples, metrics = self.train_step(step)
-                except (GenerationFailed, NothingScored):
-                    if step > done and not self.trainer.is_due(step, last=False):  # else it has been saved
-                        self.trainer.save(step, last=True, rollouts=step, sampling=self.rollouts.state())
+                except (GenerationFailed, NothingScored, Stopped):
+                    self.trainer.save_good(step, rollouts=step, sampling=self.rollouts.state())
                     raise
                 seconds = time.perf_counter() - start
                 log.log(
@@ -109,7 +109,16 @@ class Learner:
         self.check_scored(samples)
         self.advantage(samples)
         examples = self.logprobs(samples)
-        metrics |= self.update(step, examples) | rollout_metrics(samples)
+        updates = self.trainer.step
+        try:
+            metrics |= self.update(step, examples) | rollout_metrics(samples)
+        except FloatingPointError:
+            # As the step before left it, unless a minibatch has moved the weights or the next rollout is under way:
+            # then the last checkpoint is what there is.
+            if self.trainer.step == updates and not self.ctx.recipe.rollout.async_steps:
+                self.rollouts.give_back(by_group(samples))
+                self.trainer.save_good(step, rollouts=step, sampling=self.rollouts.state())
+            raise
         if self.stage.partial_rollout_length:
             metrics |= {"partial_rollouts/carried_groups": self.rollouts.num_carried()}
         return samples, metrics
@@ -154,7 +163,7 @@ class Learner:
                 break
             try:
                 fresh = self.rollouts.in_place_of([groups[place] for place in equal])
-            except GenerationFailed:
+            except (GenerationFailed, Stopped):
                 self.rollouts.give_back(groups)
                 raise
             if fresh:

@@ -98,12 +98,16 @@ def _train(ctx: StageContext, model: Decoder, units: list[list[Example]]) -> Non
             order = list(range(len(units)))
             random.Random(f"{ctx.seed},{epoch}").shuffle(order)
             chosen = [units[i] for i in order[index * stage.batch_size : (index + 1) * stage.batch_size]]
-            with ctx.phase("update"):
-                metrics = trainer.update(
-                    [example for unit in chosen for example in unit],
-                    preference_loss(len(chosen), ctx),
-                    together=len(chosen[0]),
-                )
+            try:
+                with ctx.phase("update"):
+                    metrics = trainer.update(
+                        [example for unit in chosen for example in unit],
+                        preference_loss(len(chosen), ctx),
+                        together=len(chosen[0]),
+                    )
+            except FloatingPointError:
+                trainer.save_good(trainer.step)
+                raise
             log.log(trainer.step, metrics)
             trainer.save(trainer.step, last=trainer.step == steps)
 

@@ -11,12 +11,15 @@ compare whole groups:
               b    ---.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
+from r1fast.config import ConfigError
 from r1fast.models.decoder import Decoder
 from r1fast.schema import GRPOStage
 from r1fast.stages.background import BackgroundSampler
@@ -24,6 +27,7 @@ from r1fast.stages.batch import Prompt
 from r1fast.stages.context import StageContext
 from r1fast.stages.prompts import Prompts
 from r1fast.stages.sampling import Call, GenerationFailed, Sample, Sampler
+from r1fast.stopping import Stopped
 
 Group = list[Sample]  # of one prompt; sample.group is the number of prompts that were drawn before it
 
@@ -34,6 +38,8 @@ class Rollouts:
     def __init__(self, ctx: StageContext, policy: Decoder, tokenizer: Any, rows: list[dict]) -> None:
         self.ctx = ctx
         self.stage: GRPOStage = ctx.stage
+        self.rows = rows
+        self.place_of = {id(row): place for place, row in enumerate(rows)}
         self.prompts = Prompts(rows, self.stage, ctx.seed)
         ahead = ctx.recipe.rollout.async_steps > 0
         self.sampler = (
@@ -67,7 +73,7 @@ class Rollouts:
         fresh = self._draw(Counter(self.prompts.domain_of(group[0].row) for group in groups))
         try:
             self._start(fresh)()
-        except GenerationFailed:
+        except (GenerationFailed, Stopped):
             self.prompts.places = places
             raise
         self.groups += [group for group in fresh if not self._is_complete(group)]
@@ -91,10 +97,28 @@ class Rollouts:
     def state(self) -> dict[str, Any]:
         """For a checkpoint, the same on every rank. Waits for what is being sampled: its weights will be gone."""
         self.settle()
-        return {"places": self.prompts.places, "groups": self.groups, "sampled": self.sampled}
+        groups = [[self._plain(sample) for sample in group] for group in self.groups]
+        return {"places": self.prompts.places, "groups": groups, "sampled": self.sampled}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.prompts.places, self.groups, self.sampled = state["places"], state["groups"], state["sampled"]
+        """What `state` gave. ConfigError if a row that was sampled for is another by now."""
+        self.prompts.places |= state["places"]
+        self.groups = [[self._sample(values) for values in group] for group in state["groups"]]
+        self.sampled = state["sampled"]
+
+    def _plain(self, sample: Sample) -> dict[str, Any]:
+        """The row by its place, with a checksum: it may hold what JSON cannot."""
+        values = {field.name: getattr(sample, field.name) for field in fields(Sample)}
+        return values | {"row": [self.place_of[id(sample.row)], _checksum(sample.row)]}
+
+    def _sample(self, values: dict[str, Any]) -> Sample:
+        place, checksum = values["row"]
+        if place >= len(self.rows) or _checksum(self.rows[place]) != checksum:
+            raise ConfigError(
+                f"stages.{self.stage.name}.train_files: the checkpoint holds completions of row {place + 1}, which has "
+                "changed; put the files back, or start a new run"
+            )
+        return Sample(**values | {"row": self.rows[place]})
 
     def _draw(self, counts: Mapping[str, int]) -> list[Group]:
         first = self.prompts.num_drawn
@@ -163,3 +187,7 @@ class Rollouts:
 
     def _is_complete(self, group: Group) -> bool:
         return all(self._is_finished(sample) for sample in group)
+
+
+def _checksum(row: dict) -> int:
+    return zlib.crc32(repr(row).encode(errors="surrogatepass"))

@@ -16,9 +16,11 @@ from r1fast.rollout.vllm import RolloutError
 from r1fast.stages.batch import Prompt, encode_row_prompts
 from r1fast.stages.context import StageContext
 from r1fast.stages.engines import build_engine, share_of
+from r1fast.stopping import Interrupted, Stopped
 
-# By index of the prompt, or why there are none: vLLM gave no answer, or the model's logits are not finite.
-Share = dict[int, list[Completion]] | RolloutError | FloatingPointError
+# By index of the prompt; or why there are none (vLLM gave no answer, logits that are not finite); or the signal that
+# ended it.
+Share = dict[int, list[Completion]] | RolloutError | FloatingPointError | int
 
 
 class GenerationFailed(ConfigError):
@@ -120,16 +122,23 @@ class Sampler:
         """This rank's share of the prompts; no collective."""
         mine = share_of(self.engine, len(call.rows), self.ctx.dist)
         try:
-            outputs = self.engine.generate(
-                [call.prompts[i].ids for i in mine], call.params, sequence_ids=[call.sequence_ids[i] for i in mine]
-            )
+            with self.ctx.stop.interruptible:
+                outputs = self.engine.generate(
+                    [call.prompts[i].ids for i in mine], call.params, sequence_ids=[call.sequence_ids[i] for i in mine]
+                )
         except (RolloutError, FloatingPointError) as error:  # `gather` raises: the other ranks would wait for this one
             return error
+        except Interrupted:
+            return self.ctx.stop.asked
         return dict(zip(mine, outputs, strict=True))
 
     def gather(self, call: Call, mine: Share) -> list[Sample]:
         merged: dict[int, list[Completion]] = {}
-        for share in self.ctx.dist.all_gather_objects(mine):
+        shares = self.ctx.dist.all_gather_objects(mine)
+        for share in shares:
+            if isinstance(share, int):
+                raise Stopped(share)
+        for share in shares:
             if isinstance(share, RolloutError):
                 raise GenerationFailed(f"stages.{self.ctx.stage.name}: {share}")
             if isinstance(share, FloatingPointError):

@@ -58,8 +58,12 @@ def train(ctx: StageContext, model: Decoder, examples: Sequence[Example], steps:
                 random.Random(f"{ctx.seed},{epoch}").shuffle(order)
             first = trainer.step % per_epoch * ctx.stage.batch_size
             chosen = [examples[i] for i in order[first : first + ctx.stage.batch_size]]
-            with ctx.phase("update"):
-                metrics = trainer.update(chosen, cross_entropy(chosen, ctx))
+            try:
+                with ctx.phase("update"):
+                    metrics = trainer.update(chosen, cross_entropy(chosen, ctx))
+            except FloatingPointError:
+                trainer.save_good(trainer.step)
+                raise
             num_tokens = sum(example.num_inputs for example in chosen)
             seconds = time.perf_counter() - start
             log.log(trainer.step, metrics | {"num_tokens": num_tokens, "tokens_per_second": num_tokens / seconds})

@@ -47,6 +47,7 @@ class Trainer:
         )
         self.step = 0
         self.saved: nn.Module = model  # what checkpoints hold; GRPO adds its reference
+        self.saved_step = 0  # of the newest checkpoint
 
     def update(self, examples: Sequence[Example], loss_fn: LossFn, *, together: int = 1) -> dict[str, Any]:
         """`step_on`, with its metrics as numbers."""
@@ -92,38 +93,73 @@ class Trainer:
 
     def restore(self) -> dict[str, Any]:
         """Load the newest complete checkpoint of the stage, if any; returns what was saved beside the model."""
-        path = checkpoint.latest(self.ctx.checkpoints, self.ctx.dist)
+        ctx = self.ctx
+        if ctx.dist.is_main:
+            checkpoint.tidy(ctx.checkpoints)
+        ctx.dist.barrier()
+        path = checkpoint.latest(ctx.checkpoints, ctx.dist)
         if path is None:
             return {}
-        extra, _ = checkpoint.load(path, model=self.saved, optimizer=self.optimizer, dist=self.ctx.dist)
-        self.step = extra["step"]
+        try:
+            extra, _ = checkpoint.load(path, model=self.saved, optimizer=self.optimizer, dist=ctx.dist)
+        except ValueError as error:
+            raise ConfigError(
+                f"stages.{ctx.stage.name}: {error}; put back what was changed, or start a new run"
+            ) from error
+        self.step, self.saved_step = extra["step"], int(path.name.removeprefix("step_"))
+        if self.step > self.total_steps:
+            raise ConfigError(
+                f"stages.{ctx.stage.name}: {path} has taken {self.step} optimizer steps, and the recipe has "
+                f"{self.total_steps}: they can become more, or as many as were taken"
+            )
+        ctx.take_up_clock(extra["clock"])
         return extra
 
     def is_due(self, progress_step: int, *, last: bool) -> bool:
-        """Whether a checkpoint is."""
-        return last or progress_step % self.ctx.stage.save_steps == 0
+        """Whether a checkpoint is; also when the ranks have agreed to stop."""
+        return last or bool(self.ctx.stop.agreed) or progress_step % self.ctx.stage.save_steps == 0
 
     def save(self, progress_step: int, *, last: bool, **extra: Any) -> Path | None:
-        """Save a checkpoint where one is due."""
+        """Save a checkpoint where one is due; raises Stopped after it where the ranks have agreed to stop."""
         if not self.is_due(progress_step, last=last):
             return None
-        with self.ctx.phase("save"):
-            return checkpoint.save(
-                self.ctx.checkpoints,
+        path = self._save(progress_step, extra)
+        self.ctx.stop.end()
+        return path
+
+    def save_good(self, progress_step: int, **extra: Any) -> None:
+        """Before the stage ends by an error, with weights as that step left them: keep it, unless it is saved."""
+        if progress_step > self.saved_step:
+            self._save(progress_step, extra)
+
+    def _save(self, progress_step: int, extra: dict[str, Any]) -> Path:
+        ctx = self.ctx
+        with ctx.phase("save"):
+            ctx.dist.on_main(self._sync_log)  # a step that is saved is logged
+            path = checkpoint.save(
+                ctx.checkpoints,
                 progress_step,
                 model=self.saved,
                 optimizer=self.optimizer,
-                extra={"step": self.step, **extra},
+                extra={"step": self.step, "clock": ctx.clock(), **extra},
                 rank_state={},
-                dist=self.ctx.dist,
+                dist=ctx.dist,
             )
+        self.saved_step = progress_step
+        return path
+
+    def _sync_log(self) -> None:
+        if self.ctx.stop.problem is not None:
+            raise self.ctx.stop.problem
+        if self.ctx.stage_log is not None:
+            self.ctx.stage_log.sync()
 
     def _my_batches(self, units: list[Sequence[Example]]) -> list[Batch | None]:
         """Of each rank as many, at least one. None: no work is left, but the rank takes part in every collective."""
         dist = self.ctx.dist
         groups = share(units, self.ctx)
         batches = [collate([example for i in group for example in units[i]], dist.device) for group in groups]
-        most = int(dist.all_reduce_max(torch.tensor(max(len(batches), 1))))
+        most = self.ctx.stop.share(dist, max(len(batches), 1))
         return [*batches, *[None] * (most - len(batches))]
 
     def _forward(

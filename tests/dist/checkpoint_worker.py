@@ -28,7 +28,7 @@ def killed(directory: Path) -> None:
     for step in (1, 2):
         train(model, dist, 1, optimizer)
         if step == 2:  # everything is written, the folder is not yet renamed
-            checkpoint._fsync_directory = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+            checkpoint.sync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
         checkpoint.save(
             directory, step, model=model, optimizer=optimizer, extra={"step": step}, rank_state={}, dist=dist
         )
@@ -55,17 +55,31 @@ def two_ranks(directory: Path) -> None:
     resumed = full_state_dict(model, dist)
     assert all(torch.equal(resumed[name], after_3[name]) for name in after_3)
 
-    # Rank 1 cannot write its own file: both ranks must hear of it, and the old checkpoint must stay.
-    write = checkpoint._torch_save
+    # Rank 1 cannot write one of its files: both ranks must hear of it, and the old checkpoint must stay.
+    common |= {"model": model, "optimizer": optimizer}
+    write = checkpoint.write_plain
 
-    def full_disk(content: Any, file: Path) -> None:
-        if file.name == "rank_00001.pt":
+    def full_disk(file: Path, value: Any) -> list[str]:
+        if file.name == "rank_00001":
             raise OSError(28, "No space left on device")
-        write(content, file)
+        return write(file, value)
 
-    checkpoint._torch_save = full_disk
+    checkpoint.write_plain = full_disk
     with pytest.raises(OSError, match="rank 1: OSError"):
-        checkpoint.save(directory, 3, extra={}, rank_state={}, **{**common, "model": model, "optimizer": optimizer})
+        checkpoint.save(directory, 3, extra={}, rank_state={}, **common)
+    assert checkpoint.latest(directory, dist) == path
+
+    # The same inside torch.save, which raises a RuntimeError of its own.
+    def no_space(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    checkpoint.write_plain = write
+    torch_save = torch.save
+    if dist.rank == 1:
+        torch.save = no_space
+    with pytest.raises(OSError, match="rank .: RuntimeError: .*inline_container"):
+        checkpoint.save(directory, 3, extra={}, rank_state={}, **common)
+    torch.save = torch_save
     assert checkpoint.latest(directory, dist) == path
     if dist.is_main:
         torch.save(after_3, directory / "after_3.pt")

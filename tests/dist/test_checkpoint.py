@@ -1,6 +1,9 @@
 """A checkpoint is complete or not there, and what is loaded continues with the same bits."""
 
+import json
+import pickle
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +17,9 @@ import torch
 from r1fast.dist import checkpoint
 from r1fast.dist.mesh import Dist
 from r1fast.dist.optim import build_optimizer
-from r1fast.dist.parallelize import full_state_dict, generation_phase
+from r1fast.dist.parallelize import full_state_dict, generation_phase, parallelize
+from r1fast.dist.plain_state import read_plain, write_plain
+from r1fast.run_folder import read_record, write_record
 from tests.dist.tiny_model import ROOT, TinyDecoder, sharded, tokens_of_rank, torchrun, train
 
 
@@ -61,7 +66,7 @@ def test_resume_continues_with_the_same_bits(dist: Dist, tmp_path: Path, name: s
     assert (extra, rank_state) == ({"step": 3}, {"cursor": [3]})
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == draws
     assert_equal(state_of(resumed, its_optimizer, dist), saved)
-    assert its_optimizer.param_groups[0]["lr"] == 0.005
+    its_optimizer.set_lr(0.5)  # the schedule's and the recipe's, at every step
     train(resumed, dist, 2, its_optimizer)
     assert_equal(state_of(resumed, its_optimizer, dist), state_of(model, optimizer, dist))
 
@@ -104,13 +109,64 @@ def flip_one_bit(path: Path) -> None:
     file.write_bytes(content)
 
 
+def folder_for_file(path: Path) -> None:
+    (path / "shared.json").unlink()
+    (path / "shared.json").mkdir()
+
+
+def folder_for_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+    (path / "manifest.json").mkdir()
+
+
+def flip_a_digit_of_the_manifest(path: Path) -> None:
+    content = (path / "manifest.json").read_text()
+    digit = re.search(r'"size": (\d)', content)
+    assert digit is not None
+    at = digit.start(1)
+    (path / "manifest.json").write_text(content[:at] + str(int(digit[1]) ^ 1) + content[at + 1 :])
+
+
+SIZED = {"size": 0, "crc32": 0}
+
+
+def rewritten(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        manifest = read_record(path / "manifest.json")
+        change(manifest)
+        write_record(path / "manifest.json", manifest)
+
+    return damage
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (truncate, "bytes, expected"),
     "bit_flip": (flip_one_bit, "another crc32"),
-    "no_metadata": (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
-    "no_rank_file": (lambda path: (path / "rank_00000.pt").unlink(), "rank_00000.pt is missing"),
+    "no_contents": (lambda path: (path / "contents.json").unlink(), "contents.json is missing"),
+    "no_rank_file": (lambda path: (path / "rank_00000.json").unlink(), "rank_00000.json is missing"),
+    "empty_file": (lambda path: (path / "shared.json").write_text(""), "0 bytes, expected"),
+    "one_file_more": (lambda path: (path / "shared.npz").write_text(""), "shared.npz is not in manifest.json"),
+    "folder_for_file": (folder_for_file, "shared.json is no file"),
     "no_manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
+    "folder_for_manifest": (folder_for_manifest, "manifest.json is unreadable"),
     "torn_manifest": (lambda path: (path / "manifest.json").write_text('{"files": {'), "unreadable"),
+    "manifest_is_a_list": (lambda path: (path / "manifest.json").write_text("[1]"), "another crc32"),
+    "manifest_is_deep": (lambda path: (path / "manifest.json").write_text("[" * 100_000), "unreadable"),
+    "manifest_is_not_text": (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe{}"), "unreadable"),
+    "manifest_bit_flip": (flip_a_digit_of_the_manifest, "another crc32"),
+    # A manifest that somebody wrote anew, with its checksum.
+    "other_step": (rewritten(lambda manifest: manifest.update(step=9)), "of step 9"),
+    "step_is_text": (rewritten(lambda manifest: manifest.update(step="10")), "of step '10'"),
+    "no_ranks": (rewritten(lambda manifest: manifest.update(world_size=0)), "0 ranks"),
+    "more_ranks": (rewritten(lambda manifest: manifest.update(world_size=2)), "lacks rank_00001.json"),
+    "ranks_are_text": (rewritten(lambda manifest: manifest.update(world_size="1")), "'1' ranks"),
+    "files_are_a_list": (rewritten(lambda manifest: manifest.update(files=[])), "1 ranks"),
+    "no_files": (rewritten(lambda manifest: manifest.pop("files")), "1 ranks"),
+    "file_elsewhere": (rewritten(lambda m: m["files"].update({"../step_9/x": SIZED})), "no file of a checkpoint"),
+    "absolute_file": (rewritten(lambda m: m["files"].update({"/etc/passwd": SIZED})), "no file of a checkpoint"),
+    "size_is_text": (rewritten(lambda m: m["files"]["shared.json"].update(size="2")), "size and crc32 of shared"),
+    "no_crc32": (rewritten(lambda m: m["files"]["shared.json"].pop("crc32")), "size and crc32 of shared"),
+    "no_size_at_all": (rewritten(lambda m: m["files"].update({"shared.json": 3})), "size and crc32 of shared"),
 }
 
 
@@ -154,8 +210,68 @@ def test_nothing_to_resume_from(dist: Dist, tmp_path: Path) -> None:
 def test_another_optimizer_or_model_is_one_clear_error(dist: Dist, tmp_path: Path) -> None:
     path = save(tmp_path, 1, *started(dist, "adamw"), dist)
     model, optimizer = started(dist, "muon")
-    with pytest.raises(ValueError, match=r"does not fit this model and optimizer: .*Missing key"):
+    with pytest.raises(ValueError, match=r"does not fit this model and optimizer: it lacks optimizer.*momentum"):
         checkpoint.load(path, model=model, optimizer=optimizer, dist=dist)
+    model = parallelize(TinyDecoder(width=16), dist, param_dtype=torch.float32)
+    optimizer = build_optimizer(model, learning_rate=1e-2)
+    with pytest.raises(ValueError, match=r"does not fit this model .* torch.float32 \(17, 8\) in it, .* \(17, 16\) here"):
+        checkpoint.load(path, model=model, optimizer=optimizer, dist=dist)
+
+
+def test_the_recipe_rules_over_the_saved_learning_rate(dist: Dist, tmp_path: Path) -> None:
+    """What --resume changed must not be undone by the checkpoint."""
+    path = save(tmp_path, 1, *started(dist), dist)
+    model = sharded(dist)
+    optimizer = build_optimizer(model, name="muon", learning_rate=1e-3, weight_decay=0.2, betas=(0.5, 0.6))
+    checkpoint.load(path, model=model, optimizer=optimizer, dist=dist)
+    groups = [{k: group[k] for k in ("initial_lr", "betas")} for group in optimizer.param_groups]
+    assert groups == [{"initial_lr": 1e-3, "betas": (0.5, 0.6)}] * len(groups)
+
+
+class Opens:
+    """Unpickling this runs code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("where", ["payload", "contents.json", "shared.json", "shared.npz", "rank_00000.json"])
+def test_no_file_of_a_checkpoint_runs_code(dist: Dist, tmp_path: Path, where: str) -> None:
+    """Whoever wrote the folder can write its checksums, too."""
+    model, optimizer = started(dist)
+    path = save(tmp_path, 1, model, optimizer, dist, extra={"array": np.arange(3)})
+    marker = tmp_path / "ran"
+    name = next(path.glob("*.distcp")).name if where == "payload" else where
+    evil = pickle.dumps(Opens(marker))
+    if where == "payload":  # each tensor is a pickle in torch's own format
+        torch.save(Opens(marker), path / name)
+        evil = (path / name).read_bytes()
+        contents = json.loads((path / "contents.json").read_text())
+        for tensor in contents.values():
+            tensor["chunks"][0] |= {"offset": 0, "length": len(evil)}
+        (path / "contents.json").write_text(json.dumps(contents))
+    (path / name).write_bytes(evil)
+    files = {file.name: checkpoint._entry(file) for file in path.iterdir() if file.name != "manifest.json"}
+    write_record(path / "manifest.json", read_record(path / "manifest.json") | {"files": files})
+    assert checkpoint.verify(path) is None
+    with pytest.raises(ValueError):
+        checkpoint.load(path, model=model, optimizer=optimizer, dist=dist)
+    assert not marker.exists()
+
+
+def test_values_come_back_as_they_were(tmp_path: Path) -> None:
+    value = {"a": [1, None, {"b": "饭\ud800"}, 0.1, float("inf")], "c": np.array([[1, 2]], dtype=np.int16), "d": {}}
+    assert write_plain(tmp_path / "x", value) == ["x.json", "x.npz"]
+    back = read_plain(tmp_path / "x")
+    array = back.pop("c")
+    assert (array.dtype, array.tolist()) == (np.int16, [[1, 2]]) and back == {k: value[k] for k in ("a", "d")}
+    with pytest.raises(TypeError, match="the key 1"):
+        write_plain(tmp_path / "x", {1: 2})
+    with pytest.raises(ValueError):
+        write_plain(tmp_path / "x", np.array([object()]))
 
 
 def test_a_directory_that_cannot_be_written_is_one_clear_error(dist: Dist, tmp_path: Path) -> None:

@@ -1,0 +1,147 @@
+"""State without pickles: torch.distributed.checkpoint with its table of contents as JSON, and values as JSON + npz.
+
+DCP pickles its table of contents, and objects that are no tensors; unpickling runs what a file says. Here a checkpoint
+is tensors, which DCP reads with torch.load(weights_only=True), and plain values: None, bool, int, float, str, lists,
+dicts with keys of type str, and numpy arrays. Reading runs no code from the file, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from r1fast.run_folder import write_synced
+
+CONTENTS = "contents.json"
+_ARRAY = "__array__"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a chunk of a tensor lies, with DCP's names."""
+
+    relative_path: str
+    offset: int
+    length: int
+    transform_descriptors: None = None
+
+
+class Writer(dcp.FileSystemWriter):
+    """Tensors as DCP writes them; one thread, as more swallow a failed write (pytorch#191391)."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, thread_count=1)
+        self.folder = folder
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        places = {(r.index.fqn, tuple(r.index.offset or ())): r.storage_data for part in results for r in part}
+        contents = {}
+        for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata), name
+            chunks = []
+            for chunk in tensor.chunks:
+                place = places[name, tuple(chunk.offsets)]
+                where = {"file": place.relative_path, "offset": place.offset, "length": place.length}
+                chunks.append({"offsets": list(chunk.offsets), "sizes": list(chunk.sizes), **where})
+            dtype = str(tensor.properties.dtype).removeprefix("torch.")
+            contents[name] = {"dtype": dtype, "size": list(tensor.size), "chunks": chunks}
+        write_synced(self.folder / CONTENTS, json.dumps(contents).encode())
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads what Writer wrote. Raises ValueError for a table of contents that is none, or names a file elsewhere."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder = folder
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        contents = json.loads((self.folder / CONTENTS).read_bytes())
+        tensors, places = {}, {}
+        try:
+            for name, entry in contents.items():
+                dtype = getattr(torch, entry["dtype"])
+                chunks = []
+                for chunk in entry["chunks"]:
+                    if Path(chunk["file"]).name != chunk["file"]:
+                        raise ValueError(f"{name} lies in {chunk['file']!r}, outside the checkpoint")
+                    offsets, sizes = torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])
+                    chunks.append(ChunkStorageMetadata(offsets, sizes))
+                    places[MetadataIndex(name, offsets)] = _Place(chunk["file"], chunk["offset"], chunk["length"])
+                tensors[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(entry["size"]), chunks)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{CONTENTS} is not one of ours ({type(error).__name__}: {error})") from error
+        return Metadata(tensors, planner_data=None, storage_data=places, storage_meta=StorageMeta(load_id=self.load_id))  # type: ignore[arg-type]
+
+
+def check_fit(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """ValueError where the names, shapes or dtypes of a checkpoint are not those of `tensors`."""
+    saved = Reader(folder).read_metadata().state_dict_metadata
+    lacks, more = sorted(tensors.keys() - saved.keys()), sorted(saved.keys() - tensors.keys())
+    if lacks or more:
+        raise ValueError("; ".join([f"it lacks {lacks[0]}"] * bool(lacks) + [f"it holds {more[0]} too"] * bool(more)))
+    for name, tensor in tensors.items():
+        found = saved[name]
+        assert isinstance(found, TensorStorageMetadata), name
+        if (found.size, found.properties.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(
+                f"{name} is {found.properties.dtype} {tuple(found.size)} in it, {tensor.dtype} {tuple(tensor.shape)} here"
+            )
+
+
+def write_plain(path: Path, value: Any) -> list[str]:
+    """Write a plain value as path.json, and path.npz if it holds arrays; returns the names of the files."""
+    arrays: list[np.ndarray] = []
+    content = json.dumps(_apart(value, arrays)).encode()
+    write_synced(json_file := path.with_name(path.name + ".json"), content)
+    if not arrays:
+        return [json_file.name]
+    npz = path.with_name(path.name + ".npz")
+    with npz.open("wb") as file:
+        np.savez(file, allow_pickle=False, **{str(i): array for i, array in enumerate(arrays)})  # type: ignore[arg-type]
+    return [json_file.name, npz.name]
+
+
+def read_plain(path: Path) -> Any:
+    """What write_plain wrote."""
+    value = json.loads(path.with_name(path.name + ".json").read_bytes())
+    npz = path.with_name(path.name + ".npz")
+    if not npz.exists():
+        return _together(value, {})
+    with np.load(npz, allow_pickle=False) as arrays:
+        return _together(value, arrays)
+
+
+def _apart(value: Any, arrays: list[np.ndarray]) -> Any:
+    if isinstance(value, np.ndarray):
+        arrays.append(value)
+        return {_ARRAY: len(arrays) - 1}
+    if isinstance(value, dict):
+        if wrong := [key for key in value if not isinstance(key, str) or key == _ARRAY]:
+            raise TypeError(f"state with the key {wrong[0]!r}: JSON has strings for keys, and {_ARRAY} is ours")
+        return {key: _apart(item, arrays) for key, item in value.items()}
+    return [_apart(item, arrays) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _together(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_ARRAY}:
+            return arrays[str(value[_ARRAY])]
+        return {key: _together(item, arrays) for key, item in value.items()}
+    return [_together(item, arrays) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,231 @@
+"""What --resume finds in a run folder, and what may be changed from there on.
+
+config.yaml, summary.json and each stage's stage.json carry a checksum. A damaged or missing summary.json is made again
+from the stage.json files, which hold the same entries; where one of those is damaged too, nobody knows what is
+finished, and the run is refused. A missing config.yaml is made again from summary.json; one that was edited or damaged
+is refused, because settings are changed on the command line, where they are checked and kept.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1fast.config import ConfigError, apply_overrides, dump_recipe, load_recipe
+from r1fast.inputs import artifact, named_inputs, stage_inputs
+from r1fast.run_folder import read_record
+from r1fast.schema import GenerateOptions, Recipe, SampleOptions
+
+CONFIG, SUMMARY, STAGE = "config.yaml", "summary.json", "stage.json"
+_OF_A_STAGE = (STAGE, "checkpoints", "metrics.jsonl", "model", "data.jsonl")  # stage.json comes before all others
+_HEADER = re.compile(r"# crc32 ([0-9a-f]{8}) .*")
+# A checkpoint holds weights and moments of these; it could not be loaded, or what is changed would go unused.
+_IN_THE_CHECKPOINT = ("kind", "model", "architecture", "tokenizer", "vocab_size", "optimizer")
+_IN_THE_SAMPLES = ("teacher", "train_files", "seed", *SampleOptions.model_fields, *GenerateOptions.model_fields)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting (or an input) that is not what the run began with."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def record(self) -> dict[str, Any]:
+        return {"key": self.key, "from": self.old, "to": self.new}
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A run that was stopped: its recipe, its summary ({} if it began nothing), and what of it had to be mended."""
+
+    run_dir: Path
+    recipe: Recipe
+    summary: dict[str, Any]
+    notes: list[str]
+
+    def entry(self, name: str) -> dict[str, Any]:
+        return next((entry for entry in self.summary.get("stages", []) if entry["name"] == name), {"status": "pending"})
+
+    def with_changes(self, config: str | None, overrides: list[str]) -> Recipe:
+        """The run's recipe, or another one in its place, with overrides. ConfigError."""
+        if config is None:
+            return apply_overrides(self.recipe.model_dump(mode="json"), overrides, str(self.run_dir / CONFIG))
+        return load_recipe(config, overrides).model_copy(update={"name": self.recipe.name})
+
+    def is_done(self, name: str) -> bool:
+        return self.entry(name)["status"] == "done"
+
+
+def config_text(recipe: Recipe) -> str:
+    text = dump_recipe(recipe)
+    crc = zlib.crc32(text.encode())
+    return f"# crc32 {crc:08x} of what follows: settings are changed by --resume key=value, not here\n{text}"
+
+
+def read_run(run_dir: Path, config: str | None = None) -> Saved:
+    """The run in a folder. config: the recipe if config.yaml is to be replaced. Raises ConfigError."""
+    notes: list[str] = []
+    path = run_dir / CONFIG
+    if not path.is_file() and not (run_dir / SUMMARY).is_file():
+        raise ConfigError(f"--resume: {run_dir} holds no run (no {CONFIG}); name it with --output-dir")
+    summary = _read_summary(run_dir, notes)
+    try:
+        recipe = _read_config(path)
+    except ValueError as error:
+        if path.exists() and config is None:
+            raise ConfigError(
+                f"--resume: {path} {error}; settings are changed as --resume key=value. To take them from {SUMMARY}, "
+                f"delete {CONFIG}; to give them anew, add --config FILE"
+            ) from None
+        if "settings" not in summary and config is None:
+            raise ConfigError(
+                f"--resume: {path} {error}, and {SUMMARY} does not hold its settings; add --config FILE"
+            ) from None
+        recipe = (
+            apply_overrides(summary["settings"], [], SUMMARY) if "settings" in summary else load_recipe(str(config), [])
+        )
+        notes.append(f"{path} {error}; it is written anew")
+    return Saved(run_dir, recipe, summary, notes)
+
+
+def _read_config(path: Path) -> Recipe:
+    """ValueError with what is wrong, to be put behind the path."""
+    if not path.is_file():
+        raise ValueError("is missing")
+    header, _, text = path.read_bytes().partition(b"\n")
+    found = _HEADER.fullmatch(header.decode(errors="replace"))
+    if found is None or int(found[1], 16) != zlib.crc32(text):
+        raise ValueError("was edited or damaged since the run wrote it")
+    return load_recipe(str(path), [])
+
+
+def _read_summary(run_dir: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        return read_record(run_dir / SUMMARY)
+    except ValueError as error:
+        problem = str(error)
+    records = []
+    for folder in sorted(path for path in run_dir.iterdir() if path.is_dir()):
+        if any((folder / name).exists() for name in _OF_A_STAGE):
+            try:
+                records.append(read_record(folder / STAGE))
+            except ValueError as error:
+                raise ConfigError(
+                    f"--resume: {run_dir}: {problem}, and of what it could be made from, {folder.name}/{error}: nobody "
+                    "knows which stages are finished. Put one of the two back, or start a new run"
+                ) from None
+    if not records:
+        return {}
+    newest = max(records, key=lambda record: len(record["evaluations"]))
+    stages = [record["entry"] for record in records]
+    listed = ", ".join(f"{entry['name']} {entry['status']}" for entry in stages)
+    notes.append(f"{run_dir}: {problem}; it is made again from the stages' own records: {listed}")
+    return {
+        "started": min(record["started"] for record in records),
+        "machine": newest["machine"],
+        "stages": stages,
+        "changes": max((record["changes"] for record in records), key=len),
+        "evaluations": newest["evaluations"],
+    }
+
+
+def changes(saved: Saved, recipe: Recipe) -> list[Change]:
+    """What `recipe` changes of the run's; ConfigError naming every key that cannot be changed any more."""
+    found: list[Change] = []
+    refused: list[str] = []
+    old = saved.summary.get("settings") or saved.recipe.model_dump(mode="json")
+    new = recipe.model_dump(mode="json")
+    old_stages, new_stages = ({stage["name"]: stage for stage in side["stages"]} for side in (old, new))
+    for key in old.keys() - {"stages", "name"}:
+        for change in _differences(key, old[key], new[key]):
+            users = [
+                s.name
+                for s in recipe.stages
+                if s.model is None and s.kind != "pretrain" and _has_checkpoint(saved, s.name)
+            ]
+            if change.key == "model.path" and users:
+                refused.append(f"{change} ({users[0]} began with it)")
+            found.append(change)
+    for name in [*old_stages, *(name for name in new_stages if name not in old_stages)]:
+        entry = saved.entry(name)
+        before = entry.get("settings", old_stages.get(name))
+        for change in _differences(f"stages.{name}", before, new_stages.get(name)):
+            if why := _why_not(change.key.removeprefix(f"stages.{name}").lstrip(".").split(".")[0], entry, saved):
+                refused.append(f"{change} ({why})")
+            found.append(change)
+    if refused:
+        raise ConfigError(f"--resume cannot change {'; '.join(refused)}; leave it, or start a new run")
+    return found
+
+
+def _why_not(key: str, entry: dict[str, Any], saved: Saved) -> str:
+    if entry["status"] == "done":
+        return f"stage {entry['name']} is finished"
+    if entry["status"] != "pending" and not key:
+        return f"stage {entry['name']} has begun"
+    if key in _IN_THE_CHECKPOINT and _has_checkpoint(saved, entry["name"]):
+        return f"the checkpoint of stage {entry['name']} holds it"
+    if key in _IN_THE_SAMPLES and entry.get("kind") == "distill" and "data.jsonl" in entry.get("files", {}):
+        return f"stage {entry['name']} has sampled with it"
+    return ""
+
+
+def _has_checkpoint(saved: Saved, name: str) -> bool:
+    return any((saved.run_dir / name / "checkpoints").glob("step_*"))
+
+
+def _differences(key: str, old: Any, new: Any) -> Iterator[Change]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for part in dict.fromkeys([*old, *new]):
+            yield from _differences(f"{key}.{part}", old.get(part), new.get(part))
+    elif old != new:
+        yield Change(key, old, new)
+
+
+def changed_inputs(saved: Saved, recipe: Recipe, selected: list[str]) -> tuple[list[str], list[Change]]:
+    """Inputs that are not what they were: of finished stages, as lines to print; of those still to be run, as changes.
+
+    A stage that has begun is held to what it began with, one that has not to what the stages before it wrote.
+    """
+    reports: list[str] = []
+    found: list[Change] = []
+    for stage in recipe.stages:
+        entry = saved.entry(stage.name)
+        if "fingerprints" not in entry and stage.name not in selected:
+            continue
+        before = dict(entry.get("fingerprints", {}))
+        if entry["status"] != "done":
+            before |= _as_written(saved, recipe, stage)
+        after = stage_inputs(recipe, stage, saved.run_dir) if before else {}
+        for key in before.keys() & after.keys():
+            if before[key] != after[key] and "commit unknown" not in before[key] + after[key]:
+                change = Change(f"stages.{stage.name}.{key}", before[key], after[key])
+                if entry["status"] == "done":
+                    reports.append(f"{change.key} has changed since the finished stage read it")
+                else:
+                    found.append(change)
+    return reports, found
+
+
+def _as_written(saved: Saved, recipe: Recipe, stage: Any) -> dict[str, str]:
+    written = {}
+    for key, ref, wanted in named_inputs(recipe, stage):
+        if ref.startswith("@"):
+            name, file = artifact(ref, wanted)
+            noted = saved.entry(name).get("files", {}).get(file)
+            if noted is not None and saved.is_done(name):
+                written[f"{key}: {ref}"] = noted
+    return written
