@@ -24,7 +24,7 @@ from r1fast.rewards.answers import Box, bare, last_box, last_boxes, plain_number
 from r1fast.rewards.format import per_row
 from r1fast.rewards.prose import Answer, after_lead, answer_part, expressions, is_expression
 from r1fast.rewards.registry import reward
-from r1fast.rewards.values import is_number, is_readable, same_value
+from r1fast.rewards.values import is_number, is_readable, same_text, same_value
 
 __all__ = ["Box", "accuracy", "final_answer", "last_box", "plain_number", "score_answer"]
 
@@ -298,12 +298,14 @@ def _ends(text: str, index: int) -> bool:
 
 def _matches_value(gold: str, answer: Answer) -> bool:
     text = answer.text
-    if answer.marked or is_expression(text) or is_number(text, loose=True):
-        return same_value(gold, text) or (answer.marked and _matches_prose(gold, text, marked=True))
+    if all(is_expression(part) or is_number(part, loose=True) for part in split_list(text)):
+        return same_value(gold, text)
+    if answer.marked and same_text(gold, text):
+        return True
     return _matches_prose(gold, text)
 
 
-def _matches_prose(gold: str, text: str, *, marked: bool = False) -> bool:
+def _matches_prose(gold: str, text: str) -> bool:
     """The first expression after "the answer is", else the last one of the text."""
     tail = after_lead(text)
     if tail is not None:
@@ -313,8 +315,6 @@ def _matches_prose(gold: str, text: str, *, marked: bool = False) -> bool:
         runs = _worth(expressions(tail), gold)
         if runs:
             return same_value(gold, runs[0])
-    if marked and tail is None:
-        return False
     runs = _worth(expressions(text), gold)
     if not runs:
         return False

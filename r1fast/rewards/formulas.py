@@ -20,6 +20,7 @@ _MAX_DEPTH = 40  # the parser's time grows steeply with nested brackets
 _MAX_DIGITS = 100_000  # an integer of that size takes milliseconds; the next factorial of it takes for ever
 _DIGITS_PER_BIT = math.log10(2)
 _MAX_DEGREE = 200  # expanding or solving beyond it does not end
+_MAX_SYMBOLS = 6
 _PRECISION = 50
 _POINTS = (0.7302, -1.3519, 2.1847, -0.4151, 3.3391, 0.1173, -2.7723, 1.6053)
 _FUNCTION = re.compile(
@@ -66,6 +67,7 @@ def parse(text: str) -> Any | None:
         return None
     import sympy
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
     # math-verify warns at every start that its own time limits are off, which is what the pool wants.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -80,6 +82,7 @@ def parse(text: str) -> Any | None:
             is_real=not is_complex,
             convert_degrees=bool(trigonometric),
             normalization_config=None,
+            conversion_config=ConversionConfig(lowercase_symbols=False),
         )
         return _exact(tree, is_complex)
     except Exception:  # the parser and sympy's constructors raise a dozen kinds, among them Exception itself
@@ -227,6 +230,8 @@ def _same(gold: Any, answer: Any, digits: int) -> bool:
         gold = _last(gold).rhs
     if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
         return _same_function(gold, answer, digits)
+    if _is_relation(gold) and isinstance(answer, sympy.Expr) or _is_relation(answer) and isinstance(gold, sympy.Expr):
+        return False
     if isinstance(gold, sympy.Interval) and isinstance(answer, sympy.Interval):
         return (
             (gold.left_open, gold.right_open) == (answer.left_open, answer.right_open)
@@ -256,17 +261,20 @@ def _is_assignment(tree: Any) -> bool:
     first = tree._unsorted_args[0] if hasattr(tree, "_unsorted_args") and tree._unsorted_args else tree
     if not isinstance(first, sympy.Eq) or not isinstance(_last(tree), sympy.Eq):
         return False
-    return is_name_tree(first.lhs)
+    return _names(first.lhs) and not isinstance(first.lhs, sympy.Add)
 
 
-def is_name_tree(tree: Any) -> bool:
+def _names(tree: Any) -> bool:
+    """Whether a left side only names a quantity (x, f(2), AB, |z|, a + b, x^2 + y^2), with no number in it to solve."""
     import sympy
     from sympy.core.function import AppliedUndef
 
     if isinstance(tree, sympy.Symbol | AppliedUndef):
         return True
-    if isinstance(tree, sympy.Mul | sympy.Abs | sympy.Pow | sympy.Tuple) and tree.free_symbols:
-        return all(is_name_tree(argument) or argument == -1 for argument in tree.args)
+    if isinstance(tree, sympy.Pow):
+        return _names(tree.base) and tree.exp.is_Integer
+    if isinstance(tree, sympy.Add | sympy.Mul | sympy.Abs | sympy.Tuple | sympy.Function):
+        return all(_names(argument) for argument in tree.args)
     return False
 
 
@@ -284,7 +292,8 @@ def _unwrapped(answer: Any, *, keep: bool) -> Any | None:
                 return None
     if keep or not all(isinstance(part, sympy.Eq) for part in parts):
         return answer
-    return parts[-1].rhs
+    first = parts[0].lhs
+    return parts[-1].rhs if _names(first) or not getattr(first, "free_symbols", True) else answer
 
 
 def _same_relation(gold: Any, answer: Any) -> bool:
@@ -375,6 +384,6 @@ def _value(tree: Any, symbols: list[Any], shift: int) -> Any | None:
 def _verify(gold: Any, answer: Any) -> bool:
     from math_verify import verify
 
-    if max(_degree(gold), _degree(answer)) > _MAX_DEGREE:
+    if max(_degree(gold), _degree(answer)) > _MAX_DEGREE or len(gold.free_symbols | answer.free_symbols) > _MAX_SYMBOLS:
         return False
     return bool(verify([gold], [answer], timeout_seconds=None, allow_set_relation_comp=True))

@@ -50,9 +50,14 @@ def is_readable(text: str) -> bool:
     return all(bool(leaf.items) or is_number(leaf.text) or is_readable_formula(split_unit(leaf.text).text) for leaf in leaves)
 
 
+def same_text(gold: str, answer: str) -> bool:
+    """Whether two values are written alike."""
+    return squeezed(gold) == squeezed(answer)
+
+
 def same_value(gold: str, answer: str) -> bool:
     """Whether the answer is the gold's value."""
-    if squeezed(gold) == squeezed(answer) or _same(read_value(gold), read_value(answer)):
+    if same_text(gold, answer) or _same(read_value(gold), read_value(answer)):
         return True
     # 1,22 is a list, or a decimal where commas are decimal points: it equals what is written as a decimal
     for text, other in ((gold, answer), (answer, gold)):
@@ -101,7 +106,7 @@ def _split_name(text: str) -> tuple[str, str]:
     if not cuts:
         return "", text
     name = text[: cuts[0].start()].strip()
-    if not _NAME.fullmatch(re.sub(r"_(?:\{[^{}]*\}|\w)|\s", "", name)):
+    if not _NAME.fullmatch(re.sub(r"_(?:\{[^{}]*\}|\w)|\s|(?<=[A-Za-z])\(.*\)$", "", name)):
         return "", text
     exact = [match for match in cuts if match[0] != "\\approx"] or cuts[:1]
     rest = text[exact[-1].end() :]
