@@ -35,7 +35,7 @@ _CHOICES = re.compile(r"\(?[A-H]\)?(?:\s*(?:,|;|、|\band\b)+\s*\(?[A-H]\)?)+")
 _TEXT_PATTERNS = tuple(
     re.compile(rf"(?<![\w.]){pattern}(?![\w])", re.IGNORECASE)
     for pattern in (
-        r"0x[0-9a-f]+|0b[01]+|0o[0-7]+",
+        r"[+-]?0(?:x[0-9a-f]+|b[01]+|o[0-7]+)",
         r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?(?:\s*[ap]\.?m\.?)?",
         r"[0-9]{1,4}[-/.][0-9]{1,2}[-/.][0-9]{1,4}(?:[T ][0-9]{2}:[0-9]{2}(?::[0-9]{2})?Z?)?",
         r"[0-9]+(?:\.[0-9]+){2,}",
@@ -43,8 +43,11 @@ _TEXT_PATTERNS = tuple(
         r"[0-9]+-[0-9]+(?:-[0-9]+)*",
     )
 )
-_GRID = re.compile(r"[+-]?[0-9.]+(?:[\s|]+[+-]?[0-9.]+)+")
-_NAME_WITH_DIGITS = re.compile(r"(?<![\\A-Za-z0-9_^{])[A-Za-z]+[0-9]+[A-Za-z0-9]*")
+_GRID = re.compile(r"(?:[+-]?[0-9.]+|[A-Za-z_])(?:[\s|]+(?:[+-]?[0-9.]+|[A-Za-z_]))+")
+# C6H6, x1, 3a0, 0ff: a name, or digits of another base; as a product 3a0 would be 0
+_NAME_WITH_DIGITS = re.compile(
+    r"(?<![\\A-Za-z0-9_^{])(?:[A-Za-z]+[0-9]+[A-Za-z0-9]*|[0-9]+[A-Za-df-z][A-Za-z]*[0-9]+|0[0-9]*[A-Za-z]{2,})"
+)
 _ARGUES = re.compile(
     r"\b(?:it|we|this|that|these|there|they|let|see|since|because|by|assume|suppose|note|proof|proved?|hence|thus|therefore|"
     r"follows?|which|induction|hypothesis|trivial|obvious(?:ly)?|clear(?:ly)?)\b",
@@ -146,7 +149,7 @@ def read_gold(gold: str) -> Gold | None:
     if re.fullmatch(r"[0-9A-Za-z]+_\{?[0-9]+\}?", text) and re.fullmatch(r"[0-9].*", text):
         return Gold("based", re.sub(r"[{}]", "", text))
     if _is_text(text):
-        return None if not part.marked and _ARGUES.search(text) else Gold("text", _spaced(text))
+        return None if not part.marked and _ARGUES.search(text) else Gold("text", _lines(text))
     if _is_words(text):
         return Gold("words", _spaced(text)) if part.marked or _is_naming(gold, text) else None
     return Gold("value", text) if is_readable(text) else None
@@ -184,7 +187,7 @@ def _is_text(text: str) -> bool:
     """Literals and words with digits; see the module docstring."""
     if any(pattern.fullmatch(text) for pattern in _TEXT_PATTERNS):
         return True
-    if _GRID.fullmatch(text) and not is_number(text):
+    if "\\" not in text and (_GRID.fullmatch(text) or "\n" in text) and not is_number(text):
         return True
     if not re.search(r"[0-9]", text) or "\\" in text:
         return False
@@ -215,6 +218,11 @@ def _spaced(text: str) -> str:
     return " ".join(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).split()).casefold()
 
 
+def _lines(text: str) -> str:
+    """Spaces normalised in each line: the lines of a grid are part of it."""
+    return "\n".join(line for line in map(_spaced, text.splitlines()) if line)
+
+
 def _matches(gold: Gold, answer: Answer) -> bool:
     if gold.kind == "choice":
         return _matches_choice(gold, answer)
@@ -232,7 +240,8 @@ def _matches_text(gold: Gold, answer: Answer) -> bool:
     if gold.kind == "based":
         runs = expressions(candidates[-1])
         return re.sub(r"[{}\s$]", "", (runs or candidates)[-1]) == gold.text
-    if any(_spaced(candidate) == gold.text for candidate in candidates):
+    alike = _lines if gold.kind == "text" else _spaced
+    if any(alike(candidate) == gold.text for candidate in candidates):
         return True
     if gold.kind == "text" and not answer.marked:
         for pattern in _TEXT_PATTERNS:
@@ -298,10 +307,10 @@ def _ends(text: str, index: int) -> bool:
 
 def _matches_value(gold: str, answer: Answer) -> bool:
     text = answer.text
+    if same_text(gold, text):
+        return True
     if all(is_expression(part) or is_number(part, loose=True) for part in split_list(text)):
         return same_value(gold, text)
-    if answer.marked and same_text(gold, text):
-        return True
     return _matches_prose(gold, text)
 
 

@@ -1,9 +1,16 @@
 """R1's language-consistency reward: words of the target language / words of the chain of thought (v2 eq. 7).
 
 The papers do not say what a word is. Here it is a run of letters of one script (English, Russian, Korean, ...), or
-one character in scripts written without spaces (Chinese, Japanese, Thai). Formulas, code, numbers, tags and single
-Latin letters (variables) are left out first. The count is by Unicode script: it needs no model, sees mixing word by
-word, and cannot tell apart two languages that share a script, such as English and German.
+one character in scripts written without spaces (Chinese, Japanese, Thai). The count is by Unicode script: it needs no
+model, sees mixing word by word, and cannot tell apart two languages that share a script, such as English and German.
+
+Mathematics is no foreign language. Left out are formulas, code, numbers, tags, and what mathematics writes in letters:
+single letters of the Latin and Greek alphabets (variables, angles, pi), labels of one to four capitals (triangle ABC),
+names of functions (sin, log), units of measurement next to a number, and the arguments of \\text{} and \\mathrm{}. Text
+between two prices is prose: a `$` that opens a formula has no space after it, and the one that closes it none before.
+
+Han characters are shared: they count for Chinese, and for Japanese only if the text holds kana. Japanese cannot be
+written without kana beyond a title, so a text of _MIN_HAN characters without any is Chinese; a shorter one is either.
 """
 
 import re
@@ -43,15 +50,26 @@ _NOT_PROSE = re.compile(
     r"```.*?```"  # code
     r"|`[^`\n]{1,400}`"
     r"|\$\$[^$]{1,2000}\$\$"  # formulas
-    r"|\$[^$\n]{1,1000}\$"
+    r"|(?<![0-9])\$(?=[^\s$])[^$\n]{0,1000}(?<=[^\s$])\$(?![0-9])"
     r"|\\\[.{1,2000}?\\\]"
     r"|\\\(.{1,1000}?\\\)"
-    r"|\\(?:operatorname|begin|end)\{[^{}\n]{0,200}\}"
+    r"|\\(?:operatorname|begin|end|text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox)\*?\s?\{[^{}\n]{0,200}\}"
     r"|\\[A-Za-z]+"
     r"|<[/|]?[A-Za-z_｜▁]{1,40}[|｜]?>"  # tags
     r"|\|special_token\|"
     r"|https?://[!-~]+",
     re.DOTALL,
+)
+
+_MIN_HAN = 4  # characters
+_CAPITALS = re.compile(r"[A-Z]{2,4}")
+_FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp lim max min sup inf det gcd lcm mod deg dim "
+    "ker arg sgn tr sqrt pi".split()
+)
+_UNITS = frozenset(
+    "mm cm dm km mg kg ml kw kwh mw gw hz khz mhz ghz kb mb gb tb kpa pa kj mj mol rad rpm mph kph kmh ft lb lbs oz hr hrs "
+    "sec min ms ns us nm eur usd".split()
 )
 
 
@@ -82,14 +100,26 @@ def language_consistency(
 def language_ratio(text: str, language: str) -> float:
     """Words of the language's script / all words; 1.0 for a text without words (pure formulas mix nothing)."""
     scripts = target_scripts(language)
-    num_target = num_words = 0
-    for match in _WORD.finditer(_NOT_PROSE.sub(" ", text)):
-        script = match.lastgroup
-        if script == "latin" and len(match[0]) == 1:
+    counts = dict.fromkeys(_SCRIPTS, 0)
+    prose = _NOT_PROSE.sub(" ", text)
+    for match in _WORD.finditer(prose):
+        script = match.lastgroup or ""
+        if script in ("latin", "greek") and _is_mathematics(match[0], script, prose[max(0, match.start() - 2) : match.start()]):
             continue
-        num_words += 1
-        num_target += script in scripts
-    return num_target / num_words if num_words else 1.0
+        counts[script] += 1
+    if "kana" in scripts and not counts["kana"] and counts["han"] >= _MIN_HAN:
+        scripts = tuple(script for script in scripts if script != "han")
+    num_words = sum(counts.values())
+    return sum(counts[script] for script in scripts) / num_words if num_words else 1.0
+
+
+def _is_mathematics(word: str, script: str, before: str) -> bool:
+    if len(word) == 1:
+        return True
+    if script == "greek":
+        return False
+    number_before = before.rstrip()[-1:].isdigit()
+    return bool(_CAPITALS.fullmatch(word)) or word in _FUNCTIONS or (number_before and word.lower() in _UNITS)
 
 
 def target_scripts(language: str) -> tuple[str, ...]:

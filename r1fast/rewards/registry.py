@@ -21,7 +21,7 @@ from r1fast.rewards.adapters import adapt_verl, is_adapted, is_verl_function
 RewardFunction = Callable[..., Any]
 
 REWARDS: dict[str, RewardFunction] = {}
-_BUILTIN_MODULES = ("accuracy", "format", "language", "completeness", "repetition")
+_BUILTIN_MODULES = ("accuracy", "format", "language", "completeness", "repetition", "reasoning_gym")
 
 
 def reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
