@@ -56,7 +56,9 @@ def _shield(keeper: int, memory_bytes: int, serve: Callable[[], None], mask: set
         _die_with(shield)
         os.setpgid(0, 0)
         # Of data, not of address space: what torch and CUDA reserve and never write is not memory.
-        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+        allowed = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit = memory_bytes if allowed == resource.RLIM_INFINITY else min(memory_bytes, allowed)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
             serve()

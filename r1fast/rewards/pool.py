@@ -173,8 +173,7 @@ class RewardPool:
         for i, name in enumerate(names):
             reasons: dict[str, tuple[str, list[int]]] = {}  # by kind
             for outcome in outcomes[i * num_chunks : (i + 1) * num_chunks]:
-                for row, value in outcome.values.items():
-                    values[name][row] = np.nan if value is None else value
+                values[name][list(outcome.values)] = np.array(list(outcome.values.values()), dtype=float)  # None: nan
                 failed[name][list(outcome.failed)] = True
                 exceeded[name][list(outcome.exceeded)] = True
                 why = outcome.failed | {
@@ -279,7 +278,11 @@ class _Reward:
     def arguments(self, table: Table, rows: Sequence[int], *, empty: bool = False) -> dict[str, Any]:
         """Keyword arguments of the call on these rows; empty: with completions of no tokens."""
         taken = [name for name in table if self.accepted is None or name in self.accepted]
-        kwargs: dict[str, Any] = {name: [table[name][row] for row in rows] for name in taken}
+        kwargs: dict[str, Any]
+        if isinstance(rows, range):
+            kwargs = {name: list(table[name][rows.start : rows.stop]) for name in taken}
+        else:
+            kwargs = {name: [table[name][row] for row in rows] for name in taken}
         if empty:
             blank = {"completions": "", "completion_ids": []}
             kwargs |= {name: [value for _ in rows] for name, value in blank.items() if name in kwargs}

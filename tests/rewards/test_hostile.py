@@ -21,8 +21,8 @@ TIMEOUT_S = 1.0
 INNOCENT = ["a", "bb", "ccc", "dddd", "eeeee"]
 MIXED = [*INNOCENT[:3], "hostile", *INNOCENT[3:]]
 WELL_FORMED = "<think>a thought</think><answer>1</answer>"
-# One of each kind: a hang with a daemon, a crash, memory, an exception, a forged reply, a thread left behind.
-SHORT = ["daemon_and_hang", "kills_its_parent", "hog", "writes_a_reply", "thread_that_exits"]
+# One of each kind: a crash that leaves a daemon, memory, a forged reply, a thread left behind.
+SHORT = ["kills_its_parent", "hog", "writes_a_reply", "thread_that_exits"]
 
 
 @pytest.fixture

@@ -1,11 +1,7 @@
 """The pool survives whatever a reward does, and refuses what cannot work before any work."""
 
-import json
 import logging
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -88,11 +84,6 @@ def positional(completions, /):
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, bonus=0.0):
     return {"score": float(solution_str == ground_truth) + bonus}
-
-def writes_pid(completions, pid_file, **_):
-    open(pid_file[0], "w").write(str(os.getpid()))
-    while True:
-        pass
 """
 
 
@@ -254,21 +245,6 @@ def test_close_kills_the_workers(path):
     assert not is_alive(pid)
     with pytest.raises(ValueError, match="closed"):
         score(pool, ["a"])
-
-
-def test_an_endless_reward_does_not_outlive_a_killed_trainer(path, tmp_path):
-    pid_file = tmp_path / "pid"
-    code = (
-        "import json, os, sys; from r1fast.rewards.pool import RewardPool; path, pid_file = json.loads(sys.argv[1]);"
-        "RewardPool({path + ':writes_pid': 1.0}, timeout_s=600.0).score(['p'], ['c'], [[]], {'pid_file': [pid_file]})"
-    )
-    arguments = [sys.executable, "-c", code, json.dumps([path, str(pid_file)])]
-    environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}
-    trainer = subprocess.Popen(arguments, env=environment)
-    wait_until(lambda: pid_file.exists() and pid_file.read_text())
-    trainer.send_signal(signal.SIGKILL)
-    trainer.wait()
-    wait_until(lambda: not is_alive(int(pid_file.read_text())), seconds=20.0)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from r1fast.stages import reject
 from r1fast.stages.evaluate import summarize
 from r1fast.stages.grpo import Learner, rollout_metrics
 from r1fast.stages.reject import drop_reason
@@ -105,6 +106,21 @@ def test_why_a_sample_is_dropped(failed: tuple[str, ...], accuracy: float, row: 
         model_dump=lambda: {"min_language": 1.0, "max_repetition": 0.2, "max_paragraph_chars": 100, "allow_code": True}
     )
     assert drop_reason(sample(0, failed, accuracy=accuracy, row=row, text="no tags"), filters, "think_answer") == reason
+
+
+def test_a_verifier_that_fails_on_everything_ends_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Scorer):
+        def __init__(self, ctx: Any, *_: Any) -> None:
+            self.ctx, self.pools, self.failures = ctx, {}, ["reward 'accuracy', rows 0-1: MemoryError"]
+
+        def score(self, samples: Any) -> int:
+            return len(samples)
+
+    monkeypatch.setattr(reject, "Scorer", Failing)
+    samples = [sample(group, ("accuracy",), accuracy=NAN) for group in (0, 1)]
+    ctx: Any = SimpleNamespace(stage=SimpleNamespace(name="kept"))
+    with pytest.raises(NothingScored, match=r"stages\.kept: none of 2 samples could be scored: .* MemoryError"):
+        reject.select(ctx, samples, "think_answer")
 
 
 def learner(prompts_per_step: int) -> Learner:
