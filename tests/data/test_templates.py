@@ -170,6 +170,28 @@ def test_tokenizer_template_is_not_prefilled_twice():
     assert render_prompt("q", "tokenizer", tokenizer=plain, system="s") == "<bos>[system]s[user]q[assistant]"
 
 
+class FailingTemplate(WordTokenizer):
+    """A chat template is a program: it may raise, and it may forget a turn."""
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        if messages[0]["role"] == "system":
+            raise RuntimeError("no system\nrole here")
+        return messages[-1]["content"]
+
+
+def test_a_chat_template_that_fails_or_forgets_is_an_error():
+    tokenizer = FailingTemplate(chat_template="x")
+    assert render_prompt("q", "tokenizer", tokenizer=tokenizer) == "q"
+    with pytest.raises(ValueError, match="chat template fails on it: RuntimeError: no system role here"):
+        render_prompt("q", "tokenizer", tokenizer=tokenizer, system="s")
+    turns = [("user", "one"), ("assistant", "<think>hm</think>two"), ("user", "three")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    with pytest.raises(ValueError, match="leaves out the turn of 'user' 'one'"):
+        render_prompt(messages, "tokenizer", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="leaves out the turn of 'assistant' 'two'"):
+        render_prompt(messages[1:], "tokenizer", tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize("template", ["chat", "plain", "r1_zero", "few_shot", "tokenizer"])
 def test_encode_puts_bos_exactly_once(template):
     tokenizer = WordTokenizer(chat_template="[assistant]")
