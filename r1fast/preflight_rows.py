@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from r1fast.config import ConfigError
-from r1fast.data.rows import Row, place, shown
+from r1fast.data.rows import Row, place, prompt_and_target, shown, texts_of
 from r1fast.preflight_architecture import architecture_of
 from r1fast.schema import Recipe, RewardSpec
 
@@ -58,20 +58,16 @@ def text_problems(recipe: Recipe, stage: Any, key: str, kind: str, rows: Rows) -
         yield f"{key}: {str(error).removeprefix(f'stages.{stage.name}: ')}"
 
 
-def _texts(row: Row, kind: str) -> dict[str, Any]:
-    """The columns that are encoded: text or chats. Others may hold anything."""
-    names = {"prompts": ("prompt",), "pairs": ("prompt", "chosen", "rejected"), "labels": ("prompt", "response")}.get(
-        kind
-    )
-    if names is None:
-        forms = (("messages",), ("prompt", "completion"), ("text",))
-        names = next(form for form in forms if row.get(form[-1]) is not None)
-    return {name: row[name] for name in names}
+def _read(row: Row, kind: str) -> list[Any]:
+    """What is encoded of a row, the prompt first (None: plain text without one). Other columns may hold anything."""
+    if kind == "sft":
+        return list(prompt_and_target(row))
+    others = {"prompts": (), "pairs": ("chosen", "rejected"), "labels": ("response",)}[kind]
+    return [row[name] for name in ("prompt", *others)]
 
 
 def _prompts(rows: Rows, kind: str) -> list[Any]:
-    texts = (_texts(row, kind) for row in rows)
-    return [row["messages"][:-1] if "messages" in row else row["prompt"] for row in texts if "text" not in row]
+    return [prompt for prompt, *_ in (_read(row, kind) for row in rows) if prompt is not None]
 
 
 def _encoding_problems(
@@ -116,12 +112,11 @@ def _encoding_problems(
 
 def _refuse_endless(rows: Rows, kind: str, most: int, limit: int) -> None:
     for i, row in enumerate(rows):
-        for name, value in _texts(row, kind).items():
-            size = len(value) if isinstance(value, str) else sum(len(turn["content"]) for turn in value)
-            if size > most:
-                raise ConfigError(
-                    f"{place(row, i)}: {name} has {size} characters, which cannot be {limit} tokens; shorten the row"
-                )
+        size = max(sum(map(len, texts_of(value))) for value in _read(row, kind))
+        if size > most:
+            raise ConfigError(
+                f"{place(row, i)}: a text of {size} characters cannot be {limit} tokens or less; shorten the row"
+            )
 
 
 def _prompt_lengths(stage: Any, key: str, rows: Rows, prompts: list[list[int]], positions: int) -> Iterator[str]:

@@ -203,6 +203,98 @@ def test_wrong_few_shot_examples(refuse_recipe, tmp_path: Path, example: dict, p
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("stage", "parts"),
+    [
+        ({**GRPO, "train_files": []}, ["stages.zero.train_files: is empty"]),
+        ({"name": "e", "kind": "evaluate", "eval_files": []}, ["stages.e.eval_files: is empty"]),
+        ({**SFT, "warmup_steps": 3}, ["stages.tuned.warmup_steps: 3", "2 steps that 4 rows make"]),
+        (
+            {**GRPO, "rewards": {"accuracy": {"domains": ["chat"]}}},
+            ["stages.zero.rewards.accuracy.domains: no row of train_files has domain 'chat'"],
+        ),
+        ({**GRPO, "rewards": {"language": 1.0}}, ["stages.zero.rewards.language: no row", "has a language"]),
+    ],
+    ids=["no-train-files", "no-eval-files", "warm-up", "domain", "language"],
+)
+def test_settings_that_no_row_serves(refuse_recipe, stage: dict, parts: list[str]) -> None:
+    message = refuse_recipe(stage)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "rewards", "part"),
+    [
+        ({"language": "Klingon"}, {"language": 1.0}, "unknown language 'Klingon'"),
+        ({"language": 3}, {"language": 1.0}, "column 'language' is int 3"),
+        ({"domain": ["a"]}, {"accuracy": {"domains": ["a"]}}, "column 'domain' is list ['a']"),
+        ({"prompt": "a \ud83d"}, {"format": 1.0}, "half of a surrogate pair"),
+    ],
+    ids=["unknown-language", "language-of-a-number", "domain-of-a-list", "surrogate"],
+)
+def test_wrong_value_names_the_row(refuse_recipe, tmp_path: Path, fields: dict, rewards: dict, part: str) -> None:
+    rows = [*PROMPTS, {**PROMPTS[0], **fields}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = refuse_recipe({**GRPO, "rewards": rewards})
+    assert "train.jsonl:21: " in message and part in message
+
+
+def test_tokenizer_beyond_the_models_vocabulary(refuse_recipe, base_model: Path, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    folder = shutil.copytree(base_model, tmp_path / "checkpoint")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_tokens([f"red{i}" for i in range(20)])
+    tokenizer.save_pretrained(folder)
+    write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "one ?", "completion": word} for word in ("red", "red19")])
+    message = refuse_recipe(SFT, model=folder)
+    assert "sft.jsonl:2: token 3" in message and "'red19'" in message and "entries of the model's vocabulary" in message
+
+
+def test_template_that_raises(refuse_recipe, base_model: Path, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    folder = shutil.copytree(base_model, tmp_path / "checkpoint")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% if messages|length > 1 %}{{ raise_exception('one turn\nonly') }}{% endif %}"
+        + "{{ messages[0]['content'] }}"
+    )
+    tokenizer.save_pretrained(folder)
+    chat = [{"role": "system", "content": "red"}, {"role": "user", "content": "one ?"}]
+    write_jsonl(tmp_path / "train.jsonl", [*PROMPTS, {"prompt": chat, "answer": "1"}])
+    message = refuse_recipe({**GRPO, "prompt_template": "tokenizer"}, model=folder)
+    assert "train.jsonl:21: the tokenizer's chat template fails on it: TemplateError: one turn only" in message
+
+
+def test_golds_that_accuracy_cannot_read(refuse_recipe, command, tmp_path: Path, capsys) -> None:
+    """None of them: nothing to learn from. Some: a note."""
+    without = [{"prompt": row["prompt"], "answer": None} for row in PROMPTS]
+    write_jsonl(tmp_path / "train.jsonl", without)
+    message = refuse_recipe({**GRPO, "rewards": {"accuracy": 1.0}})
+    assert "stages.zero.rewards.accuracy: accuracy can read the answer of no row" in message
+    assert "train.jsonl:1" in message
+    write_jsonl(
+        tmp_path / "train.jsonl", [*PROMPTS[:5], {**PROMPTS[5], "answer": r"\frac{1}{"}, *without[6:8], *PROMPTS]
+    )
+    assert command("--config", tmp_path / "mine.yaml", "--output-dir", tmp_path / "run", "--dry-run") == 0
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith(
+        "r1fast: note: stages.zero.rewards.accuracy: accuracy cannot read the answer of 3 of 28 rows"
+    )
+    assert "train.jsonl:6" in note
+
+
+def test_chat_rows_need_no_gold(refuse_recipe, command, tmp_path: Path, capsys) -> None:
+    rows = [*PROMPTS, *({"prompt": row["prompt"], "domain": "chat"} for row in PROMPTS)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    config = tmp_path / "mine.yaml"
+    refuse_recipe({**GRPO, "rewards": {"accuracy": 1.0}, "prompts_per_step": 41})  # writes the recipe
+    assert command("--config", config, "--output-dir", "run", "--dry-run", "stages.zero.prompts_per_step=2") == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_missing_few_shot_examples(refuse_recipe) -> None:
     assert "stages.cold.few_shot.examples_files: examples.jsonl" in refuse_recipe(COLLECT)
 

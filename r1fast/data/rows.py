@@ -10,9 +10,10 @@
   learned or scored; its earlier turns are the prompt, or repeat it, or go on after it. pairs and labels then need no
   `prompt` of their own.
 - An sft row of several forms is read as messages, else as prompt and completion, else as text.
-- A turn's reasoning_content (or reasoning, thinking) is kept, and rendered in the response format of the stage; so is
-  a column reasoning_content beside prompt and completion, unless the completion holds a reasoning of its own. Any other
-  field of a turn that says something (tool_calls, name, images, ...) is refused.
+- The reasoning_content (or reasoning, thinking) of the last turn is rendered in the response format of the stage; so is
+  a column reasoning_content beside prompt and completion, unless the completion holds a reasoning of its own. That of
+  earlier turns is left to the template: R1's, as our `chat`, leaves it out. Any other field of a turn that says
+  something (tool_calls, name, images, ...) is refused.
 """
 
 import difflib
@@ -65,6 +66,22 @@ def canonical(columns: Mapping[str, Any], kind: Kind, where: str) -> Row:
     row = Row(columns, where)
     _READERS[kind](row)
     return row
+
+
+def prompt_and_target(row: Mapping[str, Any]) -> tuple[str | Messages | None, Target]:
+    """Of an sft row, what is read and what is learned; plain text has no prompt."""
+    if row.get("messages"):
+        return row["messages"][:-1], row["messages"][-1:]
+    if row.get("completion") is not None:
+        return row["prompt"], row["completion"]
+    return None, row["text"]
+
+
+def texts_of(value: str | Messages | None) -> list[str]:
+    """Every text of a prompt or a target."""
+    if value is None or isinstance(value, str):
+        return [value] if value else []
+    return [turn[name] for turn in value for name in ("reasoning_content", "content") if turn.get(name)]
 
 
 def plain(value: Any, column: str, where: str, depth: int = 0) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from r1fast.config import ConfigError
-from r1fast.data.rows import Row, place
+from r1fast.data.rows import Row, place, prompt_and_target
 from r1fast.data.templates import RESPONSE_FORMATS, render_prompt, target_text, without_opening
 from r1fast.rollout.prompts import encode_text_prompts, encode_texts
 
@@ -135,18 +135,8 @@ def encode_examples(rows: Sequence[dict], tokenizer: Any, options: Any, *, mask_
 
 
 def _encode_examples(rows: Sequence[dict], tokenizer: Any, options: Any, mask_prompt: bool) -> list[Example]:
-    prompts: list[Any] = []
-    targets: list[Any] = []
-    for row in rows:
-        if row.get("messages"):
-            prompts.append(row["messages"][:-1])
-            targets.append(row["messages"][-1:])
-        elif row.get("completion") is not None:
-            prompts.append(row["prompt"])
-            targets.append(row["completion"])
-        else:
-            prompts.append(None)
-            targets.append(row["text"])
+    parts = [prompt_and_target(row) for row in rows]
+    prompts, targets = [prompt for prompt, _ in parts], [target for _, target in parts]
     prompt_ids, target_ids = encode_with_targets(prompts, targets, tokenizer, options)
     completion_ids = [[*ids, tokenizer.eos_token_id] for ids in target_ids]
     return [

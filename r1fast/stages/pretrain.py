@@ -1,13 +1,12 @@
 """pretrain: next-token training from scratch, tokenizer included, so that the chain runs with nothing to download."""
 
 import random
-from collections.abc import Iterator
-from itertools import chain
 from typing import Any
 
 import torch
 
 from r1fast.config import ConfigError
+from r1fast.data.rows import prompt_and_target, texts_of
 from r1fast.data.sources import load_rows
 from r1fast.data.tokenizer import TAGS, train_tokenizer
 from r1fast.models.config import ModelConfig
@@ -40,17 +39,8 @@ def make_tokenizer(ctx: StageContext, rows: list[dict]) -> Any:
     stage = ctx.stage
     if stage.tokenizer is not None:
         return load_tokenizer(ctx.model_path(stage.tokenizer))
-    texts = chain.from_iterable(_texts(row) for row in rows[:20_000])
-    return train_tokenizer((_without_tags(text) for text in texts if text), stage.vocab_size)
-
-
-def _texts(row: dict) -> Iterator[str | None]:
-    for name in ("text", "prompt", "completion", "messages"):
-        value = row.get(name)
-        if isinstance(value, list):  # a chat
-            yield from (message["content"] for message in value)
-        else:
-            yield value
+    texts = (text for row in rows[:20_000] for part in prompt_and_target(row) for text in texts_of(part))
+    return train_tokenizer((_without_tags(text) for text in texts), stage.vocab_size)
 
 
 def _without_tags(text: str) -> str:

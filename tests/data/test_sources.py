@@ -98,6 +98,62 @@ def test_wrong_rows_are_named_by_file_and_line(tmp_path: Path, content: str, kin
         load_rows([str(path)], kind)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ('"\\ud83d"', r"\\ud83d is half of a surrogate pair"),
+        ('{"a": 1, "a": 2}', r"the key 'a' is there twice"),
+        ("7" * 5000, r"a number of 5000 digits; write it as a string"),
+        ("1e400", r"the number 1e400 is more than a float can be"),
+        ("[" * 150 + "]" * 150, r"nested more than 100 levels deep"),
+        ("[" * 100_000 + "]" * 100_000, r"nested too deep"),
+    ],
+    ids=["surrogate", "twice", "digits", "float", "deep", "deeper"],
+)
+def test_json_that_python_reads_and_nobody_means(tmp_path: Path, value: str, message: str) -> None:
+    row = f'{{"text": "t", "x": {value}}}'
+    (tmp_path / "rows.jsonl").write_text(f'{{"text": "t"}}\n{row}\n')
+    (tmp_path / "rows.json").write_text(f'[{{"text": "t"}}, {row}]')
+    for where in (r"rows\.jsonl:2", r"rows\.json: row 1"):
+        with pytest.raises(ValueError, match=f"{where}: {message}"):
+            load_rows([str(tmp_path / where.partition(":")[0].replace("\\", ""))], "text")
+
+
+def test_json_that_is_read_as_it_is_meant(tmp_path: Path) -> None:
+    """A byte order mark, Windows' line ends, NaN, and a whole surrogate pair."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a", "x": NaN}\r\n\r\n{"text": "\\ud83e\\udd8a", "x": [-Infinity]}\r\n')
+    assert load_rows([str(path)], "text") == [{"text": "a", "x": None}, {"text": "🦊", "x": [None]}]
+    (tmp_path / "rows.json").write_bytes(b'\xef\xbb\xbf{"data": [{"text": "a"}]}')
+    assert load_rows([str(tmp_path / "rows.json")], "text") == [{"text": "a"}]
+
+
+def test_parquet_that_python_cannot_hold(tmp_path: Path) -> None:
+    def refused(name: str, column: pa.Array, message: str) -> None:
+        pq.write_table(
+            pa.Table.from_arrays([pa.array(["a", "b"]), column], names=["text", name]), tmp_path / "x.parquet"
+        )
+        with pytest.raises(ValueError, match=message):
+            load_rows([str(tmp_path / "x.parquet")], "text")
+
+    refused("x", pa.array([0, 2**50], pa.timestamp("s")), r"x.parquet: row 1: cannot be read: \w+")
+    refused("x", pa.array([None, b"x"], pa.binary()), r"x.parquet: row 1: column 'x' holds bytes b'x'")
+    refused("text", pa.array(["a", "b"]), r"x.parquet: two columns are named 'text'")
+    pq.write_table(pa.table({"text": ["a"], "x": [float("nan")]}), tmp_path / "x.parquet")
+    assert load_rows([str(tmp_path / "x.parquet")], "text") == [{"text": "a", "x": None}]
+
+
+def test_sources_that_are_no_names(tmp_path: Path) -> None:
+    for source in ("", "a\0b.jsonl"):
+        with pytest.raises(ValueError, match="names nothing"):
+            load_rows([source], "text")
+    with pytest.raises(ValueError, match="cannot be read: File name too long"):
+        load_rows(["x" * 5000 + ".jsonl"], "text")
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(ValueError, match="neither a folder of"):
+        load_rows([str(tmp_path)], "text")
+
+
 def test_files_that_are_not_what_they_say(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
     (tmp_path / "lines.json").write_text('{"text": "a"}\n{"text": "b"}\n')

@@ -167,6 +167,28 @@ def test_chat_without_a_bos_token_begins_with_the_user():
     assert render_prompt("q", "chat", tokenizer=FakeTokenizer(bos_token=None)).startswith("<｜User｜>")
 
 
+class FailingTemplate(FakeTokenizer):
+    """A chat template is a program: it may raise, and it may forget a turn."""
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        if messages[0]["role"] == "system":
+            raise RuntimeError("no system\nrole here")
+        return messages[-1]["content"]
+
+
+def test_a_chat_template_that_fails_or_forgets_is_an_error():
+    tokenizer = FailingTemplate(chat_template="x")
+    assert render_prompt("q", "tokenizer", tokenizer=tokenizer) == "q"
+    with pytest.raises(ValueError, match="chat template fails on it: RuntimeError: no system role here"):
+        render_prompt("q", "tokenizer", tokenizer=tokenizer, system="s")
+    turns = [("user", "one"), ("assistant", "<think>hm</think>two"), ("user", "three")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    with pytest.raises(ValueError, match="leaves out the turn of 'user' 'one'"):
+        render_prompt(messages, "tokenizer", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="leaves out the turn of 'assistant' 'two'"):
+        render_prompt(messages[1:], "tokenizer", tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -132,7 +132,8 @@ def _labels_row(rng: random.Random) -> Columns:
 ODD_VALUES = (
     None, math.nan, math.inf, True, 0, -1, 2.5, 10**30, "", " \n", "nan", "\0", "\ud83d", "a \udc00 b", "\u202e",
     "x" * 3000, [], {}, [[]], [None], {"a": {"b": [1, "x"]}}, [3], EOS, f"red{EOS}\n", BOS, "<think>",
-    "<think>\nred</think>blue", "</think>", [{"role": "user"}], [{"role": "user", "content": "red"}], [{"role": "assistant", "content": "red"}],
+    "<think>\nred</think>blue", "</think>",
+    [{"role": "user"}], [{"role": "user", "content": "red"}], [{"role": "assistant", "content": "red"}],
     [{"role": "user", "content": [{"type": "image", "url": "red"}]}], [{"content": "red"}],
     "Digits5000", "Float400", "Deep60", "Deep300", "Deep3000",
 )  # fmt: skip
@@ -228,7 +229,7 @@ def _odd_array(count: int, rng: random.Random) -> pa.Array:
             (datetime(2024, 1, 31, 5), pa.timestamp("ns")), (timedelta(1), pa.duration("s")), (math.nan, pa.float64()),
             ([("a", 1)], pa.map_(pa.string(), pa.int64())), ([(1, 2), (1, 3)], pa.map_(pa.int64(), pa.int64())),
             ({"role": "user", "content": "red"}, pa.struct({"role": pa.string(), "content": pa.string()})),
-            (10**15, pa.int64()), (2**62, pa.timestamp("s")), ([[1.0, math.nan]], pa.list_(pa.list_(pa.float64()))),
+            (10**15, pa.int64()), (2**50, pa.timestamp("s")), ([[1.0, math.nan]], pa.list_(pa.list_(pa.float64()))),
         )
     )  # fmt: skip
     return pa.array([value] * count, type=kind)

@@ -139,16 +139,18 @@ def read_by_model(kind: str, row: Row, tokenizer: Any) -> str:
 
 
 def learned_texts(kind: str, raw: dict[str, Any]) -> list[str]:
-    names = {"pairs": ("prompt", "chosen", "rejected"), "labels": ("prompt", "response"), "prompts": ("prompt",)}.get(
-        kind
-    )
-    if names is None:
-        given = [name for name in ("messages", "completion", "text") if raw.get(name) is not None]
-        first = given[0] if given and (given[0] != "text" or "output" not in raw) else "instruction"
-        names = {"messages": ("messages",), "completion": ("prompt", "completion"), "text": ()}.get(first)
-        names = (
-            names if names is not None else ("instruction", "input", "output") if "prompt" not in raw else ("prompt",)
-        )
+    """The texts under the names that a stage reads, as far as they are the row's own names and not aliases."""
+    given = {name for name, value in raw.items() if value is not None}
+    if kind != "sft":
+        names = {"prompts": ("prompt",), "pairs": ("prompt", "chosen", "rejected"), "labels": ("prompt", "response")}[
+            kind
+        ]
+    elif "messages" in given:
+        names = ("messages",)
+    elif given & {"prompt", "completion"}:
+        names = ("prompt", "completion")
+    else:
+        names = ("instruction", "input", "output") if {"instruction", "output"} <= given else ("text",)
     return [leaf for name in names for leaf in leaves(raw.get(name))]
 
 
@@ -156,8 +158,10 @@ def leaves(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
-        for entry in value:
-            yield from leaves(entry)
+        for i, entry in enumerate(value):
+            is_turn = isinstance(entry, dict) and "role" in entry
+            # R1's template leaves the reasoning of earlier turns out.
+            yield from leaves({"content": entry["content"]} if is_turn and i < len(value) - 1 else entry)
     elif isinstance(value, dict):
         for name, entry in value.items():
             if name not in ("role", "type"):

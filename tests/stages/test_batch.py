@@ -1,5 +1,6 @@
 """What the model is fed: encoding with one BOS and one EOS, which tokens are learned, the packed layout, limits."""
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,11 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
 from r1fast.config import ConfigError
+from r1fast.data.rows import Row
+from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.data.tokenizer import train_tokenizer
 from r1fast.stages.batch import Example, check_lengths, collate, empty_batch, encode_examples, encode_prompts
+from r1fast.stages.reward_model import score_examples
 from tests.tiny_checkpoint import TEXTS
 
 CPU = torch.device("cpu")
@@ -102,6 +106,85 @@ def test_prefilled_prompts_open_the_reasoning_once(tokenizer: PreTrainedTokenize
     text = text_of(tokenizer, example.prompt_ids + example.completion_ids)
     assert text.count("<think>") == 1 and text.endswith(f"<think> yes </think> no{tokenizer.eos_token}")
     assert text_of(tokenizer, example.prompt_ids).endswith("<think>")
+
+
+def test_reasoning_of_a_turn_is_learned_in_the_stage_format(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "\n3", "reasoning_content": "red\n"}]
+    for name, layout in RESPONSE_FORMATS.items():
+        for row in ({"messages": turns}, {"prompt": "1+2?", "completion": turns[1:]}):
+            (example,) = encode_examples([row], tokenizer, options(response_format=name))
+            learned = text_of(tokenizer, example.completion_ids)
+            assert learned == layout.render("red", "3") + tokenizer.eos_token
+
+
+@pytest.mark.parametrize("ending", ["", "{eos}", "{eos}\n", " {eos}{eos}"], ids=repr)
+def test_an_end_token_in_the_data_is_not_added_again(tokenizer: PreTrainedTokenizerBase, ending: str) -> None:
+    written = "red" + ending.format(eos=tokenizer.eos_token)
+    rows = [{"prompt": "one ?", "completion": written}, {"text": written}]
+    for example in encode_examples(rows, tokenizer, options()):
+        ids = example.completion_ids
+        assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+    (example,) = score_examples(tokenizer, [{"prompt": "one ?"}], [written], options())
+    assert example.completion_ids.count(tokenizer.eos_token_id) == 2  # the second is only a target
+
+
+@pytest.mark.parametrize(
+    ("ending", "completion", "learned"),
+    [
+        ("<think>\n", "<think>red</think>5", "red</think>5"),
+        ("<think>\n", "<think>\nred</think>5", "red</think>5"),
+        ("<think>\n", "\n<think>\n\nred</think>5", "\nred</think>5"),
+        ("<think>", "<think>\nred</think>5", "\nred</think>5"),
+        ("<think>\n", "red</think>5", "red</think>5"),
+        ("<think>\n\n</think>\n\n", "<think></think>\n5", "5"),
+        ("", "<think>red</think>5", "<think>red</think>5"),
+    ],
+)
+def test_a_template_that_opens_the_reasoning_does_so_once(
+    tokenizer: PreTrainedTokenizerBase, ending: str, completion: str, learned: str
+) -> None:
+    """R1-Distill's ends in <think> and a line break, others in an empty reasoning."""
+    opening = copy.deepcopy(tokenizer)
+    opening.chat_template = tokenizer.chat_template + f"{{{{ {ending!r} }}}}"
+    rows = [{"prompt": "q?", "completion": completion}]
+    how = options(prompt_template="tokenizer", response_format="think_summary")
+    (example,) = encode_examples(rows, opening, how)
+    assert text_of(tokenizer, example.completion_ids) == learned + tokenizer.eos_token
+    assert text_of(tokenizer, example.prompt_ids).endswith(f"<｜Assistant｜>{ending}")
+
+
+class Failing:
+    """A tokenizer that cannot encode one word, and says so as Rust's bindings do."""
+
+    bos_token_id, eos_token_id, eos_token = 0, 1, "<eos>"
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> SimpleNamespace:
+        if any("bad" in text for text in texts):
+            raise self.error("no such\nword")
+        return SimpleNamespace(input_ids=[[2] for _ in texts])
+
+
+class PanicException(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [OverflowError, PanicException])
+@pytest.mark.parametrize("index", [0, 3, 6])
+def test_the_row_that_a_tokenizer_fails_on_is_named(error: type[BaseException], index: int) -> None:
+    rows = [Row({"prompt": "q", "completion": "bad" if i == index else "good"}, f"a.jsonl:{i + 1}") for i in range(7)]
+    message = rf"^a.jsonl:{index + 1}: the tokenizer fails on it: {error.__name__}: no such word$"
+    with pytest.raises(ConfigError, match=message):
+        encode_examples(rows, Failing(error), options(prompt_template="plain"))
+
+
+def test_an_interrupt_is_no_failure_of_a_row() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        encode_examples(
+            [{"prompt": "bad", "completion": "x"}], Failing(KeyboardInterrupt), options(prompt_template="plain")
+        )
 
 
 def test_empty_prompt_needs_a_bos_token(tokenizer: PreTrainedTokenizerBase, without_bos) -> None:

@@ -1,0 +1,186 @@
+"""What rows hold is used, kept beside, or refused with its place; chats, aliases, reasoning, values of other types."""
+
+import math
+from datetime import date, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from r1fast.data.rows import Row, canonical, place, plain
+
+WHERE = "a.jsonl:7"
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str, **fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **fields}
+
+
+def system(content: str) -> dict[str, str]:
+    return {"role": "system", "content": content}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "expected"),
+    [
+        ("prompts", {"prompt": "p", "answer": math.nan}, {"answer": None}),
+        ("prompts", {"prompt": "p", "answer": ["4", 5]}, {"answer": ["4", 5]}),
+        ("prompts", {"prompt": "p", "answer": {"target": 3}}, {"answer": {"target": 3}}),
+        ("prompts", {"prompt": "p", "solution": "prose", "ground_truth": "4"}, {"answer": "prose"}),
+        ("prompts", {"prompt": "p", "answer": "4", "solution": "prose"}, {"answer": "4", "solution": "prose"}),
+        ("prompts", {"messages": [user("p")], "question": "p"}, {"prompt": "p"}),
+        ("sft", {"instruction": "i", "input": "x", "output": "o"}, {"prompt": "i\n\nx", "completion": "o"}),
+        ("sft", {"instruction": "i", "input": "", "output": "o"}, {"prompt": "i", "completion": "o"}),
+        ("sft", {"prompt": "p", "response": "long", "answer": "4"}, {"completion": "long"}),
+        ("sft", {"text": "t", "instruction": "i", "output": "o"}, {"prompt": "i", "completion": "o"}),
+        ("sft", {"prompt": [user("p")], "completion": [assistant("c")]}, {"prompt": [user("p")], "completion": "c"}),
+        ("sft", {"prompt": "p", "completion": [user("p"), assistant("c")]}, {"prompt": "p", "completion": "c"}),
+        ("sft", {"completion": [user("p"), assistant("c")]}, {"prompt": [user("p")], "completion": "c"}),
+        (
+            "sft",
+            {"prompt": "p", "completion": [assistant("a"), user("q"), assistant("c")]},
+            {"prompt": [user("p"), assistant("a"), user("q")], "completion": "c"},
+        ),
+        (
+            "sft",
+            {"prompt": "p", "completion": "c", "reasoning_content": "r"},
+            {"completion": [assistant("c", reasoning_content="r")]},
+        ),
+        (
+            "sft",
+            {"prompt": "p", "completion": "<think>s</think>c", "reasoning_content": "r"},
+            {"completion": "<think>s</think>c"},
+        ),
+        (
+            "sft",
+            {"messages": [user("p"), assistant("c", thinking="r", tool_calls=None)]},
+            {"messages": [user("p"), assistant("c", reasoning_content="r")]},
+        ),
+        (
+            "sft",
+            {"messages": [user("p"), assistant("<think>r</think>c", reasoning="r")]},
+            {"messages": [user("p"), assistant("<think>r</think>c")]},
+        ),
+        (
+            "sft",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "p"}]}, assistant("c")]},
+            {"messages": [user("p"), assistant("c")]},
+        ),
+        (
+            "pairs",
+            {"prompt": "p", "chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")]},
+            {"prompt": "p", "chosen": "c", "rejected": "r"},
+        ),
+        (
+            "pairs",
+            {"chosen": [system("s"), user("p"), assistant("c")], "rejected": [system("s"), user("p"), assistant("r")]},
+            {"prompt": [system("s"), user("p")], "chosen": "c", "rejected": "r"},
+        ),
+        (
+            "pairs",
+            {"prompt": [user("p")], "chosen": [assistant("c")], "rejected": [assistant("r")]},
+            {"prompt": [user("p")], "chosen": "c", "rejected": "r"},
+        ),
+        (
+            "labels",
+            {"completion": [user("p"), assistant("c")], "label": True},
+            {"prompt": [user("p")], "response": "c", "label": 1},
+        ),
+    ],
+)
+def test_what_rows_hold_is_taken(kind: Any, row: dict, expected: dict) -> None:
+    read = canonical(row, kind, WHERE)
+    assert {name: read[name] for name in expected} == expected
+    assert set(row) <= set(read)
+    assert place(read, 3) == WHERE and place(dict(read), 3) == "row 4"
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("prompts", {"prompt": None, "problem": None}, r"no column 'prompt' \(prompt is null\)"),
+        ("prompts", {"problem": "p", "question": "q"}, r"'problem' and 'question' differ"),
+        (
+            "prompts",
+            {"prompt": [user("p"), assistant("c")]},
+            r"prompt ends with a turn of 'assistant', expected 'user'",
+        ),
+        ("sft", {"problem": "p", "solution": "long", "answer": "4"}, r"'answer' and 'solution' differ.*'completion'"),
+        ("sft", {"messages": [user("p"), assistant("c")], "completion": "d"}, r"'messages' and 'completion' differ"),
+        ("sft", {"prompt": "p", "text": "t"}, r"no column 'completion'"),
+        ("sft", {"prompt": "p", "completion": " "}, r"completion is empty"),
+        ("sft", {"text": ""}, r"text is empty"),
+        ("sft", {"messages": [assistant("c")]}, r"messages, without its last turn, ends before any turn"),
+        (
+            "sft",
+            {"messages": [user("p"), assistant("", tool_calls=[{"name": "f"}])]},
+            r"messages\[1\] has 'tool_calls'",
+        ),
+        ("sft", {"messages": [{**user("p"), "name": "Ann"}, assistant("c")]}, r"messages\[0\] has 'name' = str 'Ann'"),
+        ("sft", {"messages": [{"role": "tool", "content": "x"}, assistant("c")]}, r"messages\[0\] has role 'tool'"),
+        ("sft", {"messages": [{**user("p"), "thinking": "r"}, assistant("c")]}, r"'thinking' and role 'user'"),
+        (
+            "sft",
+            {"messages": [user("p"), assistant("<think>s</think>c", reasoning="r")]},
+            r"messages\[1\] has 'reasoning', and another reasoning in content",
+        ),
+        (
+            "sft",
+            {"messages": [user("p"), assistant("c", reasoning="r", thinking="s")]},
+            r"messages\[1\] has dict .*expected one reasoning",
+        ),
+        (
+            "sft",
+            {"messages": [{"role": "user", "content": [{"type": "image", "url": "u"}]}, assistant("c")]},
+            r"messages\[0\].content\[0\] is dict .*the models read text only",
+        ),
+        ("sft", {"instruction": "i", "input": 3, "output": "o"}, r"column 'input' is int 3"),
+        ("sft", {"prompt": "q", "completion": [user("p"), assistant("c")]}, r"completion begins with other turns"),
+        (
+            "pairs",
+            {"chosen": [user("p"), assistant("c")], "rejected": [user("q"), assistant("r")]},
+            r"chosen and rejected differ before their last turn",
+        ),
+        ("pairs", {"chosen": "c", "rejected": "r"}, r"no column 'prompt'"),
+        ("labels", {"prompt": "p", "response": "r", "label": math.nan}, r"column 'label' is float nan"),
+        ("labels", {"prompt": "p", "response": "r", "label": [1]}, r"column 'label' is list"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused_with_its_place(kind: Any, row: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{WHERE}: .*{message}"):
+        canonical(row, kind, WHERE)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (math.nan, None),
+        (-math.inf, None),
+        ([1.5, math.nan, {"a": math.inf}], [1.5, None, {"a": None}]),
+        (Decimal("4.50"), "4.50"),
+        (date(2024, 1, 31), "2024-01-31"),
+        (datetime(2024, 1, 31, 5), "2024-01-31T05:00:00"),
+        ([("a", 1), ("b", 2)], {"a": 1, "b": 2}),
+        ([], []),
+    ],
+    ids=repr,
+)
+def test_values_of_tables_become_those_of_json(value: Any, expected: Any) -> None:
+    assert plain(value, "x", WHERE) == expected
+
+
+@pytest.mark.parametrize("value", [b"\xff", timedelta(1), {1, 2}, [(1, 2), (1, 3)], [[b"x"]]], ids=repr)
+def test_values_that_no_stage_can_use(value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{WHERE}: column 'x' "):
+        plain(value, "x", WHERE)
+
+
+def test_a_row_is_its_columns() -> None:
+    import pickle
+
+    row = Row({"a": 1}, WHERE)
+    assert row == {"a": 1} and pickle.loads(pickle.dumps(row)).where == WHERE
