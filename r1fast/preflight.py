@@ -70,7 +70,7 @@ def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> None:
         for stage in recipe.stages:
             if stage.name in selected:
                 for problem in _problems(recipe, stage):
-                    raise ConfigError(f"stages.{stage.name}.{problem}")
+                    raise ConfigError(f"stages.{stage.name}.{' '.join(problem.split())}")  # a library's may have lines
     finally:
         _cache.clear()
 
