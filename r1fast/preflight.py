@@ -13,7 +13,7 @@ from typing import Any
 
 from r1fast.config import ConfigError, shown
 from r1fast.data.rows import Row
-from r1fast.preflight_architecture import architecture_problems, router_problems
+from r1fast.preflight_architecture import architecture_problems, router_problems, vocabulary_of
 from r1fast.preflight_rows import checkpoint_of, reward_problems, row_problems, text_problems, tokenizer_of
 from r1fast.recipe_yaml import check_text
 from r1fast.run_folder import holds_nothing
@@ -201,13 +201,13 @@ def _model_problems(recipe: Recipe, stage: Any) -> Iterator[str]:
             kinds = ("a language model", "a reward model (a `score` head)")
             yield f"{key}: {ref} is {kinds[is_reward_model]}, expected {kinds[not is_reward_model]}"
     if stage.kind == "pretrain":
-        num_tokens, ref = stage.vocab_size, stage.tokenizer
-        if ref is not None and not ref.startswith("@"):
-            if problems := list(_tokenizer_problems("tokenizer", ref)):
+        vocabulary = vocabulary_of(recipe, stage)
+        if isinstance(vocabulary, str):
+            if problems := list(_tokenizer_problems("tokenizer", vocabulary)):
                 yield from problems
                 return
-            num_tokens = len(tokenizer_of(ref))
-        yield from architecture_problems(stage, num_tokens)
+            vocabulary = len(tokenizer_of(vocabulary))
+        yield from architecture_problems(stage, vocabulary)
     yield from router_problems(recipe, stage)
 
 

@@ -11,15 +11,17 @@ from r1fast.schema import Recipe
 
 def architecture_problems(stage: Any, num_tokens: int) -> Iterator[str]:
     """What is wrong with a pretrain stage's architecture. num_tokens: the entries of its tokenizer, or their limit."""
+    from huggingface_hub.errors import StrictDataclassError
+
     from r1fast.models.config import ModelConfig
 
     try:
         config = ModelConfig.from_dict({"vocab_size": num_tokens, **stage.architecture})
-    except (ValueError, TypeError) as error:
+        config.to_hf()  # what the stage will write when it is done
+    except (ValueError, TypeError, StrictDataclassError) as error:
         yield f"architecture: {error}"
         return
-    at_hand = stage.tokenizer is None or not stage.tokenizer.startswith("@")
-    if config.vocab_size < num_tokens and at_hand:
+    if config.vocab_size < num_tokens:
         yield f"architecture.vocab_size = {config.vocab_size} is less than the {num_tokens} entries of the tokenizer"
     positions = config.max_position_embeddings
     for key in ("max_length", *(("max_completion_length",) if stage.eval_files else ())):
@@ -36,6 +38,16 @@ def architecture_problems(stage: Any, num_tokens: int) -> Iterator[str]:
             f"architecture: has {needed // 4:.3g} parameters, {needed / 2**30:.3g} GiB in float32, more than the "
             f"{memory / 2**30:.3g} GiB of this machine"
         )
+
+
+def vocabulary_of(recipe: Recipe, stage: Any) -> int | str:
+    """The most entries of the tokenizer that a stage trains with, or the folder or Hub id that it comes from."""
+    while stage.kind != "pretrain" or stage.tokenizer is not None:
+        ref = stage.tokenizer if stage.kind == "pretrain" else stage.model or recipe.model.path
+        if not ref.startswith("@"):
+            return ref
+        stage = recipe.stage(ref[1:])
+    return stage.vocab_size
 
 
 def num_parameters(config: Any) -> int:

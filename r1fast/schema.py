@@ -4,6 +4,7 @@ Types are strict: a number in quotes is text, true is no number, 10.0 no integer
 refused, by value, because the recipe that a run saves names every option: one at its default counts as not set.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
@@ -88,7 +89,12 @@ class VllmOptions(Strict):
 def _is_url(text: str) -> bool:
     try:
         url = urlsplit(text)
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and text.isascii()
+        return (
+            url.scheme in ("http", "https")
+            and bool(url.hostname)
+            and url.port != 0
+            and re.fullmatch("[!-~]+", text) is not None
+        )
     except ValueError:  # a port that is no number
         return False
 

@@ -1,9 +1,17 @@
-"""Fixtures of the tests that run stages: a tiny checkpoint, and the command line in this process."""
+"""Fixtures of the tests that run stages: a tiny checkpoint, the command line in this process, and what it refuses."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.tiny_checkpoint import PROMPTS, tree, write_jsonl, write_recipe
+
+REWARD_FILE = """
+def needs_gold(completions, gold, **columns):
+    return [0.0] * len(completions)
+"""
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +42,36 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     yield run
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def refuse(command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command line that must be refused; returns the error's text."""
+
+    def run(*argv: object) -> str:
+        before = tree(tmp_path)
+        capsys.readouterr()
+        status = command(*argv)
+        out, err = capsys.readouterr()
+        assert status == 2, err
+        assert tree(tmp_path) == before
+        assert out == "" and "Traceback" not in err
+        assert [line.startswith("r1fast: ") for line in err.splitlines()] == [True], err
+        return err
+
+    return run
+
+
+@pytest.fixture
+def refuse_recipe(refuse, base_model: Path, tmp_path: Path) -> Callable[..., str]:
+    """Refuses a recipe of these stages, whose model is base_model unless the stage or `model` says otherwise."""
+    write_jsonl(tmp_path / "train.jsonl", PROMPTS)
+    write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "one ?", "completion": "two"}] * 4)
+    (tmp_path / "rewards.py").write_text(REWARD_FILE)
+
+    def run(*stages: dict, argv: tuple[object, ...] = (), model: object = base_model, **sections: Any) -> str:
+        sections["model"] = {"path": str(model)}
+        config = write_recipe(tmp_path / "mine.yaml", *stages, **sections)
+        return refuse("--config", config, "--output-dir", tmp_path / "run", *argv)
+
+    return run

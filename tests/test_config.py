@@ -1,12 +1,13 @@
 """Recipes: precedence, inheritance, overrides; every error names the key, the value and the nearest valid one."""
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from r1fast.config import RECIPES, ConfigError, dump_recipe, load_recipe, validate
+from r1fast.config import RECIPES, ConfigError, dump_recipe, error_lines, load_recipe, validate
 from r1fast.schema import Recipe
 
 ZERO = "{name: zero, kind: grpo, train_files: [a.jsonl]}"
@@ -343,3 +344,60 @@ def test_options_of_vllm_round_trip(write) -> None:
     )
     assert load_recipe(write(dump_recipe(recipe), "saved.yaml"), []) == recipe
     assert recipe.rollout.vllm.server_base_url == "http://a:1"
+
+
+# Files
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(write) -> None:
+    assert load_recipe(write(f"\ufeffseed: 5\nstages: [{ZERO}]"), []).seed == 5
+
+
+def test_what_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes("seed: 1\nname: caf\xe9".encode("latin-1"))
+    assert "line 2: not UTF-8" in message_of(str(tmp_path / "mine.yaml"))
+
+
+def test_what_is_no_recipe_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name in ("folder", "zero", "pipe"):
+        assert "expected a YAML file" in message_of(str(tmp_path / f"{name}.yaml"))
+    with (tmp_path / "huge.yaml").open("wb") as file:
+        file.truncate(1 << 30)  # a hole
+    assert "larger than 262144 bytes" in message_of(str(tmp_path / "huge.yaml"))
+    assert "File name too long" in message_of("x" * 5000 + ".yaml")
+    assert "null byte" in message_of("a\0b.yaml")
+    assert "no recipe ''" in message_of("")
+    (tmp_path / "secret.yaml").write_text("seed: 1")
+    monkeypatch.setattr(Path, "open", refuse_to_open)  # a file's mode does not stop root
+    assert "secret.yaml: cannot be read (Permission denied)" in message_of(str(tmp_path / "secret.yaml"))
+
+
+def refuse_to_open(path: Path, *mode: str) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_parents_are_read_once_and_not_without_end(write) -> None:
+    write(f"seed: 3\nstages: [{ZERO}]", "p0.yaml")
+    for i in range(1, 30):
+        write(f"defaults: [p{i - 1}.yaml, p{i - 1}.yaml]", f"p{i}.yaml")
+    assert load_recipe(write("defaults: p15.yaml"), []).seed == 3  # 2^15 paths lead to it
+    assert "more than 20 recipes in a row" in message_of(write("defaults: p29.yaml"))
+
+
+def test_override_reaches_the_longer_of_two_names(write) -> None:
+    config = write(f"stages: [{ZERO.replace('zero', 'qwen2')}, {ZERO.replace('zero', 'qwen2.5')}]")
+    recipe = load_recipe(config, ["stages.qwen2.5.max_steps=7", "stages.qwen2.max_steps=8"])
+    assert [stage.max_steps for stage in recipe.stages] == [8, 7]
+
+
+def test_no_error_is_long(write) -> None:
+    long = "x" * 200_000
+    for text in (f"{long}: 1", f"seed: {long}", f"stages: [{{name: zero, kind: {long}}}]", f"defaults: [[{long}]]"):
+        message = message_of(write(text))
+        assert len(message) < 700
+        assert all(len(line) < 1100 for line in error_lines(message + long))
+    many = message_of(write("\n".join(f"a{i}: 1" for i in range(1000)) + f"\nstages: [{ZERO}]"))
+    assert len(error_lines(many)) == 11 and error_lines(many)[-1] == "r1fast: and 990 more"

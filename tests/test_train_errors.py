@@ -15,17 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_checkpoint import GRPO, PROMPTS, QWEN2, tree, write_checkpoint, write_jsonl, write_recipe
+from tests.tiny_checkpoint import GRPO, PRETRAIN, PROMPTS, SFT, tree, write_checkpoint, write_jsonl, write_recipe
 
 ROOT = Path(__file__).parents[1]
-SFT: dict[str, Any] = {"name": "tuned", "kind": "sft", "train_files": ["sft.jsonl"]}
-PRETRAIN: dict[str, Any] = {
-    "name": "base",
-    "kind": "pretrain",
-    "train_files": ["sft.jsonl"],
-    "architecture": {key: value for key, value in QWEN2.items() if key != "initializer_range"},
-    "max_steps": 1,
-}
 COLLECT: dict[str, Any] = {
     "name": "cold",
     "kind": "collect",
@@ -34,43 +26,6 @@ COLLECT: dict[str, Any] = {
     "max_completion_length": 8,
     "few_shot": {"examples_files": ["examples.jsonl"]},
 }
-REWARD_FILE = """
-def needs_gold(completions, gold, **columns):
-    return [0.0] * len(completions)
-"""
-
-
-@pytest.fixture
-def refuse(command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command line that must be refused; returns the error's text."""
-
-    def run(*argv: object) -> str:
-        before = tree(tmp_path)
-        capsys.readouterr()
-        status = command(*argv)
-        out, err = capsys.readouterr()
-        assert status == 2, err
-        assert tree(tmp_path) == before
-        assert out == "" and "Traceback" not in err
-        assert [line.startswith("r1fast: ") for line in err.splitlines()] == [True], err
-        return err
-
-    return run
-
-
-@pytest.fixture
-def refuse_recipe(refuse, base_model: Path, tmp_path: Path) -> Callable[..., str]:
-    """Refuses a recipe of these stages, whose model is base_model unless the stage or `model` says otherwise."""
-    write_jsonl(tmp_path / "train.jsonl", PROMPTS)
-    write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "one ?", "completion": "two"}] * 4)
-    (tmp_path / "rewards.py").write_text(REWARD_FILE)
-
-    def run(*stages: dict, argv: tuple[object, ...] = (), model: object = base_model, **sections: Any) -> str:
-        sections["model"] = {"path": str(model)}
-        config = write_recipe(tmp_path / "mine.yaml", *stages, **sections)
-        return refuse("--config", config, "--output-dir", tmp_path / "run", *argv)
-
-    return run
 
 
 def test_the_recipe_of_these_tests_is_accepted(command, base_model: Path, tmp_path: Path) -> None:

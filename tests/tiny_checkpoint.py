@@ -57,6 +57,15 @@ GRPO: dict[str, Any] = {
     "max_steps": 1,
     "prompt_template": "chat",
 }
+SFT: dict[str, Any] = {"name": "tuned", "kind": "sft", "train_files": ["sft.jsonl"]}
+PRETRAIN: dict[str, Any] = {
+    "name": "base",
+    "kind": "pretrain",
+    "train_files": ["sft.jsonl"],
+    "architecture": {key: value for key, value in QWEN2.items() if key != "initializer_range"},
+    "max_steps": 1,
+    "max_length": 128,
+}
 
 
 def write_checkpoint(folder: Path, *, seed: int = 0, with_tokenizer: bool = True, **fields: Any) -> Path:

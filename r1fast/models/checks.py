@@ -105,8 +105,8 @@ def check_types(config: Any) -> None:
     for name in _FLAGS:
         _check(lambda value: isinstance(value, bool), config, name, "true or false")
     _check(_is_number(0, 1e3), config, "initializer_range", "a number, 0 or more")
-    for name in ("rms_norm_eps", "routed_scaling_factor"):
-        _check(_is_number(1e-30, 1e6), config, name, "a number above 0")
+    _check(_is_number(1e-30, 1), config, "rms_norm_eps", "a number above 0, at most 1")
+    _check(_is_number(1e-6, 1e6), config, "routed_scaling_factor", "a number above 0")
     layers = config.mlp_only_layers or ()
     for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
         last = config.num_hidden_layers - 1
@@ -193,8 +193,8 @@ def check_parts(config: Any) -> None:
 def check_from_scratch(config: Any, given: Mapping[str, Any]) -> None:
     """What only a model that is made from a recipe must be: each field that was given has an effect."""
     vocab_size, layers = config.vocab_size, config.num_hidden_layers
-    right = 0 < config.initializer_range <= 1
-    require(right, "initializer_range", config.initializer_range, "a number above 0, at most 1")
+    spread = given.get("initializer_range", config.initializer_range)
+    require(0 < spread <= 1, "initializer_range", spread, "a number above 0, at most 1")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = getattr(config, name)
         for i in ids if isinstance(ids, list) else [ids]:

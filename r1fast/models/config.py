@@ -81,6 +81,8 @@ class ModelConfig:
             "n_group": self.n_group or 1,
             "topk_group": self.topk_group or 1,
             "mlp_only_layers": tuple(self.mlp_only_layers or ()),
+            # transformers takes no integer for them.
+            **{n: float(getattr(self, n)) for n in ("initializer_range", "rms_norm_eps", "routed_scaling_factor")},
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)

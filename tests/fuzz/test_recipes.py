@@ -260,6 +260,6 @@ def _check_architecture(stage: dict[str, Any]) -> None:
     if sum(parameter.numel() for parameter in decoder.parameters()) < 1_000_000:
         decoder = Decoder(config)
         decoder.init_weights(torch.Generator().manual_seed(0))
-        logits_TV = decoder(torch.arange(5), torch.tensor([0, 2, 5], dtype=torch.int32))
+        logits_TV = decoder(torch.arange(5) % config.vocab_size, torch.tensor([0, 2, 5], dtype=torch.int32))
         assert logits_TV.shape == (5, config.vocab_size) and bool(logits_TV.isfinite().all())
         assert type(config.to_hf()).model_type == config.model_type

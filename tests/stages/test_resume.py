@@ -252,7 +252,8 @@ def test_reward_model_killed(kill_and_resume, tmp_path: Path) -> None:
 
 def test_pretrain_killed(kill_and_resume) -> None:
     stage = {"name": "base", "kind": "pretrain", "train_files": ["sft.jsonl"], "architecture": dict(DEEPSEEK_V3)}
-    kill_and_resume({**stage, "max_steps": 6, "batch_size": 3, "save_steps": 2}, (Trainer, "update", 4))
+    stage |= {"max_length": 128, "max_steps": 6, "batch_size": 3, "save_steps": 2}
+    kill_and_resume(stage, (Trainer, "update", 4))
 
 
 @pytest.mark.parametrize("number", [1, 4], ids=["after-sampling", "between-checkpoints"])

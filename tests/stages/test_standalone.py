@@ -522,10 +522,11 @@ def test_pretrain_from_text_and_dialogues(command, base_model: Path, tmp_path: P
     write_jsonl(tmp_path / "corpus.jsonl", [*({"text": text} for text in texts), *SFT_ROWS] * 10)
     stage = {
         "name": "base", "kind": "pretrain", "train_files": ["corpus.jsonl"], "vocab_size": 300, "batch_size": 12,
-        "max_steps": 50, "learning_rate": 1e-2, "optimizer": "muon", "architecture": dict(QWEN2),
+        "max_steps": 50, "max_length": 128, "learning_rate": 1e-2, "optimizer": "muon", "architecture": dict(QWEN2),
     }  # fmt: skip
-    second = {**stage, "name": "second", "tokenizer": "@base", "architecture": dict(DEEPSEEK_V3), "max_steps": 2}
-    third = {**stage, "name": "third", "tokenizer": str(base_model), "max_steps": 1}
+    given = {name: value for name, value in stage.items() if name != "vocab_size"}
+    second = {**given, "name": "second", "tokenizer": "@base", "architecture": dict(DEEPSEEK_V3), "max_steps": 2}
+    third = {**given, "name": "third", "tokenizer": str(base_model), "max_steps": 1}
     config = write_recipe(tmp_path / "mine.yaml", stage, second, third)
     assert command("--config", config, "--output-dir", "run") == 0
     found = entries(tmp_path)
