@@ -1,11 +1,13 @@
 """The saved folder alone gives the prompts of training, its stop tokens, and the generation defaults of its source."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import processors
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -18,7 +20,7 @@ from r1fast.rollout.prompts import encode_text_prompts, leading_ids
 from r1fast.rollout.sampling import SamplingParams
 from r1fast.stages.batch import encode_examples, encode_prompts
 from r1fast.stages.context import exported_tokenizer
-from tests.tiny_checkpoint import TEXTS
+from tests.tiny_checkpoint import DEEPSEEK_V3, GRPO, PROMPTS, QWEN2, TEXTS, write_checkpoint, write_jsonl, write_recipe
 
 QUESTION = "What is {1} + 2 ?\n 'quoted' \"twice\" \\n {{ braces }} 🙂  "
 SYSTEM = {"role": "system", "content": "be brief \n"}
@@ -27,7 +29,7 @@ TURNS = [
     {"role": "assistant", "content": "<think>\nhm\n</think>\n\ntwo"},
     {"role": "user", "content": QUESTION},
 ]
-PROMPTS: dict[str, Any] = {
+CHATS: dict[str, Any] = {
     "question": QUESTION,
     "bos-in-the-question": f"{BOS}one ?",
     "system": [SYSTEM, TURNS[0]],
@@ -93,7 +95,7 @@ def test_the_folder_renders_the_prompts_of_training(
     stage = stage_of(template, prefill or "think_answer", prefill is not None)
     loaded = AutoTokenizer.from_pretrained(saved(tokenizer, stage, tmp_path))
     assert (tmp_path / "chat_template.jinja").is_file()  # where transformers and vLLM look for it
-    for name, prompt in PROMPTS.items():
+    for name, prompt in CHATS.items():
         if isinstance(prompt, list) and template in ("r1_zero", "plain"):
             with pytest.raises(Exception, match="trained on single questions"):
                 loaded.apply_chat_template(prompt, add_generation_prompt=True)
@@ -167,3 +169,86 @@ def test_generation_defaults_of_the_source_are_kept(tmp_path: Path) -> None:
     assert set(found.eos_token_id) == {9, tokenizer.eos_token_id}  # what training ended answers with is one of them
     again, _ = load_model(tmp_path / "trained")
     assert set(again.config.eos_token_id) == set(found.eos_token_id)
+
+
+@pytest.fixture
+def sft(command: Callable[..., int], tmp_path: Path) -> Callable[..., Path]:
+    """Runs one sft stage on a model of two steps of training, and returns the folder of what it made."""
+
+    def run(model: Path, **options: Any) -> Path:
+        write_jsonl(tmp_path / "train.jsonl", [{"prompt": "one ?", "completion": "<think>\nhm\n</think>\n\ntwo"}] * 4)
+        stage = {"name": "tuned", "kind": "sft", "train_files": ["train.jsonl"], "batch_size": 4, "max_length": 1000}
+        recipe = write_recipe(tmp_path / "recipe.yaml", stage | options, model={"path": str(model)})
+        assert command("--config", recipe, "--output-dir", "run") == 0
+        return tmp_path / "run" / "tuned" / "model"
+
+    return run
+
+
+@pytest.mark.parametrize("template", ["chat", "r1_zero", "few_shot"])
+def test_a_stage_saves_what_it_trained_with(sft: Callable[..., Path], tmp_path: Path, template: str) -> None:
+    start = write_checkpoint(tmp_path / "start", **{**QWEN2, "model_type": "llama", "max_position_embeddings": 1024})
+    theirs = {"temperature": 0.6, "do_sample": True, "eos_token_id": 5}
+    (start / "generation_config.json").write_text(json.dumps(theirs))
+    folder = sft(start, prompt_template=template, response_format="think_summary", prefill_think=True)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    found = loaded.apply_chat_template([TURNS[0]], add_generation_prompt=True)["input_ids"]
+    ((expected, prefilled),) = encode_prompts(["one ?"], loaded, stage_of(template, prefill=True))
+    assert prefilled and (found == expected) == (template != "few_shot")
+    generation = GenerationConfig.from_pretrained(folder)
+    assert generation.temperature == 0.6 and set(generation.eos_token_id) == {5, loaded.eos_token_id}
+
+
+# ---- logits that are not finite ----
+
+
+@pytest.mark.parametrize("weight", ["norm.weight", "lm_head.weight"])
+def test_generation_refuses_logits_that_are_not_finite(weight: str) -> None:
+    tokenizer = make_tokenizer("no-bos")
+    decoder = tiny_decoder(tokenizer)
+    with torch.no_grad():
+        decoder.state_dict()[weight].view(-1)[3] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"logits are not finite in 3 of 3 completions"):
+        RolloutEngine(decoder, tokenizer).generate(["one"], SamplingParams(n=3, max_tokens=2))
+
+
+def make_infinite(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Every model, once loaded, holds one infinite value."""
+    from r1fast.stages import context
+
+    def load(*args: Any, **options: Any) -> tuple[Decoder, Any]:
+        decoder, tokenizer = load_model(*args, **options)
+        with torch.no_grad():
+            decoder.state_dict()[name].view(-1)[1] = float("inf")
+        return decoder, tokenizer
+
+    monkeypatch.setattr(context, "load_model", load)
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "layers.1.mlp.gate.e_score_correction_bias"])
+def test_evaluation_refuses_a_model_that_is_not_finite(
+    command: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    model = write_checkpoint(tmp_path / "start", **DEEPSEEK_V3)
+    make_infinite(monkeypatch, name)
+    write_jsonl(tmp_path / "eval.jsonl", PROMPTS)
+    how = {"prompt_template": "chat", "max_completion_length": 8}
+    stage = {"name": "test", "kind": "evaluate", "eval_files": ["eval.jsonl"], **how}
+    recipe = write_recipe(tmp_path / "recipe.yaml", stage, model={"path": str(model)})
+    assert command("--config", recipe, "--output-dir", "run") == 1
+    assert f"stages.test: the model holds NaN or Inf in {name}, so it is not evaluated" in capsys.readouterr().err
+
+
+def test_rl_refuses_samples_that_are_not_finite(
+    command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_checkpoint(tmp_path / "start")
+    make_infinite(monkeypatch, "norm.weight")
+    write_jsonl(tmp_path / "train.jsonl", PROMPTS)
+    recipe = write_recipe(tmp_path / "recipe.yaml", GRPO, model={"path": str(model)})
+    assert command("--config", recipe, "--output-dir", "run") == 1
+    assert "stages.zero: the model's logits are not finite in 4 of 4 completions" in capsys.readouterr().err
