@@ -2,10 +2,11 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from tests.fuzz.trials import (
     outcome,
     processes_in,
     wait_until,
-    write_workspace,
 )
 
+KILLS_IN_SHORT = 2
 KILLS_ONE_PROCESS, KILLS_TWO_PROCESSES, KILLS_TORCHRUN = 200, 90, 10  # -m slow
 SEED = 20261128
 # What to wait for before the kill: any of these files of a run at work.
@@ -41,32 +42,6 @@ MOMENTS = {
     "report": "report.html.partial",
     "report-written": "report.html",
 }
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainers]:
-    with Trainers(write_workspace(tmp_path_factory.mktemp("one"))) as trainers:
-        yield trainers
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainers]:
-    with Trainers(write_workspace(tmp_path_factory.mktemp("two")), ranks=2) as trainers:
-        yield trainers
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[int, dict[str, Any]]:
-    """By number of ranks, the outcome of a run that was left in peace."""
-    return {}
-
-
-def whole(trainers: Trainers, expected: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    if trainers.ranks not in expected:
-        assert trainers.start("whole") == 0, trainers.said()
-        expected[trainers.ranks] = outcome(trainers.cwd / "whole")
-        assert {"tuned", "zero", "data"} == {name.split("/")[0] for name in expected[trainers.ranks]}
-    return expected[trainers.ranks]
 
 
 def moment(rng: random.Random, run_dir: Path) -> tuple[str, Callable[[], bool]]:
@@ -105,6 +80,7 @@ def kill_and_compare(trainers: Trainers, expected: dict[str, Any], number: int) 
     else:  # nothing had begun: the folder is as good as new
         assert trainers.start(run_dir) == 0, (number, said, trainers.said())
     check(trainers.cwd, folder, expected, (number, said))
+    shutil.rmtree(folder)
 
 
 def check(cwd: Path, folder: Path, expected: dict[str, Any], where: Any) -> None:
@@ -118,33 +94,33 @@ def check(cwd: Path, folder: Path, expected: dict[str, Any], where: Any) -> None
     assert wait_until(lambda: not processes_in(cwd), 20), (where, processes_in(cwd))
 
 
-def test_kills(one_process: Trainers, expected: dict[int, dict[str, Any]]) -> None:
-    for number in range(3):
-        kill_and_compare(one_process, whole(one_process, expected), number)
+def test_kills(one_process: Trainers, expected: dict[str, Any]) -> None:
+    for number in range(KILLS_IN_SHORT):
+        kill_and_compare(one_process, expected, number)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_many_kills(one_process: Trainers, expected: dict[int, dict[str, Any]]) -> None:
-    for number in range(3, KILLS_ONE_PROCESS):
-        kill_and_compare(one_process, whole(one_process, expected), number)
+def test_many_kills(one_process: Trainers, expected: dict[str, Any]) -> None:
+    for number in range(KILLS_IN_SHORT, KILLS_ONE_PROCESS + KILLS_IN_SHORT):
+        kill_and_compare(one_process, expected, number)
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(0)
-def test_many_kills_of_two_processes(two_processes: Trainers, expected: dict[int, dict[str, Any]]) -> None:
+def test_many_kills_of_two_processes(two_processes: Trainers, expected_of_two: dict[str, Any]) -> None:
     """All at once, and one alone: the other ends by itself, or as torchrun ends it."""
     for number in range(KILLS_TWO_PROCESSES):
-        kill_and_compare(two_processes, whole(two_processes, expected), number)
+        kill_and_compare(two_processes, expected_of_two, number)
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(0)
-def test_many_kills_under_torchrun(two_processes: Trainers, expected: dict[int, dict[str, Any]]) -> None:
+def test_many_kills_under_torchrun(two_processes: Trainers, expected_of_two: dict[str, Any]) -> None:
     """The launcher itself: killed with its processes, or one of them alone."""
-    cwd, reference = two_processes.cwd, whole(two_processes, expected)
+    cwd = two_processes.cwd
     for number in range(KILLS_TORCHRUN):
         rng = random.Random(f"{SEED},torchrun,{number}")
         run_dir = f"torchrun_{number}"
@@ -161,11 +137,19 @@ def test_many_kills_under_torchrun(two_processes: Trainers, expected: dict[int, 
         assert wait_until(lambda: not processes_in(cwd), 60), processes_in(cwd)
         again = ["--resume"] if (cwd / run_dir / "config.yaml").exists() else ["--config", "chain.yaml"]
         assert torchrun(cwd, *again, "--output-dir", run_dir).wait(timeout=600) == 0
-        check(cwd, cwd / run_dir, reference, (number, name))
+        check(cwd, cwd / run_dir, expected_of_two, (number, name))
 
 
 def torchrun(cwd: Path, *argv: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "r1fast.train"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "r1fast.train",
+    ]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     with (cwd / "torchrun.log").open("a") as log:
         return subprocess.Popen([*command, *argv], cwd=cwd, env=environment, stdout=log, stderr=log)
