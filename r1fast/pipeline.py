@@ -53,8 +53,8 @@ def check_references(recipe: Recipe, selected: list[str], run_dir: Path) -> None
             artifact = run_dir / name / ("data.jsonl" if wanted == "data" else "model")
             if stage.name in selected and name not in selected and not artifact.exists():
                 raise ConfigError(
-                    f"{where}: {artifact} does not exist, and {name} is not among the stages to run; put it back, or run "
-                    "that stage first"
+                    f"{where}: {artifact} does not exist, and {name} is not among the stages to run; put it back, "
+                    "or run that stage first"
                 )
         if stage.kind != "pretrain" and start_model(recipe, stage) is None:
             raise ConfigError(f"stages.{stage.name}.model: missing, and the recipe has no model.path; name one")

@@ -309,7 +309,7 @@ def test_kill_during_a_save_leaves_the_one_before(dist: Dist, tmp_path: Path) ->
 
 @pytest.mark.dist
 def test_two_ranks_resume_exactly_and_one_rank_loads_theirs(dist: Dist, tmp_path: Path) -> None:
-    torchrun("checkpoint_worker.py", "two_ranks", str(tmp_path))
+    torchrun("checkpoint_worker.py", "two_ranks", str(tmp_path), timeout_s=200)
     model = sharded(dist)
     optimizer = build_optimizer(model, name="muon", learning_rate=1e-2)
     extra, rank_state = checkpoint.load(tmp_path / "step_2", model=model, optimizer=optimizer, dist=dist)

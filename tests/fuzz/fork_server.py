@@ -1,0 +1,100 @@
+"""Starts trainers without the seconds of importing torch: everything is imported once, then each run is forked.
+
+Standard input: one JSON object a line, {"argv", "cwd", "log", "ranks"}. Standard output: {"pids": [...]} when they run
+and {"codes": [...]} when all have ended (negative: by that signal). Several ranks get the environment that torchrun
+would give them, and what it does when one of them fails: the others are told to end, and killed after a while.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+PATIENCE_S = 30.0  # torchrun's
+
+
+def free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
+
+
+def become_trainer(request: dict[str, Any], rank: int, port: int) -> None:
+    """In the child; does not return."""
+    from r1fast.train import main
+
+    os.chdir(request["cwd"])
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    null = os.open(os.devnull, os.O_RDWR)
+    for target, source in ((0, null), (1, null), (2, log)):
+        os.dup2(source, target)
+    if request["ranks"] > 1:
+        size = str(request["ranks"])
+        names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        os.environ.update(names, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    code = 70
+    try:
+        code = main(request["argv"])
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait_for(pids: list[int]) -> list[int]:
+    codes: dict[int, int] = {}
+    failed_at = 0.0
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(ended[1])
+                if codes[pid] != 0 and not failed_at:
+                    failed_at = time.monotonic()
+                    signal_all([other for other in pids if other not in codes], signal.SIGTERM)
+        if failed_at and time.monotonic() - failed_at > PATIENCE_S:
+            signal_all([other for other in pids if other not in codes], signal.SIGKILL)
+        time.sleep(0.005)
+    return [codes[pid] for pid in pids]
+
+
+def signal_all(pids: list[int], signum: int) -> None:
+    for pid in pids:
+        os.kill(pid, signum)
+
+
+def serve() -> None:
+    # Nothing here may start a thread: a fork copies only the one that forks.
+    import pyarrow.parquet  # noqa: F401
+    import rich.console  # noqa: F401
+    import torch
+    import transformers.models.qwen2  # noqa: F401
+
+    import r1fast.pipeline
+    import r1fast.preflight
+    import r1fast.stages.grpo
+    import r1fast.stages.reject
+    import r1fast.stages.sft  # noqa: F401
+
+    torch.set_num_threads(1)
+    print(json.dumps({"ready": os.getpid()}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        port, pids = free_port(), []
+        for rank in range(request["ranks"]):
+            pid = os.fork()
+            if pid == 0:
+                become_trainer(request, rank, port)
+            pids.append(pid)
+        print(json.dumps({"pids": pids}), flush=True)
+        print(json.dumps({"codes": wait_for(pids)}), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
