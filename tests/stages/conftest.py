@@ -83,5 +83,5 @@ def two_ranks(cut_models: dict[str, str], tmp_path_factory: pytest.TempPathFacto
     from tests.dist.tiny_model import torchrun
 
     output = tmp_path_factory.mktemp("two_ranks") / "results.pt"
-    torchrun(str(Path(__file__).with_name("rank_cases.py")), str(output), *cut_models.values())
+    torchrun(str(Path(__file__).with_name("rank_cases.py")), str(output), *cut_models.values(), timeout_s=240)
     return torch.load(output, weights_only=False)

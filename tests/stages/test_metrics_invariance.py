@@ -73,7 +73,9 @@ def test_two_ranks(case: str, whole, two_ranks: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def three_ranks(cut_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("three_ranks") / "results.pt"
-    torchrun(str(Path(__file__).with_name("rank_cases.py")), str(output), *cut_models.values(), num_ranks=3)
+    torchrun(
+        str(Path(__file__).with_name("rank_cases.py")), str(output), *cut_models.values(), num_ranks=3, timeout_s=240
+    )
     return torch.load(output, weights_only=False)
 
 

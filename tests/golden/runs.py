@@ -1,0 +1,134 @@
+"""Twenty seeded steps of SFT and of GRPO, whose curves tests/golden/curves.json keeps; test_golden_curve.py compares.
+
+Nothing here depends on a library's idea of a random number: weights come from numpy's frozen RandomState, texts from
+Python's random, tokens are characters. So the numbers are those of any CPU, up to rounding.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from r1fast.dist.mesh import Dist
+from r1fast.models.config import ModelConfig
+from r1fast.models.decoder import Decoder
+from r1fast.schema import Recipe
+from r1fast.stages.batch import encode_examples
+from r1fast.stages.context import StageContext
+from r1fast.stages.grpo import Learner
+from r1fast.stages.sampling import Sample
+from r1fast.stages.sft import train
+from r1fast.stages.training import Trainer
+
+CURVES = Path(__file__).with_name("curves.json")
+STEPS = 20
+BOS, EOS, VOCAB = 0, 1, 48
+LETTERS = "abcdefghijklmnopqrstuvwxyz 0123456789"
+COMMON = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "eos_token_id": EOS}
+MODELS = {
+    "moe": {
+        **COMMON, "model_type": "deepseek_v3", "num_attention_heads": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+    },
+    "dense": {
+        **COMMON, "model_type": "qwen2", "num_attention_heads": 2, "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+SFT = {
+    "name": "sft", "kind": "sft", "train_files": ["-"], "learning_rate": 3e-3, "batch_size": 6, "warmup_steps": 4,
+    "max_tokens_per_microbatch": 64, "prompt_template": "plain",
+}  # fmt: skip
+# Off-policy in its second minibatch, with every term of the loss: ratios, KL, importance weights.
+GRPO = {
+    "name": "grpo", "kind": "grpo", "train_files": ["-"], "rewards": {"even": 1.0}, "num_generations": 4,
+    "prompts_per_step": 4, "steps_per_generation": 2, "max_prompt_length": 16, "max_completion_length": 8,
+    "max_steps": STEPS, "learning_rate": 3e-3, "lr_scheduler_type": "linear", "warmup_steps": 4, "beta": 0.1,
+    "epsilon_high": 0.28, "sampling_importance_cap": 2.0, "max_tokens_per_microbatch": 64, "prompt_template": "plain",
+    "log_completions": 0,
+}  # fmt: skip
+RUNS = [f"{stage}-{model}" for stage in ("sft", "grpo") for model in MODELS]
+# What a number is compared to at least: the loss of a policy is a sum of terms around 1 of both signs, of which fp32
+# knows no more; KL is a difference of numbers around 1.
+SCALES = {"loss": 0.1, "kl": 0.1, "grad_norm": 1e-3, "reward": 1e-3}
+
+
+class Characters:
+    """A tokenizer: what the stages ask of one."""
+
+    bos_token_id, eos_token_id, pad_token_id = BOS, EOS, None
+
+    def __call__(self, texts: Sequence[str], add_special_tokens: bool) -> Any:
+        return SimpleNamespace(input_ids=[[2 + LETTERS.index(letter) for letter in text] for text in texts])
+
+    def batch_decode(self, ids: Sequence[Sequence[int]], **options: Any) -> list[str]:
+        return ["".join(LETTERS[(i - 2) % len(LETTERS)] for i in row) for row in ids]
+
+
+class EvenScorer:
+    """Share of even tokens: a number that is exact, and differs within a group."""
+
+    weights = {"even": 1.0}  # noqa: RUF012
+
+    def score(self, samples: Sequence[Sample]) -> int:
+        for sample in samples:
+            sample.rewards = {"even": float(np.mean([token % 2 == 0 for token in sample.completion_ids]))}
+        return 0
+
+
+def build(family: str) -> Decoder:
+    decoder = Decoder(ModelConfig.from_dict(MODELS[family]))
+    decoder.init_weights()
+    generator = np.random.RandomState(0)
+    with torch.no_grad():
+        for _, parameter in sorted(decoder.named_parameters()):
+            if parameter.dim() > 1:
+                parameter.copy_(torch.from_numpy(0.2 * generator.standard_normal(parameter.shape)))
+    return decoder
+
+
+def stage_context(stage: dict[str, Any], family: str, impl: str | None, dist: Dist, folder: Path) -> StageContext:
+    sections = {"model": {"path": "-", "dtype": "float32"}, "kernels": {"impl": impl}}
+    recipe = Recipe.model_validate({**sections, "stages": [stage]})
+    ctx = StageContext(recipe, recipe.stages[0], dist, folder)
+
+    def load(ref: str, *, trainable: bool, scalar_head: bool = False) -> tuple[Decoder, Any]:
+        return ctx.shard(build(family).requires_grad_(trainable)), Characters()
+
+    ctx.load = load  # type: ignore[method-assign]
+    return ctx
+
+
+def texts(count: int, shortest: int, longest: int, seed: int) -> list[str]:
+    generator = random.Random(seed)
+    return ["".join(generator.choices(LETTERS, k=generator.randint(shortest, longest))) for _ in range(count)]
+
+
+def curve(run: str, impl: str | None, dist: Dist, folder: Path, steps: int = STEPS) -> dict[str, list[float]]:
+    """loss, grad_norm, kl and reward of each step; of GRPO the first `steps`."""
+    stage, _, family = run.partition("-")
+    ctx = stage_context(SFT if stage == "sft" else GRPO, family, impl, dist, folder)
+    policy, tokenizer = ctx.load("-", trainable=True)
+    if stage == "sft":
+        rows = [{"prompt": a, "completion": b} for a, b in zip(texts(20, 2, 12, 1), texts(20, 1, 20, 2))]
+        with patch.object(Trainer, "save"):
+            train(ctx, policy, encode_examples(rows, tokenizer, ctx.stage), STEPS)
+        found = [json.loads(line) for line in (ctx.stage_dir / "metrics.jsonl").read_text().splitlines()]
+    else:
+        rows = [{"prompt": text} for text in texts(20, 2, 12, 3)]
+        learner = Learner(ctx, policy, tokenizer, EvenScorer(), rows)  # type: ignore[arg-type]
+        found = [learner.train_step(step)[1] for step in range(steps)]
+    return {name: [metrics[name] for metrics in found] for name in SCALES if name in found[0]}
+
+
+def distance(got: dict[str, list[float]], want: dict[str, list[float]]) -> float:
+    """The largest difference of any number of the curves, relative to it, or to what it was computed from."""
+    assert got.keys() == want.keys()
+    return max(abs(x - y) / max(abs(y), SCALES[name]) for name in want for x, y in zip(got[name], want[name]))
