@@ -6,13 +6,12 @@ A mistake found here costs seconds and changes nothing on disk.
 import importlib.util
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from r1fast.config import ConfigError
-from r1fast.data.rows import Row
 from r1fast.preflight_rows import checkpoint_of, reward_problems, row_problems, text_problems, tokenizer_of
 from r1fast.schema import Recipe
 
@@ -70,7 +69,7 @@ def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> list[str
 def _problems(recipe: Recipe, stage: Any, notes: list[str]) -> Iterator[str]:
     """What is wrong, the first thing first; a caller that goes on after one may see what follows from it."""
     yield from _model_problems(recipe, stage)
-    rows_of: dict[str, list[Row]] = {}  # not of files that earlier stages write
+    rows_of: dict[str, Sequence[dict]] = {}  # not of files that earlier stages write
     for key, kind in _file_keys(stage):
         sources = attrgetter(key)(stage)
         if not sources:
@@ -145,10 +144,10 @@ def _file_keys(stage: Any) -> Iterator[tuple[str, str]]:
         yield "few_shot.examples_files", "prompts"
 
 
-_cache: dict[tuple[tuple[str, ...], str], list[Row]] = {}
+_cache: dict[tuple[tuple[str, ...], str], list[dict]] = {}
 
 
-def _rows(sources: list[str], kind: str) -> list[Row]:
+def _rows(sources: list[str], kind: str) -> list[dict]:
     from r1fast.data.sources import load_rows
 
     key = (tuple(sources), kind)
