@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from r1fast.config import ConfigError, shown
-from r1fast.data.rows import Row
 from r1fast.preflight_architecture import architecture_problems, router_problems, vocabulary_of
 from r1fast.preflight_rows import checkpoint_of, reward_problems, row_problems, text_problems, tokenizer_of
 from r1fast.recipe_yaml import check_text
@@ -88,7 +87,7 @@ def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> list[str
 def _problems(recipe: Recipe, stage: Any, notes: list[str]) -> Iterator[str]:
     """What is wrong, the first thing first; a caller that goes on after one may see what follows from it."""
     yield from _model_problems(recipe, stage)
-    rows_of: dict[str, list[Row]] = {}  # not of files that earlier stages write
+    rows_of: dict[str, Sequence[dict]] = {}  # not of files that earlier stages write
     for key, kind in _file_keys(stage):
         sources = attrgetter(key)(stage)
         if not sources:
@@ -163,10 +162,10 @@ def _file_keys(stage: Any) -> Iterator[tuple[str, str]]:
         yield "few_shot.examples_files", "prompts"
 
 
-_cache: dict[tuple[tuple[str, ...], str], list[Row]] = {}
+_cache: dict[tuple[tuple[str, ...], str], list[dict]] = {}
 
 
-def _rows(sources: list[str], kind: str) -> list[Row]:
+def _rows(sources: list[str], kind: str) -> list[dict]:
     from r1fast.data.sources import load_rows
 
     key = (tuple(sources), kind)

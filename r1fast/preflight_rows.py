@@ -7,15 +7,18 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from r1fast.config import ConfigError
 from r1fast.data.rows import Row, place, prompt_and_target, shown, texts_of
 from r1fast.preflight_architecture import architecture_of
 from r1fast.schema import Recipe, RewardSpec
 
+GOLD_TIMEOUT_S = 10.0  # for 64 of them
 MAX_GOLDS = 500  # different ones that are tried, formulas among them at some milliseconds each
 SAMPLING_KINDS = ("collect", "reject", "distill")  # keep samples that are right and in the row's language
 
-Rows = Sequence[Row]
+Rows = Sequence[dict]
 
 
 @cache
@@ -58,7 +61,7 @@ def text_problems(recipe: Recipe, stage: Any, key: str, kind: str, rows: Rows) -
         yield f"{key}: {str(error).removeprefix(f'stages.{stage.name}: ')}"
 
 
-def _read(row: Row, kind: str) -> list[Any]:
+def _read(row: dict, kind: str) -> list[Any]:
     """What is encoded of a row, the prompt first (None: plain text without one). Other columns may hold anything."""
     if kind == "sft":
         return list(prompt_and_target(row))
@@ -312,7 +315,10 @@ def _unreadable(golds: dict[str, Any], recipe: Recipe) -> set[str]:
     asked = [name for name in golds if name not in unread | numbers]
     if asked:
         blank = [""] * len(asked)
-        with RewardPool({"accuracy": 1.0}, timeout_s=recipe.reward_workers.timeout_s) as pool:
+        limit_s = min(recipe.reward_workers.timeout_s, GOLD_TIMEOUT_S)
+        with RewardPool({"accuracy": 1.0}, timeout_s=limit_s) as pool:
             result = pool.score(blank, blank, [[]] * len(asked), {"answer": [golds[name] for name in asked]})
-        unread |= {name for name, value in zip(asked, result.values["accuracy"]) if math.isnan(value)}
+        # What the limit stopped is not known to be unreadable; the run reports it as a failure.
+        nones = np.isnan(result.values["accuracy"]) & ~result.failed
+        unread |= {name for name, is_none in zip(asked, nones) if is_none}
     return unread

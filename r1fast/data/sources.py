@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from r1fast.data.files import Located, guarded, one_line, plain_columns, read_json, read_jsonl, read_parquet
-from r1fast.data.rows import ALIASES, Kind, Row, canonical
+from r1fast.data.rows import ALIASES, Kind, canonical
 
 _FILE_READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
     ".jsonl": read_jsonl,
@@ -29,17 +29,17 @@ _FILE_READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
 FILE_SUFFIXES = tuple(_FILE_READERS)
 
 
-def load_rows(sources: list[str], kind: Kind, *, limit: int | None = None) -> list[Row]:
+def load_rows(sources: list[str], kind: Kind, *, limit: int | None = None) -> list[dict]:
     """All rows of the sources in order (the first `limit` of them), checked and with canonical columns.
 
-    Prompt columns hold a string or a chat ([{"role", "content"}]). Wrong rows, missing columns, unreadable files and
-    sources without rows are ValueErrors.
+    Prompt columns hold a string or a chat ([{"role", "content"}]). Each row is a rows.Row, which says where it stands.
+    Wrong rows, missing columns, unreadable files and sources without rows are ValueErrors.
     """
     if kind not in ALIASES:
         raise ValueError(f"unknown kind of rows {kind!r}; expected one of {', '.join(ALIASES)}")
     if isinstance(sources, str) or not sources:
         raise ValueError(f"load_rows got sources={sources!r}; expected a list of at least one file, folder, id or task")
-    rows: list[Row] = []
+    rows: list[dict] = []
     for source in sources:
         before = len(rows)
         wanted = None if limit is None else limit - before

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from r1fast.data.rows import Row
 from r1fast.data.sources import load_rows
 from r1fast.data.tokenizer import EOS
 from r1fast.models.weights import load_tokenizer
@@ -84,7 +83,7 @@ def run_cases(seeds: range, command: Callable[..., int], base_model: Path, folde
     return accepted
 
 
-def check_nothing_vanished(case: Case, rows: list[Row], tokenizer: Any, shown: str) -> None:
+def check_nothing_vanished(case: Case, rows: list[dict], tokenizer: Any, shown: str) -> None:
     """Every column is there still, and every text of those that are learned or scored is in what the model reads."""
     for row, raw in zip(rows, plain_rows(case), strict=True):
         for name, value in raw.items():
@@ -121,7 +120,7 @@ def same(kept: Any, value: Any) -> bool:
     return kept == value or not isinstance(value, str | int | float | None)
 
 
-def read_by_model(kind: str, row: Row, tokenizer: Any) -> str:
+def read_by_model(kind: str, row: dict, tokenizer: Any) -> str:
     from types import SimpleNamespace
 
     options = SimpleNamespace(
