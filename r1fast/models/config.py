@@ -243,8 +243,8 @@ def _normal_rope(given: dict[str, Any], max_position_embeddings: int) -> dict[st
         )
     for name in ("rope_theta", *needed):
         value = rope.get(name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        _require(number and 0 < value < math.inf, f"rope_parameters.{name}", value, f"a number above 0 for {rope_type}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        _require(is_number, f"rope_parameters.{name}", value, f"a number above 0 for {rope_type}")
     for name in optional:
         value = rope.get(name)
         _require(value is None or isinstance(value, int | float), f"rope_parameters.{name}", value, "a number")
