@@ -370,7 +370,7 @@ def _resolve_dtype(dtype: torch.dtype | str, folder: Path, state: StateDict) -> 
             return state["embed_tokens.weight"].dtype
         name, said_by = str(said), f"{folder / 'config.json'}: dtype"
     resolved = getattr(torch, name.removeprefix("torch."), None)
-    if resolved not in _FLOATS.values():
+    if not isinstance(resolved, torch.dtype) or resolved not in _FLOATS.values():
         raise ValueError(
             f"{said_by}={name!r}, expected a torch.dtype, its name (bfloat16, float16, float32), or 'auto'"
         )
