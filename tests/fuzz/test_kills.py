@@ -1,4 +1,4 @@
-"""Kills at random moments: after a resume every number is that of a run that nobody killed, and nothing is left over."""
+"""Kills at random moments: after a resume every number is that of a run that nobody killed, and nothing is left."""
 
 import os
 import random
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,23 @@ def moment(rng: random.Random, run_dir: Path) -> tuple[str, Callable[[], bool]]:
     return name, lambda: any(run_dir.glob(MOMENTS[name]))
 
 
+def either(first: Callable[[], bool], second: Callable[[], bool]) -> bool:
+    return first() or second()
+
+
+def all_ended(pids: list[int]) -> bool:
+    return not any(Path(f"/proc/{pid}/cwd").exists() for pid in pids)
+
+
+def has_ended(process: subprocess.Popen) -> bool:
+    return process.poll() is not None
+
+
 def kill_once(trainers: Trainers, rng: random.Random, run_dir: str, *argv: object) -> str:
     """Begin a run and kill one or all of its processes; says when and which."""
     pids = trainers.begin(*argv)
     name, is_now = moment(rng, trainers.cwd / run_dir)
-    ended = lambda: all(not Path(f"/proc/{pid}/cwd").exists() for pid in pids)  # noqa: E731
-    assert wait_until(lambda: is_now() or ended(), 240), trainers.said()
+    assert wait_until(partial(either, is_now, partial(all_ended, pids)), 240), trainers.said()
     victims = pids if rng.random() < 0.5 else [rng.choice(pids)]
     for pid in victims:
         try:
@@ -126,7 +138,7 @@ def test_many_kills_under_torchrun(two_processes: Trainers, expected_of_two: dic
         run_dir = f"torchrun_{number}"
         launcher = torchrun(cwd, "--config", "chain.yaml", "--output-dir", run_dir)
         name, is_now = moment(rng, cwd / run_dir)
-        assert wait_until(lambda: is_now() or launcher.poll() is not None, 240)
+        assert wait_until(partial(either, is_now, partial(has_ended, launcher)), 240)
         workers = children_of(launcher.pid)
         for pid in [*workers, launcher.pid] if rng.random() < 0.5 or not workers else [rng.choice(workers)]:
             try:

@@ -23,8 +23,8 @@ TUNED = {
 ZERO = {
     "name": "zero", "kind": "grpo", "model": "@tuned", "train_files": ["questions.jsonl"], "prompt_template": "chat",
     "num_generations": 4, "prompts_per_step": 3, "steps_per_generation": 2, "max_steps": 4, "save_steps": 1,
-    "beta": 0.05, "ref_model_sync_steps": 3, "learning_rate": 1e-4, "rewards": {"mine": {"function": "rewards.py:count"}},
-    "log_completions_steps": 1, **LENGTHS,
+    "beta": 0.05, "ref_model_sync_steps": 3, "learning_rate": 1e-4, "log_completions_steps": 1,
+    "rewards": {"mine": {"function": "rewards.py:count"}}, **LENGTHS,
 }  # fmt: skip
 DATA = {
     "name": "data", "kind": "reject", "model": "@zero", "train_files": ["open.jsonl"], "num_samples": 4, **LENGTHS,
