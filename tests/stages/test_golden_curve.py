@@ -13,6 +13,7 @@ import torch
 
 from r1fast.dist.mesh import Dist, init_distributed
 from r1fast.stages import grpo, training
+from r1fast_kernels import dispatch
 from tests.golden.runs import CURVES, RUNS, STEPS, curve, distance
 from tests.kernels.backends import needs_cpp
 
@@ -33,10 +34,13 @@ def dist() -> Iterator[Dist]:
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param(None, id="default", marks=needs_cpp)])
 @pytest.mark.parametrize("run", RUNS)
-def test_same_curves(run: str, impl: str | None, dist: Dist, tmp_path: Path) -> None:
+def test_same_curves(run: str, impl: str | None, dist: Dist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: set[tuple[str, str]] = set()
+    monkeypatch.setattr(dispatch, "_logged", ran)
     got = curve(run, impl, dist, tmp_path)
     assert all(len(numbers) == STEPS and len(set(numbers)) > STEPS / 2 for numbers in got.values())
     assert distance(got, GOLDEN[run]) < TOLERANCE
+    assert {chosen for _, chosen in ran} == {impl or "cpp"}
 
 
 def a_place_too_early(fn: Callable[..., Any]) -> Callable[..., Any]:
