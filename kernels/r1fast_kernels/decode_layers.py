@@ -10,14 +10,14 @@ all layers: a step of a small model is neither Python nor threads that wait for 
 Bound by compute at many rows: 2 FLOPs of each weight that a row meets. Weights are read once for 128 rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .dispatch import choose
+from .dispatch import choose, log_choice
 from .ids import check_offsets
 
 # What a layer may have, by its name in a checkpoint; csrc/cpu/decode_layers.cpp reads them in this order.
@@ -35,6 +35,29 @@ NAMES = (
     "mlp.gate.weight", "mlp.gate.e_score_correction_bias",
     "mlp.experts.gate_up_proj", "mlp.experts.down_proj",
 )  # fmt: skip
+
+_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+# (what such a layer must have, what it may have): the one attention or the other, the one feed-forward or the other.
+_GROUPED_QUERY = (
+    {f"self_attn.{x}_proj.weight" for x in "qkvo"},
+    {f"self_attn.{x}_proj.bias" for x in "qkvo"} | {"self_attn.q_norm.weight", "self_attn.k_norm.weight"},
+)
+_LATENT = (
+    {"self_attn.kv_a_proj_with_mqa.weight", "self_attn.kv_a_layernorm.weight", "self_attn.kv_b_proj.weight",
+     "self_attn.o_proj.weight"},
+    {"self_attn.kv_a_proj_with_mqa.bias", "self_attn.o_proj.bias"},
+)  # fmt: skip
+_LATENT_QUERIES = (
+    ({"self_attn.q_proj.weight"}, {"self_attn.q_proj.bias"}),
+    ({"self_attn.q_a_proj.weight", "self_attn.q_a_layernorm.weight", "self_attn.q_b_proj.weight"},
+     {"self_attn.q_a_proj.bias"}),
+)  # fmt: skip
+_DENSE = (
+    {f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
+    {f"mlp.{x}_proj.bias" for x in ("gate", "up", "down")},
+)
+_EXPERTS = {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+_SHARED = {f"mlp.shared_experts.{x}_proj.weight" for x in ("gate", "up", "down")}
 
 _QUERIES = ("self_attn.q_proj.weight", "self_attn.q_b_proj.weight")
 
@@ -71,11 +94,28 @@ class LayersSpec:
     routed_scaling_factor: float
 
 
+def _not_read(names: Collection[str]) -> str | None:
+    """What a layer has that would be ignored, or lacks, in words."""
+    latent, routed = "self_attn.kv_a_proj_with_mqa.weight" in names, "mlp.gate.weight" in names
+    layouts = [(set(_NORMS), set()), _LATENT if latent else _GROUPED_QUERY]
+    if latent:
+        layouts.append(_LATENT_QUERIES["self_attn.q_a_proj.weight" in names])
+    layouts.append((_EXPERTS, {"mlp.gate.e_score_correction_bias"}) if routed else _DENSE)
+    if routed and not _SHARED.isdisjoint(names):
+        layouts.append((_SHARED, set()))
+    needed = set().union(*(must for must, _ in layouts))
+    unknown = sorted(set(names) - needed.union(*(may for _, may in layouts)))
+    missing = sorted(needed - set(names))
+    if unknown:
+        return f"has {', '.join(unknown)}, which it does not read beside the others"
+    return f"lacks {', '.join(missing)}" if missing else None
+
+
 class DecodeLayers:
     """A model, ready to be called; it holds the very tensors, which must not move meanwhile.
 
     embedding_VD     tokens to what the layers read
-    layers           for each its parameters and buffers by NAMES
+    layers           for each its parameters and buffers by NAMES; another one is an error, nothing is left out
     norm_D, head_VD  what follows them; all of one dtype, but the router's bias in fp32
     inv_freq_R       fp32 [R / 2]: the last R channels of a head are rotated
     """
@@ -89,31 +129,32 @@ class DecodeLayers:
         inv_freq_R: Tensor,
         spec: LayersSpec,
     ) -> None:
+        for place, layer in enumerate(layers):
+            if problem := _not_read(layer.keys()):
+                raise ValueError(f"decode_layers: layer {place} {problem}; run its modules")
         self.spec = spec
         self.weights = [layer.get(name) for layer in layers for name in NAMES]
         self.tensors = embedding_VD, self.weights, norm_D, head_VD, inv_freq_R
 
     def can_run(self, impl: str | None) -> bool:
-        """False: run the modules (`impl` says so, or the model is fp64, not on a CPU or not for this op)."""
-        embedding_VD = self.tensors[0]
-        return (
-            impl in (None, "cpp")
-            and self._fits
-            and embedding_VD.dtype != torch.float64
-            and choose("decode_layers", impl, embedding_VD) == "cpp"
-        )
+        """False: run the modules (`impl` says so, or the model is fp64, not on a CPU or not for it). Logged once."""
+        if impl not in (None, "cpp") or self._obstacle is not None:
+            log_choice("decode_layers", "reference", f"impl={impl}" if self._obstacle is None else self._obstacle)
+            return False
+        return choose("decode_layers", impl, self.tensors[0]) == "cpp"
 
     @cached_property
-    def _fits(self) -> bool:
+    def _obstacle(self) -> str | None:
         named = [(name, w) for name, w in zip(NAMES * len(self.weights), self.weights) if w is not None]
         matrices = [weight for _, weight in named if weight.dim() > 1]
         queries = [weight for name, weight in named if name in _QUERIES]
-        return (
-            sum(weight.numel() for weight in [*matrices, self.tensors[3]]) <= MOST_WEIGHTS
-            # bf16 is multiplied in pairs
-            and all(weight.shape[-1] % 2 == 0 for weight in matrices)
-            and all(len(weight) // self.spec.num_heads % 2 == 0 for weight in queries)
-        )
+        if self.tensors[0].dtype == torch.float64:
+            return "the modules for float64"
+        if sum(weight.numel() for weight in [*matrices, self.tensors[3]]) > MOST_WEIGHTS:
+            return f"the modules for more than {MOST_WEIGHTS:,} weights"
+        even = [*(weight.shape[-1] for weight in matrices), *(len(q) // self.spec.num_heads for q in queries)]
+        # bf16 is multiplied in pairs
+        return "the modules for odd widths" if any(size % 2 for size in even) else None
 
     def __call__(
         self, input_ids_B: Tensor, positions_B: Tensor, cache: Sequence[Tensor], block_table_BN: Tensor

@@ -71,10 +71,14 @@ def choose(op: str, impl: str | None, tensor: Tensor) -> str:
             chosen, reason = "reference", obstacle
         else:
             chosen, reason = fused, f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
+    log_choice(op, chosen, reason)
+    return chosen
+
+
+def log_choice(op: str, chosen: str, reason: str) -> None:
     if (op, chosen) not in _logged and not torch.compiler.is_compiling():
         _logged.add((op, chosen))
         logger.info("%s runs %s (%s)", op, chosen, reason)
-    return chosen
 
 
 def _obstacle(impl: str, tensor: Tensor) -> str | None:
@@ -91,6 +95,14 @@ def _obstacle(impl: str, tensor: Tensor) -> str | None:
     if impl == "cpp" and not HAS_EXTENSION:
         return "the C++ extension is not built: pip install --no-build-isolation -e ."
     return None
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """What torch computes a product in: autocast's dtype where that is on (fp64 it leaves alone), or the weight's."""
+    device = weight.device.type
+    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import INTERPRETING, TRITON_DEVICE, choose
+from .dispatch import INTERPRETING, TRITON_DEVICE, choose, product_dtype
 from .ids import check_offsets
 from .moe_dispatch import tile_table
 
@@ -303,9 +303,10 @@ def grouped_gemm(
     """Each row times the weight of its expert.
 
     x_MD        [M, D], sorted by expert (`moe_dispatch`)
-    weight      [E, N, D] with transpose_weight, as `torch.nn.Linear` keeps it; else [E, D, N]; same dtype as x
+    weight      [E, N, D] with transpose_weight, as `torch.nn.Linear` keeps it; else [E, D, N]
     offsets_E   [E] int32, where each expert's rows end, as in torch.nn.functional.grouped_mm
-    Returns [M, N] in the dtype of x; rows from offsets_E[-1] on are 0 (grouped_mm leaves them uninitialised).
+    Returns [M, N] in the dtype of the weight, or autocast's where that is on; rows from offsets_E[-1] on are 0
+    (grouped_mm leaves them uninitialised).
     """
     inner = 2 if transpose_weight else 1
     if x_MD.dim() != 2 or weight.dim() != 3 or weight.shape[inner] != x_MD.shape[1] or len(offsets_E) != len(weight):
@@ -313,8 +314,8 @@ def grouped_gemm(
             f"grouped_gemm: got x {tuple(x_MD.shape)}, weight {tuple(weight.shape)} and offsets "
             f"{tuple(offsets_E.shape)}, expected [M, D], {'[E, N, D]' if transpose_weight else '[E, D, N]'} and [E]"
         )
-    if x_MD.dtype != weight.dtype:
-        raise ValueError(f"grouped_gemm: got x in {x_MD.dtype} and weight in {weight.dtype}, expected one dtype")
+    dtype = product_dtype(weight)
+    x_MD, weight = x_MD.to(dtype), weight.to(dtype)
     chosen = choose("grouped_gemm", impl, x_MD)
     if chosen != "cpp":
         check_offsets("grouped_gemm", "offsets_E", offsets_E, len(x_MD), whole=False)

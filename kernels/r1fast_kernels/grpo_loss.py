@@ -53,7 +53,7 @@ def _surrogate(ratio, advantage, logprob, clip_low, clip_high, delta, CISPO: tl.
     """(loss, slope, clipped below, clipped above); NaN passes through every `where`, which tl.minimum would drop."""
     # The bounds that count as clipping, for the sign of this advantage.
     above_bound = tl.where(advantage > 0, clip_high, float("inf"))
-    # One return: the compiler types both branches of an early one, and here they differ where the log-prob is a constant.
+    # One return: of an early one the compiler types both branches, which differ where the log-prob is a constant.
     if CISPO:
         slope = -tl.where(ratio > clip_high, clip_high, ratio) * advantage
         loss = slope * logprob

@@ -21,7 +21,9 @@ TALL_TILE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 # More tokens than this are cut, so that wide tiles stay wide; dWeight is then summed over the pieces in fp32.
 MAX_ROWS = {"cpu": 8192, "cuda": 16384}
 # A CPU's fp32 product of a few hundred rows with all columns runs a fifth slower than in pieces.
-CPU_COLUMNS = 1024
+COLUMNS = {"cpu": 1024, "cuda": 1 << 62}
+# Of running values: on a CPU fp64 costs nothing; on a GPU sums over a tile are fp32 already.
+STATE_DTYPE = {"cpu": torch.float64, "cuda": torch.float32}
 # Without instructions for it torch multiplies bf16 5 to 70 times slower than fp32: there products and tiles are fp32.
 WIDENS_BF16 = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -62,7 +64,7 @@ def wide_tiles(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[list[slice], list[
 
 def column_pieces(vocab: int, like: Tensor) -> Iterator[slice]:
     """How a CPU takes what is in one piece on a GPU: piece after piece, through all of its steps while it is cached."""
-    return slices(vocab, CPU_COLUMNS if like.device.type == "cpu" else vocab)
+    return slices(vocab, COLUMNS[like.device.type])
 
 
 def project(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, buffer: Tensor) -> Tensor:
@@ -92,16 +94,13 @@ def multiply_into(total_XY: Tensor, a_XK: Tensor, b_KY: Tensor, *, add: bool) ->
         torch.addmm(total_XY, a_XK, b_KY, beta=int(add), out_dtype=total_XY.dtype, out=total_XY)
     else:
         for rows in column_pieces(total_XY.shape[0], total_XY):
-            product = a_XK[rows] @ b_KY
+            product = torch.mm(a_XK[rows], b_KY, out=a_XK.new_empty(len(a_XK[rows]), b_KY.shape[1]))  # past autocast
             total_XY[rows].add_(product) if add else total_XY[rows].copy_(product)
 
 
 def new_state(num_tokens: int, device: torch.device) -> Tensor:
-    """[T, 4] running (max, sum, sum of the entropy's terms, logit of the target) for `fold_logits_`.
-
-    fp64 on a CPU, where it costs nothing; on a GPU sums over a tile are fp32 already.
-    """
-    state_T4 = torch.zeros(num_tokens, 4, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    """[T, 4] running (max, sum, sum of the entropy's terms, logit of the target) for `fold_logits_`."""
+    state_T4 = torch.zeros(num_tokens, 4, dtype=STATE_DTYPE[device.type], device=device)
     state_T4[:, 0].fill_(-torch.inf)
     state_T4[:, 3].fill_(torch.nan)  # until the piece with the target has come
     return state_T4

@@ -10,9 +10,9 @@ a gate, with interleaved or transposed weights, with a norm after each expert, o
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from .dispatch import compute_dtype
 from .moe_experts import moe_experts
 
 NAME = "r1fast"
@@ -33,8 +33,17 @@ def experts_forward(module: Any, hidden_TD: Tensor, expert_ids_TK: Tensor, weigh
             f'experts_implementation="{NAME}" does not take {type(module).__name__}: {", ".join(obstacles)}; expected '
             'gated SiLU experts, gate_up_proj [E, 2F, D] and down_proj [E, D, F]. Use "grouped_mm" or "eager"'
         )
-    weights_TK = weights_TK.to(compute_dtype(hidden_TD))
     return moe_experts(hidden_TD, module.gate_up_proj, module.down_proj, expert_ids_TK.long(), weights_TK)
+
+
+def _is_silu(activation: Any) -> bool:
+    """By name, or else by what it does: a function, a module of torch's or one of transformers'."""
+    if activation is F.silu or isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation":
+        return True
+    if any(True for _ in activation.parameters()) if isinstance(activation, nn.Module) else False:
+        return False
+    x = torch.linspace(-30, 30, 241)
+    return torch.equal(activation(x.clone()), F.silu(x))
 
 
 def _obstacles(module: Any) -> list[str]:
@@ -43,14 +52,13 @@ def _obstacles(module: Any) -> list[str]:
     if not getattr(module, "has_gate", True):
         return ["its experts have no gate"]
     own_gate = type(module)._apply_gate is not _default_apply_gate
-    activation = "" if own_gate else type(module.act_fn).__name__
     found = {
         "its experts have biases": getattr(module, "has_bias", False),
         "its weights are transposed": getattr(module, "is_transposed", False),
         "its gate and up rows are interleaved": not getattr(module, "is_concatenated", True),
         "it norms what each expert returns": getattr(module, "has_post_expert_norm", False),
         "it has a gating function of its own": own_gate,
-        f"its activation is {activation}": not own_gate and activation not in ("SiLU", "SiLUActivation"),
+        "its activation is not SiLU": not own_gate and not _is_silu(module.act_fn),
         "its weights are quantised": not torch.is_floating_point(module.gate_up_proj)
         or module.gate_up_proj.element_size() < 2,
     }

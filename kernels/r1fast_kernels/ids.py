@@ -1,7 +1,7 @@
 """Ids, offsets and block tables are looked at before they are followed, on a CPU and in every implementation.
 
-On a GPU a look would wait for the device: there an id outside gives NaN or is skipped, as each op says. While a graph is
-traced there is nothing to look at; C++ operators and those made of Python look for themselves, so a compiled call is
+On a GPU a look would wait for the device: there an id outside gives NaN or is skipped, as each op says. While a graph
+is traced there is nothing to look at; C++ operators and those made of Python look for themselves, so a compiled call is
 checked when it runs.
 """
 

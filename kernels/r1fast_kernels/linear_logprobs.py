@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import choose, compute_dtype
+from .dispatch import choose, compute_dtype, product_dtype
 from .head import (
     column_pieces,
     finish,
@@ -203,7 +203,7 @@ def check_head(op: str, hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tens
         )
     device = hidden_TD.device.type
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+        dtype = product_dtype(weight_VD)
         return hidden_TD.to(dtype), weight_VD.to(dtype)
     if hidden_TD.dtype != weight_VD.dtype:
         raise ValueError(

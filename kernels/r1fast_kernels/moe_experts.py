@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import TRITON_DEVICE, choose
-from .moe_dispatch import fake as fake_dispatch
+from .dispatch import TRITON_DEVICE, choose, compute_dtype, product_dtype
 from .moe_dispatch import check_expert_ids, moe_dispatch_reference
+from .moe_dispatch import fake as fake_dispatch
 from .moe_experts_triton import launch_backward, launch_forward
 
 
@@ -136,7 +136,8 @@ def moe_experts(
     """Apply each token's experts and sum what they return.
 
     hidden_TD       [T, D]
-    gate_up_E2FD    [E, 2F, D], gate rows then up rows; down_EDF [E, D, F]; same dtype as hidden
+    gate_up_E2FD    [E, 2F, D], gate rows then up rows; down_EDF [E, D, F], same dtype. Computed in it, or in autocast's
+                    where that is on, whatever the dtype of hidden
     expert_ids_TK   [T, K] int64 >= 0; an id >= E is skipped (padding, or an expert that lives on another rank)
     weights_TK      [T, K] fp32 (fp64 for fp64)
     recompute       keep no activation for the backward pass, which computes the gate/up product again: 4 T K D F FLOPs
@@ -153,16 +154,18 @@ def moe_experts(
             f"moe_experts: got expert ids {tuple(expert_ids_TK.shape)} and weights {tuple(weights_TK.shape)} for "
             f"{hidden_TD.shape[0]} tokens, expected both [T, K]"
         )
-    if not hidden_TD.dtype == gate_up_E2FD.dtype == down_EDF.dtype:
+    if gate_up_E2FD.dtype != down_EDF.dtype:
         raise ValueError(
-            f"moe_experts: got hidden in {hidden_TD.dtype}, gate_up in {gate_up_E2FD.dtype} and down in "
-            f"{down_EDF.dtype}, expected one dtype"
+            f"moe_experts: got gate_up in {gate_up_E2FD.dtype} and down in {down_EDF.dtype}, expected one dtype"
         )
+    out_dtype, dtype = hidden_TD.dtype, product_dtype(gate_up_E2FD)
+    hidden_TD, gate_up_E2FD, down_EDF = (x.to(dtype) for x in (hidden_TD, gate_up_E2FD, down_EDF))
+    weights_TK = weights_TK.to(compute_dtype(hidden_TD))
     inputs = hidden_TD, gate_up_E2FD, down_EDF, expert_ids_TK, weights_TK
     chosen = choose("moe_experts", impl, hidden_TD)
     if chosen != "cpp":
         check_expert_ids("moe_experts", expert_ids_TK, num_experts)
     if chosen == "reference":
-        return moe_experts_reference(*inputs)
+        return moe_experts_reference(*inputs).to(out_dtype)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return torch.ops.r1fast.moe_experts(*inputs, learns and not recompute)[0]
+    return torch.ops.r1fast.moe_experts(*inputs, learns and not recompute)[0].to(out_dtype)

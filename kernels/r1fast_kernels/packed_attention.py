@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import choose, compute_dtype
+from .dispatch import choose, compute_dtype, product_dtype
 from .ids import check_offsets
 
 
@@ -136,6 +136,11 @@ def packed_attention(
         raise ValueError(
             f"packed_attention: got cos {tuple(rope[0].shape)} and sin {tuple(rope[1].shape)}, expected [{T}, R/2]"
         )
+    dtype = product_dtype(q_THd)
+    if dtype != q_THd.dtype:  # autocast, which takes attention as it takes products
+        q_THd, k_TKd, v_TKe = q_THd.to(dtype), k_TKd.to(dtype), v_TKe.to(dtype)
+        k_pe_TR = None if k_pe_TR is None else k_pe_TR.to(dtype)
+        rope = None if rope is None else (rope[0].to(dtype), rope[1].to(dtype))
     given = [x for x in (k_TKd, v_TKe, k_pe_TR, *(rope or ())) if x is not None]
     if any(x.dtype != q_THd.dtype for x in given):
         raise ValueError(

@@ -61,14 +61,16 @@ torch.library.register_autograd("r1fast::rms_norm", _backward, setup_context=_se
 def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float = 1e-6, impl: str | None = None) -> Tensor:
     """`torch.nn.functional.rms_norm` over the last dimension.
 
-    x          [..., D]; weight_D [D], same dtype
+    x          [..., D]; weight_D [D]: of two dtypes both are taken to the wider one
     Returns the shape and dtype of x. Gradients flow to both.
     """
-    if weight_D.dim() != 1 or x.dim() < 1 or x.shape[-1:] != weight_D.shape or x.dtype != weight_D.dtype:
+    if weight_D.dim() != 1 or x.dim() < 1 or x.shape[-1:] != weight_D.shape:
         raise ValueError(
-            f"rms_norm: got x {tuple(x.shape)} in {x.dtype} and weight {tuple(weight_D.shape)} in {weight_D.dtype}, "
-            "expected [..., D] and [D] in one dtype"
+            f"rms_norm: got x {tuple(x.shape)} and weight {tuple(weight_D.shape)}, expected [..., D] and [D]"
         )
+    if x.dtype != weight_D.dtype:
+        wide = torch.promote_types(x.dtype, weight_D.dtype)
+        return rms_norm(x.to(wide), weight_D.to(wide), eps=eps, impl=impl).to(x.dtype)
     if choose("rms_norm", impl, x) == "reference":
         return rms_norm_reference(x, weight_D, eps)
     out_TD, _ = torch.ops.r1fast.rms_norm(x.reshape(-1, x.shape[-1]), weight_D, eps)

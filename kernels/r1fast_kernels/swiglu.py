@@ -48,14 +48,13 @@ torch.library.register_autograd("r1fast::swiglu", _backward, setup_context=_setu
 def swiglu(gate: Tensor, up: Tensor, *, impl: str | None = None) -> Tensor:
     """`silu(gate) * up`, in fp32 (fp64 for fp64) and rounded once.
 
-    gate, up     of one shape and dtype
-    Returns the same. Gradients flow to both.
+    gate, up     of one shape
+    Returns the same shape, in the wider dtype. Gradients flow to both.
     """
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(
-            f"swiglu: got gate {tuple(gate.shape)} in {gate.dtype} and up {tuple(up.shape)} in {up.dtype}, expected "
-            "one shape and dtype"
-        )
+    if gate.shape != up.shape:
+        raise ValueError(f"swiglu: got gate {tuple(gate.shape)} and up {tuple(up.shape)}, expected one shape")
+    dtype = torch.promote_types(gate.dtype, up.dtype)
+    gate, up = gate.to(dtype), up.to(dtype)
     if choose("swiglu", impl, gate) == "reference":
         return swiglu_reference(gate, up)
     return torch.ops.r1fast.swiglu(gate, up)

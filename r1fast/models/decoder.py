@@ -5,19 +5,21 @@ Single-device: sharding is applied from outside, so weights are read only inside
 decode reads them directly and needs them whole.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from r1fast.models import structure
 from r1fast.models.attention import AttentionPlan
 from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.config import ModelConfig
 from r1fast.models.gqa import GroupedQueryAttention
-from r1fast.models.layers import MLP, Head, HeadFn, RMSNorm
+from r1fast.models.layers import MLP, Head, HeadFn, Linear, OpModule, RMSNorm
 from r1fast.models.mla import LATENT_NORM_EPS, LatentAttention
-from r1fast.models.moe import MoE, Routing
+from r1fast.models.moe import Experts, Gate, MoE, Routing
 from r1fast.models.rope import Rope, Rotary, softmax_scale
 from r1fast_kernels.decode_layers import MOST_PROMPT_TOKENS, DecodeLayers, LayersSpec
 
@@ -72,7 +74,10 @@ def _of_experts(experts_LTK: Tensor) -> Routing | None:
     return Routing(experts_LTK.transpose(0, 1), None) if len(experts_LTK) else None
 
 
-class Decoder(nn.Module):
+logger = logging.getLogger("r1fast")
+
+
+class Decoder(OpModule):
     """A causal language model, or with scalar_head=True a reward model: `score` [1, D] in place of `lm_head`.
 
     Parameter names are Hugging Face's without the leading `model.`; experts are stacked. May be built on meta: then
@@ -82,7 +87,6 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, *, scalar_head: bool = False) -> None:
         super().__init__()
         self.config, self.scalar_head = config, scalar_head
-        self.impl: str | None = None  # of the kernels
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -92,6 +96,7 @@ class Decoder(nn.Module):
         else:
             self.lm_head = Head(config.hidden_size, config.vocab_size)
         self.tie_weights()
+        self._built = structure.parts(self)
 
     def tie_weights(self) -> None:
         tied = self.config.tie_word_embeddings and not self.scalar_head
@@ -133,9 +138,8 @@ class Decoder(nn.Module):
 
     def use_kernels(self, impl: str | None) -> None:
         """Which implementation the model's own ops run: "reference", "cpp", "triton", or None for the best."""
-        self.impl = impl
         for module in self.modules():
-            if isinstance(module, (MoE, MLP, RMSNorm, GroupedQueryAttention, LatentAttention)):
+            if isinstance(module, OpModule):
                 module.impl = impl
 
     def forward(
@@ -160,12 +164,13 @@ class Decoder(nn.Module):
         with_routing: return (result, Routing), or (result, None) without experts.
         """
         plan = AttentionPlan(cu_seqlens, input_ids_T.numel(), input_ids_T.device)
-        if cache is not None and slots_T is not None and plan.max_length <= MOST_PROMPT_TOKENS:
-            fused = None if torch.is_grad_enabled() or replay_ids_TLK is not None else self._fused(cache)
-            if fused is not None:
-                hidden_TD, experts_LTK = fused.prefill(input_ids_T, plan.cu_seqlens, cache.buffers, slots_T)
-                result = self.head(hidden_TD, head)
-                return (result, _of_experts(experts_LTK)) if with_routing else result
+        fused = None if cache is None else self._fused(cache)
+        if torch.is_grad_enabled() or replay_ids_TLK is not None or plan.max_length > MOST_PROMPT_TOKENS:
+            fused = None
+        if fused is not None and cache is not None and slots_T is not None:
+            hidden_TD, experts_LTK = fused.prefill(input_ids_T, plan.cu_seqlens, cache.buffers, slots_T)
+            result = self.head(hidden_TD, head)
+            return (result, _of_experts(experts_LTK)) if with_routing else result
         x_TD = self.embed_tokens(input_ids_T)
         rope = self.rotary(plan.positions_T, x_TD.dtype)
         replayed = iter(() if replay_ids_TLK is None else replay_ids_TLK.unbind(1))
@@ -194,7 +199,8 @@ class Decoder(nn.Module):
         block_table_BN: int32, the blocks of each row's sequence. neighbours: rows may be of one sequence; all are
         written before any is read. with_routing: as in forward.
         """
-        if head is None and not neighbours and (fused := self._fused(cache)) is not None:
+        fused = self._fused(cache)
+        if head is None and not neighbours and fused is not None:
             logits_BV, experts_LBK = fused(input_ids_B, positions_B, cache.buffers, block_table_BN)
             return (logits_BV, _of_experts(experts_LBK)) if with_routing else logits_BV
         step = DecodeStep.at(positions_B, block_table_BN)
@@ -209,9 +215,15 @@ class Decoder(nn.Module):
         return (result, _of_model(routings)) if with_routing else result
 
     def _fused(self, cache: BlockCache) -> DecodeLayers | None:
-        if cache.decode_layers is None:
-            cache.decode_layers = self._decode_layers()
-        return cache.decode_layers if cache.decode_layers.can_run(self.impl) else None
+        """None: the modules run. Raises ValueError where they would not compute what `forward` does."""
+        if not cache.is_checked:
+            cache.is_checked = True
+            if differences := structure.check(self, self._built, _KNOWN):
+                logger.warning("decode_layers does not run, the modules do: %s", "; ".join(differences[:5]))
+            else:
+                cache.decode_layers = self._decode_layers()
+        fused = cache.decode_layers
+        return fused if fused is not None and fused.can_run(self.impl) else None
 
     def _decode_layers(self) -> DecodeLayers:
         config, grouped = self.config, self.config.uses_mla
@@ -235,3 +247,10 @@ class Decoder(nn.Module):
                 routed_scaling_factor=config.routed_scaling_factor if grouped else 1.0,
             ),
         )
+
+
+# What decode_layers computes too.
+_KNOWN = structure.methods_of(
+    Decoder, DecoderLayer, GroupedQueryAttention, LatentAttention, MLP, MoE, Gate, Experts, RMSNorm, Linear, Head,
+    Rotary, nn.Embedding, nn.ModuleList,
+)  # fmt: skip

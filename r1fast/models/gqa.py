@@ -1,21 +1,20 @@
 """Grouped-query attention of Llama, Qwen2, Qwen3 and Qwen3-MoE."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from r1fast.models.attention import AttentionPlan, packed_attention
 from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.config import ModelConfig
-from r1fast.models.layers import Linear, RMSNorm
+from r1fast.models.layers import Linear, OpModule, RMSNorm
 from r1fast.models.rope import Rope, softmax_scale
 from r1fast_kernels import decode_attention
 
 
-class GroupedQueryAttention(nn.Module):
+class GroupedQueryAttention(OpModule):
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
         width, head_dim = config.hidden_size, config.attention_head_dim
         self.layer_idx, self.head_dim, self.scale = layer_idx, head_dim, softmax_scale(config)
-        self.impl: str | None = None  # of the kernel
         self.q_proj = Linear(width, config.num_attention_heads * head_dim, bias=config.qkv_bias)
         self.k_proj = Linear(width, config.kv_heads * head_dim, bias=config.qkv_bias)
         self.v_proj = Linear(width, config.kv_heads * head_dim, bias=config.qkv_bias)

@@ -12,23 +12,28 @@ from r1fast_kernels.products import linear
 HeadFn = Callable[[Tensor, Tensor], Any]
 
 
-class RMSNorm(nn.Module):
+class OpModule(nn.Module):
+    """Runs ops of r1fast_kernels, or products: Decoder.use_kernels says which implementation, in every one of them."""
+
+    impl: str | None = None
+
+
+class RMSNorm(OpModule):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
-        self.impl: str | None = None  # of the kernel
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, eps=self.eps, impl=self.impl)
 
 
-class Linear(nn.Linear):
+class Linear(nn.Linear, OpModule):
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, impl=self.impl)
 
 
-class MLP(nn.Module):
+class MLP(OpModule):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, hidden_size: int, width: int, bias: bool = False) -> None:
@@ -36,13 +41,12 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden_size, width, bias=bias)
         self.up_proj = Linear(hidden_size, width, bias=bias)
         self.down_proj = Linear(width, hidden_size, bias=bias)
-        self.impl: str | None = None  # of the kernel
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD), impl=self.impl))
 
 
-class Head(nn.Module):
+class Head(OpModule):
     """Vocabulary (or scalar) projection. A loss that fuses the product takes the weight here, inside forward, where a
     sharded weight is whole: `fn(hidden_TD, weight_VD)` runs in place of the product."""
 
@@ -53,4 +57,4 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_outputs, hidden_size))
 
     def forward(self, hidden_TD: Tensor, fn: HeadFn | None = None) -> Any:
-        return fn(hidden_TD, self.weight) if fn is not None else linear(hidden_TD, self.weight)
+        return fn(hidden_TD, self.weight) if fn is not None else linear(hidden_TD, self.weight, impl=self.impl)

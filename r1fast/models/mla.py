@@ -6,12 +6,12 @@ queries are taken to the latent space, attention runs over the cached latents, a
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from r1fast.models.attention import AttentionPlan, packed_attention
 from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.config import ModelConfig
-from r1fast.models.layers import Linear, RMSNorm
+from r1fast.models.layers import Linear, OpModule, RMSNorm
 from r1fast.models.rope import Rope, softmax_scale
 from r1fast_kernels import decode_attention
 
@@ -19,12 +19,11 @@ from r1fast_kernels import decode_attention
 LATENT_NORM_EPS = 1e-6
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(OpModule):
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
         width, bias = config.hidden_size, config.attention_bias
         self.layer_idx, self.scale = layer_idx, softmax_scale(config)
-        self.impl: str | None = None  # of the kernel
         self.num_heads, self.latent_dim = config.num_attention_heads, config.kv_lora_rank
         self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.value_dim = config.v_head_dim

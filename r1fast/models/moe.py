@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from r1fast.models.attention import AttentionPlan
 from r1fast.models.config import ModelConfig
-from r1fast.models.layers import MLP
+from r1fast.models.layers import MLP, OpModule
 from r1fast_kernels import moe_experts, route_topk
 from r1fast_kernels.products import linear_fp32
 
 
-class Gate(nn.Module):
+class Gate(OpModule):
     """Chooses K experts per token, in fp32. DeepSeek-V3 selects on sigmoid score + bias, weighs by the score alone."""
 
     e_score_correction_bias: Tensor | None
@@ -34,12 +34,10 @@ class Gate(nn.Module):
             self.e_score_correction_bias = bias.to(moved.device)
         return self
 
-    def forward(
-        self, x_TD: Tensor, replay_ids_TK: Tensor | None = None, impl: str | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, replay_ids_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """expert ids [T, K], weights [T, K] (fp32), tokens per expert [E], and the logits [T, E]."""
         config = self.config
-        logits_TE = linear_fp32(x_TD, self.weight)
+        logits_TE = linear_fp32(x_TD, self.weight, impl=self.impl)
         sigmoid = self.e_score_correction_bias is not None
         routed = route_topk(
             logits_TE,
@@ -51,12 +49,12 @@ class Gate(nn.Module):
             routed_scaling_factor=config.routed_scaling_factor if sigmoid else 1.0,
             scoring="sigmoid" if sigmoid else "softmax",
             replay_ids_TK=replay_ids_TK,
-            impl=impl,
+            impl=self.impl,
         )
         return *routed, logits_TE
 
 
-class Experts(nn.Module):
+class Experts(OpModule):
     """All experts' SwiGLU weights, stacked: gate then up [E, 2F, D], down [E, D, F]."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -65,8 +63,8 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * expert_width, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
 
-    def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, impl: str | None = None) -> Tensor:
-        return moe_experts(x_TD, self.gate_up_proj, self.down_proj, expert_ids_TK, weights_TK, impl=impl)
+    def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        return moe_experts(x_TD, self.gate_up_proj, self.down_proj, expert_ids_TK, weights_TK, impl=self.impl)
 
 
 class AddLoss(torch.autograd.Function):
@@ -111,7 +109,7 @@ class Routing(NamedTuple):
     balance: Tensor | None  # 0-d, the balance loss of all sequences, of a model summed over layers; None: off
 
 
-class MoE(nn.Module):
+class MoE(OpModule):
     """Router, routed experts, shared experts."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -120,7 +118,6 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         shared_width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = MLP(config.hidden_size, shared_width) if shared_width else None
-        self.impl: str | None = None  # of the kernels
 
     def forward(
         self,
@@ -133,7 +130,7 @@ class MoE(nn.Module):
 
         balance_scale: 0-d; this times the balance loss of every sequence is added to what is minimised.
         """
-        expert_ids_TK, weights_TK, _, logits_TE = self.gate(x_TD, replay_ids_TK, self.impl)
+        expert_ids_TK, weights_TK, _, logits_TE = self.gate(x_TD, replay_ids_TK)
         balance = None
         if balance_scale is not None and plan is not None:
             scoring = "softmax" if self.gate.e_score_correction_bias is None else "sigmoid"
@@ -141,7 +138,7 @@ class MoE(nn.Module):
             loss = sequence_balance_loss(logits_TE, expert_ids_TK, lengths_N, plan.rows_T, scoring)
             weights_TK = AddLoss.apply(weights_TK, loss * balance_scale)
             balance = loss.detach()
-        out_TD = self.experts(x_TD, expert_ids_TK, weights_TK, self.impl)
+        out_TD = self.experts(x_TD, expert_ids_TK, weights_TK)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
         return out_TD, Routing(expert_ids_TK, balance)

@@ -189,7 +189,7 @@ class Batch:
             torch.nn.functional.pad(ends_P, (1, 0)).to(self.device, torch.int32),
             cache=self.cache,
             slots_T=torch.cat([self._slots(prompt.blocks, len(ids)) for prompt, ids in zip(prompts, heads)]),
-            head=lambda hidden_TD, weight_VD: linear(hidden_TD[last_P], weight_VD),
+            head=lambda hidden_TD, weight_VD: linear(hidden_TD[last_P], weight_VD, impl=self.impl),
         )
         parts = (
             np.split(experts_TLK.cpu().numpy(), ends_P[:-1].numpy())
@@ -210,7 +210,7 @@ class Batch:
             self.cache,
             table_1N.expand(len(places), -1),
             neighbours=True,
-            head=lambda hidden_TD, weight_VD: linear(hidden_TD[-1:], weight_VD),
+            head=lambda hidden_TD, weight_VD: linear(hidden_TD[-1:], weight_VD, impl=self.impl),
         )
         if prompt.experts_PLK is not None and experts_TLK is not None:
             prompt.experts_PLK = np.concatenate([prompt.experts_PLK, experts_TLK.cpu().numpy()])

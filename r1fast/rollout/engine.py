@@ -32,7 +32,8 @@ class RolloutEngine:
     max_num_batched_tokens: prompt tokens of one prefill; longer prompts are computed in parts.
     kv_cache_memory_bytes: keys and values never take more (fewer rows run instead); default: what max_num_seqs rows
         need. They are held while `generate` runs.
-    impl: which implementation its ops run ("reference", "cpp", "triton"); default: the best on the device.
+    impl: which implementation its ops and, meanwhile, the model's run ("reference", "cpp", "triton"); default: what the
+        model is told by use_kernels.
     enable_return_routed_experts: completions say which experts each token went to, for an update to replay them.
     enforce_eager: no CUDA graphs (graphs.py), which speed up decoding on a GPU; impl "reference" never has them.
     """
@@ -111,8 +112,11 @@ class RolloutEngine:
             if on_progress is not None:
                 on_progress(len(sampled), num_total)
 
-        was_training = self.model.training
+        was_training, model_impl = self.model.training, self.model.impl
         self.model.eval()
+        impl = model_impl if self.impl is None else self.impl
+        if impl != model_impl:
+            self.model.use_kernels(impl)
         try:
             with torch.cuda.device_of(self.model.embed_tokens.weight):
                 Batch(
@@ -123,13 +127,15 @@ class RolloutEngine:
                     num_blocks=num_blocks,
                     max_rows=max_rows,
                     max_tokens_at_once=self.max_num_batched_tokens,
-                    impl=self.impl,
+                    impl=impl,
                     record_experts=self.enable_return_routed_experts,
                     graphs=graphs,
                     finish=finish,
                 ).run()
         finally:
             self.model.train(was_training)
+            if impl != model_impl:
+                self.model.use_kernels(model_impl)
 
         flat = self._completions([sampled[index] for index in range(num_total)], stop_ids)
         outputs = [flat[start : start + params.n] for start in range(0, num_total, params.n)]
@@ -154,7 +160,7 @@ class RolloutEngine:
     def _graphs(self, max_rows: int) -> StepGraphs | None:
         """None: every step runs op by op."""
         capture = CAPTURES.get(self.model.embed_tokens.weight.device.type)
-        if capture is None or self.enforce_eager or self.impl == "reference":
+        if capture is None or self.enforce_eager or (self.impl or self.model.impl) == "reference":
             return None
         return StepGraphs(max_rows, capture())
 

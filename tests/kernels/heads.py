@@ -43,7 +43,15 @@ def set_tiling(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             monkeypatch.setitem(head.MAX_ROWS, device, 5)
     if name == "pieces-of-both":
         monkeypatch.setattr(head, "WIDENS_BF16", not head.WIDENS_BF16)
-    monkeypatch.setattr(head, "CPU_COLUMNS", 50)
+    monkeypatch.setitem(head.COLUMNS, "cpu", 50)
+
+
+def head_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors are cut into a GPU's tiles, and keep a GPU's running values."""
+    head = sys.modules[HEAD]
+    for table in (head.WIDE_TILE_BYTES, head.TALL_TILE_BYTES, head.MAX_ROWS, head.COLUMNS, head.STATE_DTYPE):
+        monkeypatch.setitem(table, "cpu", table["cuda"])
+    monkeypatch.setattr(head, "WIDENS_BF16", False)
 
 
 def set_one_thread_for_products(monkeypatch: pytest.MonkeyPatch) -> None:

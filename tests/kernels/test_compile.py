@@ -1,26 +1,60 @@
-"""Every Triton kernel compiled for sm_90 and sm_80 at the tile sizes of production: no spills, fits in shared memory.
+"""The Triton kernels as the launchers emit them, without a GPU: they are typed, compile, do not spill, and fit.
 
-No GPU is needed; `cuobjdump` is part of Triton's wheel. Run with -s to see registers and shared memory.
+                                     by default                 -m slow
+    typed (Triton's own IR)          any two options meet       any three
+    compiled, for sm_90 and sm_80    each value of an option    any two, widths that 16 does not divide
+
+`cuobjdump` is part of Triton's wheel. Run with -s to see registers and shared memory.
 """
 
 import re
 import subprocess
+import sys
 import tempfile
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 
 from r1fast_kernels import dispatch
-from tests.kernels.kernel_table import KERNELS, Kernel
+from tests.kernels.launch_cases import CASES
+from tests.kernels.launches import Launch, covering, recording
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a block may have
 
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETING, reason="the interpreter compiles nothing")
+
+
+def all_kernels() -> set[str]:
+    """The kernels that launchers start; what they call has no name that ends so."""
+    return {
+        name for module, contents in list(sys.modules.items()) if module.startswith("r1fast_kernels.")
+        for name, value in vars(contents).items()
+        if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
+    }  # fmt: skip
+
+
+@cache
+def launches(strength: int) -> dict[str, list[Launch]]:
+    """By kernel."""
+    found: dict[str, list[Launch]] = defaultdict(list)
+    with recording() as seen:
+        for case in CASES.values():
+            for options in covering(case.options, strength, case.valid):
+                seen.odd = case.odd(options)
+                case.call(**options)
+    for launch in seen.launches.values():
+        found[launch.function.__name__].append(launch)
+    return found
 
 
 @dataclass(frozen=True)
@@ -30,18 +64,25 @@ class Usage:
     shared_bytes: int
 
 
-def compile_kernel(kernel: Kernel, arch: int) -> Usage:
-    arguments = kernel.function.arg_names
-    assert set(kernel.signature) | set(kernel.constants) == set(arguments), kernel.name
-    signature = {name: kernel.signature.get(name, "constexpr") for name in arguments}
-    constants: dict[Any, Any] = {(arguments.index(name),): value for name, value in kernel.constants.items()}
-    # What the launcher's specialization sees in production: pointers from torch, sizes divisible by 16.
-    attributes = {
-        (arguments.index(name),): [["tt.divisibility", 16]] for name, kind in kernel.signature.items()
-        if kind.startswith("*") or name in kernel.divisible
-    }  # fmt: skip
-    source = ASTSource(fn=kernel.function, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options)
+def source_of(launch: Launch) -> ASTSource:
+    return ASTSource(
+        fn=launch.function, signature=launch.signature, constexprs=launch.constants, attrs=launch.attributes
+    )
+
+
+def type_launch(launch: Launch) -> None:
+    """The compiler's first stage, which alone looks at what Python wrote."""
+    target = GPUTarget("cuda", 90, 32)
+    backend, context = make_backend(target), ir.context()
+    options = backend.parse_options(dict(launch.options))
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(options)
+    source_of(launch).make_ir(target, options, functions, backend.get_module_map(), context)
+
+
+def compile_launch(launch: Launch, arch: int) -> Usage:
+    compiled = triton.compile(source_of(launch), target=GPUTarget("cuda", arch, 32), options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -53,19 +94,64 @@ def compile_kernel(kernel: Kernel, arch: int) -> Usage:
     return Usage(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
 
 
-@pytest.mark.parametrize("arch", [90, 80], ids=["sm90", "sm80"])
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-def test_compiles_without_spills(kernel: Kernel, arch: int) -> None:
-    usage = compile_kernel(kernel, arch)
-    print(f"\n{kernel.name:45s} sm_{arch}  {usage.registers:3d} registers  {usage.shared_bytes:6d} B shared", end="")
-    assert usage.spilled_bytes == 0, f"{kernel.name} on sm_{arch}: {usage}"
-    assert usage.shared_bytes <= SHARED_MEMORY[arch], f"{kernel.name} on sm_{arch}: {usage}"
-    threads = 32 * kernel.options["num_warps"]
-    assert usage.registers * threads <= 65_536, f"{kernel.name} on sm_{arch}: {usage} in {threads} threads"
+def assert_typed(chosen: Sequence[Launch]) -> None:
+    for launch in chosen:
+        try:
+            type_launch(launch)
+        except triton.CompilationError as error:
+            pytest.fail(f"{launch}: {error}")
+
+
+def assert_compiled(chosen: Sequence[Launch], arch: int) -> None:
+    assert chosen, "no launch at all"
+    for launch in chosen:
+        usage = compile_launch(launch, arch)
+        if launch.odd:
+            continue
+        print(f"\nsm_{arch}  {usage.registers:3d} registers  {usage.shared_bytes:6d} B shared  {launch}", end="")
+        assert usage.spilled_bytes == 0, f"{launch} on sm_{arch}: {usage}"
+        assert usage.shared_bytes <= SHARED_MEMORY[arch], f"{launch} on sm_{arch}: {usage}"
+        threads = 32 * launch.options["num_warps"]
+        assert usage.registers * threads <= 65_536, f"{launch} on sm_{arch}: {usage} in {threads} threads"
+
+
+KERNELS = sorted(all_kernels())
+for_both = pytest.mark.parametrize("arch", [90, 80], ids=["sm90", "sm80"])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_is_typed(kernel: str) -> None:
+    assert_typed(launches(2)[kernel])
+
+
+@for_both
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiles_without_spills(kernel: str, arch: int) -> None:
+    assert_compiled([launch for launch in launches(1)[kernel] if not launch.odd], arch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_any_three_options_are_typed(kernel: str) -> None:
+    assert_typed(launches(3)[kernel])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@for_both
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_any_two_options_compile_without_spills(kernel: str, arch: int) -> None:
+    assert_compiled(launches(2)[kernel], arch)
+
+
+def test_every_kernel_is_launched() -> None:
+    assert len(KERNELS) >= 15 and set(KERNELS) == set(launches(1))
 
 
 def test_a_kernel_that_spills_is_noticed() -> None:
     """Else the check above could not fail: the same kernel, 64 times too wide."""
-    fold = KERNELS[0]
-    wide = Kernel(fold.name, fold.function, fold.signature, {**fold.constants, "BLOCK_V": 1 << 17}, fold.options)
-    assert compile_kernel(wide, 90).spilled_bytes > 0
+    fold = launches(1)["_fold_kernel"][0]
+    place = (fold.function.arg_names.index("BLOCK_V"),)
+    wide: dict[Any, Any] = {**fold.constants, place: 1 << 17}
+    assert compile_launch(replace(fold, constants=wide), 90).spilled_bytes > 0

@@ -124,10 +124,12 @@ def test_a_bucket_is_captured_when_it_lasts(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", [{}, {"min_tokens": 12, "top_p": 0.9}], ids=str)
-def test_a_tape_of_the_step_samples_the_same(family: str, options: dict[str, Any], tapes: list[Tape]) -> None:
+def test_a_tape_of_the_step_samples_the_same(
+    family: str, options: dict[str, Any], tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing that changes from step to step is baked in, nothing outside of the buffers survives it."""
+    monkeypatch.setattr(DecodeLayers, "can_run", lambda *_: False)  # op after op, as on a GPU
     model = random_model(family)
-    model.impl = "reference"  # the modules one after the other, as on a GPU
     is_moe = any(True for _ in model.moe_layers())
     params = SamplingParams(n=5, max_tokens=30, seed=4, stop_token_ids=[5, 6, 7], **options)
 
@@ -146,21 +148,28 @@ def test_a_tape_of_the_step_samples_the_same(family: str, options: dict[str, Any
         assert x.routed_experts is None or (x.routed_experts == y.routed_experts).all()  # type: ignore[union-attr]
 
 
-def test_a_step_that_waits_for_the_device_is_not_captured(tapes: list[Tape]) -> None:
+def test_a_step_that_waits_for_the_device_is_not_captured(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DecodeLayers, "can_run", lambda *_: False)
     model = random_model("qwen3_moe")
-    model.use_kernels("reference")
+    for moe in model.moe_layers():
+        moe.experts.impl = "reference"
     with pytest.raises(AssertionError, match="waits for the device"):
         RolloutEngine(model, None).generate(PROMPTS, SamplingParams(max_tokens=30, ignore_eos=True))
 
 
-def test_a_step_passes_by_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FSDP has them on what it shards by itself, and there makes its own streams wait: a capture that spreads to other
+def test_a_step_passes_by_hooks_of_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has them on what it shards by itself, and there makes its own streams wait: a capture that spreads to other
     streams fails."""
     monkeypatch.setattr(DecodeLayers, "can_run", lambda *_: False)  # op after op, as on a GPU
     model = random_model("llama")
     hooked: list[str] = []
     for name in ("embed_tokens", "layers.0", "layers.1", "norm", "lm_head"):
-        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: hooked.append(name))
+
+        def hook(*_: Any, name: str = name) -> None:
+            hooked.append(name)
+
+        hook.__module__ = "torch.distributed.fsdp._fully_shard._fsdp_state"
+        model.get_submodule(name).register_forward_pre_hook(hook)
     RolloutEngine(model, None).generate([[5]], SamplingParams(max_tokens=9, ignore_eos=True))
     assert len(hooked) == 5, "the prefill"
 
