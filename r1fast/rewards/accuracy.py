@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from r1fast.data.templates import ResponseFormat, get_response_format
-from r1fast.rewards.answers import Box, bare, last_box, last_boxes, plain_number, split_list, typeset
+from r1fast.rewards.answers import Box, bare, last_box, plain_number, split_list
 from r1fast.rewards.format import per_row
 from r1fast.rewards.prose import Answer, after_lead, answer_part, expressions, is_expression
 from r1fast.rewards.registry import reward
@@ -30,7 +30,9 @@ __all__ = ["Box", "accuracy", "final_answer", "last_box", "plain_number", "score
 
 _MISSING = frozenset({"", "nan", "NaN", "None", "null", "<NA>"})  # how Python, JSON and pandas spell a missing value
 _LETTER = r"(?:\\text\s*\{\s*)?[(\[]?\s*(?:\\text\s*\{\s*)?([A-Z])"
-_CHOICE = re.compile(rf"{_LETTER}\s*\}}?\s*(?:[)\]]\s*\}}?|[.:]|\)\s*\\\s*\}})*\s*\}}?(?P<rest>(?:(?<=[)\]}}.:\s]).*)?)", re.DOTALL)
+_CHOICE = re.compile(
+    rf"{_LETTER}\s*\}}?\s*(?:[)\]]\s*\}}?|[.:]|\)\s*\\\s*\}})*\s*\}}?(?P<rest>(?:(?<=[)\]}}.:\s]).*)?)", re.DOTALL
+)
 _CHOICES = re.compile(r"\(?[A-H]\)?(?:\s*(?:,|;|、|\band\b)+\s*\(?[A-H]\)?)+")
 _TEXT_PATTERNS = tuple(
     re.compile(rf"(?<![\w.]){pattern}(?![\w])", re.IGNORECASE)
@@ -129,7 +131,7 @@ def _as_text(gold: Any) -> str:
 
 @lru_cache(maxsize=1024)  # the G samples of a prompt share their gold
 def read_gold(gold: str) -> Gold | None:
-    """The kind of a gold as data sets hold it: bare, a solution that ends in boxes or (GSM8K) in '#### 7', or in prose."""
+    """The kind of a gold as data sets hold it: bare, or a solution that ends in boxes or (GSM8K) in '#### 7'."""
     if gold.strip() in _MISSING:
         return None
     part = answer_part(gold)
@@ -165,7 +167,11 @@ def _told(text: str) -> str:
     if tail is None or not bare(tail):
         return text
     runs = expressions(tail)
-    return runs[0] if runs and not re.fullmatch(r"[A-Za-z]", runs[0]) and len(bare(tail)) > len(runs[0]) + 20 else bare(tail)
+    return (
+        runs[0]
+        if runs and not re.fullmatch(r"[A-Za-z]", runs[0]) and len(bare(tail)) > len(runs[0]) + 20
+        else bare(tail)
+    )
 
 
 def _choice_letter(text: str) -> Gold | None:
@@ -256,7 +262,7 @@ _LEADS_LETTER = re.compile(
     rf"{_LETTER}(?![A-Za-z])",
 )
 _ANY_LETTER = re.compile(r"(?<![A-Za-z0-9_^\\{])(\(?)([A-Z])(\)?)(?![A-Za-z0-9_^'’]|\s*[-+=*/<>])")
-_ALTERNATIVE = re.compile(r"\s*\)?[*\s]*(?:(?:,|/|and|or|&|或|和)+\s*)+\(?[A-Z](?![A-Za-z])")
+_ALTERNATIVE = re.compile(r"\s*\)?[*\s]*(?:(?:,|/|and|or|&|或|和)\s*)+\(?[A-Z](?![A-Za-z])")
 
 
 def _matches_choice(gold: Gold, answer: Answer) -> bool:

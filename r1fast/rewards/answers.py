@@ -85,14 +85,11 @@ def _closing_brace(text: str, begin: int, limit: int) -> int | None:
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-_GREEK = dict(
-    zip(
-        "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
-        "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
-        strict=True,
-    )
+_GREEK_NAMES = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
+    "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
 )
+_GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", _GREEK_NAMES.split(), strict=True))
 _SIGNS = {
     **{letter: f"\\{name} " for letter, name in _GREEK.items()},
     **dict.fromkeys("−‐‑‒–—﹣", "-"),
@@ -114,7 +111,8 @@ _ONE_SPELLING: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\varnothing(?![A-Za-z])|\\text\{\s*\\?emptyset\s*\}", r"\\emptyset"),
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])\.?", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\(?:math(?:rm|bf|it|sf|tt|bb)|boldsymbol|bm|text(?:rm|bf|it|sf|tt|normal)|mbox|textup)\s*(?=\{)", r"\\text"),
+        # fonts
+        (r"\\(?:math(?:rm|bf|it|sf|tt)|boldsymbol|bm|text(?:rm|bf|it|sf|tt|normal)|mbox|textup)\s*(?=\{)", r"\\text"),
         (r"\\text\{\s*([eid])\s*\}", r"{\1}"),  # upright e, i and d are the constants and the differential
         (r"\\text\{[\s,]*(and|or)[\s,]*\}", r" \1 "),
         (r"\\text\{\s*(?:percent|percentage|pct|\\?%)\s*\}|(?<=[0-9}$])\s*(?:percent(?:age)?|pct)\b|\\%", "%"),
@@ -213,10 +211,11 @@ def decimals(text: str) -> int:
 _UNIT_NAMES = {
     "mm": "mm millimeter millimetre", "cm": "cm centimeter centimetre", "m": "m meter metre", "dm": "dm",
     "km": "km kilometer kilometre", "in": "in inch inche", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile",
-    "mg": "mg milligram", "g": "g gram gm", "kg": "kg kilogram", "lb": "lb lbs pound", "oz": "oz ounce", "t": "t ton tonne",
+    "mg": "mg milligram", "g": "g gram gm", "kg": "kg kilogram", "lb": "lb lbs pound", "oz": "oz ounce",
+    "t": "t ton tonne", "gbp": "gbp",
     "s": "s sec second", "min": "min minute", "h": "h hr hour", "day": "day", "week": "week wk", "month": "month",
     "year": "year yr", "ml": "ml mL milliliter millilitre", "l": "l L liter litre", "gal": "gal gallon",
-    "degree": "degree deg", "rad": "rad radian", "usd": "usd dollar buck", "cent": "cent", "eur": "eur euro", "gbp": "gbp",
+    "degree": "degree deg", "rad": "rad radian", "usd": "usd dollar buck", "cent": "cent", "eur": "eur euro",
     "unit": "unit", "kmh": "km/h kmh kph", "mph": "mph", "j": "J joule", "n": "N newton", "w": "W watt", "v": "V volt",
     "hz": "Hz hertz", "pa": "Pa pascal", "k": "K kelvin", "mol": "mol mole", "yuan": "yuan rmb", "rupee": "rupee rs",
     "people": "people person", "piece": "piece pc", "inverse": "per", "square": "square sq", "cubic": "cubic cu",
@@ -305,6 +304,9 @@ def units_conflict(first: str | None, second: str | None) -> bool:
 _DEPTH = re.compile(r"\\[{}]|\\[a-zA-Z]+|\\.|[()\[\]{}]|[,;、，]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|和|或")
 
 
+_GROUPS, _GROUP = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})*$"), re.compile(r"[0-9]{3}(?![0-9])")
+
+
 def split_list(text: str) -> list[str]:
     """The parts of a list at its weakest separator: `;`, else commas, "and" and "or"; [text] for a single thing.
 
@@ -313,9 +315,9 @@ def split_list(text: str) -> list[str]:
     cuts: list[tuple[int, int, str]] = []
     for match in top_level(text, _DEPTH):
         separator = match[0]
-        if separator == "," and re.match(r"[0-9]{3}(?![0-9])", text[match.end() : match.end() + 4]):
-            if re.search(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})*$", text[max(0, match.start() - 40) : match.start()]):
-                continue
+        before, after = text[max(0, match.start() - 40) : match.start()], text[match.end() : match.end() + 4]
+        if separator == "," and _GROUPS.search(before) and _GROUP.match(after):
+            continue
         cuts.append((match.start(), match.end(), separator))
     if any(separator in ";" for _, _, separator in cuts):
         cuts = [cut for cut in cuts if cut[2] == ";"]

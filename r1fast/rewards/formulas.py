@@ -1,7 +1,7 @@
 """Formulas: LaTeX to sympy by math-verify's parser, and whether two of them are the same.
 
 The parser evaluates nothing, so the size of what an evaluation would make is computed from the tree before anything is
-evaluated (`_size`): a formula that would need more than _MAX_DIGITS digits is not evaluated at all. There is no
+evaluated (`evaluation.py`): a formula that would need more than MAX_DIGITS digits is not evaluated at all. There is no
 list of dangerous shapes; what is still slow is for the worker pool's time limit.
 
 Numbers are equal if they are equal: decimals are read as exact fractions, irrational values are compared to 50 digits
@@ -10,15 +10,14 @@ neither expands nor simplifies anything. Sets and relations that are not the sam
 """
 
 import logging
-import math
 import re
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-_MAX_CHARS = 1000
-_MAX_DEPTH = 40  # the parser's time grows steeply with nested brackets
-_MAX_DIGITS = 100_000  # an integer of that size takes milliseconds; the next factorial of it takes for ever
-_DIGITS_PER_BIT = math.log10(2)
+from r1fast.rewards.evaluation import MAX_DIGITS, size_of
+
+_MAX_CHARS = 500  # the parser takes seconds for more
+_MAX_DEPTH = 16  # the parser's time grows steeply with nested brackets
 _MAX_DEGREE = 200  # expanding or solving beyond it does not end
 _MAX_SYMBOLS = 6
 _PRECISION = 50
@@ -60,12 +59,13 @@ def squeezed(text: str) -> str:
 @lru_cache(maxsize=4096)  # the G samples of a prompt share their gold, and often their answers
 def parse(text: str) -> Any | None:
     """The sympy tree of a formula, decimals as exact fractions, nothing evaluated; None if it is none."""
+    if len(text) > _MAX_CHARS:
+        return None
     latex = _latex(text)
-    if len(latex) > _MAX_CHARS or _depth(latex) > _MAX_DEPTH or not re.search(r"[0-9A-Za-z]", latex):
+    if _depth(latex) > _MAX_DEPTH or not re.search(r"[0-9A-Za-z]", latex):
         return None
     if re.search(r"[0-9]\s+[0-9]", latex):  # two numbers with a space between are no product
         return None
-    import sympy
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
@@ -93,7 +93,9 @@ def _latex(text: str) -> str:
     """What is written as in a programming language, as LaTeX: 7*y**2 - sqrt(3) is 7 \\cdot y^{2} - \\sqrt{3}."""
     text = text.replace("**", "^")
     text = _FUNCTION.sub(r"\\\1", text)
-    text = re.sub(r"(?<![A-Za-z\\])(pi|infty|infinity)(?![A-Za-z])", lambda m: "\\infty" if m[1] != "pi" else "\\pi", text)
+    text = re.sub(
+        r"(?<![A-Za-z\\])(pi|infty|infinity)(?![A-Za-z])", lambda m: "\\infty" if m[1] != "pi" else "\\pi", text
+    )
     text = re.sub(r"(\^|\\sqrt(?:\[[^\[\]]*\])?)\s*(?=\()", r"\1", text)
     text = _braced(text)
     text = re.sub(r"_([0-9]+)(?![0-9])", r"_{\1}", text)
@@ -110,7 +112,9 @@ def _braced(text: str) -> str:
     stack: list[bool] = []
     for index, char in enumerate(text):
         if char == "(":
-            special = text[:index].endswith("^") or bool(re.search(r"\\sqrt(?:\[[^\[\]]{0,9}\])?$", text[max(0, index - 16) : index]))
+            special = text[:index].endswith("^") or bool(
+                re.search(r"\\sqrt(?:\[[^\[\]]{0,9}\])?$", text[max(0, index - 16) : index])
+            )
             stack.append(special)
             out.append("{" if special else char)
         elif char == ")" and stack:
@@ -160,61 +164,17 @@ def _exact(tree: Any, is_complex: bool) -> Any:
     return tree.func(*exact)
 
 
-class _Size(NamedTuple):
-    """Upper bounds of what evaluating a tree makes, at variables below ten."""
-
-    digits: float  # decimal digits that are written
-    magnitude: float  # log10 of the absolute value
-
-
-def _size(tree: Any) -> _Size:
-    import sympy
-
-    if isinstance(tree, sympy.Rational):
-        digits = (tree.p.bit_length() + tree.q.bit_length()) * _DIGITS_PER_BIT
-        return _Size(digits, (tree.p.bit_length() - tree.q.bit_length() + 1) * _DIGITS_PER_BIT)
-    if isinstance(tree, sympy.MatrixBase):
-        return _Size(sum(_size(element).digits for element in tree.flat()), 0)
-    parts = [_size(argument) for argument in getattr(tree, "args", ()) if isinstance(argument, sympy.Basic)]
-    total = sum((part.digits for part in parts), 1.0)
-    if total > _MAX_DIGITS:
-        return _Size(math.inf, math.inf)
-    largest = max((part.magnitude for part in parts), default=1.0)
-    if isinstance(tree, sympy.Pow):
-        return _size_of_power(tree, *parts)
-    if isinstance(tree, sympy.exp | sympy.sinh | sympy.cosh):
-        return _Size(_absolute(parts[0]), _absolute(parts[0]))
-    if isinstance(tree, sympy.factorial | sympy.gamma | sympy.factorial2 | sympy.binomial):
-        value = _absolute(_Size(total, largest))
-        return _Size(value * (largest + 1), value * (largest + 1))
-    if isinstance(tree, sympy.Sum | sympy.Product):
-        terms = max((_absolute(_size(limit)) for bounds in tree.args[1:] for limit in bounds.args[1:]), default=1.0)
-        return _Size(parts[0].digits * terms, parts[0].magnitude * terms)
-    if isinstance(tree, sympy.Mul):
-        return _Size(total, sum(max(part.magnitude, 0.0) for part in parts))
-    return _Size(total, largest + math.log10(len(parts) + 1))
-
-
-def _size_of_power(tree: Any, base: _Size, exponent: _Size) -> _Size:
-    times = abs(tree.exp.p) / tree.exp.q if tree.exp.is_Rational and exponent.digits < 300 else _absolute(exponent)
-    written = base.digits if tree.exp.is_Rational else max(abs(base.magnitude), 1.0)
-    return _Size((written + 1) * times, max(abs(base.magnitude), 0.1) * times)
-
-
-def _absolute(size: _Size) -> float:
-    """An upper bound of the absolute value itself."""
-    return math.inf if size.magnitude > 15 else 10.0**size.magnitude
-
-
 def _is_small(tree: Any) -> bool:
-    return _size(tree).digits <= _MAX_DIGITS
+    return size_of(tree).digits <= MAX_DIGITS
 
 
 def _degree(tree: Any) -> float:
     """The largest exponent that stands over a variable: what expanding or solving would have to multiply out."""
     import sympy
 
-    powers = [part.exp for part in sympy.preorder_traversal(tree) if isinstance(part, sympy.Pow) and part.base.free_symbols]
+    powers = [
+        part.exp for part in sympy.preorder_traversal(tree) if isinstance(part, sympy.Pow) and part.base.free_symbols
+    ]
     return max((abs(float(power)) if power.is_Rational else 1.0 for power in powers), default=1.0)
 
 
@@ -230,7 +190,9 @@ def _same(gold: Any, answer: Any, digits: int) -> bool:
         gold = _last(gold).rhs
     if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
         return _same_function(gold, answer, digits)
-    if _is_relation(gold) and isinstance(answer, sympy.Expr) or _is_relation(answer) and isinstance(gold, sympy.Expr):
+    if (_is_relation(gold) and isinstance(answer, sympy.Expr)) or (
+        _is_relation(answer) and isinstance(gold, sympy.Expr)
+    ):
         return False
     if isinstance(gold, sympy.Interval) and isinstance(answer, sympy.Interval):
         return (
@@ -286,9 +248,16 @@ def _unwrapped(answer: Any, *, keep: bool) -> Any | None:
         return answer
     parts = list(getattr(answer, "_unsorted_args", ())) or [answer]
     for part in parts:
-        if isinstance(part, sympy.Rel) and isinstance(part.lhs, sympy.Expr) and isinstance(part.rhs, sympy.Expr) and part is parts[0]:
+        if (
+            isinstance(part, sympy.Rel)
+            and isinstance(part.lhs, sympy.Expr)
+            and isinstance(part.rhs, sympy.Expr)
+            and part is parts[0]
+        ):
             constant = not (part.lhs.free_symbols or part.rhs.free_symbols)
-            if constant and not (isinstance(part, sympy.Eq) and _is_small(part) and _same_function(part.lhs, part.rhs, 0)):
+            if constant and not (
+                isinstance(part, sympy.Eq) and _is_small(part) and _same_function(part.lhs, part.rhs, 0)
+            ):
                 return None
     if keep or not all(isinstance(part, sympy.Eq) for part in parts):
         return answer
@@ -373,7 +342,9 @@ def _value(tree: Any, symbols: list[Any], shift: int) -> Any | None:
     points = {
         symbol: sympy.Rational(str(_POINTS[(index * 3 + shift) % len(_POINTS)])) for index, symbol in enumerate(symbols)
     }
-    points |= {function: sympy.Rational(str(_POINTS[(len(str(function)) + shift) % len(_POINTS)])) for function in unknown}
+    points |= {
+        function: sympy.Rational(str(_POINTS[(len(str(function)) + shift) % len(_POINTS)])) for function in unknown
+    }
     try:
         value = tree.xreplace(points).evalf(_PRECISION, maxn=4 * _PRECISION)
     except Exception:  # poles, overflow, functions that mpmath does not know

@@ -63,14 +63,15 @@ _NOT_PROSE = re.compile(
 
 _MIN_HAN = 4  # characters
 _CAPITALS = re.compile(r"[A-Z]{2,4}")
-_FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp lim max min sup inf det gcd lcm mod deg dim "
-    "ker arg sgn tr sqrt pi".split()
+_FUNCTION_NAMES = (
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp lim max min sup inf det gcd lcm mod "
+    "deg dim ker arg sgn tr sqrt pi"
 )
-_UNITS = frozenset(
-    "mm cm dm km mg kg ml kw kwh mw gw hz khz mhz ghz kb mb gb tb kpa pa kj mj mol rad rpm mph kph kmh ft lb lbs oz hr hrs "
-    "sec min ms ns us nm eur usd".split()
+_UNIT_NAMES = (
+    "mm cm dm km mg kg ml kw kwh mw gw hz khz mhz ghz kb mb gb tb kpa pa kj mj mol rad rpm mph kph kmh ft lb lbs "
+    "oz hr hrs sec min ms ns us nm eur usd"
 )
+_FUNCTIONS, _UNITS = frozenset(_FUNCTION_NAMES.split()), frozenset(_UNIT_NAMES.split())
 
 
 @reward("language")
@@ -104,7 +105,9 @@ def language_ratio(text: str, language: str) -> float:
     prose = _NOT_PROSE.sub(" ", text)
     for match in _WORD.finditer(prose):
         script = match.lastgroup or ""
-        if script in ("latin", "greek") and _is_mathematics(match[0], script, prose[max(0, match.start() - 2) : match.start()]):
+        if script in ("latin", "greek") and _is_mathematics(
+            match[0], script, prose[max(0, match.start() - 2) : match.start()]
+        ):
             continue
         counts[script] += 1
     if "kana" in scripts and not counts["kana"] and counts["han"] >= _MIN_HAN:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from r1fast.rewards.answers import NUMBER, bare, last_boxes, typeset
 
-_WINDOW = 10_000  # characters of prose that are searched, from its end: the cost of a hostile text is bounded
+_WINDOW = 5_000  # characters that are read, from the end of prose: the cost of a hostile text is bounded
 _LEAD = re.compile(
     r"\b(?:answer|option|choice|summary|result|réponse|respuesta|antwort)\b[*_\s]*(?:(?:is|est|es|ist)\b[*_\s]*:?|:|=)"
     r"|答案(?:应?该?(?:是|为)|：|:)|故选[:：]?|应选[:：]?",
@@ -20,8 +20,8 @@ _FUNCTIONS = (
     "sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|lg|exp|min|max|gcd|lcm|det|pi|infty|inf"
 )
 _TOKEN = re.compile(
-    r"(?P<segment>\\\[.{1,2000}?\\\]|\\\(.{1,1000}?\\\)|\$\$[^$]{1,2000}\$\$"
-    r"|(?<![\\0-9])\$[^$\n]{1,1000}(?<!\\)\$(?![0-9]))"
+    r"(?P<segment>\\\[.{1,1000}?\\\]|\\\(.{1,500}?\\\)|\$\$[^$]{1,1000}\$\$"
+    r"|(?<![\\0-9])\$[^$\n]{1,500}(?<!\\)\$(?![0-9]))"
     rf"|(?P<number>{NUMBER}|[0-9]+,[0-9]+(?![0-9,]))"
     r"|(?P<text>\\text\s*\{[^{}]{0,200}\}(?:\s*\^\s*\{?[0-9]\}?)?)"
     r"|(?P<command>\\(?:begin|end)\{[a-zA-Z*]{1,20}\}|\\[A-Za-z]+|\\[{}%$\\])"
@@ -41,8 +41,11 @@ _UNIT_AFTER = re.compile(
     r"|minutes?|seconds?|days?|weeks?|months?|years?|lit(?:er|re)s?|pounds?|million|billion|thousand|trillion"
     r"|sq(?:uare)?|cubic|units?)(?:\^\{?[0-9]\}?)?",
 )
-_LEADING = re.compile(r"^(?:[\s=*/:,;!|&^_'%]|\\(?:times|cdot|approx|implies|Rightarrow|to|le|ge|ne)(?![A-Za-z])|(?:and|or)\b)+")
-_TRAILING = re.compile(r"(?:[\s=*/:,;&^_+<>-]|\\(?:times|cdot|approx|quad)|\b(?:and|or))+$")
+_LEADING = re.compile(
+    r"^(?:[\s=*/:,;!|&^_'%]|\\(?:times|cdot|approx|implies|Rightarrow|to|le|ge|ne)(?![A-Za-z])|(?:and|or)\b)+"
+)
+_TRAILING_SIGNS = " \t\n=*/:,;&^_+<>-"
+_TRAILING_WORDS = ("\\times", "\\cdot", "\\approx", " and", " or")
 _RANGE = re.compile(r"[0-9.]+-([0-9.]+)")
 
 
@@ -63,9 +66,10 @@ def answer_part(final: str) -> Answer | None:
     if boxes is None:
         return None
     if boxes:
-        return Answer(bare(typeset("; ".join(boxes))), True)
+        joined = "; ".join(boxes)
+        return Answer(bare(typeset(joined)) if len(joined) <= _WINDOW else "", True)
     if "####" in final:
-        return Answer(bare(typeset(final.rpartition("####")[2].lstrip().partition("\n")[0])), True)
+        return Answer(bare(typeset(final.rpartition("####")[2].lstrip().partition("\n")[0][:_WINDOW])), True)
     return Answer(bare(typeset(_without_markdown(final[-_WINDOW:]))), False)
 
 
@@ -73,7 +77,7 @@ def _without_markdown(text: str) -> str:
     """Without **bold** and headings; ** between two operands is a power."""
     text = re.sub(r"(?<![A-Za-z0-9)}\s])\*\*(?=\S)|(?:(?<=\s)|^)\*\*(?=\S)", "", text)
     text = re.sub(r"(?<=\S)\*\*(?![A-Za-z0-9({\\-])", "", text)
-    return re.sub(r"^#{1,3} +|(?<![\w`])`|`(?![\w`])|^\s*[-*] +(?=\D)", "", text, flags=re.MULTILINE)
+    return re.sub(r"^#{1,3} +|(?<![\w`])`|`(?![\w`])|^[ \t]*[-*] +(?=\D)", "", text, flags=re.MULTILINE)
 
 
 def after_lead(text: str) -> str | None:
@@ -109,7 +113,12 @@ def expressions(text: str) -> list[str]:
                 flush()
             pieces.append((kind, token))
         elif kind == "word":
-            if pieces and pieces[-1][0] in ("number", "space") and _follows_number(pieces, spaces=True) and _UNIT_AFTER.fullmatch(token):
+            if (
+                pieces
+                and pieces[-1][0] in ("number", "space")
+                and _follows_number(pieces, spaces=True)
+                and _UNIT_AFTER.fullmatch(token)
+            ):
                 pieces.append((kind, token))
             flush()
             depth = 0
@@ -147,17 +156,29 @@ def _ends_fraction(pieces: list[tuple[str, str]]) -> bool:
 
 def _tidied(pieces: list[tuple[str, str]]) -> list[str]:
     """The run without operators at its ends, unmatched brackets, and letters that stand alone at an end."""
-    while len(pieces) > 1 and pieces[0][0] == "letter" and pieces[1][0] == "space" and pieces[2:3] and pieces[2][0] in ("number", "letter"):
-        pieces = pieces[2:]
-    text = "".join(token for _, token in pieces)
+    first = 0
+    kinds = [kind for kind, _ in pieces]
+    while kinds[first : first + 2] == ["letter", "space"] and kinds[first + 2 : first + 3] in (["number"], ["letter"]):
+        first += 2
+    text = "".join(token for _, token in pieces[first:])
     text = _matched(_LEADING.sub("", text))
-    text = _TRAILING.sub("", _LEADING.sub("", text)).strip()
+    text = _without_trailing(_LEADING.sub("", text)).strip()
     text = re.sub(r"^-\s+(?=[0-9])", "", text)  # a dash; a minus stands at its number
     if not text or not re.search(r"[0-9A-Za-z]", text):
         return []
     if match := _RANGE.fullmatch(text):
         return [match[1]]  # 7-3 in prose: a score, a range, pages
     return [text]
+
+
+def _without_trailing(text: str) -> str:
+    before = None
+    while text != before:
+        before = text
+        text = text.rstrip(_TRAILING_SIGNS)
+        for word in _TRAILING_WORDS:
+            text = text.removesuffix(word)
+    return text
 
 
 def _matched(text: str) -> str:

@@ -64,7 +64,9 @@ def _verifier(name: str) -> Callable[[str, dict[str, Any]], float]:
     try:
         from reasoning_gym.factory import get_score_answer_fn
     except ModuleNotFoundError as error:
-        raise ValueError("the reward reasoning_gym needs the package reasoning-gym: pip install 'r1fast[tasks]'") from error
+        raise ValueError(
+            "the reward reasoning_gym needs the package reasoning-gym: pip install 'r1fast[tasks]'"
+        ) from error
     try:
         verifier: Callable[[str, dict[str, Any]], float] = get_score_answer_fn(name)
     except (ValueError, KeyError) as error:

@@ -13,16 +13,28 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from r1fast.rewards.answers import any_number, bare, decimals, plain_number, split_list, split_unit, top_level, units_conflict
+from r1fast.rewards.answers import (
+    any_number,
+    bare,
+    decimals,
+    plain_number,
+    split_list,
+    split_unit,
+    top_level,
+    units_conflict,
+)
 from r1fast.rewards.formulas import is_readable as is_readable_formula
 from r1fast.rewards.formulas import literal_digits, same_formula, squeezed
 
+_MAX_CHARS = 2000  # a longer answer is compared as text
 _ROUNDED = 6  # decimals from which a decimal may stand for the exact value that it rounds
 _OPEN, _CLOSE = ("(", "[", "\\{", "{", "\\langle"), (")", "]", "\\}", "}", "\\rangle")
 _BRACKETS = re.compile(r"\\[{}]|\\[lr]angle|[()\[\]{}]")
 _EQUALS = re.compile(r"\\[{}]|\\[lr]angle|[()\[\]{}]|(?<![<>!=])=(?!=)|\\approx|\\in(?![A-Za-z])")
 _NAME = re.compile(r"(?!.*\\(?:le|ge|ne|sqrt|pi|infty)(?![A-Za-z]))[^0-9=<>+^]*[A-Za-z][^0-9=<>+^]*")  # no arithmetic
-_MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array|cases)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*)\\end\{\1\}", re.DOTALL)
+_MATRIX = re.compile(
+    r"\\begin\{([pbvBV]?matrix|array|cases)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*)\\end\{\1\}", re.DOTALL
+)
 
 
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne)(?![A-Za-z])")
@@ -47,7 +59,9 @@ def is_readable(text: str) -> bool:
     """Whether every part is a number or a formula."""
     value = read_value(text)
     leaves = value.items or (value,)
-    return all(bool(leaf.items) or is_number(leaf.text) or is_readable_formula(split_unit(leaf.text).text) for leaf in leaves)
+    return all(
+        bool(leaf.items) or is_number(leaf.text) or is_readable_formula(split_unit(leaf.text).text) for leaf in leaves
+    )
 
 
 def same_text(gold: str, answer: str) -> bool:
@@ -57,6 +71,8 @@ def same_text(gold: str, answer: str) -> bool:
 
 def same_value(gold: str, answer: str) -> bool:
     """Whether the answer is the gold's value."""
+    if len(answer) > _MAX_CHARS:
+        return same_text(gold, answer)
     if same_text(gold, answer) or _same(read_value(gold), read_value(answer)):
         return True
     # 1,22 is a list, or a decimal where commas are decimal points: it equals what is written as a decimal
@@ -102,7 +118,7 @@ def _spread(part: str) -> list[Value]:
 
 
 def _split_name(text: str) -> tuple[str, str]:
-    cuts = [match for match in top_level_names(text)]
+    cuts = top_level_names(text)
     if not cuts:
         return "", text
     name = text[: cuts[0].start()].strip()
@@ -202,7 +218,9 @@ def _same_brackets(gold: Value, answer: Value) -> bool:
     """Brackets tell intervals apart; from three elements on, and in matrices, they are a matter of taste."""
     if "matrix" in (gold.brackets, answer.brackets) or len(gold.items) != 2:
         return True
-    return gold.brackets.replace("\\langle", "(").replace("\\rangle", ")") == answer.brackets.replace("\\langle", "(").replace("\\rangle", ")")
+    return gold.brackets.replace("\\langle", "(").replace("\\rangle", ")") == answer.brackets.replace(
+        "\\langle", "("
+    ).replace("\\rangle", ")")
 
 
 def _same_in_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> bool:
@@ -212,7 +230,9 @@ def _same_in_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> bool:
 def _same_in_any_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> bool:
     if any(item.items for item in answer):  # solutions: one that is given twice is given
         answer = tuple({item.text: item for item in answer}.values())
-        answer = tuple(item for index, item in enumerate(answer) if not any(_same(item, other) for other in answer[:index]))
+        answer = tuple(
+            item for index, item in enumerate(answer) if not any(_same(item, other) for other in answer[:index])
+        )
     if len(gold) != len(answer):
         return False
     left = list(answer)
