@@ -43,6 +43,7 @@ ALIASES: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
 }
 _ROLES = ("system", "user", "assistant")  # those that every template renders
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_FIELDS = frozenset(("role", "content", *_REASONING))
 _REASONING_ENDS = tuple(layout.think_close for layout in RESPONSE_FORMATS.values())
 
 
@@ -182,7 +183,7 @@ def _read_prompts(row: Row) -> None:
 def _read_sft(row: Row) -> None:
     if not _absent(row, "messages"):
         row["messages"] = _chat(row["messages"], "messages", row.where)
-        before, target = _split(row["messages"], "messages", row.where, learned=True)
+        before, target = _cut(row["messages"], "messages", row.where, learned=True)
         _ends_with_user(before, "messages, without its last turn,", row.where)
         if not _absent(row, "completion") and _split(row["completion"], "completion", row.where)[1] != target:
             raise ValueError(
@@ -250,23 +251,25 @@ def _read_targets(row: Row, kind: Kind, columns: tuple[str, ...]) -> None:
 
 
 def _split(value: Any, column: str, where: str, *, learned: bool = False) -> tuple[Messages, Target]:
-    """(earlier turns, the last turn); text is a last turn. learned: an empty one would teach an immediate end."""
-    before: Messages = []
-    target: Target
-    if isinstance(value, str):
-        content = target = value
-    else:
-        *before, last = _chat(value, column, where)
-        if last["role"] != "assistant":
-            raise ValueError(
-                f"{where}: {column} ends with a turn of {last['role']!r}, expected 'assistant': "
-                "its last turn is what is learned"
-            )
-        content = last["content"]
-        target = [last] if "reasoning_content" in last else content
+    """(earlier turns, the last turn); text is a last turn."""
+    if not isinstance(value, str):
+        return _cut(_chat(value, column, where), column, where, learned=learned)
     if learned:
-        _not_blank(content, column, where)
-    return before, target
+        _not_blank(value, column, where)
+    return [], value
+
+
+def _cut(turns: Messages, column: str, where: str, *, learned: bool) -> tuple[Messages, Target]:
+    """Of a checked chat. learned: an empty last turn would teach an immediate end."""
+    *before, last = turns
+    if last["role"] != "assistant":
+        raise ValueError(
+            f"{where}: {column} ends with a turn of {last['role']!r}, expected 'assistant': its last turn is what is "
+            "learned"
+        )
+    if learned:
+        _not_blank(last["content"], column, where)
+    return before, [last] if "reasoning_content" in last else last["content"]
 
 
 def _joined(prompt: str | Messages | None, before: Messages, column: str, where: str) -> str | Messages | None:
@@ -333,15 +336,16 @@ def _chat(value: Any, column: str, where: str) -> Messages:
         if column != "messages" and not isinstance(value, list):
             expected = f"a string or {expected}"
         raise ValueError(f"{where}: column {column!r} is {shown(value)}, expected {expected}")
-    return [_turn(turn, f"{where}: {column}[{index}]") for index, turn in enumerate(value)]
+    return [_turn(turn, where, column, index) for index, turn in enumerate(value)]
 
 
-def _turn(turn: Any, where: str) -> dict[str, Any]:
+def _turn(turn: Any, row: str, column: str, index: int) -> dict[str, Any]:
     """{role, content}, and reasoning_content where there is one."""
+    where = f"{row}: {column}[{index}]"
     if not isinstance(turn, dict):
         raise ValueError(f"{where} is {shown(turn)}, expected {{role, content: string}}")
     for name, value in turn.items():
-        if name not in ("role", "content", *_REASONING) and not _says_nothing(value):
+        if name not in _FIELDS and not _says_nothing(value):
             raise ValueError(
                 f"{where} has {name!r} = {shown(value)}, which would not be learned; write it into content, "
                 "take it out, or drop the row"
@@ -349,8 +353,10 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     if turn.get("role") not in _ROLES:
         raise ValueError(f"{where} has role {turn.get('role')!r}, expected {', '.join(_ROLES)}")
     content = _content(turn, where)
-    reasoning = _reasoning(turn, content, where)
     known = {"role": turn["role"], "content": content}
+    if turn.keys() <= {"role", "content"}:
+        return known
+    reasoning = _reasoning(turn, content, where)
     return known if reasoning is None else {**known, "reasoning_content": reasoning}
 
 
