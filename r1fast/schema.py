@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 
 from r1fast.schema_types import (
     Bytes,
+    Count,
     Files,
     FolderName,
     LearningRate,
@@ -226,7 +227,7 @@ class TrainOptions(Strict):
     learning_rate: LearningRate = 1e-6
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Count = 0
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # of learning_rate, at the end of a decaying schedule
     decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.4  # share of the steps that decay (wsd)
     weight_decay: NonNegative = 0.0
@@ -342,7 +343,7 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     rewards: dict[RewardName, Reward] = {"accuracy": 1.0, "format": 1.0}
     reward_models: dict[RewardName, RewardModelSpec] = {}
     domain_weights: dict[str, NonNegative] = {}  # share of a step's prompts by column `domain`; empty: as they come
-    num_generations: Annotated[int, Field(ge=2)] = 8
+    num_generations: Annotated[int, Field(ge=2, lt=2**31)] = 8
     prompts_per_step: Positive = 16  # per rollout
     steps_per_generation: Positive = 1  # optimizer steps (minibatches) per rollout
     num_iterations: Positive = 1  # passes over a rollout
@@ -360,13 +361,13 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     partial_rollout_length: Positive | None = None  # tokens a completion gets per step, the next goes on; None: all
     overlong_buffer_length: Positive | None = None  # DAPO: the last tokens of max_completion_length, each costs reward
     overlong_penalty: Annotated[float, Field(gt=0, le=1e18)] = 1.0  # reward that all of them cost
-    dynamic_sampling_refills: Annotated[int, Field(ge=0)] = 0  # DAPO: rounds per step to replace groups of equal reward
+    dynamic_sampling_refills: Count = 0  # DAPO: rounds per step to replace groups of equal reward
     ref_model_sync_steps: Positive | None = None  # optimizer steps between copies of the policy into the reference
     # Truncated importance sampling; auto: 2.0 where the sampler is not exactly the policy (grpo.py), else None.
     sampling_importance_cap: Literal["auto"] | Annotated[float, Field(gt=0, le=1e18)] | None = "auto"
     router_replay: bool = False  # the update takes the experts that the sampler took (mixture of experts)
     skip_zero_variance_groups: bool = False  # leave them out of the update; exact where beta is 0
-    log_completions: Annotated[int, Field(ge=0)] = 16  # rows of samples/*.parquet per logged step
+    log_completions: Count = 16  # rows of samples/*.parquet per logged step
     log_completions_steps: Positive = 10
 
     def num_updates(self) -> int:
@@ -395,9 +396,12 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
                 raise ValueError(f"a reward and a reward model are both named {name!r}; rename one")
         if self.domain_weights and not any(self.domain_weights.values()):
             raise ValueError("domain_weights are all 0; give one of them a weight")
-        if (self.prompts_per_step * self.num_generations) % self.steps_per_generation:
+        num_samples = self.prompts_per_step * self.num_generations
+        if num_samples >= 2**31:
+            raise ValueError(f"prompts_per_step * num_generations = {num_samples}; expected less than {2**31}")
+        if num_samples % self.steps_per_generation:
             raise ValueError(
-                f"prompts_per_step * num_generations = {self.prompts_per_step * self.num_generations} is not a "
+                f"prompts_per_step * num_generations = {num_samples} is not a "
                 f"multiple of steps_per_generation = {self.steps_per_generation}"
             )
         longest = self.max_prompt_length + self.max_completion_length

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]  # ops count in int32
+Count = Annotated[int, Field(ge=0, lt=2**31)]
 Bytes = Annotated[int, Field(gt=0, lt=2**60)]
 # What float32 holds, with room for a product.
 NonNegative = Annotated[float, Field(ge=0, le=1e18)]
