@@ -108,7 +108,7 @@ def trl_step(folder: Path, case: Case, prompts: list[str], dtype: str, *, autoca
             lr_scheduler_type="constant", max_steps=MAX_STEPS, report_to="none", logging_strategy="no",
             save_strategy="no",
         ),
-        train_dataset=Dataset.from_dict({"prompt": [tokenizer.bos_token + prompt for prompt in prompts]}),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer,
     )  # fmt: skip
     # What its train() does: this, and in its loop what `run` does.

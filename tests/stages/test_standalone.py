@@ -536,7 +536,7 @@ def test_pretrain_from_text_and_dialogues(command, base_model: Path, tmp_path: P
     assert found["base"]["numbers"]["documents"] == 60
     assert answers_of(base / "model", ["green ?"]) == ["jumps over the lazy dog"]
     tokenizer = load_tokenizer(base / "model")
-    assert len(tokenizer) <= 300 and len(tokenizer("</answer>").input_ids) == 1
+    assert len(tokenizer) <= 300 and len(tokenizer.tokenize("</answer>")) == 1
     sizes = {}
     for name in ("base", "second", "third"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name / "model")
