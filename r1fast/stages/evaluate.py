@@ -104,7 +104,7 @@ def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if scored:
         means = np.array([_mean(_scores(group, "accuracy")) for group in scored])
-        problems = [str(group[0].row.get("problem", group[0].group)) for group in scored]
+        problems = [_problem(group[0]) for group in scored]
         result["pass@1"], result["pass@1_ci"] = float(means.mean()), _half_width(means, problems)
         result["n"] = len(scored)
         result["cons@k"] = _mean([_majority(group, response_format) for group in scored])
@@ -116,6 +116,12 @@ def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
         golds = sum(group[0].row.get("answer") is not None for group in groups.values())
         result["unscorable"] = golds - sum(group[0].row.get("answer") is not None for group in scored)
     return result | {"length": _mean([len(sample.completion_ids) for sample in samples])}
+
+
+def _problem(sample: Sample) -> str:
+    """What is the same for prompts that ask the same; a prompt without a `problem` is one of its own."""
+    problem = sample.row.get("problem")
+    return f"prompt {sample.group}" if problem is None else str(problem)
 
 
 def _half_width(means: np.ndarray, problems: list[str]) -> float:
