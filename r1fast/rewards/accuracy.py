@@ -197,12 +197,8 @@ def _is_text(text: str) -> bool:
         return True
     if not re.search(r"[0-9]", text) or "\\" in text:
         return False
-    return bool(_NAME_WITH_DIGITS.search(text)) or not (is_expression(text) or is_readable_quantity(text))
-
-
-def is_readable_quantity(text: str) -> bool:
-    """Numbers with units, and lists of them."""
-    return all(is_number(part) or is_expression(part) for part in split_list(text))
+    quantities = all(is_number(part) or is_expression(part) for part in split_list(text))
+    return bool(_NAME_WITH_DIGITS.search(text)) or not (is_expression(text) or quantities)
 
 
 def _is_words(text: str) -> bool:
@@ -320,6 +316,9 @@ def _matches_value(gold: str, answer: Answer) -> bool:
     return _matches_prose(gold, text)
 
 
+_LETTER_UNIT = re.compile(r"(?<=[0-9]) [A-Za-z](?=\s*(?:[-+=,]|$))")  # 353 g - 79 g = 274 g, for a gold 274
+
+
 def _matches_prose(gold: str, text: str) -> bool:
     """The first expression after "the answer is", else the last one of the text."""
     tail = after_lead(text)
@@ -337,6 +336,8 @@ def _matches_prose(gold: str, text: str) -> bool:
     parts = split_list(last)
     if is_number(gold) and len(parts) > 1 and ", " in last and not re.search(r"(?:and|or)(?![a-z])|[()\[\]]", last):
         last = parts[-1]  # In 1999, 35 people
+    if is_number(gold):
+        last = _LETTER_UNIT.sub("", last)
     return same_value(gold, last)
 
 

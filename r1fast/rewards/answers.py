@@ -16,6 +16,7 @@ NUMBER = rf"(?:{_DIGITS})(?:[eE][+-]?[0-9]{{1,3}}(?![0-9a-zA-Z]))?"
 _PLAIN = re.compile(rf"[+-]?{NUMBER}(?:\s*/\s*[0-9]+(?:\.[0-9]+)?)?")
 _MIXED = re.compile(r"([+-]?)\s*([0-9]{1,3}(?:[ ,][0-9]{3})+|[0-9]+) +([0-9]+) ?/ ?([0-9]+)")
 _SPACED_THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?")
+_BASED = re.compile(r"([0-9a-zA-Z]+)_\{?([0-9]{1,2})\}?")
 _DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
@@ -45,7 +46,7 @@ _BETWEEN_BOXES = re.compile(
     r"(?:[\s$,]|\\[()\[\]]|\\q?quad|\b(?:and|or)\b)*"
     r"(?:[A-Za-z](?:_?\{?[A-Za-z0-9]{1,3}\}?)?(?:\([a-z]\))?\s*=\s*)?(?:[\s$]|\\[()\[\]])*"
 )
-_MAX_BETWEEN = 60
+_MAX_BETWEEN, _MAX_BOXES = 60, 100
 
 
 def last_boxes(text: str) -> list[str] | None:
@@ -64,6 +65,8 @@ def last_boxes(text: str) -> list[str] | None:
         if end is None:
             if not contents:
                 return None
+            break
+        if len(contents) == _MAX_BOXES:
             break
         if contents:
             between = typeset_words(text[end + 1 : next_start]) if next_start - end <= _MAX_BETWEEN else None
@@ -192,6 +195,8 @@ def any_number(text: str) -> Fraction | None:
             return None
         value = int(re.sub("[ ,]", "", whole)) + Fraction(int(numerator), int(denominator))
         return -value if sign == "-" else value
+    if (match := _BASED.fullmatch(text)) and 2 <= int(match[2]) <= 36 and _fits(match[1], int(match[2])):
+        return Fraction(int(match[1], int(match[2])))
     if _SPACED_THOUSANDS.fullmatch(text):
         return Fraction(text.replace(" ", ""))
     if _DECIMAL_COMMA.fullmatch(text):
@@ -200,6 +205,10 @@ def any_number(text: str) -> Fraction | None:
     if scale.lower() in _SCALES and (value := plain_number(head)) is not None:
         return value * 10 ** _SCALES[scale.lower()]
     return None
+
+
+def _fits(digits: str, base: int) -> bool:
+    return all(int(digit, 36) < base for digit in digits)
 
 
 def decimals(text: str) -> int:
@@ -244,7 +253,7 @@ class Quantity(NamedTuple):
 
 def split_unit(text: str, *, loose: bool = False) -> Quantity:
     """The value and its unit. loose: any word after a space is taken for one, as fits an answer to a number
-    ("14 x", "12 ways"); otherwise a bare single letter is a variable, and glued letters (2ab) are a product."""
+    ("14 x", "12 ways"); otherwise letters are one only if they are known and stand apart: 2ab is a product."""
     text = text.strip()
     if len(text) > _MAX_QUANTITY:
         return Quantity(text)
@@ -275,7 +284,7 @@ def _is_unit(match: re.Match[str], loose: bool) -> bool:
     known = all(word in _UNITS or word.rstrip("s") in _UNITS for word in re.split(r"[\s/]+", words))
     if not match[2]:  # glued: 10cm is a length, 2ab a product, and 10m is a length only where a number is expected
         return known and (len(words) > 1 or loose)
-    return loose or len(words) > 2 or (known and len(words) > 1)
+    return loose or len(words) > 2 or known
 
 
 def _unit(words: str) -> str:

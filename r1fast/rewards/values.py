@@ -293,4 +293,4 @@ def _same_number(first: Fraction, second: Fraction, gold: str, answer: str) -> b
     if first == second:
         return True
     places = [decimals(text) for text, other in ((gold, answer), (answer, gold)) if "/" in other]
-    return any(count >= _ROUNDED and abs(first - second) < Fraction(1, 10**count) for count in places)
+    return any(count >= _ROUNDED and abs(first - second) * 2 <= Fraction(1, 10**count) for count in places)

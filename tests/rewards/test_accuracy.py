@@ -1,11 +1,13 @@
 """Accuracy: which answers equal which golds, and where in a completion the answer may stand."""
 
+import random
 import subprocess
 import sys
+import time
 
 import pytest
 
-from r1fast.rewards.accuracy import Box, accuracy, last_box, plain_number, score_answer
+from r1fast.rewards.accuracy import Box, accuracy, last_box, plain_number, read_gold, score_answer
 
 RIGHT = [
     ("1,000", 1000),
@@ -61,6 +63,191 @@ WRONG = [
     ("London", "Paris"),
     ("x+2", "1+x"),
 ]
+
+
+# By rule: final answer, gold, score.
+RULES = {
+    "two numbers with a space between are no product": [
+        ("3 1/2", "1/2", 0), ("2 1/2", "2.5", 1), ("7 3/4", "7.75", 1), ("-4 4/9", "-40/9", 1), ("11 7/6", "77/6", 0),
+        ("The answer is 4 4/9.", "4", 0), ("1 000", "1000", 1), ("8 2 5", "5 8 2", 0), ("2 3", "6", 0), ("2 3", "5", 0),
+        (r"918\frac{1}{2}", "918.5", 1), ("11\n5/6", "71/6", 0),
+    ],
+    "values are equal if they are equal": [
+        (r"\boxed{\frac{1}{1803!}}", r"\frac{1}{1801!}", 0), (r"\boxed{1.1\times 10^{-23}}", r"8.2\times 10^{-31}", 0),
+        (r"\frac{100}{3}", "33.3", 0), ("0.333333", "1/3", 1), ("0.333334", "1/3", 0),
+        (r"\sqrt{17}", "4.123105625617661", 1),
+        ("35%", "0.35", 1), (r"\boxed{35\%}", "0.35", 1), ("28", r"28\%", 1), ("28", "0.28", 0), ("28/100", "28", 0),
+        (r"40\pi", "125.66", 0), ("3.0e8", r"3\cdot 10^8", 1), ("5 million", "5000000", 1),
+        (r"2^{1000}", r"2^{1000}+1", 0),
+        (r"\sin 30^\circ", r"\frac12", 1), (r"\binom{5}{2}", "10", 1), ("1,22", "1.22", 1), ("811", "11", 0),
+    ],
+    "text is no arithmetic": [
+        ("1/6", "2/3/4", 0), ("2024-01-15", "2024-01-15", 1), ("2031-08-11", "2031-07-12", 0), ("21:45", "14:30", 0),
+        (r"\boxed{0.1}", "3:30", 0), ("It is 21:45.", "21:45", 1), ("0x3f2c", "0xb715", 0), ("0X3F2C", "0x3f2c", 1),
+        ("-0x1f", "-0x2f", 0), ("0b11", "0b101", 0), ("192.168.0.1", "192.168.1.0", 0), ("555-1234", "555-1243", 0),
+        ("(555) 123-4567", "(555) 123-4567", 1), ("Put ring 3 from A to C", "Put ring C from A to 3", 0),
+        ("1 2\n3 4", "1  2\n3 4", 1), ("1 2 3 4", "1 2\n3 4", 0), ("8a0", "3a0", 0), ("C6H6", "C6H6", 1),
+        ("C6H6", "6", 0),
+        ("7*y**2 - 3", "5*y**2 - 3", 0), ("7*y**2 - 3", "7y^2-3", 1),
+    ],
+    "a number base is part of the value": [
+        (r"\boxed{101_3}", "101_2", 0), ("101_{2}", "101_2", 1), ("101", "101_2", 0), ("5", "101_2", 0),
+        ("so it is $204_5$.", "204_5", 1), ("101_2", "101", 0),
+    ],
+    "one expression is read as such, and prose is not searched inside one": [
+        ("38 m^2", "38", 1), ("The area is 36 cm^2.", "36", 1), ("2^10", "10", 0), ("2^10", "1024", 1), ("x^2", "2", 0),
+        ("sqrt(25)", "25", 0), ("sqrt(25)", "5", 1), ("3^9", "9", 0), ("[0,9)", "9", 0), ("The set is [0,9)", "9", 0),
+        ("C6H6", "6", 0), ("AZYUK2A", "2", 0), (r"$31{,}250$", "31250", 1), (r"$31{,}250$", "250", 0),
+        (r"So, 5 \times 9 = 45", "45", 1), (r"It costs 5 \ and then 7", "7", 1),
+        ("therefore 353 g - 79 g = 274 g", "274", 1),
+        ("word " * 3000 + "so it is $x^2+1$", "1+x^2", 1), ("costs $5 and not $7", "7", 1),
+        ("Answer: Ann will pay 220 $ in 12 months.", "220", 1), ("3 or 5", "5", 0),
+    ],
+    "what is written in several ways": [
+        ("５", "5", 1), (r"\boxed{12\,500}", "12500", 1), ("12 500", "12500", 1), (r"11,\! 111,\! 100", "11111100", 1),
+        ("–3", "-3", 1), ("½", "0.5", 1), ("2½", "5/2", 1), ("√25", "5", 1), ("x²+1", "x^2+1", 1),
+        ("2√3", r"\sqrt{12}", 1),
+        ("π/2", r"\frac{\pi}{2}", 1), ("90°", r"90^\circ", 1),
+        (r"\boxed{1-\frac{1}{\mathrm{e}}}", r"1-\frac{1}{\mathrm{e}}", 1),
+        (r"\boxed{2+3\mathrm{i}}", "2+3i", 1), (r"\sqrt3", r"\sqrt{3}", 1), (r"\dfrac12", r"\frac{1}{2}", 1),
+    ],
+    "an unknown operator and a false equation are no answer": [
+        (r"\boxed{8 \mid 3}", "3", 0), (r"\boxed{8 = 3}", "3", 0), (r"\boxed{5 \times 9 = 45}", "45", 1),
+        (r"\boxed{x = 3}", "3", 1), (r"\boxed{a^2+3b = 0}", "0", 0), (r"\boxed{8 > 3}", "3", 0),
+        ("f(x) = 2x + 3", "y = 2x+3", 1),
+    ],
+    "boxes joined by commas, and, or are one list": [
+        (r"\boxed{3}, \boxed{8}", "8", 0), (r"\boxed{3}, \boxed{8}", "8, 3", 1),
+        (r"\boxed{3} and \boxed{8}", r"\{3,8\}", 1),
+        (r"first \boxed{615}, and again: \boxed{615}", "615", 1), ("3, 8", r"\boxed{3} or \boxed{8}", 1),
+        (r"\boxed{1} papers and \boxed{2} bins", "1,2", 1), (r"\boxed{5}, but rather \boxed{7}", "7", 1),
+    ],
+    "lists, tuples, intervals": [
+        ("2,1", "1,2", 1), ("(2,1)", "(1,2)", 0), (r"\boxed{[0,1]}", "[0,1)", 0), ("(1,4.5)", r"(1,\frac{9}{2})", 1),
+        (r"\boxed{x<7}", r"(-\infty,7)", 1), (r"x \ge 3", r"[3,\infty)", 1), ("2, 2, 3", "2, 3", 0),
+        ("4, 5", "AB=4,CD=5", 1),
+        (r"\{1-\sqrt5, 1+\sqrt5\}", r"1\pm\sqrt{5}", 1), (r"2021", r"\pm 2021", 0),
+        ("(5,2),(7,2)", "p=5,q=2;p=7,q=2", 1),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}", 1),
+    ],
+    "equations": [
+        (r"\boxed{4x+2y-6=0}", "2x+y-3=0", 1), ("x=11", "y=11", 0), ("-x > -1", "x < 1", 1), ("x > -1", "x < 1", 0),
+        (r"\sin(x)=\frac{42}{59}", r"\cos(x)=\frac{42}{59}", 0),
+    ],
+    "choices": [
+        (r"\boxed{\textbf{(C)}}", "C", 1), (r"\boxed{C}", r"\textbf{(C)}\ 17", 1),
+        (r"\boxed{17}", r"\textbf{(C)}\ 17", 1),
+        (r"\boxed{B}", r"\textbf{(C)}\ 17", 0), ("A or C", "C", 0), (r"\boxed{A, B}", "A", 0),
+        ("The answer is A or B", "A", 0),
+        ("The correct answer is D, since the others fail", "D", 1),
+        ("Option D is correct", "D", 1), ("故选D。", "D", 1),
+        (r"\boxed{\textbf{(D)}\ 48}", "D", 1), ("**C**", "C", 1), (r"\boxed{\mathrm{B}}", "(B) 12", 1),
+        ("A dog", "A", 0),
+        ("The answer is Apple", "A", 0), ("B. it cannot be A", "B", 1), (r"\boxed{BD}", "B, D", 1),
+    ],
+    "golds": [
+        ("1072", "He pays.\n#### 1,072", 1), ("40+2=42\n#### 42\nThere were 3 steps.", "42", 1), ("7", ["5", "7"], 1),
+        ("6", ["5", "7"], 0), ("7", [None, "7"], 1), ("5 cm", "5 m", 0), ("5", "5 m", 1),
+        ("5 centimeters", r"5\text{ cm}", 1),
+        (r"12\text{ ways}", "12", 1), ("The midpoints meet", "the  midpoints meet", 1),
+    ],
+    "size": [
+        (r"\boxed{(x+1)^{9999}}", "x+1", 0), (r"\boxed{9!!!!!!!!}", "5", 0), (r"\boxed{10^{10^{10}}}", "7", 0),
+        (r"\boxed{\binom{10^9}{10^8}}", "7", 0), (r"\boxed{2^{2^{2^{2^{2^2}}}}}", "x+1", 0),
+    ],
+}  # fmt: skip
+CASES = [(rule, *case) for rule, cases in RULES.items() for case in cases]
+
+
+@pytest.mark.parametrize(("rule", "final", "gold", "expected"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
+def test_rules(rule, final, gold, expected):
+    assert score_answer(final, gold) == expected
+
+
+NO_GOLD = [
+    "nan",
+    "None",
+    "null",
+    {"target": 24},
+    [],
+    [None, "nan"],
+    "It follows by induction on the vertices",
+    "We see that by Lemma 3 it holds",
+]
+
+
+@pytest.mark.parametrize("gold", NO_GOLD, ids=repr)
+def test_what_cannot_be_read_is_no_gold(gold):
+    assert score_answer("5", gold) is None
+    assert score_answer(str(gold), gold) is None
+
+
+def generated_golds(count: int) -> list[str]:
+    rng = random.Random(0)
+    n = lambda: rng.randint(2, 98)  # noqa: E731
+    shapes = [
+        lambda: str(n()), lambda: f"-{n()}.{n()}", lambda: f"\\frac{{{n()}}}{{{n()}}}",
+        lambda: f"{n()},{rng.randint(100, 999)}",
+        lambda: f"{n()}\\sqrt{{{n()}}}", lambda: f"x^{n()}+{n()}x", lambda: f"({n()}, {n()}]",
+        lambda: f"\\{{{n()}, {n()}+a\\}}",
+        lambda: f"{n()}:{rng.randint(10, 59)}",
+        lambda: f"20{rng.randint(10, 29)}-0{rng.randint(1, 9)}-{rng.randint(10, 28)}",
+        lambda: f"0x{rng.randint(4096, 65535):x}", lambda: f"{n()} {n()} {n()}", lambda: f"{n()}0_{rng.randint(2, 9)}",
+        lambda: f"y = {n()}x - {n()}", lambda: f"x > {n()}", lambda: f"{n()}\\text{{ cm}}", lambda: f"{n()}\\%",
+        lambda: rng.choice("ABCDE"), lambda: rng.choice(["north", "Paris", "no solution", "北京"]),
+        lambda: f"\\pm {n()}",
+    ]  # fmt: skip
+    return [rng.choice(shapes)() for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [120, pytest.param(3000, marks=pytest.mark.slow)])
+def test_a_gold_equals_itself_boxed_or_not_and_no_other_digits(count):
+    rng = random.Random(1)
+    for gold in generated_golds(count):
+        assert score_answer(gold, gold) == 1.0, gold
+        assert score_answer(f"So \\boxed{{{gold}}}.", gold) == 1.0, gold
+        digits = [index for index, char in enumerate(gold) if char.isdigit()]
+        if digits:
+            index = rng.choice(digits)
+            other = gold[:index] + str((int(gold[index]) + rng.randint(1, 8)) % 10) + gold[index + 1 :]
+            same = plain_number(other) is not None and plain_number(other) == plain_number(gold)
+            assert score_answer(f"\\boxed{{{other}}}", gold) == float(same), (other, gold)
+
+
+def test_text_golds_equal_no_other():
+    golds = sorted({gold for gold in generated_golds(250) if (kind := read_gold(gold)) and kind.kind == "text"})
+    assert len(golds) > 30
+    assert all(score_answer(other, gold) == 0.0 for gold in golds for other in golds if other != gold)
+
+
+HOSTILE = [
+    "\\boxed{",
+    "\\boxed{1},",
+    "$1 ",
+    "\\( ",
+    "(",
+    "1,",
+    "1 ",
+    "-",
+    "**",
+    "A or ",
+    "0x1 ",
+    "\n",
+    "\\text{",
+    "√",
+    "5 cm/",
+]
+
+
+@pytest.mark.parametrize("piece", HOSTILE, ids=repr)
+def test_hostile_text_costs_no_more_than_its_length(piece):
+    text = piece * (100_000 // len(piece))
+    start = time.process_time()
+    for gold in ("5", "C", "21:45", "x+1"):
+        assert score_answer(text, gold) == 0.0 or (piece == "5 cm/" and gold == "5")
+        score_answer(f"\\boxed{{{text}}}", gold)
+    score_answer("5", text)
+    assert time.process_time() - start < 20  # about 1 s; what is quadratic in 100,000 characters takes minutes
 
 
 @pytest.mark.parametrize(("final", "gold"), RIGHT)

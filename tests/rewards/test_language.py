@@ -1,5 +1,7 @@
 """Language consistency: hand-counted ratios, with LaTeX, code and tags left out."""
 
+import time
+
 import pytest
 
 from r1fast.rewards.language import language_consistency, language_ratio
@@ -26,6 +28,15 @@ from r1fast.rewards.language import language_consistency, language_ratio
         ("먼저 곱하고 add", "ko", 2 / 3),
         ("3*4=12, 2+12=14", "zh", 1.0),  # no words: nothing is mixed
         ("", "en", 1.0),
+        ("The area is 4π so the angle θ is small", "en", 1.0),
+        ("The area is 4π, and half of it is 2π, as asked.", "en", 1.0),
+        ("三角形 ABC 中 sin 30 长 5 cm", "zh", 1.0),  # a label, a function, a unit
+        ("面积 \\text{area of it} 与 \\mathrm{kg}", "zh", 1.0),
+        ("costs $5 for one and $7 for two", "zh", 0.0),  # prose between prices, not a formula
+        ("Ответ αβγ равен", "ru", 2 / 3),  # a word of Greek
+        ("先乘后加然后得到答案", "ja", 0.0),  # Chinese: no kana
+        ("計算", "ja", 1.0),  # too short to tell
+        ("計算する、先に乗算", "ja", 1.0),
     ],
 )
 def test_ratio(text, language, expected):
@@ -53,6 +64,13 @@ def test_without_the_column_it_does_not_apply():
 def test_unknown_language_is_an_error():
     with pytest.raises(ValueError, match="unknown language 'xx'"):
         language_ratio("text", "xx")
+
+
+@pytest.mark.parametrize("piece", ["$a ", "\\text{", "`", "a'", "中", "<a"], ids=repr)
+def test_hostile_text_is_linear(piece):
+    start = time.process_time()
+    language_ratio(piece * (100_000 // len(piece)), "en")
+    assert time.process_time() - start < 5
 
 
 def test_openings_that_never_close_stay_cheap():
