@@ -7,7 +7,7 @@ memory. `<<` merges as in YAML 1.1.
 
 import math
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -61,14 +61,13 @@ def _at(mark: yaml.Mark | None) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
 
 
-def _wrong(node: yaml.Node | yaml.Event, problem: str) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(None, None, problem, node.start_mark)
+def _wrong(where: Any, problem: str) -> yaml.MarkedYAMLError:
+    """where: a node or an event."""
+    return yaml.MarkedYAMLError(None, None, problem, where.start_mark)
 
 
 class _Loader(yaml.SafeLoader):
     """Text -> nodes."""
-
-    yaml_implicit_resolvers: ClassVar = {None: _RESOLVERS}
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -87,11 +86,15 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    # Text that either version would read as something else is quoted.
-    yaml_implicit_resolvers: ClassVar = {**yaml.SafeDumper.yaml_implicit_resolvers, None: _RESOLVERS}
-
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern in _RESOLVERS:
+    _Loader.add_implicit_resolver(_tag, _pattern, None)
+    # Text that either version would read as something else is quoted.
+    _Dumper.add_implicit_resolver(_tag, _pattern, None)
 
 
 class _Builder:
@@ -112,6 +115,7 @@ class _Builder:
                 return _scalar(node)
             if isinstance(node, yaml.SequenceNode):
                 return [self.build(item) for item in node.value]
+            assert isinstance(node, yaml.MappingNode)
             return self._mapping(node)
         finally:
             self.open.pop()
@@ -151,7 +155,8 @@ def _check_size(where: yaml.Node | yaml.Event, depth: int, count: int) -> None:
 def _key(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode) and node.tag == _TAG + "str":
         return str(_scalar(node))
-    shown = repr(node.value[:60]) if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
+    kind = "a mapping" if isinstance(node, yaml.MappingNode) else "a sequence"
+    shown = repr(node.value[:60]) if isinstance(node, yaml.ScalarNode) else kind
     raise _wrong(node, f"got {shown} as a key, expected text: put it in quotes")
 
 

@@ -28,6 +28,7 @@ from r1fast.schema_types import (
     StageName,
     Temperature,
     Weight,
+    plain,
 )
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -143,10 +144,14 @@ class RewardSpec(Strict):
     """A reward's weight, the domains it applies to (all when empty), and keyword arguments of the function."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Plain]
     function: Ref | None = None  # registry name or dotted path; None: the name of the reward
     weight: Weight = 1.0
     domains: list[str] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> "RewardSpec":
+        plain(self.model_extra)
+        return self
 
 
 class RewardModelSpec(Strict):

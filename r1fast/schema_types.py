@@ -39,15 +39,15 @@ def _stage_name(name: str) -> str:
     return _folder(name)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What YAML can hold, and a saved recipe gives back."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"got {value}, expected a finite number")
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _plain(part)
+        plain(part)
     return value
 
 
 FolderName = Annotated[str, AfterValidator(_folder)]
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"), AfterValidator(_stage_name)]
-Plain = Annotated[Any, AfterValidator(_plain)]
+Plain = Annotated[Any, AfterValidator(plain)]

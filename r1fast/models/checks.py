@@ -58,7 +58,8 @@ def architecture_fields(values: Mapping[str, Any], known: Iterable[str]) -> dict
 
     known: the fields of any family.
     """
-    values, rope = dict(values), {}
+    values = dict(values)
+    rope: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         given = values.pop(name, None)
         require(given is None or isinstance(given, dict), name, given, "a mapping such as {rope_type: default}")

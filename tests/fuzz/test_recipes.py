@@ -119,7 +119,7 @@ def check_case(number: int, content: bytes, dry_run: Callable[[bytes], Any]) -> 
         status, out, err = dry_run(content)
     except TooSlow:
         raise AssertionError(f"more than {CPU_SECONDS} s: {case}") from None
-    except BaseException as error:
+    except (Exception, SystemExit) as error:
         raise AssertionError(f"{type(error).__name__}: {error}: {case}") from error
     assert status in (0, 2), case
     if status == 2:
