@@ -235,23 +235,22 @@ def run(request: Request, held: ExitStack) -> int:
     torch.manual_seed(request.recipe.seed)
     with Stop() as stop:
         dist = init_distributed()
-        go_on = ""
+        run_dir = request.run_dir
         try:
             # Its default name holds the time, which differs between ranks.
-            run_dir = dist.all_gather_objects(request.run_dir)[0]
+            run_dir = dist.all_gather_objects(run_dir)[0]
             if request.saved is None and (problem := begin(run_dir, dist, held)):
                 say(problem)
                 return 2
-            go_on = f"; go on with: {resume_command(run_dir, request.stages)}"
             return execute(request, run_dir, dist, stop)
         except Stopped as error:
-            say(str(error), go_on)
+            say(str(error), how_to_go_on(run_dir, request.stages))
             return 128 + error.signum
         except (ConfigError, FloatingPointError) as error:  # what only the run could show
-            say(str(error), go_on)
+            say(str(error), how_to_go_on(run_dir, request.stages))
             return 1
         except OSError as error:
-            say(f"{one_line(error)}: what was saved before is as it was", go_on)
+            say(f"{one_line(error)}; what was saved is as it was", how_to_go_on(run_dir, request.stages))
             return 1
         finally:
             InProcess.release()
@@ -310,11 +309,14 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def resume_command(run_dir: Path, stages: str | None) -> str:
+def how_to_go_on(run_dir: Path, stages: str | None) -> str:
+    """The command line, to be put behind what ended the run."""
+    if not (run_dir / "config.yaml").is_file():
+        return "; nothing had begun, start it again"
     size = os.environ.get("LOCAL_WORLD_SIZE")
     start = f"torchrun --nproc-per-node {size}" if size else "python"
     command = [*start.split(), "-m", "r1fast.train", "--output-dir", str(run_dir), "--resume"]
-    return shlex.join([*command, *(["--stages", stages] if stages else [])])
+    return f"; go on with: {shlex.join([*command, *(['--stages', stages] if stages else [])])}"
 
 
 if __name__ == "__main__":

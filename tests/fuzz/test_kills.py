@@ -129,6 +129,25 @@ def test_many_kills_of_two_processes(two_processes: Trainers, expected_of_two: d
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("when", ["config.yaml", "tuned/checkpoints/step_6", "zero/samples", "zero/checkpoints/step_2"])
+def test_a_signal_to_one_of_two_processes(
+    two_processes: Trainers, expected_of_two: dict[str, Any], rank: int, when: str
+) -> None:
+    """Both end at the same step, and say so once."""
+    run_dir = f"signal_{rank}_{when.replace('/', '_')}"
+    pids = two_processes.begin("--config", "chain.yaml", "--output-dir", run_dir)
+    assert wait_until((two_processes.cwd / run_dir / when).exists, 240), two_processes.said()
+    os.kill(pids[rank], signal.SIGTERM)
+    assert two_processes.end() == [143, 143], two_processes.said()
+    assert [line for line in two_processes.complaints() if "go on with" in line] == [two_processes.complaints()[-1]]
+    assert "Traceback" not in two_processes.said()
+    assert two_processes.resume(run_dir) == 0, two_processes.said()
+    check(two_processes.cwd, two_processes.cwd / run_dir, expected_of_two, (rank, when))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
 @pytest.mark.timeout(0)
 def test_many_kills_under_torchrun(two_processes: Trainers, expected_of_two: dict[str, Any]) -> None:
     """The launcher itself: killed with its processes, or one of them alone."""

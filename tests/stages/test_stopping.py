@@ -225,7 +225,7 @@ def test_a_log_that_cannot_be_written_ends_the_run(start, command, monkeypatch, 
         capsys.readouterr()
         assert start("full", {**SFT, "save_steps": 2}) == 1
     err = capsys.readouterr().err
-    assert "Traceback" not in err and "r1fast: No space left on device: metrics.jsonl: what was saved" in err
+    assert "Traceback" not in err and "r1fast: No space left on device: metrics.jsonl; what was saved" in err
     assert [path.name for path in (tmp_path / "full/tuned/checkpoints").iterdir()] == ["step_2"]
     assert command("--resume", "--output-dir", "full") == 0
     assert outcome(tmp_path / "full" / "tuned") == outcome(tmp_path / "whole" / "tuned")
