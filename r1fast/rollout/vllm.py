@@ -168,7 +168,10 @@ class VllmEngine:
         finally:
             self.model.train(was_training)
         target_ids_T = torch.tensor(sampled.token_ids, device=device)
-        return selective_logprobs(logits_TV, target_ids_T, temperature=params.temperature or 1.0).cpu()  # type: ignore[union-attr]
+        logprobs_T = selective_logprobs(
+            logits_TV, target_ids_T, temperature=params.temperature or 1.0, impl=self.model.impl
+        )
+        return logprobs_T.cpu()  # type: ignore[union-attr]
 
     def _sample(self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]) -> list[list[Sampled]]:
         stop_ids = self._stop_ids(params)
