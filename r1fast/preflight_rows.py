@@ -1,7 +1,6 @@
 """What is checked of rows before any work: they render and fit, and hold what the stage's settings ask of them."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
