@@ -8,7 +8,6 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -64,9 +63,13 @@ class Characters:
     """A tokenizer: what the stages ask of one."""
 
     bos_token_id, eos_token_id, pad_token_id = BOS, EOS, None
+    eos_token = "<end>"
 
-    def __call__(self, texts: Sequence[str], add_special_tokens: bool) -> Any:
-        return SimpleNamespace(input_ids=[[2 + LETTERS.index(letter) for letter in text] for text in texts])
+    def __call__(self, texts: str | Sequence[str], add_special_tokens: bool) -> dict[str, Any]:
+        if isinstance(texts, str):
+            return {"input_ids": self([texts], add_special_tokens)["input_ids"][0]}
+        leading = [BOS] if add_special_tokens else []
+        return {"input_ids": [leading + [2 + LETTERS.index(letter) for letter in text] for text in texts]}
 
     def batch_decode(self, ids: Sequence[Sequence[int]], **options: Any) -> list[str]:
         return ["".join(LETTERS[(i - 2) % len(LETTERS)] for i in row) for row in ids]
