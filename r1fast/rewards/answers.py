@@ -111,7 +111,7 @@ _ONE_SPELLING: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<=[0-9])(?:\\[,;:]|\\ |~|\\thinspace\s)(?=[0-9]{3}(?![0-9]))", ""),
         (r"(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\(?:thinspace|enspace)(?![A-Za-z])|\\q?quad", " "),
-        (r"\\varnothing(?![A-Za-z])|\\text\{\s*\\?emptyset\s*\}", r"\\emptyset"),
+        (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])\.?", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         # fonts
