@@ -58,7 +58,7 @@ def either(first: Callable[[], bool], second: Callable[[], bool]) -> bool:
 
 
 def all_ended(pids: list[int]) -> bool:
-    return not any(Path(f"/proc/{pid}/cwd").exists() for pid in pids)
+    return all("Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] for pid in pids)
 
 
 def has_ended(process: subprocess.Popen) -> bool:
@@ -72,10 +72,7 @@ def kill_once(trainers: Trainers, rng: random.Random, run_dir: str, *argv: objec
     assert wait_until(partial(either, is_now, partial(all_ended, pids)), 240), trainers.said()
     victims = pids if rng.random() < 0.5 else [rng.choice(pids)]
     for pid in victims:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+        os.kill(pid, signal.SIGKILL)
     codes = trainers.end()
     return f"{name}: killed {len(victims)} of {len(pids)}, exit {codes}"
 
