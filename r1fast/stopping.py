@@ -38,6 +38,7 @@ class Interrupted(BaseException):
 class Stop:
     """What this process was asked for, and what all ranks have agreed on; `with stop:` handles the signals.
 
+    After a signal they stay handled: a launcher tells a rank that is about to end once more when another has ended.
     problem: why rank 0 could not write its log: between collectives it cannot tell the others.
     """
 
@@ -55,7 +56,7 @@ class Stop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for signum, handler in self._previous.items():
+        for signum, handler in self._previous.items() if not self.asked else ():
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:

@@ -53,8 +53,9 @@ def wait_for(pids: list[int]) -> list[int]:
     failed_at = 0.0
     while len(codes) < len(pids):
         for pid in pids:
-            if pid not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
-                codes[pid] = os.waitstatus_to_exitcode(ended[1])
+            # Not reaped yet: until the next request nobody else gets a process id that a test may want to kill.
+            if pid not in codes and (ended := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+                codes[pid] = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
                 if codes[pid] != 0 and not failed_at:
                     failed_at = time.monotonic()
                     signal_all([other for other in pids if other not in codes], signal.SIGTERM)
@@ -84,8 +85,11 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     print(json.dumps({"ready": os.getpid()}), flush=True)
+    pids: list[int] = []
     for line in sys.stdin:
         request = json.loads(line)
+        for pid in pids:
+            os.waitpid(pid, 0)
         port, pids = free_port(), []
         for rank in range(request["ranks"]):
             pid = os.fork()

@@ -58,7 +58,7 @@ def either(first: Callable[[], bool], second: Callable[[], bool]) -> bool:
 
 
 def all_ended(pids: list[int]) -> bool:
-    return not any(Path(f"/proc/{pid}/cwd").exists() for pid in pids)
+    return all("Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] for pid in pids)
 
 
 def has_ended(process: subprocess.Popen) -> bool:
@@ -72,10 +72,7 @@ def kill_once(trainers: Trainers, rng: random.Random, run_dir: str, *argv: objec
     assert wait_until(partial(either, is_now, partial(all_ended, pids)), 240), trainers.said()
     victims = pids if rng.random() < 0.5 else [rng.choice(pids)]
     for pid in victims:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+        os.kill(pid, signal.SIGKILL)
     codes = trainers.end()
     return f"{name}: killed {len(victims)} of {len(pids)}, exit {codes}"
 
@@ -158,12 +155,8 @@ def test_many_kills_under_torchrun(two_processes: Trainers, expected_of_two: dic
         launcher = torchrun(cwd, "--config", "chain.yaml", "--output-dir", run_dir)
         name, is_now = moment(rng, cwd / run_dir)
         assert wait_until(partial(either, is_now, partial(has_ended, launcher)), 240)
-        workers = children_of(launcher.pid)
-        for pid in [*workers, launcher.pid] if rng.random() < 0.5 or not workers else [rng.choice(workers)]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        if launcher.poll() is None:
+            kill_under(launcher, rng)
         launcher.wait(timeout=120)
         assert wait_until(lambda: not processes_in(cwd), 60), processes_in(cwd)
         again = ["--resume"] if (cwd / run_dir / "config.yaml").exists() else ["--config", "chain.yaml"]
@@ -172,20 +165,21 @@ def test_many_kills_under_torchrun(two_processes: Trainers, expected_of_two: dic
 
 
 def torchrun(cwd: Path, *argv: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "r1fast.train",
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "r1fast.train"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     with (cwd / "torchrun.log").open("a") as log:
         return subprocess.Popen([*command, *argv], cwd=cwd, env=environment, stdout=log, stderr=log)
 
 
-def children_of(pid: int) -> list[int]:
-    """The trainers that a launcher started, and not the workers that these started."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def kill_under(launcher: subprocess.Popen, rng: random.Random) -> None:
+    """All, or one trainer. The launcher stands still meanwhile, so that it reaps none whose id is to be killed."""
+    launcher.send_signal(signal.SIGSTOP)
+    status = Path(f"/proc/{launcher.pid}/stat")
+    assert wait_until(lambda: " T " in status.read_text().rpartition(")")[2], 10)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    trainers = [int(child) for child in children]
+    everything = rng.random() < 0.5 or not trainers
+    for pid in trainers if everything else [rng.choice(trainers)]:
+        os.kill(pid, signal.SIGKILL)
+    launcher.send_signal(signal.SIGKILL if everything else signal.SIGCONT)

@@ -13,7 +13,7 @@ import torch
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.run_folder import read_record
 from r1fast.stages.training import Trainer
-from r1fast.stopping import Stop
+from r1fast.stopping import SIGNALS, Stop
 from tests.stages.test_resume import CLOCK
 from tests.tiny_checkpoint import PROMPTS, tree, write_jsonl, write_recipe
 
@@ -42,8 +42,10 @@ def start(command: Callable[..., int], base_model: Path, tmp_path: Path) -> Iter
         config = write_recipe(tmp_path / f"{run_dir}.yaml", stage, **sections)
         return command("--config", config, "--output-dir", run_dir)
 
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     yield run
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 def outcome(stage_dir: Path) -> dict[str, Any]:
@@ -127,7 +129,14 @@ def test_a_signal_during_an_evaluation_leaves_the_stage_to_be_resumed(
     assert tree(tmp_path / "stopped" / "tuned" / "model") == before
 
 
-def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_signal_the_handlers_are_as_before() -> None:
+    before = [signal.getsignal(signum) for signum in SIGNALS]
+    with Stop():
+        assert [signal.getsignal(signum) for signum in SIGNALS] != before
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
+
+
+def test_a_second_signal_ends_at_once(start, monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     with Stop() as stop:
