@@ -227,7 +227,7 @@ class Learner:
             for first, end in pairwise(len(order) * i // count for i in range(count + 1)):
                 chosen = [examples[i] for i in order[first:end]]
                 with self.ctx.phase("update"):
-                    history.append(self.trainer.step_on(self._active(chosen), policy_loss(chosen, self.ctx)))
+                    history.append(self.trainer.update(self._active(chosen), policy_loss(chosen, self.ctx)))
                 self._refresh_reference()
         return numbers(merge(history))
 

@@ -19,7 +19,7 @@ from r1fast.models.decoder import Decoder
 from r1fast.schema import RewardModelSpec
 from r1fast.stages.batch import Batch, Example, check_lengths, encode_with_targets, of_rows
 from r1fast.stages.context import StageContext
-from r1fast.stages.measures import Mean, Measures
+from r1fast.stages.measures import Mean, Measures, numbers
 from r1fast.stages.sampling import Sample, summary_of
 from r1fast.stages.training import LossFn, Trainer, map_packed
 
@@ -108,7 +108,7 @@ def _train(ctx: StageContext, model: Decoder, units: list[list[Example]]) -> Non
             except FloatingPointError:
                 trainer.save_good(trainer.step)
                 raise
-            log.log(trainer.step, metrics)
+            log.log(trainer.step, numbers(metrics))
             trainer.save(trainer.step, last=trainer.step == steps)
 
 

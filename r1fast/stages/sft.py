@@ -13,7 +13,7 @@ from r1fast.models.decoder import Decoder
 from r1fast.stages.batch import Batch, Example, check_lengths, encode_examples
 from r1fast.stages.context import StageContext
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
-from r1fast.stages.measures import Measures
+from r1fast.stages.measures import Measures, numbers
 from r1fast.stages.training import LossFn, Trainer
 from r1fast_kernels import linear_cross_entropy
 
@@ -60,7 +60,7 @@ def train(ctx: StageContext, model: Decoder, examples: Sequence[Example], steps:
             chosen = [examples[i] for i in order[first : first + ctx.stage.batch_size]]
             try:
                 with ctx.phase("update"):
-                    metrics = trainer.update(chosen, cross_entropy(chosen, ctx))
+                    metrics = numbers(trainer.update(chosen, cross_entropy(chosen, ctx)))
             except FloatingPointError:
                 trainer.save_good(trainer.step)
                 raise

@@ -23,7 +23,7 @@ from r1fast.models.decoder import Decoder
 from r1fast.models.moe import Routing
 from r1fast.stages.batch import Batch, Example, collate, empty_batch
 from r1fast.stages.context import StageContext
-from r1fast.stages.measures import Mean, Measures, merge, numbers
+from r1fast.stages.measures import Mean, Measures, merge
 
 # (batch, hidden_TD, weight_VD) -> (loss already divided by the global count, this batch's part of the metrics)
 LossFn = Callable[[Batch, Tensor, Tensor], tuple[Tensor, Measures]]
@@ -49,11 +49,7 @@ class Trainer:
         self.saved: nn.Module = model  # what checkpoints hold; GRPO adds its reference
         self.saved_step = 0  # of the newest checkpoint
 
-    def update(self, examples: Sequence[Example], loss_fn: LossFn, *, together: int = 1) -> dict[str, Any]:
-        """`step_on`, with its metrics as numbers."""
-        return numbers(self.step_on(examples, loss_fn, together=together))
-
-    def step_on(self, examples: Sequence[Example], loss_fn: LossFn, *, together: int = 1) -> Measures:
+    def update(self, examples: Sequence[Example], loss_fn: LossFn, *, together: int = 1) -> Measures:
         """One optimizer step on this step's examples, which every rank holds; each rank works on its share.
 
         together: runs of that many examples stay in one micro-batch, in order (2 for preference pairs).

@@ -14,6 +14,7 @@ from r1fast.schema import Recipe
 from r1fast.stages.batch import Example, encode_examples
 from r1fast.stages.context import StageContext
 from r1fast.stages.grpo import Learner
+from r1fast.stages.measures import numbers
 from r1fast.stages.reward_model import preference_loss
 from r1fast.stages.sampling import Sample, Sampler
 from r1fast.stages.sft import cross_entropy
@@ -74,7 +75,7 @@ def sft(dist: Dist, model: str, rows: list[dict], options: dict[str, Any], *, lo
     counted = examples
     if local:
         counted = [examples[i] for group in share([[example] for example in examples], ctx) for i in group]
-    return record(trainer.update(examples, cross_entropy(counted, ctx)), gradients)
+    return record(numbers(trainer.update(examples, cross_entropy(counted, ctx))), gradients)
 
 
 def pairs(dist: Dist, model: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def pairs(dist: Dist, model: str, options: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     lengths = [(3, 9), (5, 2), (12, 4)]
     examples = [Example(ids(4, generator), ids(length, generator)) for pair in lengths for length in pair]
-    return record(trainer.update(examples, preference_loss(len(lengths), ctx), together=2), gradients)
+    return record(numbers(trainer.update(examples, preference_loss(len(lengths), ctx), together=2)), gradients)
 
 
 def ids(count: int, generator: torch.Generator) -> list[int]:

@@ -14,6 +14,7 @@ from r1fast.dist.mesh import Dist
 from r1fast.stages.batch import Example, encode_examples
 from r1fast.stages.context import StageContext
 from r1fast.stages.grpo import Learner
+from r1fast.stages.measures import numbers
 from r1fast.stages.reward_model import preference_loss
 from r1fast.stages.sampling import Sample
 from r1fast.stages.sft import cross_entropy
@@ -96,7 +97,7 @@ def of_policy(dist: Dist, model: str, options: dict[str, Any], **sections: Any) 
 def of_sft(ctx: StageContext, model: str) -> dict[str, Any]:
     decoder, tokenizer = ctx.load(model, trainable=True)
     examples = encode_examples(SFT_ROWS, tokenizer, ctx.stage)
-    return still(Trainer(ctx, decoder, 1)).update(examples, cross_entropy(examples, ctx))
+    return numbers(still(Trainer(ctx, decoder, 1)).update(examples, cross_entropy(examples, ctx)))
 
 
 def of_preferences(ctx: StageContext, model: str) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def of_preferences(ctx: StageContext, model: str) -> dict[str, Any]:
         examples = [replace(example, values={"label": float(i % 2)}) for i, example in enumerate(examples)]
     units = len(examples) // 2 if pairwise else len(examples)
     trainer = still(Trainer(ctx, decoder, 1))
-    return trainer.update(examples, preference_loss(units, ctx), together=2 if pairwise else 1)
+    return numbers(trainer.update(examples, preference_loss(units, ctx), together=2 if pairwise else 1))
 
 
 def measure(case: str, dist: Dist, models: dict[str, str], cut: dict[str, Any], **sections: Any) -> dict[str, Any]:

@@ -161,10 +161,10 @@ class Failing:
     def __init__(self, error: type[BaseException]) -> None:
         self.error = error
 
-    def __call__(self, texts: list[str], add_special_tokens: bool) -> SimpleNamespace:
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
         if any("bad" in text for text in texts):
             raise self.error("no such\nword")
-        return SimpleNamespace(input_ids=[[2] for _ in texts])
+        return {"input_ids": [[2] for _ in texts]}
 
 
 class PanicException(BaseException):
@@ -191,7 +191,7 @@ def test_empty_prompt_needs_a_bos_token(tokenizer: PreTrainedTokenizerBase, with
     """Without one there is no input from which the first token could be predicted."""
     (example,) = encode_examples([{"prompt": "", "completion": "x"}], tokenizer, options(prompt_template="plain"))
     assert example.prompt_ids == [tokenizer.bos_token_id]
-    with pytest.raises(ValueError, match="row 2: the prompt is empty"):
+    with pytest.raises(ValueError, match="the prompt is empty, and the tokenizer"):
         encode_prompts(["one", ""], without_bos, options(prompt_template="plain"))
 
 

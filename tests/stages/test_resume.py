@@ -33,15 +33,16 @@ GRPO = {
     "rewards": {"mine": {"function": "rewards.py:count"}}, "router_bias_update_rate": 0.01,
     "log_completions_steps": 1,
 }  # fmt: skip
-# KILL names a file: the reward's call after it appeared kills the trainer, which is the parent of the reward's process.
+# `kill` holds the trainer's process id: the reward's call after the file appeared kills it.
 REWARDS = """
 import os, pathlib, signal
 
 def count(completions, completion_ids, **_):
     marker = pathlib.Path("kill")
     if marker.exists():
+        trainer = int(marker.read_text())
         marker.unlink()
-        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(trainer, signal.SIGKILL)
     return [len(set(ids)) / len(ids) for ids in completion_ids]
 """
 
@@ -116,7 +117,8 @@ def test_grpo_killed_in_the_middle_of_a_step(start, command, moe_model: Path, tm
     process = trainer_process(tmp_path, "killed")
     zero = tmp_path / "killed" / "zero"
     wait_for(zero / "checkpoints" / "step_2", process)
-    (tmp_path / "kill").touch()
+    (tmp_path / "named").write_text(str(process.pid))
+    (tmp_path / "named").rename(tmp_path / "kill")
     assert process.wait(timeout=60) == -signal.SIGKILL
     steps_before = len((zero / "metrics.jsonl").read_text().splitlines())
     assert 2 <= steps_before < 7
