@@ -13,7 +13,14 @@ from typing import Any
 
 from r1fast.config import ConfigError, shown
 from r1fast.preflight_architecture import architecture_problems, router_problems, vocabulary_of
-from r1fast.preflight_rows import checkpoint_of, reward_problems, row_problems, text_problems, tokenizer_of
+from r1fast.preflight_rows import (
+    checkpoint_of,
+    reward_problems,
+    row_problems,
+    text_problems,
+    tokenizer_of,
+    unrewarded_problems,
+)
 from r1fast.recipe_yaml import check_text
 from r1fast.run_folder import holds_nothing
 from r1fast.schema import Recipe
@@ -90,9 +97,6 @@ def _problems(recipe: Recipe, stage: Any, notes: list[str]) -> Iterator[str]:
     rows_of: dict[str, Sequence[dict]] = {}  # not of files that earlier stages write
     for key, kind in _file_keys(stage):
         sources = attrgetter(key)(stage)
-        if not sources:
-            yield f"{key}: is empty; name at least one file"
-            continue
         outside = [source for source in sources if not source.startswith("@")]
         try:
             rows = _rows(outside, kind)
@@ -117,6 +121,8 @@ def _problems(recipe: Recipe, stage: Any, notes: list[str]) -> Iterator[str]:
 
                 specs = reward_specs(rewards)
                 yield from reward_problems(recipe, key, files, specs, rows_of[files], notes)
+    if stage.kind == "grpo" and "train_files" in rows_of:
+        yield from unrewarded_problems(stage, rows_of["train_files"])
 
 
 def _vllm_problems(recipe: Recipe, selected: list[str]) -> Iterator[str]:

@@ -146,7 +146,6 @@ def row_problems(recipe: Recipe, stage: Any, rows_of: dict[str, Rows], notes: li
             yield from _domain_weight_problems(stage, rows)
             for name, spec in stage.reward_models.items():
                 yield from _domain_problems(f"reward_models.{name}.domains", "train_files", spec.domains, rows)
-            yield from _unrewarded_problems(stage, rows)
         yield from _schedule_problems(stage, rows)
         if stage.kind in SAMPLING_KINDS and getattr(stage, "teacher", stage.kind) is not None:
             yield from _sampling_problems(recipe, stage, rows, notes)
@@ -190,7 +189,7 @@ def _domain_weight_problems(stage: Any, rows: Rows) -> Iterator[str]:
                 yield f"domain_weights: rows of train_files have domain {name!r}; give it a weight (0 leaves it out)"
 
 
-def _unrewarded_problems(stage: Any, rows: Rows) -> Iterator[str]:
+def unrewarded_problems(stage: Any, rows: Rows) -> Iterator[str]:
     """Rows of a domain that no reward is for: nothing can be learned from them."""
     specs = [spec for spec in (*stage.rewards.values(), *stage.reward_models.values()) if not isinstance(spec, float)]
     if len(specs) < len(stage.rewards) + len(stage.reward_models) or not all(spec.domains for spec in specs):

@@ -202,7 +202,8 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> Request:
     notes = check_inputs(recipe, left, run_dir)
     if saved is not None:
         changed = [*changed, *accept_inputs(saved, recipe, left, accept=args.accept_changes)]
-        notes += [*saved.notes, *map(str, changed)]
+        for line in (*saved.notes, *map(str, changed)):
+            say(line)
     for note in notes:
         say(f"note: {note}")
     return Request(recipe, run_dir, selected, saved, changed, args.stages)

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
-from torch.distributed.fsdp import FSDPModule
 
 from r1fast.models.config import ModelConfig
 
@@ -48,11 +46,11 @@ def parts(decoder: nn.Module) -> dict[str, Part]:
     """By name; FSDP's classes and the wrappers of activation checkpointing are looked through."""
     found = {}
     for name, module in decoder.named_modules():
-        if isinstance(module, CheckpointWrapper):
+        if _WRAPPED in module._modules:
             continue
         kind, own = type(module), vars(module)
-        while issubclass(kind, FSDPModule):
-            kind = kind.__mro__[2]  # FSDP makes a class of (FSDPModule, the module's own)
+        # FSDP makes a class of (FSDPModule, the module's own). Known by its home: model code imports no mesh.
+        kind = next(base for base in kind.__mro__ if not base.__module__.startswith("torch.distributed."))
         attributes = {
             key: value if isinstance(value, (int, float, str, tuple, ModelConfig)) else None
             for key, value in own.items()

@@ -152,7 +152,7 @@ def test_wrong_field_is_named(change: dict[str, Any], message: str) -> None:
     [
         (TINY, {"num_key_value_heads": 2}, "num_key_value_heads=2, expected num_attention_heads=4"),
         (TINY, {"n_group": 4, "topk_group": 5}, "topk_group=5, expected 1 to n_group=4"),
-        (TINY, {"n_group": 8, "topk_group": 1}, "num_experts_per_tok=2, expected 1 to 1, the experts of topk_group=1"),
+        (TINY, {"n_group": 8, "topk_group": 1}, "n_group=8, expected groups of at least 2 experts"),
         (TINY, {"first_k_dense_replace": 3}, "n_routed_experts=8, expected a layer with experts among the 3"),
         (TINY, {"num_experts": 8}, "expected one of num_experts and n_routed_experts"),
         (TINY, {"n_routed_experts": 40_000}, "n_routed_experts=40000, expected a whole number, 0 to 32767"),

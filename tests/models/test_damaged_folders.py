@@ -184,7 +184,7 @@ def test_damaged_json(folder: Path, name: str, text: str) -> None:
         ("config.json", {"hidden_size": "32"}, "config.json: .*hidden_size"),
         ("config.json", {"model_type": ["qwen2"]}, "config.json: model_type is"),
         ("config.json", {"architectures": 3}, "config.json: architectures is 3, expected a list of names"),
-        ("config.json", {"rms_norm_eps": float("nan")}, "config.json: .*rms_norm_eps=nan, expected a finite number"),
+        ("config.json", {"rms_norm_eps": float("nan")}, "config.json: .*rms_norm_eps=nan, expected a number above 0"),
         ("config.json", {"rope_scaling": [1]}, "config.json: "),
         ("config.json", {"quantization_config": 4}, "config.json: quantization_config .4. cannot be read"),
         ("generation_config.json", {"eos_token_id": [1, "2"]}, r"generation_config.json: eos_token_id is \[1, '2'\]"),

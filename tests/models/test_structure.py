@@ -71,13 +71,15 @@ class Halved(nn.Module):
 
 
 class Doubling(DecoderLayer):
-    def forward(self, *args: Any, **options: Any) -> Tensor:
-        return 2 * super().forward(*args, **options)
+    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, Any]:
+        x_TD, routing = super().forward(*args, **options)
+        return 2 * x_TD, routing
 
 
 class DoublingBoth(Doubling):
-    def decode(self, *args: Any) -> Tensor:
-        return 2 * super().decode(*args)
+    def decode(self, *args: Any) -> tuple[Tensor, Any]:
+        x_BD, routing = super().decode(*args)
+        return 2 * x_BD, routing
 
 
 def become(kind: type[nn.Module]) -> Callable[[nn.Module], None]:
