@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tests.fuzz.trials import (
     differences,
     leftovers,
     outcome,
+    read_only,
     remount,
     small_disk,
     wait_until,
@@ -170,28 +170,19 @@ def test_folder_that_becomes_read_only(
 ) -> None:
     with disk(1 << 16) as folder:
         trainers.begin("--config", "chain.yaml", "--output-dir", str(folder / "run"))
-        # A file that is open for writing, as the log of a stage at work, forbids to remount: between two stages.
-        assert wait_until((folder / "run/tuned/checkpoints/step_24").exists, 240)
-        remounted = wait_until(lambda: try_remount(folder), 60)
-        (code,) = trainers.end()
-        assert remounted, trainers.said()
-        one_line(trainers, code)
-        assert trainers.resume(str(folder / "run")) == 2
-        one_line(trainers, 2)
-        remount(folder, "rw")
+        assert wait_until((folder / "run/zero/checkpoints/step_1").exists, 240)
+        with read_only(folder):
+            (code,) = trainers.end()
+            one_line(trainers, code)
+            assert trainers.resume(str(folder / "run")) == 2
+            one_line(trainers, 2)
         assert trainers.resume(str(folder / "run")) == 0, trainers.said()
         assert differences(outcome(folder / "run"), expected) == []
 
 
-def try_remount(folder: Path) -> bool:
-    command = ["mount", "-o", "remount,ro", str(folder)]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
 @pytest.mark.slow
 def test_new_run_in_a_read_only_folder(trainers: Trainers, disk: Callable[[int], Any]) -> None:
-    with disk(1024) as folder:
-        remount(folder, "ro")
+    with disk(1024) as folder, read_only(folder):
         assert trainers.start(str(folder / "run")) == 2
         one_line(trainers, 2)
 

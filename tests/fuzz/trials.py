@@ -170,6 +170,17 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Covers a folder by itself, read-only: what is open stays open, and nothing else can be written."""
+    subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+    try:
+        remount(folder, "bind,ro")
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
