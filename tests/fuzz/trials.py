@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,15 @@ class Trainers:
         self.server.wait(timeout=60)
 
 
-def outcome(run_dir: Path) -> dict[str, Any]:
+def outcome(run_dir: Path, without: Collection[str] = ()) -> dict[str, Any]:
     """What must not depend on what happened on the way: weights, optimizer, metrics, samples, rows."""
     found: dict[str, Any] = {}
     for stage in ("tuned", "zero", "data"):
         folder = run_dir / stage
         for path in sorted(folder.rglob("*")):
             name = str(path.relative_to(run_dir))
+            if name in without:
+                continue
             if path.name == "metrics.jsonl":
                 found[name] = [without_clock(json.loads(line)) for line in path.read_text().splitlines()]
             elif path.is_file() and path.name not in NOT_COMPARED and path.suffix != ".npz":
