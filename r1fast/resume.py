@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1fast.config import ConfigError, apply_overrides, dump_recipe, load_recipe
+from r1fast.config import ConfigError, apply_overrides, dump_recipe, load_recipe, validate
 from r1fast.inputs import artifact, named_inputs, stage_inputs
 from r1fast.run_folder import read_record
 from r1fast.schema import GenerateOptions, Recipe, SampleOptions
@@ -144,31 +144,35 @@ def _read_summary(run_dir: Path, notes: list[str]) -> dict[str, Any]:
 
 def changes(saved: Saved, recipe: Recipe) -> list[Change]:
     """What `recipe` changes of the run's; ConfigError naming every key that cannot be changed any more."""
-    found: list[Change] = []
-    refused: list[str] = []
-    old = saved.summary.get("settings") or saved.recipe.model_dump(mode="json")
-    new = recipe.model_dump(mode="json")
-    old_stages, new_stages = ({stage["name"]: stage for stage in side["stages"]} for side in (old, new))
-    for key in old.keys() - {"stages", "name"}:
-        for change in _differences(key, old[key], new[key]):
-            users = [
-                s.name
-                for s in recipe.stages
-                if s.model is None and s.kind != "pretrain" and _has_checkpoint(saved, s.name)
-            ]
-            if change.key == "model.path" and users:
-                refused.append(f"{change} ({users[0]} began with it)")
-            found.append(change)
-    for name in [*old_stages, *(name for name in new_stages if name not in old_stages)]:
+    old, new = _settings(saved), recipe.model_dump(mode="json")
+    old_stages, new_stages = ({stage["name"]: stage for stage in side.pop("stages")} for side in (old, new))
+    found = [change for key in old if key != "name" for change in _differences(key, old[key], new[key])]
+    refused = [f"{change} ({why})" for change in found if (why := _why_not_for_all(change.key, saved, recipe))]
+    for name in dict.fromkeys([*old_stages, *new_stages]):
         entry = saved.entry(name)
-        before = entry.get("settings", old_stages.get(name))
-        for change in _differences(f"stages.{name}", before, new_stages.get(name)):
+        for change in _differences(f"stages.{name}", old_stages.get(name), new_stages.get(name)):
             if why := _why_not(change.key.removeprefix(f"stages.{name}").lstrip(".").split(".")[0], entry, saved):
                 refused.append(f"{change} ({why})")
             found.append(change)
     if refused:
         raise ConfigError(f"--resume cannot change {'; '.join(refused)}; leave it, or start a new run")
     return found
+
+
+def _settings(saved: Saved) -> dict[str, Any]:
+    """What the run has used, of each stage what it began with; with the defaults of options that are newer."""
+    raw = saved.summary.get("settings") or saved.recipe.model_dump(mode="json")
+    stages = [saved.entry(stage["name"]).get("settings", stage) for stage in raw["stages"]]
+    return validate({**raw, "stages": stages}, str(saved.run_dir / SUMMARY)).model_dump(mode="json")
+
+
+def _why_not_for_all(key: str, saved: Saved, recipe: Recipe) -> str:
+    """Settings outside `stages` hold from now on; the model that a stage began with cannot."""
+    for stage in recipe.stages if key == "model.path" else ():
+        began = saved.is_done(stage.name) or _has_checkpoint(saved, stage.name)
+        if began and stage.kind != "pretrain" and stage.model is None:
+            return f"stage {stage.name} began with it"
+    return ""
 
 
 def _why_not(key: str, entry: dict[str, Any], saved: Saved) -> str:
@@ -210,8 +214,8 @@ def changed_inputs(saved: Saved, recipe: Recipe, selected: list[str]) -> tuple[l
         if entry["status"] != "done":
             before |= _as_written(saved, recipe, stage)
         after = stage_inputs(recipe, stage, saved.run_dir) if before else {}
-        for key in before.keys() & after.keys():
-            if not _same(before[key], after[key]):
+        for key in before:
+            if key in after and not _same(before[key], after[key]):
                 change = Change(f"stages.{stage.name}.{key}", before[key], after[key])
                 if entry["status"] == "done":
                     reports.append(f"{change.key} has changed since the finished stage read it")

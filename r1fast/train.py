@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -287,10 +287,8 @@ def execute(request: Request, run_dir: Path, dist: "Dist", stop: "Stop") -> int:
         chain.execute(request.selected)
     except BaseException:
         if dist.is_main:
-            try:
+            with suppress(OSError, ValueError):  # a disk that is full or gone: what ended the run tells so
                 build_report(run_dir)
-            except (OSError, ValueError) as error:  # a disk that is full or gone: why the run ended is told after this
-                say(f"no report.html: {one_line(error)}")
         raise
     if dist.is_main:
         from rich.console import Console

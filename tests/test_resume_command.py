@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from r1fast.config import ConfigError
-from r1fast.fingerprints import BLOCK_BYTES, fingerprint, hub_commit
+from r1fast.fingerprints import fingerprint, hub_commit
 from r1fast.resume import read_run
 from r1fast.run_folder import (
     locked,
@@ -34,9 +35,25 @@ class Killed(BaseException):
     """Stands for SIGKILL."""
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `stopped` keeps what it made, for the other tests to copy."""
+    return tmp_path_factory.mktemp("stopped")
+
+
 @pytest.fixture
-def stopped(command: Callable[..., int], base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(
+    command: Callable[..., int], once: Path, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """RUN, whose first stage is finished, and whose second was killed after its checkpoint of step 2."""
+    if not (once / "run").exists():
+        stop_a_run(command, base_model, tmp_path, monkeypatch)
+        shutil.copytree(tmp_path, once, dirs_exist_ok=True)
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "run"
+
+
+def stop_a_run(command: Callable[..., int], base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         write_jsonl(tmp_path / name, [{"prompt": f"{name} {i} ?", "completion": "red " * i} for i in range(1, 7)])
     stages = [FIRST, {**SECOND, "save_steps": 2, "num_train_epochs": 9}, THIRD]
@@ -52,7 +69,6 @@ def stopped(command: Callable[..., int], base_model: Path, tmp_path: Path, monke
         patch.setattr(Trainer, "update", killed_at_the_sixth)
         with pytest.raises(Killed):
             command("--config", "mine.yaml", "--output-dir", "run")
-    return tmp_path / "run"
 
 
 @pytest.fixture
@@ -263,6 +279,20 @@ def test_changes_that_come_too_late_are_refused_by_key(refuse, override: str, pa
     assert part.replace("-> 1 ", "-> 1.0 ") in refuse(override)
 
 
+def test_the_model_of_the_recipe_is_what_stages_began_with(refuse) -> None:
+    assert "model.path: " in (line := refuse("model.path=x")) and "(stage first began with it)" in line
+
+
+def test_an_option_that_is_newer_than_the_run_is_no_change(resume, stopped: Path) -> None:
+    path = stopped / "summary.json"
+    summary = read_record(path)
+    for settings in (*(e["settings"] for e in summary["stages"][:2]), *summary["settings"]["stages"]):
+        del settings["weight_decay"]
+    del summary["settings"]["reward_workers"]
+    write_record(path, summary)
+    assert resume() == (0, [])
+
+
 def test_fewer_steps_than_were_taken(resume, stopped: Path) -> None:
     code, lines = resume("stages.second.max_steps=1")
     assert code == 1 and "step_2 has taken 2 optimizer steps, and the recipe has 1" in lines[-1]
@@ -358,12 +388,13 @@ def test_fingerprints_see_contents_and_names(tmp_path: Path, monkeypatch: pytest
     assert fingerprint(path.parent) != folder and fingerprint(path.with_name("y")) == whole
     assert fingerprint(path) == "missing"
     # A large file: its ends, its size, and a block in the middle.
-    monkeypatch.setattr("r1fast.fingerprints.WHOLE_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr("r1fast.fingerprints.WHOLE_BYTES", 1000)
+    monkeypatch.setattr("r1fast.fingerprints.BLOCK_BYTES", 1000)
     large = tmp_path / "large"
-    content = bytearray(100 * BLOCK_BYTES)
+    content = bytearray(100_000)
     large.write_bytes(content)
     first = fingerprint(large)
-    for at in (0, len(content) - 1, 99 * BLOCK_BYTES * 31 // 63 + 5):
+    for at in (0, len(content) - 1, 99_000 * 31 // 63 + 5):
         with large.open("r+b") as file:
             file.seek(at)
             file.write(b"1")

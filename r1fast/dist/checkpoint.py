@@ -79,6 +79,7 @@ def save(
             files = {name: entry for _, entries in reports for name, entry in entries.items()}
             problem = _commit(tmp, final, {"step": step, "world_size": dist.world_size, "files": files}, keep)
         if problem:
+            problem += _space_left(directory)
             shutil.rmtree(tmp, ignore_errors=True)
     _raise_together(dist, final, problem)
     return final
@@ -206,6 +207,14 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _space_left(directory: Path) -> str:
+    """What torch.save does not say when the disk is full."""
+    try:
+        return f" ({shutil.disk_usage(directory).free >> 20} MiB are left on that disk)"
+    except OSError:
+        return ""
 
 
 def _dcp_files(tmp: Path, rank: int) -> list[str]:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,15 @@ class Trainers:
         self.server.wait(timeout=60)
 
 
-def outcome(run_dir: Path) -> dict[str, Any]:
+def outcome(run_dir: Path, without: Collection[str] = ()) -> dict[str, Any]:
     """What must not depend on what happened on the way: weights, optimizer, metrics, samples, rows."""
     found: dict[str, Any] = {}
     for stage in ("tuned", "zero", "data"):
         folder = run_dir / stage
         for path in sorted(folder.rglob("*")):
             name = str(path.relative_to(run_dir))
+            if name in without:
+                continue
             if path.name == "metrics.jsonl":
                 found[name] = [without_clock(json.loads(line)) for line in path.read_text().splitlines()]
             elif path.is_file() and path.name not in NOT_COMPARED and path.suffix != ".npz":
@@ -168,6 +170,17 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Covers a folder by itself, read-only: what is open stays open, and nothing else can be written."""
+    subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+    try:
+        remount(folder, "bind,ro")
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def remount(folder: Path, options: str) -> None:
