@@ -1,15 +1,42 @@
+import random
+from collections import defaultdict
+from itertools import combinations
 from typing import Any
 
 import pytest
 
 from r1fast_kernels import dispatch
 from tests.kernels.backends import EVERYWHERE, Backend
+from tests.kernels.heads import TILINGS
+
+LAST_TILING = TILINGS[-1]  # pieces of both
 
 
 @pytest.fixture(params=EVERYWHERE)
 def backend(request: pytest.FixtureRequest) -> Backend:
     """The implementation and device that a test runs on."""
     return request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Interpreted, a test over several parameters runs where any two of their values meet, and with the tiling that has
+    every loop; all that is left is slow. C++ takes milliseconds for the whole product, and runs it."""
+    if not dispatch.INTERPRETING:
+        return
+    cases: dict[Any, list[Any]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            cases[item.function].append(item)
+    for found in cases.values():
+        random.Random(0).shuffle(found)
+        met: set[Any] = set()
+        for item in found:
+            pairs = set(combinations(((name, str(value)) for name, value in item.callspec.params.items()), 2))
+            other_tiling = item.callspec.params.get("tiling", LAST_TILING) != LAST_TILING
+            if other_tiling or (pairs <= met and len(found) > 1):
+                item.add_marker(pytest.mark.slow)
+            else:
+                met |= pairs
 
 
 def _round_to_bf16_as_gpus_do() -> None:

@@ -174,8 +174,9 @@ def test_rows_beyond_32_bits(backend: Backend) -> None:
 
 def test_more_rows_than_a_grid_axis(backend: Backend) -> None:
     """65,536 rows and more: a launch grid's second axis ends at 65,535."""
-    num_tokens = 300 if backend.interpreted else 70_001
-    logits, ids = backend.to(random_case(num_tokens, 5))
+    if backend.interpreted:
+        pytest.skip("the interpreter's grid has no end")
+    logits, ids = backend.to(random_case(70_001, 5))
     got = selective_logprobs(logits, ids, impl=backend.impl)
     torch.testing.assert_close(got, selective_logprobs(logits, ids, impl="reference"))
 
