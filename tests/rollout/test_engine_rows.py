@@ -58,6 +58,7 @@ class HashDecoder(nn.Module):
     """Stands for Decoder; counts the work that it is given."""
 
     scalar_head = False
+    impl: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,6 +66,9 @@ class HashDecoder(nn.Module):
         self.embed_tokens = nn.Embedding(VOCAB, 1)
         self.prefill_lengths: list[int] = []
         self.decode_rows: list[int] = []
+
+    def use_kernels(self, impl: str | None) -> None:
+        self.impl = impl
 
     def forward(
         self, input_ids_T: Tensor, cu_seqlens: Tensor, *, head: Callable, cache: HashCache, slots_T: Tensor
