@@ -113,6 +113,8 @@ def _read_config(path: Path) -> Recipe:
 
 
 def _read_summary(run_dir: Path, notes: list[str]) -> dict[str, Any]:
+    if (run_dir / SUMMARY).is_dir():
+        raise ConfigError(f"--resume: {run_dir / SUMMARY} is a folder, expected a file; move it away")
     try:
         return read_record(run_dir / SUMMARY)
     except ValueError as error:

@@ -304,7 +304,8 @@ def execute(request: Request, run_dir: Path, dist: "Dist", stop: "Stop") -> int:
 
 def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        path = error.filename2 or error.filename  # of a rename the file's own name, not the one beside it
+        return f"{error.strerror}: {path}" if path else error.strerror
     return " ".join(str(error).split())
 
 

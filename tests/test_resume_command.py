@@ -322,6 +322,12 @@ def test_a_damaged_summary_is_made_again(resume, stopped: Path) -> None:
     assert entry(stopped, "first") == next(e for e in before["stages"] if e["name"] == "first")
 
 
+def test_a_folder_in_place_of_the_summary(refuse, stopped: Path) -> None:
+    (stopped / "summary.json").unlink()
+    (stopped / "summary.json").mkdir()
+    assert "summary.json is a folder, expected a file; move it away" in refuse()
+
+
 def test_without_any_record_nobody_knows_what_is_finished(refuse, stopped: Path) -> None:
     (stopped / "summary.json").unlink()
     (stopped / "first" / "stage.json").write_text("{}")
