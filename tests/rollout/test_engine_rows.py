@@ -58,6 +58,7 @@ class HashDecoder(nn.Module):
     """Stands for Decoder; counts the work that it is given."""
 
     scalar_head = False
+    impl = None
 
     def __init__(self) -> None:
         super().__init__()
