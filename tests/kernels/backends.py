@@ -59,6 +59,15 @@ needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), 
 EVERYWHERE = [*ON_CPU, pytest.param(CUDA, id="cuda", marks=needs_gpu)]
 
 
+# Of tests and parameters that are worth less than their minute there: what they guard is Python above the kernels, that
+# C++ runs too, or the same path once more.
+SLOW_INTERPRETED = [pytest.mark.slow] if dispatch.INTERPRETING else []
+
+
+def slow_when_interpreted(test: Any) -> Any:
+    return pytest.mark.slow(test) if dispatch.INTERPRETING else test
+
+
 def assert_as_exact(got: Tensor, plain: Tensor, exact: Tensor, times: float, name: str = "") -> None:
     """The 2x/3x rule: got's error against `exact` is at most `times` that of plain torch in the same dtype.
 

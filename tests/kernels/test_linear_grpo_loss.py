@@ -7,7 +7,17 @@ from torch import Tensor
 
 from r1fast_kernels import grpo_loss, linear_grpo_loss, linear_logprobs
 from r1fast_kernels.grpo_loss_reference import LossArguments
-from tests.kernels.backends import BF16, FP16, FP32, FP64, Backend, assert_as_exact, assert_same_bits, needs_cpp
+from tests.kernels.backends import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    Backend,
+    assert_as_exact,
+    assert_same_bits,
+    needs_cpp,
+    slow_when_interpreted,
+)  # fmt: skip
 from tests.kernels.heads import TILINGS, random_head, set_one_thread_for_products, set_tiling
 
 LENGTHS = [5, 1, 0, 9, 8]  # 23 tokens; tall tiles of 6 rows cut three samples in two
@@ -154,6 +164,7 @@ def test_logits_are_computed_once_where_they_can_be(
     assert sum(projected) == products * 23 * 211
 
 
+@slow_when_interpreted
 @pytest.mark.parametrize("learned", ["hidden", "weight", "nothing"])
 @pytest.mark.parametrize("tiling", TILINGS)
 def test_one_side_may_be_frozen(backend: Backend, monkeypatch: pytest.MonkeyPatch, tiling: str, learned: str) -> None:
@@ -173,6 +184,7 @@ def test_one_side_may_be_frozen(backend: Backend, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(leaf.grad, want_hidden if learned == "hidden" else want_weight)
 
 
+@slow_when_interpreted
 @pytest.mark.parametrize("tiling", TILINGS)
 def test_micro_batches_sum_to_the_whole(backend: Backend, monkeypatch: pytest.MonkeyPatch, tiling: str) -> None:
     """Contract 1, through the head: samples in two calls, with the counts of both."""
@@ -196,6 +208,7 @@ def test_micro_batches_sum_to_the_whole(backend: Backend, monkeypatch: pytest.Mo
         torch.testing.assert_close(parts[0][2] + parts[1][2], whole[2], rtol=1e-5, atol=1e-6)
 
 
+@slow_when_interpreted
 @pytest.mark.parametrize("tiling", TILINGS)
 def test_same_bits_and_backward_twice(backend: Backend, monkeypatch: pytest.MonkeyPatch, tiling: str) -> None:
     set_tiling(monkeypatch, tiling)

@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from r1fast_kernels import linear_logprobs
-from tests.kernels.backends import BF16, FP16, FP32, FP64, Backend, assert_as_exact, assert_same_bits, needs_cpp
+from tests.kernels.backends import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    Backend,
+    assert_as_exact,
+    assert_same_bits,
+    needs_cpp,
+    slow_when_interpreted,
+)  # fmt: skip
 from tests.kernels.heads import HEAD, TILINGS, random_head, set_one_thread_for_products, set_tiling
 
 NAMES = ("logprobs", "entropy", "grad hidden", "grad weight", "grad bias")
@@ -84,6 +94,7 @@ def test_a_masked_vocabulary(backend: Backend, monkeypatch: pytest.MonkeyPatch, 
             assert_as_exact(g, p, e, times, part)
 
 
+@slow_when_interpreted
 @pytest.mark.parametrize("tiling", TILINGS)
 def test_what_needs_no_gradient_costs_no_product(
     backend: Backend, monkeypatch: pytest.MonkeyPatch, tiling: str
@@ -122,6 +133,7 @@ def test_tied_to_the_embedding(backend: Backend) -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
 
 
+@slow_when_interpreted
 @pytest.mark.parametrize("tiling", TILINGS)
 def test_same_bits_every_time(backend: Backend, monkeypatch: pytest.MonkeyPatch, tiling: str) -> None:
     set_tiling(monkeypatch, tiling)

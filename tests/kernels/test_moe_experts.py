@@ -229,7 +229,7 @@ def test_errors_say_what_was_expected(backend: Backend) -> None:
     with pytest.raises(ValueError, match=r"for 4 tokens, expected both \[T, K\]"):
         moe_experts(hidden, gate_up, down, ids[:3], weights[:3])
     with pytest.raises(ValueError, match="expected one dtype"):
-        moe_experts(hidden.bfloat16(), gate_up, down, ids, weights)
+        moe_experts(hidden, gate_up.bfloat16(), down, ids, weights)
 
 
 @needs_cpp

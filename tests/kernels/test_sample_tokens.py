@@ -11,6 +11,7 @@ from tests.kernels.backends import (
     FP16,
     FP32,
     FP64,
+    SLOW_INTERPRETED,
     Backend,
     assert_as_exact,
     assert_same_bits,
@@ -150,24 +151,27 @@ def test_truncated_draws_follow_the_renormalised_distribution(backend: Backend) 
         assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < chi_square_limit(5)
 
 
+BY_HAND = [
+    ({"top_p": 0.49}, {0}),
+    ({"top_p": 0.51}, {0, 1}),
+    ({"top_k": 1}, {0}),
+    ({"top_k": 3}, {0, 1, 2}),  # 2 and 3 are equal
+    ({"top_k": 3, "top_p": 0.6}, {0, 1}),  # after top_k: 1/2 1/4 1/8 become 4/7 2/7 1/7
+    ({}, {0, 1, 2, 3}),
+]
+MORE_BY_HAND = [
+    ({"top_p": 1e-6}, {0}),
+    ({"top_k": 2}, {0, 1}),
+    ({"top_k": 3, "top_p": 0.99}, {0, 1, 2}),
+    ({"top_p": 0.8}, {0, 1, 2}),
+    ({"top_k": 4}, {0, 1, 2, 3}),
+    ({"top_k": 5}, {0, 1, 2, 3}),
+    ({"top_k": 99}, {0, 1, 2, 3}),
+]
+
+
 @pytest.mark.parametrize(
-    ("options", "allowed"),
-    [
-        ({"top_p": 0.49}, {0}),
-        ({"top_p": 0.51}, {0, 1}),
-        ({"top_p": 1e-6}, {0}),
-        ({"top_k": 1}, {0}),
-        ({"top_k": 2}, {0, 1}),
-        ({"top_k": 3}, {0, 1, 2}),  # 2 and 3 are equal
-        ({"top_k": 3, "top_p": 0.6}, {0, 1}),  # after top_k: 1/2 1/4 1/8 become 4/7 2/7 1/7
-        ({"top_k": 3, "top_p": 0.99}, {0, 1, 2}),
-        ({"top_p": 0.8}, {0, 1, 2}),
-        ({"top_k": 4}, {0, 1, 2, 3}),
-        ({"top_k": 5}, {0, 1, 2, 3}),
-        ({"top_k": 99}, {0, 1, 2, 3}),
-        ({}, {0, 1, 2, 3}),
-    ],
-    ids=str,
+    ("options", "allowed"), [*BY_HAND, *(pytest.param(*x, marks=SLOW_INTERPRETED) for x in MORE_BY_HAND)], ids=str
 )
 def test_truncation_by_hand(backend: Backend, options: dict[str, float], allowed: set[int]) -> None:
     logits = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 8, 0.0]).log()

