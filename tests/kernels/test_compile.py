@@ -152,6 +152,6 @@ def test_every_kernel_is_launched() -> None:
 
 
 def test_a_kernel_that_spills_is_noticed() -> None:
-    """Else the check above could not fail: the same kernel, with fewer registers than it needs."""
-    fold = launches(1, odd=False)["_fold_kernel"][0]
-    assert compile_launch(replace(fold, options={**fold.options, "maxnreg": 24}), 90).spilled_bytes > 0
+    """Else the check above could not fail: the same kernel, with fewer registers than most of its forms need."""
+    few = (replace(fold, options={**fold.options, "maxnreg": 24}) for fold in launches(1, odd=False)["_fold_kernel"])
+    assert any(compile_launch(fold, 90).spilled_bytes > 0 for fold in few)
