@@ -131,6 +131,7 @@ def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
     logits_TV = hidden_TD @ weight_VD.T
     heads_TKd, slots_SKd = hidden_TD[:, None], hidden_TD.repeat(4, 1)[:, None]
     experts_TK = torch.zeros(4, 1, device=device, dtype=torch.int64)
+    offsets_E = torch.tensor([2, 4], device=device)
     return {
         "selective_logprobs": lambda: kernels.selective_logprobs(logits_TV, ids_T),
         "linear_logprobs": lambda: kernels.linear_logprobs(hidden_TD, weight_VD, ids_T),
@@ -145,7 +146,7 @@ def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
         ),
         "moe_dispatch": lambda: kernels.moe_dispatch(experts_TK, 2),
         "grouped_gemm": lambda: kernels.grouped_gemm(
-            hidden_TD, torch.ones(2, 8, 8, device=device, dtype=dtype), torch.tensor([2, 4], device=device)
+            hidden_TD, torch.ones(2, 8, 8, device=device, dtype=dtype), offsets_E
         ),
         "moe_experts": lambda: kernels.moe_experts(
             hidden_TD,

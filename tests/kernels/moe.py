@@ -92,9 +92,11 @@ def transformers_experts(layer: Layer, family: str = "deepseek_v3") -> list[Tens
     experts = experts_class(config).to(layer.hidden_TD)
     leaves = [x.detach().clone().requires_grad_() for x in layer.leaves]
     parameters = {"gate_up_proj": leaves[1], "down_proj": leaves[2]}
-    # Its loop knows one id of a skipped choice: E.
-    ids = layer.ids_TK.clamp(max=num_experts)
-    out = torch.func.functional_call(experts, parameters, (leaves[0], ids, leaves[3]))
+    # Not every release knows skipped choices: they are any expert's, with weight 0.
+    kept = layer.ids_TK < num_experts
+    out = torch.func.functional_call(
+        experts, parameters, (leaves[0], layer.ids_TK.where(kept, 0), leaves[3].where(kept, 0))
+    )
     return [out, *torch.autograd.grad(out, leaves, layer.upstream_TD)]
 
 

@@ -380,7 +380,8 @@ def test_fused_rewards_equal_advantages(backend: Backend, scale: str) -> None:
     want = value_and_gradient(case)
     del case["advantages_N"]
     got = value_and_gradient(case, rewards_N=rewards, group_ids_N=groups, scale_rewards=scale)
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    # The same advantages; a GPU's compiler fuses the products and sums after them differently in the two kernels.
+    torch.testing.assert_close(got, want, rtol=3e-7 if backend.name == "cuda" else 0, atol=0)
 
 
 def test_a_group_without_variance_keeps_only_the_kl_gradient(backend: Backend) -> None:

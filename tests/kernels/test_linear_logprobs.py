@@ -70,11 +70,16 @@ HOSTILE = {
 def test_hostile_input(backend: Backend, monkeypatch: pytest.MonkeyPatch, name: str, tiling: str) -> None:
     head = tuple(x.float() for x in HOSTILE[name][:3]) + HOSTILE[name][3:]
     exact = outputs_and_gradients(tuple(x.double() for x in head[:3]) + head[3:], "cpu", impl="reference")
+    # A logit near 2e4 is known to 2e-3, so an entropy depends on the order in which products are summed: plain torch is
+    # tried in two, and the worse one of each output counts.
     plain = outputs_and_gradients(head, backend.device, impl="reference")
+    other = outputs_and_gradients((head[0].flip(1), head[1].flip(1), *head[2:]), backend.device, impl="reference")
+    other[2:4] = (x.flip(1) for x in other[2:4])
     set_tiling(monkeypatch, tiling)
     got = outputs_and_gradients(head, backend.device, impl=backend.impl)
-    for part, g, p, e, times in zip(NAMES, got, plain, exact, (2, 2, 3, 3, 3)):
-        assert_as_exact(g, p, e, times, part)
+    for part, g, orders, e, times in zip(NAMES, got, zip(plain, other), exact, (2, 2, 3, 3, 3)):
+        worse = max(orders, key=lambda x: float((x.double().cpu() - e).abs().max()) if x.numel() else 0.0)
+        assert_as_exact(g, worse, e, times, part)
 
 
 @pytest.mark.parametrize("tiling", TILINGS)
