@@ -59,6 +59,9 @@ def _shield(keeper: int, memory_bytes: int, serve: Callable[[], None], mask: set
         allowed = resource.getrlimit(resource.RLIMIT_DATA)[1]
         limit = memory_bytes if allowed == resource.RLIM_INFINITY else min(memory_bytes, allowed)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        # What the limit does not count (shared memory, many processes) costs the worker, and not the trainer.
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
             serve()

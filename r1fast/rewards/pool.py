@@ -205,17 +205,17 @@ class RewardPool:
 
 
 def headline(failure: str) -> str:
-    """A failure on one line: of a traceback its last."""
-    first, *others = failure.strip().splitlines()
-    return f"{first.partition(': Traceback')[0]}: {others[-1].strip()}" if others else first
+    """A failure on one line, which stands before a traceback."""
+    return failure.partition("\n")[0]
 
 
 def _kind(reason: str) -> str:
     """Equal for reasons that differ in the rows' own words: a traceback without the exception's message, say."""
-    first, *lines = reason.splitlines() or [""]
-    frames = list(takewhile(lambda line: line.startswith(" "), lines))
-    raised = [line.partition(":")[0] for line in lines[len(frames) :][:1]]
-    return "\n".join([re.sub(r"returned .* for row \d+", "returned", first), *frames, *raised])
+    first, *lines = reason.split("\n")
+    if lines:
+        frames = takewhile(lambda line: line.startswith(" "), lines[1:])
+        return "\n".join([first.partition(":")[0], *frames])
+    return re.sub("returned .*, expected a finite", "", first)
 
 
 def _row_text(rows: list[int]) -> str:

@@ -109,7 +109,7 @@ def _dotted(function: RewardFunction) -> str:
 def _from_module(name: str) -> Any:
     try:
         return pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"reward {name!r} cannot be imported: {type(error).__name__}: {error}; expected 'package.module.function' "
             f"with the package on PYTHONPATH, or a registered name{did_you_mean(name, REWARDS)}"
@@ -128,7 +128,7 @@ def _from_file(name: str, path: Path, attribute: str) -> Any:
         sys.modules[module_name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script may end with sys.exit(main())
             del sys.modules[module_name]
             raise ValueError(f"reward {name!r}: importing {path} raised {type(error).__name__}: {error}") from error
     module = sys.modules[module_name]

@@ -5,7 +5,7 @@ when it is read: a reward shares this process and may write there what it likes.
 
     ("load", name, location)          -> {"values": []}
     ("call", name, kwargs, num_rows)  -> {"values": [float | null], "rows": {row: why it has no value}}
-    either                            -> {"error": text, "memory": bool}
+    either                            -> {"error": text whose first line says all, "memory": bool}
 
 Both streams are moved away before any reward is imported, so that whatever a reward prints goes to stderr.
 """
@@ -18,7 +18,8 @@ import pickle
 import struct
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
+from numbers import Complex, Real
 from typing import Any
 
 from r1fast.rewards.keeper import keep
@@ -26,7 +27,7 @@ from r1fast.rewards.registry import resolve
 
 HEADER = struct.Struct("<QQ")  # id of the request, bytes that follow
 MAX_REPLY_BYTES = 1 << 18  # 64 values with a reason each take 20 kB
-MAX_TEXT_CHARS = 4000
+MAX_TEXT_CHARS, MAX_LINE_CHARS = 4000, 300
 # Bound now: a reward may put other functions in their modules.
 _dumps, _write, _getpid, _exit = json.dumps, os.write, os.getpid, os._exit
 
@@ -77,9 +78,22 @@ def _answer(message: bytes, functions: dict[str, Callable[..., Any]]) -> dict[st
         return {"values": values, "rows": reasons}
     except MemoryError as error:
         traceback.clear_frames(error.__traceback__)  # what filled the memory is in their variables
-        return {"error": cut(traceback.format_exc(limit=-1)), "memory": True}
-    except BaseException:
-        return {"error": cut(traceback.format_exc()), "memory": False}
+        return {"error": _in_one_line(error), "memory": True}
+    except BaseException as error:
+        return {"error": _described(error), "memory": False}
+
+
+def _described(error: BaseException) -> str:
+    """In one line, then with its traceback."""
+    try:
+        return f"{_in_one_line(error)}\n{cut(traceback.format_exc())}"
+    except BaseException:  # of an exception that is not made as its class is: a SyntaxError whose line is a number
+        return cut(f"{type(error).__name__}, which cannot be shown", MAX_LINE_CHARS)
+
+
+def _in_one_line(error: BaseException) -> str:
+    lines = traceback.format_exception_only(error)  # of a SyntaxError the place comes first, notes come last
+    return cut(" ".join(next(line for line in lines if not line.startswith(" ")).split()), MAX_LINE_CHARS)
 
 
 def _call(
@@ -105,7 +119,8 @@ def checked_values(values: Any, num_rows: int, name: str) -> tuple[list[float | 
 
     Raises ValueError naming the reward where there is not one value per row.
     """
-    if isinstance(values, str | bytes | dict) or not hasattr(values, "__iter__"):
+    # Sets have no order, and of a mapping the keys would be taken.
+    if isinstance(values, str | bytes | bytearray | Set | Mapping) or not hasattr(values, "__iter__"):
         raise ValueError(f"reward {name!r} returned {type(values).__name__}, expected a list of {num_rows} numbers")
     items = []
     for item in values:
@@ -122,7 +137,7 @@ def checked_values(values: Any, num_rows: int, name: str) -> tuple[list[float | 
         except (TypeError, ValueError, OverflowError):
             checked.append(None)
             reasons[row] = cut(
-                f"reward {name!r} returned {item!r:.80} for row {row}, expected a finite number or None", 300
+                f"reward {name!r} returned {item!r:.80}, expected a finite number or None", MAX_LINE_CHARS
             )
     return checked, reasons
 
@@ -130,8 +145,8 @@ def checked_values(values: Any, num_rows: int, name: str) -> tuple[list[float | 
 def _as_float(item: Any) -> float | None:
     if item is None:
         return None
-    if isinstance(item, str | bytes):
-        raise TypeError  # float would read "1.0"
+    if isinstance(item, str | bytes | bytearray) or (isinstance(item, Complex) and not isinstance(item, Real)):
+        raise TypeError  # float would read "1.0", and of NumPy's complex numbers the real part
     value = float(item)
     if math.isinf(value):
         raise ValueError

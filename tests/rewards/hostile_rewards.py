@@ -6,6 +6,7 @@ sleeps end, so that a test which fails leaves nothing for long.
 """
 
 import builtins
+import collections
 import contextlib
 import ctypes
 import itertools
@@ -342,6 +343,11 @@ def raises_an_exception_that_raises(values, at):
 
 
 @hostile("failed")
+def raises_what_has_no_traceback(values, at):
+    raise SyntaxError("where?", ("file", "line", "column", 5))
+
+
+@hostile("failed")
 def leaves_by_sys_exit(values, at):
     sys.exit(5)
 
@@ -392,6 +398,26 @@ def a_number(values, at):
 @hostile("failed")
 def a_dict(values, at):
     return dict(enumerate(values))
+
+
+@hostile("failed")
+def another_mapping(values, at):
+    return collections.UserDict(enumerate(values))
+
+
+@hostile("failed")
+def a_set(values, at):
+    return set(values)
+
+
+@hostile("failed")
+def bytes_that_can_be_changed(values, at):
+    return bytearray(len(values))
+
+
+@hostile("failed")
+def complex_number(values, at):
+    return with_value(values, at, np.complex128(1j))
 
 
 @hostile("failed")

@@ -51,6 +51,9 @@ def noisy(completions, **_):
 def raises(completions, **_):
     raise KeyError("what went wrong")
 
+def speaks_in_lines(completions, **_):
+    raise ValueError("first\\n  second\\n" + "x" * 1000)
+
 async def slow(completions, **_):
     await asyncio.sleep(0.01)
     return [None if c == "none" else 2.0 for c in completions]
@@ -186,8 +189,8 @@ def test_an_exception_is_reported_with_its_traceback(path):
     ("name", "message"),
     [
         ("short", "returned 1 values for 2 completions"),
-        ("texts", "returned '1.0' for row 0, expected a finite number or None"),
-        ("infinite", "returned inf for row 0"),
+        ("texts", "returned '1.0', expected a finite number or None"),
+        ("infinite", "returned inf, expected a finite number or None"),
         ("scalar", "returned float, expected a list of 2 numbers"),
     ],
 )
@@ -294,9 +297,12 @@ def test_the_traceback_is_logged_once(path, caplog):
     with RewardPool({f"{path}:raises": 1.0}) as pool, caplog.at_level(logging.WARNING):
         failures = [score(pool, ["a"] * 3).failures for _ in range(3)]
     assert caplog.text.count("Traceback") == 1
-    assert all(len(texts) == 1 and "rows 0-2: Traceback" in texts[0] for texts in failures)
+    assert all(len(texts) == 1 and "rows 0-2: KeyError: 'what went wrong'\nTraceback" in texts[0] for texts in failures)
     assert headline(failures[0][0]) == f"reward '{path}:raises', rows 0-2: KeyError: 'what went wrong'"
     assert headline("reward 'x', row 0: no result after 1 s") == "reward 'x', row 0: no result after 1 s"
+    with RewardPool({f"{path}:speaks_in_lines": 1.0}) as pool:
+        (line,) = map(headline, score(pool, ["a"]).failures)
+    assert "row 0: ValueError: first second xxx" in line and len(line) < len(path) + 400
 
 
 def test_rewards_of_others_have_a_process_of_their_own(path):

@@ -26,7 +26,12 @@ def test_dotted_path_and_file(tmp_path, monkeypatch):
     assert locate("my_rewards.py:two") == f"{tmp_path}/my_rewards.py:two"
     (tmp_path / "broken.py").write_text("import no_such_module\n")
     (tmp_path / "number.py").write_text("value = 3\n")
+    (tmp_path / "script.py").write_text("import sys\ndef one(**_): return [1.0]\nsys.exit(0)\n")
+    (tmp_path / "typo.py").write_text("def one(:\n")
     for name, message in [
+        ("script.one", "SystemExit: 0"),
+        ("script.py:one", "SystemExit: 0"),
+        ("typo.one", "SyntaxError"),
         ("my_rewards.on", "cannot be imported"),
         ("my_rewards.py:on", "did you mean 'one'"),
         ("absent.py:one", "no file 'absent.py'"),
