@@ -154,9 +154,8 @@ class Run:
                 if stage.name not in selected:
                     continue
                 if entry["status"] == "done":
-                    progress.finish_stage(
-                        stage.name, status="done", seconds=entry["seconds"], evaluation=entry.get("eval_after")
-                    )
+                    seconds, evaluation = entry.get("seconds", 0.0), entry.get("eval_after")
+                    progress.finish_stage(stage.name, status="done", seconds=seconds, evaluation=evaluation)
                     continue
                 self.stop.check(self.dist)
                 self._stage(stage, entry, progress, trackers)

@@ -5,6 +5,7 @@ A mistake found here costs seconds and changes nothing on disk.
 
 import importlib.util
 import itertools
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
@@ -32,8 +33,9 @@ DATA_KIND = {
 
 
 def check_output(run_dir: Path, *, resume: bool, stages: Sequence[str] = ()) -> None:
-    """The run directory is new (or resumed), can be written, and leaves room in a path for what the stages write."""
+    """The run directory is new (or resumed), can be written, and has room for what the stages write, in a path too."""
     _check_path(run_dir, stages)
+    _check_places(run_dir, stages)
     if run_dir.exists() and not resume:
         if not run_dir.is_dir():
             raise ConfigError(f"--output-dir {run_dir}: is a file, expected a folder")
@@ -49,6 +51,16 @@ def check_output(run_dir: Path, *, resume: bool, stages: Sequence[str] = ()) -> 
         raise ConfigError(
             f"--output-dir {run_dir}: cannot write in {parent} ({error.strerror}); choose another"
         ) from None
+
+
+def _check_places(run_dir: Path, stages: Sequence[str]) -> None:
+    """What a resumed run finds where it will write is of the same kind: a pipe, say, would be waited for."""
+    folders = [run_dir / stage / name for stage in stages for name in ("", "checkpoints", "samples")]
+    files = [run_dir / stage / name for stage in stages for name in ("metrics.jsonl", "data.jsonl")]
+    for path in (*folders, run_dir / "summary.json", run_dir / "report.html", *files):
+        fits, kind = (path.is_dir(), "folder") if path in folders else (path.is_file(), "file")
+        if not fits and os.path.lexists(path):
+            raise ConfigError(f"--output-dir {run_dir}: {path} is no {kind}; move it away")
 
 
 def _check_path(run_dir: Path, stages: Sequence[str]) -> None:

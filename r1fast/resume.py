@@ -12,7 +12,9 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
 
 from r1fast.config import ConfigError, apply_overrides, dump_recipe, load_recipe, validate
 from r1fast.inputs import artifact, named_inputs, stage_inputs
@@ -57,7 +59,8 @@ class Saved:
     notes: list[str]
 
     def entry(self, name: str) -> dict[str, Any]:
-        return next((entry for entry in self.summary.get("stages", []) if entry["name"] == name), {"status": "pending"})
+        pending = {"name": name, "status": "pending"}
+        return next((entry for entry in self.summary.get("stages", []) if entry["name"] == name), pending)
 
     def with_changes(self, config: str | None, overrides: list[str]) -> Recipe:
         """The run's recipe, or another one in its place, with overrides. ConfigError."""
@@ -67,6 +70,54 @@ class Saved:
 
     def is_done(self, name: str) -> bool:
         return self.entry(name)["status"] == "done"
+
+
+# What is relied on in the records: one that another version has written may lack it, for all its checksum.
+
+
+class _Named(BaseModel):
+    name: str
+
+
+class _Settings(BaseModel):
+    stages: list[_Named]
+
+
+class _Entry(_Named):
+    status: Literal["pending", "running", "stopped", "failed", "done"]
+    seconds: float = 0.0
+    phases: dict[str, float] = {}
+    settings: dict[str, Any] = {}
+    fingerprints: dict[str, str] = {}
+    files: dict[str, str] = {}
+    eval_after: dict[str, Any] | None = None
+
+
+class _Summary(BaseModel):
+    stages: list[_Entry]
+    settings: _Settings | None = None
+    changes: list[dict[str, Any]] = []
+    evaluations: dict[str, dict[str, Any]] = {}
+
+
+class _Stage(BaseModel):
+    entry: _Entry
+    started: str
+    machine: dict[str, Any]
+    changes: list[dict[str, Any]]
+    evaluations: dict[str, dict[str, Any]]
+
+
+def _read(path: Path, shape: type[BaseModel]) -> dict[str, Any]:
+    """A record as it was written; ValueError if it is damaged or of another shape."""
+    record = read_record(path)
+    try:
+        shape.model_validate(record, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path.name} is of another version ({where}: {first['msg'].lower()})") from None
+    return record
 
 
 def config_text(recipe: Recipe) -> str:
@@ -79,7 +130,7 @@ def read_run(run_dir: Path, config: str | None = None) -> Saved:
     """The run in a folder. config: the recipe if config.yaml is to be replaced. Raises ConfigError."""
     notes: list[str] = []
     path = run_dir / CONFIG
-    if not path.is_file() and not (run_dir / SUMMARY).is_file():
+    if not any(file.is_file() for file in (path, run_dir / SUMMARY, *run_dir.glob(f"*/{STAGE}"))):
         raise ConfigError(f"--resume: {run_dir} holds no run (no {CONFIG}); name it with --output-dir")
     summary = _read_summary(run_dir, notes)
     try:
@@ -113,17 +164,15 @@ def _read_config(path: Path) -> Recipe:
 
 
 def _read_summary(run_dir: Path, notes: list[str]) -> dict[str, Any]:
-    if (run_dir / SUMMARY).is_dir():
-        raise ConfigError(f"--resume: {run_dir / SUMMARY} is a folder, expected a file; move it away")
     try:
-        return read_record(run_dir / SUMMARY)
+        return _read(run_dir / SUMMARY, _Summary)
     except ValueError as error:
         problem = str(error)
     records = []
     for folder in sorted(path for path in run_dir.iterdir() if path.is_dir()):
         if any((folder / name).exists() for name in _OF_A_STAGE):
             try:
-                records.append(read_record(folder / STAGE))
+                records.append(_read(folder / STAGE, _Stage))
             except ValueError as error:
                 raise ConfigError(
                     f"--resume: {run_dir}: {problem}, and of what it could be made from, {folder.name}/{error}: nobody "

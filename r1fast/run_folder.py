@@ -47,7 +47,7 @@ def replace_file(path: Path, content: bytes) -> None:
 def replace_folder(target: Path) -> Iterator[Path]:
     """An empty folder to fill, which becomes `target` at the end, or leaves it as it was."""
     partial, replaced = target.with_name(target.name + PARTIAL), target.with_name(target.name + _REPLACED)
-    _remove(partial)
+    remove(partial)
     partial.mkdir()
     try:
         yield partial
@@ -59,10 +59,10 @@ def replace_folder(target: Path) -> Iterator[Path]:
         sync(target.parent)
     except BaseException:
         with suppress(OSError):
-            _remove(partial)
+            remove(partial)
             _put_back(replaced)
         raise
-    _remove(replaced)
+    remove(replaced)
 
 
 def sync(path: Path) -> None:
@@ -80,7 +80,7 @@ def remove_leftovers(run_dir: Path) -> None:
         for path in run_dir.glob(pattern + PARTIAL):
             if path.name.endswith(_REPLACED):
                 _put_back(path)
-            _remove(path)
+            remove(path)
 
 
 def holds_nothing(run_dir: Path) -> bool:
@@ -94,7 +94,8 @@ def _put_back(replaced: Path) -> None:
         os.rename(replaced, target)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file, a link or a folder with all that is in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -116,10 +117,10 @@ def sealed(content: dict[str, Any]) -> bytes:
 
 def read_record(path: Path) -> dict[str, Any]:
     """What write_record wrote. ValueError that says what is wrong, for any damage."""
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path.name} is no file" if os.path.lexists(path) else f"{path.name} is missing")
     try:
         content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path.name} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is unreadable ({type(error).__name__})") from error
     if not isinstance(content, dict) or content.pop("crc32", None) != _crc32(content):

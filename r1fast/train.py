@@ -198,7 +198,7 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> Request:
 
     left = [name for name in selected if saved is None or not saved.is_done(name)]
     check_references(recipe, left, run_dir)
-    check_output(run_dir, resume=args.resume, stages=names)
+    check_output(run_dir, resume=args.resume, stages=left)
     notes = check_inputs(recipe, left, run_dir)
     if saved is not None:
         changed = [*changed, *accept_inputs(saved, recipe, left, accept=args.accept_changes)]

@@ -17,6 +17,7 @@ from r1fast.resume import read_run
 from r1fast.run_folder import (
     locked,
     read_record,
+    remove,
     remove_leftovers,
     replace_file,
     replace_folder,
@@ -322,10 +323,68 @@ def test_a_damaged_summary_is_made_again(resume, stopped: Path) -> None:
     assert entry(stopped, "first") == next(e for e in before["stages"] if e["name"] == "first")
 
 
-def test_a_folder_in_place_of_the_summary(refuse, stopped: Path) -> None:
+@pytest.mark.parametrize(
+    "place", ["summary.json", "report.html", "second/metrics.jsonl", "second/checkpoints", "third"]
+)
+@pytest.mark.parametrize(
+    "make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")], ids=["folder", "pipe", "link"]
+)
+def test_something_else_in_place_of_what_is_written(refuse, stopped: Path, place: str, make: Callable) -> None:
+    kind = "folder" if place in ("second/checkpoints", "third") else "file"
+    if (stopped / place).exists():
+        remove(stopped / place)
+    make(stopped / place)
+    if kind == "folder" and (stopped / place).is_dir():
+        return
+    assert f"{place} is no {kind}; move it away" in refuse()
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda summary: summary.pop("stages"), "stages: field required"),
+        (lambda summary: summary.update(stages=[1]), "stages.0"),
+        (lambda summary: summary["stages"][0].pop("status"), "stages.0.status: field required"),
+        (lambda summary: summary["stages"][0].update(seconds="1"), "stages.0.seconds"),
+        (lambda summary: summary["settings"].update(stages=3), "settings.stages"),
+        (lambda summary: summary.update(evaluations=[]), "evaluations"),
+    ],
+)
+def test_a_whole_record_of_another_shape_is_made_again(resume, stopped: Path, change: Callable, where: str) -> None:
+    write_record(stopped / "summary.json", rewritten(read_record(stopped / "summary.json"), change))
+    code, (line,) = resume("--stages", "first")
+    assert code == 0 and f"summary.json is of another version ({where}" in line and "first done" in line
+    write_record(stopped / "first" / "stage.json", rewritten(read_record(stopped / "first" / "stage.json"), dict.clear))
     (stopped / "summary.json").unlink()
-    (stopped / "summary.json").mkdir()
-    assert "summary.json is a folder, expected a file; move it away" in refuse()
+    code, (line,) = resume()
+    assert code == 2 and "first/stage.json is of another version (entry: field required)" in line
+
+
+def rewritten(record: dict[str, Any], change: Callable) -> dict[str, Any]:
+    change(record)
+    return record
+
+
+def test_what_has_not_begun_is_changed_without_a_summary(resume, stopped: Path) -> None:
+    """The records of the stages know nothing of the third."""
+    (stopped / "summary.json").unlink()
+    code, lines = resume("--stages", "first", "stages.third.model=@first")
+    assert code == 0 and lines[1:] == ['stages.third.model: "@second" -> "@first"']
+
+
+def test_without_recipe_and_summary_another_recipe_is_taken(resume, stopped: Path) -> None:
+    for name in ("summary.json", "config.yaml"):
+        (stopped / name).unlink()
+    assert resume()[0] == 2
+    code, lines = resume("--stages", "first", "--config", "mine.yaml")
+    assert code == 0 and "it is made again" in lines[0] and "config.yaml is missing; it is written anew" in lines[1]
+
+
+def test_a_model_that_was_damaged_is_one_line(resume, stopped: Path) -> None:
+    remove(stopped / "second" / "checkpoints")
+    (stopped / "first" / "model" / "model.safetensors").write_bytes(b"not a model")
+    code, lines = resume("--accept-changes")
+    assert code == 1 and "stages.second: " in lines[-1] and "not a readable safetensors file" in lines[-1]
 
 
 def test_without_any_record_nobody_knows_what_is_finished(refuse, stopped: Path) -> None:

@@ -22,6 +22,7 @@ import re
 import shutil
 import stat
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from r1fast.dist.mesh import Dist
 from r1fast.dist.parallelize import reshard, tied_names
 from r1fast.dist.plain_state import CONTENTS, Reader, Writer, check_fit, read_plain, write_plain
-from r1fast.run_folder import read_record, sealed, sync, write_synced
+from r1fast.run_folder import read_record, remove, sealed, sync, write_synced
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -101,9 +102,13 @@ def latest(directory: Path, dist: Dist | None = None) -> Path | None:
     return None
 
 
-def tidy(directory: Path, keep: int = KEEP) -> None:
-    """Delete what a kill left of a save or of a deletion. For rank 0, where nobody saves."""
-    _retain(Path(directory), keep)
+def tidy(directory: Path, verified: Path | None, keep: int = KEEP) -> None:
+    """Delete what a kill left of a save or of a deletion. For rank 0, where nobody saves.
+
+    verified: what `latest` found. While a newer one is torn, another may be, so that the oldest is the one to resume.
+    """
+    if [verified] == _steps(Path(directory))[:1]:
+        _retain(Path(directory), keep)
     _remove_leftovers(Path(directory))
 
 
@@ -123,15 +128,16 @@ def load(
     state = _distributed_state(model, optimizer)
     try:
         check_fit(path, {f"{part}.{name}": tensor for part, tensors in state.items() for name, tensor in tensors.items()})
-        dcp.load(state, storage_reader=Reader(path))  # fills the tensors in place
     except ValueError as error:
         raise ValueError(f"checkpoint {path} does not fit this model and optimizer: {error}") from error
-    except CheckpointException as error:  # no subclass of Exception: it would pass through every handler above
-        cause = next(iter(error.failures.values()))[0]
-        raise ValueError(f"checkpoint {path} cannot be loaded: {type(cause).__name__}: {cause}") from error
-    extra = read_plain(path / SHARED)
-    saved_world_size = read_record(path / MANIFEST)["world_size"]
-    if saved_world_size != dist.world_size:
+    try:
+        dcp.load(state, storage_reader=Reader(path))  # fills the tensors in place
+        extra = read_plain(path / SHARED)
+        saved_world_size = read_record(path / MANIFEST)["world_size"]
+        own = read_plain(path / _rank_name(dist.rank)) if saved_world_size == dist.world_size else None
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        raise ValueError(f"checkpoint {path} cannot be loaded: {_cause(error)}") from error
+    if own is None:
         if dist.is_main:
             logger.warning(
                 "%s was written by %d ranks and is read by %d: random-number states of the ranks are not restored",
@@ -140,7 +146,6 @@ def load(
                 dist.world_size,
             )
         return extra, {}
-    own = read_plain(path / _rank_name(dist.rank))
     set_rng_state(own["rng"])
     return extra, own["rank_state"]
 
@@ -276,7 +281,8 @@ def _publish(tmp: Path, final: Path, manifest: dict[str, Any]) -> None:
 def _remove_leftovers(directory: Path) -> None:
     """Delete what an interrupted save left; nothing in it was ever committed, or it has been replaced."""
     for path in directory.glob("tmp_*"):
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            remove(path)
 
 
 def _retain(directory: Path, keep: int) -> None:
@@ -285,7 +291,8 @@ def _retain(directory: Path, keep: int) -> None:
     if len(usable) >= keep:
         for path in _steps(directory):
             if _step_of(path) < _step_of(usable[keep - 1]):
-                shutil.rmtree(path, ignore_errors=True)  # too many are no reason to fail a save that succeeded
+                with suppress(OSError):  # too many are no reason to fail a save that succeeded
+                    remove(path)
 
 
 def _steps(directory: Path) -> list[Path]:
@@ -305,7 +312,8 @@ def _problem(path: Path, rank: int, world_size: int, *, checksums: bool = True) 
     try:
         manifest = read_record(path / MANIFEST)
         files = _files_of(manifest, _step_of(path))
-        found = {file.name: file.lstat() for file in path.iterdir() if file.name != MANIFEST}
+        # Hidden files are what file systems and browsers leave: .nfs..., .DS_Store.
+        found = {file.name: file.lstat() for file in path.glob("[!.]*") if file.name != MANIFEST}
         for name, status in found.items():
             if name not in files:
                 return f"{name} is not in {MANIFEST}"

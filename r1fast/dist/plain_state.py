@@ -94,8 +94,8 @@ def check_fit(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """ValueError where the names, shapes or dtypes of a checkpoint are not those of `tensors`."""
     saved = Reader(folder).read_metadata().state_dict_metadata
     lacks, more = sorted(tensors.keys() - saved.keys()), sorted(saved.keys() - tensors.keys())
-    if lacks or more:
-        raise ValueError("; ".join([f"it lacks {lacks[0]}"] * bool(lacks) + [f"it holds {more[0]} too"] * bool(more)))
+    if wrong := [f"it lacks {name}" for name in lacks[:1]] + [f"it holds {name} too" for name in more[:1]]:
+        raise ValueError("; ".join(wrong))
     for name, tensor in tensors.items():
         found = saved[name]
         assert isinstance(found, TensorStorageMetadata), name

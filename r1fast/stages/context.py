@@ -83,7 +83,10 @@ class StageContext:
         """The model `ref`, sharded over the ranks, and its tokenizer. scalar_head: as a reward model."""
         dtype = torch.float32 if trainable else self.param_dtype
         path = self.model_path(ref)
-        model, tokenizer = load_model(path, dtype=dtype, device=self.dist.device, scalar_head=scalar_head)
+        try:
+            model, tokenizer = load_model(path, dtype=dtype, device=self.dist.device, scalar_head=scalar_head)
+        except ValueError as error:  # of a model that an earlier stage has made: preflight could not see it
+            raise ConfigError(f"stages.{self.stage.name}: {error}") from error
         if tokenizer is None:
             raise ConfigError(
                 f"stages.{self.stage.name}: {path} has no tokenizer; expected tokenizer.json beside the weights"

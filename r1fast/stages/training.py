@@ -90,10 +90,9 @@ class Trainer:
     def restore(self) -> dict[str, Any]:
         """Load the newest complete checkpoint of the stage, if any; returns what was saved beside the model."""
         ctx = self.ctx
-        if ctx.dist.is_main:
-            checkpoint.tidy(ctx.checkpoints)
-        ctx.dist.barrier()
         path = checkpoint.latest(ctx.checkpoints, ctx.dist)
+        if ctx.dist.is_main:
+            checkpoint.tidy(ctx.checkpoints, path)
         if path is None:
             return {}
         try:

@@ -148,7 +148,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "one_file_more": (lambda path: (path / "shared.npz").write_text(""), "shared.npz is not in manifest.json"),
     "folder_for_file": (folder_for_file, "shared.json is no file"),
     "no_manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
-    "folder_for_manifest": (folder_for_manifest, "manifest.json is unreadable"),
+    "folder_for_manifest": (folder_for_manifest, "manifest.json is no file"),
     "torn_manifest": (lambda path: (path / "manifest.json").write_text('{"files": {'), "unreadable"),
     "manifest_is_a_list": (lambda path: (path / "manifest.json").write_text("[1]"), "another crc32"),
     "manifest_is_deep": (lambda path: (path / "manifest.json").write_text("[" * 100_000), "unreadable"),
@@ -198,6 +198,38 @@ def test_retention_counts_usable_checkpoints_only(dist: Dist, tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2", "step_3", "step_5"]
     with pytest.raises(ValueError, match="keep=0"):
         save(tmp_path, 6, model, optimizer, dist, keep=0)
+
+
+def test_what_a_kill_left_is_tidied_but_not_the_one_to_resume(dist: Dist, tmp_path: Path) -> None:
+    """A kill may leave one checkpoint too many: while the newest are torn, it is the one that is needed."""
+    model, optimizer = started(dist)
+    first, second, third = (save(tmp_path, step, model, optimizer, dist, keep=3) for step in (1, 2, 3))
+    (tmp_path / "tmp_step_4").write_text("no folder")
+    (third / ".nfs0001").write_text("left by a file system")
+    assert checkpoint.latest(tmp_path) == third
+    for path in (second, third):
+        flip_one_bit(path)
+    checkpoint.tidy(tmp_path, checkpoint.latest(tmp_path))
+    assert checkpoint.latest(tmp_path) == first and not (tmp_path / "tmp_step_4").exists()
+    flip_one_bit(third)  # back
+    flip_one_bit(second)
+    checkpoint.tidy(tmp_path, checkpoint.latest(tmp_path))
+    assert sorted(tmp_path.iterdir()) == [second, third]
+
+
+def test_a_whole_file_with_other_contents_is_one_clear_error(dist: Dist, tmp_path: Path) -> None:
+    model, optimizer = started(dist)
+    for name, content, message in [
+        ("__0_0.distcp", b"?" * 1000, "cannot be loaded: "),
+        ("rank_00000.npz", b"no archive", "cannot be loaded: "),
+        ("contents.json", b"{}", "does not fit this model and optimizer: it lacks model"),
+    ]:
+        path = save(tmp_path, 1, model, optimizer, dist)
+        (path / name).write_bytes(content)
+        rewritten(lambda manifest: manifest["files"].update({name: checkpoint._entry(path / name)}))(path)
+        with pytest.raises(ValueError, match=f"step_1 {message}") as caught:
+            checkpoint.load(path, model=model, optimizer=optimizer, dist=dist)
+        assert "\n" not in str(caught.value)
 
 
 def test_nothing_to_resume_from(dist: Dist, tmp_path: Path) -> None:

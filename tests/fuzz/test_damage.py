@@ -106,7 +106,7 @@ def test_damaged_files(trainers: Trainers, stopped: Path, expected: dict[str, An
     assert "made again from the stages' own records: tuned done, zero running" in trainers.said()
     newest = max((stopped / "zero" / "checkpoints").iterdir(), key=lambda path: path.name)
     assert damage_and_resume(trainers, stopped, expected, f"zero/checkpoints/{newest.name}/manifest.json", 4) == 0
-    assert f"{newest.name} is not usable (manifest.json is unreadable" in trainers.said()
+    assert f"{newest.name} is not usable (manifest.json is no file" in trainers.said()
 
 
 @pytest.mark.slow
