@@ -7,9 +7,9 @@
         manifest.json                    step, world size, of every other file its size and crc32; a crc32 of its own
 
 Commit: all ranks write, errors are exchanged, rank 0 writes the manifest, fsyncs, and renames; only then are older
-checkpoints deleted. A reader believes a folder only if it holds exactly the files of the manifest, each with its size
-and checksum: DCP alone loads a flipped bit, and an interrupted overwrite, without a word. No file is unpickled
-(plain_state.py). Learning rate, betas and the like are the recipe's, so of the optimizer only tensors are kept.
+checkpoints deleted. A reader believes a folder only if it holds just the files of the manifest (hidden ones aside),
+each with its size and checksum: DCP alone loads a flipped bit, and an interrupted overwrite, without a word. No file is
+unpickled (plain_state.py). Learning rate, betas and the like are the recipe's, so of the optimizer only tensors are kept.
 All ranks must see the same file system.
 """
 

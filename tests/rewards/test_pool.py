@@ -79,6 +79,9 @@ def sees(prompts, completions, completion_ids, hint, **_):
 def process(completions, **_):
     return [os.getpid()] * len(completions)
 
+def expendable(completions, **_):
+    return [int(open("/proc/self/oom_score_adj").read())] * len(completions)
+
 def chunk(completions, **_):
     return [len(completions)] * len(completions)
 
@@ -291,6 +294,11 @@ def test_memory_is_shared_by_the_workers_that_can_be_busy():
     half = memory_share(1)
     assert 0 < half <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     assert memory_share(4) == half // 4
+
+
+def test_where_memory_runs_out_the_worker_goes_first(path):
+    with RewardPool({f"{path}:expendable": 1.0}) as pool:
+        assert score(pool, ["a"]).total.tolist() == [1000]
 
 
 def test_the_traceback_is_logged_once(path, caplog):
