@@ -240,8 +240,17 @@ def test_reasoning_gym() -> None:
     assert rows == load_rows(["reasoning_gym:basic_arithmetic?size=3&seed=7"], "prompts")
     with pytest.raises(ValueError, match="nearest names: basic_arithmetic"):
         load_rows(["reasoning_gym:basic_arithmetics"], "prompts")
-    with pytest.raises(ValueError, match="colour"):
-        load_rows(["reasoning_gym:basic_arithmetic?colour=red"], "prompts")
+    for query, message in (
+        ("colour=red", "colour"),
+        ("size=many", "row 0: cannot be read: TypeError"),
+        ("size", r"expected NAME\?key=value"),
+        ("size=2&size=3", "size is given twice"),
+        ("size=[2", "size: ValueError"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_rows([f"reasoning_gym:basic_arithmetic?{query}"], "prompts")
+    only = load_rows(["reasoning_gym:basic_arithmetic?size=9&operators=['-']&allow_parentheses=false"], "prompts")
+    assert not any(sign in row["prompt"] for row in only for sign in "+*/(")
 
 
 def test_sources_import_neither_torch_nor_datasets() -> None:
