@@ -108,10 +108,10 @@ def check_types(config: Any) -> None:
     _check(_is_number(0, 1e3), config, "initializer_range", "a number, 0 or more")
     _check(_is_number(1e-30, 1), config, "rms_norm_eps", "a number above 0, at most 1")
     _check(_is_number(1e-6, 1e6), config, "routed_scaling_factor", "a number above 0")
-    layers = config.mlp_only_layers or ()
-    for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
-        last = config.num_hidden_layers - 1
-        require(_is_int(0, last)(layer), "mlp_only_layers", layer, f"a list of layers, 0 to {last}")
+    layers, last = config.mlp_only_layers, config.num_hidden_layers - 1
+    is_list = isinstance(layers, (list, tuple))
+    for layer in layers if is_list else [] if layers is None else [layers]:
+        require(is_list and _is_int(0, last)(layer), "mlp_only_layers", layer, f"a list of layers, 0 to {last}")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = getattr(config, name)
         ids = ids if isinstance(ids, list) and name == "eos_token_id" else [ids]
