@@ -71,7 +71,7 @@ def decode_attention(
     block_table_BN   int32 [B, N]: the blocks of each row, in order; entries behind its length are not read
     lengths_B        int32 [B]: tokens of the row, at least 1, at most 16 N
     scale            on the scores, above 0
-    Returns out_BHe in the dtype of q; under autocast in its dtype, with q taken to the cache's: the cache is not rounded.
+    Returns out_BHe in the dtype of q; under autocast in its dtype, with q taken to the cache's, which is not rounded.
     What a row gets depends on the row alone: the same bits in any batch.
     """
     out_dtype = product_dtype(q_BHd)

@@ -25,7 +25,7 @@ from .grpo_loss import LOSS_SCHEMA, METRICS, grpo_loss, named_metrics, op_argume
 from .grpo_loss_reference import LOSS_ARGUMENTS, LossArguments
 from .head import forward_with_gradient, rows_of_tall_tile
 from .ids import check_target_ids
-from .linear_cross_entropy import save_gradients, scale_gradients
+from .linear_cross_entropy import fake_gradients, save_gradients, scale_gradients
 from .linear_logprobs import check_head, linear_logprobs
 
 
@@ -59,7 +59,6 @@ def _forward(
     *advantages, old_T, ref_T, sampler_T, mask_T, _, counts_N, num_items, num_samples = given[:12]
     num_tokens = hidden_TD.shape[0]
     check_target_ids("linear_grpo_loss", target_ids_T, weight_VD.shape[0])
-    whole = slice(0, num_tokens)
 
     def loss_of(rows: slice, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         of_rows = (None if values_T is None else values_T[rows] for values_T in (old_T, ref_T, sampler_T, mask_T))
@@ -77,7 +76,7 @@ def _forward(
     logprobs_T, entropy_T, grad_hidden_TD, grad_weight_VD = forward_with_gradient(
         hidden_TD, weight_VD, target_ids_T, temperature, True, token_gradient, needs_hidden, needs_weight
     )
-    loss, _, metrics_M = found.get((0, num_tokens)) or loss_of(whole, logprobs_T, entropy_T)
+    loss, _, metrics_M = found.get((0, num_tokens)) or loss_of(slice(0, num_tokens), logprobs_T, entropy_T)
     return loss, metrics_M, grad_hidden_TD, grad_weight_VD
 
 
@@ -92,22 +91,10 @@ for _device in ("cpu", "cuda"):
 
 
 @torch.library.register_fake("r1fast::linear_grpo_loss")
-def _fake(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_ids_T: Tensor,
-    temperature: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(hidden_TD)
-    return (
-        hidden_TD.new_empty((), dtype=dtype),
-        hidden_TD.new_empty(len(METRICS), dtype=dtype),
-        hidden_TD.new_empty(hidden_TD.shape if needs_hidden else 0),
-        weight_VD.new_empty(weight_VD.shape if needs_weight else 0),
-    )
+def _fake(hidden_TD: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, needs = compute_dtype(hidden_TD), others[2:4]
+    loss, metrics_M = hidden_TD.new_empty((), dtype=dtype), hidden_TD.new_empty(len(METRICS), dtype=dtype)
+    return loss, metrics_M, *fake_gradients(hidden_TD, weight_VD, *needs)
 
 
 torch.library.register_autograd("r1fast::linear_grpo_loss", scale_gradients, setup_context=save_gradients)

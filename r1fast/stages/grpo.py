@@ -29,7 +29,7 @@ from r1fast.stages.evaluate import evaluate_end, evaluate_start
 from r1fast.stages.measures import Max, Mean, Measures, merge, numbers
 from r1fast.stages.reward_model import RewardModels
 from r1fast.stages.rollouts import Rollouts
-from r1fast.stages.sampling import GenerationFailed, Sample
+from r1fast.stages.sampling import GenerationFailed, Sample, by_group
 from r1fast.stages.scoring import NothingScored, Scorer, punish_overlong, total_rewards
 from r1fast.stages.training import LossFn, Trainer, map_packed
 from r1fast.stopping import Stopped
@@ -302,13 +302,6 @@ def policy_measures(metrics: dict[str, Tensor], batch: Batch, stage: GRPOStage) 
         count = num_samples if of_ratio and stage.importance_sampling_level == "sequence" else num_tokens
         measures[name] = Max(value) if name.endswith("/max") else Mean(value.double() * count, count)
     return measures
-
-
-def by_group(samples: list[Sample]) -> list[list[Sample]]:
-    groups: dict[int, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.group, []).append(sample)
-    return list(groups.values())
 
 
 def has_spread(group: list[Sample]) -> bool:

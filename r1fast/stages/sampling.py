@@ -1,7 +1,7 @@
 """Sampling from the model of a stage: rows in, scored samples out, the same on every rank."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,6 +164,13 @@ class Sampler:
         """The text that the engine would give these tokens, had it sampled them at once."""
         eos_ids = eos_token_ids(self.model.config, self.tokenizer)
         return completion_texts(self.tokenizer, eos_ids, [list(completion_ids)])[0]
+
+
+def by_group(samples: Iterable[Sample]) -> list[list[Sample]]:
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample)
+    return list(groups.values())
 
 
 def summary_of(text: str, response_format: str, prefilled: bool = False) -> str:
