@@ -58,19 +58,16 @@ def choose(op: str, impl: str | None, tensor: Tensor) -> str:
     exists = IMPLEMENTATIONS[op]
     if impl is not None and impl not in exists:
         raise ValueError(f"{op}: got impl={impl!r}, expected None or one of {', '.join(exists)}")
-    if exists == ("reference",):
-        chosen, reason = "reference", "the only one so far"
+    fused = "triton" if tensor.device.type == TRITON_DEVICE else "cpp"
+    obstacle = _obstacle(impl or fused, tensor) if impl or fused in exists else f"no {fused} kernel: torch's own"
+    if impl is not None and obstacle is not None:
+        raise ValueError(f"{op}: impl={impl!r} cannot run here: {obstacle}")
+    if impl is not None:
+        chosen, reason = impl, "asked for"
+    elif obstacle is not None:
+        chosen, reason = "reference", obstacle
     else:
-        fused = "triton" if tensor.device.type == TRITON_DEVICE else "cpp"
-        obstacle = _obstacle(impl or fused, tensor) if impl or fused in exists else f"no {fused} kernel: torch's own"
-        if impl is not None and obstacle is not None:
-            raise ValueError(f"{op}: impl={impl!r} cannot run here: {obstacle}")
-        if impl is not None:
-            chosen, reason = impl, "asked for"
-        elif obstacle is not None:
-            chosen, reason = "reference", obstacle
-        else:
-            chosen, reason = fused, f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
+        chosen, reason = fused, f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
     log_choice(op, chosen, reason)
     return chosen
 
