@@ -10,24 +10,12 @@ from torch import Tensor
 logger = logging.getLogger("r1fast_kernels")
 
 # The implementations that exist, per op. A public function refuses any other name.
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "selective_logprobs": ("reference", "cpp", "triton"),
-    "linear_logprobs": ("reference", "cpp", "triton"),
-    "linear_cross_entropy": ("reference", "cpp", "triton"),
-    "group_advantages": ("reference", "cpp", "triton"),
-    "grpo_loss": ("reference", "cpp", "triton"),
-    "linear_grpo_loss": ("reference", "cpp", "triton"),
-    "route_topk": ("reference", "cpp", "triton"),
-    "moe_dispatch": ("reference", "cpp", "triton"),
-    "grouped_gemm": ("reference", "cpp", "triton"),
-    "moe_experts": ("reference", "cpp", "triton"),
-    "sample_tokens": ("reference", "cpp", "triton"),
-    "rms_norm": ("reference", "cpp"),
-    "packed_attention": ("reference", "cpp"),
-    "swiglu": ("reference", "cpp"),
-    "decode_attention": ("reference", "cpp", "triton"),
-    "decode_layers": ("reference", "cpp"),
-}
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("selective_logprobs", "linear_logprobs", "linear_cross_entropy", "group_advantages", "grpo_loss",
+     "linear_grpo_loss", "route_topk", "moe_dispatch", "grouped_gemm", "moe_experts", "sample_tokens",
+     "decode_attention"),
+    ("reference", "cpp", "triton"),
+) | dict.fromkeys(("rms_norm", "packed_attention", "swiglu", "decode_layers"), ("reference", "cpp"))  # fmt: skip
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

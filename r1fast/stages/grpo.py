@@ -66,7 +66,7 @@ class Learner:
         self.stage: GRPOStage = ctx.stage
         self.rollouts = Rollouts(ctx, policy, tokenizer, rows)
         updates = self.stage.max_steps * self.stage.steps_per_generation * self.stage.num_iterations
-        self.trainer = Trainer(ctx, policy, updates, router_replay=self.stage.router_replay)
+        self.trainer = Trainer(ctx, policy, updates)
         self.reward_models = RewardModels(ctx, self.stage.reward_models, self.stage.response_format)
         self.weights = scorer.weights | self.reward_models.weights
         if self.stage.overlong_buffer_length:

@@ -66,12 +66,10 @@ class Call:
 class Sampler:
     """Generates from a sharded model, each rank its share of the prompts."""
 
-    def __init__(
-        self, ctx: StageContext, model: Decoder, tokenizer: Any, options: Any | None = None, *, record: bool = False
-    ) -> None:
+    def __init__(self, ctx: StageContext, model: Decoder, tokenizer: Any, *, record: bool = False) -> None:
         """record: samples of a mixture of experts say which experts each token went to."""
         self.ctx, self.model, self.tokenizer = ctx, model, tokenizer
-        self.options = options or ctx.stage  # prompt_template, response_format, lengths
+        self.options = ctx.stage  # prompt_template, response_format, lengths
         self.engine = build_engine(ctx, model, tokenizer, record=record)
 
     def encode(self, rows: Sequence[dict]) -> list[Prompt]:

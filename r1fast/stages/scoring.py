@@ -96,15 +96,12 @@ class Scorer:
         columns["prefilled"] = [sample.prefilled for sample in samples]
         return columns
 
-    def close(self) -> None:
-        for pool in self.pools.values():
-            pool.close()
-
     def __enter__(self) -> "Scorer":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        for pool in self.pools.values():
+            pool.close()
 
 
 def reward_specs(rewards: dict[str, Any]) -> dict[str, RewardSpec]:

@@ -36,11 +36,11 @@ Unit = Sequence[Example]  # of a row
 class Trainer:
     """A sharded model, its optimizer and schedule, and the count of steps taken."""
 
-    def __init__(self, ctx: StageContext, model: Decoder, total_steps: int, *, router_replay: bool = False) -> None:
+    def __init__(self, ctx: StageContext, model: Decoder, total_steps: int) -> None:
         options = ctx.stage
         for problem in router_problems(options, model.config):
             raise ConfigError(f"stages.{options.name}.{problem}")
-        self.router_replay = router_replay
+        self.router_replay = getattr(options, "router_replay", False)
         self.ctx, self.model, self.total_steps = ctx, model, total_steps
         self.optimizer = build_optimizer(
             model,
