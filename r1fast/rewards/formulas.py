@@ -67,8 +67,8 @@ def parse(text: str) -> Any | None:
     latex = _latex(text)
     if nesting(latex) > MAX_DEPTH or not re.search(r"[0-9A-Za-z]", latex):
         return None
-    # two numbers with a space between are no product; what dots stand for is not said; the parser drops primes
-    if re.search(r"[0-9]\s+[0-9]|\\[lcvd]?dots(?![a-z])|\.\.|'|\\prime", latex):
+    # two numbers with a space between are no product; what dots stand for is open; the parser drops primes and bases
+    if re.search(r"[0-9]\s+[0-9]|\\[lcvd]?dots(?![a-z])|\.\.|'|\\prime|(?<![\^{A-Za-z0-9])[0-9]+\s*_", latex):
         return None
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
