@@ -18,7 +18,8 @@ run: .venv/built
 	$(BIN)/torchrun --nproc-per-node $(NPROC) -m r1fast.train $(ARGS)
 
 test: .venv/built
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(TESTS) -m "not gpu and not slow and not vllm"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(TESTS) -m "not gpu and not slow and not vllm" \
+	  -n $(NPROC) --dist worksteal -p no:benchmark
 
 test-gpu: .venv/built
 	$(BIN)/python -m pytest $(TESTS) -m gpu

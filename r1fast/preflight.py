@@ -13,15 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from r1fast.config import ConfigError, shown
-from r1fast.preflight_architecture import architecture_problems, router_problems, vocabulary_of
-from r1fast.preflight_rows import (
-    checkpoint_of,
-    reward_problems,
-    row_problems,
-    text_problems,
-    tokenizer_of,
-    unrewarded_problems,
-)
+from r1fast.inputs import named_inputs
+from r1fast.models.checks import router_problems
+from r1fast.preflight_architecture import architecture_of, architecture_problems, checkpoint_of, vocabulary_of
+from r1fast.preflight_rows import reward_problems, row_problems, text_problems, tokenizer_of, unrewarded_problems
 from r1fast.recipe_yaml import check_text
 from r1fast.run_folder import holds_nothing
 from r1fast.schema import Recipe
@@ -192,21 +187,9 @@ def _rows(sources: list[str], kind: str) -> list[dict]:
     return _cache[key]
 
 
-def _model_refs(recipe: Recipe, stage: Any) -> Iterator[tuple[str, str]]:
-    if stage.kind != "pretrain":
-        yield "model", stage.model or recipe.model.path or ""  # check_references has asked for one
-    if getattr(stage, "teacher", None):
-        yield "teacher", stage.teacher
-    if getattr(stage, "few_shot", None) and stage.few_shot.model:
-        yield "few_shot.model", stage.few_shot.model
-    for name, spec in getattr(stage, "reward_models", {}).items():
-        yield f"reward_models.{name}.model", spec.model
-
-
 def _model_problems(recipe: Recipe, stage: Any) -> Iterator[str]:
-
-    for key, ref in _model_refs(recipe, stage):
-        if ref.startswith("@"):
+    for key, ref, wanted in named_inputs(recipe, stage):
+        if ref.startswith("@") or not wanted.endswith("model") or key == "tokenizer":
             continue
         try:
             _, is_reward_model = checkpoint_of(ref)
@@ -214,7 +197,7 @@ def _model_problems(recipe: Recipe, stage: Any) -> Iterator[str]:
             yield f"{key}: {error}"
             continue
         yield from _tokenizer_problems(key, ref)
-        if is_reward_model != key.startswith("reward_models.") and stage.kind != "reward_model":
+        if is_reward_model != (wanted == "reward model") and stage.kind != "reward_model":
             kinds = ("a language model", "a reward model (a `score` head)")
             yield f"{key}: {ref} is {kinds[is_reward_model]}, expected {kinds[not is_reward_model]}"
     if stage.kind == "pretrain":
@@ -225,7 +208,8 @@ def _model_problems(recipe: Recipe, stage: Any) -> Iterator[str]:
                 return
             vocabulary = len(tokenizer_of(vocabulary))
         yield from architecture_problems(stage, vocabulary)
-    yield from router_problems(recipe, stage)
+    if (config := architecture_of(recipe, stage)) is not None:  # through @stages too
+        yield from router_problems(stage, config)
 
 
 def _tokenizer_problems(key: str, ref: str) -> Iterator[str]:

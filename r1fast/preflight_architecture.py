@@ -4,9 +4,18 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from r1fast.schema import Recipe
+
+
+@cache
+def checkpoint_of(ref: str) -> tuple[Any, bool]:
+    """(architecture, whether it is a reward model); read once for all that is checked, as the tokenizer is."""
+    from r1fast.models.weights import check_checkpoint
+
+    return check_checkpoint(ref)
 
 
 def architecture_problems(stage: Any, num_tokens: int) -> Iterator[str]:
@@ -62,31 +71,15 @@ def num_parameters(config: Any) -> int:
     return total
 
 
-def router_problems(recipe: Recipe, stage: Any) -> Iterator[str]:
-    """Options of a router, for a model that has none. The architecture is known before the run, through @stages too."""
-    names = ("router_bias_update_rate", "router_aux_loss_coef", "router_replay")
-    wanted = [name for name in names if getattr(stage, name, 0)]
-    config = architecture_of(recipe, stage) if wanted else None
-    if config is None:
-        return
-    has_router = any(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
-    for name in wanted:
-        if not has_router:
-            yield f"{name} = {getattr(stage, name)}: {config.model_type} has no router; drop it"
-        elif name == "router_bias_update_rate" and not config.uses_mla:
-            yield f"{name} = {getattr(stage, name)}: the router of {config.model_type} has no bias; leave it at 0"
-
-
 def architecture_of(recipe: Recipe, stage: Any) -> Any:
     """The architecture of the model that a stage trains; None where it is wrong, which its own stage reports."""
     from r1fast.models.config import ModelConfig
-    from r1fast.models.weights import check_checkpoint
 
     try:
         while stage.kind != "pretrain":
             ref: Any = stage.model or recipe.model.path  # check_references has asked for one
             if not ref.startswith("@"):
-                return check_checkpoint(ref)[0]
+                return checkpoint_of(ref)[0]
             stage = recipe.stage(ref[1:])
         return ModelConfig.from_dict({"vocab_size": stage.vocab_size, **stage.architecture})
     except (ValueError, TypeError, OSError):

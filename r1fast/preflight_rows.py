@@ -10,7 +10,7 @@ import numpy as np
 
 from r1fast.config import ConfigError
 from r1fast.data.rows import Row, place, prompt_and_target, shown, texts_of
-from r1fast.preflight_architecture import architecture_of
+from r1fast.preflight_architecture import architecture_of, checkpoint_of
 from r1fast.schema import Recipe, RewardSpec
 
 GOLD_TIMEOUT_S = 10.0  # for 64 of them
@@ -18,14 +18,6 @@ MAX_GOLDS = 500  # different ones that are tried, formulas among them at some mi
 SAMPLING_KINDS = ("collect", "reject", "distill")  # keep samples that are right and in the row's language
 
 Rows = Sequence[dict]
-
-
-@cache
-def checkpoint_of(ref: str) -> tuple[Any, bool]:
-    """(architecture, whether it is a reward model); read once for all that is checked, as the tokenizer is."""
-    from r1fast.models.weights import check_checkpoint
-
-    return check_checkpoint(ref)
 
 
 @cache

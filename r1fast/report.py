@@ -1,7 +1,6 @@
 """python -m r1fast.report RUN_DIR: rebuild RUN_DIR/report.html, and print the chain's scores."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from rich.console import Console
 
 from r1fast.observe.progress import summary_table
 from r1fast.observe.report import build_report
+from r1fast.observe.run_data import load_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,13 +17,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, help="the --output-dir of a run, finished or not")
     run_dir = parser.parse_args(arguments).run_dir
     try:
-        path = build_report(run_dir)
-    except ValueError as error:
+        path, run = build_report(run_dir), load_run(run_dir)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    summary = run_dir / "summary.json"
-    if summary.exists():
-        Console().print(summary_table(json.loads(summary.read_text(encoding="utf-8"))))
+    if run.summary:
+        Console().print(summary_table(run.summary | {"stages": [vars(stage) for stage in run.stages]}))
     print(path)
     return 0
 

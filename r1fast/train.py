@@ -174,18 +174,16 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> Request:
     from r1fast.config import ConfigError, load_recipe, shown
     from r1fast.resume import changes, read_run
 
-    run_dir: Path | None = args.output_dir
-    if args.resume and run_dir is None:
-        run_dir = (RUNS / "latest").resolve()
     saved: Saved | None = None
     changed: list[Change] = []
-    if args.resume and run_dir is not None:
+    if args.resume:
+        run_dir = args.output_dir or (RUNS / "latest").resolve()
         saved = read_run(run_dir, args.config)
         recipe = saved.with_changes(args.config, overrides)
         changed = changes(saved, recipe)
     else:
         recipe = load_recipe(args.config or "tiny", overrides)
-    run_dir = run_dir or RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = args.output_dir or RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = [stage.name for stage in recipe.stages]
     selected = args.stages.split(",") if args.stages else names
     for name in selected:

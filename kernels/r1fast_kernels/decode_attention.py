@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .decode_attention_triton import BLOCK, launch
-from .dispatch import TRITON_DEVICE, choose, compute_dtype
+from .dispatch import TRITON_DEVICE, choose, compute_dtype, product_dtype
 from .ids import check_blocks
 
 
@@ -71,8 +71,12 @@ def decode_attention(
     block_table_BN   int32 [B, N]: the blocks of each row, in order; entries behind its length are not read
     lengths_B        int32 [B]: tokens of the row, at least 1, at most 16 N
     scale            on the scores, above 0
-    Returns out_BHe in the dtype of q. What a row gets depends on the row alone: the same bits in any batch.
+    Returns out_BHe in the dtype of q; under autocast in its dtype, with q taken to the cache's, which is not rounded.
+    What a row gets depends on the row alone: the same bits in any batch.
     """
+    out_dtype = product_dtype(q_BHd)
+    if torch.is_autocast_enabled(q_BHd.device.type):
+        q_BHd = q_BHd.to(k_SKd.dtype)
     (B, H, d), (S, K, _) = q_BHd.shape, k_SKd.shape
     if k_SKd.shape[2] != d or v_SKe.shape[:2] != (S, K) or H % K or S % BLOCK or q_BHd.dtype != k_SKd.dtype:
         raise ValueError(
@@ -94,5 +98,7 @@ def decode_attention(
     if chosen != "cpp":
         check_blocks("decode_attention", block_table_BN, lengths_B, BLOCK, S // BLOCK)
     if chosen == "reference":
-        return decode_attention_reference(q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale)
-    return torch.ops.r1fast.decode_attention(q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale)
+        out_BHe = decode_attention_reference(q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale)
+    else:
+        out_BHe = torch.ops.r1fast.decode_attention(q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale)
+    return out_BHe.to(out_dtype)

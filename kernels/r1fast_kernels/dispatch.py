@@ -10,24 +10,12 @@ from torch import Tensor
 logger = logging.getLogger("r1fast_kernels")
 
 # The implementations that exist, per op. A public function refuses any other name.
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "selective_logprobs": ("reference", "cpp", "triton"),
-    "linear_logprobs": ("reference", "cpp", "triton"),
-    "linear_cross_entropy": ("reference", "cpp", "triton"),
-    "group_advantages": ("reference", "cpp", "triton"),
-    "grpo_loss": ("reference", "cpp", "triton"),
-    "linear_grpo_loss": ("reference", "cpp", "triton"),
-    "route_topk": ("reference", "cpp", "triton"),
-    "moe_dispatch": ("reference", "cpp", "triton"),
-    "grouped_gemm": ("reference", "cpp", "triton"),
-    "moe_experts": ("reference", "cpp", "triton"),
-    "sample_tokens": ("reference", "cpp", "triton"),
-    "rms_norm": ("reference", "cpp"),
-    "packed_attention": ("reference", "cpp"),
-    "swiglu": ("reference", "cpp"),
-    "decode_attention": ("reference", "cpp", "triton"),
-    "decode_layers": ("reference", "cpp"),
-}
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("selective_logprobs", "linear_logprobs", "linear_cross_entropy", "group_advantages", "grpo_loss",
+     "linear_grpo_loss", "route_topk", "moe_dispatch", "grouped_gemm", "moe_experts", "sample_tokens",
+     "decode_attention"),
+    ("reference", "cpp", "triton"),
+) | dict.fromkeys(("rms_norm", "packed_attention", "swiglu", "decode_layers"), ("reference", "cpp"))  # fmt: skip
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,19 +46,16 @@ def choose(op: str, impl: str | None, tensor: Tensor) -> str:
     exists = IMPLEMENTATIONS[op]
     if impl is not None and impl not in exists:
         raise ValueError(f"{op}: got impl={impl!r}, expected None or one of {', '.join(exists)}")
-    if exists == ("reference",):
-        chosen, reason = "reference", "the only one so far"
+    fused = "triton" if tensor.device.type == TRITON_DEVICE else "cpp"
+    obstacle = _obstacle(impl or fused, tensor) if impl or fused in exists else f"no {fused} kernel: torch's own"
+    if impl is not None and obstacle is not None:
+        raise ValueError(f"{op}: impl={impl!r} cannot run here: {obstacle}")
+    if impl is not None:
+        chosen, reason = impl, "asked for"
+    elif obstacle is not None:
+        chosen, reason = "reference", obstacle
     else:
-        fused = "triton" if tensor.device.type == TRITON_DEVICE else "cpp"
-        obstacle = _obstacle(impl or fused, tensor) if impl or fused in exists else f"no {fused} kernel: torch's own"
-        if impl is not None and obstacle is not None:
-            raise ValueError(f"{op}: impl={impl!r} cannot run here: {obstacle}")
-        if impl is not None:
-            chosen, reason = impl, "asked for"
-        elif obstacle is not None:
-            chosen, reason = "reference", obstacle
-        else:
-            chosen, reason = fused, f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
+        chosen, reason = fused, f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
     log_choice(op, chosen, reason)
     return chosen
 

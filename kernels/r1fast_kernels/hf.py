@@ -40,7 +40,7 @@ def _is_silu(activation: Any) -> bool:
     """By name, or else by what it does: a function, a module of torch's or one of transformers'."""
     if activation is F.silu or isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation":
         return True
-    if any(True for _ in activation.parameters()) if isinstance(activation, nn.Module) else False:
+    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
         return False
     x = torch.linspace(-30, 30, 241)
     return torch.equal(activation(x.clone()), F.silu(x))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import choose
+from .dispatch import choose, compute_dtype
 from .head import forward_with_gradient, times
 from .ids import check_target_ids
 from .linear_logprobs import check_head, linear_logprobs, linear_logprobs_reference
@@ -60,18 +60,15 @@ for _device in ("cpu", "cuda"):
 
 
 @torch.library.register_fake("r1fast::linear_cross_entropy")
-def _fake(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_ids_T: Tensor,
-    ignore_index: int | None,
-    mean: bool,
-    needs_hidden: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss = hidden_TD.new_empty((), dtype=torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32)
+def _fake(hidden_TD: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return hidden_TD.new_empty((), dtype=compute_dtype(hidden_TD)), *fake_gradients(hidden_TD, weight_VD, *others[-2:])
+
+
+def fake_gradients(
+    hidden_TD: Tensor, weight_VD: Tensor, needs_hidden: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """What forward_with_gradient gives; empty where not needed."""
     return (
-        loss,
         hidden_TD.new_empty(hidden_TD.shape if needs_hidden else 0),
         weight_VD.new_empty(weight_VD.shape if needs_weight else 0),
     )

@@ -25,7 +25,7 @@ from .grpo_loss import LOSS_SCHEMA, METRICS, grpo_loss, named_metrics, op_argume
 from .grpo_loss_reference import LOSS_ARGUMENTS, LossArguments
 from .head import forward_with_gradient, rows_of_tall_tile
 from .ids import check_target_ids
-from .linear_cross_entropy import save_gradients, scale_gradients
+from .linear_cross_entropy import fake_gradients, save_gradients, scale_gradients
 from .linear_logprobs import check_head, linear_logprobs
 
 
@@ -59,12 +59,11 @@ def _forward(
     *advantages, old_T, ref_T, sampler_T, mask_T, _, counts_N, num_items, num_samples = given[:12]
     num_tokens = hidden_TD.shape[0]
     check_target_ids("linear_grpo_loss", target_ids_T, weight_VD.shape[0])
-    whole = slice(0, num_tokens)
 
     def loss_of(rows: slice, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        of_rows = (None if values_T is None else values_T[rows] for values_T in (old_T, ref_T, sampler_T))
+        of_rows = (None if values_T is None else values_T[rows] for values_T in (old_T, ref_T, sampler_T, mask_T))
         return torch.ops.r1fast.grpo_loss(
-            logprobs_R, cu_seqlens.clamp(rows.start, rows.stop) - rows.start, *advantages, *of_rows, mask_T, entropy_R,
+            logprobs_R, cu_seqlens.clamp(rows.start, rows.stop) - rows.start, *advantages, *of_rows, entropy_R,
             counts_N, num_items, num_samples, *given[12:],
         )  # fmt: skip
 
@@ -77,7 +76,7 @@ def _forward(
     logprobs_T, entropy_T, grad_hidden_TD, grad_weight_VD = forward_with_gradient(
         hidden_TD, weight_VD, target_ids_T, temperature, True, token_gradient, needs_hidden, needs_weight
     )
-    loss, _, metrics_M = found.get((0, num_tokens)) or loss_of(whole, logprobs_T, entropy_T)
+    loss, _, metrics_M = found.get((0, num_tokens)) or loss_of(slice(0, num_tokens), logprobs_T, entropy_T)
     return loss, metrics_M, grad_hidden_TD, grad_weight_VD
 
 
@@ -92,43 +91,38 @@ for _device in ("cpu", "cuda"):
 
 
 @torch.library.register_fake("r1fast::linear_grpo_loss")
-def _fake(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_ids_T: Tensor,
-    temperature: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(hidden_TD)
-    return (
-        hidden_TD.new_empty((), dtype=dtype),
-        hidden_TD.new_empty(len(METRICS), dtype=dtype),
-        hidden_TD.new_empty(hidden_TD.shape if needs_hidden else 0),
-        weight_VD.new_empty(weight_VD.shape if needs_weight else 0),
-    )
+def _fake(hidden_TD: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, needs = compute_dtype(hidden_TD), others[2:4]
+    loss, metrics_M = hidden_TD.new_empty((), dtype=dtype), hidden_TD.new_empty(len(METRICS), dtype=dtype)
+    return loss, metrics_M, *fake_gradients(hidden_TD, weight_VD, *needs)
 
 
 torch.library.register_autograd("r1fast::linear_grpo_loss", scale_gradients, setup_context=save_gradients)
 
 
-def _drop_masked(
+def _without_masked(
     hidden_TD: Tensor, target_ids_T: Tensor, cu_seqlens: Tensor, given: LossArguments
 ) -> tuple[Tensor, Tensor, Tensor, LossArguments]:
-    """The same, of the tokens that count alone. Waits for the device: how many there are decides every shape."""
+    """The same, of the tokens that count alone. Waits for the device: how many there are decides every shape.
+
+    In a graph that is traced they stay, as rows of 0 with target 0 that the loss masks.
+    """
     mask_T = given.loss_mask_T
     if mask_T is None:
-        return hidden_TD, target_ids_T, cu_seqlens, given
+        return hidden_TD, target_ids_T, cu_seqlens, replace(given, counts_N=cu_seqlens.diff())
+    kept_before = torch.nn.functional.pad(mask_T.bool().cumsum(0), (1, 0))[cu_seqlens.long()].int()
+    given = replace(given, counts_N=kept_before.diff())
+    if torch.compiler.is_compiling():
+        masked_T = ~mask_T.bool()
+        return hidden_TD.masked_fill(masked_T[:, None], 0), target_ids_T.masked_fill(masked_T, 0), cu_seqlens, given
     kept = mask_T.nonzero().squeeze(1)
-    kept_before = torch.nn.functional.pad(mask_T.bool().cumsum(0), (1, 0))
     per_token = {
         name: getattr(given, name)[kept]
         for name in ("old_logprobs_T", "ref_logprobs_T", "sampler_logprobs_T")
         if getattr(given, name) is not None
     }
     given = replace(given, loss_mask_T=None, **per_token)
-    return hidden_TD.index_select(0, kept), target_ids_T[kept], kept_before[cu_seqlens.long()].int(), given
+    return hidden_TD.index_select(0, kept), target_ids_T[kept], kept_before, given
 
 
 def linear_grpo_loss(
@@ -149,7 +143,7 @@ def linear_grpo_loss(
     cu_seqlens       [N + 1] int32 over these T tokens
     loss_arguments   every other keyword argument of `grpo_loss`: advantages_N, or rewards_N with group_ids_N; ...
                      With a loss_mask_T, masked tokens are dropped before the product, which on a GPU waits for their
-                     number; pass None where nothing is masked
+                     number (in a compiled graph they are computed); pass None where nothing is masked
     Returns (loss, metrics) of `grpo_loss`, and the metric "entropy": mean over the tokens that count, in nats.
     """
     expected = [name for name in LOSS_ARGUMENTS if name not in ("entropy_T", "counts_N")]  # these two are found here
@@ -163,16 +157,15 @@ def linear_grpo_loss(
     given.check_shapes(hidden_TD.shape[0], cu_seqlens)
     given.check_values("linear_grpo_loss", hidden_TD.shape[0], cu_seqlens)
     chosen = choose("linear_grpo_loss", impl, hidden_TD)
-    hidden_TD, target_ids_T, cu_seqlens, given = _drop_masked(hidden_TD, target_ids_T, cu_seqlens, given)
+    hidden_TD, target_ids_T, cu_seqlens, given = _without_masked(hidden_TD, target_ids_T, cu_seqlens, given)
     num_tokens, vocab = hidden_TD.shape[0], weight_VD.shape[0]
     one_tile = num_tokens <= rows_of_tall_tile(hidden_TD, vocab) if chosen != "reference" else False
     if chosen == "reference" or (given.importance_level == "sequence" and not one_tile):
         return linear_grpo_loss_reference(
             hidden_TD, weight_VD, target_ids_T, cu_seqlens, temperature, given, impl=chosen
         )
-    # What a tile cannot know by itself.
-    num_items = num_tokens if given.num_items is None else given.num_items
-    given = replace(given, num_items=num_items, counts_N=cu_seqlens.diff())
+    if given.num_items is None:  # which a tile cannot know by itself
+        given = replace(given, num_items=num_tokens if given.loss_mask_T is None else given.loss_mask_T.sum())
     if given.rewards_N is not None and given.group_ids_N is not None and not one_tile:
         advantages_N = group_advantages(given.rewards_N, given.group_ids_N, scale=given.scale_rewards, impl=chosen)
         given = replace(given, advantages_N=advantages_N, rewards_N=None, group_ids_N=None)

@@ -201,8 +201,7 @@ def check_head(op: str, hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tens
             f"{op}: got hidden {tuple(hidden_TD.shape)}, weight {tuple(weight_VD.shape)} and target ids "
             f"{tuple(target_ids_T.shape)}, expected [T, D], [V, D] and [T]"
         )
-    device = hidden_TD.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(hidden_TD.device.type):
         dtype = product_dtype(weight_VD)
         return hidden_TD.to(dtype), weight_VD.to(dtype)
     if hidden_TD.dtype != weight_VD.dtype:

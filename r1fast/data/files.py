@@ -100,8 +100,9 @@ def _integer(digits: str) -> int:
 
 def _float(digits: str) -> float:
     value = float(digits)
-    if math.isinf(value):
-        raise ValueError(f"the number {digits[:40]} is more than a float can be; write it as a string")
+    if math.isinf(value) or (value == 0 and re.search("[1-9]", re.split("[eE]", digits)[0])):
+        than = "less" if value == 0 else "more"
+        raise ValueError(f"the number {digits[:40]} is {than} than a float can be; write it as a string")
     return value
 
 
@@ -125,6 +126,8 @@ def _row_of_error(text: str) -> str:
     while True:
         while text[position] in " \t\r\n,":
             position += 1
+        if text[position] == "]":  # past the rows
+            return ""
         try:
             _, position = _DECODER.raw_decode(text, position)
         except (ValueError, RecursionError):

@@ -5,15 +5,17 @@
 
 - A missing column is taken from an alias (those of TRL, open-r1 and verl), which stays beside it. Of two aliases of
   equal rank that differ, none is taken: which one is meant is not known.
-- Alpaca's `input` belongs to `instruction`: the prompt is both, with a blank line between.
+- Alpaca's `input` and Dolly's `context` belong to `instruction`: the prompt is both, with a blank line between. A
+  column `system` or `system_prompt` is the prompt's system turn. Tools, images and the like, which others put into a
+  prompt and no template here does, are refused.
 - prompt, completion, chosen, rejected and response hold text or a chat. A chat's last turn, the assistant's, is what is
   learned or scored; its earlier turns are the prompt, or repeat it, or go on after it. pairs and labels then need no
   `prompt` of their own.
 - An sft row of several forms is read as messages, else as prompt and completion, else as text.
 - The reasoning_content (or reasoning, thinking) of the last turn is rendered in the response format of the stage; so is
-  a column reasoning_content beside prompt and completion, unless the completion holds a reasoning of its own. That of
-  earlier turns is left to the template: R1's, as our `chat`, leaves it out. Any other field of a turn that says
-  something (tool_calls, name, images, ...) is refused.
+  an sft row's column of such a name, unless what is learned holds a reasoning of its own. That of earlier turns is left
+  to the template: R1's, as our `chat`, leaves it out. Any other field of a turn that says something (tool_calls, name,
+  images, ...) is refused.
 """
 
 import difflib
@@ -44,6 +46,8 @@ ALIASES: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
 _ROLES = ("system", "user", "assistant")  # those that every template renders
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _FIELDS = frozenset(("role", "content", *_REASONING))
+_SYSTEM = ("system", "system_prompt")
+_NOT_RENDERED = ("tools", "chat_template_kwargs", "image", "images", "video", "videos", "audio", "audios")
 _REASONING_ENDS = tuple(layout.think_close for layout in RESPONSE_FORMATS.values())
 
 
@@ -65,6 +69,12 @@ def place(row: Mapping[str, Any], index: int) -> str:
 def canonical(columns: Mapping[str, Any], kind: Kind, where: str) -> Row:
     """The row with its canonical columns checked; ValueError naming `where` for one that cannot be used."""
     row = Row(columns, where)
+    for name in _NOT_RENDERED if kind != "text" else ():
+        if not _says_nothing(row.get(name)):
+            raise ValueError(
+                f"{where}: column {name!r} is {shown(row[name])}, which no prompt would show the model; "
+                "write it into the prompt, take it out, or drop the row"
+            )
     _READERS[kind](row)
     return row
 
@@ -163,17 +173,37 @@ def _need(row: Row, column: str, kind: Kind) -> Any:
 
 
 def _instruction(row: Row) -> Any:
-    """Alpaca: what to do, and what to do it with."""
-    instruction, given = row["instruction"], row.get("input")
-    if given is None or given == "" or not isinstance(instruction, str):
-        return instruction
-    if not isinstance(given, str):
-        raise ValueError(f"{row.where}: column 'input' is {shown(given)}, expected the text that instruction is about")
-    return f"{instruction}\n\n{given}" if given.strip() else instruction
+    """Alpaca and Dolly: what to do, and what to do it with."""
+    parts = [row["instruction"]]
+    if not isinstance(parts[0], str):
+        return parts[0]
+    if not _says_nothing(row.get("history")):
+        raise ValueError(f"{row.where}: column 'history' would be lost; write the turns as a chat in 'messages'")
+    for name in ("input", "context"):
+        if not _says_nothing(given := row.get(name)):
+            if not isinstance(given, str):
+                expected = "the text that instruction is about"
+                raise ValueError(f"{row.where}: column {name!r} is {shown(given)}, expected {expected}")
+            if given.strip():
+                parts.append(given)
+    return "\n\n".join(parts)
+
+
+def _with_system(prompt: str | Messages, row: Row) -> str | Messages:
+    """The prompt after the row's own system turn, where it does not begin with that."""
+    for name in _SYSTEM:
+        if _says_nothing(system := row.get(name)):
+            continue
+        turns = _turns(prompt)
+        turn = {"role": "system", "content": _text(system, name, row.where)}
+        if turns[0]["role"] == "system" and turns[0] != turn:
+            raise ValueError(f"{row.where}: column {name!r} is not the prompt's system turn; leave one of them")
+        prompt = prompt if turns[0] == turn else [turn, *turns]
+    return prompt
 
 
 def _read_prompts(row: Row) -> None:
-    row["prompt"] = _prompt(_need(row, "prompt", "prompts"), row.where)
+    row["prompt"] = _with_system(_prompt(_need(row, "prompt", "prompts"), row.where), row)
     if _absent(row, "answer") and isinstance(row.get("reward_model"), dict):
         row["answer"] = row["reward_model"].get("ground_truth")  # verl; the column stays for verl's rewards
     # Rewards may do without an answer: format, a preference model.
@@ -182,9 +212,9 @@ def _read_prompts(row: Row) -> None:
 
 def _read_sft(row: Row) -> None:
     if not _absent(row, "messages"):
-        row["messages"] = _chat(row["messages"], "messages", row.where)
-        before, target = _cut(row["messages"], "messages", row.where, learned=True)
+        before, target = _cut(_chat(row["messages"], "messages", row.where), "messages", row.where, learned=True)
         _ends_with_user(before, "messages, without its last turn,", row.where)
+        row["messages"] = [*_with_system(before, row), *_turns(_with_reasoning(target, row), "assistant")]
         if not _absent(row, "completion") and _split(row["completion"], "completion", row.where)[1] != target:
             raise ValueError(
                 f"{row.where}: columns 'messages' and 'completion' differ, and either may be learned; drop one of them"
@@ -196,10 +226,16 @@ def _read_sft(row: Row) -> None:
         _not_blank(row["text"], "text", row.where)
         return
     _read_targets(row, "sft", ("completion",))
-    completion, reasoning = row["completion"], row.get("reasoning_content")
-    is_apart = isinstance(completion, str) and not any(end in completion for end in _REASONING_ENDS)
-    if is_apart and isinstance(reasoning, str) and reasoning.strip():
-        row["completion"] = [{"role": "assistant", "content": completion, "reasoning_content": reasoning}]
+    row["completion"] = _with_reasoning(row["completion"], row)
+
+
+def _with_reasoning(target: Target, row: Row) -> Target:
+    """With the reasoning that stands in a column of its own."""
+    if not isinstance(target, str) or any(end in target for end in _REASONING_ENDS):
+        return target
+    turn: dict[str, Any] = {"role": "assistant", "content": target}
+    reasoning = _reasoning({**turn, **{name: row.get(name) for name in _REASONING}}, target, f"{row.where}: the row")
+    return target if reasoning is None else [{**turn, "reasoning_content": reasoning}]
 
 
 def _read_pairs(row: Row) -> None:
@@ -234,12 +270,12 @@ def _read_targets(row: Row, kind: Kind, columns: tuple[str, ...]) -> None:
     """Cut chats in `columns` into the prompt and the last turn, which stays."""
     given = _find(row, "prompt", kind)
     given = None if given is None else _prompt(given, row.where)
-    prompts = []
+    prompts, targets = [], {}
     for column in columns:
-        before, row[column] = _split(_need(row, column, kind), column, row.where, learned=kind == "sft")
+        before, targets[column] = _split(_need(row, column, kind), column, row.where, learned=kind == "sft")
         prompt = _joined(given, before, column, row.where)
         if prompt is not None:
-            prompts.append(prompt)
+            prompts.append(_with_system(prompt, row))
     if not prompts:
         _need(row, "prompt", kind)
     if any(_turns(prompt) != _turns(prompts[0]) for prompt in prompts):
@@ -247,7 +283,7 @@ def _read_targets(row: Row, kind: Kind, columns: tuple[str, ...]) -> None:
             f"{row.where}: {' and '.join(columns)} differ before their last turn, which alone is scored; "
             "give both the same earlier turns"
         )
-    row["prompt"] = prompts[0]
+    row |= {**targets, "prompt": prompts[0]}
 
 
 def _split(value: Any, column: str, where: str, *, learned: bool = False) -> tuple[Messages, Target]:
@@ -287,8 +323,8 @@ def _joined(prompt: str | Messages | None, before: Messages, column: str, where:
     return None if whole is None else _prompt(whole, where)
 
 
-def _turns(prompt: str | Messages) -> Messages:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+def _turns(value: str | Messages, role: str = "user") -> Messages:
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
 # Values

@@ -13,13 +13,15 @@ import difflib
 import importlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from r1fast.data.files import Located, guarded, one_line, plain_columns, read_json, read_jsonl, read_parquet
 from r1fast.data.rows import ALIASES, Kind, canonical
+from r1fast.recipe_yaml import load_yaml
 
 _FILE_READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
     ".jsonl": read_jsonl,
@@ -104,34 +106,26 @@ def _read_hub(source: str) -> Iterator[Located]:
 
 
 def _of_data_set(source: str, rows: Iterable[Any]) -> Iterator[Located]:
-    found = iter(rows)
-    index = 0
-    while True:
-        where = f"{source}: row {index}"
-        row = guarded(f"{where}: cannot be read", lambda: next(found, None))
-        if row is None:
-            return
-        yield where, plain_columns(dict(row), where)
-        index += 1
+    return ((where, plain_columns(row, where)) for where, row in _each(source, rows))
 
 
 def _read_task(source: str) -> Iterator[Located]:
     name, _, split = source.removeprefix("task:").partition("/")
     if not name or not split:
         raise ValueError(f"{source}: expected task:NAME/SPLIT")
-    return _numbered(source, importlib.import_module("r1fast.data.tasks").load(name, split))
+    return _each(source, importlib.import_module("r1fast.data.tasks").load(name, split))
 
 
 def _read_reasoning_gym(source: str) -> Iterator[Located]:
     name, _, query = source.removeprefix("reasoning_gym:").partition("?")
-    options = {key: _number_or_text(value) for key, value in parse_qsl(query)}
+    options = _options(source, query)
     try:
         reasoning_gym = importlib.import_module("reasoning_gym")
     except ModuleNotFoundError as error:
         raise ValueError(f"{source} needs the package reasoning-gym: pip install 'r1fast[tasks]'") from error
     try:
         entries = reasoning_gym.create_dataset(name, **options)
-    except (ValueError, TypeError, AssertionError) as error:
+    except Exception as error:  # a data set checks its options by assert, or not at all
         known = importlib.import_module("reasoning_gym.factory").DATASETS
         near = (
             "" if name in known else f"; nearest names: {', '.join(difflib.get_close_matches(name, known, cutoff=0.4))}"
@@ -142,17 +136,27 @@ def _read_reasoning_gym(source: str) -> Iterator[Located]:
         {"prompt": e["question"], "answer": e["answer"], "metadata": e.get("metadata", {}), "reasoning_gym": name}
         for e in entries
     )
-    return _numbered(source, rows)
+    return _each(source, rows)
 
 
-def _number_or_text(value: str) -> Any:
-    for convert in (int, float):
-        try:
-            return convert(value)
-        except ValueError:
-            continue
-    return value
+def _options(source: str, query: str) -> dict[str, Any]:
+    """What follows the question mark; the values are YAML's, as in a recipe."""
+    options: dict[str, Any] = {}
+    for key, value in guarded(
+        f"{source}: expected NAME?key=value&key=value", partial(parse_qsl, query, True, bool(query))
+    ):
+        if key in options:
+            raise ValueError(f"{source}: {key} is given twice; drop one")
+        options[key] = guarded(f"{source}: {key}", partial(load_yaml, value))
+    return options
 
 
-def _numbered(source: str, rows: Iterable[Any]) -> Iterator[Located]:
-    return ((f"{source}: row {index}", dict(row)) for index, row in enumerate(rows))
+def _each(source: str, rows: Iterable[Any]) -> Iterator[Located]:
+    """Numbered rows; whatever a library raises on the way to one is an error of that row."""
+    found = iter(rows)
+    for index in count():
+        where = f"{source}: row {index}"
+        row = guarded(f"{where}: cannot be read", lambda: next(found, None))
+        if row is None:
+            return
+        yield where, dict(row)

@@ -106,13 +106,13 @@ def packed_attention(
 ) -> Tensor:
     """Causal attention inside each sequence, of queries and keys that are not yet rotated.
 
-    As r1fast_kernels.packed_attention, which runs on a CPU. Elsewhere torch's flash kernels do: they take one head
-    dimension only, so that keys and values are made of one width.
+    As r1fast_kernels.packed_attention, which runs on a CPU and, as "reference", anywhere. Else torch's flash kernels do:
+    they take one head dimension only, so that keys and values are made of one width.
     """
-    if choose("packed_attention", impl, q_THd) == "cpp":
+    if impl == "reference" or choose("packed_attention", impl, q_THd) == "cpp":
         return kernels.packed_attention(
             q_THd, k_TKd, v_TKd, plan.cu_seqlens, scale=scale, k_pe_TR=k_pe_TR, rope=rope.angles,
-            interleaved=rope.interleaved, impl="cpp",
+            interleaved=rope.interleaved, impl=impl,
         )  # fmt: skip
     q_THd = rope.rotate(q_THd)
     if k_pe_TR is None:

@@ -4,7 +4,7 @@ Every error is a ValueError that names the field in Hugging Face's word, what wa
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 _COMMON = (
@@ -108,10 +108,10 @@ def check_types(config: Any) -> None:
     _check(_is_number(0, 1e3), config, "initializer_range", "a number, 0 or more")
     _check(_is_number(1e-30, 1), config, "rms_norm_eps", "a number above 0, at most 1")
     _check(_is_number(1e-6, 1e6), config, "routed_scaling_factor", "a number above 0")
-    layers = config.mlp_only_layers or ()
-    for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
-        last = config.num_hidden_layers - 1
-        require(_is_int(0, last)(layer), "mlp_only_layers", layer, f"a list of layers, 0 to {last}")
+    layers, last = config.mlp_only_layers, config.num_hidden_layers - 1
+    is_list = isinstance(layers, (list, tuple))
+    for layer in layers if is_list else [] if layers is None else [layers]:
+        require(is_list and _is_int(0, last)(layer), "mlp_only_layers", layer, f"a list of layers, 0 to {last}")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = getattr(config, name)
         ids = ids if isinstance(ids, list) and name == "eos_token_id" else [ids]
@@ -208,6 +208,17 @@ def check_from_scratch(config: Any, given: Mapping[str, Any]) -> None:
         require(False, "n_routed_experts", given["n_routed_experts"], f"a layer with experts among the {layers}")
     if config.model_type == "qwen3_moe":
         require(config.n_routed_experts > 0, "num_experts", config.n_routed_experts, "a whole number above 0")
+
+
+def router_problems(stage: Any, config: Any) -> Iterator[str]:
+    """Options of a router, for a model that has none."""
+    has_router = any(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
+    for name in ("router_bias_update_rate", "router_aux_loss_coef", "router_replay"):
+        value = getattr(stage, name, 0)
+        if value and not has_router:
+            yield f"{name} = {value}: {config.model_type} has no router; drop it"
+        elif value and name == "router_bias_update_rate" and not config.uses_mla:
+            yield f"{name} = {value}: the router of {config.model_type} has no bias; leave it at 0"
 
 
 def _check(test: Callable[[Any], bool], config: Any, name: str, expected: str) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from r1fast.models.config import ModelConfig
+
 StateDict = dict[str, Tensor]
 
 _LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.")
@@ -35,10 +37,11 @@ def to_hf_names(state_dict: StateDict, *, tied: bool) -> StateDict:
     return out
 
 
-def is_left_out(name: str, num_layers: int) -> bool:
-    """Whether a tensor on disk is not the decoder's: multi-token-prediction layers and stored rotary tables."""
+def is_left_out(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor on disk is not the decoder's: DeepSeek's multi-token prediction, and stored rotary tables."""
     layer = _LAYER_KEY.match(name)
-    return bool(layer and int(layer[1]) >= num_layers) or name.endswith("rotary_emb.inv_freq")
+    is_past = layer is not None and int(layer[1]) >= config.num_hidden_layers
+    return (is_past and config.uses_mla) or name.endswith("rotary_emb.inv_freq")
 
 
 def from_hf_names(stored: StateDict, *, source: Path) -> StateDict:

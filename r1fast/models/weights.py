@@ -57,7 +57,7 @@ def load_model(
     """
     folder = _resolve(path)
     config, is_scalar = _read_config(folder)
-    state = _read_state(folder, config.num_hidden_layers)
+    state = _read_state(folder, config)
     if not is_scalar:
         config = _share_head(config, state, folder)
     if scalar_head and not is_scalar:
@@ -74,12 +74,6 @@ def load_model(
     return decoder.eval(), load_tokenizer(folder)
 
 
-def load_state_dict(path: str | Path) -> StateDict:
-    """The tensors of a checkpoint folder (or Hub id) under our names, on the CPU, in the dtypes stored."""
-    folder = _resolve(path)
-    return _read_state(folder, _read_config(folder)[0].num_hidden_layers)
-
-
 def check_checkpoint(path: str | Path) -> tuple[ModelConfig, bool]:
     """The errors of load_model, without reading a weight: config, tensor names and shapes of a folder.
 
@@ -90,7 +84,7 @@ def check_checkpoint(path: str | Path) -> tuple[ModelConfig, bool]:
         return _read_config(_fetch(str(path), ["config.json"]))
     folder = _resolve(path)
     config, is_scalar = _read_config(folder)
-    state = _read_state(folder, config.num_hidden_layers, shapes_only=True)
+    state = _read_state(folder, config, shapes_only=True)
     if not is_scalar:
         config = _share_head(config, state, folder)
     _meta_decoder(config, is_scalar, state, folder)
@@ -277,7 +271,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_state(folder: Path, num_layers: int, *, shapes_only: bool = False) -> StateDict:
+def _read_state(folder: Path, config: ModelConfig, *, shapes_only: bool = False) -> StateDict:
     """Every tensor of the decoder by our name; shapes_only: as meta tensors, from the file headers.
 
     Raises ValueError naming file and tensor for one that is not floating point, or that holds NaN or Inf.
@@ -287,7 +281,7 @@ def _read_state(folder: Path, num_layers: int, *, shapes_only: bool = False) -> 
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    if is_left_out(name, num_layers):
+                    if is_left_out(name, config):
                         continue
                     part = tensors.get_slice(name)
                     shape, dtype = part.get_shape(), part.get_dtype()

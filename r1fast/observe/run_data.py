@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from r1fast.observe.formats import is_number
+from r1fast.recipe_yaml import load_yaml
 
 # Pages stay light: this many rows per sample file are shown at most.
 _SAMPLES_PER_FILE = 4
+_LARGEST = 1e300  # of a curve: the distance of two points must be a number
 
 
 @dataclass
@@ -66,7 +66,7 @@ def load_run(run_dir: Path) -> RunData:
     for stage in stages:
         rows = _read_metrics(run_dir / stage.name / "metrics.jsonl")
         stage.curves = _curves(rows)
-        stage.expert_load = [(step, row["moe/load"]) for step, row in rows.items() if row.get("moe/load")]
+        stage.expert_load = [(step, row["moe/load"]) for step, row in rows.items() if _is_table(row.get("moe/load"))]
         stage.samples = _read_samples(run_dir / stage.name / "samples")
     recipe = summary.get("recipe") or config.get("name") or run_dir.resolve().name
     return RunData(run_dir, str(recipe), config_text, summary, stages)
@@ -88,8 +88,8 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
         return "", {}
     content = path.read_text(encoding="utf-8", errors="replace")
     try:
-        config = yaml.safe_load(content)
-    except yaml.YAMLError:
+        config = load_yaml(content)
+    except ValueError:
         config = None
     return content, config if isinstance(config, dict) else {}
 
@@ -147,12 +147,16 @@ def _read_metrics(path: Path) -> dict[int, dict[str, Any]]:
     return dict(sorted(rows.items()))
 
 
+def _is_table(value: Any) -> bool:
+    return bool(_list(value)) and all(_list(line) and all(map(is_number, line)) for line in value)
+
+
 def _curves(rows: dict[int, dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """Metric -> (step, value) pairs."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for step, row in rows.items():
         for name, value in row.items():
-            if name not in ("step", "time") and is_number(value):
+            if name not in ("step", "time") and is_number(value) and abs(value) < _LARGEST:
                 curves.setdefault(name, []).append((step, float(value)))
     return curves
 

@@ -4,8 +4,8 @@ What kind of thing the gold is decides how the answer is compared (`read_gold`):
 
   choice   one capital letter, alone or before its text: (B), \\textbf{(C)}\\ 17. Two letters are no answer to one.
   text     hex and binary literals, dates, clock times, IP and phone numbers, versions, ranges, grids of numbers, words
-           with digits: equal as text with spaces normalised. Arithmetic would divide and multiply them out, and then
-           21:45 equals 14:30 and 8 2 5 equals 5 8 2.
+           with digits, chemical formulas: equal as text with spaces normalised. Arithmetic would divide and multiply
+           them out, and then 21:45 equals 14:30 and 8 2 5 equals 5 8 2.
   words    equal as text, whatever the case.
   based    101_3: the base is part of the value, so digits and base must agree.
   value    everything else: numbers, formulas, equations, sets, tuples, intervals, part by part (`values.py`).
@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from r1fast.data.templates import ResponseFormat, get_response_format
-from r1fast.rewards.answers import Box, bare, last_box, plain_number, split_list
+from r1fast.rewards.answers import Box, bare, last_box, plain_number, split_list, typeset_words
 from r1fast.rewards.format import per_row
 from r1fast.rewards.prose import Answer, after_lead, answer_part, expressions, is_expression
 from r1fast.rewards.registry import reward
@@ -28,7 +28,9 @@ from r1fast.rewards.values import is_number, is_readable, same_text, same_value
 
 __all__ = ["Box", "accuracy", "final_answer", "last_box", "plain_number", "score_answer"]
 
-_MISSING = frozenset({"", "nan", "NaN", "None", "null", "<NA>"})  # how Python, JSON and pandas spell a missing value
+_MISSING = frozenset(
+    {"", "nan", "NaN", "N/A", "None", "null", "<NA>"}
+)  # how Python, JSON and pandas spell a missing value
 _LETTER = r"(?:\\text\s*\{\s*)?[(\[]?\s*(?:\\text\s*\{\s*)?([A-Z])"
 _CHOICE = re.compile(
     rf"{_LETTER}\s*\}}?\s*(?:[)\]]\s*\}}?|[.:]|\)\s*\\\s*\}})*\s*\}}?(?P<rest>(?:(?<=[)\]}}.:\s]).*)?)", re.DOTALL
@@ -40,15 +42,18 @@ _TEXT_PATTERNS = tuple(
         r"[+-]?0(?:x[0-9a-f]+|b[01]+|o[0-7]+)",
         r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?(?:\s*[ap]\.?m\.?)?",
         r"[0-9]{1,4}[-/.][0-9]{1,2}[-/.][0-9]{1,4}(?:[T ][0-9]{2}:[0-9]{2}(?::[0-9]{2})?Z?)?",
-        r"[0-9]+(?:\.[0-9]+){2,}",
+        r"[0-9]+(?:\.[0-9]+){2,}(?:/[0-9]+)?",
         r"\+?(?:[0-9]{1,3}[ -])?\(?[0-9]{3}\)?[ -][0-9]{3}[ -][0-9]{4}|[0-9]{3}-[0-9]{4}",
         r"[0-9]+-[0-9]+(?:-[0-9]+)*",
     )
 )
 _GRID = re.compile(r"(?:[+-]?[0-9.]+|[A-Za-z_])(?:[\s|]+(?:[+-]?[0-9.]+|[A-Za-z_]))+")
-# C6H6, x1, 3a0, 0ff: a name, or digits of another base; as a product 3a0 would be 0
+# C6H6, H_2O, x1, 3a0, 0ff: a name, or digits of another base; as a product 3a0 would be 0
 _NAME_WITH_DIGITS = re.compile(
     r"(?<![\\A-Za-z0-9_^{])(?:[A-Za-z]+[0-9]+[A-Za-z0-9]*|[0-9]+[A-Za-df-z][A-Za-z]*[0-9]+|0[0-9]*[A-Za-z]{2,})"
+)
+_CHEMICAL = re.compile(
+    r"(?=\S*[0-9])(?=\S*[A-Z]\S*[A-Z])(?:\(|(?:[A-Z][a-z]|[BCFHIKNOPSUVWY])(?:[2-9]|[1-9][0-9])?|\)[0-9]*)+(?:\^\{?[0-9]?[-+]\}?)?"
 )
 _ARGUES = re.compile(
     r"\b(?:it|we|this|that|these|there|they|let|see|since|because|by|assume|suppose|note|proof|proved?|hence|thus|therefore|"
@@ -148,13 +153,25 @@ def read_gold(gold: str) -> Gold | None:
         text = text.replace("$", "")
     if not re.search(r"\w|\\(?:emptyset|varnothing|infty)", text):
         return None
-    if re.fullmatch(r"[0-9A-Za-z]+_\{?[0-9]+\}?", text) and re.fullmatch(r"[0-9].*", text):
-        return Gold("based", re.sub(r"[{}]", "", text))
+    if based := _based(text):
+        return Gold("based", based)
     if _is_text(text):
         return None if not part.marked and _ARGUES.search(text) else Gold("text", _lines(text))
     if _is_words(text):
         return Gold("words", _spaced(text)) if part.marked or _is_naming(gold, text) else None
     return Gold("value", text) if is_readable(text) else None
+
+
+_BASED = re.compile(r"\(?([0-9][0-9A-Za-z]*)\)?_[{\s]*(?:\\text\{)?\s*([0-9]+|[a-z]+)[}\s]*")
+_BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
+          "ten": "10", "twelve": "12", "sixteen": "16"}  # fmt: skip
+
+
+def _based(text: str) -> str:
+    """101_2, 101_{2}, (101)_{\\text{two}} in one spelling; "" for anything else."""
+    match = _BASED.fullmatch(text.replace("$", "").strip())
+    base = _BASES.get(match[2], match[2]) if match else ""
+    return f"{match[1].upper()}_{base}" if match and base.isdigit() and base != "1" else ""
 
 
 def _letters(text: str) -> str:
@@ -180,7 +197,7 @@ def _choice_letter(text: str) -> Gold | None:
         lines = text.splitlines()
         line = re.fullmatch(r"\(?([A-Z])\)?[ .:]\s*([A-Z][a-z].*)", lines[-1].strip()) if lines else None
         return Gold("choice", bare(line[2]), line[1]) if line else None
-    rest = bare(match["rest"].strip().lstrip("\\~ "))
+    rest = bare(re.sub(r"^(?:\\(?![A-Za-z])|[~\s])+", "", match["rest"]))
     delimited = re.match(r"\s*[A-Z]\s", text) is None
     if rest and not delimited and not re.match(r"[A-Z][a-z]", rest):
         return None
@@ -191,7 +208,7 @@ def _choice_letter(text: str) -> Gold | None:
 
 def _is_text(text: str) -> bool:
     """Literals and words with digits; see the module docstring."""
-    if any(pattern.fullmatch(text) for pattern in _TEXT_PATTERNS):
+    if any(pattern.fullmatch(text) for pattern in _TEXT_PATTERNS) or _CHEMICAL.fullmatch(_spaced(text, fold=False)):
         return True
     if "\\" not in text and (_GRID.fullmatch(text) or "\n" in text) and not is_number(text):
         return True
@@ -216,8 +233,12 @@ def _is_naming(gold: str, text: str) -> bool:
     return len(text.split()) <= _MAX_NAMING_WORDS and not _ARGUES.search(text)
 
 
-def _spaced(text: str) -> str:
-    return " ".join(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).split()).casefold()
+def _spaced(text: str, *, fold: bool = True) -> str:
+    text = re.sub(r"\\text\s*\{([^{}]*)\}(?=_)|(?<=[0-9}])\\text\s*\{([A-Z][^{}]*)\}", r"\1\2", text)
+    text = re.sub(r"(?<=[0-9])\s*([apAP])\.?([mM])\b\.?", r" \1\2", text)
+    text = re.sub(r"(?<=[A-Za-z)])_(?:\{([0-9]+)\}|([0-9]))", r"\1\2", text)
+    text = " ".join(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).split())
+    return text.casefold() if fold else text
 
 
 def _lines(text: str) -> str:
@@ -241,7 +262,7 @@ def _matches_text(gold: Gold, answer: Answer) -> bool:
     candidates = [answer.text] + ([bare(tail)] if tail is not None else [])
     if gold.kind == "based":
         runs = expressions(candidates[-1])
-        return re.sub(r"[{}\s$]", "", (runs or candidates)[-1]) == gold.text
+        return _based((runs or candidates)[-1]) == gold.text
     alike = _lines if gold.kind == "text" else _spaced
     if any(alike(candidate) == gold.text for candidate in candidates):
         return True
@@ -257,8 +278,20 @@ _LEADS_LETTER = re.compile(
     r"(?:(?i:\b(?:answer|option|choice|réponse|respuesta|antwort|select|choose|pick)\b)[^A-Z.\n]{0,30}?|答案[^A-Z。\n]{0,10}?|[故应]?选[^A-Z。\n]{0,5}?)"
     rf"{_LETTER}(?![A-Za-z])",
 )
-_ANY_LETTER = re.compile(r"(?<![A-Za-z0-9_^\\{])(\(?)([A-Z])(\)?)(?![A-Za-z0-9_^'’]|\s*[-+=*/<>])")
-_ALTERNATIVE = re.compile(r"\s*\)?[*\s]*(?:(?:,|/|and|or|&|或|和)\s*)+\(?[A-Z](?![A-Za-z])")
+_ANY_LETTER = re.compile(
+    r"(?<![A-Za-z0-9_^\\{|°+=-])(?<![0-9] )(?<!circ )(\(?)([A-Z])(\)?)(?![A-Za-z0-9_^'’|]|\s*[-+=*<>])"
+)
+_ALTERNATIVE = re.compile(r"\s*\)?(?:[*\s]*(?:(?:,|/|、|and|or|&|或|和)\s*)+|[ *]+)\(?(?!I\s+[a-z])[A-Z](?![A-Za-z])")
+_DENIED_BEFORE = re.compile(
+    r"(?:(?i:\b(?:not|nor|neither|never|cannot|than|except|wrong|false|incorrect)|n['’]t)\b|[不非错])[^.,;:。，A-Z]{0,20}$"
+)
+_DENIED_AFTER = re.compile(r"\)?[*\s]*(?:is|选项)?\s*(?:not\b|wrong|incorrect|false|不[对是正]|错)")
+
+
+def _denied(text: str, match: re.Match[str], group: int) -> bool:
+    """Whether the letter is named as what the answer is not."""
+    begin, end = match.span(group)
+    return bool(_DENIED_BEFORE.search(text[max(0, begin - 30) : begin]) or _DENIED_AFTER.match(text, end))
 
 
 def _matches_choice(gold: Gold, answer: Answer) -> bool:
@@ -276,15 +309,14 @@ _LETTER_ONLY = re.compile(r"\W*[A-Z]\W*")
 
 def _answered_letter(answer: Answer) -> str | None:
     """The one letter that an answer gives; "" where it gives two, None without any."""
-    text = answer.text
+    text = typeset_words(answer.text).strip()
     lower = re.fullmatch(r"\(([a-z])\)|([a-z])\)", text)
     if lower:
         return (lower[1] or lower[2]).upper()
-    if not answer.marked:
-        if leads := list(_LEADS_LETTER.finditer(text)):
-            return "" if _ALTERNATIVE.match(text, leads[-1].end()) else leads[-1][1]
-        if lower := re.search(r"(?i:answer)[^A-Z()\n]{0,20}\(([a-z])\)", text):
-            return lower[1].upper()
+    if leads := [match for match in _LEADS_LETTER.finditer(text) if not _denied(text, match, 1)]:
+        return "" if _ALTERNATIVE.match(text, leads[-1].end()) else leads[-1][1]
+    if lower := re.search(r"(?i:answer)[^A-Z()\n]{0,20}\(([a-z])\)", text):
+        return lower[1].upper()
     begin = re.match(rf"{_LETTER}(?:\s*\}}?[)\].:。,、]|\s*\}}*\s*$|(?=[^\x00-\x7f]))", text)
     if begin:
         return "" if _ALTERNATIVE.match(text, begin.end() - (text[begin.end() - 1] == ",")) else begin[1]
@@ -293,6 +325,7 @@ def _answered_letter(answer: Answer) -> str | None:
     found = [
         m
         for m in _ANY_LETTER.finditer(text)
+        if not _denied(text, m, 2)
         if m[1] or m[3] or m[2] not in "AI" or _ends(text, m.end()) or _ALTERNATIVE.match(text, m.end())
     ]
     if not found:
@@ -307,10 +340,15 @@ def _ends(text: str, index: int) -> bool:
     return re.match(r"\W*(?:$|[.,;:。，])", text[index : index + 10]) is not None
 
 
+_UNKNOWN_OPERATOR = re.compile(r"(?<!\\)[?@#&~](?!\s*$)|\?\s*$")
+
+
 def _matches_value(gold: str, answer: Answer) -> bool:
     text = answer.text
     if same_text(gold, text):
         return True
+    if answer.marked and _UNKNOWN_OPERATOR.search(typeset_words(text)):
+        return False
     if all(is_expression(part) or is_number(part, loose=True) for part in split_list(text)):
         return same_value(gold, text)
     return _matches_prose(gold, text)
@@ -319,8 +357,12 @@ def _matches_value(gold: str, answer: Answer) -> bool:
 _LETTER_UNIT = re.compile(r"(?<=[0-9]) [A-Za-z](?=\s*(?:[-+=,]|$))")  # 353 g - 79 g = 274 g, for a gold 274
 
 
+_DENIED_NUMBER = re.compile(r"(?:\b(?:is|are|be) not|\bcannot be|\bisn['’]t)\s+[^\s0-9]?[0-9]\S*")
+
+
 def _matches_prose(gold: str, text: str) -> bool:
     """The first expression after "the answer is", else the last one of the text."""
+    text = _DENIED_NUMBER.sub(" ", text)
     tail = after_lead(text)
     if tail is not None:
         tail_text = bare(tail)

@@ -113,10 +113,13 @@ _ONE_SPELLING: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<!\\)\\[,;:> ]|~|\\(?:thinspace|enspace)(?![A-Za-z])|\\q?quad", " "),
         (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])\.?", ""),
+        (r"\\(?:boxed|[lL]arge|bf|checkmark)(?![A-Za-z])", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
         # fonts
         (r"\\(?:math(?:rm|bf|it|sf|tt)|boldsymbol|bm|text(?:rm|bf|it|sf|tt|normal)|mbox|textup)\s*(?=\{)", r"\\text"),
-        (r"\\text\{\s*([eid])\s*\}", r"{\1}"),  # upright e, i and d are the constants and the differential
+        # upright e, i and d are the constants and the differential; a number in bold is a number
+        (r"\\text\{\s*([eid]|-?[0-9][0-9.,]*)\s*\}", r"{\1}"),
         (r"\\text\{[\s,]*(and|or)[\s,]*\}", r" \1 "),
         (r"\\text\{\s*(?:percent|percentage|pct|\\?%)\s*\}|(?<=[0-9}$])\s*(?:percent(?:age)?|pct)\b|\\%", "%"),
         (r"\\lt(?![A-Za-z])", "<"),
@@ -152,8 +155,8 @@ def typeset_words(text: str) -> str:
     return re.sub(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r" \1 ", text)
 
 
-_WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"), ('"', '"'),
-              ("\\text{", "}"), ("{", "}"))  # fmt: skip
+_WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("__", "__"),
+              ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'"), ("\\text{", "}"), ("{", "}"))  # fmt: skip
 
 
 def bare(text: str) -> str:
@@ -166,7 +169,7 @@ def bare(text: str) -> str:
             whole = len(text) > len(opening) + len(closing) - 1 and text == opening + inner + closing
             if whole and closing not in inner and opening not in inner:
                 text = inner.strip()
-        text = text.rstrip("。").removesuffix("\\").strip()
+        text = text.rstrip("。,").removesuffix("\\").strip()
         text = text if text.endswith("..") else text.removesuffix(".").rstrip()
         if text == before:
             break
@@ -225,9 +228,10 @@ _UNIT_NAMES = {
     "s": "s sec second", "min": "min minute", "h": "h hr hour", "day": "day", "week": "week wk", "month": "month",
     "year": "year yr", "ml": "ml mL milliliter millilitre", "l": "l L liter litre", "gal": "gal gallon",
     "degree": "degree deg", "rad": "rad radian", "usd": "usd dollar buck", "cent": "cent", "eur": "eur euro",
-    "unit": "unit", "kmh": "km/h kmh kph", "mph": "mph", "j": "J joule", "n": "N newton", "w": "W watt", "v": "V volt",
-    "hz": "Hz hertz", "pa": "Pa pascal", "k": "K kelvin", "mol": "mol mole", "yuan": "yuan rmb", "rupee": "rupee rs",
-    "people": "people person", "piece": "piece pc", "inverse": "per", "square": "square sq", "cubic": "cubic cu",
+    "unit": "unit", "km/h": "km/h kmh kph", "mi/h": "mph", "j": "J joule", "n": "N newton", "w": "W watt",
+    "v": "V volt", "hz": "Hz hertz", "pa": "Pa pascal", "k": "K kelvin", "mol": "mol mole", "yuan": "yuan rmb",
+    "rupee": "rupee rs", "people": "people person", "piece": "piece pc", "inverse": "per", "square": "square sq",
+    "cubic": "cubic cu",
 }  # fmt: skip
 _UNITS = {word: unit for unit, words in _UNIT_NAMES.items() for word in words.split()}
 _CURRENCIES = {"$": "usd", "\\$": "usd", "€": "eur", "£": "gbp", "¥": "yuan", "₹": "rupee"}
@@ -284,7 +288,7 @@ def _is_unit(match: re.Match[str], loose: bool) -> bool:
     known = all(word in _UNITS or word.rstrip("s") in _UNITS for word in re.split(r"[\s/]+", words))
     if not match[2]:  # glued: 10cm is a length, 2ab a product, and 10m is a length only where a number is expected
         return known and (len(words) > 1 or loose)
-    return loose or len(words) > 2 or known
+    return loose or known or (len(words) > 2 and min(map(len, words.split())) > 1)
 
 
 def _unit(words: str) -> str:

@@ -4,23 +4,24 @@ The parser evaluates nothing, so the size of what an evaluation would make is co
 evaluated (`evaluation.py`): a formula that would need more than MAX_DIGITS digits is not evaluated at all. There is no
 list of dangerous shapes; what is still slow is for the worker pool's time limit.
 
-Numbers are equal if they are equal: decimals are read as exact fractions, irrational values are compared to 50 digits
+Numbers are equal if they are equal: decimals are read as exact fractions, irrational values are compared to 100 digits
 relative to their size. Formulas with variables are compared as functions, by their values at fixed points, which
 neither expands nor simplifies anything. Sets and relations that are not the same part by part go to math-verify.
 """
 
 import logging
 import re
+import zlib
 from functools import lru_cache
 from typing import Any
 
 from r1fast.rewards.evaluation import MAX_DIGITS, size_of
 
 _MAX_CHARS = 500  # the parser takes seconds for more
-_MAX_DEPTH = 16  # the parser's time grows steeply with nested brackets
+MAX_DEPTH = 16  # the parser's time grows steeply with nested brackets
 _MAX_DEGREE = 200  # expanding or solving beyond it does not end
 _MAX_SYMBOLS = 6
-_PRECISION = 50
+_PRECISION = 120
 _POINTS = (0.7302, -1.3519, 2.1847, -0.4151, 3.3391, 0.1173, -2.7723, 1.6053)
 _FUNCTION = re.compile(
     r"(?<![A-Za-z\\])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|min|max|gcd|lcm)(?![A-Za-z])"
@@ -48,12 +49,14 @@ def is_readable(text: str) -> bool:
         depth += 1 if bracket == "{" else -1
         if depth < 0:
             return False
-    return depth == 0 and bool(re.search(r"\w", re.sub(r"\\[A-Za-z]+", "", text)))
+    return depth == 0 and bool(re.search(r"\w", re.sub(r"\\(?![lc]?dots)[A-Za-z]+", "", text)))
 
 
 def squeezed(text: str) -> str:
-    """The text without spaces and markup that has no meaning."""
-    return re.sub(r"\s+|\\(?:text|mathrm)(?=\{)|[{}$]", "", text)
+    """The text without spaces and markup that mean nothing; 3 1/2, \\frac{1}{23} and 2^{n-1} keep theirs."""
+    text = re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}|\$", r"\1", text)
+    text = re.sub(r"(?<![0-9,])\s+|\s+(?![0-9])", "", text)
+    return re.sub(r"\{([0-9A-Za-z])\}(?![0-9])", r"\1", text)
 
 
 @lru_cache(maxsize=4096)  # the G samples of a prompt share their gold, and often their answers
@@ -62,9 +65,10 @@ def parse(text: str) -> Any | None:
     if len(text) > _MAX_CHARS:
         return None
     latex = _latex(text)
-    if _depth(latex) > _MAX_DEPTH or not re.search(r"[0-9A-Za-z]", latex):
+    if nesting(latex) > MAX_DEPTH or not re.search(r"[0-9A-Za-z]", latex):
         return None
-    if re.search(r"[0-9]\s+[0-9]", latex):  # two numbers with a space between are no product
+    # two numbers with a space between are no product; what dots stand for is open; the parser drops primes and bases
+    if re.search(r"[0-9]\s+[0-9]|\\[lcvd]?dots(?![a-z])|\.\.|'|\\prime|(?<![\^{A-Za-z0-9])[0-9]+\s*_", latex):
         return None
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
@@ -93,6 +97,10 @@ def _latex(text: str) -> str:
     """What is written as in a programming language, as LaTeX: 7*y**2 - sqrt(3) is 7 \\cdot y^{2} - \\sqrt{3}."""
     text = text.replace("**", "^")
     text = _FUNCTION.sub(r"\\\1", text)
+    text = re.sub(r"\\(sin|cos|tan|cot|sec|csc)\s*\^\s*\{?\s*-1\s*\}?", r"\\arc\1 ", text)
+    chain = re.split(r"(>|\\ge(?![A-Za-z]))", text)
+    if len(chain) == 5:  # 3 > x > 1
+        text = " ".join(reversed(chain)).replace(">", "<").replace("\\ge", "\\le ")
     text = re.sub(
         r"(?<![A-Za-z\\])(pi|infty|infinity)(?![A-Za-z])", lambda m: "\\infty" if m[1] != "pi" else "\\pi", text
     )
@@ -101,6 +109,8 @@ def _latex(text: str) -> str:
     text = re.sub(r"_([0-9]+)(?![0-9])", r"_{\1}", text)
     text = re.sub(r"\^\s*([+-]?[0-9]{2,}|-[0-9A-Za-z])", r"^{\1}", text)
     text = re.sub(r"(\^(?:\{[^{}]*\}|[0-9]))\s+(?=[0-9])", r"\1 \\cdot ", text)
+    text = re.sub(r"\{?([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}?", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"(?<=[0-9])\s*x\s*(?=10\^)", r"\\times ", text)
     text = re.sub(r"\\[dt]?binom\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\\frac{(\1)!}{(\2)!(\1-(\2))!}", text)
     text = text.replace("*", "\\cdot ").replace("%", "\\%").replace("\\\\%", "\\%")
     return text.strip()
@@ -124,7 +134,8 @@ def _braced(text: str) -> str:
     return "".join(out) if not any(stack) else text
 
 
-def _depth(text: str) -> int:
+def nesting(text: str) -> int:
+    """How deep the brackets nest."""
     depth = deepest = 0
     for char in text:
         depth += (char in "([{") - (char in ")]}")
@@ -248,12 +259,7 @@ def _unwrapped(answer: Any, *, keep: bool) -> Any | None:
         return answer
     parts = list(getattr(answer, "_unsorted_args", ())) or [answer]
     for part in parts:
-        if (
-            isinstance(part, sympy.Rel)
-            and isinstance(part.lhs, sympy.Expr)
-            and isinstance(part.rhs, sympy.Expr)
-            and part is parts[0]
-        ):
+        if isinstance(part, sympy.Rel) and isinstance(part.lhs, sympy.Expr) and isinstance(part.rhs, sympy.Expr):
             constant = not (part.lhs.free_symbols or part.rhs.free_symbols)
             if constant and not (
                 isinstance(part, sympy.Eq) and _is_small(part) and _same_function(part.lhs, part.rhs, 0)
@@ -306,7 +312,7 @@ def _same_function(gold: Any, answer: Any, digits: int) -> bool:
             continue
         if not symbols or (first.is_real and second.is_real):
             scale = max(abs(first), abs(second))
-            tolerance = 10.0 ** (-digits) * 5 if digits >= 6 else 1e-40
+            tolerance = 10.0 ** (-digits) * 5 if digits >= 6 else 1e-100
             if abs(first - second) > scale * tolerance:
                 return False
             compared += 1
@@ -333,7 +339,6 @@ def _value(tree: Any, symbols: list[Any], shift: int) -> Any | None:
     import sympy
     from sympy.core.function import AppliedUndef
 
-    unknown = sorted(tree.atoms(AppliedUndef), key=str)
     if tree.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.Derivative, sympy.Limit):
         try:
             tree = tree.doit()
@@ -342,8 +347,9 @@ def _value(tree: Any, symbols: list[Any], shift: int) -> Any | None:
     points = {
         symbol: sympy.Rational(str(_POINTS[(index * 3 + shift) % len(_POINTS)])) for index, symbol in enumerate(symbols)
     }
-    points |= {
-        function: sympy.Rational(str(_POINTS[(len(str(function)) + shift) % len(_POINTS)])) for function in unknown
+    points |= {  # f(x) and g(x) differ, and so do f(x) and f(y)
+        function: sympy.Rational(zlib.crc32(f"{function}{shift}".encode()), 2**31)
+        for function in tree.atoms(AppliedUndef)
     }
     try:
         value = tree.xreplace(points).evalf(_PRECISION, maxn=4 * _PRECISION)

@@ -5,9 +5,11 @@ one character in scripts written without spaces (Chinese, Japanese, Thai). The c
 model, sees mixing word by word, and cannot tell apart two languages that share a script, such as English and German.
 
 Mathematics is no foreign language. Left out are formulas, code, numbers, tags, and what mathematics writes in letters:
-single letters of the Latin and Greek alphabets (variables, angles, pi), labels of one to four capitals (triangle ABC),
-names of functions (sin, log), units of measurement next to a number, and the arguments of \\text{} and \\mathrm{}. Text
-between two prices is prose: a `$` that opens a formula has no space after it, and the one that closes it none before.
+single letters of the Latin and Greek alphabets (variables, angles, pi), labels of one to four capitals (triangle ABC)
+or more in alphabetical order, names of functions (sin, log, sinx), products of variables (two or three letters without
+a vowel, or beside an operator: dx, y = ax + b), units of measurement, and the arguments of \\text{} and \\mathrm{}.
+Text between two prices is prose: a `$` that opens a formula has no space after it, and the one that closes it
+none before.
 
 Han characters are shared: they count for Chinese, and for Japanese only if the text holds kana. Japanese cannot be
 written without kana beyond a title, so a text of _MIN_HAN characters without any is Chinese; a shorter one is either.
@@ -53,7 +55,7 @@ _NOT_PROSE = re.compile(
     r"|(?<![0-9])\$(?=[^\s$])[^$\n]{0,1000}(?<=[^\s$])\$(?![0-9])"
     r"|\\\[.{1,2000}?\\\]"
     r"|\\\(.{1,1000}?\\\)"
-    r"|\\(?:operatorname|begin|end|text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox)\*?\s?\{[^{}\n]{0,200}\}"
+    r"|\\(?:operatorname|begin|end|text[a-z]*|math[a-z]+|mbox)\*?\s?\{[^{}\n]{0,200}\}"
     r"|\\[A-Za-z]+"
     r"|<[/|]?[A-Za-z_｜▁]{1,40}[|｜]?>"  # tags
     r"|\|special_token\|"
@@ -62,7 +64,8 @@ _NOT_PROSE = re.compile(
 )
 
 _MIN_HAN = 4  # characters
-_CAPITALS = re.compile(r"[A-Z]{2,4}")
+_SYMBOLS = re.compile(r"[A-Z]{2,4}|[b-df-hj-np-tv-xz]{2,3}|(?:sin|cos|tan|cot|log|ln|exp)[nt-z]")
+_OPERATORS = "=+*^<>≤≥×·"
 _FUNCTION_NAMES = (
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp lim max min sup inf det gcd lcm mod "
     "deg dim ker arg sgn tr sqrt pi"
@@ -105,9 +108,7 @@ def language_ratio(text: str, language: str) -> float:
     prose = _NOT_PROSE.sub(" ", text)
     for match in _WORD.finditer(prose):
         script = match.lastgroup or ""
-        if script in ("latin", "greek") and _is_mathematics(
-            match[0], script, prose[max(0, match.start() - 2) : match.start()]
-        ):
+        if script in ("latin", "greek") and _is_mathematics(match[0], script, prose, match.start()):
             continue
         counts[script] += 1
     if "kana" in scripts and not counts["kana"] and counts["han"] >= _MIN_HAN:
@@ -116,13 +117,18 @@ def language_ratio(text: str, language: str) -> float:
     return sum(counts[script] for script in scripts) / num_words if num_words else 1.0
 
 
-def _is_mathematics(word: str, script: str, before: str) -> bool:
+def _is_mathematics(word: str, script: str, prose: str, begin: int) -> bool:
     if len(word) == 1:
         return True
     if script == "greek":
         return False
-    number_before = before.rstrip()[-1:].isdigit()
-    return bool(_CAPITALS.fullmatch(word)) or word in _FUNCTIONS or (number_before and word.lower() in _UNITS)
+    end = begin + len(word)
+    before, after = prose[max(0, begin - 2) : begin].rstrip()[-1:], prose[end : end + 2].lstrip()[:1]
+    if word in _FUNCTIONS or _SYMBOLS.fullmatch(word) or (word.isupper() and "".join(sorted(set(word))) == word):
+        return True
+    if len(word) <= 3 and any(sign and sign in _OPERATORS for sign in (before, after)):
+        return True
+    return before.isdigit() and word.lower() in _UNITS
 
 
 def target_scripts(language: str) -> tuple[str, ...]:

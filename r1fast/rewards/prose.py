@@ -17,7 +17,8 @@ _LEAD = re.compile(
     re.IGNORECASE,
 )
 _FUNCTIONS = (
-    "sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|lg|exp|min|max|gcd|lcm|det|pi|infty|inf"
+    "sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|lg|exp|min|max|gcd|lcm|det|pi|infty|infinity"
+    "|inf"
 )
 _TOKEN = re.compile(
     r"(?P<segment>\\\[.{1,1000}?\\\]|\\\(.{1,500}?\\\)|\$\$[^$]{1,1000}\$\$"

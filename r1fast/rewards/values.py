@@ -23,8 +23,8 @@ from r1fast.rewards.answers import (
     top_level,
     units_conflict,
 )
+from r1fast.rewards.formulas import MAX_DEPTH, literal_digits, nesting, same_formula, squeezed
 from r1fast.rewards.formulas import is_readable as is_readable_formula
-from r1fast.rewards.formulas import literal_digits, same_formula, squeezed
 
 _MAX_CHARS = 2000  # a longer answer is compared as text
 _ROUNDED = 6  # decimals from which a decimal may stand for the exact value that it rounds
@@ -37,6 +37,7 @@ _MATRIX = re.compile(
 )
 
 
+_ARITHMETIC = re.compile(r"(?:[0-9.\s+*/()^{}-]|\\(?:cdot|times|frac)(?![A-Za-z]))+")
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne)(?![A-Za-z])")
 
 
@@ -90,6 +91,8 @@ def read_value(text: str) -> Value:
         text = re.sub(r"(?<!\\)\$", " ", text).strip()
     if any_number(text) is not None and not re.fullmatch(r"-?[0-9]+,[0-9]+", text):
         return Value("leaf", text)
+    if nesting(text) > MAX_DEPTH:
+        return Value("leaf", text)
     parts = split_list(text)
     if len(parts) > 1 and len(parts) <= 200:
         if plain_number(text) is not None:
@@ -126,6 +129,9 @@ def _split_name(text: str) -> tuple[str, str]:
         return "", text
     exact = [match for match in cuts if match[0] != "\\approx"] or cuts[:1]
     rest = text[exact[-1].end() :]
+    numbers = [part for part in text.split("=")[1:] if _ARITHMETIC.fullmatch(part)]
+    if any(not same_formula(part, numbers[-1]) for part in numbers[:-1]):
+        return "", text  # x = 8 = 3 is false: left to the formulas
     later = [match.start() for match in cuts if match.start() > exact[-1].start()]
     name = re.sub(r"\s|[$]", "", name)
     # y = ... and f(x) = ... both say what function it is
@@ -201,7 +207,14 @@ def _same(gold: Value, answer: Value) -> bool:
     if gold.kind == "tuple" or answer.kind == "tuple":
         ordered = gold if gold.kind == "tuple" else answer
         return ordered.brackets in ("()", "[]", "matrix") and _same_in_order(gold.items, answer.items)
+    if len(_names(gold)) > 1 >= len(_names(answer)) or len(_names(answer)) > 1 >= len(_names(gold)):
+        return _same_in_order(gold.items, answer.items)  # x = 1, y = 2 against 1, 2
     return _same_in_any_order(gold.items, answer.items)
+
+
+def _names(value: Value) -> set[str]:
+    """What a list names; x_1 and x_2 are the solutions of one unknown."""
+    return {item.name.partition("_")[0] for item in value.items if item.name}
 
 
 def _same_mixed(gold: Value, answer: Value) -> bool:
@@ -209,7 +222,9 @@ def _same_mixed(gold: Value, answer: Value) -> bool:
     whole, leaf = (gold, answer) if answer.kind == "leaf" else (answer, gold)
     if len(whole.items) == 1 and whole.kind in ("set", "list"):
         return _same(gold.items[0], answer) if whole is gold else _same(gold, answer.items[0])
-    if not re.search(r"[<>]|\\(?:le|ge|ne|cup|cap|in|setminus|infty|begin|text)(?![A-Za-z])", leaf.text):
+    if "\\cup" in leaf.text and whole.kind == "list":  # x < 0 or x > 1
+        return _same_in_any_order(tuple(map(read_value, leaf.text.split("\\cup"))), whole.items)
+    if not re.search(r"[<>]|\\(?:le|ge|ne|cup|cap|in|setminus|infty|begin|text|mathbb)(?![A-Za-z])", leaf.text):
         return False
     return same_formula(gold.text, answer.text)
 
@@ -272,17 +287,14 @@ def _same_quantity(
     first, second = any_number(gold), any_number(answer)
     if first is not None and second is not None:
         return _same_number(first * gold_scale, second * answer_scale, gold, answer)
-    if gold_scale != 1:
-        gold = f"\\frac{{{gold}}}{{100}}"
-    if answer_scale != 1:
-        answer = f"\\frac{{{answer}}}{{100}}"
     digits = max(literal_digits(gold), literal_digits(answer))
-    return same_formula(_fraction(gold, first), _fraction(answer, second), digits=digits)
+    return same_formula(_scaled(gold, first, gold_scale), _scaled(answer, second, answer_scale), digits=digits)
 
 
-def _fraction(text: str, number: Fraction | None) -> str:
+def _scaled(text: str, number: Fraction | None, scale: Fraction) -> str:
     if number is None:
-        return text
+        return text if scale == 1 else f"\\frac{{{text}}}{{{scale.denominator}}}"
+    number *= scale
     if number.denominator == 1:
         return str(number.numerator)
     return f"\\frac{{{number.numerator}}}{{{number.denominator}}}"

@@ -80,7 +80,11 @@ _one_at_a_time = threading.Lock()
 
 
 class CudaCapture:
-    """Captures the steps of one call of `generate`, on the current device. Other threads may train meanwhile."""
+    """Captures the steps of one call of `generate`, on the current device.
+
+    Other threads may train meanwhile, but not draw from the device's default generator: torch takes that for captured.
+    Ours never do: initial weights come from generators of their own, samples from hashes of their seeds.
+    """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()

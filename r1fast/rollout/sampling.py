@@ -40,28 +40,18 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.n >= 1, "n", self.n, "at least 1 completion per prompt")
-        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        _require(
-            0 <= self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            self.min_tokens,
-            f"0 to max_tokens ({self.max_tokens})",
-        )
-        _require(
-            self.temperature >= 0 and math.isfinite(self.temperature),
-            "temperature",
-            self.temperature,
-            "a finite number >= 0 (0 is greedy)",
-        )
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1] (1.0 keeps every token)")
-        _require(self.top_k >= 0, "top_k", self.top_k, "an integer >= 0 (0 keeps every token)")
-        _require(
-            all(isinstance(i, int) and i >= 0 for i in self.stop_token_ids or ()),
-            "stop_token_ids",
-            self.stop_token_ids,
-            "token ids >= 0",
-        )
+        stop_ids = self.stop_token_ids or ()
+        for name, right, expected in (
+            ("n", self.n >= 1, "at least 1 completion per prompt"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"0 to max_tokens ({self.max_tokens})"),
+            ("temperature", 0 <= self.temperature < math.inf, "a finite number >= 0 (0 is greedy)"),
+            ("top_p", 0 < self.top_p <= 1, "a number in (0, 1] (1.0 keeps every token)"),
+            ("top_k", self.top_k >= 0, "an integer >= 0 (0 keeps every token)"),
+            ("stop_token_ids", all(isinstance(i, int) and i >= 0 for i in stop_ids), "token ids >= 0"),
+        ):
+            if not right:
+                raise ValueError(f"SamplingParams.{name} is {getattr(self, name)!r}; expected {expected}")
 
 
 @dataclass(slots=True)
@@ -139,8 +129,3 @@ def _signed(value: int) -> int:
     """The int64 with the low 64 bits of `value`."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"SamplingParams.{name} is {value!r}; expected {expected}")

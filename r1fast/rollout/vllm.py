@@ -159,14 +159,9 @@ class VllmEngine:
         device = self.model.embed_tokens.weight.device
         inputs_T = torch.tensor([*prompt, *sampled.token_ids[:-1]], device=device)
         cu_seqlens = torch.tensor([0, len(inputs_T)], dtype=torch.int32, device=device)
-        was_training = self.model.training
-        self.model.eval()  # routers must not count these tokens
-        try:
-            logits_TV = self.model(
-                inputs_T, cu_seqlens, head=lambda hidden_TD, weight_VD: hidden_TD[len(prompt) - 1 :] @ weight_VD.T
-            )
-        finally:
-            self.model.train(was_training)
+        logits_TV = self.model(
+            inputs_T, cu_seqlens, head=lambda hidden_TD, weight_VD: hidden_TD[len(prompt) - 1 :] @ weight_VD.T
+        )
         target_ids_T = torch.tensor(sampled.token_ids, device=device)
         logprobs_T = selective_logprobs(
             logits_TV, target_ids_T, temperature=params.temperature or 1.0, impl=self.model.impl

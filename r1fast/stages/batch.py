@@ -138,6 +138,10 @@ def _encode_examples(rows: Sequence[dict], tokenizer: Any, options: Any, mask_pr
     parts = [prompt_and_target(row) for row in rows]
     prompts, targets = [prompt for prompt, _ in parts], [target for _, target in parts]
     prompt_ids, target_ids = encode_with_targets(prompts, targets, tokenizer, options)
+    if [] in target_ids:
+        raise ValueError(
+            "without its end token, and what the prompt holds already, nothing is left to learn; drop the row"
+        )
     completion_ids = [[*ids, tokenizer.eos_token_id] for ids in target_ids]
     return [
         Example(p, c) if mask_prompt and prompt is not None else Example(p[:1], p[1:] + c)

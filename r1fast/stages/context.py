@@ -106,9 +106,9 @@ class StageContext:
             compile=trainer.compile,
         )
 
-    def save(self, model: nn.Module, tokenizer: Any, name: str = "model") -> Path:
-        """Write <stage>/<name> as a Hugging Face checkpoint, complete or not at all."""
-        target = self.stage_dir / name
+    def save(self, model: nn.Module, tokenizer: Any) -> Path:
+        """Write <stage>/model as a Hugging Face checkpoint, complete or not at all."""
+        target = self.stage_dir / "model"
         with self.phase("save"):
             state = full_state_dict(model, self.dist)
 

@@ -16,7 +16,7 @@ from r1fast.models.decoder import Decoder
 from r1fast.models.names import some
 from r1fast.rewards.accuracy import last_box, plain_number
 from r1fast.stages.context import StageContext
-from r1fast.stages.sampling import Sample, Sampler, summary_of
+from r1fast.stages.sampling import Sample, Sampler, by_group, summary_of
 from r1fast.stages.scoring import Scorer
 
 EVAL_SEED = 1_000_003  # noise of its own: an evaluation never repeats a rollout's
@@ -97,10 +97,8 @@ def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
     failures: samples on which a reward failed; they score 0. unscorable: prompts whose gold answer gives no accuracy
     at all; n leaves them out.
     """
-    groups: dict[int, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.group, []).append(sample)
-    scored = [group for group in groups.values() if not math.isnan(_mean(_scores(group, "accuracy")))]
+    groups = by_group(samples)
+    scored = [group for group in groups if not math.isnan(_mean(_scores(group, "accuracy")))]
     result: dict[str, Any] = {}
     if scored:
         means = np.array([_mean(_scores(group, "accuracy")) for group in scored])
@@ -113,7 +111,7 @@ def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
             result[name] = _mean(_scores(samples, name))
     result["failures"] = sum(sample.failed for sample in samples)
     if samples and "accuracy" in samples[0].rewards:
-        golds = sum(group[0].row.get("answer") is not None for group in groups.values())
+        golds = sum(group[0].row.get("answer") is not None for group in groups)
         result["unscorable"] = golds - sum(group[0].row.get("answer") is not None for group in scored)
     return result | {"length": _mean([len(sample.completion_ids) for sample in samples])}
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from r1fast.config import ConfigError
+from r1fast.data.rows import Row, place
 from r1fast.data.sources import load_rows
 from r1fast.dist.parallelize import copy_weights
 from r1fast.models.decoder import Decoder
@@ -29,7 +30,7 @@ from r1fast.stages.evaluate import evaluate_end, evaluate_start
 from r1fast.stages.measures import Max, Mean, Measures, merge, numbers
 from r1fast.stages.reward_model import RewardModels
 from r1fast.stages.rollouts import Rollouts
-from r1fast.stages.sampling import GenerationFailed, Sample
+from r1fast.stages.sampling import GenerationFailed, Sample, by_group
 from r1fast.stages.scoring import NothingScored, Scorer, punish_overlong, total_rewards
 from r1fast.stages.training import LossFn, Trainer, map_packed
 from r1fast.stopping import Stopped
@@ -43,7 +44,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     rows = load_rows(ctx.sources(stage.train_files), "prompts")
     # A step may draw from one file alone; a reward still gets the columns of all.
     columns = dict.fromkeys(name for row in rows for name in row)
-    rows = [{name: row.get(name) for name in columns} for row in rows]
+    rows = [Row({name: row.get(name) for name in columns}, place(row, i)) for i, row in enumerate(rows)]
     if len(rows) < stage.prompts_per_step:
         raise ConfigError(
             f"stages.{stage.name}: {len(rows)} prompts in {', '.join(stage.train_files)}, fewer than "
@@ -65,7 +66,7 @@ class Learner:
         self.stage: GRPOStage = ctx.stage
         self.rollouts = Rollouts(ctx, policy, tokenizer, rows)
         updates = self.stage.max_steps * self.stage.steps_per_generation * self.stage.num_iterations
-        self.trainer = Trainer(ctx, policy, updates, router_replay=self.stage.router_replay)
+        self.trainer = Trainer(ctx, policy, updates)
         self.reward_models = RewardModels(ctx, self.stage.reward_models, self.stage.response_format)
         self.weights = scorer.weights | self.reward_models.weights
         if self.stage.overlong_buffer_length:
@@ -158,18 +159,18 @@ class Learner:
         groups = by_group(samples)
         refills = discarded = 0
         while refills < self.stage.dynamic_sampling_refills:
-            equal = [place for place, group in enumerate(groups) if not has_spread(group)]
+            equal = [i for i, group in enumerate(groups) if not has_spread(group)]
             if not equal:
                 break
             try:
-                fresh = self.rollouts.in_place_of([groups[place] for place in equal])
+                fresh = self.rollouts.in_place_of([groups[i] for i in equal])
             except (GenerationFailed, Stopped):
                 self.rollouts.give_back(groups)
                 raise
             if fresh:
                 metrics["rewards/failures"] += self.reward([sample for group in fresh for sample in group])
-            for place, group in zip(equal, fresh):  # partial rollouts may have left some unfinished
-                groups[place] = group
+            for i, group in zip(equal, fresh):  # partial rollouts may have left some unfinished
+                groups[i] = group
             refills, discarded = refills + 1, discarded + len(fresh)
         self._sample_ahead(step)
         metrics |= {"dynamic_sampling/refills": refills, "dynamic_sampling/discarded_groups": discarded}
@@ -302,13 +303,6 @@ def policy_measures(metrics: dict[str, Tensor], batch: Batch, stage: GRPOStage) 
         count = num_samples if of_ratio and stage.importance_sampling_level == "sequence" else num_tokens
         measures[name] = Max(value) if name.endswith("/max") else Mean(value.double() * count, count)
     return measures
-
-
-def by_group(samples: list[Sample]) -> list[list[Sample]]:
-    groups: dict[int, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.group, []).append(sample)
-    return list(groups.values())
 
 
 def has_spread(group: list[Sample]) -> bool:

@@ -19,7 +19,7 @@ from r1fast.models.decoder import Decoder
 from r1fast.schema import RewardModelSpec
 from r1fast.stages.batch import Batch, Example, check_lengths, encode_with_targets, of_rows
 from r1fast.stages.context import StageContext
-from r1fast.stages.measures import Mean, Measures, numbers
+from r1fast.stages.measures import Mean, Measures
 from r1fast.stages.sampling import Sample, summary_of
 from r1fast.stages.training import LossFn, Trainer, map_packed
 
@@ -38,7 +38,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
     eval_units = [unit for unit, row in zip(units, rows) if str(row["prompt"]) in held_out]
     if not train_units:
         raise ConfigError(f"stages.{stage.name}: no rows to train on in {', '.join(stage.train_files)}")
-    _train(ctx, model, train_units)
+    steps = stage.num_train_epochs * -(-len(train_units) // stage.batch_size)
+    Trainer(ctx, model, steps).fit(train_units, lambda chosen: preference_loss(len(chosen), ctx))
     ctx.save(model, tokenizer)
     return {"numbers": {"rows": len(train_units), **_agreement(ctx, model, eval_units)}}
 
@@ -84,32 +85,6 @@ def score_head(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
     """scores_N: the scalar head at the last input of each sequence."""
     last_N = batch.cu_seqlens[1:].long() - 1
     return (hidden_TD.index_select(0, last_N).float() @ weight_VD.float().T).squeeze(-1)
-
-
-def _train(ctx: StageContext, model: Decoder, units: list[list[Example]]) -> None:
-    stage = ctx.stage
-    per_epoch = -(-len(units) // stage.batch_size)
-    steps = stage.num_train_epochs * per_epoch
-    trainer = Trainer(ctx, model, steps)
-    trainer.restore()
-    with ctx.log(steps, trainer.step) as log:
-        while trainer.step < steps:
-            epoch, index = divmod(trainer.step, per_epoch)
-            order = list(range(len(units)))
-            random.Random(f"{ctx.seed},{epoch}").shuffle(order)
-            chosen = [units[i] for i in order[index * stage.batch_size : (index + 1) * stage.batch_size]]
-            try:
-                with ctx.phase("update"):
-                    metrics = trainer.update(
-                        [example for unit in chosen for example in unit],
-                        preference_loss(len(chosen), ctx),
-                        together=len(chosen[0]),
-                    )
-            except FloatingPointError:
-                trainer.save_good(trainer.step)
-                raise
-            log.log(trainer.step, numbers(metrics))
-            trainer.save(trainer.step, last=trainer.step == steps)
 
 
 def preference_loss(num_units: int, ctx: StageContext) -> LossFn:

@@ -1,7 +1,7 @@
 """Sampling from the model of a stage: rows in, scored samples out, the same on every rank."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,12 +66,10 @@ class Call:
 class Sampler:
     """Generates from a sharded model, each rank its share of the prompts."""
 
-    def __init__(
-        self, ctx: StageContext, model: Decoder, tokenizer: Any, options: Any | None = None, *, record: bool = False
-    ) -> None:
+    def __init__(self, ctx: StageContext, model: Decoder, tokenizer: Any, *, record: bool = False) -> None:
         """record: samples of a mixture of experts say which experts each token went to."""
         self.ctx, self.model, self.tokenizer = ctx, model, tokenizer
-        self.options = options or ctx.stage  # prompt_template, response_format, lengths
+        self.options = ctx.stage  # prompt_template, response_format, lengths
         self.engine = build_engine(ctx, model, tokenizer, record=record)
 
     def encode(self, rows: Sequence[dict]) -> list[Prompt]:
@@ -164,6 +162,13 @@ class Sampler:
         """The text that the engine would give these tokens, had it sampled them at once."""
         eos_ids = eos_token_ids(self.model.config, self.tokenizer)
         return completion_texts(self.tokenizer, eos_ids, [list(completion_ids)])[0]
+
+
+def by_group(samples: Iterable[Sample]) -> list[list[Sample]]:
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample)
+    return list(groups.values())
 
 
 def summary_of(text: str, response_format: str, prefilled: bool = False) -> str:

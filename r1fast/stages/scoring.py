@@ -9,7 +9,7 @@ from r1fast.config import ConfigError
 from r1fast.rewards.pool import RewardPool, headline
 from r1fast.schema import RewardSpec
 from r1fast.stages.context import StageContext
-from r1fast.stages.sampling import Sample
+from r1fast.stages.sampling import Sample, by_group
 
 
 class NothingScored(ConfigError):
@@ -96,15 +96,12 @@ class Scorer:
         columns["prefilled"] = [sample.prefilled for sample in samples]
         return columns
 
-    def close(self) -> None:
-        for pool in self.pools.values():
-            pool.close()
-
     def __enter__(self) -> "Scorer":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        for pool in self.pools.values():
+            pool.close()
 
 
 def reward_specs(rewards: dict[str, Any]) -> dict[str, RewardSpec]:
@@ -132,10 +129,7 @@ def total_rewards(samples: Sequence[Sample], weights: dict[str, float]) -> None:
     A group is compared with itself, so its sums have the same terms: a reward that failed on all samples of a group is
     left out of the group, and where it failed on some, these are nan.
     """
-    groups: dict[int, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.group, []).append(sample)
-    for group in groups.values():
+    for group in by_group(samples):
         counted = [name for name in weights if not all(np.isnan(sample.rewards[name]) for sample in group)]
         for sample in group:
             terms = {name: weights[name] * sample.rewards[name] for name in counted}

@@ -1,7 +1,5 @@
-"""sft: supervised fine-tuning on packed sequences. Also the update loop of pretraining and distillation."""
+"""sft: supervised fine-tuning on packed sequences. Also the loss of pretraining and distillation."""
 
-import random
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +11,7 @@ from r1fast.models.decoder import Decoder
 from r1fast.stages.batch import Batch, Example, check_lengths, encode_examples
 from r1fast.stages.context import StageContext
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
-from r1fast.stages.measures import Measures, numbers
+from r1fast.stages.measures import Measures
 from r1fast.stages.training import LossFn, Trainer
 from r1fast_kernels import linear_cross_entropy
 
@@ -44,30 +42,8 @@ def fine_tune(ctx: StageContext, rows: Sequence[dict]) -> dict[str, Any]:
 
 
 def train(ctx: StageContext, model: Decoder, examples: Sequence[Example], steps: int) -> None:
-    """`steps` optimizer steps of stage.batch_size examples, in an order that depends on the seed and the epoch only."""
-    trainer = Trainer(ctx, model, steps)
-    trainer.restore()
-    order: list[int] = []
-    epoch, per_epoch = -1, -(-len(examples) // ctx.stage.batch_size)
-    with ctx.log(steps, trainer.step) as log:
-        while trainer.step < steps:
-            start = time.perf_counter()
-            if trainer.step // per_epoch != epoch:
-                epoch = trainer.step // per_epoch
-                order = list(range(len(examples)))
-                random.Random(f"{ctx.seed},{epoch}").shuffle(order)
-            first = trainer.step % per_epoch * ctx.stage.batch_size
-            chosen = [examples[i] for i in order[first : first + ctx.stage.batch_size]]
-            try:
-                with ctx.phase("update"):
-                    metrics = numbers(trainer.update(chosen, cross_entropy(chosen, ctx)))
-            except FloatingPointError:
-                trainer.save_good(trainer.step)
-                raise
-            num_tokens = sum(example.num_inputs for example in chosen)
-            seconds = time.perf_counter() - start
-            log.log(trainer.step, metrics | {"num_tokens": num_tokens, "tokens_per_second": num_tokens / seconds})
-            trainer.save(trainer.step, last=trainer.step == steps)
+    units = [[example] for example in examples]
+    Trainer(ctx, model, steps).fit(units, lambda chosen: cross_entropy([example for (example,) in chosen], ctx))
 
 
 def cross_entropy(examples: Sequence[Example], ctx: StageContext) -> LossFn:

@@ -5,6 +5,8 @@ by the global count before backward and gradients are summed over ranks, so the 
 """
 
 import math
+import random
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -19,23 +21,26 @@ from r1fast.data.packing import balance, pack
 from r1fast.dist import checkpoint
 from r1fast.dist.optim import build_optimizer, lr_at
 from r1fast.dist.parallelize import grad_norm_and_clip
+from r1fast.models.checks import router_problems
 from r1fast.models.decoder import Decoder
 from r1fast.models.moe import Routing
 from r1fast.stages.batch import Batch, Example, collate, empty_batch
 from r1fast.stages.context import StageContext
-from r1fast.stages.measures import Mean, Measures, merge
+from r1fast.stages.measures import Mean, Measures, merge, numbers
 
 # (batch, hidden_TD, weight_VD) -> (loss already divided by the global count, this batch's part of the metrics)
 LossFn = Callable[[Batch, Tensor, Tensor], tuple[Tensor, Measures]]
+Unit = Sequence[Example]  # of a row
 
 
 class Trainer:
     """A sharded model, its optimizer and schedule, and the count of steps taken."""
 
-    def __init__(self, ctx: StageContext, model: Decoder, total_steps: int, *, router_replay: bool = False) -> None:
+    def __init__(self, ctx: StageContext, model: Decoder, total_steps: int) -> None:
         options = ctx.stage
-        check_router_options(options, model, router_replay)
-        self.router_replay = router_replay
+        for problem in router_problems(options, model.config):
+            raise ConfigError(f"stages.{options.name}.{problem}")
+        self.router_replay = getattr(options, "router_replay", False)
         self.ctx, self.model, self.total_steps = ctx, model, total_steps
         self.optimizer = build_optimizer(
             model,
@@ -48,6 +53,34 @@ class Trainer:
         self.step = 0
         self.saved: nn.Module = model  # what checkpoints hold; GRPO adds its reference
         self.saved_step = 0  # of the newest checkpoint
+
+    def fit(self, units: Sequence[Unit], loss_of: Callable[[Sequence[Unit]], LossFn]) -> None:
+        """All steps, of stage.batch_size units each, in an order that depends on the seed and the epoch only.
+
+        units: of as many examples each, which stay together. loss_of: the loss of a step's units.
+        """
+        self.restore()
+        stage, order = self.ctx.stage, list[int]()
+        epoch, per_epoch = -1, -(-len(units) // stage.batch_size)
+        with self.ctx.log(self.total_steps, self.step) as log:
+            while self.step < self.total_steps:
+                start = time.perf_counter()
+                if self.step // per_epoch != epoch:
+                    epoch = self.step // per_epoch
+                    order = list(range(len(units)))
+                    random.Random(f"{self.ctx.seed},{epoch}").shuffle(order)
+                first = self.step % per_epoch * stage.batch_size
+                chosen = [units[i] for i in order[first : first + stage.batch_size]]
+                examples = [example for unit in chosen for example in unit]
+                try:
+                    with self.ctx.phase("update"):
+                        metrics = numbers(self.update(examples, loss_of(chosen), together=len(chosen[0])))
+                except FloatingPointError:
+                    self.save_good(self.step)
+                    raise
+                num_tokens, seconds = sum(example.num_inputs for example in examples), time.perf_counter() - start
+                log.log(self.step, metrics | {"num_tokens": num_tokens, "tokens_per_second": num_tokens / seconds})
+                self.save(self.step, last=self.step == self.total_steps)
 
     def update(self, examples: Sequence[Example], loss_fn: LossFn, *, together: int = 1) -> Measures:
         """One optimizer step on this step's examples, which every rank holds; each rank works on its share.
@@ -219,24 +252,6 @@ class Trainer:
             return {}
         violation = counts_LE.amax(1).mean() / even - 1
         return merge([{"moe/max_violation": Mean(violation, 1.0), "moe/load": Mean(counts_LE, even)}])
-
-
-def check_router_options(options: Any, model: Decoder, router_replay: bool) -> None:
-    layers = list(model.moe_layers())
-    for name, value in (
-        ("router_bias_update_rate", options.router_bias_update_rate),
-        ("router_aux_loss_coef", options.router_aux_loss_coef),
-        ("router_replay", router_replay),
-    ):
-        if value and not layers:
-            raise ConfigError(
-                f"stages.{options.name}.{name} = {value}: {model.config.model_type} has no router; drop it"
-            )
-    if options.router_bias_update_rate > 0 and any(layer.gate.e_score_correction_bias is None for layer in layers):
-        raise ConfigError(
-            f"stages.{options.name}.router_bias_update_rate = {options.router_bias_update_rate}: the router of "
-            f"{model.config.model_type} has no bias; leave it at 0"
-        )
 
 
 def changed_routings(expert_ids_TLK: Tensor, recorded_TLK: Tensor) -> Tensor:

@@ -86,6 +86,23 @@ def system(content: str) -> dict[str, str]:
             {"prompt": [user("p")], "chosen": "c", "rejected": "r"},
         ),
         (
+            "sft",
+            {"messages": [user("p"), assistant("c")], "reasoning": "r"},
+            {"messages": [user("p"), assistant("c", reasoning_content="r")]},
+        ),
+        (
+            "sft",
+            {"instruction": "i", "context": "x", "history": [], "system": "s", "response": "o"},
+            {"prompt": [system("s"), user("i\n\nx")], "completion": "o"},
+        ),
+        (
+            "pairs",
+            {"system_prompt": "s", "query": "p", "chosen": [system("s"), user("p"), assistant("c")], "rejected": "r"},
+            {"prompt": [system("s"), user("p")], "chosen": "c", "rejected": "r"},
+        ),
+        ("prompts", {"prompt": [system("s"), user("p")], "system": "s"}, {"prompt": [system("s"), user("p")]}),
+        ("prompts", {"prompt": "p", "system": "", "images": []}, {"prompt": "p"}),
+        (
             "labels",
             {"completion": [user("p"), assistant("c")], "label": True},
             {"prompt": [user("p")], "response": "c", "label": 1},
@@ -139,6 +156,12 @@ def test_what_rows_hold_is_taken(kind: Any, row: dict, expected: dict) -> None:
             r"messages\[0\].content\[0\] is dict .*the models read text only",
         ),
         ("sft", {"instruction": "i", "input": 3, "output": "o"}, r"column 'input' is int 3"),
+        ("sft", {"instruction": "i", "history": [["a", "b"]], "output": "o"}, r"column 'history' would be lost"),
+        ("sft", {"prompt": "p", "completion": "c", "thinking": ["r"]}, r"the row has dict .*expected one reasoning"),
+        ("sft", {"messages": [user("p"), assistant("c")], "tools": [{"name": "f"}]}, r"column 'tools' is list"),
+        ("prompts", {"prompt": "p", "image": "a.png"}, r"column 'image' is str 'a.png', which no prompt would show"),
+        ("prompts", {"prompt": [system("s"), user("p")], "system": "t"}, r"column 'system' is not the prompt's system"),
+        ("prompts", {"prompt": "p", "system": 3}, r"column 'system' is int 3, expected a string"),
         ("sft", {"prompt": "q", "completion": [user("p"), assistant("c")]}, r"completion begins with other turns"),
         (
             "pairs",

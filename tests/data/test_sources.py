@@ -105,10 +105,11 @@ def test_wrong_rows_are_named_by_file_and_line(tmp_path: Path, content: str, kin
         ('{"a": 1, "a": 2}', r"the key 'a' is there twice"),
         ("7" * 5000, r"a number of 5000 digits; write it as a string"),
         ("1e400", r"the number 1e400 is more than a float can be"),
+        ("-1e-400", r"the number -1e-400 is less than a float can be"),
         ("[" * 150 + "]" * 150, r"nested more than 100 levels deep"),
         ("[" * 100_000 + "]" * 100_000, r"nested too deep"),
     ],
-    ids=["surrogate", "twice", "digits", "float", "deep", "deeper"],
+    ids=["surrogate", "twice", "digits", "float", "tiny", "deep", "deeper"],
 )
 def test_json_that_python_reads_and_nobody_means(tmp_path: Path, value: str, message: str) -> None:
     row = f'{{"text": "t", "x": {value}}}'
@@ -117,6 +118,12 @@ def test_json_that_python_reads_and_nobody_means(tmp_path: Path, value: str, mes
     for where in (r"rows\.jsonl:2", r"rows\.json: row 1"):
         with pytest.raises(ValueError, match=f"{where}: {message}"):
             load_rows([str(tmp_path / where.partition(":")[0].replace("\\", ""))], "text")
+
+
+def test_wrong_json_past_the_rows_is_in_none_of_them(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('{"data": [{"text": "t"}], "data": []}')
+    with pytest.raises(ValueError, match=r"rows\.json: the key 'data' is there twice"):
+        load_rows([str(tmp_path / "rows.json")], "text")
 
 
 def test_json_that_is_read_as_it_is_meant(tmp_path: Path) -> None:
@@ -233,8 +240,17 @@ def test_reasoning_gym() -> None:
     assert rows == load_rows(["reasoning_gym:basic_arithmetic?size=3&seed=7"], "prompts")
     with pytest.raises(ValueError, match="nearest names: basic_arithmetic"):
         load_rows(["reasoning_gym:basic_arithmetics"], "prompts")
-    with pytest.raises(ValueError, match="colour"):
-        load_rows(["reasoning_gym:basic_arithmetic?colour=red"], "prompts")
+    for query, message in (
+        ("colour=red", "colour"),
+        ("size=many", "row 0: cannot be read: TypeError"),
+        ("size", r"expected NAME\?key=value"),
+        ("size=2&size=3", "size is given twice"),
+        ("size=[2", "size: ValueError"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_rows([f"reasoning_gym:basic_arithmetic?{query}"], "prompts")
+    only = load_rows(["reasoning_gym:basic_arithmetic?size=9&operators=['-']&allow_parentheses=false"], "prompts")
+    assert not any(sign in row["prompt"] for row in only for sign in "+*/(")
 
 
 def test_sources_import_neither_torch_nor_datasets() -> None:

@@ -100,6 +100,7 @@ def build(family: str) -> Decoder:
 def stage_context(stage: dict[str, Any], family: str, impl: str | None, dist: Dist, folder: Path) -> StageContext:
     sections = {"model": {"path": "-", "dtype": "float32"}, "kernels": {"impl": impl}}
     recipe = Recipe.model_validate({**sections, "stages": [stage]})
+    folder.mkdir(exist_ok=True)
     ctx = StageContext(recipe, recipe.stages[0], dist, folder)
 
     def load(ref: str, *, trainable: bool, scalar_head: bool = False) -> tuple[Decoder, Any]:

@@ -8,12 +8,14 @@ A test that takes the fixture `backend` runs in each. The interpreter takes abou
 keep T x V small there, and give `backend.small` where a case has a smaller twin.
 """
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,20 +110,32 @@ def assert_same_bits(run: Callable[[], Sequence[Tensor]]) -> None:
             torch.testing.assert_close(second, first, rtol=0, atol=0, equal_nan=True)
 
 
-def of_older_processor(capability: str, module: str, expression: str, folder: Path) -> tuple[Any, Any]:
-    """`expression`, with the names of tests.kernels.<module>, by the build for `capability` and by the best build.
+_EVALUATE = """
+import importlib, json, sys, torch
+sys.path[:0] = sys.argv[1:]
+for line in sys.stdin:
+    module, expression, out = json.loads(line)
+    torch.save(eval(expression, vars(importlib.import_module(module))), out)
+    print("saved", flush=True)
+"""
 
-    In processes of their own: torch reads ATEN_CPU_CAPABILITY once.
-    """
-    script = (
-        f"import sys, torch; sys.path[:0] = sys.argv[2:]; from tests.kernels.{module} import *\n"
-        f"torch.save({expression}, sys.argv[1])"
-    )
+
+@cache
+def _process(capability: str) -> subprocess.Popen[str]:
+    """torch reads ATEN_CPU_CAPABILITY once. It ends with this process, as its input does."""
+    environment = os.environ | ({"ATEN_CPU_CAPABILITY": capability} if capability else {})
     root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", _EVALUATE, root, root / "kernels"]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def of_older_processor(capability: str, module: str, expression: str, folder: Path) -> tuple[Any, Any]:
+    """`expression`, with the names of tests.kernels.<module>, by the build for `capability` and by the best build."""
     found = []
     for name in (capability, ""):
-        environment = os.environ | ({"ATEN_CPU_CAPABILITY": name} if name else {})
-        out = folder / f"{name or 'best'}.pt"
-        subprocess.run([sys.executable, "-c", script, out, root, root / "kernels"], env=environment, check=True)
+        process, out = _process(name), folder / f"{name or 'best'}.pt"
+        assert process.stdin is not None and process.stdout is not None
+        print(json.dumps([f"tests.kernels.{module}", expression, str(out)]), file=process.stdin, flush=True)
+        assert process.stdout.readline() == "saved\n", expression
         found.append(torch.load(out))
     return found[0], found[1]

@@ -80,6 +80,21 @@ def test_dtypes_and_numbers(op: str, autocast: bool) -> None:
             assert (g.double() - e).abs().max() <= (0.06 if narrow else 1e-5) * e.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_cache_is_not_rounded(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, cache = torch.randn(1, 4, 8, generator=generator).bfloat16(), torch.randn(16, 2, 8, generator=generator)
+    where = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([9], dtype=torch.int32)
+    want = kernels.decode_attention(q.float(), cache, cache, *where, scale=0.3).bfloat16()
+    with torch.autocast("cpu", BF16):
+        got, plain = (
+            kernels.decode_attention(q.to(dtype), cache, cache, *where, scale=0.3, impl=impl)
+            for impl in ("cpp", "reference")
+        )
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    torch.testing.assert_close(plain, want, rtol=0.02, atol=0.02)
+
+
 def test_as_torch_has_it() -> None:
     for first, others in DTYPES["rms_norm"]:
         x, weight = leaves("rms_norm", first, others)

@@ -47,6 +47,10 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
         "linear_grpo_loss",
         HEAD | {"cu_seqlens": CU_SEQLENS, "rewards_N": normal(3), "group_ids_N": ids(3, end=1)},
     ),
+    "linear_grpo_loss-masked": ("linear_grpo_loss", HEAD | LOSS | OTHERS | {"loss_mask_T": MASK}),
+    "linear_grpo_loss-masked sequences": (
+        "linear_grpo_loss", HEAD | LOSS | OTHERS | {"loss_mask_T": MASK, "importance_level": "sequence"}
+    ),
     "route_topk": ("route_topk", {"router_logits_TE": normal(5, 4), "bias_E": normal(4), "top_k": 2}),
     "moe_dispatch": ("moe_dispatch", {"expert_ids_TK": ids(5, 2, end=4), "num_experts": 3}),
     "grouped_gemm": (

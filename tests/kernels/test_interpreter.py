@@ -1,13 +1,11 @@
 """Every Triton kernel, checked without a GPU: the tests that take a backend, in processes that interpret Triton.
 
-Triton decides at import whether it compiles or interprets, hence processes of their own: two at a time, of one thread.
+Triton decides at import whether it compiles or interprets, hence processes of their own, of one thread.
 """
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,21 +27,9 @@ def interpret(op: str, lane: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """Of the ops that were chosen."""
-    chosen = [
-        item.callspec.params["op"] for item in request.session.items
-        if item.fspath == request.path and item.originalname == "test_interpreted"
-    ]  # fmt: skip
-    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        yield {op: pool.submit(interpret, op, "not gpu and not slow") for op in chosen}
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("op", OPS)
-def test_interpreted(op: str, runs: dict[str, Future[subprocess.CompletedProcess[str]]]) -> None:
-    result = runs[op].result()
+def test_interpreted(op: str) -> None:
+    result = interpret(op, "not gpu and not slow")
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
 

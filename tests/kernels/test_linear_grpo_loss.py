@@ -224,10 +224,11 @@ def test_same_bits_and_backward_twice(backend: Backend, monkeypatch: pytest.Monk
 
 
 @needs_cpp
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("tiling", TILINGS)
-def test_gradcheck_and_compile(monkeypatch: pytest.MonkeyPatch, tiling: str) -> None:
+def test_gradcheck_and_compile(monkeypatch: pytest.MonkeyPatch, tiling: str, masked: bool) -> None:
     set_tiling(monkeypatch, tiling)
-    (hidden, weight, ids, cu_seqlens), options = batch(FP64)
+    (hidden, weight, ids, cu_seqlens), options = batch(FP64, masked)
     leaves = (hidden / 4).requires_grad_(), (weight[:, :]).requires_grad_()
 
     def loss(h: Tensor, w: Tensor) -> Tensor:

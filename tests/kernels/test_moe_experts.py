@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +6,19 @@ import pytest
 import torch
 
 from r1fast_kernels import moe_experts
-from tests.kernels.backends import BF16, FP16, FP32, FP64, Backend, assert_as_exact, assert_same_bits, needs_cpp
+from tests.kernels.backends import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    SLOW_INTERPRETED,
+    Backend,
+    assert_as_exact,
+    assert_same_bits,
+    needs_cpp,
+    of_older_processor,
+    slow_when_interpreted,
+)
 from tests.kernels.moe import NAMES, Layer, bf16_products, random_layer, run, transformers_experts, without_rows
 
 DTYPES = [FP32, BF16, FP16, FP64]
@@ -92,7 +101,7 @@ def test_no_token(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("name", ["random", "some-skipped", "primes"])
+@pytest.mark.parametrize("name", ["random", "some-skipped", pytest.param("primes", marks=SLOW_INTERPRETED)])
 def test_recomputing_gives_the_same_bits(backend: Backend, name: str, dtype: torch.dtype) -> None:
     layer = random_layer(**CASES[name]).to(dtype, backend.device)
     kept, recomputed = (run(layer, impl=backend.impl, recompute=recompute) for recompute in (False, True))
@@ -121,6 +130,7 @@ def test_what_is_not_needed_is_empty(recompute: bool) -> None:
         assert [x.numel() > 0 for x in found] == list(needs)
 
 
+@slow_when_interpreted
 @pytest.mark.parametrize("how", ["random", "some-skipped"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=lambda dtype: str(dtype)[6:])
 def test_same_bits_every_time(backend: Backend, dtype: torch.dtype, how: str) -> None:
@@ -190,22 +200,10 @@ def test_compiles_without_a_graph_break(recompute: bool) -> None:
 @needs_cpp
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_builds_for_older_processors_agree(capability: str, tmp_path: Path) -> None:
-    """torch reads ATEN_CPU_CAPABILITY once per process; its random numbers depend on it too, so inputs come by file."""
-    script = (
-        "import sys, torch; sys.path[:0] = sys.argv[3:]; from tests.kernels.test_moe_experts import *\n"
-        "layers = torch.load(sys.argv[1], weights_only=False)\n"
-        "torch.save([run(layer, impl='cpp') for layer in layers], sys.argv[2])"
-    )
-    root, inputs = Path(__file__).parents[2], tmp_path / "inputs.pt"
+    inputs = tmp_path / "inputs.pt"  # by file: torch's random numbers depend on the capability too
     torch.save([random_layer(**CASES["primes"]).to(dtype) for dtype in (FP32, BF16, FP64)], inputs)
-    outputs = {}
-    for name in (capability, ""):
-        environment = os.environ | ({"ATEN_CPU_CAPABILITY": name} if name else {})
-        out = tmp_path / f"{name or 'best'}.pt"
-        command = [sys.executable, "-c", script, inputs, out, root, root / "kernels"]
-        subprocess.run(command, env=environment, check=True)
-        outputs[name] = torch.load(out)
-    for got, want in zip(outputs[capability], outputs[""], strict=True):
+    expression = f"[run(layer, impl='cpp') for layer in torch.load({str(inputs)!r}, weights_only=False)]"
+    for got, want in zip(*of_older_processor(capability, "test_moe_experts", expression, tmp_path), strict=True):
         for g, w in zip(got, want, strict=True):
             tolerance = 2e-2 if w.dtype == BF16 else 1e-5
             torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance)

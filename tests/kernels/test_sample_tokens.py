@@ -119,7 +119,7 @@ def test_draws_are_those_of_the_reference(
 ) -> None:
     if dtype not in backend.dtypes:
         pytest.skip(f"{backend.name} does not take {dtype}")
-    num_rows = (20 if not options else 2) if backend.interpreted else 400
+    num_rows = (20 if not options else 2) if backend.interpreted else 100
     check_draws(backend, logits_of(num_rows, 501).to(dtype), temperature, **options)
 
 

@@ -159,6 +159,7 @@ def test_wrong_field_is_named(change: dict[str, Any], message: str) -> None:
         (TINY, {"routed_scaling_factor": 0}, "routed_scaling_factor=0"),
         (QWEN3_MOE, {"num_experts": 0}, "num_experts=0"),
         (QWEN3_MOE, {"mlp_only_layers": [3]}, "mlp_only_layers=3, expected a list of layers, 0 to 2"),
+        (QWEN3_MOE, {"mlp_only_layers": 0}, "mlp_only_layers=0, expected a list of layers, 0 to 2"),
         (QWEN3_MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
         (QWEN3_MOE, {"decoder_sparse_step": 4}, "n_routed_experts=8, expected a layer with experts"),
     ],

@@ -17,7 +17,7 @@ from transformers import (
 
 from r1fast.models import weights
 from r1fast.models.decoder import Decoder
-from r1fast.models.weights import check_checkpoint, load_model, load_state_dict, save_model
+from r1fast.models.weights import check_checkpoint, load_model, save_model
 
 IDS = torch.tensor([5, 6, 7, 60, 3, 9, 11])
 CU_SEQLENS = torch.tensor([0, len(IDS)], dtype=torch.int32)
@@ -104,13 +104,17 @@ def test_frequencies_survive_loading(make_checkpoint) -> None:
     assert not any(tensor.is_meta for tensor in [*decoder.parameters(), *decoder.buffers()])
 
 
-def test_multi_token_prediction_layers_are_left_out(make_checkpoint, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint("deepseek_v3")
-    shutil.copytree(checkpoint.folder, tmp_path, dirs_exist_ok=True)
-    stored = load_file(tmp_path / "model.safetensors")
-    stored["model.layers.3.eh_proj.weight"] = torch.ones(2)
-    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert load_state_dict(tmp_path).keys() == checkpoint.load().state_dict().keys()
+def test_layers_past_the_last_are_left_out_where_they_are_multi_token_prediction(make_checkpoint, tmp_path) -> None:
+    for name in ("deepseek_v3", "llama"):
+        checkpoint, folder = make_checkpoint(name), tmp_path / name
+        shutil.copytree(checkpoint.folder, folder)
+        stored = load_file(folder / "model.safetensors")
+        stored["model.layers.3.eh_proj.weight"] = torch.ones(2)
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    names = load_model(tmp_path / "deepseek_v3")[0].state_dict().keys()
+    assert names == make_checkpoint("deepseek_v3").load().state_dict().keys()
+    with pytest.raises(ValueError, match=r"unexpected model\.layers\.3\.eh_proj\.weight"):
+        load_model(tmp_path / "llama")
 
 
 @pytest.mark.parametrize("name", ["qwen2-tied", "deepseek_v3"])

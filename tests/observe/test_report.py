@@ -103,6 +103,20 @@ def test_files_cut_short_by_a_kill(tmp_path: Path, write_run: Callable[..., Path
     assert 'id="stage-zero"' in content and "Step 30" in content and "stopped at step" in content
 
 
+@pytest.mark.parametrize(("name", "content"), [
+    ("config.yaml", "a: 2024-99-99"), ("config.yaml", "a: !!int x"), ("config.yaml", "a: !!timestamp x"),
+    ("config.yaml", "[" * 3000), ("summary.json", ""), ("summary.json", "[]"), ("summary.json", '{"stages": 3}'),
+    ("summary.json", "[" * 100_000), ("summary.json", '{"stages": [{"name": "zero", "eval_after": [1]}]}'),
+    ("zero/metrics.jsonl", '{"step": 1, "moe/load": 3}'), ("zero/metrics.jsonl", '{"step": 1, "moe/load": [[]]}'),
+    ("zero/metrics.jsonl", '{"step": 1, "moe/load": [[1, null], ["x"]]}'),
+    ("zero/metrics.jsonl", '{"step": 2, "loss": 1e308}\n{"step": 3, "loss": -1e308}'),
+])  # fmt: skip
+def test_damaged_files_make_a_page(name: str, content: str, tmp_path: Path, write_run: Callable[..., Path]) -> None:
+    run = write_run(tmp_path)
+    (run / name).write_text(content)
+    assert main([str(run)]) == 0
+
+
 def test_a_directory_without_a_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="give the --output-dir of a run that has started"):
         build_report(tmp_path)

@@ -36,6 +36,8 @@ from r1fast.rewards.language import language_consistency, language_ratio
         ("Ответ αβγ равен", "ru", 2 / 3),  # a word of Greek
         ("先乘后加然后得到答案", "ja", 0.0),  # Chinese: no kana
         ("計算", "ja", 1.0),  # too short to tell
+        ("六边形 ABCDEF 中 y = ax + b, dx 与 sinx, 单位 (km/h)", "zh", 1.0),  # products of variables are no words
+        ("\\texttt{name} 是 by and/or", "zh", 1 / 4),
         ("計算する、先に乗算", "ja", 1.0),
     ],
 )

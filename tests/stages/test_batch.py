@@ -128,6 +128,13 @@ def test_an_end_token_in_the_data_is_not_added_again(tokenizer: PreTrainedTokeni
     assert example.completion_ids.count(tokenizer.eos_token_id) == 2  # the second is only a target
 
 
+@pytest.mark.parametrize("written", ["{eos}\n", "<think>", " <think>{eos}"])
+def test_a_row_of_which_nothing_is_left_is_refused(tokenizer: PreTrainedTokenizerBase, written: str) -> None:
+    rows = [{"prompt": "one ?", "completion": text} for text in ("red", written.format(eos=tokenizer.eos_token))]
+    with pytest.raises(ConfigError, match=r"^row 2: .*nothing is left to learn"):
+        encode_examples(rows, tokenizer, options(prefill_think=True))
+
+
 @pytest.mark.parametrize(
     ("ending", "completion", "learned"),
     [

@@ -1,11 +1,6 @@
 """A stage that is killed and resumed ends with the same bits as one that was not: weights, metrics, samples."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +15,6 @@ from r1fast.stages.training import Trainer
 from tests.stages.conftest import QUESTIONS
 from tests.tiny_checkpoint import DEEPSEEK_V3, PROMPTS, tree, write_checkpoint, write_jsonl, write_recipe
 
-ROOT = Path(__file__).parents[2]
 CLOCK = ("time", "step_time", "tokens_per_second")  # the metrics that need not be the same
 SFT = {
     "name": "tuned", "kind": "sft", "train_files": ["sft.jsonl"], "batch_size": 3, "num_train_epochs": 3,
@@ -33,16 +27,8 @@ GRPO = {
     "rewards": {"mine": {"function": "rewards.py:count"}}, "router_bias_update_rate": 0.01,
     "log_completions_steps": 1,
 }  # fmt: skip
-# `kill` holds the trainer's process id: the reward's call after the file appeared kills it.
 REWARDS = """
-import os, pathlib, signal
-
 def count(completions, completion_ids, **_):
-    marker = pathlib.Path("kill")
-    if marker.exists():
-        trainer = int(marker.read_text())
-        marker.unlink()
-        os.kill(trainer, signal.SIGKILL)
     return [len(set(ids)) / len(ids) for ids in completion_ids]
 """
 
@@ -91,53 +77,6 @@ def assert_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
     assert got.keys() == expected.keys()
     assert got["metrics"] == expected["metrics"]
     assert [name for name in expected if got[name] != expected[name]] == []
-
-
-def trainer_process(tmp_path: Path, run_dir: str) -> subprocess.Popen:
-    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-    return subprocess.Popen(
-        [sys.executable, "-m", "r1fast.train", "--config", f"{run_dir}.yaml", "--output-dir", run_dir],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def test_grpo_killed_in_the_middle_of_a_step(start, command, moe_model: Path, tmp_path: Path) -> None:
-    assert start("whole", GRPO) == 0
-    write_recipe(tmp_path / "killed.yaml", GRPO, name="same", model={"path": str(moe_model)})
-    process = trainer_process(tmp_path, "killed")
-    zero = tmp_path / "killed" / "zero"
-    wait_for(zero / "checkpoints" / "step_2", process)
-    (tmp_path / "named").write_text(str(process.pid))
-    (tmp_path / "named").rename(tmp_path / "kill")
-    assert process.wait(timeout=60) == -signal.SIGKILL
-    steps_before = len((zero / "metrics.jsonl").read_text().splitlines())
-    assert 2 <= steps_before < 7
-    assert json.loads((tmp_path / "killed" / "summary.json").read_text())["stages"][0]["status"] == "running"
-    assert command("--resume", "--output-dir", "killed") == 0
-    assert_same(results(zero), results(tmp_path / "whole" / "zero"))
-
-
-def test_sft_killed_at_any_time(start, command, moe_model: Path, tmp_path: Path) -> None:
-    stage = {**SFT, "num_train_epochs": 12, "save_steps": 1}
-    assert start("whole", stage) == 0
-    write_recipe(tmp_path / "killed.yaml", stage, name="same", model={"path": str(moe_model)})
-    process = trainer_process(tmp_path, "killed")
-    wait_for(tmp_path / "killed" / "tuned" / "checkpoints" / "step_3", process)
-    process.kill()
-    assert process.wait(timeout=60) == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "tuned" / "model").exists()
-    assert command("--resume", "--output-dir", "killed") == 0
-    assert_same(results(tmp_path / "killed" / "tuned"), results(tmp_path / "whole" / "tuned"))
 
 
 def before_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int) -> None:
