@@ -106,8 +106,8 @@ def packed_attention(
 ) -> Tensor:
     """Causal attention inside each sequence, of queries and keys that are not yet rotated.
 
-    As r1fast_kernels.packed_attention, which runs on a CPU and, as "reference", anywhere. Else torch's flash kernels do:
-    they take one head dimension only, so that keys and values are made of one width.
+    As r1fast_kernels.packed_attention, which runs on a CPU and, as "reference", anywhere. Else torch's flash kernels
+    do: they take one head dimension only, so that keys and values are made of one width.
     """
     if impl == "reference" or choose("packed_attention", impl, q_THd) == "cpp":
         return kernels.packed_attention(
