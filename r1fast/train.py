@@ -7,6 +7,7 @@ Exit status: 0 done; 1 a stage failed; 2 the request was wrong (nothing was star
 """
 
 import argparse
+import atexit
 import os
 import shlex
 import sys
@@ -317,5 +318,17 @@ def how_to_go_on(run_dir: Path, stages: str | None) -> str:
     return f"; go on with: {shlex.join([*command, *(['--stages', stages] if stages else [])])}"
 
 
+def leave(status: int) -> NoReturn:
+    """Exit without tearing the interpreter down.
+
+    Threads of Gloo, which FSDP's caches keep alive past the process group, may then still let go of a tensor: without
+    an interpreter that aborts the process, and torchrun calls a run that is done failed (pytorch#179291).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
