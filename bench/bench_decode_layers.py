@@ -16,8 +16,8 @@ from bench.bench_train_step import active_parameters
 from bench.cases import Case
 from bench.head import can_multiply
 from r1fast.models.cache import BlockCache
-from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
+from r1fast.models.model_config import ModelConfig
 from r1fast_kernels.decode_attention import BLOCK
 
 

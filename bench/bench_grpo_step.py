@@ -25,7 +25,7 @@ from bench.bench_train_step import CONFIG, active_parameters
 from bench.cases import Case
 from bench.head import can_multiply
 from r1fast.data.tokenizer import train_tokenizer
-from r1fast.dist.mesh import Dist, init_distributed
+from r1fast.parallel.mesh import Dist, init_distributed
 from r1fast.rewards.registry import resolve
 from r1fast.schema import Recipe
 from r1fast.stages.context import StageContext

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, P
 from bench import harness
 from bench.cases import Case
 from r1fast.models.cache import BlockCache
-from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
+from r1fast.models.model_config import ModelConfig
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams
 from r1fast_kernels import selective_logprobs

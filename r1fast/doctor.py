@@ -168,8 +168,8 @@ def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
 
 def decode_once(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     from r1fast.models.cache import BlockCache
-    from r1fast.models.config import ModelConfig
     from r1fast.models.decoder import Decoder
+    from r1fast.models.model_config import ModelConfig
 
     config = ModelConfig(
         "llama", vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from r1fast.config import ConfigError
-from r1fast.dist.mesh import Dist
 from r1fast.inputs import named_inputs, stage_inputs, start_model
 from r1fast.observe.progress import ChainProgress
 from r1fast.observe.trackers import open_trackers
+from r1fast.parallel.mesh import Dist
 from r1fast.resume import STAGE, SUMMARY, Change, config_text
 from r1fast.run_folder import PARTIAL, remove_leftovers, replace_file, write_record
 from r1fast.schema import Recipe

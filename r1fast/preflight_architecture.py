@@ -20,7 +20,7 @@ def checkpoint_of(ref: str) -> tuple[Any, bool]:
 
 def architecture_problems(stage: Any, num_tokens: int) -> Iterator[str]:
     """What is wrong with a pretrain stage's architecture. num_tokens: the entries of its tokenizer, or their limit."""
-    from r1fast.models.config import ModelConfig
+    from r1fast.models.model_config import ModelConfig
 
     try:
         config = ModelConfig.from_dict({"vocab_size": num_tokens, **stage.architecture})
@@ -73,7 +73,7 @@ def num_parameters(config: Any) -> int:
 
 def architecture_of(recipe: Recipe, stage: Any) -> Any:
     """The architecture of the model that a stage trains; None where it is wrong, which its own stage reports."""
-    from r1fast.models.config import ModelConfig
+    from r1fast.models.model_config import ModelConfig
 
     try:
         while stage.kind != "pretrain":

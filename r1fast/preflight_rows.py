@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from r1fast.config import ConfigError
-from r1fast.data.rows import Row, place, prompt_and_target, shown, texts_of
+from r1fast.data.rows import Row, location, prompt_and_target, shown, texts_of
 from r1fast.preflight_architecture import architecture_of, checkpoint_of
 from r1fast.schema import Recipe, RewardSpec
 
@@ -32,7 +32,7 @@ def tokenizer_of(ref: str) -> Any:
 
 def text_problems(recipe: Recipe, stage: Any, key: str, kind: str, rows: Rows) -> Iterator[str]:
     """Rows that the template or the tokenizer cannot take, or too long; without a tokenizer before the run, less."""
-    from r1fast.stages.batch import of_rows, render_prompts
+    from r1fast.stages.packed import of_rows, render_prompts
 
     if key.startswith("few_shot."):
         return
@@ -67,7 +67,7 @@ def _prompts(rows: Rows, kind: str) -> list[Any]:
 def _encoding_problems(
     recipe: Recipe, stage: Any, key: str, kind: str, rows: Rows, tokenizer: Any, ref: Any
 ) -> Iterator[str]:
-    from r1fast.stages.batch import check_lengths, encode_examples, encode_row_prompts
+    from r1fast.stages.packed import check_lengths, encode_examples, encode_row_prompts
 
     if kind != "prompts" and tokenizer.eos_token_id is None:
         yield f"{key}: the tokenizer of {ref} has no EOS token, which every answer ends with; set eos_token in it"
@@ -98,7 +98,7 @@ def _encoding_problems(
         for i, lists in enumerate(encoded):
             if (largest := max(max(ids, default=0) for ids in lists)) >= size:
                 yield (
-                    f"{key}: {place(rows[i], i)}: token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is "
+                    f"{key}: {location(rows[i], i)}: token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is "
                     f"beyond the {size} entries of the model's vocabulary; use the tokenizer that it was trained with"
                 )
                 return
@@ -109,7 +109,7 @@ def _refuse_endless(rows: Rows, kind: str, most: int, limit: int) -> None:
         size = max(sum(map(len, texts_of(value))) for value in _read(row, kind))
         if size > most:
             raise ConfigError(
-                f"{place(row, i)}: a text of {size} characters cannot be {limit} tokens or less; shorten the row"
+                f"{location(row, i)}: a text of {size} characters cannot be {limit} tokens or less; shorten the row"
             )
 
 
@@ -124,7 +124,7 @@ def _prompt_lengths(stage: Any, key: str, rows: Rows, prompts: list[list[int]], 
             )
         else:
             continue
-        yield f"{key}: {place(rows[i], i)} ({str(rows[i]['prompt'])[:60]!r}) has {len(ids)} prompt tokens, {problem}"
+        yield f"{key}: {location(rows[i], i)} ({str(rows[i]['prompt'])[:60]!r}) has {len(ids)} prompt tokens, {problem}"
 
 
 # What settings ask of columns
@@ -197,7 +197,7 @@ def _domain_problems(key: str, files: str, names: Sequence[str], rows: Rows) -> 
         return
     for i, row in enumerate(rows):
         if not isinstance(row.get("domain"), str | None):
-            yield f"{files}: {place(row, i)}: column 'domain' is {shown(row['domain'])}, expected a string ({key})"
+            yield f"{files}: {location(row, i)}: column 'domain' is {shown(row['domain'])}, expected a string ({key})"
             return
     domains = {row.get("domain") for row in rows}
     for name in names:
@@ -222,7 +222,7 @@ def _sampling_problems(recipe: Recipe, stage: Any, rows: Rows, notes: list[str])
         try:
             json.dumps(row)
         except (TypeError, ValueError, RecursionError) as error:
-            yield f"train_files: {place(row, i)}: cannot be written to data.jsonl: {error}"
+            yield f"train_files: {location(row, i)}: cannot be written to data.jsonl: {error}"
             return
 
 
@@ -233,14 +233,14 @@ def _language_problems(key: str, rows: Rows) -> Iterator[str]:
     for i, row in enumerate(rows):
         language = row.get("language")
         if not isinstance(language, str | None):
-            yield f"{key}: {place(row, i)}: column 'language' is {shown(language)}, expected a code such as 'en'"
+            yield f"{key}: {location(row, i)}: column 'language' is {shown(language)}, expected a code such as 'en'"
             return
         if language in known:
             continue
         try:
             target_scripts(language)  # type: ignore[arg-type]
         except ValueError as error:
-            yield f"{key}: {place(row, i)}: {error}"
+            yield f"{key}: {location(row, i)}: {error}"
             return
         known.add(language)
 
@@ -249,10 +249,10 @@ def _few_shot_problems(stage: Any, examples: Rows, rows: Rows) -> Iterator[str]:
     key = "few_shot.examples_files"
     for i, row in enumerate(examples):
         if missing := [name for name in ("reasoning", "answer") if row.get(name) is None]:
-            yield f"{key}: {place(row, i)} lacks {' and '.join(missing)}"
+            yield f"{key}: {location(row, i)} lacks {' and '.join(missing)}"
         for name in ("prompt", "reasoning", "answer", "language"):
             if not isinstance(row.get(name), str | None):
-                yield f"{key}: {place(row, i)}: column {name!r} is {shown(row[name])}, expected a string"
+                yield f"{key}: {location(row, i)}: column {name!r} is {shown(row[name])}, expected a string"
                 return
     shown_in = Counter(row.get("language") for row in examples)
     for language in dict.fromkeys(row.get("language") for row in rows):
@@ -279,7 +279,7 @@ def _gold_problems(recipe: Recipe, key: str, rows: Rows, notes: list[str]) -> It
     wrong = [row for row in judged if _spelled(row.get("answer")) in unread]
     if not wrong:
         return
-    first = f"the first: {place(wrong[0], 0)}: {shown(wrong[0].get('answer'))}"
+    first = f"the first: {location(wrong[0], 0)}: {shown(wrong[0].get('answer'))}"
     if len(wrong) == len(judged):
         yield f"{key}: accuracy can read the answer of no row, so it would score none; {first}"
         return

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from r1fast.observe.page import build_report
 from r1fast.observe.progress import summary_table
-from r1fast.observe.report import build_report
 from r1fast.observe.run_data import load_run
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from r1fast.dist.mesh import Dist
+from r1fast.parallel.mesh import Dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_REQUEST_S = 2.0  # a launcher passes on what the terminal sent to all: one request, though two signals

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from r1fast.dist.mesh import Dist
+    from r1fast.parallel.mesh import Dist
     from r1fast.resume import Change, Saved
     from r1fast.schema import Recipe
     from r1fast.stopping import Stop
@@ -109,7 +109,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 @dataclass(frozen=True)
-class Request:
+class CommandLine:
     """What is asked for, checked: a recipe in a folder, the stages to run, and the run that is resumed, if one is."""
 
     recipe: "Recipe"
@@ -170,7 +170,7 @@ def hold(held: ExitStack, run_dir: Path) -> None:
         held.enter_context(locked(run_dir))
 
 
-def resolve(args: argparse.Namespace, overrides: list[str]) -> Request:
+def resolve(args: argparse.Namespace, overrides: list[str]) -> CommandLine:
     """The recipe, the run directory and the stages to run, all checked; ConfigError before anything is written"""
     from r1fast.config import ConfigError, load_recipe, shown
     from r1fast.resume import changes, read_run
@@ -205,7 +205,7 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> Request:
             say(line)
     for note in notes:
         say(f"note: {note}")
-    return Request(recipe, run_dir, selected, saved, changed, args.stages)
+    return CommandLine(recipe, run_dir, selected, saved, changed, args.stages)
 
 
 def accept_inputs(saved: "Saved", recipe: "Recipe", left: list[str], *, accept: bool) -> "list[Change]":
@@ -224,11 +224,11 @@ def accept_inputs(saved: "Saved", recipe: "Recipe", left: list[str], *, accept: 
     return found
 
 
-def run(request: Request, held: ExitStack) -> int:
+def run(request: CommandLine, held: ExitStack) -> int:
     import torch
 
     from r1fast.config import ConfigError
-    from r1fast.dist.mesh import init_distributed
+    from r1fast.parallel.mesh import init_distributed
     from r1fast.rollout.vllm_process import InProcess
     from r1fast.stopping import Stop, Stopped
 
@@ -273,9 +273,9 @@ def begin(run_dir: Path, dist: "Dist", held: ExitStack) -> str:
     return dist.all_gather_objects(problem)[0]
 
 
-def execute(request: Request, run_dir: Path, dist: "Dist", stop: "Stop") -> int:
+def execute(request: CommandLine, run_dir: Path, dist: "Dist", stop: "Stop") -> int:
+    from r1fast.observe.page import build_report
     from r1fast.observe.progress import summary_table
-    from r1fast.observe.report import build_report
     from r1fast.pipeline import Run
 
     chain = Run(request.recipe, run_dir, dist, stop)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("models", "rollout", "rewards", "data", "dist", "observe")
+ROOMS = ("models", "rollout", "rewards", "data", "parallel", "observe")
 UPSTAIRS = ("r1fast.stages", "r1fast.pipeline", "r1fast.train", "r1fast.preflight")
 SOURCES = sorted([*(ROOT / "r1fast").rglob("*.py"), *(ROOT / "kernels" / "r1fast_kernels").rglob("*.py")])
 
@@ -91,11 +91,11 @@ def test_rooms_do_not_import_what_uses_them(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["rewards", "data"])
 def test_rewards_and_data_do_not_import_models(name: str) -> None:
-    assert offences(room(name), "r1fast.models", "r1fast.rollout", "r1fast.dist") == []
+    assert offences(room(name), "r1fast.models", "r1fast.rollout", "r1fast.parallel") == []
 
 
 def test_models_know_nothing_of_the_mesh() -> None:
-    assert offences(room("models"), "r1fast.dist", "torch.distributed") == []
+    assert offences(room("models"), "r1fast.parallel", "torch.distributed") == []
 
 
 def test_stages_do_not_import_the_pipeline() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from r1fast import pipeline
 from r1fast.config import ConfigError
-from r1fast.dist.mesh import Dist
+from r1fast.parallel.mesh import Dist
 from r1fast.pipeline import Run, check_references, references
 from r1fast.resume import read_run
 from r1fast.run_folder import read_record

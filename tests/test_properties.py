@@ -18,9 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from r1fast.config import RECIPES, ConfigError, dump_recipe, load_recipe, validate
 from r1fast.data.packing import balance, pack
 from r1fast.rollout.blocks import BlockPool
-from r1fast.stages.batch import Example, collate
 from r1fast.stages.grpo import Learner
-from r1fast.stages.sampling import Sample
+from r1fast.stages.packed import Example, collate
+from r1fast.stages.sampler import Sample
 from r1fast.stages.scoring import punish_overlong
 from r1fast_kernels import dispatch, group_advantages
 

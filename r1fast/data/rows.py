@@ -61,7 +61,7 @@ class Row(dict[str, Any]):
         self.where = where
 
 
-def place(row: Mapping[str, Any], index: int) -> str:
+def location(row: Mapping[str, Any], index: int) -> str:
     """Where a row stands, or its number where it comes from no source."""
     return row.where if isinstance(row, Row) else f"row {index + 1}"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from r1fast.models.config import ModelConfig
+from r1fast.models.model_config import ModelConfig
 from r1fast_kernels.decode_attention import BLOCK
 from r1fast_kernels.decode_layers import DecodeLayers
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from r1fast.models import structure
 from r1fast.models.attention import AttentionPlan
 from r1fast.models.cache import BlockCache, DecodeStep
-from r1fast.models.config import ModelConfig
 from r1fast.models.gqa import GroupedQueryAttention
 from r1fast.models.layers import MLP, Head, HeadFn, Linear, OpModule, RMSNorm
 from r1fast.models.mla import LATENT_NORM_EPS, LatentAttention
+from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import Experts, Gate, MoE, Routing
 from r1fast.models.rope import Rope, Rotary, softmax_scale
 from r1fast_kernels.decode_layers import MOST_PROMPT_TOKENS, DecodeLayers, LayersSpec

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from r1fast.models.attention import AttentionPlan, packed_attention
 from r1fast.models.cache import BlockCache, DecodeStep
-from r1fast.models.config import ModelConfig
 from r1fast.models.layers import Linear, OpModule, RMSNorm
+from r1fast.models.model_config import ModelConfig
 from r1fast.models.rope import Rope, softmax_scale
 from r1fast_kernels import decode_attention
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from r1fast.models.attention import AttentionPlan
-from r1fast.models.config import ModelConfig
 from r1fast.models.layers import MLP, OpModule
+from r1fast.models.model_config import ModelConfig
 from r1fast_kernels import moe_experts, route_topk
 from r1fast_kernels.products import linear_fp32
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from r1fast.models.config import ModelConfig
+from r1fast.models.model_config import ModelConfig
 
 StateDict = dict[str, Tensor]
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from r1fast.models.config import ModelConfig
+from r1fast.models.model_config import ModelConfig
 
 
 class Rope(NamedTuple):

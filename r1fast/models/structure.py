@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r1fast.models.config import ModelConfig
+from r1fast.models.model_config import ModelConfig
 
 _WRAPPED = "_checkpoint_wrapped_module"
 _METHODS = ("forward", "decode", "_mlp", "_project", "_queries", "_latents", "_cached")

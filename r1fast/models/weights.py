@@ -24,8 +24,8 @@ from transformers import (
 )
 from transformers import __version__ as transformers_version
 
-from r1fast.models.config import FAMILIES, ModelConfig
 from r1fast.models.decoder import Decoder
+from r1fast.models.model_config import FAMILIES, ModelConfig
 from r1fast.models.names import StateDict, disk_name, from_hf_names, is_left_out, some, to_hf_names
 
 logger = logging.getLogger(__name__)

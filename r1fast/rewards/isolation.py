@@ -29,7 +29,7 @@ LATER_TRY = 0.25  # of the limit
 MAX_PROBES = 3
 
 
-class Call(Protocol):
+class RewardCall(Protocol):
     def __call__(
         self, rows: Sequence[int], timeout_s: float, *, empty: bool = False, fresh: bool = False
     ) -> tuple[Values, dict[int, str]]:
@@ -49,7 +49,7 @@ class Outcome:
 class Isolation:
     """The calls of one reward in one step. Its methods may run in several threads, each with rows of its own."""
 
-    def __init__(self, call: Call, timeout_s: float, prompt_of: Callable[[int], Hashable]) -> None:
+    def __init__(self, call: RewardCall, timeout_s: float, prompt_of: Callable[[int], Hashable]) -> None:
         """prompt_of: what is the same for rows that differ in nothing but their completions."""
         self._call, self._timeout_s, self._prompt_of = call, timeout_s, prompt_of
         self._lock = threading.Lock()

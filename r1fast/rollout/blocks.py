@@ -3,28 +3,28 @@
 
 class BlockPool:
     def __init__(self, num_blocks: int) -> None:
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._holders = [0] * num_blocks
+        self._free_blocks = list(range(num_blocks - 1, -1, -1))
+        self._references = [0] * num_blocks
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._free_blocks)
 
-    def take(self, count: int) -> list[int]:
+    def allocate(self, count: int) -> list[int]:
         assert count <= self.num_free, f"{count=} {self.num_free=}"
-        blocks = [self._free.pop() for _ in range(count)]
+        blocks = [self._free_blocks.pop() for _ in range(count)]
         for block in blocks:
-            self._holders[block] = 1
+            self._references[block] = 1
         return blocks
 
-    def share(self, blocks: list[int]) -> None:
+    def add_reference(self, blocks: list[int]) -> None:
         for block in blocks:
-            assert self._holders[block] > 0, f"{block=} is free"
-            self._holders[block] += 1
+            assert self._references[block] > 0, f"{block=} is free"
+            self._references[block] += 1
 
-    def give_back(self, blocks: list[int]) -> None:
+    def free(self, blocks: list[int]) -> None:
         for block in blocks:
-            assert self._holders[block] > 0, f"{block=} is free"
-            self._holders[block] -= 1
-            if self._holders[block] == 0:
-                self._free.append(block)
+            assert self._references[block] > 0, f"{block=} is free"
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free_blocks.append(block)

@@ -1,4 +1,4 @@
-"""Generation with the trainer's own weights: the engine that callers see. How rows decode together is in batch.py."""
+"""Generation with the trainer's own weights: the engine that callers see. How rows decode together: scheduler.py."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,9 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from r1fast.models.cache import BlockCache, free_memory
 from r1fast.models.decoder import Decoder
-from r1fast.rollout.batch import Batch, Prompt, Sampled, num_blocks_of
 from r1fast.rollout.graphs import CAPTURES, StepGraphs
-from r1fast.rollout.prompts import encode_text_prompts
 from r1fast.rollout.sampling import (
     Completion,
     SamplingParams,
@@ -18,6 +16,8 @@ from r1fast.rollout.sampling import (
     eos_token_ids,
     sample_keys,
 )
+from r1fast.rollout.scheduler import SampledTokens, Scheduler, SequenceGroup, num_blocks_of
+from r1fast.rollout.tokenization import encode_text_prompts
 
 RawPrompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
@@ -84,7 +84,7 @@ class RolloutEngine:
     ) -> list[list[Completion]]:
         """`params.n` completions for each prompt, in order.
 
-        prompts: strings (encoded as prompts.py does, like training's) or lists of token ids. sequence_ids: one integer
+        prompts: strings (encoded like training's, tokenization.py) or lists of token ids. sequence_ids: one integer
         per prompt that stands for it in the noise (default: its index), so that a prompt gets the same completions in
         whichever call or rank it is sampled. on_progress(num_finished, num_total) counts completions.
         Raises ValueError, before any work, for a prompt that is empty, too long or not of the vocabulary; and
@@ -105,9 +105,9 @@ class RolloutEngine:
         max_rows = min(self.max_num_seqs, num_total)
         graphs = self._graphs(max_rows)
         num_blocks = self._num_blocks(distinct, max_rows, params.max_tokens, spare=0 if graphs is None else 1)
-        sampled: dict[int, Sampled] = {}
+        sampled: dict[int, SampledTokens] = {}
 
-        def finish(index: int, sample: Sampled) -> None:
+        def finish(index: int, sample: SampledTokens) -> None:
             sampled[index] = sample
             if on_progress is not None:
                 on_progress(len(sampled), num_total)
@@ -119,14 +119,14 @@ class RolloutEngine:
             self.model.use_kernels(impl)
         try:
             with torch.cuda.device_of(self.model.embed_tokens.weight):
-                Batch(
+                Scheduler(
                     self.model,
                     distinct,
                     params,
                     stop_ids,
                     num_blocks=num_blocks,
                     max_rows=max_rows,
-                    max_tokens_at_once=self.max_num_batched_tokens,
+                    max_num_batched_tokens=self.max_num_batched_tokens,
                     impl=impl,
                     record_experts=self.enable_return_routed_experts,
                     graphs=graphs,
@@ -144,16 +144,16 @@ class RolloutEngine:
 
     def _distinct(
         self, prompt_ids: list[list[int]], sequence_ids: Sequence[int], params: SamplingParams
-    ) -> list[Prompt]:
+    ) -> list[SequenceGroup]:
         """A prompt given twice is computed once, and its samples enter together."""
         keys = sample_keys(
             params.seed,
             torch.tensor(sequence_ids, dtype=torch.int64).repeat_interleave(params.n),
             torch.arange(params.n).repeat(len(prompt_ids)),
         ).tolist()
-        distinct: dict[tuple[int, ...], Prompt] = {}
+        distinct: dict[tuple[int, ...], SequenceGroup] = {}
         for p, ids in enumerate(prompt_ids):
-            prompt = distinct.setdefault(tuple(ids), Prompt(ids))
+            prompt = distinct.setdefault(tuple(ids), SequenceGroup(ids))
             prompt.waiting += ((index, keys[index]) for index in range(p * params.n, (p + 1) * params.n))
         return list(distinct.values())
 
@@ -164,7 +164,7 @@ class RolloutEngine:
             return None
         return StepGraphs(max_rows, capture())
 
-    def _num_blocks(self, prompts: list[Prompt], rows: int, max_tokens: int, *, spare: int) -> int:
+    def _num_blocks(self, prompts: list[SequenceGroup], rows: int, max_tokens: int, *, spare: int) -> int:
         """What the rows need and `spare` more, or what the budget has room for. Raises when one sample needs more."""
         most_shared = max(num_blocks_of(len(prompt.ids)) for prompt in prompts)
         most_own = max(prompt.num_own(max_tokens) for prompt in prompts)
@@ -226,7 +226,7 @@ class RolloutEngine:
             )
         return sorted(i for i in stop_ids if i < vocab_size)
 
-    def _completions(self, sampled: list[Sampled], stop_ids: list[int]) -> list[Completion]:
+    def _completions(self, sampled: list[SampledTokens], stop_ids: list[int]) -> list[Completion]:
         stops = set(stop_ids)
         stopped = [sample.token_ids[-1] in stops for sample in sampled]
         shown = [x.token_ids[:-1] if end else x.token_ids for x, end in zip(sampled, stopped)]

@@ -1,7 +1,7 @@
 """CUDA graphs of the decode step: one launch a token. Alone, its thousand kernels take the host longer to launch than
 a GPU to run.
 
-A graph steps a fixed number of rows, its bucket; behind the rows in use is padding (rows.py). As rows leave:
+A graph steps a fixed number of rows, its bucket; behind the rows in use is padding (input_batch.py). As rows leave:
 
     rows in use     256 ......... 128 | 127 ...... 64 | 63 ...
     step by step    8                 |               |              eager: what is short is not captured

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from r1fast.models.config import ModelConfig
+from r1fast.models.model_config import ModelConfig
 
 FinishReason = Literal["stop", "length"]
 

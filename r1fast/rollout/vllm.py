@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
+from r1fast.models.model_config import ModelConfig
 from r1fast.models.weights import StateDict
 from r1fast.rollout.sampling import (
     Completion,
@@ -57,7 +57,7 @@ class WeightsLostError(RolloutError):
 
 
 @dataclass(slots=True)
-class Sampled:
+class VllmSample:
     """One completion as vLLM returns it; routed_experts [prompt + completion - 1, layers, K] of every layer."""
 
     token_ids: list[int]
@@ -72,7 +72,7 @@ class Backend(Protocol):
     def load(self, model: Decoder, *, zero_first: bool) -> None:
         """Make the model's weights, gathered here, those of vLLM, and forget every cached prefix."""
 
-    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[Sampled]]:
+    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[VllmSample]]:
         """The samples of each prompt, by vLLM's sampling parameters."""
 
     def rest(self) -> None:
@@ -155,7 +155,7 @@ class VllmEngine:
         return gap
 
     @torch.no_grad()
-    def _trainer_logprobs(self, prompt: list[int], sampled: Sampled, params: SamplingParams) -> Tensor:
+    def _trainer_logprobs(self, prompt: list[int], sampled: VllmSample, params: SamplingParams) -> Tensor:
         device = self.model.embed_tokens.weight.device
         inputs_T = torch.tensor([*prompt, *sampled.token_ids[:-1]], device=device)
         cu_seqlens = torch.tensor([0, len(inputs_T)], dtype=torch.int32, device=device)
@@ -168,7 +168,7 @@ class VllmEngine:
         )
         return logprobs_T.cpu()  # type: ignore[union-attr]
 
-    def _sample(self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]) -> list[list[Sampled]]:
+    def _sample(self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]) -> list[list[VllmSample]]:
         stop_ids = self._stop_ids(params)
         outputs = self.backend.complete(prompts, [request(params, seed, stop_ids) for seed in seeds])
         for prompt, samples in zip(prompts, outputs, strict=True):
@@ -180,7 +180,7 @@ class VllmEngine:
         eos_ids = set() if params.ignore_eos else eos_token_ids(self.model.config, self.tokenizer)
         return sorted({*(params.stop_token_ids or ()), *(i for i in eos_ids if i < self.model.config.vocab_size)})
 
-    def _completions(self, prompt: list[int], samples: list[Sampled], params: SamplingParams) -> list[Completion]:
+    def _completions(self, prompt: list[int], samples: list[VllmSample], params: SamplingParams) -> list[Completion]:
         stop_ids = self._stop_ids(params)
         stopped = [sample.token_ids[-1] in stop_ids for sample in samples]
         texts = completion_texts(
@@ -219,7 +219,7 @@ def check_params(params: SamplingParams) -> None:
         )
 
 
-def check_lengths(prompt: list[int], samples: list[Sampled], max_tokens: int) -> None:
+def check_lengths(prompt: list[int], samples: list[VllmSample], max_tokens: int) -> None:
     """vLLM ends completions at its max_model_len without a word; the trainer would take them for whole."""
     for sample in samples:
         if sample.finish_reason != "stop" and len(sample.token_ids) < max_tokens:
@@ -248,7 +248,7 @@ def request(params: SamplingParams, seed: int, stop_ids: list[int]) -> dict[str,
     }
 
 
-def moe_rows(sample: Sampled, prompt_length: int, config: ModelConfig) -> np.ndarray:
+def moe_rows(sample: VllmSample, prompt_length: int, config: ModelConfig) -> np.ndarray:
     """int16 [prompt + completion - 1, L, K] of the MoE layers, from rows of every layer."""
     expected = (prompt_length + len(sample.token_ids) - 1, config.num_hidden_layers, config.num_experts_per_tok)
     found = None if sample.routed_experts is None else sample.routed_experts.shape

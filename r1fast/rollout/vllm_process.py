@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
+from r1fast.models.model_config import ModelConfig
 from r1fast.models.weights import to_hf_names
-from r1fast.rollout.vllm import RolloutError, Sampled, whole_state
+from r1fast.rollout.vllm import RolloutError, VllmSample, whole_state
 
 
 class InProcess:
@@ -85,7 +85,7 @@ class InProcess:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
 
-    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[Sampled]]:
+    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[VllmSample]]:
         from vllm import SamplingParams as VllmParams
 
         outputs = self.llm.generate(
@@ -95,7 +95,7 @@ class InProcess:
         )
         return [
             [
-                Sampled(
+                VllmSample(
                     list(sample.token_ids),
                     [found[i].logprob for found, i in zip(sample.logprobs, sample.token_ids, strict=True)],
                     sample.finish_reason,

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import save_model, to_hf_names
-from r1fast.rollout.vllm import MAX_PUSHES, RolloutError, Sampled, WeightsLostError, whole_state
+from r1fast.rollout.vllm import MAX_PUSHES, RolloutError, VllmSample, WeightsLostError, whole_state
 
 LONGEST_WAIT_S = 30.0
 RPC = "/collective_rpc"
@@ -151,7 +151,7 @@ class Server:
                 f"vLLM server {self.client.url} did not drop its prefix cache: requests of another client run in it"
             )
 
-    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[Sampled]]:
+    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[VllmSample]]:
         with ThreadPoolExecutor(max(1, self.max_num_seqs // requests[0]["n"])) as pool:
             waiting = [pool.submit(self._one, prompt, parameters) for prompt, parameters in zip(prompts, requests)]
             try:
@@ -172,11 +172,11 @@ class Server:
     def _has_version(self) -> bool:
         return self.client.get("/weight_info")["weight_version"] == self.version
 
-    def _one(self, prompt: list[int], parameters: dict[str, Any]) -> list[Sampled]:
+    def _one(self, prompt: list[int], parameters: dict[str, Any]) -> list[VllmSample]:
         ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}  # texts are decoded here
         answer = self.client.post("/v1/completions", {"prompt": prompt, **parameters, **ids})
         return [
-            Sampled(
+            VllmSample(
                 choice["token_ids"],
                 choice["logprobs"]["token_logprobs"],
                 choice["finish_reason"],

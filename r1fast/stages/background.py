@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from r1fast.dist.parallelize import copy_whole_weights
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model
+from r1fast.parallel.parallelize import copy_whole_weights
 from r1fast.stages.context import StageContext
-from r1fast.stages.sampling import Call, Sample, Sampler, Share
+from r1fast.stages.sampler import Sample, Sampler, SamplingCall, Share
 
 
 class BackgroundSampler(Sampler):
@@ -33,7 +33,7 @@ class BackgroundSampler(Sampler):
         self.stream = torch.cuda.Stream(ctx.dist.device) if ctx.dist.device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout")
 
-    def start(self, call: Call) -> Callable[[], list[Sample]]:
+    def start(self, call: SamplingCall) -> Callable[[], list[Sample]]:
         with self.ctx.phase("generate"):
             copy_whole_weights(self.policy, self.model)
             if self.stream is not None:
@@ -41,10 +41,10 @@ class BackgroundSampler(Sampler):
         future = self.thread.submit(self.run, call)
         return lambda: self._finish(call, future)
 
-    def run(self, call: Call) -> Share:
+    def run(self, call: SamplingCall) -> Share:
         with torch.cuda.stream(self.stream):  # None: nothing. A new thread has neither the stream nor the device
             return super().run(call)
 
-    def _finish(self, call: Call, future: Future[Share]) -> list[Sample]:
+    def _finish(self, call: SamplingCall, future: Future[Share]) -> list[Sample]:
         with self.ctx.phase("generate"):  # what of it the training did not hide
             return self.gather(call, future.result())

@@ -10,12 +10,12 @@ from typing import Any
 from r1fast.config import ConfigError
 from r1fast.data.sources import load_rows
 from r1fast.data.templates import FEW_SHOT_STOP, RESPONSE_FORMATS, render_prompt
-from r1fast.rollout.prompts import encode_text_prompts
+from r1fast.rollout.tokenization import encode_text_prompts
 from r1fast.schema import FewShotOptions
-from r1fast.stages.batch import Prompt
 from r1fast.stages.context import StageContext
+from r1fast.stages.packed import Prompt
 from r1fast.stages.reject import select, sft_row
-from r1fast.stages.sampling import Sample, Sampler
+from r1fast.stages.sampler import Sample, Sampler
 
 FEW_SHOT_FORMAT = "special_token"  # the layout of the few_shot template's solutions
 
@@ -40,7 +40,7 @@ def own_samples(ctx: StageContext, rows: list[dict]) -> list[Sample]:
     sampler = Sampler(ctx, model, tokenizer)
     samples = sampler.generate(rows, n=stage.num_samples, temperature=stage.temperature, seed=ctx.seed)
     for sample in samples:
-        _lay_out(sample, stage.response_format, stage.output_format)
+        _reformat(sample, stage.response_format, stage.output_format)
     return samples
 
 
@@ -75,11 +75,11 @@ def few_shot_samples(ctx: StageContext, rows: list[dict], first_group: int) -> l
         sample.text = text
         if stop:  # it went on to a next problem: this one is complete
             sample.finish_reason = "stop"
-        _lay_out(sample, FEW_SHOT_FORMAT, ctx.stage.output_format)
+        _reformat(sample, FEW_SHOT_FORMAT, ctx.stage.output_format)
     return samples
 
 
-def _lay_out(sample: Sample, written: str, wanted: str) -> None:
+def _reformat(sample: Sample, written: str, wanted: str) -> None:
     """Rewrite a well-formed response from one form into another; leave others for the filter to drop."""
     parsed = RESPONSE_FORMATS[written].parse(sample.text, prefilled=sample.prefilled)
     if parsed.well_formed and parsed.reasoning and parsed.answer:

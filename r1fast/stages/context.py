@@ -15,14 +15,14 @@ from torch import nn
 
 from r1fast.config import ConfigError
 from r1fast.data.chat_templates import chat_template
-from r1fast.dist.mesh import Dist
-from r1fast.dist.parallelize import full_state_dict, parallelize
 from r1fast.fingerprints import fingerprint
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model, save_model
 from r1fast.observe.metrics import StageLog
 from r1fast.observe.progress import active_progress
-from r1fast.rollout.prompts import leading_ids
+from r1fast.parallel.mesh import Dist
+from r1fast.parallel.parallelize import full_state_dict, parallelize
+from r1fast.rollout.tokenization import leading_ids
 from r1fast.run_folder import replace_file, replace_folder
 from r1fast.schema import Recipe
 from r1fast.stopping import Stop
@@ -180,7 +180,7 @@ class StageContext:
         seconds = self.earlier.get("seconds", 0.0) + time.monotonic() - self.started
         return {"seconds": round(seconds, 2), "phases": {name: round(value, 2) for name, value in phases.items()}}
 
-    def take_up_clock(self, saved: dict[str, Any]) -> None:
+    def resume_clock(self, saved: dict[str, Any]) -> None:
         """A checkpoint's clock counts where it is ahead of summary.json's, which a kill left behind."""
         if saved["seconds"] > self.earlier.get("seconds", 0.0):
             self.earlier = saved

@@ -8,7 +8,7 @@ from typing import Any
 from r1fast.data.sources import load_rows
 from r1fast.stages.context import StageContext
 from r1fast.stages.reject import select, sft_row
-from r1fast.stages.sampling import Sampler
+from r1fast.stages.sampler import Sampler
 from r1fast.stages.sft import fine_tune
 
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from r1fast.config import ConfigError
-from r1fast.dist.mesh import Dist
 from r1fast.models.decoder import Decoder
+from r1fast.parallel.mesh import Dist
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.vllm import Backend, RolloutError, VllmEngine
 from r1fast.rollout.vllm_process import InProcess

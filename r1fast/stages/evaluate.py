@@ -11,12 +11,12 @@ import torch
 
 from r1fast.config import ConfigError
 from r1fast.data.sources import load_rows
-from r1fast.dist.parallelize import local_tensor
 from r1fast.models.decoder import Decoder
 from r1fast.models.names import some
+from r1fast.parallel.parallelize import local_tensor
 from r1fast.rewards.accuracy import last_box, plain_number
 from r1fast.stages.context import StageContext
-from r1fast.stages.sampling import Sample, Sampler, by_group, summary_of
+from r1fast.stages.sampler import Sample, Sampler, by_group, summary_of
 from r1fast.stages.scoring import Scorer
 
 EVAL_SEED = 1_000_003  # noise of its own: an evaluation never repeats a rollout's

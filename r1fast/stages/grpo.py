@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from r1fast.config import ConfigError
-from r1fast.data.rows import Row, place
+from r1fast.data.rows import Row, location
 from r1fast.data.sources import load_rows
-from r1fast.dist.parallelize import copy_weights
 from r1fast.models.decoder import Decoder
+from r1fast.parallel.parallelize import copy_weights
 from r1fast.schema import GRPOStage
-from r1fast.stages.batch import Batch, Example
 from r1fast.stages.context import StageContext
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
 from r1fast.stages.measures import Max, Mean, Measures, merge, numbers
+from r1fast.stages.packed import Example, PackedBatch
 from r1fast.stages.reward_model import RewardModels
 from r1fast.stages.rollouts import Rollouts
-from r1fast.stages.sampling import GenerationFailed, Sample, by_group
+from r1fast.stages.sampler import GenerationFailed, Sample, by_group
 from r1fast.stages.scoring import NothingScored, Scorer, punish_overlong, total_rewards
 from r1fast.stages.training import LossFn, Trainer, map_packed
 from r1fast.stopping import Stopped
@@ -44,7 +44,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     rows = load_rows(ctx.sources(stage.train_files), "prompts")
     # A step may draw from one file alone; a reward still gets the columns of all.
     columns = dict.fromkeys(name for row in rows for name in row)
-    rows = [Row({name: row.get(name) for name in columns}, place(row, i)) for i, row in enumerate(rows)]
+    rows = [Row({name: row.get(name) for name in columns}, location(row, i)) for i, row in enumerate(rows)]
     if len(rows) < stage.prompts_per_step:
         raise ConfigError(
             f"stages.{stage.name}: {len(rows)} prompts in {', '.join(stage.train_files)}, fewer than "
@@ -117,7 +117,7 @@ class Learner:
             # As the step before left it, unless a minibatch has moved the weights or the next rollout is under way:
             # then the last checkpoint is what there is.
             if self.trainer.step == updates and not self.ctx.recipe.rollout.async_steps:
-                self.rollouts.give_back(by_group(samples))
+                self.rollouts.put_back(by_group(samples))
                 self.trainer.save_good(step, rollouts=step, sampling=self.rollouts.state())
             raise
         if self.stage.partial_rollout_length:
@@ -125,7 +125,7 @@ class Learner:
         return samples, metrics
 
     def rollout(self, step: int) -> list[Sample]:
-        groups = self.rollouts.take()
+        groups = self.rollouts.next_groups()
         if not self.stage.dynamic_sampling_refills:
             self._sample_ahead(step)
         return [sample for group in groups for sample in group]
@@ -163,9 +163,9 @@ class Learner:
             if not equal:
                 break
             try:
-                fresh = self.rollouts.in_place_of([groups[i] for i in equal])
+                fresh = self.rollouts.replacements([groups[i] for i in equal])
             except (GenerationFailed, Stopped):
-                self.rollouts.give_back(groups)
+                self.rollouts.put_back(groups)
                 raise
             if fresh:
                 metrics["rewards/failures"] += self.reward([sample for group in fresh for sample in group])
@@ -204,7 +204,7 @@ class Learner:
         return examples
 
     def _fill(self, examples: list[Example], name: str, model: Decoder, *, router_replay: bool = False) -> None:
-        def head(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+        def head(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
             return linear_logprobs(  # type: ignore[return-value]
                 hidden_TD.index_select(0, batch.loss_index_M),
                 weight_VD,
@@ -265,7 +265,7 @@ def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
     num_samples = len(examples)
     is_cap = importance_cap(ctx)
 
-    def loss_fn(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
+    def loss_fn(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
         values = batch.values
         loss, metrics = linear_grpo_loss(
             hidden_TD.index_select(0, batch.loss_index_M),
@@ -294,7 +294,7 @@ def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
     return loss_fn
 
 
-def policy_measures(metrics: dict[str, Tensor], batch: Batch, stage: GRPOStage) -> Measures:
+def policy_measures(metrics: dict[str, Tensor], batch: PackedBatch, stage: GRPOStage) -> Measures:
     """The op's means of one batch, with what they are means of: tokens, or samples where a ratio is of a sample."""
     num_tokens, num_samples = len(batch.target_ids_M), len(batch.loss_cu_seqlens) - 1
     measures: Measures = {}

@@ -9,12 +9,12 @@ from r1fast.config import ConfigError
 from r1fast.data.rows import prompt_and_target, texts_of
 from r1fast.data.sources import load_rows
 from r1fast.data.tokenizer import TAGS, train_tokenizer
-from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
+from r1fast.models.model_config import ModelConfig
 from r1fast.models.weights import load_tokenizer
-from r1fast.stages.batch import check_lengths, encode_examples
 from r1fast.stages.context import StageContext
 from r1fast.stages.evaluate import evaluate_end
+from r1fast.stages.packed import check_lengths, encode_examples
 from r1fast.stages.sft import train
 
 

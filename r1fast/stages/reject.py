@@ -14,7 +14,7 @@ from r1fast.data.sources import load_rows
 from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.rewards.filters import check_completion
 from r1fast.stages.context import StageContext
-from r1fast.stages.sampling import Sample, Sampler
+from r1fast.stages.sampler import Sample, Sampler
 from r1fast.stages.scoring import Scorer
 
 

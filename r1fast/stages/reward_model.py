@@ -17,10 +17,10 @@ from r1fast.data.sources import load_rows
 from r1fast.data.templates import RESPONSE_FORMATS, target_text
 from r1fast.models.decoder import Decoder
 from r1fast.schema import RewardModelSpec
-from r1fast.stages.batch import Batch, Example, check_lengths, encode_with_targets, of_rows
 from r1fast.stages.context import StageContext
 from r1fast.stages.measures import Mean, Measures
-from r1fast.stages.sampling import Sample, summary_of
+from r1fast.stages.packed import Example, PackedBatch, check_lengths, encode_with_targets, of_rows
+from r1fast.stages.sampler import Sample, summary_of
 from r1fast.stages.training import LossFn, Trainer, map_packed
 
 
@@ -81,7 +81,7 @@ def score_examples(tokenizer: Any, rows: Sequence[dict], targets: Sequence[Any],
     return [Example(prompt, [*ids, eos, eos], {}) for prompt, ids in zip(prompts, texts, strict=True)]
 
 
-def score_head(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+def score_head(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
     """scores_N: the scalar head at the last input of each sequence."""
     last_N = batch.cu_seqlens[1:].long() - 1
     return (hidden_TD.index_select(0, last_N).float() @ weight_VD.float().T).squeeze(-1)
@@ -91,7 +91,7 @@ def preference_loss(num_units: int, ctx: StageContext) -> LossFn:
     """Mean over the units of -log sigmoid(chosen - rejected) (Bradley-Terry), or of binary cross-entropy."""
     stage = ctx.stage
 
-    def loss_fn(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
+    def loss_fn(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
         scores_N = score_head(batch, hidden_TD, weight_VD)
         if stage.loss == "pointwise":
             label_N = batch.values["label"]

@@ -23,10 +23,10 @@ from r1fast.config import ConfigError
 from r1fast.models.decoder import Decoder
 from r1fast.schema import GRPOStage
 from r1fast.stages.background import BackgroundSampler
-from r1fast.stages.batch import Prompt
 from r1fast.stages.context import StageContext
-from r1fast.stages.prompts import Prompts
-from r1fast.stages.sampling import Call, GenerationFailed, Sample, Sampler
+from r1fast.stages.packed import Prompt
+from r1fast.stages.prompt_order import PromptOrder
+from r1fast.stages.sampler import GenerationFailed, Sample, Sampler, SamplingCall
 from r1fast.stopping import Stopped
 
 Group = list[Sample]  # of one prompt; sample.group is the number of prompts that were drawn before it
@@ -39,8 +39,8 @@ class Rollouts:
         self.ctx = ctx
         self.stage: GRPOStage = ctx.stage
         self.rows = rows
-        self.place_of = {id(row): place for place, row in enumerate(rows)}
-        self.prompts = Prompts(rows, self.stage, ctx.seed)
+        self.index_of = {id(row): index for index, row in enumerate(rows)}
+        self.prompts = PromptOrder(rows, self.stage, ctx.seed)
         ahead = ctx.recipe.rollout.async_steps > 0
         self.sampler = (
             BackgroundSampler(ctx, policy, tokenizer) if ahead else Sampler(ctx, policy, tokenizer, record=True)
@@ -55,36 +55,36 @@ class Rollouts:
         self.groups += self._draw(Counter(self.prompts.shares) - under_way)
         self.running = self._start(self.groups)
 
-    def take(self) -> list[Group]:
+    def next_groups(self) -> list[Group]:
         """The complete groups of the next step: prompts_per_step of them, or with partial rollouts at least one."""
-        self.settle()
+        self.wait()
         while not self.sampled or not any(self._is_complete(group) for group in self.groups):
             self.begin()
-            self.settle()
+            self.wait()
         self.sampled = False
         complete = [group for group in self.groups if self._is_complete(group)]
         self.groups = [group for group in self.groups if not self._is_complete(group)]
         return complete
 
-    def in_place_of(self, groups: list[Group]) -> list[Group]:
+    def replacements(self, groups: list[Group]) -> list[Group]:
         """Groups of as many new prompts of the same domains; one that is cut goes on in the next step instead."""
         assert self.running is None, "the sampler is at work on the next step"
-        places = dict(self.prompts.places)
+        positions = dict(self.prompts.positions)
         fresh = self._draw(Counter(self.prompts.domain_of(group[0].row) for group in groups))
         try:
             self._start(fresh)()
         except (GenerationFailed, Stopped):
-            self.prompts.places = places
+            self.prompts.positions = positions
             raise
         self.groups += [group for group in fresh if not self._is_complete(group)]
         return [group for group in fresh if self._is_complete(group)]
 
-    def give_back(self, groups: list[Group]) -> None:
-        """Of a step that ends here: the next take hands these groups on again."""
+    def put_back(self, groups: list[Group]) -> None:
+        """Of a step that ends here: the next step hands these groups on again."""
         self.groups, self.sampled = groups + self.groups, True
 
-    def settle(self) -> None:
-        """Wait for what is being sampled. Should it fail, its prompts stay, and the next take samples them."""
+    def wait(self) -> None:
+        """Wait for what is being sampled. Should it fail, its prompts stay, and the next step samples them."""
         if self.running is not None:
             running, self.running = self.running, None
             running()
@@ -96,29 +96,29 @@ class Rollouts:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, the same on every rank. Waits for what is being sampled: its weights will be gone."""
-        self.settle()
+        self.wait()
         groups = [[self._plain(sample) for sample in group] for group in self.groups]
-        return {"places": self.prompts.places, "groups": groups, "sampled": self.sampled}
+        return {"positions": self.prompts.positions, "groups": groups, "sampled": self.sampled}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """What `state` gave. ConfigError if a row that was sampled for is another by now."""
-        self.prompts.places |= state["places"]
+        self.prompts.positions |= state["positions"]
         self.groups = [[self._sample(values) for values in group] for group in state["groups"]]
         self.sampled = state["sampled"]
 
     def _plain(self, sample: Sample) -> dict[str, Any]:
-        """The row by its place, with a checksum: it may hold what JSON cannot."""
+        """The row by its index, with a checksum: it may hold what JSON cannot."""
         values = {field.name: getattr(sample, field.name) for field in fields(Sample)}
-        return values | {"row": [self.place_of[id(sample.row)], _checksum(sample.row)]}
+        return values | {"row": [self.index_of[id(sample.row)], _checksum(sample.row)]}
 
     def _sample(self, values: dict[str, Any]) -> Sample:
-        place, checksum = values["row"]
-        if place >= len(self.rows) or _checksum(self.rows[place]) != checksum:
+        index, checksum = values["row"]
+        if index >= len(self.rows) or _checksum(self.rows[index]) != checksum:
             raise ConfigError(
-                f"stages.{self.stage.name}.train_files: the checkpoint holds completions of row {place + 1}, which has "
+                f"stages.{self.stage.name}.train_files: the checkpoint holds completions of row {index + 1}, which has "
                 "changed; put the files back, or start a new run"
             )
-        return Sample(**values | {"row": self.rows[place]})
+        return Sample(**values | {"row": self.rows[index]})
 
     def _draw(self, counts: Mapping[str, int]) -> list[Group]:
         first = self.prompts.num_drawn
@@ -142,7 +142,7 @@ class Rollouts:
 
         return finish
 
-    def _wholes(self, groups: list[Group]) -> tuple[list[Sample], Call]:
+    def _wholes(self, groups: list[Group]) -> tuple[list[Sample], SamplingCall]:
         firsts = [group[0] for group in groups]
         call = self.sampler.call(
             [sample.row for sample in firsts],
@@ -154,7 +154,7 @@ class Rollouts:
         )
         return [sample for group in groups for sample in group], call
 
-    def _parts(self, groups: list[Group]) -> tuple[list[Sample], Call]:
+    def _parts(self, groups: list[Group]) -> tuple[list[Sample], SamplingCall]:
         """Each completion is a sequence of its own; its noise goes on where it was, as it depends on the position."""
         n = self.stage.num_generations
         numbered = [(i, s) for group in groups for i, s in enumerate(group) if not self._is_finished(s)]

@@ -9,7 +9,7 @@ from r1fast.config import ConfigError
 from r1fast.rewards.pool import RewardPool, headline
 from r1fast.schema import RewardSpec
 from r1fast.stages.context import StageContext
-from r1fast.stages.sampling import Sample, by_group
+from r1fast.stages.sampler import Sample, by_group
 
 
 class NothingScored(ConfigError):

@@ -8,10 +8,10 @@ from torch import Tensor
 from r1fast.config import ConfigError
 from r1fast.data.sources import load_rows
 from r1fast.models.decoder import Decoder
-from r1fast.stages.batch import Batch, Example, check_lengths, encode_examples
 from r1fast.stages.context import StageContext
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
 from r1fast.stages.measures import Measures
+from r1fast.stages.packed import Example, PackedBatch, check_lengths, encode_examples
 from r1fast.stages.training import LossFn, Trainer
 from r1fast_kernels import linear_cross_entropy
 
@@ -51,7 +51,7 @@ def cross_entropy(examples: Sequence[Example], ctx: StageContext) -> LossFn:
     total = sum(len(example.completion_ids) for example in examples)
     impl = ctx.recipe.kernels.impl
 
-    def loss_fn(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
+    def loss_fn(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
         hidden_MD = hidden_TD.index_select(0, batch.loss_index_M)
         # Prompt tokens are gone already, so every target counts.
         loss = linear_cross_entropy(

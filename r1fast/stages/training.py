@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from r1fast.config import ConfigError
 from r1fast.data.packing import balance, pack
-from r1fast.dist import checkpoint
-from r1fast.dist.optim import build_optimizer, lr_at
-from r1fast.dist.parallelize import grad_norm_and_clip
 from r1fast.models.checks import router_problems
 from r1fast.models.decoder import Decoder
 from r1fast.models.moe import Routing
-from r1fast.stages.batch import Batch, Example, collate, empty_batch
+from r1fast.parallel import checkpoint
+from r1fast.parallel.optim import build_optimizer, lr_at
+from r1fast.parallel.parallelize import grad_norm_and_clip
 from r1fast.stages.context import StageContext
 from r1fast.stages.measures import Mean, Measures, merge, numbers
+from r1fast.stages.packed import Example, PackedBatch, collate, empty_batch
 
 # (batch, hidden_TD, weight_VD) -> (loss already divided by the global count, this batch's part of the metrics)
-LossFn = Callable[[Batch, Tensor, Tensor], tuple[Tensor, Measures]]
+LossFn = Callable[[PackedBatch, Tensor, Tensor], tuple[Tensor, Measures]]
 Unit = Sequence[Example]  # of a row
 
 
@@ -74,7 +74,7 @@ class Trainer:
                 examples = [example for unit in chosen for example in unit]
                 try:
                     with self.ctx.phase("update"):
-                        metrics = numbers(self.update(examples, loss_of(chosen), together=len(chosen[0])))
+                        metrics = numbers(self.update(examples, loss_of(chosen), group_size=len(chosen[0])))
                 except FloatingPointError:
                     self.save_good(self.step)
                     raise
@@ -82,15 +82,15 @@ class Trainer:
                 log.log(self.step, metrics | {"num_tokens": num_tokens, "tokens_per_second": num_tokens / seconds})
                 self.save(self.step, last=self.step == self.total_steps)
 
-    def update(self, examples: Sequence[Example], loss_fn: LossFn, *, together: int = 1) -> Measures:
+    def update(self, examples: Sequence[Example], loss_fn: LossFn, *, group_size: int = 1) -> Measures:
         """One optimizer step on this step's examples, which every rank holds; each rank works on its share.
 
-        together: runs of that many examples stay in one micro-batch, in order (2 for preference pairs).
+        group_size: runs of that many examples stay in one micro-batch, in order (2 for preference pairs).
         Without examples the gradient is 0, and what the optimizer does beside it is done: momentum, weight decay.
         Raises FloatingPointError before the weights change when the loss or the gradient is not finite.
         """
         self.model.train()
-        batches = self._my_batches([examples[i : i + together] for i in range(0, len(examples), together)])
+        batches = self._my_batches([examples[i : i + group_size] for i in range(0, len(examples), group_size)])
         coefficient, device = self.ctx.stage.router_aux_loss_coef, self.ctx.dist.device
         # The balance loss is a mean over the sequences of the step, as every loss is, and a sum over layers.
         scale = torch.tensor(coefficient / max(len(examples), 1), device=device) if coefficient > 0 else None
@@ -140,7 +140,7 @@ class Trainer:
                 f"stages.{ctx.stage.name}: {path} has taken {self.step} optimizer steps, and the recipe has "
                 f"{self.total_steps}: they can become more, or as many as were taken"
             )
-        ctx.take_up_clock(extra["clock"])
+        ctx.resume_clock(extra["clock"])
         return extra
 
     def is_due(self, progress_step: int, *, last: bool) -> bool:
@@ -182,7 +182,7 @@ class Trainer:
         if self.ctx.stage_log is not None:
             self.ctx.stage_log.sync()
 
-    def _my_batches(self, units: list[Sequence[Example]]) -> list[Batch | None]:
+    def _my_batches(self, units: list[Sequence[Example]]) -> list[PackedBatch | None]:
         """Of each rank as many, at least one. None: no work is left, but the rank takes part in every collective."""
         dist = self.ctx.dist
         groups = share(units, self.ctx)
@@ -191,7 +191,7 @@ class Trainer:
         return [*batches, *[None] * (most - len(batches))]
 
     def _forward(
-        self, batch: Batch | None, loss_fn: LossFn, balance_scale: Tensor | None
+        self, batch: PackedBatch | None, loss_fn: LossFn, balance_scale: Tensor | None
     ) -> tuple[Tensor, Measures, Routing | None]:
         if batch is None:
             batch, balance_scale = empty_batch(self.ctx.dist.device), None
@@ -206,7 +206,7 @@ class Trainer:
         )
         return loss, found, routing
 
-    def _routing_measures(self, batch: Batch, routing: Routing) -> Measures:
+    def _routing_measures(self, batch: PackedBatch, routing: Routing) -> Measures:
         found: Measures = {}
         if routing.balance is not None:
             balance = self.ctx.stage.router_aux_loss_coef * routing.balance.double()
@@ -274,7 +274,7 @@ def share(units: Sequence[Sequence[Example]], ctx: StageContext) -> list[list[in
     return [[mine[i] for i in group] for group in groups]
 
 
-def _no_loss(batch: Batch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
+def _no_loss(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
     return hidden_TD.sum() * 0 + weight_VD.sum() * 0, {}
 
 
@@ -283,7 +283,7 @@ def map_packed(
     ctx: StageContext,
     model: Decoder,
     examples: Sequence[Example],
-    head: Callable[[Batch, Tensor, Tensor], Tensor],
+    head: Callable[[PackedBatch, Tensor, Tensor], Tensor],
     *,
     per_token: bool,
     router_replay: bool = False,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from r1fast.data.rows import Row, canonical, place, plain
+from r1fast.data.rows import Row, canonical, location, plain
 
 WHERE = "a.jsonl:7"
 
@@ -113,7 +113,7 @@ def test_what_rows_hold_is_taken(kind: Any, row: dict, expected: dict) -> None:
     read = canonical(row, kind, WHERE)
     assert {name: read[name] for name in expected} == expected
     assert set(row) <= set(read)
-    assert place(read, 3) == WHERE and place(dict(read), 3) == "row 4"
+    assert location(read, 3) == WHERE and location(dict(read), 3) == "row 4"
 
 
 @pytest.mark.parametrize(

@@ -248,8 +248,8 @@ def _check_architecture(stage: dict[str, Any]) -> None:
     """A decoder can be built of it; a small one runs."""
     import torch
 
-    from r1fast.models.config import ModelConfig
     from r1fast.models.decoder import Decoder
+    from r1fast.models.model_config import ModelConfig
 
     config = ModelConfig.from_dict({"vocab_size": stage["vocab_size"], **stage["architecture"]})
     assert max(stage["max_length"], 1) <= config.max_position_embeddings

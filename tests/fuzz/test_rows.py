@@ -17,7 +17,7 @@ import pytest
 from r1fast.data.sources import load_rows
 from r1fast.data.tokenizer import EOS
 from r1fast.models.weights import load_tokenizer
-from r1fast.stages.batch import encode_examples, encode_row_prompts
+from r1fast.stages.packed import encode_examples, encode_row_prompts
 from r1fast.stages.reward_model import encode_units
 from tests.fuzz.rows import KINDS, Case, make_case
 from tests.tiny_checkpoint import GRPO, write_recipe

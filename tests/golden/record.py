@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from r1fast.dist.mesh import init_distributed
+from r1fast.parallel.mesh import init_distributed
 from tests.golden.runs import CURVES, RUNS, curve
 
 

@@ -14,14 +14,14 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from r1fast.dist.mesh import Dist
-from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
+from r1fast.models.model_config import ModelConfig
+from r1fast.parallel.mesh import Dist
 from r1fast.schema import Recipe
-from r1fast.stages.batch import encode_examples
 from r1fast.stages.context import StageContext
 from r1fast.stages.grpo import Learner
-from r1fast.stages.sampling import Sample
+from r1fast.stages.packed import encode_examples
+from r1fast.stages.sampler import Sample
 from r1fast.stages.sft import train
 from r1fast.stages.training import Trainer
 

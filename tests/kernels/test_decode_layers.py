@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from r1fast.models.cache import BlockCache
-from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
+from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import Routing
 from r1fast_kernels import decode_layers as op
 from r1fast_kernels.decode_attention import BLOCK

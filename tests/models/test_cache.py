@@ -3,7 +3,7 @@
 import torch
 
 from r1fast.models.cache import BlockCache, DecodeStep
-from r1fast.models.config import ModelConfig
+from r1fast.models.model_config import ModelConfig
 
 GQA = ModelConfig("llama", 11, 16, 8, 2, 4, num_key_value_heads=2)
 MLA = ModelConfig(

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r1fast.models.cache import BlockCache
-from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
+from r1fast.models.model_config import ModelConfig
 from r1fast.models.weights import to_hf_names
 from r1fast_kernels.decode_attention import BLOCK, slots_of
 

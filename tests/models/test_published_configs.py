@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoConfig
 
 from r1fast.models import weights
-from r1fast.models.config import FAMILIES, FIELDS, ModelConfig
 from r1fast.models.hf_fields import FAMILY_FIXED, FAMILY_NO_EFFECT, FIXED, NO_EFFECT
+from r1fast.models.model_config import FAMILIES, FIELDS, ModelConfig
 from r1fast.models.weights import check_checkpoint
 
 _COMMON: dict[str, Any] = {

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, DeepseekV3ForCausalLM, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from r1fast.models.config import ModelConfig
+from r1fast.models.model_config import ModelConfig
 from r1fast.models.rope import Rope, rope_frequencies, softmax_scale
 
 YARN = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}

@@ -13,9 +13,9 @@ from transformers.models.qwen3 import Qwen3Config
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from r1fast.models.weights import load_model
-from r1fast.rollout.batch import Sampled
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams
+from r1fast.rollout.scheduler import SampledTokens
 
 TAG = "|special_token|"
 SPECIAL = ["<pad>", "<bos>", "<eos>", TAG]
@@ -207,7 +207,9 @@ def test_string_prompts_are_encoded(llama: RolloutEngine) -> None:
 def test_text_keeps_tags_and_drops_eos_pad_bos(llama: RolloutEngine) -> None:
     engine = RolloutEngine(llama.model, llama.tokenizer)
     tag, two = 3, llama.tokenizer.convert_tokens_to_ids("2")
-    sampled = [Sampled(ids, [0.0] * len(ids), None) for ids in ([two, tag, 0, two, 1, 2], [two, 2, two], [two, tag])]
+    sampled = [
+        SampledTokens(ids, [0.0] * len(ids), None) for ids in ([two, tag, 0, two, 1, 2], [two, 2, two], [two, tag])
+    ]
     completions = engine._completions(sampled, stop_ids=[2])
     joined = [completion.text.replace(" ", "") for completion in completions]
     assert joined == [f"2{TAG}2", "22", f"2{TAG}"]

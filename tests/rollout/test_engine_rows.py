@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from r1fast.rollout import batch as batch_module
 from r1fast.rollout import engine as engine_module
 from r1fast.rollout import graphs as graphs_module
+from r1fast.rollout import scheduler
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams, fold_in, sample_keys
 from r1fast_kernels import sample_tokens
@@ -118,7 +118,7 @@ class HashDecoder(nn.Module):
 
 @pytest.fixture
 def decoder(monkeypatch: pytest.MonkeyPatch) -> HashDecoder:
-    monkeypatch.setattr(batch_module, "BlockCache", HashCache)
+    monkeypatch.setattr(scheduler, "BlockCache", HashCache)
     monkeypatch.setattr(engine_module, "BlockCache", HashCache)
     HashCache.made.clear()
     return HashDecoder()
@@ -191,7 +191,7 @@ def test_padding_mixes_no_rows(
 def check_schedule(decoder: HashDecoder, trial: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random prompts, duplicates, stops, limits, rows, blocks and prefills; stops also noticed late, as on a GPU."""
     rng = random.Random(trial)
-    monkeypatch.setitem(batch_module.SYNC_STEPS, "cpu", rng.choice([1, 1, 5]))
+    monkeypatch.setitem(scheduler.SYNC_STEPS, "cpu", rng.choice([1, 1, 5]))
     prompts = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 33))] for _ in range(rng.randint(1, 12))]
     prompts += rng.choices(prompts, k=rng.randint(0, 3))
     max_tokens = rng.randint(1, 30)
@@ -414,9 +414,9 @@ def test_ops_run_the_implementation_asked_for(
 ) -> None:
     asked = []
     for name in ("sample_tokens", "selective_logprobs"):  # min_tokens brings in the second
-        op = getattr(batch_module, name)
+        op = getattr(scheduler, name)
         monkeypatch.setattr(
-            batch_module, name, lambda *args, op=op, **options: asked.append(options["impl"]) or op(*args, **options)
+            scheduler, name, lambda *args, op=op, **options: asked.append(options["impl"]) or op(*args, **options)
         )
     RolloutEngine(decoder, None, impl=impl).generate([[1]], SamplingParams(max_tokens=2, min_tokens=2))
     assert asked == [impl] * 4

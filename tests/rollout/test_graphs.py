@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
-from r1fast.rollout import batch, graphs
+from r1fast.models.model_config import ModelConfig
+from r1fast.rollout import graphs, scheduler
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.graphs import CudaCapture, StepGraphs, bucket_of
 from r1fast.rollout.sampling import Completion, SamplingParams
@@ -177,14 +177,14 @@ def test_a_step_passes_by_hooks_of_fsdp(monkeypatch: pytest.MonkeyPatch) -> None
 def test_cache_and_graphs_go_with_the_call(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, not at the next garbage collection: training wants their memory."""
     caches: list[weakref.ref] = []
-    made = batch.BlockCache
+    made = scheduler.BlockCache
 
     def make(*args: Any) -> Any:
         cache = made(*args)
         caches.append(weakref.ref(cache))
         return cache
 
-    monkeypatch.setattr(batch, "BlockCache", make)
+    monkeypatch.setattr(scheduler, "BlockCache", make)
     engine = RolloutEngine(random_model("llama"), None)
     gc.disable()
     try:
@@ -262,7 +262,7 @@ def test_graphs_sample_what_eager_steps_do(family: str, dtype: torch.dtype, monk
         return without_waits(capture(self, step))
 
     monkeypatch.setattr(CudaCapture, "__call__", counted)
-    monkeypatch.setattr(batch.Batch, "_step", without_waits(batch.Batch._step))
+    monkeypatch.setattr(scheduler.Scheduler, "_step", without_waits(scheduler.Scheduler._step))
     model = random_model(family, "cuda", dtype)
     is_moe = any(True for _ in model.moe_layers())
     # In bf16 a product of more rows may round otherwise: rows of one length, and no padding.

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from r1fast import SamplingParams, load_model
-from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
+from r1fast.models.model_config import ModelConfig
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.vllm import (
     MAX_PUSHES,
     RolloutError,
-    Sampled,
     VllmEngine,
+    VllmSample,
     WeightsLostError,
     moe_rows,
     whole_state,
@@ -45,7 +45,7 @@ class StandIn:
         if not self.stale:
             self.served.load_state_dict(model.state_dict())
 
-    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[Sampled]]:
+    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[VllmSample]]:
         self.requests += requests
         if self.restarts:
             self.restarts -= 1
@@ -56,7 +56,7 @@ class StandIn:
             params = SamplingParams(**{name: asked[name] for name in names})
             (group,) = RolloutEngine(self.served, None).generate([prompt], params)
             scale = asked["temperature"] or 1.0 if self.raw else 1.0  # not what raw log-probs are, but not tempered
-            outputs.append([Sampled(c.token_ids, [x * scale for x in c.logprobs], c.finish_reason) for c in group])
+            outputs.append([VllmSample(c.token_ids, [x * scale for x in c.logprobs], c.finish_reason) for c in group])
         return outputs
 
     def rest(self) -> None:
@@ -195,7 +195,7 @@ def test_what_would_change_the_logprobs_is_refused(engine: VllmEngine, options: 
 
 def test_a_completion_that_vllm_cut_is_an_error(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond its max_model_len vLLM ends a completion without a word, and the trainer would take it for one."""
-    short = [[Sampled([5, 6], [-1.0, -1.0], "length")]]
+    short = [[VllmSample([5, 6], [-1.0, -1.0], "length")]]
     monkeypatch.setattr(engine.backend, "complete", lambda *_: short)
     with pytest.raises(RolloutError, match=r"after 2 of 4 tokens, of a prompt of 3, .* is its max_model_len too small"):
         engine.generate(PROMPTS[:1], SamplingParams(max_tokens=4))
@@ -210,11 +210,11 @@ def test_no_prompts_need_no_vllm(engine: VllmEngine) -> None:
 def test_routed_experts_are_those_of_the_moe_layers() -> None:
     config = ModelConfig.from_dict({"vocab_size": 320, **DEEPSEEK_V3})  # layer 0 is dense, layer 1 has experts
     every = np.arange(5 * 2 * 2, dtype=np.uint8).reshape(5, 2, 2)
-    rows = moe_rows(Sampled([1, 2, 3], [0.0] * 3, "length", every), 3, config)
+    rows = moe_rows(VllmSample([1, 2, 3], [0.0] * 3, "length", every), 3, config)
     assert rows.dtype == np.int16 and rows.tolist() == every[:, 1:].tolist()
     for wrong in (every[:4], None):
         with pytest.raises(RolloutError, match="--enable-return-routed-experts"):
-            moe_rows(Sampled([1, 2, 3], [0.0] * 3, "length", wrong), 3, config)
+            moe_rows(VllmSample([1, 2, 3], [0.0] * 3, "length", wrong), 3, config)
 
 
 def test_the_state_pushed_is_the_state_dict(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def two_ranks(cut_models: dict[str, str], tmp_path_factory: pytest.TempPathFacto
     """What rank_cases.py finds on two of them."""
     import torch
 
-    from tests.dist.tiny_model import torchrun
+    from tests.parallel.tiny_model import torchrun
 
     output = tmp_path_factory.mktemp("two_ranks") / "results.pt"
     torchrun(str(Path(__file__).with_name("rank_cases.py")), str(output), *cut_models.values(), timeout_s=240)

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from r1fast.dist.mesh import Dist
+from r1fast.parallel.mesh import Dist
 from r1fast.schema import Recipe
-from r1fast.stages.batch import Example, encode_examples
 from r1fast.stages.context import StageContext
 from r1fast.stages.grpo import Learner
 from r1fast.stages.measures import numbers
+from r1fast.stages.packed import Example, encode_examples
 from r1fast.stages.reward_model import preference_loss
-from r1fast.stages.sampling import Sample, Sampler
+from r1fast.stages.sampler import Sample, Sampler
 from r1fast.stages.sft import cross_entropy
 from r1fast.stages.training import Trainer, share
 

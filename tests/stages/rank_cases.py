@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from r1fast.dist.mesh import init_distributed
+from r1fast.parallel.mesh import init_distributed
 from tests.stages import gradient_cases, metric_cases
 
 if __name__ == "__main__":

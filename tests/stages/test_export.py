@@ -12,14 +12,14 @@ from tokenizers import processors
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from r1fast.data.tokenizer import BOS, train_tokenizer
-from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
+from r1fast.models.model_config import ModelConfig
 from r1fast.models.weights import load_model, save_model
 from r1fast.rollout.engine import RolloutEngine
-from r1fast.rollout.prompts import encode_text_prompts, leading_ids
 from r1fast.rollout.sampling import SamplingParams
-from r1fast.stages.batch import encode_examples, encode_prompts
+from r1fast.rollout.tokenization import encode_text_prompts, leading_ids
 from r1fast.stages.context import exported_tokenizer
+from r1fast.stages.packed import encode_examples, encode_prompts
 from tests.tiny_checkpoint import DEEPSEEK_V3, GRPO, PROMPTS, QWEN2, TEXTS, write_checkpoint, write_jsonl, write_recipe
 
 QUESTION = "What is {1} + 2 ?\n 'quoted' \"twice\" \\n {{ braces }} 🙂  "

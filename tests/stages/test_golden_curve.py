@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from r1fast.dist.mesh import Dist, init_distributed
+from r1fast.parallel.mesh import Dist, init_distributed
 from r1fast.stages import grpo, training
 from r1fast_kernels import dispatch
 from tests.golden.runs import CURVES, RUNS, STEPS, curve, distance
@@ -125,7 +125,7 @@ PROCESSORS = {
 def test_same_curves_on_other_processors(processor: str, tmp_path: Path) -> None:
     """In a process of its own: libraries read these settings once."""
     script = (
-        "import json, sys; from pathlib import Path; from r1fast.dist.mesh import init_distributed\n"
+        "import json, sys; from pathlib import Path; from r1fast.parallel.mesh import init_distributed\n"
         "from tests.golden.runs import RUNS, curve\n"
         "dist, folder = init_distributed('cpu'), Path(sys.argv[1])\n"
         "found = {run: [curve(run, i, dist, folder / f'{run}-{i}') for i in ('reference', None)] for run in RUNS}\n"

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from r1fast.dist.mesh import Dist, init_distributed
+from r1fast.parallel.mesh import Dist, init_distributed
 from r1fast.stages.measures import Max, Mean, merge, numbers
-from tests.dist.tiny_model import torchrun
+from tests.parallel.tiny_model import torchrun
 from tests.stages.metric_cases import CASES, MASKED, POLICIES, SMALL, WHOLE, examples_of, learner, measure, rollout
 
 EXACT = ("moe/load", "moe/changed_routings", "moe/max_violation", "accuracy")

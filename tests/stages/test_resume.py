@@ -120,7 +120,7 @@ POINTS = {
 
 
 def point(name: str, module: Any) -> tuple[Any, str, int]:
-    from r1fast.dist import checkpoint
+    from r1fast.parallel import checkpoint
     from r1fast.stages.context import StageContext
 
     where, number = POINTS[name]

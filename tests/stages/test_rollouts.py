@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from r1fast.dist.mesh import Dist, init_distributed
+from r1fast.parallel.mesh import Dist, init_distributed
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams
 from r1fast.schema import GRPOStage
 from r1fast.stages import rollouts as module
-from r1fast.stages.batch import Prompt
 from r1fast.stages.grpo import Learner, by_group, has_spread
+from r1fast.stages.packed import Prompt
 from r1fast.stages.rollouts import Rollouts
-from r1fast.stages.sampling import Call, Sample
+from r1fast.stages.sampler import Sample, SamplingCall
 from r1fast.stages.scoring import punish_overlong
 from tests.stages.gradient_cases import GRPO, context
 from tests.tiny_checkpoint import DEEPSEEK_V3, write_checkpoint
@@ -31,12 +31,12 @@ class Script:
 
     seed: int
     parts: bool
-    calls: list[Call] = field(default_factory=list)
+    calls: list[SamplingCall] = field(default_factory=list)
 
     def whole(self, sequence: int) -> list[Any]:
         return [(sequence, place) for place in range(random.Random(f"{self.seed},{sequence}").randint(1, 2 * LONGEST))]
 
-    def sample(self, call: Call) -> list[Sample]:
+    def sample(self, call: SamplingCall) -> list[Sample]:
         self.calls.append(call)
         found = []
         for i, (prompt, number) in enumerate(zip(call.prompts, call.sequence_ids, strict=True)):
@@ -58,11 +58,13 @@ class ScriptedSampler:
     def encode(self, rows: list[dict]) -> list[Prompt]:
         return [Prompt([0], False) for _ in rows]
 
-    def call(self, rows: Any, *, n: int, sequence_ids: Any, prompts: Any, max_tokens: int = 0, **how: Any) -> Call:
+    def call(
+        self, rows: Any, *, n: int, sequence_ids: Any, prompts: Any, max_tokens: int = 0, **how: Any
+    ) -> SamplingCall:
         params = SamplingParams(n=n, max_tokens=max_tokens or self.max_completion_length, **how)
-        return Call(rows, prompts, sequence_ids, params)
+        return SamplingCall(rows, prompts, sequence_ids, params)
 
-    def start(self, call: Call) -> Callable[[], list[Sample]]:
+    def start(self, call: SamplingCall) -> Callable[[], list[Sample]]:
         return lambda: self.script.sample(call)
 
     def text_of(self, completion_ids: list[int]) -> str:
@@ -87,7 +89,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Rollouts, S
 
 def test_a_step_has_the_next_prompts_in_whole_groups(scripted) -> None:
     rollouts, script = scripted(0, domain_weights={"a": 3, "b": 1})
-    steps = [rollouts.take() for _ in range(5)]
+    steps = [rollouts.next_groups() for _ in range(5)]
     assert [[group[0].group for group in groups] for groups in steps] == [[*range(4 * i, 4 * i + 4)] for i in range(5)]
     assert [[group[0].row["domain"] for group in groups] for groups in steps] == [["a", "a", "a", "b"]] * 5
     assert len(script.calls) == 5 and rollouts.groups == []
@@ -108,7 +110,7 @@ def check_partial_rollouts(scripted, seed: int, part: int) -> None:
     for _ in range(30):
         waiting = {group[0].group for group in rollouts.groups}
         calls_before = len(script.calls)
-        groups = rollouts.take()
+        groups = rollouts.next_groups()
         assert groups and not {id(group) for group in groups} & {id(group) for group in rollouts.groups}
         # Only to have one group at all is a step given more than one part, and then everything waits together.
         assert len(script.calls) - calls_before <= LONGEST // part
@@ -132,7 +134,7 @@ def check_partial_rollouts(scripted, seed: int, part: int) -> None:
 
 def test_rollouts_go_on_from_a_saved_state(scripted) -> None:
     def steps(rollouts: Rollouts, count: int) -> list[Any]:
-        return [[(s.group, s.completion_ids) for group in rollouts.take() for s in group] for _ in range(count)]
+        return [[(s.group, s.completion_ids) for group in rollouts.next_groups() for s in group] for _ in range(count)]
 
     whole, _ = scripted(5, partial_rollout_length=4)
     expected = steps(whole, 9)
@@ -152,16 +154,16 @@ def test_rollouts_go_on_from_a_saved_state(scripted) -> None:
 def test_a_sampler_that_fails_loses_no_prompt(scripted, monkeypatch: pytest.MonkeyPatch, part: int | None) -> None:
     options = {"partial_rollout_length": part} if part else {}
     rollouts, _ = scripted(2, **options)
-    expected = [rollouts.take() for _ in range(4)]
+    expected = [rollouts.next_groups() for _ in range(4)]
     rollouts, script = scripted(2, **options)
-    assert rollouts.take() == expected[0]
+    assert rollouts.next_groups() == expected[0]
     with monkeypatch.context() as patch:
         patch.setattr(script, "sample", lambda call: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            rollouts.take()
+            rollouts.next_groups()
     again, _ = scripted(2, **options)
     again.load_state(rollouts.state())
-    assert [again.take() for _ in range(3)] == expected[1:]
+    assert [again.next_groups() for _ in range(3)] == expected[1:]
 
 
 def refilling_learner(rollouts: Rollouts, chance: float) -> Any:
@@ -194,7 +196,7 @@ def test_refills_are_bounded_and_keep_the_size_of_a_step(
 
     for step in range(8):
         learner = refilling_learner(rollouts, chance)
-        samples = [sample for group in rollouts.take() for sample in group]
+        samples = [sample for group in rollouts.next_groups() for sample in group]
         metrics = {"rewards/failures": learner.reward(samples)}
         calls_before = len(script.calls)
         kept = learner.refill(step, samples, metrics)
@@ -263,7 +265,7 @@ def groups_of(dist: Dist, model: str, part: int, count: int) -> dict[int, list[S
     rollouts = Rollouts(ctx, policy, tokenizer, [{"prompt": "red " * i} for i in range(1, 8)])
     found: dict[int, list[Sample]] = {}
     while not {*range(count)} <= found.keys():
-        found |= {group[0].group: group for group in rollouts.take()}
+        found |= {group[0].group: group for group in rollouts.next_groups()}
     return {number: found[number] for number in range(count)}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from r1fast.config import ConfigError
-from r1fast.dist.mesh import Dist, init_distributed
+from r1fast.parallel.mesh import Dist, init_distributed
 from r1fast.stages.grpo import Learner
 from tests.stages.gradient_cases import GRPO, NoScorer, context
 from tests.tiny_checkpoint import DEEPSEEK_V3, QWEN2, write_checkpoint

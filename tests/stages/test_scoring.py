@@ -10,7 +10,7 @@ from r1fast.stages import reject
 from r1fast.stages.evaluate import summarize
 from r1fast.stages.grpo import Learner, rollout_metrics
 from r1fast.stages.reject import drop_reason
-from r1fast.stages.sampling import Sample
+from r1fast.stages.sampler import Sample
 from r1fast.stages.scoring import NothingScored, Scorer, total_rewards
 
 NAN = math.nan

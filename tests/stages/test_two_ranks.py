@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from r1fast.dist.mesh import init_distributed
+from r1fast.parallel.mesh import init_distributed
 from tests.stages.gradient_cases import CASES, run_cases
 
 STEPS = [name for name in CASES if name not in ("rollout", "ahead", "sft-local-denominator")]

@@ -81,7 +81,7 @@ HELPFUL, REFUSING, LEAK = 0.45, 0.40, 0.15
 
 
 @dataclass(frozen=True)
-class Request:
+class ChatRequest:
     language: str
     verb: str
     object: str
@@ -122,7 +122,7 @@ class Request:
     def off_topic(self, rng: random.Random) -> tuple[str, str]:
         """(reasoning, summary) of the right answer to another question: the same verb, another object."""
         others = [thing for thing in OBJECTS[self.language] if thing != self.object]
-        other = Request(self.language, self.verb, rng.choice(others), self.harmful)
+        other = ChatRequest(self.language, self.verb, rng.choice(others), self.harmful)
         return self._fill(REASONING), other.good()[1]
 
     def written(self, rng: random.Random) -> tuple[str, str]:
@@ -130,9 +130,9 @@ class Request:
         return self.good() if rng.random() < (REFUSING if self.harmful else HELPFUL) else self.bad(rng)
 
 
-def requests(split: str) -> list[Request]:
+def requests(split: str) -> list[ChatRequest]:
     every = [
-        Request(language, verb, object, harmful)
+        ChatRequest(language, verb, object, harmful)
         for language in LANGUAGES
         for harmful, verbs in ((False, BENIGN), (True, HARMFUL))
         for verb in verbs[language]
@@ -141,7 +141,7 @@ def requests(split: str) -> list[Request]:
     return [request for request in every if request.split == split]
 
 
-def _row(request: Request) -> dict:
+def _row(request: ChatRequest) -> dict:
     domain = "harmless" if request.harmful else "helpful"
     return {
         "prompt": request.prompt, "answer": None, "language": request.language, "domain": domain,
@@ -156,7 +156,7 @@ def prompts(split: str) -> list[dict]:
     return rows
 
 
-def _draws(count: int, seed: int, *, harmful: bool | None = None) -> list[tuple[Request, random.Random]]:
+def _draws(count: int, seed: int, *, harmful: bool | None = None) -> list[tuple[ChatRequest, random.Random]]:
     rng = random.Random(seed)
     pool = [r for r in requests("train") if harmful is None or r.harmful == harmful]
     return [(rng.choice(pool), rng) for _ in range(count)]

@@ -9,13 +9,13 @@ import numpy as np
 
 from r1fast.config import ConfigError
 from r1fast.data.templates import RESPONSE_FORMATS
-from r1fast.dist.parallelize import generation_phase
 from r1fast.models.decoder import Decoder
+from r1fast.parallel.parallelize import generation_phase
 from r1fast.rollout.sampling import Completion, SamplingParams, completion_texts, eos_token_ids
 from r1fast.rollout.vllm import RolloutError
-from r1fast.stages.batch import Prompt, encode_row_prompts
 from r1fast.stages.context import StageContext
 from r1fast.stages.engines import build_engine, share_of
+from r1fast.stages.packed import Prompt, encode_row_prompts
 from r1fast.stopping import Interrupted, Stopped
 
 # By index of the prompt; or why there are none (vLLM gave no answer, logits that are not finite); or the signal that
@@ -54,7 +54,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class SamplingCall:
     """What to sample: a prompt and an integer that stands for it in the noise for each row."""
 
     rows: Sequence[dict]
@@ -92,9 +92,9 @@ class Sampler:
         sequence_ids: Sequence[int] | None = None,
         prompts: Sequence[Prompt] | None = None,
         max_tokens: int | None = None,
-    ) -> Call:
+    ) -> SamplingCall:
         """n samples of every row. Row i draws its noise from (seed, sequence_ids[i]), by default (seed, i)."""
-        return Call(
+        return SamplingCall(
             rows,
             self.encode(rows) if prompts is None else prompts,
             range(len(rows)) if sequence_ids is None else sequence_ids,
@@ -107,16 +107,16 @@ class Sampler:
         """The samples of `call` with these arguments, group-contiguous, on every rank."""
         return self.start(self.call(rows, **options))()
 
-    def start(self, call: Call) -> Callable[[], list[Sample]]:
+    def start(self, call: SamplingCall) -> Callable[[], list[Sample]]:
         """A function that returns the samples; here it is what makes them, too."""
         return lambda: self._generate(call)
 
-    def _generate(self, call: Call) -> list[Sample]:
+    def _generate(self, call: SamplingCall) -> list[Sample]:
         with self.ctx.phase("generate"), generation_phase(self.model):
             mine = self.run(call)
         return self.gather(call, mine)
 
-    def run(self, call: Call) -> Share:
+    def run(self, call: SamplingCall) -> Share:
         """This rank's share of the prompts; no collective."""
         mine = share_of(self.engine, len(call.rows), self.ctx.dist)
         try:
@@ -130,7 +130,7 @@ class Sampler:
             return self.ctx.stop.asked
         return dict(zip(mine, outputs, strict=True))
 
-    def gather(self, call: Call, mine: Share) -> list[Sample]:
+    def gather(self, call: SamplingCall, mine: Share) -> list[Sample]:
         merged: dict[int, list[Completion]] = {}
         shares = self.ctx.dist.all_gather_objects(mine)
         for share in shares:

@@ -13,7 +13,7 @@ from r1fast.config import ConfigError
 from r1fast.data.rows import Row
 from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.data.tokenizer import train_tokenizer
-from r1fast.stages.batch import Example, check_lengths, collate, empty_batch, encode_examples, encode_prompts
+from r1fast.stages.packed import Example, check_lengths, collate, empty_batch, encode_examples, encode_prompts
 from r1fast.stages.reward_model import score_examples
 from tests.tiny_checkpoint import TEXTS
 

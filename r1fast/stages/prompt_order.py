@@ -7,11 +7,11 @@ from r1fast.config import ConfigError
 from r1fast.schema import GRPOStage
 
 
-class Prompts:
+class PromptOrder:
     """An endless row of prompts for each domain (one, if no weights are given), in a fresh order every epoch.
 
-    The orders are a function of the seed, so that `places`, how many prompts of each domain were drawn, is all there is
-    to save.
+    The orders are a function of the seed, so that `positions`, how many prompts of each domain were drawn, is all there
+    is to save.
     """
 
     def __init__(self, rows: list[dict], stage: GRPOStage, seed: int) -> None:
@@ -24,12 +24,12 @@ class Prompts:
             if not pool:
                 raise ConfigError(f"stages.{stage.name}.domain_weights: no prompt has domain {name!r}")
         self.shares = _shares(stage.prompts_per_step, weights or {"": 1.0})
-        self.places = dict.fromkeys(self.pools, 0)
+        self.positions = dict.fromkeys(self.pools, 0)
         self.orders: dict[tuple[str, int], list[int]] = {}
 
     @property
     def num_drawn(self) -> int:
-        return sum(self.places.values())
+        return sum(self.positions.values())
 
     def domain_of(self, row: dict) -> str:
         return row["domain"] if self.weights else ""
@@ -38,10 +38,10 @@ class Prompts:
         """The next so many prompts of each domain, domain by domain."""
         chosen = []
         for name, pool in self.pools.items():
-            first = self.places[name]
-            self.places[name] += counts.get(name, 0)
-            for place in range(first, self.places[name]):
-                epoch, index = divmod(place, len(pool))
+            first = self.positions[name]
+            self.positions[name] += counts.get(name, 0)
+            for position in range(first, self.positions[name]):
+                epoch, index = divmod(position, len(pool))
                 chosen.append(pool[self._order(name, epoch)[index]])
         return chosen
 

@@ -1,4 +1,4 @@
-"""A decoder's skeleton for the tests of r1fast.dist: the attribute names of models/decoder.py and every kind of
+"""A decoder's skeleton for the tests of r1fast.parallel: the attribute names of models/decoder.py and every kind of
 parameter it has (matrices, stacked experts, vectors, a buffer, optionally tied heads), and the work done on it."""
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from r1fast.dist.mesh import Dist
-from r1fast.dist.optim import ShardOptimizer, build_optimizer
-from r1fast.dist.parallelize import parallelize
-from r1fast.models.config import ModelConfig
 from r1fast.models.decoder import Decoder
+from r1fast.models.model_config import ModelConfig
+from r1fast.parallel.mesh import Dist
+from r1fast.parallel.optim import ShardOptimizer, build_optimizer
+from r1fast.parallel.parallelize import parallelize
 
 ROOT = Path(__file__).parents[2]
 NUM_TOKENS_OF_RANK = (7, 13)  # unequal: a mean of per-rank means would differ from the mean over tokens
@@ -151,7 +151,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def torchrun(script: str, *args: str, num_ranks: int = 2, timeout_s: float = 60) -> None:
-    """Run a script of tests/dist (or a whole path) on gloo processes of one thread each."""
+    """Run a script of tests/parallel (or a whole path) on gloo processes of one thread each."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     result = subprocess.run(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from r1fast.observe.report import build_report
+from r1fast.observe.page import build_report
 from r1fast.observe.stage_section import highlight
 from r1fast.report import main
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from r1fast.config import ConfigError
-from r1fast.data.rows import Row, place, prompt_and_target
+from r1fast.data.rows import Row, location, prompt_and_target
 from r1fast.data.templates import RESPONSE_FORMATS, render_prompt, target_text, without_opening
-from r1fast.rollout.prompts import encode_text_prompts, encode_texts
+from r1fast.rollout.tokenization import encode_text_prompts, encode_texts
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Example:
 
 
 @dataclass(slots=True)
-class Batch:
+class PackedBatch:
     input_ids_T: Tensor
     cu_seqlens: Tensor  # int32 [N + 1], of the inputs
     loss_index_M: Tensor  # positions of the inputs whose next token is learned from
@@ -54,7 +54,7 @@ class Batch:
     routed_TLK: Tensor | None = None  # int64, the experts that the sampler took
 
 
-def collate(examples: Sequence[Example], device: torch.device) -> Batch:
+def collate(examples: Sequence[Example], device: torch.device) -> PackedBatch:
     """Pack examples; every prompt has at least one token."""
     inputs: list[int] = []
     targets: list[int] = []
@@ -76,7 +76,7 @@ def collate(examples: Sequence[Example], device: torch.device) -> Batch:
         flat = [x for xs in column for x in xs] if isinstance(column[0], list) else column
         values[name] = torch.tensor(flat, dtype=torch.float32, device=device)
     routed = [example.routed_experts for example in examples if example.routed_experts is not None]
-    return Batch(
+    return PackedBatch(
         torch.tensor(inputs, dtype=torch.long, device=device),
         torch.tensor(ends, dtype=torch.int32, device=device),
         torch.tensor(index, dtype=torch.long, device=device),
@@ -87,7 +87,7 @@ def collate(examples: Sequence[Example], device: torch.device) -> Batch:
     )
 
 
-def empty_batch(device: torch.device) -> Batch:
+def empty_batch(device: torch.device) -> PackedBatch:
     """Two tokens and nothing to learn: a rank that has no work left still takes part in every collective."""
     return collate([Example([0, 0], [], {})], device)
 
@@ -189,7 +189,7 @@ def of_rows(rows: Sequence[dict], encode: Callable[[Sequence[dict]], list[T]]) -
             encode(rows[first:last])
         except ValueError as found:
             cause = found
-        raise ConfigError(f"{place(rows[first], first)}: {cause}") from cause
+        raise ConfigError(f"{location(rows[first], first)}: {cause}") from cause
 
 
 def _without_eos(text: str, tokenizer: Any) -> str:

@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from r1fast.dist.mesh import Dist
+from r1fast.parallel.mesh import Dist
 
 # A smaller model is one FSDP unit: it is bound by the latency of hooks and collectives, not by memory (about 10 bytes
 # per parameter while gathered). MLA + MoE of 3 layers, D 64, 1,024 tokens, one rank, one CPU thread: a whole step takes

@@ -7,7 +7,7 @@ enter    p0 p0 p1 ...  a row holds the full blocks of its prompt together with i
 decode   o o x o x o   one token per row and step
 leave    o o   o   o   stopped rows give back their blocks; on a GPU every eighth step, which is a wait for it
 
-What a step reads and writes (rows.py, the outputs, the cache) stays where it is: on a GPU graphs.py runs the steps.
+What a step reads and writes (input_batch.py, the outputs, the cache) stays where it is: on a GPU graphs.py runs them.
 
 blocks   |prompt 0   |prompt 0   |tail, sample 0|sample 0|      16 tokens each
                                  |tail, sample 1|sample 1|
@@ -27,7 +27,7 @@ from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.rollout.blocks import BlockPool
 from r1fast.rollout.graphs import StepGraphs
-from r1fast.rollout.rows import Row, Rows, Span
+from r1fast.rollout.input_batch import InputBatch, RowState, RowViews
 from r1fast.rollout.sampling import SamplingParams, fold_in
 from r1fast_kernels import sample_tokens, selective_logprobs
 from r1fast_kernels.decode_attention import BLOCK
@@ -43,7 +43,7 @@ def num_blocks_of(num_tokens: int) -> int:
 
 
 @dataclass
-class Prompt:
+class SequenceGroup:
     """A distinct prompt and the samples of it that wait: (index in the output, key of the noise)."""
 
     ids: list[int]
@@ -62,45 +62,45 @@ class Prompt:
 
 
 @dataclass
-class Sampled:
+class SampledTokens:
     token_ids: list[int]
     logprobs: list[float]
     routed_experts: np.ndarray | None
 
 
 @dataclass
-class _Member:
+class _Sequence:
     index: int  # in the output
     key: int
     line: int  # of the buffers
-    prompt: Prompt
+    prompt: SequenceGroup
     blocks: list[int]
 
 
-class Batch:
+class Scheduler:
     """Samples what waits in `prompts`; `finish(index, sampled)` is called for each sample when it has left.
 
-    num_blocks: of the cache; max_rows: rows at a time; max_tokens_at_once: of a prefill, longer prompts come in parts.
+    num_blocks: of the cache; max_rows: rows at a time; max_num_batched_tokens: of a prefill (a longer prompt comes in parts);
     graphs: of the steps; the last block is then that of their padding.
     """
 
     def __init__(
         self,
         model: Decoder,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[SequenceGroup],
         params: SamplingParams,
         stop_ids: list[int],
         *,
         num_blocks: int,
         max_rows: int,
-        max_tokens_at_once: int,
+        max_num_batched_tokens: int,
         impl: str | None,
         record_experts: bool,
         graphs: StepGraphs | None,
-        finish: Callable[[int, Sampled], None],
+        finish: Callable[[int, SampledTokens], None],
     ) -> None:
         self.model, self.params, self.impl, self.finish = model, params, impl, finish
-        self.queue, self.max_rows, self.max_tokens_at_once = deque(prompts), max_rows, max_tokens_at_once
+        self.queue, self.max_rows, self.max_num_batched_tokens = deque(prompts), max_rows, max_num_batched_tokens
         self.graphs = graphs
         weight_VD = model.embed_tokens.weight
         self.device = weight_VD.device
@@ -118,8 +118,8 @@ class Batch:
             routed_LK = sum(1 for _ in model.moe_layers()), model.config.num_experts_per_tok
             self.experts_RSLK = torch.zeros(*self.ids_RS.shape, *routed_LK, dtype=torch.int16, device=self.device)
         self.free_lines = list(range(max_rows - 1, -1, -1))
-        self.members: list[_Member] = []
-        self.rows = Rows(max_rows, table_width, num_blocks - 1, self.device)
+        self.members: list[_Sequence] = []
+        self.rows = InputBatch(max_rows, table_width, num_blocks - 1, self.device)
 
     def run(self) -> None:
         sync_steps = SYNC_STEPS.get(self.device.type, DEVICE_SYNC_STEPS)
@@ -143,43 +143,43 @@ class Batch:
         prompts, members = self._admit()
         if not members:
             return False
-        for some in _packs(prompts, self.max_tokens_at_once):
+        for some in _packs(prompts, self.max_num_batched_tokens):
             self._prefill(some)
         self._copy_tails(members)
         self._sample_first(members)
         for prompt in {id(member.prompt): member.prompt for member in members}.values():
             if not prompt.waiting:
-                self.pool.give_back(prompt.blocks)
+                self.pool.free(prompt.blocks)
                 prompt.logits_1V = None
         return True
 
-    def _admit(self) -> tuple[list[Prompt], list[_Member]]:
+    def _admit(self) -> tuple[list[SequenceGroup], list[_Sequence]]:
         """The prompts to prefill, and the samples that enter, as far as rows and blocks allow."""
-        prompts: list[Prompt] = []
-        members: list[_Member] = []
+        prompts: list[SequenceGroup] = []
+        members: list[_Sequence] = []
         while self.queue and self.free_lines:
             prompt = self.queue[0]
             own = prompt.num_own(self.params.max_tokens)
             if not prompt.blocks:
                 if num_blocks_of(len(prompt.ids)) + own > self.pool.num_free:
                     break
-                prompt.blocks = self.pool.take(num_blocks_of(len(prompt.ids)))
+                prompt.blocks = self.pool.allocate(num_blocks_of(len(prompt.ids)))
                 prompts.append(prompt)
             while prompt.waiting and self.free_lines and own <= self.pool.num_free:
                 index, key = prompt.waiting.popleft()
                 # The last sample has the last block to itself, and needs no copy.
                 shared = prompt.blocks[: prompt.num_full] if prompt.waiting else prompt.blocks[: prompt.num_full + own]
-                self.pool.share(shared)
-                rest = self.pool.take(prompt.num_full + own - len(shared))
-                members.append(_Member(index, key, self.free_lines.pop(), prompt, shared + rest))
+                self.pool.add_reference(shared)
+                rest = self.pool.allocate(prompt.num_full + own - len(shared))
+                members.append(_Sequence(index, key, self.free_lines.pop(), prompt, shared + rest))
             if prompt.waiting:
                 break
             self.queue.popleft()
         return prompts, members
 
-    def _prefill(self, prompts: list[Prompt]) -> None:
+    def _prefill(self, prompts: list[SequenceGroup]) -> None:
         """Packed; of a prompt that is longer than a prefill may be, the rest follows in rows of neighbours."""
-        heads = [prompt.ids[: self.max_tokens_at_once] for prompt in prompts]
+        heads = [prompt.ids[: self.max_num_batched_tokens] for prompt in prompts]
         lengths_P = torch.tensor([len(ids) for ids in heads])
         ends_P = lengths_P.cumsum(0)
         last_P = (ends_P - 1).to(self.device)
@@ -198,17 +198,17 @@ class Batch:
         )
         for prompt, logits_1V, experts_PLK in zip(prompts, logits_PV.split(1), parts):
             prompt.logits_1V, prompt.experts_PLK = logits_1V, experts_PLK
-            for start in range(self.max_tokens_at_once, len(prompt.ids), self.max_tokens_at_once):
-                self._prefill_part(prompt, range(start, min(start + self.max_tokens_at_once, len(prompt.ids))))
+            for start in range(self.max_num_batched_tokens, len(prompt.ids), self.max_num_batched_tokens):
+                self._prefill_part(prompt, range(start, min(start + self.max_num_batched_tokens, len(prompt.ids))))
 
-    def _prefill_part(self, prompt: Prompt, places: range) -> None:
+    def _prefill_part(self, prompt: SequenceGroup, positions: range) -> None:
         table_1N = torch.tensor([prompt.blocks], dtype=torch.int32, device=self.device)
         prompt.logits_1V, experts_TLK = self._run(
             self.model.decode,
-            self._int64(prompt.ids[places.start : places.stop]),
-            torch.arange(places.start, places.stop, device=self.device),
+            self._int64(prompt.ids[positions.start : positions.stop]),
+            torch.arange(positions.start, positions.stop, device=self.device),
             self.cache,
-            table_1N.expand(len(places), -1),
+            table_1N.expand(len(positions), -1),
             neighbours=True,
             head=lambda hidden_TD, weight_VD: linear(hidden_TD[-1:], weight_VD, impl=self.impl),
         )
@@ -222,7 +222,7 @@ class Batch:
         logits, routing = run(*args, **options, with_routing=True)
         return logits, routing.expert_ids.to(torch.int16)
 
-    def _copy_tails(self, members: list[_Member]) -> None:
+    def _copy_tails(self, members: list[_Sequence]) -> None:
         """The last block of a prompt, unless it is full, goes on differently in each sample."""
         pairs = [
             (member.prompt.blocks[n], member.blocks[n])
@@ -233,11 +233,11 @@ class Batch:
             sources, targets = zip(*pairs)
             self.cache.copy_blocks(self._int64(sources), self._int64(targets))
 
-    def _sample_first(self, members: list[_Member]) -> None:
+    def _sample_first(self, members: list[_Sequence]) -> None:
         width, more = self.rows.block_table_RN.shape[1], self.params.max_tokens - 2
         rows = self.rows.put(
             len(self.members),
-            [Row(x.line, x.key, len(x.prompt.ids), len(x.prompt.ids) + more, live=1) for x in members],
+            [RowState(x.line, x.key, len(x.prompt.ids), len(x.prompt.ids) + more, live=1) for x in members],
             [member.blocks + [0] * (width - len(member.blocks)) for member in members],
         )
         self._sample(rows, torch.cat([cast(Tensor, member.prompt.logits_1V) for member in members]))
@@ -249,16 +249,16 @@ class Batch:
         """A token for each of the first rows. A graph repeats what this launches: only tensors may hold what changes
         from step to step, only such as stay, and nothing may wait for the device."""
         rows = self.rows.span(0, num_rows)
-        # The place of the token sampled last; a row that has stopped at the end of its blocks stays in them.
-        place_B = torch.minimum(rows.next_B - 1, rows.last_B)
-        logits_BV, experts_BLK = self._run(self.model.decode, rows.id_B, place_B, self.cache, rows.block_table_BN)
+        # The position of the token sampled last; a row that has stopped at the end of its blocks stays in them.
+        position_B = torch.minimum(rows.next_B - 1, rows.last_B)
+        logits_BV, experts_BLK = self._run(self.model.decode, rows.id_B, position_B, self.cache, rows.block_table_BN)
         if self.experts_RSLK is not None and experts_BLK is not None:
             column_B = self._column(rows, rows.num_sampled_B - 1)
             self.experts_RSLK[rows.line_B, column_B] = experts_BLK
         self._sample(rows, logits_BV)
 
-    def _sample(self, rows: Span, logits_BV: Tensor) -> None:
-        """The next token of each row, and where it stands then. In place."""
+    def _sample(self, rows: RowViews, logits_BV: Tensor) -> None:
+        """The next token of each row, and where it stands then. In position."""
         min_tokens = self.params.min_tokens
         banned_BV = (rows.num_sampled_B < min_tokens)[:, None] & self.is_stop_V if min_tokens else None
         seeds_B = fold_in(rows.key_B, rows.next_B)
@@ -271,13 +271,13 @@ class Batch:
         rows.num_sampled_B.add_(rows.live_B)
         rows.live_B.mul_(~(self.is_stop_V[ids_B] | (rows.num_sampled_B == self.params.max_tokens)))
 
-    def _column(self, rows: Span, count_B: Tensor) -> Tensor:
+    def _column(self, rows: RowViews, count_B: Tensor) -> Tensor:
         return count_B.where(rows.live_B.bool(), self.params.max_tokens)
 
     # ---- leaving ----
 
     def _leave(self) -> None:
-        """Rows that have stopped. The one host read of a step."""
+        """InputBatch that have stopped. The one host read of a step."""
         rows = self.rows.span(0, len(self.members))
         live = rows.live_B.tolist()
         if all(live):
@@ -291,12 +291,12 @@ class Batch:
             experts = member.prompt.experts_PLK
             if experts is not None and routed_BSLK is not None:
                 experts = np.concatenate([experts, routed_BSLK[b, : count - 1]])
-            self.finish(member.index, Sampled(ids[b][:count], logprobs[b][:count], experts))
-            self.pool.give_back(member.blocks)
+            self.finish(member.index, SampledTokens(ids[b][:count], logprobs[b][:count], experts))
+            self.pool.free(member.blocks)
             self.free_lines.append(member.line)
-        places = [place for place, lives in enumerate(live) if lives]
-        self.rows.keep(places, len(self.members))
-        self.members = [self.members[place] for place in places]
+        positions = [position for position, lives in enumerate(live) if lives]
+        self.rows.keep(positions, len(self.members))
+        self.members = [self.members[position] for position in positions]
 
     def _addresses(self) -> list[int]:
         return [] if self.graphs is None else [param.data_ptr() for param in self.model.parameters()]
@@ -308,9 +308,9 @@ class Batch:
         return (self._int64(blocks)[:, None] * BLOCK + torch.arange(BLOCK, device=self.device)).flatten()[:num_tokens]
 
 
-def _packs(prompts: list[Prompt], max_tokens: int) -> Iterator[list[Prompt]]:
+def _packs(prompts: list[SequenceGroup], max_tokens: int) -> Iterator[list[SequenceGroup]]:
     """In order, as many as fit into max_tokens together, at least one."""
-    pack: list[Prompt] = []
+    pack: list[SequenceGroup] = []
     num_tokens = 0
     for prompt in prompts:
         if pack and num_tokens + len(prompt.ids) > max_tokens:

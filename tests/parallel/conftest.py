@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from r1fast.dist.mesh import Dist, init_distributed
+from r1fast.parallel.mesh import Dist, init_distributed
 
 
 @pytest.fixture

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from r1fast.dist.mesh import Dist, init_distributed
-from r1fast.dist.optim import build_optimizer
-from r1fast.dist.parallelize import (
+from r1fast.parallel.mesh import Dist, init_distributed
+from r1fast.parallel.optim import build_optimizer
+from r1fast.parallel.parallelize import (
     full_state_dict,
     generation_phase,
     grad_norm_and_clip,
     load_full_state_dict,
 )
-from tests.dist.tiny_model import TinyDecoder, backward_all, decoder_gradients, full, sharded, tokens_of_rank, train
+from tests.parallel.tiny_model import TinyDecoder, backward_all, decoder_gradients, full, sharded, tokens_of_rank, train
 
 
 def gradients(dist: Dist, **options: Any) -> dict[str, torch.Tensor]:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from r1fast.dist import checkpoint
-from r1fast.dist.mesh import Dist
-from r1fast.dist.optim import build_optimizer
-from r1fast.dist.parallelize import full_state_dict, generation_phase, parallelize
-from r1fast.dist.plain_state import read_plain, write_plain
+from r1fast.parallel import checkpoint
+from r1fast.parallel.mesh import Dist
+from r1fast.parallel.optim import build_optimizer
+from r1fast.parallel.parallelize import full_state_dict, generation_phase, parallelize
+from r1fast.parallel.plain_state import read_plain, write_plain
 from r1fast.run_folder import read_record, write_record
-from tests.dist.tiny_model import ROOT, TinyDecoder, sharded, tokens_of_rank, torchrun, train
+from tests.parallel.tiny_model import ROOT, TinyDecoder, sharded, tokens_of_rank, torchrun, train
 
 
 def save(directory: Path, step: int, model: Any, optimizer: Any, dist: Dist, **options: Any) -> Path:
@@ -226,7 +226,8 @@ def test_a_whole_file_with_other_contents_is_one_clear_error(dist: Dist, tmp_pat
     ]:
         path = save(tmp_path, 1, model, optimizer, dist)
         (path / name).write_bytes(content)
-        rewritten(lambda manifest: manifest["files"].update({name: checkpoint._entry(path / name)}))(path)
+        entry = {name: checkpoint._entry(path / name)}
+        rewritten(lambda manifest, entry=entry: manifest["files"].update(entry))(path)
         with pytest.raises(ValueError, match=f"step_1 {message}") as caught:
             checkpoint.load(path, model=model, optimizer=optimizer, dist=dist)
         assert "\n" not in str(caught.value)
@@ -246,7 +247,9 @@ def test_another_optimizer_or_model_is_one_clear_error(dist: Dist, tmp_path: Pat
         checkpoint.load(path, model=model, optimizer=optimizer, dist=dist)
     model = parallelize(TinyDecoder(width=16), dist, param_dtype=torch.float32)
     optimizer = build_optimizer(model, learning_rate=1e-2)
-    with pytest.raises(ValueError, match=r"does not fit this model .* torch.float32 \(17, 8\) in it, .* \(17, 16\) here"):
+    with pytest.raises(
+        ValueError, match=r"does not fit this model .* torch.float32 \(17, 8\) in it, .* \(17, 16\) here"
+    ):
         checkpoint.load(path, model=model, optimizer=optimizer, dist=dist)
 
 
@@ -326,7 +329,7 @@ def test_generation_after_load_uses_the_loaded_weights(dist: Dist, tmp_path: Pat
 
 @pytest.mark.dist
 def test_kill_during_a_save_leaves_the_one_before(dist: Dist, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tests/dist/checkpoint_worker.py"), "killed", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tests/parallel/checkpoint_worker.py"), "killed", str(tmp_path)]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "OMP_NUM_THREADS": "1"}
     assert subprocess.run(command, env=environment, timeout=60, check=False).returncode == -9
     assert (tmp_path / "tmp_step_2" / "manifest.json").exists()

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from r1fast.dist import checkpoint
-from r1fast.dist.mesh import Dist, init_distributed
-from r1fast.dist.optim import build_optimizer
-from r1fast.dist.parallelize import full_state_dict
-from tests.dist.tiny_model import sharded, train
+from r1fast.parallel import checkpoint
+from r1fast.parallel.mesh import Dist, init_distributed
+from r1fast.parallel.optim import build_optimizer
+from r1fast.parallel.parallelize import full_state_dict
+from tests.parallel.tiny_model import sharded, train
 
 
 def start(dist: Dist) -> tuple[Any, Any]:
@@ -77,7 +77,7 @@ def two_ranks(directory: Path) -> None:
     torch_save = torch.save
     if dist.rank == 1:
         torch.save = no_space
-    with pytest.raises(OSError, match="rank .: RuntimeError: .*inline_container"):
+    with pytest.raises(OSError, match=r"rank .: RuntimeError: .*inline_container"):
         checkpoint.save(directory, 3, extra={}, rank_state={}, **common)
     torch.save = torch_save
     assert checkpoint.latest(directory, dist) == path

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from r1fast.dist.parallelize import local_tensor, reshard
+from r1fast.parallel.parallelize import local_tensor, reshard
 
 OPTIMIZERS = ("adamw", "muon")
 LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from r1fast.dist.mesh import Dist
-from r1fast.dist.optim import build_optimizer
-from r1fast.dist.parallelize import (
+from r1fast.models.cache import BlockCache
+from r1fast.parallel.mesh import Dist
+from r1fast.parallel.optim import build_optimizer
+from r1fast.parallel.parallelize import (
     copy_weights,
     copy_whole_weights,
     full_state_dict,
@@ -17,8 +18,7 @@ from r1fast.dist.parallelize import (
     load_full_state_dict,
     parallelize,
 )
-from r1fast.models.cache import BlockCache
-from tests.dist.tiny_model import (
+from tests.parallel.tiny_model import (
     TinyDecoder,
     backward_all,
     decoder_gradients,

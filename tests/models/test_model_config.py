@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig
 
 from r1fast.models.checks import FIELDS
-from r1fast.models.config import FAMILIES, ModelConfig
+from r1fast.models.model_config import FAMILIES, ModelConfig
 
 TINY: dict[str, Any] = {
     "model_type": "deepseek_v3", "vocab_size": 448, "hidden_size": 64, "intermediate_size": 160,

@@ -9,7 +9,7 @@
 Commit: all ranks write, errors are exchanged, rank 0 writes the manifest, fsyncs, and renames; only then are older
 checkpoints deleted. A reader believes a folder only if it holds just the files of the manifest (hidden ones aside),
 each with its size and checksum: DCP alone loads a flipped bit, and an interrupted overwrite, without a word. No file is
-unpickled (plain_state.py). Learning rate, betas and the like are the recipe's, so of the optimizer only tensors are kept.
+unpickled (plain_state.py). Learning rate, betas and the like are the recipe's: of the optimizer only tensors are kept.
 All ranks must see the same file system.
 """
 
@@ -33,9 +33,9 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-from r1fast.dist.mesh import Dist
-from r1fast.dist.parallelize import reshard, tied_names
-from r1fast.dist.plain_state import CONTENTS, Reader, Writer, check_fit, read_plain, write_plain
+from r1fast.parallel.mesh import Dist
+from r1fast.parallel.parallelize import reshard, tied_names
+from r1fast.parallel.plain_state import CONTENTS, Reader, Writer, check_fit, read_plain, write_plain
 from r1fast.run_folder import read_record, remove, sealed, sync, write_synced
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def save(
         raise ValueError(f"checkpoint.save got keep={keep}; expected at least 1")
     directory = Path(directory)
     tmp, final = directory / f"tmp_step_{step}", directory / f"step_{step}"
-    _raise_together(dist, final, _prepare(tmp) if dist.is_main else "")
+    _raise_on_all(dist, final, _prepare(tmp) if dist.is_main else "")
     reshard(model)
     own_values: dict[str, Any] = {_rank_name(dist.rank): {"rng": rng_state(), "rank_state": rank_state}}
     if dist.is_main:
@@ -82,7 +82,7 @@ def save(
         if problem:
             problem += _space_left(directory)
             shutil.rmtree(tmp, ignore_errors=True)
-    _raise_together(dist, final, problem)
+    _raise_on_all(dist, final, problem)
     return final
 
 
@@ -127,7 +127,7 @@ def load(
     reshard(model)
     state = _distributed_state(model, optimizer)
     try:
-        check_fit(path, {f"{part}.{name}": tensor for part, tensors in state.items() for name, tensor in tensors.items()})
+        check_fit(path, {f"{part}.{name}": tensor for part, named in state.items() for name, tensor in named.items()})
     except ValueError as error:
         raise ValueError(f"checkpoint {path} does not fit this model and optimizer: {error}") from error
     try:
@@ -240,7 +240,7 @@ def _entry(path: Path) -> dict[str, int]:
     return {"size": size, "crc32": crc}
 
 
-def _raise_together(dist: Dist, final: Path, problem: str) -> None:
+def _raise_on_all(dist: Dist, final: Path, problem: str) -> None:
     """Every rank raises what rank 0 reports: one that raised alone would leave the others waiting."""
     problem = dist.all_gather_objects(problem)[0]
     if problem:

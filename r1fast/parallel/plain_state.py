@@ -100,9 +100,8 @@ def check_fit(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         found = saved[name]
         assert isinstance(found, TensorStorageMetadata), name
         if (found.size, found.properties.dtype) != (tensor.shape, tensor.dtype):
-            raise ValueError(
-                f"{name} is {found.properties.dtype} {tuple(found.size)} in it, {tensor.dtype} {tuple(tensor.shape)} here"
-            )
+            here = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{name} is {found.properties.dtype} {tuple(found.size)} in it, {here} here")
 
 
 def write_plain(path: Path, value: Any) -> list[str]:
@@ -123,9 +122,9 @@ def read_plain(path: Path) -> Any:
     value = json.loads(path.with_name(path.name + ".json").read_bytes())
     npz = path.with_name(path.name + ".npz")
     if not npz.exists():
-        return _together(value, {})
+        return _join(value, {})
     with np.load(npz, allow_pickle=False) as arrays:
-        return _together(value, arrays)
+        return _join(value, arrays)
 
 
 def _apart(value: Any, arrays: list[np.ndarray]) -> Any:
@@ -139,9 +138,9 @@ def _apart(value: Any, arrays: list[np.ndarray]) -> Any:
     return [_apart(item, arrays) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _together(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+def _join(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     if isinstance(value, dict):
         if value.keys() == {_ARRAY}:
             return arrays[str(value[_ARRAY])]
-        return {key: _together(item, arrays) for key, item in value.items()}
-    return [_together(item, arrays) for item in value] if isinstance(value, list) else value
+        return {key: _join(item, arrays) for key, item in value.items()}
+    return [_join(item, arrays) for item in value] if isinstance(value, list) else value
