@@ -80,8 +80,8 @@ class _Sequence:
 class Scheduler:
     """Samples what waits in `prompts`; `finish(index, sampled)` is called for each sample when it has left.
 
-    num_blocks: of the cache; max_rows: rows at a time; max_num_batched_tokens: of a prefill, longer prompts come in parts;
-    graphs: of the steps; the last block is then that of their padding.
+    num_blocks: of the cache; max_rows: rows at a time; max_num_batched_tokens: of a prefill; longer prompts
+    come in parts. graphs: of the steps; the last block is then that of their padding.
     """
 
     def __init__(
