@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import Extension, setup
 
@@ -30,6 +31,14 @@ CAPABILITIES = {
 FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-std=c++20"]
 
 
+# The options of the policy loss as C++ sees them, from their one table.
+OPTIONS = "kernels/r1fast_kernels/loss_options.py"
+OPTIONS_HEADER = """#pragma once
+#define R1FAST_LOSS_NUMBERS(X) {numbers}
+enum class LossWord {{ {words} }};
+"""
+
+
 class Build(BuildExtension):
     def build_extensions(self) -> None:
         compiler = shlex.split(os.environ.get("CXX") or "c++")[0]  # torch reads the same variable
@@ -38,6 +47,11 @@ class Build(BuildExtension):
                 f"r1fast: no C++ compiler found (looked for {compiler!r}). Install one (Debian: apt-get install g++), "
                 "or name it in the CXX environment variable, and run the same command again."
             )
+        table = run_path(OPTIONS)
+        numbers, words = " ".join(f"X({name})" for name in table["NUMBERS"]), ", ".join(table["WORDS"])
+        header = Path(self.build_temp) / "loss_options.h"
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(OPTIONS_HEADER.format(numbers=numbers, words=words))
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
@@ -45,7 +59,7 @@ class Build(BuildExtension):
             ext.extra_objects += self.compiler.compile(
                 OPS,
                 output_dir=str(Path(self.build_temp) / capability),
-                include_dirs=ext.include_dirs,
+                include_dirs=[*ext.include_dirs, str(Path(self.build_temp).resolve())],
                 extra_postargs=[*FLAGS, f"-DCPU_CAPABILITY={capability}", *CAPABILITIES[capability]],
             )
         super().build_extension(ext)
@@ -54,7 +68,9 @@ class Build(BuildExtension):
 setup(
     package_dir={"r1fast": "r1fast", "r1fast_kernels": "kernels/r1fast_kernels"},
     ext_modules=[
-        CppExtension("r1fast_kernels._C", ["csrc/register.cpp"], depends=[*OPS, *HEADERS], extra_compile_args=FLAGS),
+        CppExtension(
+            "r1fast_kernels._C", ["csrc/register.cpp"], depends=[*OPS, *HEADERS, OPTIONS], extra_compile_args=FLAGS
+        ),
     ],
     cmdclass={"build_ext": Build},
 )

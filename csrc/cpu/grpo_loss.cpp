@@ -3,6 +3,7 @@
 // A sample is folded by one thread in a fixed order and leaves a row of partial sums; the rows are added in order by
 // one thread: the same bits for any number of threads.
 #include "../simd.h"
+#include "loss_options.h"  // made by setup.py from kernels/r1fast_kernels/loss_options.py
 
 #include <cmath>
 
@@ -10,7 +11,8 @@ namespace r1fast {
 
 // Columns of the partial sums, and of the result: the loss, then kLive, then the metrics.
 enum Column : int64_t {
-  kLoss, kLive, kRatio, kRatioMax, kBelow, kAbove, kOutside, kKl, kGap, kGapMax, kEntropy, kColumns
+  kLoss, kLive, kRatio, kRatioMax, kBelow, kAbove, kOutside, kKl, kGap, kGapMax, kEntropy, kWeight, kDropped,
+  kColumns
 };
 constexpr int64_t kFirstMetric = kRatio;
 
@@ -18,6 +20,15 @@ constexpr int64_t kFirstMetric = kRatio;
 inline double largest(double a, double b) {
   return a >= b || std::isnan(a) ? a : b;
 }
+
+enum class Kl { k1, k2, k3, k3_unbiased };
+
+// In the order of the table; NaN where an option is off.
+struct LossOptions {
+#define R1FAST_FIELD(name) double name;
+  R1FAST_LOSS_NUMBERS(R1FAST_FIELD)
+#undef R1FAST_FIELD
+};
 
 struct GrpoArgs {
   at::ScalarType dtype;  // of every void*: float or double
@@ -31,17 +42,22 @@ struct GrpoArgs {
   const int64_t* counts;     // [N], or null: as the mask says
   const double* advantages;  // [N]
   void* grad;                // [T]
+  void* grad_entropy;        // [T], or null: without entropy_coef
   double* partials;          // [N, kColumns]
+  LossOptions options;
   double clip_low;
   double clip_high;  // cispo: the cap
-  double delta;      // infinity: none
-  double beta;
-  double is_cap;
-  double scale;  // of every token's loss
-  bool truncated_is;
+  double scale;      // of every token's loss
+  double entropy_threshold;  // NaN: none
+  Kl kl;
+  bool token_weights;
+  bool sample_weights;
+  bool masks;  // weights out of bounds are 0, else they are clamped
   bool cispo;
   bool sequence;
   bool sample_mean;  // divide by the tokens of the sample too
+
+  bool off_policy() const { return !std::isnan(options.off_policy_mask_threshold); }
 };
 
 namespace {
@@ -59,7 +75,8 @@ struct Surrogate {
 template <typename acc>
 inline Surrogate<acc> surrogate(const GrpoArgs& args, const Vec<acc>& ratio, const Vec<acc>& logprob, acc advantage_n) {
   using V = Vec<acc>;
-  const V zero(0), one(1), advantage(advantage_n), low(args.clip_low), high(args.clip_high), delta(args.delta);
+  const V zero(0), one(1), advantage(advantage_n), low(args.clip_low), high(args.clip_high);
+  const V delta(std::isnan(args.options.delta) ? std::numeric_limits<acc>::infinity() : static_cast<acc>(args.options.delta));
   const V positive(advantage_n > 0 ? 1 : 0), negative(advantage_n < 0 ? 1 : 0);
   if (args.cispo) {
     const V slope = (at::vec::minimum(ratio, high) * advantage).neg();
@@ -93,8 +110,8 @@ class Sample {
   }
 
   void fold() {
-    if (args_.sequence) {
-      fold_ratio();
+    if (args_.sequence || args_.sample_weights || args_.off_policy()) {
+      fold_sample();
     }
     for (int64_t block = begin_; block < end_; block += kBlock) {
       fold_block(block, std::min(block + kBlock, end_));
@@ -138,35 +155,79 @@ class Sample {
     }
   }
 
-  // The ratio of the sample from its mean log-ratio, and what each token's log-prob does to the loss through it.
-  void fold_ratio() {
+  // Of exp(old - sampler log-prob), in place of it.
+  V bounded(V weight) const {
+    const auto& o = args_.options;
+    const V least(args_.masks ? acc(0) : static_cast<acc>(o.is_min)), most(args_.masks ? acc(0) : static_cast<acc>(o.is_cap));
+    if (!std::isnan(o.is_min)) {
+      weight = V::blendv(weight, least, weight < V(static_cast<acc>(o.is_min)));
+    }
+    return std::isnan(o.is_cap) ? weight : V::blendv(weight, most, weight > V(static_cast<acc>(o.is_cap)));
+  }
+
+  V has_surrogate(int64_t t, int64_t size, const V& keep) const {
+    return read(args_.entropy, t, size, keep) >= V(static_cast<acc>(args_.entropy_threshold));
+  }
+
+  // What the terms of a token need to know of its whole sample.
+  void fold_sample() {
     const void* old_values = args_.old == nullptr ? args_.logprobs : args_.old;
-    const V is_cap(static_cast<acc>(args_.is_cap));
-    double log_ratio = 0, importances = args_.truncated_is ? 0 : row_[kLive];
+    const void* sampler_values = args_.sampler == nullptr ? old_values : args_.sampler;
+    const bool weighs_kl = args_.kl == Kl::k3_unbiased && args_.ref != nullptr;
+    const bool all_kept = !args_.token_weights && std::isnan(args_.entropy_threshold);
+    double log_ratio = 0, log_weight = 0, distance = 0, kl = 0, factors = all_kept ? row_[kLive] : 0;
     for (int64_t begin = begin_; begin < end_; begin += kBlock) {
       const int64_t end = std::min(begin + kBlock, end_);
-      acc weights[kBlock];
-      if (args_.truncated_is) {
-        exp_difference(old_values, args_.sampler, begin, end, weights);
+      acc weights[kBlock], odds_of[kBlock];
+      if (args_.token_weights) {
+        exp_difference(old_values, sampler_values, begin, end, weights);
       }
-      V log_ratios(0), sum(0);
+      if (weighs_kl) {
+        exp_difference(args_.ref, args_.logprobs, begin, end, odds_of);
+      }
+      V log_ratios(0), log_weights(0), distances(0), kls(0), sum(0);
       for (int64_t t = begin; t < end; t += kLanes<acc>) {
-        const int64_t size = std::min(kLanes<acc>, end - t);
+        const int64_t size = std::min(kLanes<acc>, end - t), i = t - begin;
         const V keep = live(t, size);
-        log_ratios = log_ratios + (read(args_.logprobs, t, size, keep) - read(old_values, t, size, keep));
-        if (args_.truncated_is) {
-          sum = sum + V::blendv(V(0), at::vec::minimum(V::loadu(weights + (t - begin)), is_cap), keep);
+        const V logprob = read(args_.logprobs, t, size, keep), old = read(old_values, t, size, keep);
+        const V sampler = read(sampler_values, t, size, keep);
+        log_ratios = log_ratios + (logprob - old);
+        log_weights = log_weights + (old - sampler);
+        distances = distances + (sampler - logprob);
+        if (weighs_kl) {
+          kls = kls + (V::loadu(odds_of + i) - (read(args_.ref, t, size, keep) - logprob) - V(1));
+        }
+        if (!all_kept) {
+          V factor = V::blendv(V(0), args_.token_weights ? bounded(V::loadu(weights + i)) : V(1), keep);
+          if (!std::isnan(args_.entropy_threshold)) {
+            factor = V::blendv(V(0), factor, has_surrogate(t, size, keep));
+          }
+          sum = sum + factor;
         }
       }
       log_ratio += reduce_sum<acc>(log_ratios);
-      importances += reduce_sum<acc>(sum);
+      log_weight += reduce_sum<acc>(log_weights);
+      distance += reduce_sum<acc>(distances);
+      kl += reduce_sum<acc>(kls);
+      factors += all_kept ? 0 : reduce_sum<acc>(sum);
     }
-    ratio_ = static_cast<acc>(std::exp(log_ratio / count_));
-    const auto s = surrogate<acc>(args_, V(ratio_), V(0), advantage_);
-    shared_slope_ = static_cast<acc>(first(s.slope) * importances / count_);
-    row_[kRatio] = row_[kRatioMax] = ratio_;
-    row_[kBelow] = first(s.below);
-    row_[kAbove] = first(s.above);
+    if (args_.sample_weights) {
+      factor_ = static_cast<acc>(row_[kWeight] = first(bounded(V(static_cast<acc>(std::exp(log_weight))))));
+    }
+    if (args_.off_policy() && advantage_ < 0 && distance / count_ > args_.options.off_policy_mask_threshold) {
+      row_[kDropped] = 1;
+      factor_ = 0;
+    }
+    if (args_.sequence) {
+      ratio_ = static_cast<acc>(std::exp(log_ratio / count_));
+      const auto s = surrogate<acc>(args_, V(ratio_), V(0), advantage_);
+      const double shared = factors * factor_;
+      shared_slope_ = shared == 0 ? acc(0) : static_cast<acc>(first(s.slope) * shared / count_);
+      shared_kl_slope_ = weighs_kl ? static_cast<acc>(ratio_ * kl / count_) : acc(0);
+      row_[kRatio] = row_[kRatioMax] = ratio_;
+      row_[kBelow] = first(s.below);
+      row_[kAbove] = first(s.above);
+    }
   }
 
   static double first(const V& v) {
@@ -175,15 +236,38 @@ class Sample {
     return lanes[0];
   }
 
+  struct Divergence {
+    V value, slope;  // slope: d value / d logprob, but for what a ratio of the whole sample adds
+  };
+
+  Divergence divergence(const V& distance, const V& odds, const V& ratio) const {
+    const V one(1);
+    switch (args_.kl) {
+      case Kl::k1:
+        return {distance.neg(), V::blendv(one, distance, distance != distance)};
+      case Kl::k2:
+        return {V(0.5) * distance * distance, distance.neg()};
+      default:
+        break;
+    }
+    const V k3 = odds - distance - one, slope = one - odds;
+    if (args_.kl == Kl::k3) {
+      return {k3, slope};
+    }
+    return {ratio * k3, args_.sequence ? ratio * slope + V(shared_kl_slope_) : ratio * (slope + k3)};
+  }
+
   void fold_block(int64_t begin, int64_t end) {
-    const V zero(0), one(1), beta(args_.beta), scale(weight()), is_cap(args_.is_cap);
-    const bool shared_slope = args_.sequence && !args_.cispo;
+    const auto& o = args_.options;
+    const V zero(0), one(1), beta(static_cast<acc>(o.beta)), scale(weight()), of_sample(factor_);
+    const bool shared_slope = args_.sequence && !args_.cispo, selects = !std::isnan(args_.entropy_threshold);
+    const bool is_plain = !selects && !args_.token_weights && factor_ == 1;
     const void* old_values = args_.old == nullptr ? args_.logprobs : args_.old;
     acc ratios[kBlock], weights[kBlock], odds_of[kBlock];
     if (args_.old != nullptr && !args_.sequence) {
       exp_difference(args_.logprobs, args_.old, begin, end, ratios);
     }
-    if (args_.truncated_is) {
+    if (args_.token_weights) {
       exp_difference(old_values, args_.sampler, begin, end, weights);
     }
     if (args_.ref != nullptr) {
@@ -199,30 +283,44 @@ class Sample {
       // On-policy the ratio is 1, or NaN where the log-prob is.
       const V ratio = args_.sequence ? V(ratio_) : args_.old == nullptr ? one + (logprob - old) : V::loadu(ratios + i);
       const auto s = surrogate<acc>(args_, ratio, logprob, advantage_);
-      V loss = s.loss, grad = shared_slope ? V(shared_slope_) : s.slope;
+      V loss = s.loss, grad = s.slope, factor = of_sample;
       if (args_.sampler != nullptr) {
-        const V sampler = read(args_.sampler, t, size, keep);
-        if (args_.truncated_is) {
-          const V weight = at::vec::minimum(V::loadu(weights + i), is_cap);
-          loss = loss * weight;
-          grad = shared_slope ? grad : grad * weight;
+        if (args_.token_weights) {
+          const V weight = bounded(V::loadu(weights + i));
+          factor = factor * weight;
+          sums[kWeight] = sums[kWeight] + V::blendv(zero, weight, keep);
         }
-        const V gap = (old - sampler).abs();
+        const V gap = (old - read(args_.sampler, t, size, keep)).abs();
         sums[kGap] = sums[kGap] + gap;
         sums[kGapMax] = at::vec::maximum(sums[kGapMax], gap);
       }
+      if (selects) {
+        factor = V::blendv(zero, factor, has_surrogate(t, size, keep));
+      }
+      if (!is_plain) {
+        loss = V::blendv(loss * factor, zero, factor == zero);
+        grad = V::blendv(grad * factor, zero, factor == zero);
+      }
+      if (shared_slope) {
+        grad = V(shared_slope_);
+      }
       if (args_.ref != nullptr) {
-        const V distance = read(args_.ref, t, size, keep) - logprob;
-        const V odds = V::loadu(odds_of + i);
-        const V kl = odds - distance - one;
-        sums[kKl] = sums[kKl] + kl;
-        if (args_.beta != 0) {
-          loss = loss + beta * kl;
-          grad = grad + beta * (one - odds);
+        const auto kl = divergence(read(args_.ref, t, size, keep) - logprob, V::loadu(odds_of + i), ratio);
+        sums[kKl] = sums[kKl] + V::blendv(zero, kl.value, keep);
+        if (o.beta != 0) {
+          loss = loss + beta * kl.value;
+          grad = grad + beta * kl.slope;
         }
       }
       if (args_.entropy != nullptr) {
-        sums[kEntropy] = sums[kEntropy] + read(args_.entropy, t, size, keep);
+        const V entropy = read(args_.entropy, t, size, keep);
+        sums[kEntropy] = sums[kEntropy] + entropy;
+        if (args_.grad_entropy != nullptr) {
+          V bonus = V::blendv(zero, V(static_cast<acc>(o.entropy_coef)), keep);
+          bonus = selects ? V::blendv(zero, bonus, has_surrogate(t, size, keep)) : bonus;
+          loss = loss - bonus * entropy;
+          (bonus * scale).neg().store(static_cast<acc*>(args_.grad_entropy) + t, static_cast<int>(size));
+        }
       }
       if (!args_.sequence) {
         const V kept = V::blendv(zero, ratio, keep);
@@ -234,7 +332,7 @@ class Sample {
       sums[kLoss] = sums[kLoss] + V::blendv(zero, loss, keep);
       V::blendv(zero, grad * scale, keep).store(static_cast<acc*>(args_.grad) + t, static_cast<int>(size));
     }
-    for (const Column column : {kLoss, kRatio, kBelow, kAbove, kKl, kGap, kEntropy}) {
+    for (const Column column : {kLoss, kRatio, kBelow, kAbove, kKl, kGap, kEntropy, kWeight}) {
       row_[column] += reduce_sum<acc>(sums[column]);
     }
     for (const Column column : {kRatioMax, kGapMax}) {
@@ -248,7 +346,9 @@ class Sample {
   const acc advantage_;
   double count_;          // tokens of the sample that count, at least 1
   acc ratio_ = 1;         // one per sample
-  acc shared_slope_ = 0;
+  acc factor_ = 1;        // of every token's surrogate
+  acc shared_slope_ = 0;  // what each token's log-prob does to the loss through the ratio of the sample
+  acc shared_kl_slope_ = 0;
 };
 
 }  // namespace CPU_CAPABILITY
@@ -273,6 +373,8 @@ R1FAST_KERNEL(grpo_samples, GrpoArgs) {
 
 #include <optional>
 #include <string>
+#include <string_view>
+#include <vector>
 
 namespace r1fast {
 namespace {
@@ -333,10 +435,10 @@ at::Tensor fused_advantages(
 // What the loss of a token is divided by, the tokens of its sample left aside.
 double divisor(
     const std::string& loss_type, const at::Tensor& mask, const OptionalTensor& num_items,
-    const OptionalTensor& num_samples, std::optional<int64_t> max_completion_length, int64_t tokens, int64_t samples) {
+    const OptionalTensor& num_samples, double max_completion_length, int64_t tokens, int64_t samples) {
   if (loss_type == "grpo" || loss_type == "dr_grpo") {
     const double count = num_samples ? num_samples->item().toDouble() : static_cast<double>(samples);
-    return std::max(count, 1.0) * static_cast<double>(loss_type == "grpo" ? 1 : max_completion_length.value());
+    return std::max(count, 1.0) * (loss_type == "grpo" ? 1.0 : max_completion_length);
   }
   if (num_items) {
     return std::max(num_items->item().toDouble(), 1.0);
@@ -347,7 +449,8 @@ double divisor(
 
 // The rows of partial sums, in order, into (loss, metrics).
 std::tuple<at::Tensor, at::Tensor> add_up(
-    const double* partials, int64_t num_samples, bool sequence, const at::TensorOptions& options) {
+    const double* partials, int64_t num_samples, bool sequence, bool sample_weights,
+    const at::TensorOptions& options) {
   double total[kColumns] = {};
   for (int64_t n = 0; n < num_samples; ++n) {
     for (int64_t column = 0; column < kColumns; ++column) {
@@ -359,24 +462,41 @@ std::tuple<at::Tensor, at::Tensor> add_up(
   at::Tensor result = at::empty({kColumns - kFirstMetric}, options.dtype(at::kDouble));
   double* metric = result.mutable_data_ptr<double>();
   const double tokens = std::max(total[kLive], 1.0);
-  const double owners = sequence ? static_cast<double>(std::max<int64_t>(num_samples, 1)) : tokens;
+  const double samples = static_cast<double>(std::max<int64_t>(num_samples, 1));
   for (int64_t column = kFirstMetric; column < kColumns; ++column) {
-    const bool is_mean = column != kRatioMax && column != kGapMax;
-    metric[column - kFirstMetric] = total[column] / (!is_mean ? 1 : column <= kOutside ? owners : tokens);
+    const bool is_max = column == kRatioMax || column == kGapMax;
+    const bool of_samples = (sequence && column <= kOutside) || (sample_weights && column == kWeight) || column == kDropped;
+    metric[column - kFirstMetric] = total[column] / (is_max ? 1 : of_samples ? samples : tokens);
   }
   at::Tensor loss = at::empty({}, options.dtype(at::kDouble));
   *loss.mutable_data_ptr<double>() = total[kLoss];
   return {loss.to(options.dtype()), result.to(options.dtype())};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> grpo_loss(
+LossOptions read_options(at::ArrayRef<double> numbers) {
+  LossOptions options;
+  TORCH_CHECK_VALUE(
+      numbers.size() * sizeof(double) == sizeof options,
+      "grpo_loss: got ", numbers.size(), " options, expected ", sizeof options / sizeof(double),
+      ": the extension is of another version; build it again");
+  std::copy(numbers.begin(), numbers.end(), reinterpret_cast<double*>(&options));
+  return options;
+}
+
+Kl kl_named(std::string_view name) {
+  return name == "k1" ? Kl::k1 : name == "k2" ? Kl::k2 : name == "k3" ? Kl::k3 : Kl::k3_unbiased;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grpo_loss(
     const at::Tensor& logprobs_T, const at::Tensor& cu_seqlens, const OptionalTensor& advantages_N,
-    const OptionalTensor& rewards_N, const OptionalTensor& group_ids_N, std::string scale_rewards,
-    const OptionalTensor& old_T, const OptionalTensor& ref_T, const OptionalTensor& sampler_T,
-    const OptionalTensor& mask_T, const OptionalTensor& entropy_T, const OptionalTensor& counts_N,
-    const OptionalTensor& num_items, const OptionalTensor& num_samples, double epsilon_low, double epsilon_high,
-    std::optional<double> delta, double beta, std::optional<double> is_cap, std::string loss_type,
-    std::string importance_level, std::optional<int64_t> max_completion_length) {
+    const OptionalTensor& rewards_N, const OptionalTensor& group_ids_N, const OptionalTensor& old_T,
+    const OptionalTensor& ref_T, const OptionalTensor& sampler_T, const OptionalTensor& mask_T,
+    const OptionalTensor& entropy_T, const OptionalTensor& entropy_threshold, const OptionalTensor& counts_N,
+    const OptionalTensor& num_items, const OptionalTensor& num_samples, at::ArrayRef<double> numbers,
+    std::vector<std::string> words) {
+  const LossOptions o = read_options(numbers);
+  const auto word = [&](LossWord name) -> const std::string& { return words.at(static_cast<size_t>(name)); };
+  const std::string& loss_type = word(LossWord::loss_type);
   const int64_t T = logprobs_T.numel();
   const int64_t N = cu_seqlens.numel() - 1;
   const auto dtype = logprobs_T.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -385,7 +505,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grpo_loss(
   const at::Tensor starts = prepare("cu_seqlens", cu_seqlens, N + 1, at::kLong);
   check_packing(starts, T);
   const at::Tensor advantages = advantages_N ? prepare("advantages_N", advantages_N, N, at::kDouble)
-                                             : fused_advantages(*rewards_N, group_ids_N, N, scale_rewards);
+                                             : fused_advantages(*rewards_N, group_ids_N, N, word(LossWord::scale_rewards));
   const at::Tensor logprobs = prepare("logprobs_T", logprobs_T, T, dtype);
   const at::Tensor old = prepare("old_T", old_T, T, dtype);
   const at::Tensor ref = prepare("ref_T", ref_T, T, dtype);
@@ -393,20 +513,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grpo_loss(
   const at::Tensor entropy = prepare("entropy_T", entropy_T, T, dtype);
   const at::Tensor mask = prepare("mask_T", mask_T, T, at::kBool);
   const at::Tensor counts = prepare("counts_N", counts_N, N, at::kLong);
-  TORCH_CHECK_VALUE(beta == 0 || ref.defined(), "grpo_loss: beta=", beta, " needs ref_T");
-  TORCH_CHECK_VALUE(!is_cap || sampler.defined(), "grpo_loss: is_cap needs sampler_T");
+  const bool has_weights = !std::isnan(o.is_cap) || !std::isnan(o.is_min);
+  TORCH_CHECK_VALUE(o.beta == 0 || ref.defined(), "grpo_loss: beta=", o.beta, " needs ref_T");
+  TORCH_CHECK_VALUE(!has_weights || sampler.defined(), "grpo_loss: is_cap and is_min need sampler_T");
+  TORCH_CHECK_VALUE(
+      (o.entropy_coef == 0 && !entropy_threshold) || entropy.defined(),
+      "grpo_loss: entropy_coef and top_entropy_quantile need entropy_T");
 
   const bool cispo = loss_type == "cispo";
-  const bool sequence = importance_level == "sequence";
+  const bool sequence = word(LossWord::importance_level) == "sequence";
+  const bool of_samples = has_weights && word(LossWord::is_mode).starts_with("sequence");
   at::Tensor grad = at::empty({T}, logprobs.options());
+  at::Tensor grad_entropy = at::empty({o.entropy_coef == 0 ? 0 : T}, logprobs.options());
   at::Tensor partials = at::empty({N, kColumns}, logprobs.options().dtype(at::kDouble));
   const GrpoArgs args{
-      dtype, data(logprobs), data(old), data(ref), data(sampler), data(entropy), data<bool>(mask),
-      data<int64_t>(starts), data<int64_t>(counts), data<double>(advantages), grad.mutable_data_ptr(),
-      partials.mutable_data_ptr<double>(), 1 - epsilon_low, cispo ? epsilon_high : 1 + epsilon_high,
-      delta.value_or(std::numeric_limits<double>::infinity()), beta, is_cap.value_or(0),
-      1 / divisor(loss_type, mask, num_items, num_samples, max_completion_length, T, N), is_cap.has_value(), cispo,
-      sequence, loss_type == "grpo"};
+      .dtype = dtype, .logprobs = data(logprobs), .old = data(old), .ref = data(ref), .sampler = data(sampler),
+      .entropy = data(entropy), .mask = data<bool>(mask), .starts = data<int64_t>(starts),
+      .counts = data<int64_t>(counts), .advantages = data<double>(advantages), .grad = grad.mutable_data_ptr(),
+      .grad_entropy = o.entropy_coef == 0 ? nullptr : grad_entropy.mutable_data_ptr(),
+      .partials = partials.mutable_data_ptr<double>(), .options = o, .clip_low = 1 - o.epsilon,
+      .clip_high = cispo ? o.epsilon_high : 1 + o.epsilon_high,
+      .scale = 1 / divisor(loss_type, mask, num_items, num_samples, o.max_completion_length, T, N),
+      .entropy_threshold = entropy_threshold ? entropy_threshold->item().toDouble() : std::nan(""),
+      .kl = kl_named(word(LossWord::kl_estimator)), .token_weights = has_weights && !of_samples,
+      .sample_weights = of_samples, .masks = word(LossWord::is_mode).ends_with("mask"), .cispo = cispo,
+      .sequence = sequence, .sample_mean = loss_type == "grpo"};
   // A thread takes the samples that begin in its share of the tokens, so that ragged lengths balance.
   const int64_t* start = args.starts;
   const auto first_sample = [&](int64_t token) {
@@ -415,8 +546,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grpo_loss(
   at::parallel_for(0, std::max<int64_t>(T, 1), kTokensPerTask, [&](int64_t begin, int64_t end) {
     R1FAST_PICK(grpo_samples)(args, first_sample(begin), first_sample(end));
   });
-  auto [loss, metrics] = add_up(partials.const_data_ptr<double>(), N, sequence, logprobs.options());
-  return {loss, grad, metrics};
+  auto [loss, metrics] =
+      add_up(partials.const_data_ptr<double>(), N, sequence, of_samples, logprobs.options());
+  return {loss, grad, grad_entropy, metrics};
 }
 
 }  // namespace

@@ -3,8 +3,12 @@
     w   = exp(logprob - old_logprob)                          token; sequence: exp of the sample's mean, one per sample
     L   = -min(min(w, delta) A, clip(w, 1 - epsilon, 1 + epsilon_high) A)                grpo, bnpo, dr_grpo, dapo
     L   = -stopgrad(min(w, epsilon_high)) A logprob                                      cispo (the cap is epsilon_high)
-    L  *= min(exp(old_logprob - sampler_logprob), is_cap)                                no gradient
-    L  += beta (exp(d) - d - 1),  d = ref_logprob - logprob                              k3 estimate of the KL
+    L  *= f, no gradient: 1, or the product of
+          bounded exp(old_logprob - sampler_logprob)          is_cap, is_min; of a token, or of a sample's sum (is_mode)
+          0 for a sample with A < 0 and mean(sampler_logprob - logprob) > off_policy_mask_threshold
+          0 for a token whose entropy is below the quantile    top_entropy_quantile
+    L  += beta k,  d = ref_logprob - logprob,  k = -d (k1), d^2 / 2 (k2), exp(d) - d - 1 (k3), w k3 (k3_unbiased)
+    L  -= entropy_coef entropy                                where the token has a surrogate; in the same mean (verl)
 
     grpo     sum_n [ sum_t L / tokens_n ] / num_samples       each sample weighs the same (arXiv 2402.03300)
     dr_grpo  sum L / (num_samples max_completion_length)      no length bias               (arXiv 2503.20783)
@@ -12,18 +16,22 @@
 
 Counts and sums run over tokens that `loss_mask_T` keeps. The gradient, s being 1 where the minimum passes it, else 0:
 
-    dL/dlogprob = -A w s (importance weight) + beta (1 - exp(d));   cispo: -min(w, epsilon_high) A in place of -A w s
-    sequence: all tokens of a sample share -A w s sum_t(importance weight) / tokens_n
+    dL/dlogprob = -A w s f + beta (1 - exp(d));   cispo: -min(w, epsilon_high) A f in place of -A w s f
+    sequence: all tokens of a sample share -A w s sum_t(f) / tokens_n
 
-One launch gives loss, gradient and metrics: 4 bytes read for each of logprob, old, ref, sampler and entropy that is
-given, 1 for the mask, 4 written; up to 3 exponentials and 40 FLOPs a token. "sequence" reads twice. A million tokens
-are 25 MB, on a GPU about the time of the launch.
+One launch gives loss, gradients and metrics: 4 bytes read for each of logprob, old, ref, sampler and entropy that is
+given, 1 for the mask, 4 written (8 with entropy_coef); up to 3 exponentials and 40 FLOPs a token. What is of whole
+samples reads twice. A million tokens are 25 MB, on a GPU about the time of the launch.
 
     packing    | sample 0      | sample 1 | sample 2        |   completion tokens only
     cu_seqlens 0               6          10                17
     program    0               1          2                     one a sample leaves partial sums; the last adds them up
 """
 
+import inspect
+import math
+from collections import namedtuple
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,23 +41,26 @@ from torch import Tensor
 
 from .dispatch import TRITON_DEVICE, choose, compute_dtype
 from .group_advantages import advantage_of
-from .grpo_loss_reference import LossArguments, grpo_loss_reference
+from .grpo_loss_reference import TENSORS, LossArguments, grpo_loss_reference
 from .head import times
+from .loss_options import NUMBERS, OPTIONS, WORDS, LossOptions
 
 # Columns 2.. of the partial sums of a sample, after its loss and its tokens that count; csrc/cpu/grpo_loss.cpp has them
 # in the same order. For cispo "high" is "cispo_clip_ratio".
 METRICS = (
     "importance_ratio/mean", "importance_ratio/max", "clip_ratio/low_mean", "clip_ratio/high_mean",
     "clip_ratio/region_mean", "kl", "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
-    "entropy",
+    "entropy", "sampling/importance_sampling_ratio/mean", "off_policy_mask_ratio",
 )  # fmt: skip
 NUM_COLUMNS = 2 + len(METRICS)
 ADVANTAGE_EPS = 1e-4
 BLOCK_T, BLOCK_N, NUM_WARPS = 1024, 64, 8
 
+Numbers = namedtuple("Numbers", NUMBERS)  # type: ignore[misc]  # what the kernel reads as o.beta; None is a constant
+
 
 @triton.jit
-def _surrogate(ratio, advantage, logprob, clip_low, clip_high, delta, CISPO: tl.constexpr):
+def _surrogate(ratio, advantage, logprob, clip_low, clip_high, o, CISPO: tl.constexpr):
     """(loss, slope, clipped below, clipped above); NaN passes through every `where`, which tl.minimum would drop."""
     # The bounds that count as clipping, for the sign of this advantage.
     above_bound = tl.where(advantage > 0, clip_high, float("inf"))
@@ -60,6 +71,7 @@ def _surrogate(ratio, advantage, logprob, clip_low, clip_high, delta, CISPO: tl.
         below = ratio < -float("inf")
         above = ratio > above_bound
     else:
+        delta = float("inf") if o.delta is None else o.delta
         below_bound = tl.where(advantage < 0, clip_low, -float("inf"))
         capped = tl.where(ratio > delta, delta, ratio)
         clipped = tl.where(ratio < clip_low, clip_low, tl.where(ratio > clip_high, clip_high, ratio))
@@ -78,9 +90,33 @@ def _surrogate(ratio, advantage, logprob, clip_low, clip_high, delta, CISPO: tl.
 
 
 @triton.jit
-def _importance(old, sampler, is_cap):
-    weight = tl.exp(old - sampler)
-    return tl.where(weight > is_cap, is_cap, weight)
+def _importance(log_weight, o, MASKS: tl.constexpr):
+    """exp(log_weight), clamped to is_min .. is_cap, or 0 outside."""
+    weight = tl.exp(log_weight)
+    if o.is_min is not None:
+        weight = tl.where(weight < o.is_min, 0.0 if MASKS else o.is_min, weight)
+    if o.is_cap is not None:
+        weight = tl.where(weight > o.is_cap, 0.0 if MASKS else o.is_cap, weight)
+    return weight
+
+
+@triton.jit
+def _kl(distance, ratio, KL: tl.constexpr, SEQUENCE: tl.constexpr):
+    """(estimate, its slope but for what a ratio of the whole sample adds)."""
+    if KL == "k1":
+        kl = -distance
+        slope = tl.where(distance == distance, 1.0, distance)
+    elif KL == "k2":
+        kl = 0.5 * distance * distance
+        slope = -distance
+    else:
+        odds = tl.exp(distance)
+        kl = odds - distance - 1.0
+        slope = 1.0 - odds
+        if KL == "k3_unbiased":
+            slope = ratio * (slope if SEQUENCE else slope + kl)
+            kl = ratio * kl
+    return kl, slope
 
 
 @triton.jit
@@ -110,27 +146,30 @@ def _grpo_kernel(
     sampler_ptr,
     mask_ptr,
     entropy_ptr,
+    threshold_ptr,  # [], of the entropy
     counts_ptr,  # [N]
     total_count_ptr,  # [], num_items or num_samples; None: default_count
     loss_ptr,  # []
     grad_ptr,  # [T]
-    metrics_ptr,  # [9]
-    partials_ptr,  # [11, N] fp64
+    grad_entropy_ptr,  # [T], or None: entropy_coef is 0
+    metrics_ptr,  # [11]
+    partials_ptr,  # [13, N] fp64
     finished_ptr,  # [1] int32, 0
     default_count,
     num_samples,
     advantage_eps,
     clip_low,
     clip_high,
-    delta,
-    beta,
-    is_cap,
     divisor_factor,  # max_completion_length of dr_grpo, else 1
+    o,  # Numbers
     SCALE: tl.constexpr,
     CISPO: tl.constexpr,
     SAMPLE_MEAN: tl.constexpr,  # loss type grpo: divided by the tokens of the sample too
     SEQUENCE: tl.constexpr,
-    TRUNCATED_IS: tl.constexpr,
+    TOKEN_WEIGHTS: tl.constexpr,
+    SAMPLE_WEIGHTS: tl.constexpr,
+    MASKS: tl.constexpr,
+    KL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -144,39 +183,68 @@ def _grpo_kernel(
         advantage = advantage_of(
             rewards_ptr, group_ids_ptr, n, num_samples, advantage_eps, SCALE, BLOCK_T
         ).to(tl.float32)  # fmt: skip
+    if threshold_ptr is not None:
+        threshold = tl.load(threshold_ptr).to(tl.float32)
 
+    # What the terms of a token need to know of its whole sample.
+    OFF_POLICY: tl.constexpr = o.off_policy_mask_threshold is not None
+    WEIGHS_KL: tl.constexpr = SEQUENCE and KL == "k3_unbiased" and ref_ptr is not None
     count = length.to(tl.float32)
     if counts_ptr is not None:
         count = tl.load(counts_ptr + n).to(tl.float32)
-    if SEQUENCE or (SAMPLE_MEAN and mask_ptr is not None and counts_ptr is None):
+    if SEQUENCE or SAMPLE_WEIGHTS or OFF_POLICY or (SAMPLE_MEAN and mask_ptr is not None and counts_ptr is None):
         kept_T = tl.zeros([BLOCK_T], tl.float32)
         log_ratio_T = tl.zeros([BLOCK_T], tl.float32)
-        importance_T = tl.zeros([BLOCK_T], tl.float32)
+        log_weight_T = tl.zeros([BLOCK_T], tl.float32)
+        distance_T = tl.zeros([BLOCK_T], tl.float32)
+        factor_T = tl.zeros([BLOCK_T], tl.float32)
+        kl_T = tl.zeros([BLOCK_T], tl.float32)
         for start in range(0, length, BLOCK_T):
             offs_t = begin + start + tl.arange(0, BLOCK_T)
             live = _live(mask_ptr, offs_t, end)
             kept_T += tl.where(live, 1.0, 0.0)
+            logprob = _read(logprobs_ptr, offs_t, live)  # [BLOCK_T]
+            old = logprob
+            if old_ptr is not None:
+                old = _read(old_ptr, offs_t, live)  # [BLOCK_T]
+            sampler = old
+            if sampler_ptr is not None:
+                sampler = _read(sampler_ptr, offs_t, live)  # [BLOCK_T]
+            log_ratio_T += logprob - old
+            log_weight_T += old - sampler
+            distance_T += sampler - logprob
             if SEQUENCE:
-                logprob = _read(logprobs_ptr, offs_t, live)  # [BLOCK_T]
-                old = logprob
-                if old_ptr is not None:
-                    old = _read(old_ptr, offs_t, live)  # [BLOCK_T]
-                log_ratio_T += logprob - old
-                if TRUNCATED_IS:
-                    weight = _importance(old, _read(sampler_ptr, offs_t, live), is_cap)  # [BLOCK_T]
-                    importance_T += tl.where(live, weight, 0.0)
-        kept = tl.sum(kept_T, axis=0)
+                factor = tl.where(live, 1.0, 0.0)
+                if TOKEN_WEIGHTS:
+                    factor = tl.where(live, _importance(old - sampler, o, MASKS), 0.0)
+                if threshold_ptr is not None:
+                    factor = tl.where(_read(entropy_ptr, offs_t, live) >= threshold, factor, 0.0)
+                factor_T += factor
+            if WEIGHS_KL:
+                kl_T += _kl(_read(ref_ptr, offs_t, live) - logprob, 1.0, "k3", SEQUENCE)[0]
         if counts_ptr is None:
-            count = kept
+            count = tl.sum(kept_T, axis=0)
     count = tl.maximum(count, 1.0)
+    sample_factor = 1.0
+    sample_weight = 1.0
+    dropped = 0.0
+    if SAMPLE_WEIGHTS:
+        sample_weight = _importance(tl.sum(log_weight_T, axis=0), o, MASKS)
+        sample_factor = sample_weight
+    if OFF_POLICY:
+        moved = tl.sum(distance_T, axis=0) / count > o.off_policy_mask_threshold
+        dropped = tl.where((advantage < 0) & moved, 1.0, 0.0)
+        sample_factor = tl.where(dropped != 0, 0.0, sample_factor)
     if SEQUENCE:
         sample_ratio = tl.exp(tl.sum(log_ratio_T, axis=0) / count)
         _, sample_slope, sample_below, sample_above = _surrogate(
-            sample_ratio, advantage, 0.0, clip_low, clip_high, delta, CISPO
+            sample_ratio, advantage, 0.0, clip_low, clip_high, o, CISPO
         )  # fmt: skip
-        if TRUNCATED_IS:
-            kept = tl.sum(importance_T, axis=0)
-        sample_slope *= kept / count  # what each token's log-prob does to the loss through the mean
+        # What each token's log-prob does to the loss through the mean.
+        shared = tl.sum(factor_T, axis=0) / count * sample_factor
+        sample_slope = tl.where(shared == 0, 0.0, sample_slope * shared)
+        if WEIGHS_KL:
+            sample_kl_slope = sample_ratio * tl.sum(kl_T, axis=0) / count
 
     divisor = default_count.to(tl.float32)
     if total_count_ptr is not None:
@@ -195,6 +263,7 @@ def _grpo_kernel(
     gap_T = tl.zeros([BLOCK_T], tl.float32)
     gap_max_T = tl.zeros([BLOCK_T], tl.float32)
     entropy_T = tl.zeros([BLOCK_T], tl.float32)
+    weight_T = tl.zeros([BLOCK_T], tl.float32)
     for start in range(0, length, BLOCK_T):
         offs_t = begin + start + tl.arange(0, BLOCK_T)
         live = _live(mask_ptr, offs_t, end)
@@ -209,27 +278,40 @@ def _grpo_kernel(
             ratio = tl.exp(logprob - old)
         else:
             ratio = 1.0 + (logprob - old)  # 1, or NaN where the log-prob is
-        loss, slope, below, above = _surrogate(ratio, advantage, logprob, clip_low, clip_high, delta, CISPO)
+        loss, slope, below, above = _surrogate(ratio, advantage, logprob, clip_low, clip_high, o, CISPO)
+        factor = tl.zeros([BLOCK_T], tl.float32) + sample_factor
         if sampler_ptr is not None:
             sampler = _read(sampler_ptr, offs_t, live)  # [BLOCK_T]
-            if TRUNCATED_IS:
-                weight = _importance(old, sampler, is_cap)
-                loss *= weight
-                slope *= weight
+            if TOKEN_WEIGHTS:
+                weight = _importance(old - sampler, o, MASKS)
+                factor *= weight
+                weight_T += tl.where(live, weight, 0.0)
             gap = tl.abs(old - sampler)
             gap_T += gap
             gap_max_T = tl.maximum(gap_max_T, gap)
+        bonus = 0.0
+        if entropy_ptr is not None:
+            entropy = _read(entropy_ptr, offs_t, live)  # [BLOCK_T]
+            entropy_T += entropy
+            bonus = tl.where(live, o.entropy_coef, 0.0)
+            if threshold_ptr is not None:
+                factor = tl.where(entropy >= threshold, factor, 0.0)
+                bonus = tl.where(entropy >= threshold, bonus, 0.0)
+        loss = tl.where(factor == 0, 0.0, loss * factor)
         if SEQUENCE and not CISPO:
             slope = sample_slope
+        else:
+            slope = tl.where(factor == 0, 0.0, slope * factor)
         if ref_ptr is not None:
-            distance = _read(ref_ptr, offs_t, live) - logprob  # [BLOCK_T]
-            odds = tl.exp(distance)
-            kl = odds - distance - 1.0
-            kl_T += kl
-            loss += tl.where(beta != 0, beta * kl, 0.0)
-            slope += tl.where(beta != 0, beta * (1.0 - odds), 0.0)
-        if entropy_ptr is not None:
-            entropy_T += _read(entropy_ptr, offs_t, live)  # [BLOCK_T]
+            kl, kl_slope = _kl(_read(ref_ptr, offs_t, live) - logprob, ratio, KL, SEQUENCE)  # [BLOCK_T]
+            if WEIGHS_KL:
+                kl_slope += sample_kl_slope
+            kl_T += tl.where(live, kl, 0.0)
+            loss += tl.where(o.beta != 0, o.beta * kl, 0.0)
+            slope += tl.where(o.beta != 0, o.beta * kl_slope, 0.0)
+        if grad_entropy_ptr is not None:
+            loss -= bonus * entropy
+            tl.store(grad_entropy_ptr + offs_t, -bonus * scale, mask=offs_t < end)
         if not SEQUENCE:
             kept_ratio = tl.where(live, ratio, 0.0)
             ratio_T += kept_ratio
@@ -248,6 +330,9 @@ def _grpo_kernel(
         ratio_max = sample_ratio
         num_below = tl.where(sample_below, 1.0, 0.0)
         num_above = tl.where(sample_above, 1.0, 0.0)
+    weight_sum = tl.sum(weight_T, axis=0)
+    if SAMPLE_WEIGHTS:
+        weight_sum = sample_weight
     gap_sum = tl.sum(gap_T, axis=0)
     column_ptr = partials_ptr + n
     tl.store(column_ptr, tl.sum(loss_T, axis=0).to(tl.float64) * scale)
@@ -262,23 +347,28 @@ def _grpo_kernel(
     tl.store(column_ptr + 8 * num_samples, gap_sum)
     tl.store(column_ptr + 9 * num_samples, tl.where(gap_sum != gap_sum, gap_sum, tl.max(gap_max_T, axis=0)))
     tl.store(column_ptr + 10 * num_samples, tl.sum(entropy_T, axis=0))
+    tl.store(column_ptr + 11 * num_samples, weight_sum)
+    tl.store(column_ptr + 12 * num_samples, dropped)
 
     # The last program to come here finds the partial sums of all others, and adds them in the order of the samples.
     tl.debug_barrier()
     if tl.atomic_add(finished_ptr, 1, sem="acq_rel", scope="gpu") == num_samples - 1:
         tl.debug_barrier()
-        _add_up(loss_ptr, metrics_ptr, partials_ptr, num_samples, SEQUENCE, BLOCK_N)
+        _add_up(loss_ptr, metrics_ptr, partials_ptr, num_samples, SEQUENCE, SAMPLE_WEIGHTS, BLOCK_N)
 
 
 @triton.jit
-def _add_up(loss_ptr, metrics_ptr, partials_ptr, num_samples, SEQUENCE: tl.constexpr, BLOCK_N: tl.constexpr):
+def _add_up(
+    loss_ptr, metrics_ptr, partials_ptr, num_samples,
+    SEQUENCE: tl.constexpr, SAMPLE_WEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     column = tl.arange(0, 16)
     is_max = (column == 3) | (column == 9)
     total = tl.zeros([16, BLOCK_N], tl.float64)
     most = tl.zeros([16, BLOCK_N], tl.float64)
     for start in range(0, num_samples, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        here = (column[:, None] < 11) & (offs_n[None, :] < num_samples)
+        here = (column[:, None] < 13) & (offs_n[None, :] < num_samples)
         row_ptr = partials_ptr + column[:, None] * num_samples + offs_n[None, :]
         # From the L2 cache, where the other programs have written it.
         partial = tl.load(row_ptr, mask=here, other=0.0, cache_modifier=".cg")  # [16, BLOCK_N]
@@ -287,43 +377,25 @@ def _add_up(loss_ptr, metrics_ptr, partials_ptr, num_samples, SEQUENCE: tl.const
     total = tl.sum(total, axis=1)
     most = tl.where(total != total, total, tl.max(most, axis=1))
     tokens = tl.maximum(tl.sum(tl.where(column == 1, total, 0.0), axis=0), 1.0)
-    owners = tokens
+    of_samples = column == 12
     if SEQUENCE:
-        owners = num_samples.to(tl.float64)
-    mean = total / tl.where(column < 7, owners, tokens)
+        of_samples = of_samples | (column < 7)
+    if SAMPLE_WEIGHTS:
+        of_samples = of_samples | (column == 11)
+    mean = total / tl.where(of_samples, num_samples.to(tl.float64), tokens)
     tl.store(loss_ptr + column, total.to(tl.float32), mask=column == 0)
-    tl.store(metrics_ptr + column - 2, tl.where(is_max, most, mean).to(tl.float32), mask=(column >= 2) & (column < 11))
+    tl.store(metrics_ptr + column - 2, tl.where(is_max, most, mean).to(tl.float32), mask=(column >= 2) & (column < 13))
 
 
-def _launch(
-    logprobs_T: Tensor,
-    cu_seqlens: Tensor,
-    advantages_N: Tensor | None,
-    rewards_N: Tensor | None,
-    group_ids_N: Tensor | None,
-    scale_rewards: str,
-    old_T: Tensor | None,
-    ref_T: Tensor | None,
-    sampler_T: Tensor | None,
-    mask_T: Tensor | None,
-    entropy_T: Tensor | None,
-    counts_N: Tensor | None,
-    num_items: Tensor | None,
-    num_samples: Tensor | None,
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float | None,
-    beta: float,
-    is_cap: float | None,
-    loss_type: str,
-    importance_level: str,
-    max_completion_length: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _launch(logprobs_T: Tensor, cu_seqlens: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *advantages, old_T, ref_T, sampler_T, mask_T, entropy_T, threshold, counts_N, num_items, num_samples = given[:12]
+    numbers: Any = Numbers(*(None if math.isnan(x) else x for x in given[12]))
+    words = dict(zip(WORDS, given[13]))
     mask_T = None if mask_T is None else mask_T.bool()
-    N = len(cu_seqlens) - 1
-    loss, grad_T, metrics_M = _fake(logprobs_T)
+    loss_type, N = words["loss_type"], len(cu_seqlens) - 1
+    loss, grad_T, grad_entropy_T, metrics_M = _fake(logprobs_T, cu_seqlens, *given)
     if N == 0:
-        return loss.zero_(), grad_T, metrics_M.zero_()
+        return loss.zero_(), grad_T, grad_entropy_T, metrics_M.zero_()
     if loss_type in ("grpo", "dr_grpo"):
         total_count, default_count = num_samples, N
     else:
@@ -332,54 +404,63 @@ def _launch(
             total_count = mask_T.sum()
     inputs = (
         None if x is None else x.contiguous()
-        for x in (
-            logprobs_T, cu_seqlens, advantages_N, rewards_N, group_ids_N, old_T, ref_T, sampler_T, mask_T, entropy_T,
-            counts_N, total_count,
-        )
+        for x in (logprobs_T, cu_seqlens, *advantages, old_T, ref_T, sampler_T, mask_T, entropy_T, threshold, counts_N,
+                  total_count)
     )  # fmt: skip
     partials = torch.empty(NUM_COLUMNS, N, dtype=torch.float64, device=loss.device)
     finished = torch.zeros(1, dtype=torch.int32, device=loss.device)
-    cispo, dr_grpo = loss_type == "cispo", loss_type == "dr_grpo"
+    cispo = loss_type == "cispo"
+    has_weights = numbers.is_cap is not None or numbers.is_min is not None
+    of_samples = words["is_mode"].startswith("sequence")
     _grpo_kernel[(N,)](
-        *inputs, loss, grad_T, metrics_M, partials, finished, default_count, N, ADVANTAGE_EPS, 1 - epsilon_low,
-        epsilon_high if cispo else 1 + epsilon_high, float("inf") if delta is None else delta, beta, is_cap or 0.0,
-        float(max_completion_length or 1) if dr_grpo else 1.0, SCALE=scale_rewards, CISPO=cispo,
-        SAMPLE_MEAN=loss_type == "grpo", SEQUENCE=importance_level == "sequence", TRUNCATED_IS=is_cap is not None,
+        *inputs, loss, grad_T, grad_entropy_T if numbers.entropy_coef else None, metrics_M, partials, finished,
+        default_count, N, ADVANTAGE_EPS, 1 - numbers.epsilon, numbers.epsilon_high + (0 if cispo else 1),
+        float(numbers.max_completion_length) if loss_type == "dr_grpo" else 1.0, numbers,
+        SCALE=words["scale_rewards"], CISPO=cispo, SAMPLE_MEAN=loss_type == "grpo",
+        SEQUENCE=words["importance_level"] == "sequence", TOKEN_WEIGHTS=has_weights and not of_samples,
+        SAMPLE_WEIGHTS=has_weights and of_samples, MASKS=words["is_mode"].endswith("mask"), KL=words["kl_estimator"],
         BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return loss, grad_T, metrics_M
+    return loss, grad_T, grad_entropy_T, metrics_M
 
 
-# The arguments that linear_grpo_loss shares.
+# The arguments that linear_grpo_loss shares: tensors, then the options in the order of their table, NaN for None.
 LOSS_SCHEMA = (
-    "Tensor cu_seqlens, Tensor? advantages_N, Tensor? rewards_N, Tensor? group_ids_N, str scale_rewards, "
-    "Tensor? old_T, Tensor? ref_T, Tensor? sampler_T, Tensor? mask_T, Tensor? entropy_T, Tensor? counts_N, "
-    "Tensor? num_items, Tensor? num_samples, float epsilon_low, float epsilon_high, float? delta, float beta, "
-    "float? is_cap, str loss_type, str importance_level, int? max_completion_length"
+    "Tensor cu_seqlens, Tensor? advantages_N, Tensor? rewards_N, Tensor? group_ids_N, Tensor? old_T, Tensor? ref_T, "
+    "Tensor? sampler_T, Tensor? mask_T, Tensor? entropy_T, Tensor? entropy_threshold, Tensor? counts_N, "
+    "Tensor? num_items, Tensor? num_samples, float[] numbers, str[] words"
 )
+ENTROPY = 9  # its place among the arguments of grpo_loss
 torch.library.define(
-    "r1fast::grpo_loss", f"(Tensor logprobs_T, {LOSS_SCHEMA}) -> (Tensor loss, Tensor grad_T, Tensor metrics_M)"
+    "r1fast::grpo_loss",
+    f"(Tensor logprobs_T, {LOSS_SCHEMA}) -> (Tensor loss, Tensor grad_T, Tensor grad_entropy_T, Tensor metrics_M)",
 )
 torch.library.impl("r1fast::grpo_loss", TRITON_DEVICE, _launch)
 
 
 @torch.library.register_fake("r1fast::grpo_loss")
-def _fake(logprobs_T: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(logprobs_T)
-    loss, metrics_M = logprobs_T.new_empty((), dtype=dtype), logprobs_T.new_empty(len(METRICS), dtype=dtype)
-    return loss, logprobs_T.new_empty(logprobs_T.shape, dtype=dtype), metrics_M
+def _fake(logprobs_T: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The entropy's gradient is empty where entropy_coef is 0."""
+    new = partial(logprobs_T.new_empty, dtype=compute_dtype(logprobs_T))
+    has_bonus = given[-2][NUMBERS.index("entropy_coef")] != 0
+    return new(()), new(logprobs_T.shape), new(logprobs_T.shape if has_bonus else 0), new(len(METRICS))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, grad_T, metrics_M = output
-    ctx.mark_non_differentiable(grad_T, metrics_M)
-    ctx.save_for_backward(grad_T)
-    ctx.dtype, ctx.num_inputs = inputs[0].dtype, len(inputs)
+    _, grad_T, grad_entropy_T, metrics_M = output
+    ctx.mark_non_differentiable(grad_T, grad_entropy_T, metrics_M)
+    ctx.save_for_backward(grad_T, grad_entropy_T)
+    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[ENTROPY])]
+    ctx.num_inputs = len(inputs)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    (grad_T,) = ctx.saved_tensors
-    return times(grad_T, grad_loss, in_place=False).to(ctx.dtype), *[None] * (ctx.num_inputs - 1)
+    grad_T, grad_entropy_T = ctx.saved_tensors
+    gradients: list[Tensor | None] = [None] * ctx.num_inputs
+    gradients[0] = times(grad_T, grad_loss, in_place=False).to(ctx.dtypes[0])
+    if ctx.needs_input_grad[ENTROPY] and grad_entropy_T.shape == grad_T.shape:
+        gradients[ENTROPY] = times(grad_entropy_T, grad_loss, in_place=False).to(ctx.dtypes[1])
+    return tuple(gradients)
 
 
 torch.library.register_autograd("r1fast::grpo_loss", _backward, setup_context=_setup_context)
@@ -387,13 +468,15 @@ torch.library.register_autograd("r1fast::grpo_loss", _backward, setup_context=_s
 
 def named_metrics(metrics_M: Tensor, given: LossArguments) -> dict[str, Tensor]:
     """The metrics that these arguments have."""
-    cispo = given.loss_type == "cispo"
+    cispo = given.options.loss_type == "cispo"
     absent = {
         "clip_ratio/low": cispo,
         "clip_ratio/region": cispo,
         "kl": given.ref_logprobs_T is None,
-        "sampling/": given.sampler_logprobs_T is None,
+        "sampling/sampling_": given.sampler_logprobs_T is None,
         "entropy": given.entropy_T is None,
+        "sampling/importance_": not given.has_weights,
+        "off_policy": given.options.off_policy_mask_threshold is None,
     }
     prefixes = tuple(prefix for prefix, is_absent in absent.items() if is_absent)
     return {
@@ -411,39 +494,17 @@ def op_arguments(given: LossArguments, device: torch.device) -> tuple[Any, ...]:
             return None if count is None else count.to(device, non_blocking=True)
         return torch.full((), count, dtype=torch.float64, device=device)
 
+    options = given.options._replace(epsilon_high=given.clip_high)
+    numbers = [math.nan if (value := getattr(options, name)) is None else float(value) for name in NUMBERS]
     return (
-        given.advantages_N, given.rewards_N, given.group_ids_N, given.scale_rewards, given.old_logprobs_T,
-        given.ref_logprobs_T, given.sampler_logprobs_T, given.loss_mask_T, given.entropy_T, given.counts_N,
-        on_device(given.num_items), on_device(given.num_samples), given.epsilon, given.clip_high, given.delta,
-        given.beta, given.is_cap, given.loss_type, given.importance_level, given.max_completion_length,
+        given.advantages_N, given.rewards_N, given.group_ids_N, given.old_logprobs_T, given.ref_logprobs_T,
+        given.sampler_logprobs_T, given.loss_mask_T, given.entropy_T, given.threshold(), given.counts_N,
+        on_device(given.num_items), on_device(given.num_samples), numbers, [getattr(options, name) for name in WORDS],
     )  # fmt: skip
 
 
 def grpo_loss(
-    logprobs_T: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    advantages_N: Tensor | None = None,
-    rewards_N: Tensor | None = None,
-    group_ids_N: Tensor | None = None,
-    scale_rewards: str = "group",
-    old_logprobs_T: Tensor | None = None,
-    ref_logprobs_T: Tensor | None = None,
-    sampler_logprobs_T: Tensor | None = None,
-    loss_mask_T: Tensor | None = None,
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-    beta: float = 0.0,
-    loss_type: str = "grpo",
-    importance_level: str = "token",
-    is_cap: float | None = None,
-    max_completion_length: int | None = None,
-    num_items: Tensor | float | None = None,
-    num_samples: Tensor | float | None = None,
-    counts_N: Tensor | None = None,
-    entropy_T: Tensor | None = None,
-    impl: str | None = None,
+    logprobs_T: Tensor, cu_seqlens: Tensor, *, impl: str | None = None, **arguments: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy loss of N packed completions. The sum over the micro-batches of a step is the loss of the step.
 
@@ -452,26 +513,38 @@ def grpo_loss(
     advantages_N          [N]; or rewards_N with group_ids_N, which go through `group_advantages(scale=scale_rewards)`
     old_logprobs_T        [T]; None = on-policy: the ratio is 1 and the gradient flows
     ref_logprobs_T        [T], needed when beta != 0 (with beta 0 only the metric "kl")
-    sampler_logprobs_T    [T]; with is_cap: truncated importance sampling; without: only metrics
+    sampler_logprobs_T    [T]; with is_cap or is_min: importance weights; without: only metrics
     loss_mask_T           [T] bool; what masked positions hold, NaN included, changes nothing
+    entropy_T             [T] of the policy, for the metric; with gradient for entropy_coef
+    entropy_threshold     [], the quantile over all tokens of the step for top_entropy_quantile; None: of this call
     num_items             global count of tokens that count, over micro-batches and ranks (bnpo, dapo, cispo);
                           None: of this call
     num_samples           the same for samples (grpo, dr_grpo); None: N
     counts_N              [N] int, tokens of each whole sample that count; None: of this call. With it the call may
-                          hold a slice of the tokens, cu_seqlens clamped to it, and slices add up (level "token")
-    entropy_T             [T] of the policy, only for the metric "entropy"
-    Returns (loss, metrics): 0-d tensors, the metrics detached, named as in TRL.
+                          hold a slice of the tokens, cu_seqlens clamped to it, and slices add up, where no option is
+                          of whole samples
+    Returns (loss, metrics): 0-d tensors, the metrics detached, named as in TRL. Options (loss_options.py):
+
     """
-    given = LossArguments(
-        advantages_N, rewards_N, group_ids_N, scale_rewards, old_logprobs_T, ref_logprobs_T, sampler_logprobs_T,
-        loss_mask_T, epsilon, epsilon_high, delta, beta, loss_type, importance_level, is_cap, max_completion_length,
-        num_items, num_samples, counts_N, entropy_T,
-    )  # fmt: skip
+    given = LossArguments.of("grpo_loss", arguments)
     if logprobs_T.dim() != 1:
         raise ValueError(f"grpo_loss: got logprobs {tuple(logprobs_T.shape)}, expected [T]")
     given.check_shapes(len(logprobs_T), cu_seqlens)
     given.check_values("grpo_loss", len(logprobs_T), cu_seqlens)
     if choose("grpo_loss", impl, logprobs_T) == "reference":
         return grpo_loss_reference(logprobs_T, cu_seqlens, given)
-    loss, _, metrics_M = torch.ops.r1fast.grpo_loss(logprobs_T, cu_seqlens, *op_arguments(given, logprobs_T.device))
+    loss, _, _, metrics_M = torch.ops.r1fast.grpo_loss(logprobs_T, cu_seqlens, *op_arguments(given, logprobs_T.device))
     return loss, named_metrics(metrics_M, given)
+
+
+def _documented(function: Any) -> None:
+    """help() and editors show every argument."""
+    rows = [f"    {option.name:25} {option.default!r:16} {option.about.meaning}" for option in OPTIONS]
+    function.__doc__ = f"{function.__doc__.rstrip()}\n\n" + "\n".join(rows) + "\n"
+    defaults = dict.fromkeys(TENSORS) | LossOptions._field_defaults
+    own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in defaults.items()]
+    function.__signature__ = inspect.Signature([*own, *added])
+
+
+_documented(grpo_loss)

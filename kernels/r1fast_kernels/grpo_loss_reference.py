@@ -1,62 +1,73 @@
 """`grpo_loss` in plain PyTorch, its specification; before it the arguments, checked, which all implementations share.
 
-Formulas and names are those of grpo_loss.py, which holds the kernels and the public function.
+Formulas and names are those of grpo_loss.py, which holds the kernels and the public function; options: loss_options.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dispatch import compute_dtype
-from .group_advantages import SCALES, group_advantages
+from .group_advantages import group_advantages
 from .ids import check_ids, check_offsets
-
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
+from .loss_options import OPTIONS, LossOptions
 
 
 @dataclass(frozen=True)
 class LossArguments:
-    """Every keyword argument of `grpo_loss` but impl, under its name and with its default; scalars are checked."""
+    """Every keyword argument of `grpo_loss` but impl: the options, and the tensors under their names."""
 
+    options: LossOptions
     advantages_N: Tensor | None = None
     rewards_N: Tensor | None = None
     group_ids_N: Tensor | None = None
-    scale_rewards: str = "group"
     old_logprobs_T: Tensor | None = None
     ref_logprobs_T: Tensor | None = None
     sampler_logprobs_T: Tensor | None = None
     loss_mask_T: Tensor | None = None
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
-    beta: float = 0.0
-    loss_type: str = "grpo"
-    importance_level: str = "token"
-    is_cap: float | None = None
-    max_completion_length: int | None = None
+    entropy_T: Tensor | None = None
+    entropy_threshold: Tensor | None = None
     num_items: Tensor | float | None = None
     num_samples: Tensor | float | None = None
     counts_N: Tensor | None = None
-    entropy_T: Tensor | None = None
+
+    @staticmethod
+    def of(op: str, arguments: dict[str, Any]) -> "LossArguments":
+        """From keyword arguments, the options among them; ValueError, or TypeError for a name that there is not."""
+        options = LossOptions(**{name: arguments[name] for name in LossOptions._fields if name in arguments})
+        tensors = {name: value for name, value in arguments.items() if name not in LossOptions._fields}
+        if unknown := [name for name in tensors if name not in TENSORS]:
+            raise TypeError(f"{op}: got {', '.join(unknown)}, expected keyword arguments of grpo_loss")
+        return LossArguments(options, **tensors)
 
     def __post_init__(self) -> None:
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"grpo_loss: got loss_type={self.loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
-        if self.importance_level not in ("token", "sequence"):
-            raise ValueError(
-                f"grpo_loss: got importance_level={self.importance_level!r}, expected 'token' or 'sequence'"
-            )
-        if self.loss_type == "dr_grpo" and not self.max_completion_length:
+        o = self.options
+        for option in OPTIONS:
+            value = getattr(o, option.name)
+            if problem := option.check(value):
+                raise ValueError(f"grpo_loss: got {option.name}={value!r}, {problem}")
+            takers = option.about.loss_types
+            if (
+                takers is not None
+                and o.loss_type not in takers
+                and not option.about.derived
+                and value != option.default
+            ):
+                raise ValueError(f"grpo_loss: {option.name} does not apply to loss_type={o.loss_type!r}; leave it out")
+        if o.loss_type == "dr_grpo" and not o.max_completion_length:
             raise ValueError("grpo_loss: loss_type='dr_grpo' divides by max_completion_length; pass it")
-        if self.loss_type == "cispo" and self.delta is not None:
-            raise ValueError("grpo_loss: delta does not apply to loss_type='cispo'; leave it None")
-        if self.beta and self.ref_logprobs_T is None:
-            raise ValueError(f"grpo_loss: beta={self.beta} needs ref_logprobs_T; pass it, or beta=0.0")
-        if self.is_cap is not None and self.sampler_logprobs_T is None:
-            raise ValueError(f"grpo_loss: is_cap={self.is_cap} needs sampler_logprobs_T; pass it, or is_cap=None")
-        if self.scale_rewards not in SCALES:
-            raise ValueError(f"grpo_loss: got scale_rewards={self.scale_rewards!r}, expected group, batch or none")
+        for name, is_set, needed in (
+            ("beta", o.beta, "ref_logprobs_T"),
+            ("is_cap", o.is_cap is not None, "sampler_logprobs_T"),
+            ("is_min", o.is_min is not None, "sampler_logprobs_T"),
+            ("entropy_coef", o.entropy_coef, "entropy_T"),
+            ("top_entropy_quantile", o.top_entropy_quantile < 1, "entropy_T"),
+        ):
+            if is_set and getattr(self, needed) is None:
+                raise ValueError(f"grpo_loss: {name}={getattr(o, name)} needs {needed}; pass it, or leave {name} out")
         names = [name for name in ("advantages_N", "rewards_N", "group_ids_N") if getattr(self, name) is not None]
         if names not in (["advantages_N"], ["rewards_N", "group_ids_N"]):
             raise ValueError(
@@ -67,13 +78,33 @@ class LossArguments:
     @property
     def clip_high(self) -> float:
         """epsilon_high; for cispo the cap itself."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+        return self.options.epsilon if self.options.epsilon_high is None else self.options.epsilon_high
+
+    @property
+    def weighs_samples(self) -> bool:
+        """Whether importance weights, if there are any, are of whole samples."""
+        return self.options.is_mode.startswith("sequence")
+
+    @property
+    def has_weights(self) -> bool:
+        return self.options.is_cap is not None or self.options.is_min is not None
+
+    @property
+    def needs_whole_samples(self) -> bool:
+        """Whether the gradient of a token depends on log-probs of others, which a slice of the tokens does not hold."""
+        o = self.options
+        return (
+            o.importance_level == "sequence"
+            or o.off_policy_mask_threshold is not None
+            or (self.has_weights and self.weighs_samples)
+            or (o.top_entropy_quantile < 1 and self.entropy_threshold is None)
+        )
 
     def check_shapes(self, num_tokens: int, cu_seqlens: Tensor) -> None:
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
             raise ValueError(f"grpo_loss: got cu_seqlens {tuple(cu_seqlens.shape)}, expected [N + 1]")
         num_samples = len(cu_seqlens) - 1
-        for name in LOSS_ARGUMENTS:
+        for name in TENSORS:
             value = getattr(self, name)
             expected = {"_T": num_tokens, "_N": num_samples}.get(name[-2:])
             if isinstance(value, Tensor) and expected is not None and value.shape != (expected,):
@@ -88,8 +119,24 @@ class LossArguments:
         if self.group_ids_N is not None:
             check_ids(op, "group_ids_N", self.group_ids_N, None)
 
+    def threshold(self) -> Tensor | None:
+        """Entropy from which on a token has a surrogate: as given, or the quantile over the tokens of this call."""
+        if self.options.top_entropy_quantile == 1 or self.entropy_threshold is not None or self.entropy_T is None:
+            return self.entropy_threshold
+        return entropy_threshold(self.entropy_T, self.loss_mask_T, self.options.top_entropy_quantile)
 
-LOSS_ARGUMENTS = tuple(field.name for field in fields(LossArguments))
+
+TENSORS = tuple(field.name for field in fields(LossArguments) if field.name != "options")
+
+
+def entropy_threshold(entropy_T: Tensor, mask_T: Tensor | None, top_quantile: float) -> Tensor:
+    """The least entropy of the `top_quantile` of the tokens that count, 0-d; NaN where none counts."""
+    entropy_T = entropy_T.detach().to(compute_dtype(entropy_T))
+    if mask_T is not None:
+        entropy_T = entropy_T.masked_fill(~mask_T.bool(), torch.nan)
+    if not entropy_T.numel():
+        return entropy_T.new_full((), torch.nan)
+    return entropy_T.nanquantile(1 - top_quantile)
 
 
 @dataclass(frozen=True)
@@ -116,6 +163,9 @@ class Packing:
         """Sum over each sample's tokens, in one order and without atomics."""
         return torch.segment_reduce(values_T, "sum", lengths=self.lengths_N, unsafe=True, initial=0)
 
+    def mean_samples(self, values_T: Tensor) -> Tensor:
+        return self.sum_samples(values_T) / self.counts_N(values_T.dtype).clamp(min=1)
+
     def counts_N(self, dtype: torch.dtype) -> Tensor:
         """Tokens of each sample that count."""
         if self.given_counts_N is not None:
@@ -125,58 +175,91 @@ class Packing:
         return self.sum_samples(self.mask_T.to(dtype))
 
 
-def surrogate_reference(
-    logprobs_T: Tensor,
-    old_T: Tensor,
-    ref_T: Tensor | None,
-    sampler_T: Tensor | None,
-    advantages_N: Tensor,
-    packing: Packing,
-    s: LossArguments,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The specification, before the reduction: (loss_T, importance_ratio: [T] or [N], kl_T)."""
-    advantages_T = advantages_N[packing.sample_T]
-    log_ratio_T = logprobs_T - old_T
-    if s.importance_level == "token":
-        ratio = ratio_T = log_ratio_T.exp()
-    else:
-        counts_N = packing.counts_N(log_ratio_T.dtype).clamp(min=1)
-        ratio = (packing.sum_samples(log_ratio_T) / counts_N).exp()
-        ratio_T = ratio[packing.sample_T]
-    if s.loss_type == "cispo":
-        loss_T = -ratio_T.clamp(max=s.clip_high).detach() * advantages_T * logprobs_T
-    else:
-        clipped_T = ratio_T.clamp(1 - s.epsilon, 1 + s.clip_high)
-        capped_T = ratio_T if s.delta is None else ratio_T.clamp(max=s.delta)
-        loss_T = -torch.minimum(capped_T * advantages_T, clipped_T * advantages_T)
-    if s.is_cap is not None and sampler_T is not None:
-        loss_T = loss_T * (old_T - sampler_T).exp().clamp(max=s.is_cap)
-    if ref_T is None:
-        return loss_T, ratio, None
-    kl_T = (ref_T - logprobs_T).exp() - (ref_T - logprobs_T) - 1
-    return (loss_T + s.beta * kl_T if s.beta else loss_T), ratio, kl_T
+@dataclass(frozen=True)
+class Inputs:
+    """What the formulas read, in the dtype of the sums; 0 where masked. Only log-probs and entropy have a gradient."""
+
+    logprobs_T: Tensor
+    old_T: Tensor
+    ref_T: Tensor | None
+    sampler_T: Tensor | None
+    entropy_T: Tensor | None
+    threshold: Tensor | None
+    advantages_N: Tensor
+    packing: Packing
+    clip_high: float
+    options: LossOptions
+
+    def of_tokens(self, values: Tensor, *, per_sample: bool) -> Tensor:
+        return values[self.packing.sample_T] if per_sample else values
+
+
+def importance_ratio(x: Inputs) -> Tensor:
+    """[T], or [N] where it is one per sample."""
+    log_ratio_T = x.logprobs_T - x.old_T
+    return (log_ratio_T if x.options.importance_level == "token" else x.packing.mean_samples(log_ratio_T)).exp()
+
+
+def surrogate_reference(x: Inputs, ratio_T: Tensor) -> Tensor:
+    advantages_T, o = x.advantages_N[x.packing.sample_T], x.options
+    if o.loss_type == "cispo":
+        return -ratio_T.clamp(max=x.clip_high).detach() * advantages_T * x.logprobs_T
+    clipped_T = ratio_T.clamp(1 - o.epsilon, 1 + x.clip_high)
+    capped_T = ratio_T if o.delta is None else ratio_T.clamp(max=o.delta)
+    return -torch.minimum(capped_T * advantages_T, clipped_T * advantages_T)
+
+
+@torch.no_grad()
+def importance_weights(x: Inputs) -> Tensor | None:
+    """What the sampler's distribution makes of a surrogate: [T], or [N]; None where nothing is asked for."""
+    o = x.options
+    if x.sampler_T is None or (o.is_cap is None and o.is_min is None):
+        return None
+    log_weight_T = x.old_T - x.sampler_T
+    weight = (x.packing.sum_samples(log_weight_T) if o.is_mode.startswith("sequence") else log_weight_T).exp()
+    if o.is_mode.endswith("truncate"):
+        return weight.clamp(o.is_min, o.is_cap)
+    outside = torch.zeros_like(weight, dtype=torch.bool)
+    outside = outside if o.is_cap is None else outside | (weight > o.is_cap)
+    outside = outside if o.is_min is None else outside | (weight < o.is_min)
+    return weight.masked_fill(outside, 0)
+
+
+@torch.no_grad()
+def off_policy_N(x: Inputs) -> Tensor | None:
+    """Which samples leave the loss because they moved too far from who sampled them."""
+    if x.options.off_policy_mask_threshold is None:
+        return None
+    sampler_T = x.old_T if x.sampler_T is None else x.sampler_T
+    distance_N = x.packing.mean_samples(sampler_T - x.logprobs_T)
+    return (x.advantages_N < 0) & (distance_N > x.options.off_policy_mask_threshold)
+
+
+def kl_reference(x: Inputs, ratio_T: Tensor) -> Tensor | None:
+    if x.ref_T is None:
+        return None
+    d_T, estimator = x.ref_T - x.logprobs_T, x.options.kl_estimator
+    if estimator == "k1":
+        return -d_T
+    if estimator == "k2":
+        return d_T.square() / 2
+    return (d_T.exp() - d_T - 1) * (ratio_T if estimator == "k3_unbiased" else 1)
 
 
 def _at_least_one(count: Tensor | float) -> Tensor | float:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
-def _reduce(
-    loss_T: Tensor,
-    packing: Packing,
-    s: LossArguments,
-    num_items: Tensor | float | None,
-    num_samples: Tensor | float | None,
-) -> Tensor:
-    loss_T = packing.keep(loss_T)
-    if s.loss_type in ("bnpo", "dapo", "cispo"):
+def _reduce(loss_T: Tensor, packing: Packing, given: LossArguments) -> Tensor:
+    loss_T, o, num_items, num_samples = packing.keep(loss_T), given.options, given.num_items, given.num_samples
+    if o.loss_type in ("bnpo", "dapo", "cispo"):
         if num_items is None:
             num_items = len(loss_T) if packing.mask_T is None else packing.mask_T.sum()
         return loss_T.sum() / _at_least_one(num_items)
     samples = _at_least_one(len(packing.lengths_N) if num_samples is None else num_samples)
-    if s.loss_type == "dr_grpo":
-        assert s.max_completion_length is not None
-        return loss_T.sum() / (samples * s.max_completion_length)
+    if o.loss_type == "dr_grpo":
+        assert o.max_completion_length is not None
+        return loss_T.sum() / (samples * o.max_completion_length)
     weight_N = 1 / packing.counts_N(loss_T.dtype).clamp(min=1)
     return (loss_T * weight_N[packing.sample_T]).sum() / samples
 
@@ -187,68 +270,94 @@ def _largest(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _metrics(
-    ratio: Tensor,
-    kl_T: Tensor | None,
-    old_T: Tensor,
-    sampler_T: Tensor | None,
-    entropy_T: Tensor | None,
-    advantages_N: Tensor,
-    packing: Packing,
-    s: LossArguments,
+    x: Inputs, ratio: Tensor, kl_T: Tensor | None, weights: Tensor | None, dropped_N: Tensor | None
 ) -> dict[str, Tensor]:
-    """TRL's names and means: over tokens that count; over samples where the ratio is one per sample."""
-    num_live = len(old_T) if packing.mask_T is None else packing.mask_T.sum()
+    """TRL's names and means: over tokens that count; over samples where the value is one per sample."""
+    packing, o = x.packing, x.options
+    num_live = len(x.old_T) if packing.mask_T is None else packing.mask_T.sum()
 
     def token_mean(values_T: Tensor) -> Tensor:
         return packing.keep(values_T).sum() / _at_least_one(num_live)
 
-    per_token = s.importance_level == "token"
+    def sample_mean(values_N: Tensor) -> Tensor:
+        return values_N.sum() / max(len(values_N), 1)
 
-    def mean(values: Tensor) -> Tensor:
-        return token_mean(values) if per_token else values.sum() / max(len(values), 1)
-
-    advantages = advantages_N[packing.sample_T] if per_token else advantages_N
+    per_token = o.importance_level == "token"
+    mean = token_mean if per_token else sample_mean
+    advantages = x.advantages_N[packing.sample_T] if per_token else x.advantages_N
     metrics = {
         "importance_ratio/mean": mean(ratio),
         "importance_ratio/max": _largest(packing.keep(ratio) if per_token else ratio),
     }
-    if s.loss_type == "cispo":
-        metrics["cispo_clip_ratio"] = mean(((ratio > s.clip_high) & (advantages > 0)).to(ratio.dtype))
+    if o.loss_type == "cispo":
+        metrics["cispo_clip_ratio"] = mean(((ratio > x.clip_high) & (advantages > 0)).to(ratio.dtype))
     else:
-        capped = ratio if s.delta is None else ratio.clamp(max=s.delta)
-        below = (capped < 1 - s.epsilon) & (advantages < 0)
-        above = (capped > 1 + s.clip_high) & (advantages > 0)
+        capped = ratio if o.delta is None else ratio.clamp(max=o.delta)
+        below = (capped < 1 - o.epsilon) & (advantages < 0)
+        above = (capped > 1 + x.clip_high) & (advantages > 0)
         metrics["clip_ratio/low_mean"] = mean(below.to(ratio.dtype))
         metrics["clip_ratio/high_mean"] = mean(above.to(ratio.dtype))
         metrics["clip_ratio/region_mean"] = mean((below | above).to(ratio.dtype))
     if kl_T is not None:
         metrics["kl"] = token_mean(kl_T)
-    if sampler_T is not None:
-        difference_T = packing.keep((old_T - sampler_T).abs())
+    if x.sampler_T is not None:
+        difference_T = packing.keep((x.old_T - x.sampler_T).abs())
         metrics["sampling/sampling_logp_difference/mean"] = token_mean(difference_T)
         metrics["sampling/sampling_logp_difference/max"] = _largest(difference_T)
-    if entropy_T is not None:
-        metrics["entropy"] = token_mean(entropy_T)
+    if x.entropy_T is not None:
+        metrics["entropy"] = token_mean(x.entropy_T)
+    if weights is not None:
+        of_samples = o.is_mode.startswith("sequence")
+        metrics["sampling/importance_sampling_ratio/mean"] = (sample_mean if of_samples else token_mean)(weights)
+    if dropped_N is not None:
+        metrics["off_policy_mask_ratio"] = sample_mean(dropped_N.to(ratio.dtype))
     return metrics
 
 
-def grpo_loss_reference(
-    logprobs_T: Tensor, cu_seqlens: Tensor, given: LossArguments
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics) of the public function, with autograd's own gradient."""
+def read_inputs(logprobs_T: Tensor, cu_seqlens: Tensor, given: LossArguments) -> Inputs:
     advantages_N = given.advantages_N
     if advantages_N is None:
         assert given.rewards_N is not None and given.group_ids_N is not None
-        advantages_N = group_advantages(given.rewards_N, given.group_ids_N, scale=given.scale_rewards, impl="reference")
+        advantages_N = group_advantages(
+            given.rewards_N, given.group_ids_N, scale=given.options.scale_rewards, impl="reference"
+        )
     dtype = compute_dtype(logprobs_T)
     packing = Packing.build(cu_seqlens, given.loss_mask_T, given.counts_N, len(logprobs_T))
+
+    def read(values_T: Tensor | None) -> Tensor | None:
+        return None if values_T is None else packing.keep(values_T.to(dtype))
+
     logprobs_T = packing.keep(logprobs_T.to(dtype))
-    old_T, ref_T, sampler_T, entropy_T = (
-        None if values is None else packing.keep(values.detach().to(dtype))
-        for values in (given.old_logprobs_T, given.ref_logprobs_T, given.sampler_logprobs_T, given.entropy_T)
+    old_T, ref_T, sampler_T = (
+        read(None if values_T is None else values_T.detach())
+        for values_T in (given.old_logprobs_T, given.ref_logprobs_T, given.sampler_logprobs_T)
     )
-    old_T = logprobs_T.detach() if old_T is None else old_T
-    advantages_N = advantages_N.detach().to(dtype)
-    loss_T, ratio, kl_T = surrogate_reference(logprobs_T, old_T, ref_T, sampler_T, advantages_N, packing, given)
-    loss = _reduce(loss_T, packing, given, given.num_items, given.num_samples)
-    return loss, _metrics(ratio.detach(), kl_T, old_T, sampler_T, entropy_T, advantages_N, packing, given)
+    return Inputs(
+        logprobs_T, logprobs_T.detach() if old_T is None else old_T, ref_T, sampler_T, read(given.entropy_T),
+        given.threshold(), advantages_N.detach().to(dtype), packing, given.clip_high, given.options,
+    )  # fmt: skip
+
+
+def grpo_loss_reference(
+    logprobs_T: Tensor,
+    cu_seqlens: Tensor,
+    given: LossArguments,
+    surrogate: Callable[[Inputs, Tensor], Tensor] = surrogate_reference,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics) of the public function, with autograd's own gradient. surrogate: loss_T from the ratios."""
+    x = read_inputs(logprobs_T, cu_seqlens, given)
+    ratio = importance_ratio(x)
+    ratio_T = x.of_tokens(ratio, per_sample=given.options.importance_level == "sequence")
+    weights, dropped_N, kl_T = importance_weights(x), off_policy_N(x), kl_reference(x, ratio_T)
+    factor_T = torch.ones_like(x.old_T)
+    factor_T = factor_T if weights is None else factor_T * x.of_tokens(weights, per_sample=given.weighs_samples)
+    factor_T = factor_T if dropped_N is None else factor_T.masked_fill(dropped_N[x.packing.sample_T], 0)
+    has_surrogate_T = None if x.threshold is None or x.entropy_T is None else x.entropy_T.detach() >= x.threshold
+    factor_T = factor_T if has_surrogate_T is None else factor_T.where(has_surrogate_T, 0)
+    loss_T = torch.where(factor_T == 0, 0, surrogate(x, ratio_T) * factor_T)
+    if kl_T is not None and given.options.beta:
+        loss_T = loss_T + given.options.beta * kl_T
+    if x.entropy_T is not None and given.options.entropy_coef:
+        bonus_T = x.entropy_T if has_surrogate_T is None else x.entropy_T.where(has_surrogate_T, 0)
+        loss_T = loss_T - given.options.entropy_coef * bonus_T
+    return _reduce(loss_T, x.packing, given), _metrics(x, ratio.detach(), kl_T, weights, dropped_N)

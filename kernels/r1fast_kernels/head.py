@@ -141,14 +141,14 @@ def forward_with_gradient(
     target_ids_T: Tensor,
     temperature: float,
     with_entropy: bool,
-    token_gradient: Callable[[slice, Tensor, Tensor], Tensor],
+    token_gradient: Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor | None]],
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprobs_T, entropy_T, grad_hidden_TD, grad_weight_VD), by tall tiles: one product forward, two for gradients.
 
-    token_gradient(rows, logprobs_R, entropy_R) gives d loss / d logprobs of these rows; it may depend on nothing but
-    these log-probs and what was known before. Gradients that are not needed are empty.
+    token_gradient(rows, logprobs_R, entropy_R) gives d loss / d logprobs of these rows, and d loss / d entropy or None;
+    they may depend on nothing but these log-probs and what was known before. Gradients that are not needed are empty.
     """
     num_tokens, vocab = hidden_TD.shape[0], weight_VD.shape[0]
     num_tiles = -(-num_tokens // rows_of_tall_tile(hidden_TD, vocab))
@@ -179,11 +179,11 @@ def forward_with_gradient(
             entropy_T[rows] = entropy_R
         if not (needs_hidden or needs_weight):
             continue
-        gradient_R = token_gradient(rows, logprobs_T[rows], entropy_R)
+        gradients = token_gradient(rows, logprobs_T[rows], entropy_R)
         sum_RD = sum_RD[: len(ids_R)]
         for columns, tile_RC in zip(pieces, tiles):
             ops.selective_logprobs_backward_(
-                tile_RC, ids_R, entropy_R, stats_R2, gradient_R, None, temperature, first_id=columns.start
+                tile_RC, ids_R, entropy_R, stats_R2, *gradients, temperature, first_id=columns.start
             )
             if needs_hidden:
                 multiply_into(sum_RD, tile_RC, weight_VD[columns], add=columns.start > 0)

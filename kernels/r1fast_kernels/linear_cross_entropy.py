@@ -42,8 +42,8 @@ def _forward(
     check_target_ids("linear_cross_entropy", target_ids_T, weight_VD.shape[0])
     scale = 1 / max(len(target_ids_T), 1) if mean else 1.0
     logprobs_T, _, grad_hidden_TD, grad_weight_VD = forward_with_gradient(
-        hidden_TD, weight_VD, target_ids_T, 1.0, False, lambda _, logprobs_R, __: torch.full_like(logprobs_R, -scale),
-        needs_hidden, needs_weight,
+        hidden_TD, weight_VD, target_ids_T, 1.0, False,
+        lambda _, logprobs_R, __: (torch.full_like(logprobs_R, -scale), None), needs_hidden, needs_weight,
     )  # fmt: skip
     if needs_hidden and kept_M is not None:
         grad_hidden_TD = grad_hidden_TD.new_zeros(shape).index_copy_(0, kept_M, grad_hidden_TD)

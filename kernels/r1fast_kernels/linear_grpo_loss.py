@@ -22,7 +22,7 @@ from torch import Tensor
 from .dispatch import choose, compute_dtype
 from .group_advantages import group_advantages
 from .grpo_loss import LOSS_SCHEMA, METRICS, grpo_loss, named_metrics, op_arguments
-from .grpo_loss_reference import LOSS_ARGUMENTS, LossArguments
+from .grpo_loss_reference import TENSORS, LossArguments
 from .head import forward_with_gradient, rows_of_tall_tile
 from .ids import check_target_ids
 from .linear_cross_entropy import fake_gradients, save_gradients, scale_gradients
@@ -42,8 +42,8 @@ def linear_grpo_loss_reference(
     logprobs_T, entropy_T = linear_logprobs(
         hidden_TD, weight_VD, target_ids_T, temperature=temperature, with_entropy=True, impl=impl
     )
-    arguments = {name: getattr(given, name) for name in LOSS_ARGUMENTS}
-    return grpo_loss(logprobs_T, cu_seqlens, impl=impl, **(arguments | {"entropy_T": entropy_T.detach()}))
+    arguments = {name: getattr(given, name) for name in TENSORS} | given.options._asdict() | {"entropy_T": entropy_T}
+    return grpo_loss(logprobs_T, cu_seqlens, impl=impl, **arguments)
 
 
 def _forward(
@@ -56,27 +56,26 @@ def _forward(
     cu_seqlens: Tensor,
     *given: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *advantages, old_T, ref_T, sampler_T, mask_T, _, counts_N, num_items, num_samples = given[:12]
+    *advantages, old_T, ref_T, sampler_T, mask_T, _ = given[:8]
     num_tokens = hidden_TD.shape[0]
     check_target_ids("linear_grpo_loss", target_ids_T, weight_VD.shape[0])
 
-    def loss_of(rows: slice, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss_of(rows: slice, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, ...]:
         of_rows = (None if values_T is None else values_T[rows] for values_T in (old_T, ref_T, sampler_T, mask_T))
-        return torch.ops.r1fast.grpo_loss(
-            logprobs_R, cu_seqlens.clamp(rows.start, rows.stop) - rows.start, *advantages, *of_rows, entropy_R,
-            counts_N, num_items, num_samples, *given[12:],
-        )  # fmt: skip
+        boundaries = cu_seqlens.clamp(rows.start, rows.stop) - rows.start
+        return torch.ops.r1fast.grpo_loss(logprobs_R, boundaries, *advantages, *of_rows, entropy_R, *given[8:])
 
-    found: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+    found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
-    def token_gradient(rows: slice, logprobs_R: Tensor, entropy_R: Tensor) -> Tensor:
+    def token_gradient(rows: slice, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, Tensor | None]:
         found[rows.start, rows.stop] = loss_of(rows, logprobs_R, entropy_R)
-        return found[rows.start, rows.stop][1]
+        _, grad_R, grad_entropy_R, _ = found[rows.start, rows.stop]
+        return grad_R, grad_entropy_R if grad_entropy_R.shape == grad_R.shape else None
 
     logprobs_T, entropy_T, grad_hidden_TD, grad_weight_VD = forward_with_gradient(
         hidden_TD, weight_VD, target_ids_T, temperature, True, token_gradient, needs_hidden, needs_weight
     )
-    loss, _, metrics_M = found.get((0, num_tokens)) or loss_of(slice(0, num_tokens), logprobs_T, entropy_T)
+    loss, *_, metrics_M = found.get((0, num_tokens)) or loss_of(slice(0, num_tokens), logprobs_T, entropy_T)
     return loss, metrics_M, grad_hidden_TD, grad_weight_VD
 
 
@@ -146,33 +145,33 @@ def linear_grpo_loss(
                      number (in a compiled graph they are computed); pass None where nothing is masked
     Returns (loss, metrics) of `grpo_loss`, and the metric "entropy": mean over the tokens that count, in nats.
     """
-    expected = [name for name in LOSS_ARGUMENTS if name not in ("entropy_T", "counts_N")]  # these two are found here
-    unknown = [name for name in loss_arguments if name not in expected]
-    if unknown:
-        raise TypeError(f"linear_grpo_loss: got {', '.join(unknown)}, expected keyword arguments of grpo_loss")
+    if found := [name for name in ("entropy_T", "counts_N") if name in loss_arguments]:
+        raise TypeError(f"linear_grpo_loss: got {', '.join(found)}, which it finds itself; leave it out")
     hidden_TD, weight_VD = check_head("linear_grpo_loss", hidden_TD, weight_VD, target_ids_T)
     if temperature <= 0:
         raise ValueError(f"linear_grpo_loss: got temperature={temperature}, expected > 0; for greedy use 1.0")
-    given = LossArguments(**loss_arguments)
+    # The entropy is always there: any tensor in its place stands for it.
+    given = LossArguments.of("linear_grpo_loss", {**loss_arguments, "entropy_T": target_ids_T})
     given.check_shapes(hidden_TD.shape[0], cu_seqlens)
     given.check_values("linear_grpo_loss", hidden_TD.shape[0], cu_seqlens)
     chosen = choose("linear_grpo_loss", impl, hidden_TD)
     hidden_TD, target_ids_T, cu_seqlens, given = _without_masked(hidden_TD, target_ids_T, cu_seqlens, given)
     num_tokens, vocab = hidden_TD.shape[0], weight_VD.shape[0]
     one_tile = num_tokens <= rows_of_tall_tile(hidden_TD, vocab) if chosen != "reference" else False
-    if chosen == "reference" or (given.importance_level == "sequence" and not one_tile):
+    lacks_threshold = given.options.top_entropy_quantile < 1 and given.entropy_threshold is None
+    if chosen == "reference" or lacks_threshold or (given.needs_whole_samples and not one_tile):
         return linear_grpo_loss_reference(
             hidden_TD, weight_VD, target_ids_T, cu_seqlens, temperature, given, impl=chosen
         )
     if given.num_items is None:  # which a tile cannot know by itself
         given = replace(given, num_items=num_tokens if given.loss_mask_T is None else given.loss_mask_T.sum())
     if given.rewards_N is not None and given.group_ids_N is not None and not one_tile:
-        advantages_N = group_advantages(given.rewards_N, given.group_ids_N, scale=given.scale_rewards, impl=chosen)
+        scale = given.options.scale_rewards
+        advantages_N = group_advantages(given.rewards_N, given.group_ids_N, scale=scale, impl=chosen)
         given = replace(given, advantages_N=advantages_N, rewards_N=None, group_ids_N=None)
     learns = torch.is_grad_enabled()
     loss, metrics_M, _, _ = torch.ops.r1fast.linear_grpo_loss(
         hidden_TD, weight_VD, target_ids_T, temperature, learns and hidden_TD.requires_grad,
         learns and weight_VD.requires_grad, cu_seqlens, *op_arguments(given, hidden_TD.device),
     )  # fmt: skip
-    # The entropy is always there: any tensor in its place keeps its name.
-    return loss, named_metrics(metrics_M, replace(given, entropy_T=metrics_M))
+    return loss, named_metrics(metrics_M, given)

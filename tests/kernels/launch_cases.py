@@ -67,12 +67,16 @@ GRPO_OPTIONS: dict[str, tuple[Any, ...]] = {
     "scale_rewards": (None, "group", "batch", "none"),  # None: advantages are given
     "old": (True, False),
     "ref": (None, 0.0, 0.1),  # beta; None: no reference
-    "sampler": (None, "metrics", "cap"),
+    "kl": ("k1", "k2", "k3", "k3_unbiased"),
+    "sampler": (None, "metrics", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "least": (None, 0.5),
+    "off_policy": (None, 0.1),
     "delta": (None, 4.0),
     "mask": (False, True),
     "counts": (False, True),
     "total": (None, 7.0, FP32, INT64),
-    "entropy": (False, True),
+    "entropy": (None, 0.0, 0.01),  # its factor; None: not given
+    "top_entropy": (None, FP32, "of the call"),
     "num_samples": (1, 5),
     "dtype": FLOATS,
     "offsets": (INT32, INT64),
@@ -80,28 +84,37 @@ GRPO_OPTIONS: dict[str, tuple[Any, ...]] = {
 
 
 def _grpo_is_valid(options: Options) -> bool:
-    return options["loss_type"] != "cispo" or options["delta"] is None
+    if options["loss_type"] == "cispo" and options["delta"] is not None:
+        return False
+    if options["least"] is not None and options["sampler"] in (None, "metrics"):
+        return False
+    return options["entropy"] is not None or options["top_entropy"] is None
 
 
 def _grpo(
-    loss_type: str, importance_level: str, scale_rewards: str | None, old: bool, ref: float | None,
-    sampler: str | None, delta: float | None, mask: bool, counts: bool, total: Any, entropy: bool, num_samples: int,
-    dtype: torch.dtype, offsets: torch.dtype,
+    loss_type: str, importance_level: str, scale_rewards: str | None, old: bool, ref: float | None, kl: str,
+    sampler: str | None, least: float | None, off_policy: float | None, delta: float | None, mask: bool, counts: bool,
+    total: Any, entropy: float | None, top_entropy: Any, num_samples: int, dtype: torch.dtype, offsets: torch.dtype,
 ) -> None:  # fmt: skip
     T, N = 64, num_samples
     count = new(dtype=total) if isinstance(total, torch.dtype) else total
     source: Options = {"advantages_N": new(N)}
     if scale_rewards is not None:
         source = {"rewards_N": new(N), "group_ids_N": new(N, dtype=INT64), "scale_rewards": scale_rewards}
+    if sampler not in (None, "metrics"):
+        source |= {"is_mode": sampler, "is_cap": 2.0, "is_min": least}
+    if top_entropy is not None:
+        source |= {"top_entropy_quantile": 0.2}
     loss, _ = kernels.grpo_loss(
         new(T, dtype=dtype, learns=True), new(N + 1, dtype=offsets), **source,
         old_logprobs_T=new(T) if old else None,
-        ref_logprobs_T=None if ref is None else new(T), beta=ref or 0.0,
-        sampler_logprobs_T=new(T, dtype=dtype) if sampler else None, is_cap=2.0 if sampler == "cap" else None,
+        ref_logprobs_T=None if ref is None else new(T), beta=ref or 0.0, kl_estimator=kl,
+        sampler_logprobs_T=new(T, dtype=dtype) if sampler else None, off_policy_mask_threshold=off_policy,
         loss_mask_T=new(T, dtype=torch.bool) if mask else None, delta=delta, loss_type=loss_type,
         importance_level=importance_level, max_completion_length=32 if loss_type == "dr_grpo" else None,
         num_items=count, num_samples=count, counts_N=new(N, dtype=offsets) if counts else None,
-        entropy_T=new(T) if entropy else None,
+        entropy_T=None if entropy is None else new(T, learns=True), entropy_coef=entropy or 0.0,
+        entropy_threshold=new(dtype=top_entropy) if isinstance(top_entropy, torch.dtype) else None,
     )  # fmt: skip
     backward(loss)
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from r1fast_kernels import group_advantages, grpo_loss
+from r1fast_kernels.grpo_loss import op_arguments
+from r1fast_kernels.grpo_loss_reference import LossArguments
 from tests.kernels.backends import (
     BF16,
     FP16,
@@ -18,6 +20,7 @@ from tests.kernels.backends import (
     needs_cpp,
     of_older_processor,
 )
+from tests.kernels.loss_settings import random_batch, random_settings
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
 LENGTHS = [5, 1, 9, 4, 7, 3]
@@ -125,6 +128,35 @@ def hostile_cases() -> dict[str, dict[str, Any]]:
         "int64-cu-seqlens": wide_mask,
         "an-advantage-of-0": batch([3, 4]) | {"advantages_N": torch.tensor([0.0, 1.0], dtype=FP64)},
     }
+
+
+def gradients(case: dict[str, Any], impl: str) -> dict[str, torch.Tensor]:
+    """Loss, gradients of log-probs and entropy, and metrics."""
+    leaves = case["logprobs_T"].detach().requires_grad_(), case["entropy_T"].detach().requires_grad_()
+    loss, metrics = grpo_loss(**case | {"logprobs_T": leaves[0], "entropy_T": leaves[1]}, impl=impl)
+    found = torch.autograd.grad(loss, leaves, torch.tensor(3.0).to(loss), allow_unused=True, materialize_grads=True)
+    return {"loss": loss.detach(), "d logprobs": found[0], "d entropy": found[1], **metrics}
+
+
+@pytest.mark.parametrize("hundred", [pytest.param(n, marks=[pytest.mark.slow] * (n > 0)) for n in range(3)])
+def test_random_settings(backend: Backend, hundred: int) -> None:
+    """Any options together; the interpreter takes the first few of a hundred, and with -m slow all of them."""
+    count = 15 if backend.interpreted and hundred == 0 else 100
+    dtype = widest(backend)
+    tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == FP64 else {"rtol": 3e-5, "atol": 3e-6}
+    for seed in range(100 * hundred, 100 * hundred + count):
+        case, settings = cast(random_batch(seed), dtype), random_settings(seed)
+        want = gradients(case | settings, "reference")
+        got = gradients(backend.to(case) | settings, backend.impl)
+        assert list(got) == list(want), settings
+        for name in got:
+            torch.testing.assert_close(
+                got[name].cpu(),
+                want[name],
+                **tolerance,
+                equal_nan=True,
+                msg=lambda m, n=name, o=settings: f"{n} {o} {m}",
+            )
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -470,24 +502,19 @@ def test_builds_for_older_processors_agree(capability: str, tmp_path: Path) -> N
         torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
 
 
-def op_arguments(case: dict[str, Any], level: str = "token", fused: bool = False) -> tuple[Any, ...]:
-    """Of torch.ops.r1fast.grpo_loss, in the order of its schema."""
-    N = len(case["cu_seqlens"]) - 1
-    advantages = (None, torch.arange(N) * 1.0, torch.zeros(N).long()) if fused else (case["advantages_N"], None, None)
-    per_token = (case[f"{name}_logprobs_T"] for name in ("old", "ref", "sampler"))
-    count = torch.tensor(7)
-    return (
-        case["logprobs_T"].requires_grad_(), case["cu_seqlens"], *advantages, "group", *per_token, case["loss_mask_T"],
-        case["entropy_T"], None, count, count, 0.2, 0.2, 1.5, 0.1, 2.0, "grpo", level, None,
-    )  # fmt: skip
-
-
 @needs_cpp
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("fused", [False, True], ids=["advantages", "rewards"])
 def test_opcheck(level: str, dtype: torch.dtype, fused: bool) -> None:
-    torch.library.opcheck(torch.ops.r1fast.grpo_loss.default, op_arguments(batch(dtype=dtype), level, fused))
+    case = batch(dtype=dtype) | {"beta": 0.1, "delta": 1.5, "is_cap": 2.0, "entropy_coef": 0.1, "num_items": 7}
+    if fused:
+        N = len(case["cu_seqlens"]) - 1
+        case |= {"advantages_N": None, "rewards_N": torch.arange(N) * 1.0, "group_ids_N": torch.zeros(N).long()}
+    leaf, cu_seqlens = case.pop("logprobs_T").requires_grad_(), case.pop("cu_seqlens")
+    case["entropy_T"].requires_grad_()
+    given = LossArguments.of("grpo_loss", case | {"importance_level": level})
+    torch.library.opcheck(torch.ops.r1fast.grpo_loss.default, (leaf, cu_seqlens, *op_arguments(given, leaf.device)))
 
 
 @needs_cpp
@@ -515,7 +542,14 @@ def test_compiles_once_for_all_sizes() -> None:
     ("change", "message"),
     [
         ({"loss_type": "ppo"}, "expected one of grpo, bnpo"),
-        ({"importance_level": "word"}, "'token' or 'sequence'"),
+        ({"kl_estimator": "k4"}, "expected one of k1, k2"),
+        ({"is_mode": "mask"}, "expected one of token_truncate"),
+        ({"is_min": 0.5, "sampler_logprobs_T": None}, "needs sampler_logprobs_T"),
+        ({"entropy_coef": 0.1, "entropy_T": None}, "needs entropy_T"),
+        ({"top_entropy_quantile": 0.0}, "more than 0 and at most 1"),
+        ({"beta": NAN}, "expected a finite number"),
+        ({"epsilon": -0.1}, "at least 0"),
+        ({"importance_level": "word"}, "expected one of token, sequence"),
         ({"beta": 0.1, "ref_logprobs_T": None}, "needs ref_logprobs_T"),
         ({"is_cap": 2.0, "sampler_logprobs_T": None}, "needs sampler_logprobs_T"),
         ({"loss_type": "dr_grpo", "max_completion_length": None}, "divides by max_completion_length"),
@@ -526,7 +560,7 @@ def test_compiles_once_for_all_sizes() -> None:
         ({"cu_seqlens": torch.tensor([0, 5, 6, 15, 19, 26, 30])}, r"expected \[N \+ 1\] rising from 0 to 29"),
         ({"old_logprobs_T": torch.zeros(3)}, r"got old_logprobs_T \(3,\) for 29 tokens"),
         ({"counts_N": torch.ones(5).long()}, r"got counts_N \(5,\) .* expected \(6,\)"),
-        ({"scale_rewards": "std"}, "expected group, batch or none"),
+        ({"scale_rewards": "std"}, "expected one of group, batch, none"),
         ({"impl": "cuda"}, "expected None or one of reference, cpp, triton"),
     ],
 )

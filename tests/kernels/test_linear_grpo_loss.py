@@ -19,6 +19,7 @@ from tests.kernels.backends import (
     slow_when_interpreted,
 )  # fmt: skip
 from tests.kernels.heads import TILINGS, random_head, set_one_thread_for_products, set_tiling
+from tests.kernels.loss_settings import random_settings
 
 LENGTHS = [5, 1, 0, 9, 8]  # 23 tokens; tall tiles of 6 rows cut three samples in two
 TEMPERATURE = 0.8
@@ -246,7 +247,7 @@ def test_opcheck() -> None:
     """Of a loss above 0: opcheck sums |loss|, and times -1 the backward pass writes over gradients no caller sees."""
     inputs, options = batch(FP32)
     hidden, weight, ids, cu_seqlens = inputs
-    given = LossArguments(**options | {"beta": 9.0, "num_items": 23, "counts_N": cu_seqlens.diff()})
+    given = LossArguments.of("grpo_loss", options | {"beta": 9.0, "num_items": 23, "counts_N": cu_seqlens.diff()})
     arguments = (
         hidden.requires_grad_(), weight.requires_grad_(), ids, TEMPERATURE, True, True, cu_seqlens,
         *sys.modules["r1fast_kernels.grpo_loss"].op_arguments(given, hidden.device),
@@ -254,6 +255,23 @@ def test_opcheck() -> None:
     op = torch.ops.r1fast.linear_grpo_loss.default
     assert op(*arguments)[0] > 0
     torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_random_settings(backend: Backend, monkeypatch: pytest.MonkeyPatch, tiling: str) -> None:
+    """Any options of the loss, the entropy's gradient through the head among them, in every tiling."""
+    set_tiling(monkeypatch, tiling)
+    dtype = FP64 if FP64 in backend.dtypes else FP32
+    for seed in range(3 if backend.interpreted else 40):
+        inputs, options = batch(dtype, masked=seed % 2 == 1)
+        settings = options | random_settings(seed)
+        if settings["top_entropy_quantile"] < 1 and seed % 3:
+            settings["entropy_threshold"] = torch.tensor(1.5, dtype=dtype)
+        want, want_metrics = loss_and_gradients(inputs, settings, backend, impl="reference")
+        got, metrics = loss_and_gradients(inputs, settings, backend, impl=backend.impl)
+        tolerance = {"rtol": 1e-9, "atol": 1e-11} if dtype == FP64 else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(got, want, **tolerance, msg=lambda m, o=settings: f"{o} {m}")
+        torch.testing.assert_close(metrics, want_metrics, **tolerance)
 
 
 def test_errors_name_the_argument(backend: Backend) -> None:
