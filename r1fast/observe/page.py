@@ -63,11 +63,11 @@ class StageData(BaseModel):
         tables = [(step, row["moe/load"]) for step, row in rows.items() if _is_table(row.get("moe/load"))]
         self.expert_load = dict([*tables[:1], *tables[-1:]])
         self.samples = _read_samples(folder / "samples")
-        names = [*(name for name in PHASES if name in self.phases), *(self.phases.keys() - PHASES)]
-        self.phases = {name: self.phases[name] for name in names if is_number(self.phases[name])}
-        rest = (self.seconds or 0.0) - sum(self.phases.values())
-        if rest > 0.001 * (self.seconds or 0.0):
-            self.phases["other"] = rest
+        given = {name: time for name, time in self.phases.items() if is_number(time) and time > 0}
+        self.phases = {name: given[name] for name in (*PHASES, *given) if name in given}
+        seconds = self.seconds if is_number(self.seconds) else 0.0
+        if seconds - self.total > 0.001 * seconds:
+            self.phases["other"] = seconds - self.total
 
     @property
     def total(self) -> float:
@@ -86,10 +86,9 @@ class StageData(BaseModel):
     @property
     def curve_groups(self) -> tuple[list[str], list[str]]:
         """The names of the curves to see first, and the others."""
-        names = sorted(self.curves)
-        first = dict.fromkeys(name for pattern in FIRST_CURVES for name in names if fnmatch(name, pattern))
-        rest = [name for name in names if name not in first]
-        return (list(first), rest) if first else (rest, [])
+        first = [name for pattern in FIRST_CURVES for name in self.curves if fnmatch(name, pattern)]
+        rest = sorted(self.curves.keys() - first)
+        return (first, rest) if first else (rest, [])
 
     @property
     def evaluations(self) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ KEY_METRICS = {
     "kl": ("kl",),
     "length": ("completions/mean_length",),
     "lr": ("learning_rate",),
-    "tok/s": ("perf/throughput",),
+    "tok/s": ("tokens_per_second",),
 }
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _MARKS = {

@@ -136,7 +136,7 @@ def _metrics(
         "grad_norm": 0.4 + 0.3 * noise.random(),
         "num_tokens": 15_872.0 * step,
     }
-    common |= {"step_time": 1.1 + 0.1 * noise.random(), "perf/throughput": 15_000 + 3_000 * noise.random()}
+    common |= {"step_time": 1.1 + 0.1 * noise.random(), "tokens_per_second": 15_000 + 3_000 * noise.random()}
     if kind != "grpo":
         return common | {
             "loss": 0.4 + 5 * math.exp(-5 * x) + 0.08 * noise.random(),

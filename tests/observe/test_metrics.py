@@ -98,7 +98,10 @@ def test_every_step_is_a_line_of_the_open_display(tmp_path: Path, capsys: pytest
             for step in (1, 2):
                 log.log(step, {"reward": 0.5, "learning_rate": 5e-4, "completions/mean_length": 21.34})
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["zero (grpo) starts", *(f"zero (grpo) {step}/2  reward 0.5  length 21.3  lr 5e-4" for step in (1, 2))]
+    assert lines == [
+        "zero (grpo) starts",
+        *(f"zero (grpo) {step}/2  reward 0.5  length 21.3  lr 5e-4" for step in (1, 2)),
+    ]
 
 
 def test_tables_are_kept_of_every_tenth_step(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def test_whole_chain(tmp_path: Path, write_run: Callable[..., Path]) -> None:
     for expected in (
         "pass@1 of r1 77.6 % 8.1% in base", "11 of 11 stages done",
         "pass@1 8.1 ± 2.7 79.1 ± 4.0 +71.0", "from base with cold", "400 prompts, 4 samples each",
-        "rewards/accuracy/mean", "mixed language 1,311 · 23%", "generate 24%", "Load of experts, by layer step 1 step 60",
+        "rewards/accuracy/mean", "mixed language 1,311 · 23%", "generate 24%",
+        "Load of experts, by layer step 1 step 60",
         "reward 2.", "finish length", "rewards.accuracy 1", "The resolved recipe",
     ):  # fmt: skip
         assert expected in page.text
@@ -171,7 +172,8 @@ def test_command_prints_scores_and_path(
 
 def test_completions_have_marked_tags_and_answers() -> None:
     assert [piece for piece in pieces("<think>a < b</think><answer>4</answer>") if piece[1]] == [
-        ("mark", "<think>"), ("", "a < b"), ("mark", "</think>"), ("mark", "<answer>"), ("answer", "4"), ("mark", "</answer>"),
+        ("mark", "<think>"), ("", "a < b"), ("mark", "</think>"),
+        ("mark", "<answer>"), ("answer", "4"), ("mark", "</answer>"),
     ]  # fmt: skip
     assert list(pieces("|special_token|why|special_token|4"))[-1] == ("answer", "4")
     long = "".join(text for _, text in pieces("<think>" + "x" * 10_000 + "</think>"))
@@ -179,7 +181,9 @@ def test_completions_have_marked_tags_and_answers() -> None:
 
 
 def test_failures_stand_beside_the_scores(tmp_path: Path, write_run: Callable[..., Path]) -> None:
-    page = Page(change(write_run(tmp_path), lambda run: run["stages"][1]["eval_after"].update(failures=3, unscorable=2)))
+    page = Page(
+        change(write_run(tmp_path), lambda run: run["stages"][1]["eval_after"].update(failures=3, unscorable=2))
+    )
     assert "zero: 3 samples with a failed reward (scored 0), 2 prompts without a readable gold." in page.text
     assert "failures – 3" in page.text and "unscorable – 2" in page.text
 

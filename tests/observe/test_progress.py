@@ -82,7 +82,7 @@ def test_sparkline(values: list[float], expected: str) -> None:
 
 
 def test_key_numbers_take_the_first_name_that_has_a_finite_value() -> None:
-    metrics = {"loss": 0.25, "rewards/accuracy/mean": math.nan, "accuracy": 0.5, "perf/throughput": 15_512.0}
+    metrics = {"loss": 0.25, "rewards/accuracy/mean": math.nan, "accuracy": 0.5, "tokens_per_second": 15_512.0}
     assert key_numbers(metrics) == {"accuracy": 0.5, "loss": 0.25, "tok/s": 15_512.0}
 
 
