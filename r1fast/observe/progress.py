@@ -11,7 +11,7 @@ import numpy as np
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -86,10 +86,11 @@ class ChainProgress:
         self.label = ""  # of the stage that runs
         self.numbers: dict[str, float] = {}
         self.curve: list[float] = []
-        columns = [TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[count]}")]
+        columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Clock()]
         # The time left is estimated from all of a stage's steps: some take minutes.
-        self._bars = Progress(*columns, _Clock(), auto_refresh=False, speed_estimate_period=1e9)
-        self._chain = self._bars.add_task("chain", total=max(1, len(stages)), count="", is_chain=True)
+        self._bars = Progress(*columns, auto_refresh=False, speed_estimate_period=1e9)
+        self._chain = self._bars.add_task("chain", total=len(stages), is_chain=True)
+        self._total_steps: int | None = None
         self._steps: TaskID | None = None
         live = is_main and self.console.is_terminal
         self._live = Live(self, console=self.console, refresh_per_second=4, transient=True) if live else None
@@ -98,12 +99,12 @@ class ChainProgress:
         """Name the stage that runs now."""
         self.label = f"{name} ({kind})" if kind != name else name
         self.status[name] = "running"
-        self._steps = self._bars.add_task(self.label, total=None, count="", is_chain=False)
+        self._steps = self._bars.add_task(self.label, total=None, is_chain=False)
         self._plain(f"{self.label} starts")
 
     def begin_steps(self, total_steps: int | None, done: int = 0) -> None:
         """The stage's steps begin (after its set-up), `done` of them before a resume."""
-        self.numbers, self.curve = {}, []
+        self._total_steps, self.numbers, self.curve = total_steps, {}, []
         if self._steps is not None:
             self._bars.reset(self._steps, total=total_steps, completed=done)
 
@@ -112,11 +113,9 @@ class ChainProgress:
         self.numbers = key_numbers(metrics)
         main = next((self.numbers[label] for label in ("reward", "loss") if label in self.numbers), None)
         self.curve += [] if main is None else [main]
-        if self._steps is None:
-            return
-        total = self._bars.tasks[-1].total
-        count = f"{step}/{total:.0f}" if total else str(step)
-        self._bars.update(self._steps, completed=step, count=count)
+        if self._steps is not None:
+            self._bars.update(self._steps, completed=step)
+        count = f"{step}/{self._total_steps}" if self._total_steps else str(step)
         numbers = "  ".join(f"{label} {format_number(value)}" for label, value in self.numbers.items())
         self._plain(f"{self.label} {count}  {numbers}".rstrip())
 
@@ -170,7 +169,7 @@ class ChainProgress:
     def __rich__(self) -> RenderableType:
         """Drawn four times a second by rich's own thread."""
         done = sum(status == "done" for status in self.status.values())
-        self._bars.update(self._chain, completed=done, count=f"{done}/{len(self.status)}")
+        self._bars.update(self._chain, completed=done)
         marks = Text(f"{self.title}  " if self.title else "", "bold")
         for name, status in self.status.items():
             mark, colour = _MARKS[status]
