@@ -275,7 +275,7 @@ def begin(run_dir: Path, dist: "Dist", held: ExitStack) -> str:
 
 def execute(request: CommandLine, run_dir: Path, dist: "Dist", stop: "Stop") -> int:
     from r1fast.observe.page import build_report
-    from r1fast.observe.progress import summary_table
+    from r1fast.observe.progress import print_summary
     from r1fast.pipeline import Run
 
     chain = Run(request.recipe, run_dir, dist, stop)
@@ -290,14 +290,9 @@ def execute(request: CommandLine, run_dir: Path, dist: "Dist", stop: "Stop") -> 
                 build_report(run_dir)
         raise
     if dist.is_main:
-        from rich.console import Console
-
         page = build_report(run_dir)
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=132)
-        console.print(summary_table(chain.summary))
-        console.print(f"report: {page}", soft_wrap=True)
+        print_summary(chain.summary)
+        print(f"report: {page}")
     return 0
 
 

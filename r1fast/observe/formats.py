@@ -1,25 +1,14 @@
-"""How numbers are written, on the console and on the page; the metrics a person wants to see first."""
+"""How numbers are written, on the console and on the page, and what is read of an evaluation."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-# Label -> metric names that carry it, best first. TRL's names, then verl's, then short ones.
-KEY_METRICS: dict[str, tuple[str, ...]] = {
-    "reward": ("reward",),
-    "accuracy": ("rewards/accuracy/mean", "accuracy"),
-    "language": ("rewards/language/mean", "language"),
-    "loss": ("loss",),
-    "kl": ("kl",),
-    "length": ("completions/mean_length",),
-    "lr": ("learning_rate", "lr"),
-    "tok/s": ("perf/throughput", "tokens_per_second", "tok/s"),
-}
+LARGEST = 1e300  # of a number that is shown: sums and distances of some must be numbers too
 
 
 def is_number(value: Any) -> TypeGuard[float]:
     """True for a finite int or float (bool excluded)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def format_number(value: Any) -> str:
@@ -27,23 +16,22 @@ def format_number(value: Any) -> str:
     if not is_number(value):
         return "–" if value is None or isinstance(value, float) else str(value)
     size = abs(value)
-    if isinstance(value, int) and size < 10_000:
+    if size < 10_000 and isinstance(value, int):
         return str(value)
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= limit:
-            scaled = value / (1e3 if suffix == "k" else limit)
-            return f"{scaled:.3g}{suffix}" if abs(scaled) < 999.5 else f"{scaled:.0f}{suffix}"
-    if size >= 999.5:
-        return f"{value:.0f}"
-    if size >= 1e-3 or size == 0:
-        return f"{value:.3g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    if 0 < size < 1e-3 or size >= 1e12:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    if size < 10_000:
+        return f"{value:.3g}" if size < 999.5 else f"{value:.0f}"
+    scale, suffix = next(
+        (scale, suffix) for scale, suffix in ((1e3, "k"), (1e6, "M"), (1e9, "G")) if size < 1e3 * scale
+    )
+    return f"{value / scale:.3g}{suffix}" if size < 999.5 * scale else f"{value / scale:.0f}{suffix}"
 
 
-def format_percent(value: Any, digits: int = 1) -> str:
+def format_percent(value: Any) -> str:
     """A share of one, as a percentage without the sign: 0.791 -> 79.1."""
-    return f"{100 * value:.{digits}f}" if is_number(value) else "–"
+    return f"{100 * value:.1f}" if is_number(value) else "–"
 
 
 def format_seconds(seconds: Any) -> str:
@@ -53,9 +41,7 @@ def format_seconds(seconds: Any) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} m {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} m"
+    return f"{minutes} m {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
 
 
 def score(evaluation: Mapping[str, Any] | None, key: str) -> float | None:
@@ -65,13 +51,9 @@ def score(evaluation: Mapping[str, Any] | None, key: str) -> float | None:
 
 
 def interval(evaluation: Mapping[str, Any] | None) -> tuple[float, float] | None:
-    """The confidence interval of pass@1 as (low, high); stored as such a pair, or as a half-width."""
-    value, mean = (evaluation or {}).get("pass@1_ci"), score(evaluation, "pass@1")
-    if isinstance(value, list | tuple) and len(value) == 2 and all(is_number(end) for end in value):
-        return float(value[0]), float(value[1])
-    if is_number(value) and mean is not None:
-        return max(0.0, mean - value), min(1.0, mean + value)
-    return None
+    """The confidence interval of pass@1 as (low, high), from its half-width."""
+    half, mean = score(evaluation, "pass@1_ci"), score(evaluation, "pass@1")
+    return None if half is None or mean is None else (max(0.0, mean - half), min(1.0, mean + half))
 
 
 def losses(evaluation: Mapping[str, Any] | None) -> list[str]:
@@ -79,23 +61,3 @@ def losses(evaluation: Mapping[str, Any] | None) -> list[str]:
     named = (("failures", "samples with a failed reward (scored 0)"), ("unscorable", "prompts without a readable gold"))
     counts = [(int(score(evaluation, key) or 0), words) for key, words in named]
     return [f"{count} {words}" for count, words in counts if count]
-
-
-def short_name(name: str) -> str:
-    """The last part of a Hub id or a path: charts have little room."""
-    return name.rstrip("/").rpartition("/")[2] or name
-
-
-def key_numbers(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The key metrics that are present, as (label, text), in reading order."""
-    found = []
-    for label, names in KEY_METRICS.items():
-        value = next((metrics[name] for name in names if is_number(metrics.get(name))), None)
-        if value is not None:
-            found.append((label, format_number(value)))
-    return found
-
-
-def main_curve(metrics: Mapping[str, Any]) -> str | None:
-    """The metric whose curve tells how the stage is going: the reward, else the loss."""
-    return next((name for name in ("reward", "loss") if is_number(metrics.get(name))), None)

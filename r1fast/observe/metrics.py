@@ -4,15 +4,13 @@ import io
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from r1fast.observe.progress import ChainProgress, active_progress
+from r1fast.observe.progress import active_progress
 from r1fast.observe.trackers import Tracker
 from r1fast.run_folder import replace_file
 
@@ -29,7 +27,6 @@ class StageLog:
     trackers: from `open_trackers`; a tracker sees the metrics as `<stage>/<metric>`.
     resume_step: a resumed stage drops lines and samples after this step, which the killed run left, and says which
     lines before it are damaged or gone: the curves then lack them, the training does not. None appends.
-    progress: the display to feed; the active one by default, else one made for this stage.
     on_failure: gets the OSError of a line or samples that cannot be written, after which nothing more is; by default
     it is raised.
     """
@@ -42,36 +39,32 @@ class StageLog:
         trackers: Sequence[Tracker] = (),
         is_main: bool = True,
         resume_step: int | None = None,
-        logging_steps: int = 1,
-        progress: ChainProgress | None = None,
         on_failure: Callable[[OSError], None] | None = None,
     ) -> None:
-        if logging_steps < 1:
-            raise ValueError(f"logging_steps: got {logging_steps}, expected at least 1 (1 prints every step)")
         self.stage_dir = Path(stage_dir)
         self.total_steps = total_steps
         self.trackers = tuple(trackers)
         self.is_main = is_main
-        self.logging_steps = logging_steps
-        self._progress = progress or active_progress()
-        self._owns_progress = self._progress is None
+        self._progress = active_progress()
         self._on_failure = on_failure
         self._broken = False
         self._file: io.FileIO | None = None
         if is_main:
-            if self._progress is None:
-                self._progress = ChainProgress([self.stage_dir.name])
-                self._progress.__enter__()
-            self._try(partial(self._open, self._progress, resume_step))
-            self._progress.begin_steps(self.stage_dir.name, self.total_steps, done=resume_step or 0)
+            self._try(lambda: self._open(resume_step))
+            if self._progress is not None:
+                self._progress.begin_steps(total_steps, done=resume_step or 0)
 
-    def _open(self, progress: ChainProgress, resume_step: int | None) -> None:
+    def _open(self, resume_step: int | None) -> None:
         self.stage_dir.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not made again
         path = self.stage_dir / "metrics.jsonl"
         for problem in _repair(path, resume_step):
-            progress.message(problem)
+            if self._progress is not None:
+                self._progress.message(problem)
         if resume_step is not None:
-            _drop_samples(self.stage_dir / "samples", resume_step)
+            for samples in self.stage_dir.glob("samples/step_*.parquet"):
+                step = samples.stem.removeprefix("step_")
+                if step.isdecimal() and int(step) > resume_step:
+                    samples.unlink()
         # Unbuffered: what a full disk did not take must not be tried again when the file is closed.
         self._file = io.FileIO(path, "a")
 
@@ -91,20 +84,18 @@ class StageLog:
         self._try(lambda: self._write_line(json.dumps(row).encode() + b"\n"))
         for tracker in self.trackers:
             tracker.log(self.stage_dir.name, step, numbers)
-        assert self._progress is not None
-        quiet = step % self.logging_steps != 0 and step != self.total_steps
-        self._progress.step(step, self.total_steps, numbers, quiet=quiet)
+        if self._progress is not None:
+            self._progress.step(step, numbers)
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> Path | None:
         """Write sample completions to samples/step_00010.parquet; rows may lack columns."""
-        rows = list(rows)
-        if not self.is_main or not rows:
+        filled = [{"step": step, **row} for row in rows]
+        if not self.is_main or not filled:
             return None
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        names = list(dict.fromkeys(["step", *(name for row in rows for name in row)]))
-        filled = [{"step": step, **row} for row in rows]
+        names = dict.fromkeys(name for row in filled for name in row)
         table = pa.table({name: [_cell(row.get(name)) for row in filled] for name in names})
         path = self.stage_dir / "samples" / f"step_{step:05d}.parquet"
         content = io.BytesIO()
@@ -139,12 +130,8 @@ class StageLog:
             self._on_failure(error)
 
     def close(self) -> None:
-        if not self.is_main:
-            return
         if self._file is not None:
             self._file.close()
-        if self._owns_progress and self._progress is not None:
-            self._progress.close()
 
     def __enter__(self) -> "StageLog":
         return self
@@ -162,17 +149,17 @@ def _repair(path: Path, resume_step: int | None) -> list[str]:
     """Drop the half line of a killed writer, and the steps that a resumed stage does again; says what else is wrong."""
     content = path.read_bytes() if path.exists() else b""
     lines = content.splitlines(keepends=True)
-    rows: dict[int, bytes] = {}
-    for line in lines:
-        step = _step_of(line)
-        if step is not None and (resume_step is None or step <= resume_step):
-            rows[step] = line
+    steps = [_step_of(line) for line in lines]
+    rows = {
+        step: line
+        for step, line in zip(steps, lines)
+        if step is not None and (resume_step is None or step <= resume_step)
+    }
     kept = b"".join(rows.values())
     if kept != content:
         replace_file(path, kept)
     problems = []
-    whole = [line for line in lines if line.endswith(b"\n")]
-    if damaged := sum(_step_of(line) is None for line in whole):
+    if damaged := sum(step is None and line.endswith(b"\n") for step, line in zip(steps, lines)):
         problems.append(f"{path}: {damaged} damaged line{'s' * (damaged > 1)} dropped")
     if lacking := [step for step in range(1, (resume_step or 0) + 1) if step not in rows]:
         listed = ", ".join(map(str, lacking[:3])) + (" ..." if len(lacking) > 3 else "")
@@ -188,10 +175,3 @@ def _step_of(line: bytes) -> int | None:
         return None
     step = row.get("step") if isinstance(row, dict) else None
     return step if type(step) is int else None
-
-
-def _drop_samples(directory: Path, resume_step: int) -> None:
-    for path in directory.glob("step_*.parquet"):
-        found = re.fullmatch(r"step_(\d+)", path.stem)
-        if found and int(found[1]) > resume_step:
-            path.unlink()

@@ -1,33 +1,33 @@
 """The terminal: a bar over the chain's stages, a bar over the stage's steps, live key numbers and a curve.
 
-On a terminal it is one live block at the bottom; elsewhere (a log file, CI) it is plain lines.
+On a terminal it is one live block at the bottom; elsewhere (a log file, CI) it is plain lines. Then the final table.
 """
 
-import time
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from r1fast.observe.formats import (
-    format_number,
-    format_percent,
-    format_seconds,
-    interval,
-    is_number,
-    key_numbers,
-    losses,
-    main_curve,
-    score,
-)
+from r1fast.observe.formats import format_number, format_percent, format_seconds, interval, is_number, losses, score
 
+# Label -> metric names that carry it, best first, in reading order.
+KEY_METRICS = {
+    "reward": ("reward",),
+    "accuracy": ("rewards/accuracy/mean", "accuracy"),
+    "language": ("rewards/language/mean", "language"),
+    "loss": ("loss",),
+    "kl": ("kl",),
+    "length": ("completions/mean_length",),
+    "lr": ("learning_rate",),
+    "tok/s": ("tokens_per_second",),
+}
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _MARKS = {
     "done": ("✓", "green"), "running": ("●", "cyan"), "failed": ("✗", "red"), "stopped": ("■", "yellow"),
@@ -41,17 +41,29 @@ def active_progress() -> "ChainProgress | None":
     return _active[-1] if _active else None
 
 
+def key_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The key metrics that are present, by label."""
+    found = {
+        label: [metrics[name] for name in names if is_number(metrics.get(name))] for label, names in KEY_METRICS.items()
+    }
+    return {label: values[0] for label, values in found.items() if values}
+
+
 def sparkline(values: Sequence[float], width: int = 24) -> str:
     """The curve of values in `width` characters; each is the mean of its share of the steps."""
-    numbers = [float(value) for value in values if is_number(value)]
-    if not numbers:
-        return ""
-    width = min(width, len(numbers))
-    edges = [round(i * len(numbers) / width) for i in range(width + 1)]
-    means = [sum(numbers[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, high = min(means), max(means)
-    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BLOCKS[round((mean - low) * scale)] for mean in means)
+    means = np.array([share.mean() for share in np.array_split(values, min(width, len(values)))])
+    scale = (len(_BLOCKS) - 1) / (np.ptp(means) or 1.0)
+    return "".join(_BLOCKS[round(height)] for height in (means - means.min()) * scale)
+
+
+class _Clock(ProgressColumn):
+    """Of the chain the time since it began, of a stage the time that it still needs."""
+
+    def render(self, task: Task) -> Text:
+        if task.fields["is_chain"]:
+            return Text(format_seconds(task.elapsed), "dim")
+        left = task.time_remaining
+        return Text("" if left is None else f"{format_seconds(left)} left", "dim")
 
 
 class ChainProgress:
@@ -71,43 +83,41 @@ class ChainProgress:
         self.is_main = is_main
         self.console = console or Console(stderr=True, highlight=False)
         self.status = dict.fromkeys(stages, "pending")
-        self.kinds: dict[str, str] = {}
-        self.started = time.monotonic()
-        self.stage: str | None = None
-        self._reset_steps(None, 0)
+        self.label = ""  # of the stage that runs
+        self.numbers: dict[str, float] = {}
+        self.curve: list[float] = []
+        columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Clock()]
+        # The time left is estimated from all of a stage's steps: some take minutes.
+        self._bars = Progress(*columns, auto_refresh=False, speed_estimate_period=1e9)
+        self._chain = self._bars.add_task("chain", total=len(stages), is_chain=True)
+        self._total_steps: int | None = None
+        self._steps: TaskID | None = None
         live = is_main and self.console.is_terminal
         self._live = Live(self, console=self.console, refresh_per_second=4, transient=True) if live else None
 
-    def _reset_steps(self, total_steps: int | None, done: int) -> None:
-        self.total_steps, self.first_step, self.last_step = total_steps, done, done
-        self.steps_started = time.monotonic()
-        self.numbers: list[tuple[str, str]] = []
-        self.curve_name: str | None = None
-        self.curve: list[float] = []
-
-    def start_stage(self, name: str, kind: str = "", total_steps: int | None = None) -> None:
+    def start_stage(self, name: str, kind: str) -> None:
         """Name the stage that runs now."""
-        self.stage, self.status[name], self.kinds[name] = name, "running", kind
-        self._reset_steps(total_steps, 0)
-        self._plain(f"{self._label(name)} starts")
+        self.label = f"{name} ({kind})" if kind != name else name
+        self.status[name] = "running"
+        self._steps = self._bars.add_task(self.label, total=None, is_chain=False)
+        self._plain(f"{self.label} starts")
 
-    def begin_steps(self, name: str, total_steps: int | None, done: int = 0) -> None:
+    def begin_steps(self, total_steps: int | None, done: int = 0) -> None:
         """The stage's steps begin (after its set-up), `done` of them before a resume."""
-        if self.stage != name:
-            self.start_stage(name)
-        self._reset_steps(total_steps, done)
+        self._total_steps, self.numbers, self.curve = total_steps, {}, []
+        if self._steps is not None:
+            self._bars.reset(self._steps, total=total_steps, completed=done)
 
-    def step(self, step: int, total_steps: int | None, metrics: Mapping[str, Any], *, quiet: bool = False) -> None:
-        """One step is done. `quiet` leaves the plain line out; the live block always follows."""
-        self.last_step, self.total_steps = step, total_steps
+    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One step is done."""
         self.numbers = key_numbers(metrics)
-        self.curve_name = self.curve_name or main_curve(metrics)
-        if self.curve_name and is_number(metrics.get(self.curve_name)):
-            self.curve.append(float(metrics[self.curve_name]))
-        if not quiet:
-            of_total = f"/{total_steps}" if total_steps else ""
-            numbers = "  ".join(f"{label} {text}" for label, text in self.numbers)
-            self._plain(f"{self._label(self.stage or '')} {step}{of_total}  {numbers}".rstrip())
+        main = next((self.numbers[label] for label in ("reward", "loss") if label in self.numbers), None)
+        self.curve += [] if main is None else [main]
+        if self._steps is not None:
+            self._bars.update(self._steps, completed=step)
+        count = f"{step}/{self._total_steps}" if self._total_steps else str(step)
+        numbers = "  ".join(f"{label} {format_number(value)}" for label, value in self.numbers.items())
+        self._plain(f"{self.label} {count}  {numbers}".rstrip())
 
     def finish_stage(
         self,
@@ -118,13 +128,15 @@ class ChainProgress:
         evaluation: Mapping[str, Any] | None = None,
     ) -> None:
         """Close a stage; prints one line that stays."""
+        label = self.label if self.status[name] == "running" else name
         self.status[name] = status
-        if self.stage == name:
-            self.stage, self.numbers = None, []
+        if self._steps is not None:
+            self._bars.remove_task(self._steps)
+        self._steps, self.numbers, self.curve = None, {}, []
         if not self.is_main:
             return
-        mark, colour = _MARKS.get(status, _MARKS["pending"])
-        line = Text.assemble((f"{mark} ", colour), (self._label(name), "bold"), f"  {status}")
+        mark, colour = _MARKS[status]
+        line = Text.assemble((f"{mark} ", colour), (label, "bold"), f"  {status}")
         if seconds is not None:
             line.append(f"  {format_seconds(seconds)}", "dim")
         for key in ("pass@1", "language", "format"):
@@ -139,12 +151,6 @@ class ChainProgress:
         if self.is_main:
             self.console.print(text, markup=False, soft_wrap=True)
 
-    def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-        if self in _active:
-            _active.remove(self)
-
     def __enter__(self) -> "ChainProgress":
         _active.append(self)
         if self._live is not None:
@@ -152,123 +158,82 @@ class ChainProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    def _label(self, name: str) -> str:
-        kind = self.kinds.get(name, "")
-        return f"{name} ({kind})" if kind and kind != name else name
+        if self._live is not None:
+            self._live.stop()
+        _active.remove(self)
 
     def _plain(self, line: str) -> None:
-        if self.is_main and self._live is None:
-            self.console.print(line, markup=False, soft_wrap=True)
+        if self._live is None:
+            self.message(line)
 
     def __rich__(self) -> RenderableType:
-        """Drawn four times a second by rich's own thread: reads only."""
-        rows: list[RenderableType] = [self._stage_marks(), self._bars()]
-        if self.numbers:
-            rows.append(self._live_numbers())
-        return Group(*rows)
-
-    def _stage_marks(self) -> Text:
-        marks = Text(no_wrap=False)
-        if self.title:
-            marks.append(f"{self.title}  ", "bold")
-        for name, status in self.status.items():
-            mark, colour = _MARKS.get(status, _MARKS["pending"])
-            marks.append(f"{mark} {name}  ", "bold cyan" if status == "running" else colour)
-        return marks
-
-    def _bars(self) -> Table:
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(min_width=16, no_wrap=True)
-        for _ in range(3):
-            grid.add_column(no_wrap=True)
+        """Drawn four times a second by rich's own thread."""
         done = sum(status == "done" for status in self.status.values())
-        grid.add_row(
-            "chain",
-            ProgressBar(total=max(1, len(self.status)), completed=done, width=40, complete_style="cyan"),
-            f"{done}/{len(self.status)}",
-            Text(format_seconds(time.monotonic() - self.started), "dim"),
-        )
-        if self.stage is not None:
-            steps = f"{self.last_step}/{self.total_steps}" if self.total_steps else str(self.last_step or "")
-            total = self.total_steps
-            bar = ProgressBar(total, self.last_step, width=40, pulse=not total, complete_style="cyan")
-            grid.add_row(Text(self._label(self.stage), "bold cyan"), bar, steps, Text(self._time_left(), "dim"))
-        return grid
-
-    def _time_left(self) -> str:
-        steps_done = self.last_step - self.first_step
-        if not self.total_steps or steps_done < 1:
-            return ""
-        per_step = (time.monotonic() - self.steps_started) / steps_done
-        return f"{format_seconds(per_step * (self.total_steps - self.last_step))} left"
-
-    def _live_numbers(self) -> Text:
+        self._bars.update(self._chain, completed=done)
+        marks = Text(f"{self.title}  " if self.title else "", "bold")
+        for name, status in self.status.items():
+            mark, colour = _MARKS[status]
+            marks.append(f"{mark} {name}  ", "bold cyan" if status == "running" else f"not bold {colour}")
         line = Text()
-        if self.curve_name:
-            line.append(f"{self.curve_name} ", "dim").append(sparkline(self.curve), "cyan")
-            line.append(f" {format_number(self.curve[-1])}", "bold")
-        for label, text in self.numbers:
-            if label != self.curve_name:
-                line.append(f"   {label} ", "dim").append(text)
-        return line
+        numbers, curve = dict(self.numbers), list(self.curve)
+        main = "reward" if "reward" in numbers else "loss"
+        if curve and main in numbers:
+            line.append(f"{main} ", "dim").append(sparkline(curve), "cyan")
+            line.append(f" {format_number(numbers.pop(main))}", "bold")
+        for label, value in numbers.items():
+            line.append(f"   {label} ", "dim").append(format_number(value))
+        return Group(marks, self._bars, *([line] if line else []))
 
 
-_SCORES = ("cons@k", "language", "format", "helpful", "harmless")
+_SCORES = ("pass@1", "CI", "cons@k", "language", "format", "helpful", "harmless")
 _LOSSES = ("failures", "unscorable")  # counts, where there are any
 
 
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """The chain's result on stdout; in a file it has the room that its columns need."""
+    console = Console()
+    (console if console.is_terminal else Console(width=132)).print(summary_table(summary))
+
+
 def summary_table(summary: Mapping[str, Any]) -> Table:
-    """The chain's result, one row per stage, from summary.json; all scores are percentages."""
-    title = f"{summary.get('recipe') or 'run'}: scores in %{_sample_size(summary)}"
+    """One row per stage, from summary.json; all scores are percentages; columns without content are left out."""
+    stages = summary.get("stages") or []
+    title = f"{summary.get('recipe') or 'run'}: scores in %{_sample_size(stages)}"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.caption, table.caption_justify = f"total {format_seconds(summary.get('seconds'))}", "left"
-    rows = [_summary_row(stage) for stage in summary.get("stages") or [] if isinstance(stage, Mapping)]
-    headings = ["stage", "kind", "time", "pass@1", "CI", *_SCORES, *_LOSSES]
-    used = [i for i in range(len(headings)) if i < 4 or any(row[i] for row in rows)]
-    for i in used:
-        if i < 2:
-            table.add_column(headings[i], overflow="fold", style="bold" if i == 0 else "")
-        else:
-            table.add_column(headings[i], justify="right", no_wrap=True)
+    rows = [_summary_row(stage) for stage in stages]
+    table.add_column("stage", overflow="fold", style="bold")
+    table.add_column("kind", overflow="fold")
+    used = ["time", "pass@1", *(name for name in (*_SCORES[1:], *_LOSSES) if any(row[name] for row in rows))]
+    for name in used:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(row[i] for i in used))
+        table.add_row(*(row[name] for name in ("stage", "kind", *used)))
     return table
 
 
-def _sample_size(summary: Mapping[str, Any]) -> str:
+def _sample_size(stages: Sequence[Mapping[str, Any]]) -> str:
     """What pass@1 was measured on, if every stage was measured alike."""
-    found = {
-        (evaluation.get("n"), evaluation.get("k"), evaluation.get("temperature"))
-        for stage in summary.get("stages") or []
-        if isinstance(stage, Mapping) and isinstance(evaluation := stage.get("eval_after"), Mapping)
-    }
+    evaluations = [evaluation for stage in stages if (evaluation := stage.get("eval_after"))]
+    found = {tuple(evaluation.get(key) for key in ("n", "k", "temperature")) for evaluation in evaluations}
     if len(found) != 1 or None in (size := found.pop()):
         return ""
     return f" ({size[0]} prompts, {size[1]} samples each, temperature {format_number(size[2])})"
 
 
-def _summary_row(stage: Mapping[str, Any]) -> list[str | Text]:
+def _summary_row(stage: Mapping[str, Any]) -> dict[str, str | Text]:
     before, after = stage.get("eval_before") or {}, stage.get("eval_after") or {}
-    status = stage.get("status", "done")
-    name = Text(str(stage.get("name", "")))
+    status = stage["status"]
+    name = Text(stage["name"])
     if status != "done":
-        name.append(f" {status}", _MARKS.get(str(status), _MARKS["pending"])[1])
+        name.append(f" {status}", _MARKS.get(status, _MARKS["pending"])[1])
+    seconds = format_seconds(stage["seconds"]) if stage.get("seconds") is not None else ""
+    row: dict[str, str | Text] = {"stage": name, "kind": stage["kind"], "time": seconds}
+    for key in _SCORES:
+        old, new = score(before, key) if key in ("pass@1", "language") else None, score(after, key)
+        row[key] = (
+            " → ".join(format_percent(value) for value in (old, new) if value is not None) if new is not None else ""
+        )
     bounds = interval(after)
-    texts = [
-        str(stage.get("kind", "")),
-        format_seconds(stage.get("seconds")) if is_number(stage.get("seconds")) else "",
-        _change(before, after, "pass@1"),
-        f"{format_percent(bounds[0])}–{format_percent(bounds[1])}" if bounds else "",
-    ]
-    others = [_change(before, after, key) if key == "language" else _change({}, after, key) for key in _SCORES]
-    counts = [format_number(int(score(after, key) or 0)) if score(after, key) else "" for key in _LOSSES]
-    return [name, *texts, *others, *counts]
-
-
-def _change(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> str:
-    old, new = score(before, key), score(after, key)
-    if new is None:
-        return ""
-    return format_percent(new) if old is None else f"{format_percent(old)} → {format_percent(new)}"
+    row["CI"] = "–".join(map(format_percent, bounds)) if bounds else ""
+    return row | {key: format_number(int(count)) if (count := score(after, key)) else "" for key in _LOSSES}

@@ -40,6 +40,7 @@ def make_run(directory: Path, *, stop_in: str | None = None) -> Path:
     entries: list[dict[str, Any]] = []
     scores: dict[str | None, dict[str, Any]] = {"Qwen/Qwen2.5-0.5B": _evaluation(0.049, 0.52)}
     stopped = False
+    settings = {stage["name"]: stage for stage in _config()["stages"]}
     with ChainProgress([row[0] for row in CHAIN], is_main=False):
         for name, kind, model, inputs, steps, seconds, accuracy, language in CHAIN:
             entry: dict[str, Any] = {"name": name, "kind": kind, "model": model, "inputs": inputs, "status": "done"}
@@ -54,6 +55,8 @@ def make_run(directory: Path, *, stop_in: str | None = None) -> Path:
             if not stopped:
                 done = steps // 2 if name == stop_in else steps
                 _write_steps(directory / name, kind, steps, done, noise, accuracy or 0.5, language or 0.5)
+                entry["settings"] = settings[name]
+                (directory / name / "stage.json").write_text(json.dumps({"entry": entry}))
             stopped = stopped or name == stop_in
             entries.append(entry)
     seconds_done = sum(entry.get("seconds") or 0.0 for entry in entries) + 14
@@ -80,7 +83,7 @@ def _evaluation(accuracy: float, language: float) -> dict[str, Any]:
     half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / 400)
     return {
         "pass@1": accuracy,
-        "pass@1_ci": [accuracy - half, accuracy + half],
+        "pass@1_ci": half,
         "n": 400,
         "k": 4,
         "cons@k": min(1.0, accuracy + 0.08),
@@ -95,10 +98,10 @@ def _evaluation(accuracy: float, language: float) -> dict[str, Any]:
 
 def _phases(kind: str, seconds: float) -> dict[str, float]:
     shares = {
-        "grpo": {"generate": 0.24, "reward": 0.01, "logprobs": 0.16, "update": 0.5, "eval": 0.05, "save": 0.02},
+        "grpo": {"generate": 0.24, "reward": 0.01, "logprobs": 0.16, "update": 0.5, "evaluate": 0.05, "save": 0.02},
         "collect": {"generate": 0.8, "reward": 0.15},
         "reject": {"generate": 0.85, "reward": 0.1},
-    }.get(kind, {"update": 0.85, "eval": 0.1, "save": 0.04})
+    }.get(kind, {"update": 0.85, "evaluate": 0.1, "save": 0.04})
     return {name: share * seconds for name, share in shares.items()}
 
 
@@ -133,7 +136,7 @@ def _metrics(
         "grad_norm": 0.4 + 0.3 * noise.random(),
         "num_tokens": 15_872.0 * step,
     }
-    common |= {"step_time": 1.1 + 0.1 * noise.random(), "perf/throughput": 15_000 + 3_000 * noise.random()}
+    common |= {"step_time": 1.1 + 0.1 * noise.random(), "tokens_per_second": 15_000 + 3_000 * noise.random()}
     if kind != "grpo":
         return common | {
             "loss": 0.4 + 5 * math.exp(-5 * x) + 0.08 * noise.random(),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from r1fast.observe.metrics import StageLog
+from r1fast.observe.progress import ChainProgress
 
 
 class _Recorder:
@@ -90,22 +91,17 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_console_has_one_line_per_step_when_stderr_is_no_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with StageLog(tmp_path / "zero", total_steps=5, logging_steps=2) as log:
-        for step in range(1, 6):
-            log.log(step, {"reward": 0.5, "learning_rate": 5e-4, "completions/mean_length": 21.34})
+def test_every_step_is_a_line_of_the_open_display(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ChainProgress(["zero"]) as progress:
+        progress.start_stage("zero", "grpo")
+        with StageLog(tmp_path / "zero", total_steps=2) as log:
+            for step in (1, 2):
+                log.log(step, {"reward": 0.5, "learning_rate": 5e-4, "completions/mean_length": 21.34})
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "zero starts",
-        *(f"zero {step}/5  reward 0.5  length 21.3  lr 5e-4" for step in (2, 4, 5)),
+        "zero (grpo) starts",
+        *(f"zero (grpo) {step}/2  reward 0.5  length 21.3  lr 5e-4" for step in (1, 2)),
     ]
-
-
-def test_logging_steps_must_be_positive(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="logging_steps: got 0, expected at least 1"):
-        StageLog(tmp_path, logging_steps=0)
 
 
 def test_tables_are_kept_of_every_tenth_step(tmp_path: Path) -> None:

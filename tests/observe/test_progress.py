@@ -2,13 +2,14 @@
 
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from r1fast.observe.progress import ChainProgress, active_progress, sparkline, summary_table
+from r1fast.observe.progress import ChainProgress, active_progress, key_numbers, sparkline, summary_table
 
 
 def _console(*, terminal: bool) -> Console:
@@ -22,8 +23,8 @@ def _printed(console: Console) -> str:
 
 def _run_two_stages(progress: ChainProgress) -> None:
     progress.start_stage("base", "pretrain")
-    progress.step(1, 2, {"loss": 5.0})
-    progress.step(2, 2, {"loss": 0.5}, quiet=True)
+    progress.begin_steps(2)
+    progress.step(1, {"loss": 5.0})
     progress.finish_stage("base", seconds=57.0, evaluation={"pass@1": 0.081})
     progress.start_stage("zero", "grpo")
     progress.finish_stage("zero", status="failed")
@@ -56,9 +57,9 @@ def test_live_block_shows_stages_bars_and_key_numbers() -> None:
     progress = ChainProgress(["base", "zero", "cold"], title="tiny", console=_console(terminal=True))
     progress.finish_stage("base", seconds=1.0)
     progress.start_stage("zero", "grpo")
-    progress.begin_steps("zero", 40, done=10)
+    progress.begin_steps(40, done=10)
     for step in range(11, 21):
-        progress.step(step, 40, {"reward": step / 20, "kl": 0.001})
+        progress.step(step, {"reward": step / 20, "kl": 0.001})
     console = _console(terminal=False)
     console.print(progress)
     text = _printed(console)
@@ -70,16 +71,19 @@ def test_live_block_shows_stages_bars_and_key_numbers() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ([], ""),
         ([1.0], "▁"),
         ([2.0, 2.0], "▁▁"),
-        ([float("nan"), 0.0, 1.0], "▁█"),
         ([0.0] * 50 + [1.0] * 50, "▁▁██"),
     ],
-    ids=["empty", "one", "constant", "nan", "longer-than-width"],
+    ids=["one", "constant", "longer-than-width"],
 )
 def test_sparkline(values: list[float], expected: str) -> None:
     assert sparkline(values, width=4) == expected
+
+
+def test_key_numbers_take_the_first_name_that_has_a_finite_value() -> None:
+    metrics = {"loss": 0.25, "rewards/accuracy/mean": math.nan, "accuracy": 0.5, "tokens_per_second": 15_512.0}
+    assert key_numbers(metrics) == {"accuracy": 0.5, "loss": 0.25, "tok/s": 15_512.0}
 
 
 def test_summary_table_has_a_row_per_stage_and_only_columns_with_content(
