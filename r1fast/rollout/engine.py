@@ -10,13 +10,14 @@ from r1fast.models.decoder import Decoder
 from r1fast.rollout.graphs import CAPTURES, StepGraphs
 from r1fast.rollout.sampling import (
     Completion,
+    SampledTokens,
     SamplingParams,
     check_finite,
-    completion_texts,
-    eos_token_ids,
+    completions_of,
     sample_keys,
+    stop_ids_of,
 )
-from r1fast.rollout.scheduler import SampledTokens, Scheduler, SequenceGroup, num_blocks_of
+from r1fast.rollout.scheduler import Limits, Scheduler, SequenceGroup, num_blocks_of
 from r1fast.rollout.tokenization import encode_text_prompts
 
 RawPrompt = str | Sequence[int]
@@ -61,17 +62,12 @@ class RolloutEngine:
             raise ValueError(
                 f"max_model_len is {max_model_len}; expected 2 to {limit}, the model's max_position_embeddings"
             )
-        self.model = model
-        self.tokenizer = tokenizer
-        self.max_num_seqs = max_num_seqs
-        self.max_model_len = max_model_len or limit
-        self.impl = impl
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.kv_cache_memory_bytes = kv_cache_memory_bytes
+        self.model, self.tokenizer, self.impl = model, tokenizer, impl
+        self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len or limit
+        self.max_num_batched_tokens, self.kv_cache_memory_bytes = max_num_batched_tokens, kv_cache_memory_bytes
+        self.enable_return_routed_experts, self.enforce_eager = enable_return_routed_experts, enforce_eager
         if enable_return_routed_experts and not any(True for _ in model.moe_layers()):
             raise ValueError("enable_return_routed_experts: the model has no mixture-of-experts layer")
-        self.enable_return_routed_experts = enable_return_routed_experts
-        self.enforce_eager = enforce_eager
 
     @torch.no_grad()  # not inference_mode: its tensors may not take part in autograd later, and FSDP keeps some
     def generate(
@@ -100,18 +96,13 @@ class RolloutEngine:
         num_total = len(prompt_ids) * params.n
         if not num_total:
             return []
-        stop_ids = self._stop_ids(params)
+        stop_ids = stop_ids_of(params, self.model.config, self.tokenizer)
         distinct = self._distinct(prompt_ids, sequence_ids, params)
         max_rows = min(self.max_num_seqs, num_total)
         graphs = self._graphs(max_rows)
         num_blocks = self._num_blocks(distinct, max_rows, params.max_tokens, spare=0 if graphs is None else 1)
+        limits = Limits(num_blocks, max_rows, self.max_num_batched_tokens)
         sampled: dict[int, SampledTokens] = {}
-
-        def finish(index: int, sample: SampledTokens) -> None:
-            sampled[index] = sample
-            if on_progress is not None:
-                on_progress(len(sampled), num_total)
-
         was_training, model_impl = self.model.training, self.model.impl
         self.model.eval()
         impl = model_impl if self.impl is None else self.impl
@@ -119,25 +110,26 @@ class RolloutEngine:
             self.model.use_kernels(impl)
         try:
             with torch.cuda.device_of(self.model.embed_tokens.weight):
-                Scheduler(
+                for index, sample in Scheduler(
                     self.model,
                     distinct,
                     params,
                     stop_ids,
-                    num_blocks=num_blocks,
-                    max_rows=max_rows,
-                    max_num_batched_tokens=self.max_num_batched_tokens,
+                    limits,
                     impl=impl,
                     record_experts=self.enable_return_routed_experts,
                     graphs=graphs,
-                    finish=finish,
-                ).run()
+                ).run():
+                    sampled[index] = sample
+                    if on_progress is not None:
+                        on_progress(len(sampled), num_total)
         finally:
             self.model.train(was_training)
             if impl != model_impl:
                 self.model.use_kernels(model_impl)
 
-        flat = self._completions([sampled[index] for index in range(num_total)], stop_ids)
+        in_order = [sampled[index] for index in range(num_total)]
+        flat = completions_of(in_order, stop_ids, self.model.config, self.tokenizer)
         outputs = [flat[start : start + params.n] for start in range(0, num_total, params.n)]
         check_finite(outputs)
         return outputs
@@ -214,24 +206,3 @@ class RolloutEngine:
                     f"prompt {index} has token ids from {min(ids)} to {max(ids)}; expected 0 to {vocab_size - 1}, "
                     "the model's vocabulary"
                 )
-
-    def _stop_ids(self, params: SamplingParams) -> list[int]:
-        stop_ids = set(params.stop_token_ids or ()) | (
-            set() if params.ignore_eos else eos_token_ids(self.model.config, self.tokenizer)
-        )
-        vocab_size = self.model.config.vocab_size
-        if params.stop_token_ids and max(params.stop_token_ids) >= vocab_size:
-            raise ValueError(
-                f"stop_token_ids has {max(params.stop_token_ids)}; expected ids below {vocab_size}, the vocabulary size"
-            )
-        return sorted(i for i in stop_ids if i < vocab_size)
-
-    def _completions(self, sampled: list[SampledTokens], stop_ids: list[int]) -> list[Completion]:
-        stops = set(stop_ids)
-        stopped = [sample.token_ids[-1] in stops for sample in sampled]
-        shown = [x.token_ids[:-1] if end else x.token_ids for x, end in zip(sampled, stopped)]
-        texts = completion_texts(self.tokenizer, eos_token_ids(self.model.config, self.tokenizer), shown)
-        return [
-            Completion(text, x.token_ids, x.logprobs, "stop" if end else "length", x.routed_experts)
-            for text, x, end in zip(texts, sampled, stopped)
-        ]

@@ -20,7 +20,6 @@ from r1fast.rollout import graphs, scheduler
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.graphs import CudaCapture, StepGraphs, bucket_of
 from r1fast.rollout.sampling import Completion, SamplingParams
-from r1fast_kernels.decode_layers import DecodeLayers
 from tests.rollout.test_engine import COMMON, FAMILIES, PROMPTS
 
 # What waits for the device, or has a shape that it must wait for: capturing ends with an error there.
@@ -128,7 +127,7 @@ def test_a_tape_of_the_step_samples_the_same(
     family: str, options: dict[str, Any], tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing that changes from step to step is baked in, nothing outside of the buffers survives it."""
-    monkeypatch.setattr(DecodeLayers, "can_run", lambda *_: False)  # op after op, as on a GPU
+    monkeypatch.setattr(scheduler, "fast_decode", lambda *_: None)  # op after op, as on a GPU
     model = random_model(family)
     is_moe = any(True for _ in model.moe_layers())
     params = SamplingParams(n=5, max_tokens=30, seed=4, stop_token_ids=[5, 6, 7], **options)
@@ -149,7 +148,7 @@ def test_a_tape_of_the_step_samples_the_same(
 
 
 def test_a_step_that_waits_for_the_device_is_not_captured(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DecodeLayers, "can_run", lambda *_: False)
+    monkeypatch.setattr(scheduler, "fast_decode", lambda *_: None)
     model = random_model("qwen3_moe")
     for moe in model.moe_layers():
         moe.experts.impl = "reference"
@@ -160,7 +159,7 @@ def test_a_step_that_waits_for_the_device_is_not_captured(tapes: list[Tape], mon
 def test_a_step_passes_by_hooks_of_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has them on what it shards by itself, and there makes its own streams wait: a capture that spreads to other
     streams fails."""
-    monkeypatch.setattr(DecodeLayers, "can_run", lambda *_: False)  # op after op, as on a GPU
+    monkeypatch.setattr(scheduler, "fast_decode", lambda *_: None)  # op after op, as on a GPU
     model = random_model("llama")
     hooked: list[str] = []
     for name in ("embed_tokens", "layers.0", "layers.1", "norm", "lm_head"):
