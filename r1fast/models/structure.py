@@ -84,11 +84,10 @@ def differences(decoder: nn.Module, built: Structure) -> list[str]:
         if not module or not as_built:
             found.append(f"{label} is {'new' if module else 'gone'}")
             continue
-        # A class that was patched before it was built from is known by where its code is.
         changed = [
             key
             for key in {**as_built, **module}
-            if (key in module) != (key in as_built) or module[key] != as_built[key] or not _is_ours(key, module[key])
+            if (key in module) != (key in as_built) or module[key] != as_built[key] or _is_foreign(key, module[key])
         ]
         if changed:
             found.append(f"{label} has another {', another '.join(changed)}")
@@ -100,11 +99,12 @@ def differences(decoder: nn.Module, built: Structure) -> list[str]:
     return found
 
 
-def _is_ours(key: str, value: Any) -> bool:
+def _is_foreign(key: str, value: Any) -> bool:
+    """What was there before the model was built: a global hook, or a patched class, known by where its code is."""
     if key not in _METHODS or value is None:
-        return True
+        return key.startswith("hook ")
     code = getattr(value, "__code__", None)
-    return code is not None and code.co_filename.startswith(_OUR_CODE)
+    return code is None or not code.co_filename.startswith(_OUR_CODE)
 
 
 def _leaves_out(name: str, changed: list[str], has_decode: bool) -> bool:

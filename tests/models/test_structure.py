@@ -202,3 +202,11 @@ def test_a_class_that_was_patched_runs_by_modules(calls: list[int], monkeypatch:
     for model in models:
         torch.testing.assert_close(*sampler_and_trainer(model), rtol=1e-4, atol=1e-4)
     assert not calls
+
+
+def test_a_global_hook_is_an_error_whenever_it_came() -> None:
+    with nn.modules.module.register_module_forward_hook(double):
+        model = make_step("llama").model
+        with pytest.raises(ValueError, match="training computes: the decoder has another hook double"):
+            sampler_and_trainer(model)
+    sampler_and_trainer(model)
