@@ -84,11 +84,7 @@ def differences(decoder: nn.Module, built: Structure) -> list[str]:
         if not module or not as_built:
             found.append(f"{label} is {'new' if module else 'gone'}")
             continue
-        changed = [
-            key
-            for key in {**as_built, **module}
-            if (key in module) != (key in as_built) or module[key] != as_built[key] or _is_foreign(key, module[key])
-        ]
+        changed = [key for key in {**as_built, **module} if _has_changed(key, as_built, module)]
         if changed:
             found.append(f"{label} has another {', another '.join(changed)}")
         if _leaves_out(name, changed, module["decode"] is not None):
@@ -99,11 +95,15 @@ def differences(decoder: nn.Module, built: Structure) -> list[str]:
     return found
 
 
-def _is_foreign(key: str, value: Any) -> bool:
-    """What was there before the model was built: a global hook, or a patched class, known by where its code is."""
-    if key not in _METHODS or value is None:
-        return key.startswith("hook ")
-    code = getattr(value, "__code__", None)
+def _has_changed(key: str, as_built: dict[str, Any], now: dict[str, Any]) -> bool:
+    if key.startswith("hook "):  # also one that was there before the model
+        return key in now
+    if (key in now) != (key in as_built) or now[key] != as_built[key]:
+        return True
+    if key not in _METHODS or now[key] is None:
+        return False
+    # A class that was patched before a model was built from it is known by where its code is.
+    code = getattr(now[key], "__code__", None)
     return code is None or not code.co_filename.startswith(_OUR_CODE)
 
 
