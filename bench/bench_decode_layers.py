@@ -18,6 +18,7 @@ from bench.head import can_multiply
 from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.models.model_config import ModelConfig
+from r1fast.rollout.fast_decode import fast_decode
 from r1fast_kernels.decode_attention import BLOCK
 
 
@@ -34,14 +35,16 @@ def test_decode_layers(case: Case, compare: Callable[[harness.Problem], None]) -
     positions_B = torch.full((B,), T - 1)
     ids_B = torch.randint(config.vocab_size, (B,), generator=harness.generator())
 
-    def decode(impl: str | None, dtype: torch.dtype = dtype, **options: bool) -> Callable[[], harness.Outputs]:
+    def decode(impl: str | None, dtype: torch.dtype = dtype, *, fast: bool = False) -> Callable[[], harness.Outputs]:
         cache = BlockCache(config, B * width, dtype, "cpu")
         for buffer in cache.buffers:
             buffer.copy_(torch.randn(buffer.shape, generator=harness.generator()))
 
+        decoder = (fast_decode(model, impl) if fast else None) or model
+
         def run() -> harness.Outputs:
             model.use_kernels(impl)
-            return [model.decode(ids_B, positions_B, cache, table_BN, **options)]
+            return [decoder.decode(ids_B, positions_B, cache, table_BN)]
 
         return run
 
@@ -56,6 +59,6 @@ def test_decode_layers(case: Case, compare: Callable[[harness.Problem], None]) -
         error = float(error_B.quantile(0.95))
         assert error < (1e-4 if case.dtype == "fp32" else 3e-2), f"{name}: {error:.2g}"
 
-    contenders = {harness.OURS: decode(None), "modules": decode(None, neighbours=True), "eager": decode("reference")}
+    contenders = {harness.OURS: decode(None, fast=True), "modules": decode(None), "eager": decode("reference")}
     floor = harness.products_floor(2.0 * active_parameters(model) * B, B, dtype)
     compare(harness.Problem(case, contenders, floor=floor, check=check))

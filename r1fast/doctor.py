@@ -170,6 +170,7 @@ def decode_once(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     from r1fast.models.cache import BlockCache
     from r1fast.models.decoder import Decoder
     from r1fast.models.model_config import ModelConfig
+    from r1fast.rollout.fast_decode import fast_decode
 
     config = ModelConfig(
         "llama", vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
@@ -177,7 +178,8 @@ def decode_once(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     model = Decoder(config).to(device, dtype)
     model.init_weights()
     ids_B = torch.zeros(1, dtype=torch.int64, device=device)
-    return model.decode(ids_B, ids_B, BlockCache(config, 1, dtype, device), ids_B[:, None].int())
+    decoder = fast_decode(model, None) or model
+    return decoder.decode(ids_B, ids_B, BlockCache(config, 1, dtype, device), ids_B[:, None].int())
 
 
 def _table(title: str, headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:

@@ -229,7 +229,6 @@ def run(request: CommandLine, held: ExitStack) -> int:
 
     from r1fast.config import ConfigError
     from r1fast.parallel.mesh import init_distributed
-    from r1fast.rollout.vllm_process import InProcess
     from r1fast.stopping import Stop, Stopped
 
     torch.manual_seed(request.recipe.seed)
@@ -253,7 +252,6 @@ def run(request: CommandLine, held: ExitStack) -> int:
             say(f"{one_line(error)}; what was saved is as it was", how_to_go_on(run_dir, request.stages))
             return 1
         finally:
-            InProcess.release()
             dist.close()
 
 

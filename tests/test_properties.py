@@ -163,7 +163,7 @@ class Blocks(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def take(self, data: st.DataObject) -> None:
-        taken = self.pool.take(data.draw(st.integers(0, self.pool.num_free)))
+        taken = self.pool.allocate(data.draw(st.integers(0, self.pool.num_free)))
         others = {block for blocks in self.held for block in blocks}
         assert len(set(taken)) == len(taken) and not others & set(taken)
         assert all(0 <= block < self.num_blocks for block in taken)
@@ -173,13 +173,13 @@ class Blocks(RuleBasedStateMachine):
     @rule(data=st.data())
     def share(self, data: st.DataObject) -> None:
         blocks = data.draw(st.sampled_from(self.held))
-        self.pool.share(blocks)
+        self.pool.add_reference(blocks)
         self.held.append(list(blocks))
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
-        self.pool.give_back(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+        self.pool.free(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
 
     @invariant()
     def every_block_is_free_or_held(self) -> None:
@@ -187,8 +187,8 @@ class Blocks(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for blocks in self.held:
-            self.pool.give_back(blocks)
-        assert sorted(self.pool.take(self.pool.num_free)) == list(range(self.num_blocks))
+            self.pool.free(blocks)
+        assert sorted(self.pool.allocate(self.pool.num_free)) == list(range(self.num_blocks))
 
 
 TestBlocks = Blocks.TestCase

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from r1fast.models.model_config import ModelConfig
 from r1fast_kernels.decode_attention import BLOCK
-from r1fast_kernels.decode_layers import DecodeLayers
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,6 @@ class BlockCache:
             for _ in range(config.num_hidden_layers)
         ]
         self.buffers = [buffer for layer in self.layers for buffer in layer]
-        # The model's, from its first step on: parameters do not move while a cache is in use. None: the modules run.
-        self.decode_layers: DecodeLayers | None = None
-        self.is_checked = False  # whether the model may decode, and by what
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -5,23 +5,21 @@ Single-device: sharding is applied from outside, so weights are read only inside
 decode reads them directly and needs them whole.
 """
 
-import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from r1fast.models import structure
 from r1fast.models.attention import AttentionPlan
 from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.gqa import GroupedQueryAttention
-from r1fast.models.layers import MLP, Head, HeadFn, Linear, OpModule, RMSNorm
-from r1fast.models.mla import LATENT_NORM_EPS, LatentAttention
+from r1fast.models.layers import MLP, Head, HeadFn, OpModule, RMSNorm
+from r1fast.models.mla import LatentAttention
 from r1fast.models.model_config import ModelConfig
-from r1fast.models.moe import Experts, Gate, MoE, Routing
-from r1fast.models.rope import Rope, Rotary, softmax_scale
-from r1fast_kernels.decode_layers import MOST_PROMPT_TOKENS, DecodeLayers, LayersSpec
+from r1fast.models.moe import MoE, Routing
+from r1fast.models.rope import Rope, Rotary
+from r1fast.models.structure import structure_of
 
 
 class DecoderLayer(nn.Module):
@@ -70,13 +68,6 @@ def _of_model(routings: Iterable[Routing | None]) -> Routing | None:
     return Routing(expert_ids_TLK, torch.stack(balances).sum() if balances else None)
 
 
-def _of_experts(experts_LTK: Tensor) -> Routing | None:
-    return Routing(experts_LTK.transpose(0, 1), None) if len(experts_LTK) else None
-
-
-logger = logging.getLogger("r1fast")
-
-
 class Decoder(OpModule):
     """A causal language model, or with scalar_head=True a reward model: `score` [1, D] in place of `lm_head`.
 
@@ -96,7 +87,7 @@ class Decoder(OpModule):
         else:
             self.lm_head = Head(config.hidden_size, config.vocab_size)
         self.tie_weights()
-        self._built = structure.parts(self)
+        self.built = structure_of(self)
 
     def tie_weights(self) -> None:
         tied = self.config.tie_word_embeddings and not self.scalar_head
@@ -164,13 +155,6 @@ class Decoder(OpModule):
         with_routing: return (result, Routing), or (result, None) without experts.
         """
         plan = AttentionPlan(cu_seqlens, input_ids_T.numel(), input_ids_T.device)
-        fused = None if cache is None else self._fused(cache)
-        if torch.is_grad_enabled() or replay_ids_TLK is not None or plan.max_length > MOST_PROMPT_TOKENS:
-            fused = None
-        if fused is not None and cache is not None and slots_T is not None:
-            hidden_TD, experts_LTK = fused.prefill(input_ids_T, plan.cu_seqlens, cache.buffers, slots_T)
-            result = self.head(hidden_TD, head)
-            return (result, _of_experts(experts_LTK)) if with_routing else result
         x_TD = self.embed_tokens(input_ids_T)
         rope = self.rotary(plan.positions_T, x_TD.dtype)
         replayed = iter(() if replay_ids_TLK is None else replay_ids_TLK.unbind(1))
@@ -190,19 +174,14 @@ class Decoder(OpModule):
         cache: BlockCache,
         block_table_BN: Tensor,
         *,
-        neighbours: bool = False,
         head: HeadFn | None = None,
         with_routing: bool = False,
     ) -> Any:
         """One token for each row, at its place in a sequence whose earlier tokens are in the cache; returns logits_BV.
 
-        block_table_BN: int32, the blocks of each row's sequence. neighbours: rows may be of one sequence; all are
-        written before any is read. with_routing: as in forward.
+        block_table_BN: int32, the blocks of each row's sequence. Rows may be of one sequence: all are written before
+        any is read. with_routing: as in forward.
         """
-        fused = self._fused(cache)
-        if head is None and not neighbours and fused is not None:
-            logits_BV, experts_LBK = fused(input_ids_B, positions_B, cache.buffers, block_table_BN)
-            return (logits_BV, _of_experts(experts_LBK)) if with_routing else logits_BV
         step = DecodeStep.at(positions_B, block_table_BN)
         # `forward` itself, past hooks: FSDP's make its streams wait for this one, which would break a graph's capture.
         x_BD = self.embed_tokens.forward(input_ids_B)
@@ -213,44 +192,3 @@ class Decoder(OpModule):
             routings.append(routing)
         result = self.head.forward(self.norm.forward(x_BD), head)
         return (result, _of_model(routings)) if with_routing else result
-
-    def _fused(self, cache: BlockCache) -> DecodeLayers | None:
-        """None: the modules run. Raises ValueError where they would not compute what `forward` does."""
-        if not cache.is_checked:
-            cache.is_checked = True
-            if differences := structure.check(self, self._built, _KNOWN):
-                logger.warning("decode_layers does not run, the modules do: %s", "; ".join(differences[:5]))
-            else:
-                cache.decode_layers = self._decode_layers()
-        fused = cache.decode_layers
-        return fused if fused is not None and fused.can_run(self.impl) else None
-
-    def _decode_layers(self) -> DecodeLayers:
-        config, grouped = self.config, self.config.uses_mla
-        return DecodeLayers(
-            self.embed_tokens.weight,
-            [dict(layer.named_parameters()) | dict(layer.named_buffers()) for layer in self.layers],
-            self.norm.weight,
-            self.head.weight,
-            self.rotary.inv_freq,
-            LayersSpec(
-                rotary_scale=self.rotary.attention_factor,
-                interleaved=self.rotary.interleaved,
-                num_heads=config.num_attention_heads,
-                scale=softmax_scale(config),
-                eps=config.rms_norm_eps,
-                latent_eps=LATENT_NORM_EPS,
-                top_k=config.num_experts_per_tok,
-                n_group=config.n_group if grouped else 1,
-                topk_group=config.topk_group if grouped else 1,
-                norm_topk_prob=config.norm_topk_prob,
-                routed_scaling_factor=config.routed_scaling_factor if grouped else 1.0,
-            ),
-        )
-
-
-# What decode_layers computes too.
-_KNOWN = structure.methods_of(
-    Decoder, DecoderLayer, GroupedQueryAttention, LatentAttention, MLP, MoE, Gate, Experts, RMSNorm, Linear, Head,
-    Rotary, nn.Embedding, nn.ModuleList,
-)  # fmt: skip

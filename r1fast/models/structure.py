@@ -9,130 +9,138 @@ decode_layers, which runs none and reads weights by name. What somebody added to
       a hook of embedding, last norm or head                   error
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from r1fast.models.mla import LATENT_NORM_EPS
 from r1fast.models.model_config import ModelConfig
+from r1fast.models.rope import softmax_scale
+from r1fast_kernels.decode_layers import DecodeLayers, weights_of
+
+if TYPE_CHECKING:
+    from r1fast.models.decoder import Decoder
 
 _WRAPPED = "_checkpoint_wrapped_module"
 _METHODS = ("forward", "decode", "_mlp", "_project", "_queries", "_latents", "_cached")
-_STATE = {"training", "impl"}  # change no result
+_STATE = {"training", "impl", "built"}  # change no result
 # Not called, but run by the `forward` alone, past hooks (decoder.py).
 _HOOKS_PASSED_BY = ("embed_tokens", "norm", "lm_head", "score")
+_PASSED_BY = re.compile(r"|layers\.\d+(\.self_attn(\.kv_b_proj)?)?")
+_OUR_CODE = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 
-Methods = dict[type, dict[str, Any]]
-
-
-def methods_of(*kinds: type) -> Methods:
-    """What these classes compute; taken when their module is loaded, so that later patches are seen."""
-    return {kind: {name: getattr(kind, name, None) for name in _METHODS} for kind in kinds}
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a module computes with, but for the values of its tensors."""
-
-    kind: type
-    methods: dict[str, Any]
-    shapes: dict[str, torch.Size]  # of parameters and buffers
-    attributes: dict[str, Any]  # all names; values of numbers, words and configs
+# For each module, by name, what it computes with but for the values of its tensors: its class, its methods, the shapes
+# of its parameters and buffers, its attributes (of numbers, words and configs the values too), its hooks.
+Structure = dict[str, dict[str, Any]]
 
 
-def parts(decoder: nn.Module) -> dict[str, Part]:
-    """By name; FSDP's classes and the wrappers of activation checkpointing are looked through."""
-    found = {}
-    for name, module in decoder.named_modules():
-        if _WRAPPED in module._modules:
-            continue
-        kind, own = type(module), vars(module)
-        # FSDP makes a class of (FSDPModule, the module's own). Known by its home: model code imports no mesh.
-        kind = next(base for base in kind.__mro__ if not base.__module__.startswith("torch.distributed."))
-        attributes = {
-            key: value if isinstance(value, (int, float, str, tuple, ModelConfig)) else None
-            for key, value in own.items()
-            if key not in _STATE and key not in _METHODS and (not key.startswith("_") or isinstance(value, Tensor))
-        }
-        tensors = {**module._parameters, **module._buffers}
-        found[_unwrapped(name)] = Part(
-            kind,
-            {key: own.get(key, getattr(kind, key, None)) for key in _METHODS},
-            {key: value.shape for key, value in tensors.items() if value is not None},
-            attributes,
-        )
-    return found
-
-
-def check(decoder: nn.Module, built: dict[str, Part], known: Methods) -> list[str]:
-    """What is not as in `built` and `known`, and runs by modules. Raises ValueError where decode would leave it out."""
-    now, found = parts(decoder), []
-    for name in {**built, **now}:
-        label = name or "the decoder"
-        if name not in built or name not in now:
-            found.append(f"{label} is {'gone' if name in built else 'new'}")
-            continue
-        differences = [*_of_methods(now[name], known), *_of_tensors(now[name], built[name])]
-        passed_by = _is_passed_by(name)
-        for text, left_out in differences:
-            found.append(f"{label} {text}")
-            if passed_by and (left_out or name.endswith("kv_b_proj")):
-                _refuse(found[-1])
-    for name, hook in _hooks(decoder):
-        found.append(f"{name or 'the decoder'} has the hook {hook}")
-        if _is_passed_by(name) or name in _HOOKS_PASSED_BY:
-            _refuse(found[-1])
-    return found
-
-
-def _of_methods(part: Part, known: Methods) -> Iterator[tuple[str, bool]]:
-    """(difference, whether it is one of forward that decode does not follow)."""
-    base = next((kind for kind in part.kind.__mro__ if kind in known), None)
-    if base is None:
-        yield f"is a {part.kind.__name__}", True
-    elif part.methods != known[base]:
-        changed = [name for name in _METHODS if part.methods[name] != known[base][name]]
-        yield f"is a {part.kind.__name__} with its own {', '.join(changed)}", "decode" not in changed
-    elif part.kind is not base:
-        yield f"is a {part.kind.__name__}", False
-
-
-def _of_tensors(part: Part, built: Part) -> Iterator[tuple[str, bool]]:
-    absent = object()
-    for word, ours, theirs in (
-        ("tensor", part.shapes, built.shapes), ("attribute", part.attributes, built.attributes)
-    ):  # fmt: skip
-        for name in {**theirs, **ours}:
-            if ours.get(name, absent) != theirs.get(name, absent):
-                yield f"has another {word} {name}", False
-
-
-def _hooks(decoder: nn.Module) -> Iterator[tuple[str, str]]:
+def structure_of(decoder: nn.Module) -> Structure:
+    """FSDP's classes and hooks and the wrappers of activation checkpointing are looked through."""
+    found = {
+        unwrapped(name): _describe(module)
+        for name, module in decoder.named_modules()
+        if _WRAPPED not in module._modules
+    }
     everywhere = nn.modules.module
-    for hook in (*everywhere._global_forward_pre_hooks.values(), *everywhere._global_forward_hooks.values()):
-        yield "", getattr(hook, "__qualname__", repr(hook))
-    for name, module in decoder.named_modules():
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp"):
-                yield _unwrapped(name), getattr(hook, "__qualname__", repr(hook))
+    found[""] |= _hooks(everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks)
+    return found
 
 
-def _unwrapped(name: str) -> str:
+def _describe(module: nn.Module) -> dict[str, Any]:
+    own = vars(module)
+    # FSDP makes a class of (FSDPModule, the module's own). Known by its home: model code imports no mesh.
+    kind = next(base for base in type(module).__mro__ if not base.__module__.startswith("torch.distributed."))
+    tensors = {**module._parameters, **module._buffers}
+    return {
+        "class": kind,
+        **{name: own.get(name, getattr(kind, name, None)) for name in _METHODS},
+        **{f"tensor {name}": tensor.shape for name, tensor in tensors.items() if tensor is not None},
+        **{
+            f"attribute {name}": value if isinstance(value, (int, float, str, tuple, ModelConfig)) else None
+            for name, value in own.items()
+            if name not in _STATE and name not in _METHODS and (name[0] != "_" or isinstance(value, Tensor))
+        },
+        **_hooks(module._forward_pre_hooks, module._forward_hooks),
+    }
+
+
+def _hooks(*hooks: dict[int, Any]) -> dict[str, Any]:
+    return {
+        f"hook {getattr(hook, '__qualname__', repr(hook))}": hook
+        for some in hooks
+        for hook in some.values()
+        if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp")
+    }
+
+
+def differences(decoder: nn.Module, built: Structure) -> list[str]:
+    """What is not as it was built, and runs by modules. Raises ValueError where decode would leave it out."""
+    now, found = structure_of(decoder), []
+    for name in {**built, **now}:
+        label, module, as_built = name or "the decoder", now.get(name, {}), built.get(name, {})
+        if not module or not as_built:
+            found.append(f"{label} is {'new' if module else 'gone'}")
+            continue
+        changed = [key for key in {**as_built, **module} if _has_changed(key, as_built, module)]
+        if changed:
+            found.append(f"{label} has another {', another '.join(changed)}")
+        if _leaves_out(name, changed, module["decode"] is not None):
+            raise ValueError(
+                f"generation would leave out what training computes: {found[-1]}, which decoding does not run. Give "
+                "the module a `decode` of its own, or take this off before generating"
+            )
+    return found
+
+
+def _has_changed(key: str, as_built: dict[str, Any], now: dict[str, Any]) -> bool:
+    if key.startswith("hook "):  # also one that was there before the model
+        return key in now
+    if (key in now) != (key in as_built) or now[key] != as_built[key]:
+        return True
+    if key not in _METHODS or now[key] is None:
+        return False
+    # A class that was patched before a model was built from it is known by where its code is.
+    code = getattr(now[key], "__code__", None)
+    return code is None or not code.co_filename.startswith(_OUR_CODE)
+
+
+def _leaves_out(name: str, changed: list[str], has_decode: bool) -> bool:
+    """Whether decode computes what the module did when it was built, without calling it."""
+    is_hooked = any(key.startswith("hook ") for key in changed)
+    if not _PASSED_BY.fullmatch(name):
+        return is_hooked and name in _HOOKS_PASSED_BY
+    if is_hooked or name.endswith("kv_b_proj"):
+        return bool(changed)
+    follows = has_decode and "decode" in changed
+    return not follows and not set(_METHODS).isdisjoint(changed)
+
+
+def unwrapped(name: str) -> str:
     return ".".join(step for step in name.split(".") if step != _WRAPPED)
 
 
-def _is_passed_by(name: str) -> bool:
-    """Whether decode computes what the module does without calling it."""
-    steps = name.split(".")
-    if steps[0] != "layers":
-        return name == ""
-    return len(steps) == 2 or steps[2:] in (["self_attn"], ["self_attn", "kv_b_proj"])
-
-
-def _refuse(what: str) -> None:
-    raise ValueError(
-        f"generation would leave out what training computes: {what}, which decoding does not run. Give the module a "
-        "`decode` of its own, or take this off before generating"
+def decode_layers_of(decoder: "Decoder") -> DecodeLayers:
+    """The weights of a decoder that is as it was built, and what they do not say."""
+    config, has_groups = decoder.config, decoder.config.uses_mla
+    named = [[*layer.named_parameters(), *layer.named_buffers()] for layer in decoder.layers]
+    return DecodeLayers(
+        embedding_VD=decoder.embed_tokens.weight,
+        weights=weights_of([{unwrapped(name): tensor for name, tensor in layer} for layer in named]),
+        norm_D=decoder.norm.weight,
+        head_VD=decoder.head.weight,
+        inv_freq_R=decoder.rotary.inv_freq,
+        rotary_scale=decoder.rotary.attention_factor,
+        interleaved=decoder.rotary.interleaved,
+        num_heads=config.num_attention_heads,
+        scale=softmax_scale(config),
+        eps=config.rms_norm_eps,
+        latent_eps=LATENT_NORM_EPS,
+        top_k=config.num_experts_per_tok,
+        n_group=config.n_group if has_groups else 1,
+        topk_group=config.topk_group if has_groups else 1,
+        norm_topk_prob=config.norm_topk_prob,
+        routed_scaling_factor=config.routed_scaling_factor if has_groups else 1.0,
     )

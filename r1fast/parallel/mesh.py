@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ class Dist:
     device: torch.device
     mesh: DeviceMesh  # one axis, "dp"
     owns_group: bool = True  # False where the process group was there before
+    before_close: ExitStack = field(default_factory=ExitStack)  # what has to end while the group is there
 
     @property
     def is_main(self) -> bool:
@@ -66,7 +68,8 @@ class Dist:
         return result
 
     def close(self) -> None:
-        """End the process group if init_distributed started it."""
+        """End what is in `before_close`, and the process group if init_distributed started it."""
+        self.before_close.close()
         if self.owns_group and torch_dist.is_initialized():
             torch_dist.destroy_process_group()
 

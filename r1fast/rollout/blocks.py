@@ -13,18 +13,16 @@ class BlockPool:
     def allocate(self, count: int) -> list[int]:
         assert count <= self.num_free, f"{count=} {self.num_free=}"
         blocks = [self._free_blocks.pop() for _ in range(count)]
-        for block in blocks:
-            self._references[block] = 1
+        self.add_reference(blocks)
         return blocks
 
     def add_reference(self, blocks: list[int]) -> None:
         for block in blocks:
-            assert self._references[block] > 0, f"{block=} is free"
             self._references[block] += 1
 
     def free(self, blocks: list[int]) -> None:
         for block in blocks:
-            assert self._references[block] > 0, f"{block=} is free"
             self._references[block] -= 1
+            assert self._references[block] >= 0, f"{block=} is free"
             if self._references[block] == 0:
                 self._free_blocks.append(block)

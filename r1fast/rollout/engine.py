@@ -10,13 +10,14 @@ from r1fast.models.decoder import Decoder
 from r1fast.rollout.graphs import CAPTURES, StepGraphs
 from r1fast.rollout.sampling import (
     Completion,
+    SampledTokens,
     SamplingParams,
     check_finite,
-    completion_texts,
-    eos_token_ids,
+    completions_of,
     sample_keys,
+    stop_ids_of,
 )
-from r1fast.rollout.scheduler import SampledTokens, Scheduler, SequenceGroup, num_blocks_of
+from r1fast.rollout.scheduler import Limits, Scheduler, SequenceGroup, num_blocks_of
 from r1fast.rollout.tokenization import encode_text_prompts
 
 RawPrompt = str | Sequence[int]
@@ -52,26 +53,21 @@ class RolloutEngine:
     ) -> None:
         if model.scalar_head:
             raise ValueError("the model is a reward model (a `score` head); expected a language model")
-        limit = model.config.max_position_embeddings
-        if max_num_seqs < 1:
-            raise ValueError(f"max_num_seqs is {max_num_seqs}; expected at least 1 row")
-        if max_num_batched_tokens < 1:
-            raise ValueError(f"max_num_batched_tokens is {max_num_batched_tokens}; expected at least 1 token")
-        if max_model_len is not None and not 1 < max_model_len <= limit:
-            raise ValueError(
-                f"max_model_len is {max_model_len}; expected 2 to {limit}, the model's max_position_embeddings"
-            )
-        self.model = model
-        self.tokenizer = tokenizer
-        self.max_num_seqs = max_num_seqs
-        self.max_model_len = max_model_len or limit
-        self.impl = impl
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.kv_cache_memory_bytes = kv_cache_memory_bytes
         if enable_return_routed_experts and not any(True for _ in model.moe_layers()):
             raise ValueError("enable_return_routed_experts: the model has no mixture-of-experts layer")
-        self.enable_return_routed_experts = enable_return_routed_experts
-        self.enforce_eager = enforce_eager
+        limit = model.config.max_position_embeddings
+        for name, value, right, expected in (
+            ("max_num_seqs", max_num_seqs, max_num_seqs >= 1, "at least 1 row"),
+            ("max_num_batched_tokens", max_num_batched_tokens, max_num_batched_tokens >= 1, "at least 1 token"),
+            ("max_model_len", max_model_len, max_model_len is None or 1 < max_model_len <= limit,
+             f"2 to {limit}, the model's max_position_embeddings"),
+        ):  # fmt: skip
+            if not right:
+                raise ValueError(f"{name} is {value}; expected {expected}")
+        self.model, self.tokenizer, self.impl = model, tokenizer, impl
+        self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len or limit
+        self.max_num_batched_tokens, self.kv_cache_memory_bytes = max_num_batched_tokens, kv_cache_memory_bytes
+        self.enable_return_routed_experts, self.enforce_eager = enable_return_routed_experts, enforce_eager
 
     @torch.no_grad()  # not inference_mode: its tensors may not take part in autograd later, and FSDP keeps some
     def generate(
@@ -91,7 +87,7 @@ class RolloutEngine:
         FloatingPointError when the model's logits are not finite.
         """
         prompt_ids = self._encode(prompts)
-        self._check_prompts(prompt_ids, params)
+        self._check_prompts(prompt_ids, params.max_tokens)
         if sequence_ids is None:
             sequence_ids = range(len(prompt_ids))
         if len(sequence_ids) != len(prompt_ids):
@@ -100,44 +96,33 @@ class RolloutEngine:
         num_total = len(prompt_ids) * params.n
         if not num_total:
             return []
-        stop_ids = self._stop_ids(params)
+        stop_ids = stop_ids_of(params, self.model.config, self.tokenizer)
         distinct = self._distinct(prompt_ids, sequence_ids, params)
         max_rows = min(self.max_num_seqs, num_total)
         graphs = self._graphs(max_rows)
         num_blocks = self._num_blocks(distinct, max_rows, params.max_tokens, spare=0 if graphs is None else 1)
+        limits = Limits(num_blocks, max_rows, self.max_num_batched_tokens)
         sampled: dict[int, SampledTokens] = {}
-
-        def finish(index: int, sample: SampledTokens) -> None:
-            sampled[index] = sample
-            if on_progress is not None:
-                on_progress(len(sampled), num_total)
-
         was_training, model_impl = self.model.training, self.model.impl
         self.model.eval()
         impl = model_impl if self.impl is None else self.impl
         if impl != model_impl:
             self.model.use_kernels(impl)
+        record = self.enable_return_routed_experts
         try:
             with torch.cuda.device_of(self.model.embed_tokens.weight):
-                Scheduler(
-                    self.model,
-                    distinct,
-                    params,
-                    stop_ids,
-                    num_blocks=num_blocks,
-                    max_rows=max_rows,
-                    max_num_batched_tokens=self.max_num_batched_tokens,
-                    impl=impl,
-                    record_experts=self.enable_return_routed_experts,
-                    graphs=graphs,
-                    finish=finish,
-                ).run()
+                for index, sample in Scheduler(
+                    self.model, distinct, params, stop_ids, limits, impl=impl, record_experts=record, graphs=graphs
+                ).run():
+                    sampled[index] = sample
+                    if on_progress is not None:
+                        on_progress(len(sampled), num_total)
         finally:
             self.model.train(was_training)
             if impl != model_impl:
                 self.model.use_kernels(model_impl)
-
-        flat = self._completions([sampled[index] for index in range(num_total)], stop_ids)
+        in_order = [sampled[index] for index in range(num_total)]
+        flat = completions_of(in_order, stop_ids, self.model.config, self.tokenizer)
         outputs = [flat[start : start + params.n] for start in range(0, num_total, params.n)]
         check_finite(outputs)
         return outputs
@@ -166,72 +151,50 @@ class RolloutEngine:
 
     def _num_blocks(self, prompts: list[SequenceGroup], rows: int, max_tokens: int, *, spare: int) -> int:
         """What the rows need and `spare` more, or what the budget has room for. Raises when one sample needs more."""
-        most_shared = max(num_blocks_of(len(prompt.ids)) for prompt in prompts)
-        most_own = max(prompt.num_own(max_tokens) for prompt in prompts)
-        needed = spare + rows * most_own + min(rows, len(prompts)) * most_shared
-        weight_VD = self.model.embed_tokens.weight
+        shared = [num_blocks_of(len(prompt.ids)) for prompt in prompts]
+        own = [prompt.num_own(max_tokens) for prompt in prompts]
+        needed = spare + rows * max(own) + min(rows, len(prompts)) * max(shared)
+        weight_VD, budget = self.model.embed_tokens.weight, self.kv_cache_memory_bytes
         block_bytes = BlockCache.bytes_per_block(self.model.config, weight_VD.dtype)
-        affordable = needed if self.kv_cache_memory_bytes is None else self.kv_cache_memory_bytes // block_bytes
-        alone = spare + max(num_blocks_of(len(prompt.ids)) + prompt.num_own(max_tokens) for prompt in prompts)
-        if alone > affordable:
-            longest = max(len(prompt.ids) for prompt in prompts)
-            raise ValueError(
-                f"kv_cache_memory_bytes is {self.kv_cache_memory_bytes:,}; one completion of {max_tokens} tokens "
-                f"after a prompt of up to {longest} takes {alone * block_bytes:,}: raise it, or lower max_tokens"
-            )
-        size, free = min(needed, affordable) * block_bytes, free_memory(weight_VD.device)
+        if budget is not None:
+            alone = spare + max(map(sum, zip(shared, own)))
+            needed = min(needed, budget // block_bytes)
+            if alone > budget // block_bytes:
+                longest = max(len(prompt.ids) for prompt in prompts)
+                raise ValueError(
+                    f"kv_cache_memory_bytes is {budget:,}; one completion of {max_tokens} tokens after a prompt of up "
+                    f"to {longest} takes {alone * block_bytes:,}: raise it, or lower max_tokens"
+                )
+        size, free = needed * block_bytes, free_memory(weight_VD.device)
         if free is not None and size > free:
             raise ValueError(
                 f"keys and values of {rows} rows would take {size:,} bytes; {weight_VD.device} has {free:,} free: set "
                 "kv_cache_memory_bytes below that, or lower max_num_seqs or max_tokens"
             )
-        return min(needed, affordable)
+        return needed
 
     def _encode(self, prompts: Sequence[RawPrompt]) -> list[list[int]]:
         if isinstance(prompts, str):
             raise ValueError("prompts is one string; expected a list of prompts (wrap it: [prompt])")
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        if not texts:
-            return [list(prompt) for prompt in prompts]  # type: ignore[arg-type]
-        if self.tokenizer is None:
+        if texts and self.tokenizer is None:
             raise ValueError("got string prompts but no tokenizer; give RolloutEngine one, or prompts as token ids")
-        encoded = iter(encode_text_prompts(texts, self.tokenizer))
+        encoded = iter(encode_text_prompts(texts, self.tokenizer) if self.tokenizer is not None else ())
         return [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
 
-    def _check_prompts(self, prompt_ids: list[list[int]], params: SamplingParams) -> None:
+    def _check_prompts(self, prompt_ids: list[list[int]], max_tokens: int) -> None:
         vocab_size = self.model.config.vocab_size
         for index, ids in enumerate(prompt_ids):
             if not ids:
                 raise ValueError(f"prompt {index} has no tokens; expected at least one (a bos token will do)")
-            if len(ids) + params.max_tokens > self.max_model_len:
+            if (total := len(ids) + max_tokens) > self.max_model_len:
                 raise ValueError(
-                    f"prompt {index} has {len(ids)} tokens, with max_tokens {params.max_tokens} that makes "
-                    f"{len(ids) + params.max_tokens}; max_model_len is {self.max_model_len}: shorten the prompt, "
-                    "lower max_tokens or raise max_model_len"
+                    f"prompt {index} has {len(ids)} tokens, with max_tokens {max_tokens} that makes {total}; "
+                    f"max_model_len is {self.max_model_len}: shorten the prompt, lower max_tokens or "
+                    "raise max_model_len"
                 )
             if min(ids) < 0 or max(ids) >= vocab_size:
                 raise ValueError(
                     f"prompt {index} has token ids from {min(ids)} to {max(ids)}; expected 0 to {vocab_size - 1}, "
                     "the model's vocabulary"
                 )
-
-    def _stop_ids(self, params: SamplingParams) -> list[int]:
-        stop_ids = set(params.stop_token_ids or ()) | (
-            set() if params.ignore_eos else eos_token_ids(self.model.config, self.tokenizer)
-        )
-        vocab_size = self.model.config.vocab_size
-        if params.stop_token_ids and max(params.stop_token_ids) >= vocab_size:
-            raise ValueError(
-                f"stop_token_ids has {max(params.stop_token_ids)}; expected ids below {vocab_size}, the vocabulary size"
-            )
-        return sorted(i for i in stop_ids if i < vocab_size)
-
-    def _completions(self, sampled: list[SampledTokens], stop_ids: list[int]) -> list[Completion]:
-        stops = set(stop_ids)
-        stopped = [sample.token_ids[-1] in stops for sample in sampled]
-        shown = [x.token_ids[:-1] if end else x.token_ids for x, end in zip(sampled, stopped)]
-        texts = completion_texts(self.tokenizer, eos_token_ids(self.model.config, self.tokenizer), shown)
-        return [
-            Completion(text, x.token_ids, x.logprobs, "stop" if end else "length", x.routed_experts)
-            for text, x, end in zip(texts, sampled, stopped)
-        ]

@@ -19,7 +19,7 @@ move in that time: parameters do when sharded ones are gathered, and not when an
 import threading
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -50,32 +50,23 @@ class StepGraphs:
     def run(self, step: Callable[[int], None], num_rows: int) -> None:
         """step(n): the first n rows. Given anew each time: kept, it would keep its owner, and the cache, alive."""
         closest = min((bucket for bucket in self.graphs if bucket >= num_rows), default=None)
-        if closest is None or closest > MOST_PADDING * num_rows:
-            bucket = bucket_of(num_rows, self.max_rows)
-            self.steps_without[bucket] += 1
-            if self.steps_without[bucket] > STEPS_BEFORE:
-                self.graphs[bucket] = self.capture(partial(step, bucket))
-                return
-        if closest is None:
-            step(num_rows)
-        else:
+        bucket = bucket_of(num_rows, self.max_rows)
+        is_far = closest is None or closest > MOST_PADDING * num_rows
+        self.steps_without[bucket] += is_far
+        if is_far and self.steps_without[bucket] > STEPS_BEFORE:
+            self.graphs[bucket] = self.capture(partial(step, bucket))
+        elif closest is not None:
             self.graphs[closest]()
+        else:
+            step(num_rows)
 
 
-class _OfThread(threading.local):
+@cache
+def _stream_of(thread: int, device: int) -> torch.cuda.Stream:
     """cuBLAS keeps a workspace (32 MiB on Hopper) for every stream that it ever met: no new one for each call."""
-
-    def __init__(self) -> None:
-        self.streams: dict[int, torch.cuda.Stream] = {}  # by device
-
-    def stream(self) -> torch.cuda.Stream:
-        device = torch.cuda.current_device()
-        if device not in self.streams:
-            self.streams[device] = torch.cuda.Stream()
-        return self.streams[device]
+    return torch.cuda.Stream(device)
 
 
-_here = _OfThread()
 _one_at_a_time = threading.Lock()
 
 
@@ -90,7 +81,8 @@ class CudaCapture:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Step) -> Step:
-        stream, current = _here.stream(), torch.cuda.current_stream()
+        stream = _stream_of(threading.get_ident(), torch.cuda.current_device())
+        current = torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             step()  # a token like any other; and kernels are compiled and loaded, which a capture could not do

@@ -6,7 +6,7 @@ over calls and ranks. The four integers are folded into one 64-bit seed per row,
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +55,16 @@ class SamplingParams:
 
 
 @dataclass(slots=True)
+class SampledTokens:
+    """One continuation as it was sampled, before its text is known; the fields of Completion."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    routed_experts: np.ndarray | None = None
+    finish_reason: str | None = None  # as vLLM says it
+
+
+@dataclass(slots=True)
 class Completion:
     """One sampled continuation.
 
@@ -70,6 +80,31 @@ class Completion:
     logprobs: list[float]
     finish_reason: FinishReason
     routed_experts: np.ndarray | None = None
+
+
+def stop_ids_of(params: SamplingParams, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Every token that ends a completion, sorted."""
+    asked = set(params.stop_token_ids or ())
+    if asked and max(asked) >= config.vocab_size:
+        raise ValueError(
+            f"stop_token_ids has {max(asked)}; expected ids below {config.vocab_size}, the vocabulary size"
+        )
+    eos_ids = set() if params.ignore_eos else eos_token_ids(config, tokenizer)
+    return sorted(i for i in asked | eos_ids if i < config.vocab_size)
+
+
+def completions_of(
+    sampled: Sequence[SampledTokens],
+    stop_ids: Collection[int],
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[Completion]:
+    stopped = [sample.token_ids[-1] in stop_ids for sample in sampled]
+    shown = [x.token_ids[:-1] if end else x.token_ids for x, end in zip(sampled, stopped)]
+    return [
+        Completion(text, x.token_ids, x.logprobs, "stop" if end else "length", x.routed_experts)
+        for text, x, end in zip(completion_texts(tokenizer, eos_token_ids(config, tokenizer), shown), sampled, stopped)
+    ]
 
 
 def check_finite(outputs: Sequence[Sequence[Completion]]) -> None:
@@ -114,18 +149,16 @@ def fold_in(keys_N: Tensor, values_N: Tensor) -> Tensor:
 
 def _splitmix64(x_N: Tensor) -> Tensor:
     """Steele et al. 2014, "Fast splittable pseudorandom number generators"; int64 wraps around as uint64 does."""
+
+    def shift_right(bits: int) -> Tensor:  # torch shifts int64 arithmetically, which would copy the sign bit
+        return (x_N >> bits) & ((1 << (64 - bits)) - 1)
+
     x_N = x_N + _signed(0x9E3779B97F4A7C15)
-    x_N = (x_N ^ _shift_right(x_N, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x_N = (x_N ^ _shift_right(x_N, 27)) * _signed(0x94D049BB133111EB)
-    return x_N ^ _shift_right(x_N, 31)
-
-
-def _shift_right(x_N: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch shifts int64 arithmetically, which would copy the sign bit."""
-    return (x_N >> bits) & ((1 << (64 - bits)) - 1)
+    x_N = (x_N ^ shift_right(30)) * _signed(0xBF58476D1CE4E5B9)
+    x_N = (x_N ^ shift_right(27)) * _signed(0x94D049BB133111EB)
+    return x_N ^ shift_right(31)
 
 
 def _signed(value: int) -> int:
     """The int64 with the low 64 bits of `value`."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >= 1 << 63 else value
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -16,7 +16,6 @@ blocks   |prompt 0   |prompt 0   |tail, sample 0|sample 0|      16 tokens each
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -26,9 +25,10 @@ from torch import Tensor
 from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.rollout.blocks import BlockPool
+from r1fast.rollout.fast_decode import fast_decode
 from r1fast.rollout.graphs import StepGraphs
 from r1fast.rollout.input_batch import InputBatch, RowState, RowViews
-from r1fast.rollout.sampling import SamplingParams, fold_in
+from r1fast.rollout.sampling import SampledTokens, SamplingParams, fold_in
 from r1fast_kernels import sample_tokens, selective_logprobs
 from r1fast_kernels.decode_attention import BLOCK
 from r1fast_kernels.products import linear
@@ -62,13 +62,6 @@ class SequenceGroup:
 
 
 @dataclass
-class SampledTokens:
-    token_ids: list[int]
-    logprobs: list[float]
-    routed_experts: np.ndarray | None
-
-
-@dataclass
 class _Sequence:
     index: int  # in the output
     key: int
@@ -77,12 +70,15 @@ class _Sequence:
     blocks: list[int]
 
 
-class Scheduler:
-    """Samples what waits in `prompts`; `finish(index, sampled)` is called for each sample when it has left.
+@dataclass(frozen=True)
+class Limits:
+    num_blocks: int  # of the cache
+    max_rows: int  # at a time
+    max_num_batched_tokens: int  # of a prefill; longer prompts come in parts
 
-    num_blocks: of the cache; max_rows: rows at a time; max_num_batched_tokens: of a prefill; longer prompts
-    come in parts. graphs: of the steps; the last block is then that of their padding.
-    """
+
+class Scheduler:
+    """Samples what waits in `prompts`. graphs: of the steps; the last block is then that of their padding."""
 
     def __init__(
         self,
@@ -90,50 +86,48 @@ class Scheduler:
         prompts: Sequence[SequenceGroup],
         params: SamplingParams,
         stop_ids: list[int],
+        limits: Limits,
         *,
-        num_blocks: int,
-        max_rows: int,
-        max_num_batched_tokens: int,
         impl: str | None,
         record_experts: bool,
         graphs: StepGraphs | None,
-        finish: Callable[[int, SampledTokens], None],
     ) -> None:
-        self.model, self.params, self.impl, self.finish = model, params, impl, finish
-        self.queue, self.max_rows, self.max_num_batched_tokens = deque(prompts), max_rows, max_num_batched_tokens
-        self.graphs = graphs
+        self.model, self.params, self.limits, self.impl, self.graphs = model, params, limits, impl, graphs
+        self.queue = deque(prompts)
+        # What runs prefills and steps: C++ through all layers where it can, or the modules.
+        self.decoder = fast_decode(model, impl) or model
         weight_VD = model.embed_tokens.weight
         self.device = weight_VD.device
-        self.cache = BlockCache(model.config, num_blocks, weight_VD.dtype, self.device)
-        self.pool = BlockPool(num_blocks if graphs is None else num_blocks - 1)
-        table_width = max(p.num_full + p.num_own(params.max_tokens) for p in prompts)
-        self.stop_ids_X = torch.tensor(stop_ids, dtype=torch.int64, device=self.device)
+        self.cache = BlockCache(model.config, limits.num_blocks, weight_VD.dtype, self.device)
+        self.pool = BlockPool(limits.num_blocks if graphs is None else limits.num_blocks - 1)
         self.is_stop_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
-        self.is_stop_V[self.stop_ids_X] = True
+        self.is_stop_V[self._int64(stop_ids)] = True
         # One column more: rows that have stopped, but not yet left, write there.
-        self.ids_RS = torch.zeros(max_rows, params.max_tokens + 1, dtype=torch.int64, device=self.device)
-        self.logprobs_RS = torch.zeros(max_rows, params.max_tokens + 1, device=self.device)
+        self.ids_RS = torch.zeros(limits.max_rows, params.max_tokens + 1, dtype=torch.int64, device=self.device)
+        self.logprobs_RS = torch.zeros(self.ids_RS.shape, device=self.device)
         self.experts_RSLK: Tensor | None = None
         if record_experts:
             routed_LK = sum(1 for _ in model.moe_layers()), model.config.num_experts_per_tok
             self.experts_RSLK = torch.zeros(*self.ids_RS.shape, *routed_LK, dtype=torch.int16, device=self.device)
-        self.free_lines = list(range(max_rows - 1, -1, -1))
+        self.free_lines = list(range(limits.max_rows - 1, -1, -1))
         self.members: list[_Sequence] = []
-        self.rows = InputBatch(max_rows, table_width, num_blocks - 1, self.device)
+        table_width = max(prompt.num_full + prompt.num_own(params.max_tokens) for prompt in prompts)
+        self.rows = InputBatch(limits.max_rows, table_width, limits.num_blocks - 1, self.device)
 
-    def run(self) -> None:
+    def run(self) -> Iterator[tuple[int, SampledTokens]]:
+        """Each sample with its index, when it has left."""
         sync_steps = SYNC_STEPS.get(self.device.type, DEVICE_SYNC_STEPS)
         addresses = self._addresses()
         while self.queue or self.members:
-            while self.queue and len(self.free_lines) >= self.max_rows * ENTER_ABOVE and self._enter():
-                self._leave()  # the first token may be the last
+            while self.queue and len(self.free_lines) >= self.limits.max_rows * ENTER_ABOVE and self._enter():
+                yield from self._leave()  # the first token may be the last
             assert self.members or not self.queue, "a sample that does not fit into the empty cache"
             for _ in range(sync_steps if self.members else 0):
                 if self.graphs is None:
                     self._step(len(self.members))
                 else:
                     self.graphs.run(self._step, len(self.members))
-            self._leave()
+            yield from self._leave()
         assert self._addresses() == addresses, "parameters moved: graphs read where they were"
 
     # ---- entering ----
@@ -143,7 +137,7 @@ class Scheduler:
         prompts, members = self._admit()
         if not members:
             return False
-        for some in _packs(prompts, self.max_num_batched_tokens):
+        for some in _packs(prompts, self.limits.max_num_batched_tokens):
             self._prefill(some)
         self._copy_tails(members)
         self._sample_first(members)
@@ -178,38 +172,35 @@ class Scheduler:
         return prompts, members
 
     def _prefill(self, prompts: list[SequenceGroup]) -> None:
-        """Packed; of a prompt that is longer than a prefill may be, the rest follows in rows of neighbours."""
-        heads = [prompt.ids[: self.max_num_batched_tokens] for prompt in prompts]
-        lengths_P = torch.tensor([len(ids) for ids in heads])
-        ends_P = lengths_P.cumsum(0)
+        """Packed; of a prompt that is longer than a prefill may be, the rest follows, a row for each token."""
+        most = self.limits.max_num_batched_tokens
+        heads = [prompt.ids[:most] for prompt in prompts]
+        ends_P = torch.tensor([len(ids) for ids in heads]).cumsum(0)
         last_P = (ends_P - 1).to(self.device)
         logits_PV, experts_TLK = self._run(
-            self.model,
+            self.decoder,
             self._int64([i for ids in heads for i in ids]),
             torch.nn.functional.pad(ends_P, (1, 0)).to(self.device, torch.int32),
             cache=self.cache,
             slots_T=torch.cat([self._slots(prompt.blocks, len(ids)) for prompt, ids in zip(prompts, heads)]),
             head=lambda hidden_TD, weight_VD: linear(hidden_TD[last_P], weight_VD, impl=self.impl),
         )
-        parts = (
-            np.split(experts_TLK.cpu().numpy(), ends_P[:-1].numpy())
-            if experts_TLK is not None
-            else [None] * len(prompts)
-        )
-        for prompt, logits_1V, experts_PLK in zip(prompts, logits_PV.split(1), parts):
-            prompt.logits_1V, prompt.experts_PLK = logits_1V, experts_PLK
-            for start in range(self.max_num_batched_tokens, len(prompt.ids), self.max_num_batched_tokens):
-                self._prefill_part(prompt, range(start, min(start + self.max_num_batched_tokens, len(prompt.ids))))
+        for p, (prompt, end, ids) in enumerate(zip(prompts, ends_P.tolist(), heads)):
+            prompt.logits_1V = logits_PV[p : p + 1]
+            if experts_TLK is not None:
+                prompt.experts_PLK = experts_TLK[end - len(ids) : end].cpu().numpy()
+            for start in range(most, len(prompt.ids), most):
+                self._prefill_part(prompt, start, prompt.ids[start : start + most])
 
-    def _prefill_part(self, prompt: SequenceGroup, positions: range) -> None:
+    def _prefill_part(self, prompt: SequenceGroup, start: int, ids: list[int]) -> None:
+        """By the modules: in every layer all rows are written before any is read."""
         table_1N = torch.tensor([prompt.blocks], dtype=torch.int32, device=self.device)
         prompt.logits_1V, experts_TLK = self._run(
             self.model.decode,
-            self._int64(prompt.ids[positions.start : positions.stop]),
-            torch.arange(positions.start, positions.stop, device=self.device),
+            self._int64(ids),
+            torch.arange(start, start + len(ids), device=self.device),
             self.cache,
-            table_1N.expand(len(positions), -1),
-            neighbours=True,
+            table_1N.expand(len(ids), -1),
             head=lambda hidden_TD, weight_VD: linear(hidden_TD[-1:], weight_VD, impl=self.impl),
         )
         if prompt.experts_PLK is not None and experts_TLK is not None:
@@ -251,7 +242,7 @@ class Scheduler:
         rows = self.rows.span(0, num_rows)
         # The position of the token sampled last; a row that has stopped at the end of its blocks stays in them.
         position_B = torch.minimum(rows.next_B - 1, rows.last_B)
-        logits_BV, experts_BLK = self._run(self.model.decode, rows.id_B, position_B, self.cache, rows.block_table_BN)
+        logits_BV, experts_BLK = self._run(self.decoder.decode, rows.id_B, position_B, self.cache, rows.block_table_BN)
         if self.experts_RSLK is not None and experts_BLK is not None:
             column_B = self._column(rows, rows.num_sampled_B - 1)
             self.experts_RSLK[rows.line_B, column_B] = experts_BLK
@@ -259,25 +250,35 @@ class Scheduler:
 
     def _sample(self, rows: RowViews, logits_BV: Tensor) -> None:
         """The next token of each row, and where it stands then. In position."""
-        min_tokens = self.params.min_tokens
+        params, min_tokens = self.params, self.params.min_tokens
         banned_BV = (rows.num_sampled_B < min_tokens)[:, None] & self.is_stop_V if min_tokens else None
-        seeds_B = fold_in(rows.key_B, rows.next_B)
-        ids_B, logprobs_B = draw(logits_BV, self.params, seeds_B, banned_BV, self.impl)
+        ids_B, logprobs_B = sample_tokens(
+            logits_BV if banned_BV is None else logits_BV.masked_fill(banned_BV, -torch.inf),
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            seeds_B=fold_in(rows.key_B, rows.next_B),
+            impl=self.impl,
+        )
+        if banned_BV is not None:
+            # The trainer knows nothing of the ban: its log-prob, and so the ratio, is that of the distribution without.
+            temperature = params.temperature or 1.0
+            logprobs_B = cast(Tensor, selective_logprobs(logits_BV, ids_B, temperature=temperature, impl=self.impl))
         column_B = self._column(rows, rows.num_sampled_B)
         self.ids_RS[rows.line_B, column_B] = ids_B
         self.logprobs_RS[rows.line_B, column_B] = logprobs_B
         rows.id_B.copy_(ids_B)
         rows.next_B.add_(rows.live_B)
         rows.num_sampled_B.add_(rows.live_B)
-        rows.live_B.mul_(~(self.is_stop_V[ids_B] | (rows.num_sampled_B == self.params.max_tokens)))
+        rows.live_B.mul_(~(self.is_stop_V[ids_B] | (rows.num_sampled_B == params.max_tokens)))
 
     def _column(self, rows: RowViews, count_B: Tensor) -> Tensor:
         return count_B.where(rows.live_B.bool(), self.params.max_tokens)
 
     # ---- leaving ----
 
-    def _leave(self) -> None:
-        """InputBatch that have stopped. The one host read of a step."""
+    def _leave(self) -> Iterator[tuple[int, SampledTokens]]:
+        """The rows that have stopped. The one host read of a step."""
         rows = self.rows.span(0, len(self.members))
         live = rows.live_B.tolist()
         if all(live):
@@ -291,7 +292,7 @@ class Scheduler:
             experts = member.prompt.experts_PLK
             if experts is not None and routed_BSLK is not None:
                 experts = np.concatenate([experts, routed_BSLK[b, : count - 1]])
-            self.finish(member.index, SampledTokens(ids[b][:count], logprobs[b][:count], experts))
+            yield member.index, SampledTokens(ids[b][:count], logprobs[b][:count], experts)
             self.pool.free(member.blocks)
             self.free_lines.append(member.line)
         positions = [position for position, lives in enumerate(live) if lives]
@@ -320,23 +321,3 @@ def _packs(prompts: list[SequenceGroup], max_tokens: int) -> Iterator[list[Seque
         num_tokens += len(prompt.ids)
     if pack:
         yield pack
-
-
-def draw(
-    logits_BV: Tensor, params: SamplingParams, seeds_B: Tensor, banned_BV: Tensor | None, impl: str | None
-) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-prob in the untruncated tempered distribution; banned ones are never drawn."""
-    sample = partial(
-        sample_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        seeds_B=seeds_B,
-        impl=impl,
-    )
-    if banned_BV is None:
-        return sample(logits_BV)
-    ids_B, _ = sample(logits_BV.masked_fill(banned_BV, -torch.inf))
-    # The trainer knows nothing of the ban: its log-prob, and so the ratio, is that of the distribution without it.
-    logprobs_B = selective_logprobs(logits_BV, ids_B, temperature=params.temperature or 1.0, impl=impl)
-    return ids_B, cast(Tensor, logprobs_B)

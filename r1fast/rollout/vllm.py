@@ -1,7 +1,5 @@
 """Generation by vLLM with the trainer's weights, in this process (vllm_process.py) or by a server (vllm_server.py).
 
-Every `generate` goes the same way:
-
     push      zeros (the first time) -> the gathered weights under their Hugging Face names -> no prefix cache
     check     after pushes 1, 2, 4, 8, ..: tokens of a few prompts, vLLM's log-probs against the trainer's forward pass
     sample    one request a prompt: n samples, a seed of its own, stop tokens spelled out
@@ -16,7 +14,6 @@ Written against vLLM 0.32. Names: vLLM's.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,15 +23,17 @@ from transformers import PreTrainedTokenizerBase
 
 from r1fast.models.decoder import Decoder
 from r1fast.models.model_config import ModelConfig
+from r1fast.models.structure import unwrapped
 from r1fast.models.weights import StateDict
 from r1fast.rollout.sampling import (
     Completion,
+    SampledTokens,
     SamplingParams,
     check_finite,
-    completion_texts,
-    eos_token_ids,
+    completions_of,
     fold_in,
     sample_keys,
+    stop_ids_of,
 )
 from r1fast_kernels import selective_logprobs
 
@@ -56,24 +55,14 @@ class WeightsLostError(RolloutError):
     """The server was started again after the push: what it sampled is worth nothing."""
 
 
-@dataclass(slots=True)
-class VllmSample:
-    """One completion as vLLM returns it; routed_experts [prompt + completion - 1, layers, K] of every layer."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    routed_experts: np.ndarray | None = None
-
-
 class Backend(Protocol):
     """Where vLLM runs."""
 
     def load(self, model: Decoder, *, zero_first: bool) -> None:
         """Make the model's weights, gathered here, those of vLLM, and forget every cached prefix."""
 
-    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[VllmSample]]:
-        """The samples of each prompt, by vLLM's sampling parameters."""
+    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[SampledTokens]]:
+        """The samples of each prompt, by vLLM's sampling parameters; routed experts are those of every layer."""
 
     def rest(self) -> None:
         """Called after sampling; the next call is `load`."""
@@ -116,25 +105,24 @@ class VllmEngine:
         seeds = fold_in(keys_N, torch.tensor([len(prompt) for prompt in prompt_ids])).tolist()
         for attempt in range(MAX_PUSHES):
             try:
-                self._push(prompt_ids[:CHECK_PROMPTS], min(CHECK_TOKENS, params.max_tokens))
-                outputs = self._sample(prompt_ids, params, seeds)
+                self.backend.load(self.model, zero_first=self.num_pushes == 0)
+                self.num_pushes += 1
+                if self.num_pushes.bit_count() == 1:
+                    self.check(prompt_ids[:CHECK_PROMPTS], min(CHECK_TOKENS, params.max_tokens))
+                sampled = self._sample(prompt_ids, params, seeds)
                 break
             except WeightsLostError:
                 if attempt + 1 == MAX_PUSHES:
                     raise
                 self.num_pushes = 0  # another server: zeros and the check again
         self.backend.rest()
-        found = [
-            self._completions(prompt, sampled, params) for prompt, sampled in zip(prompt_ids, outputs, strict=True)
-        ]
-        check_finite(found)
-        return found
-
-    def _push(self, prompts: list[list[int]], max_tokens: int) -> None:
-        self.backend.load(self.model, zero_first=self.num_pushes == 0)
-        self.num_pushes += 1
-        if self.num_pushes.bit_count() == 1:
-            self.check(prompts, max_tokens)
+        config, stop_ids = self.model.config, stop_ids_of(params, self.model.config, self.tokenizer)
+        outputs = [completions_of(samples, stop_ids, config, self.tokenizer) for samples in sampled]
+        for prompt, completions in zip(prompt_ids, outputs, strict=True):
+            for completion in completions:
+                completion.routed_experts = moe_rows(completion, len(prompt), config) if self.routed_experts else None
+        check_finite(outputs)
+        return outputs
 
     def check(self, prompts: list[list[int]], max_tokens: int) -> float:
         """The mean difference of log-probs between vLLM and the trainer; RolloutError above LOGPROB_LIMITS."""
@@ -155,7 +143,7 @@ class VllmEngine:
         return gap
 
     @torch.no_grad()
-    def _trainer_logprobs(self, prompt: list[int], sampled: VllmSample, params: SamplingParams) -> Tensor:
+    def _trainer_logprobs(self, prompt: list[int], sampled: SampledTokens, params: SamplingParams) -> Tensor:
         device = self.model.embed_tokens.weight.device
         inputs_T = torch.tensor([*prompt, *sampled.token_ids[:-1]], device=device)
         cu_seqlens = torch.tensor([0, len(inputs_T)], dtype=torch.int32, device=device)
@@ -168,46 +156,19 @@ class VllmEngine:
         )
         return logprobs_T.cpu()  # type: ignore[union-attr]
 
-    def _sample(self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]) -> list[list[VllmSample]]:
-        stop_ids = self._stop_ids(params)
+    def _sample(self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]) -> list[list[SampledTokens]]:
+        stop_ids = stop_ids_of(params, self.model.config, self.tokenizer)
         outputs = self.backend.complete(prompts, [request(params, seed, stop_ids) for seed in seeds])
         for prompt, samples in zip(prompts, outputs, strict=True):
             check_lengths(prompt, samples, params.max_tokens)
         # vLLM wants n = 1 when greedy, where all samples are equal.
         return outputs if params.temperature > 0 else [samples * params.n for samples in outputs]
 
-    def _stop_ids(self, params: SamplingParams) -> list[int]:
-        eos_ids = set() if params.ignore_eos else eos_token_ids(self.model.config, self.tokenizer)
-        return sorted({*(params.stop_token_ids or ()), *(i for i in eos_ids if i < self.model.config.vocab_size)})
-
-    def _completions(self, prompt: list[int], samples: list[VllmSample], params: SamplingParams) -> list[Completion]:
-        stop_ids = self._stop_ids(params)
-        stopped = [sample.token_ids[-1] in stop_ids for sample in samples]
-        texts = completion_texts(
-            self.tokenizer,
-            eos_token_ids(self.model.config, self.tokenizer),
-            [sample.token_ids[:-1] if end else sample.token_ids for sample, end in zip(samples, stopped)],
-        )
-        return [
-            Completion(
-                text,
-                sample.token_ids,
-                sample.logprobs,
-                "stop" if end else "length",
-                moe_rows(sample, len(prompt), self.model.config) if self.routed_experts else None,
-            )
-            for text, sample, end in zip(texts, samples, stopped)
-        ]
-
 
 def check_params(params: SamplingParams) -> None:
     """ValueError for what would make vLLM return log-probs of another distribution than the trainer computes."""
-    for name, value, expected in (
-        ("top_p", params.top_p, 1.0),
-        ("top_k", params.top_k, 0),
-        ("min_tokens", params.min_tokens, 0),
-    ):
-        if value != expected:
+    for name, expected in (("top_p", 1.0), ("top_k", 0), ("min_tokens", 0)):
+        if (value := getattr(params, name)) != expected:
             raise ValueError(
                 f"SamplingParams.{name} is {value!r}; expected {expected} with vLLM, whose log-probs would be those of "
                 "the cut distribution and not the trainer's; leave it out, or generate with RolloutEngine"
@@ -219,7 +180,7 @@ def check_params(params: SamplingParams) -> None:
         )
 
 
-def check_lengths(prompt: list[int], samples: list[VllmSample], max_tokens: int) -> None:
+def check_lengths(prompt: list[int], samples: list[SampledTokens], max_tokens: int) -> None:
     """vLLM ends completions at its max_model_len without a word; the trainer would take them for whole."""
     for sample in samples:
         if sample.finish_reason != "stop" and len(sample.token_ids) < max_tokens:
@@ -230,7 +191,7 @@ def check_lengths(prompt: list[int], samples: list[VllmSample], max_tokens: int)
 
 
 def request(params: SamplingParams, seed: int, stop_ids: list[int]) -> dict[str, Any]:
-    """vLLM's sampling parameters; whatever a checkpoint's generation_config.json could change is spelled out."""
+    """vLLM's sampling parameters."""
     return {
         "n": params.n if params.temperature > 0 else 1,
         "max_tokens": params.max_tokens,
@@ -239,6 +200,7 @@ def request(params: SamplingParams, seed: int, stop_ids: list[int]) -> dict[str,
         "logprobs": 0,  # of the sampled token alone
         "ignore_eos": True,  # stop_ids hold the end-of-sequence tokens
         "stop_token_ids": stop_ids,
+        # What a checkpoint's generation_config.json could change.
         "top_p": 1.0,
         "top_k": 0,
         "min_p": 0.0,
@@ -248,7 +210,7 @@ def request(params: SamplingParams, seed: int, stop_ids: list[int]) -> dict[str,
     }
 
 
-def moe_rows(sample: VllmSample, prompt_length: int, config: ModelConfig) -> np.ndarray:
+def moe_rows(sample: Completion | SampledTokens, prompt_length: int, config: ModelConfig) -> np.ndarray:
     """int16 [prompt + completion - 1, L, K] of the MoE layers, from rows of every layer."""
     expected = (prompt_length + len(sample.token_ids) - 1, config.num_hidden_layers, config.num_experts_per_tok)
     found = None if sample.routed_experts is None else sample.routed_experts.shape
@@ -267,10 +229,10 @@ def whole_state(model: nn.Module) -> StateDict:
     Not state_dict: its hooks would put FSDP's shards back in place of the gathered weights.
     """
     buffers = [
-        (f"{prefix}.{name}" if prefix else name, buffer)
+        (f"{prefix}.{name}", buffer)
         for prefix, module in model.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     ]
     named = [*model.named_parameters(remove_duplicate=False), *buffers]
-    return {name.replace("_checkpoint_wrapped_module.", ""): tensor.detach() for name, tensor in named}
+    return {unwrapped(name): tensor.detach() for name, tensor in named}

@@ -21,14 +21,13 @@ from torch import nn
 from r1fast.models.decoder import Decoder
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.weights import to_hf_names
-from r1fast.rollout.vllm import RolloutError, VllmSample, whole_state
+from r1fast.rollout.sampling import SampledTokens
+from r1fast.rollout.vllm import RolloutError, whole_state
 
 
 class InProcess:
-    """The one `LLM` of this process, which takes turns with the trainer on its device.
-
-    Dropping an LLM would end the trainer's process group: it is made once and kept, for one architecture.
-    """
+    """The one `LLM` of this process. Dropping it would end the trainer's process group: it is made once, for one
+    architecture, and kept until `release`."""
 
     _kept: "InProcess | None" = None
 
@@ -38,11 +37,7 @@ class InProcess:
 
     @classmethod
     def get(cls, config: ModelConfig, dtype: torch.dtype, device: torch.device, **options: Any) -> "InProcess":
-        """options: of `LLM`: max_num_seqs, max_model_len, gpu_memory_utilization, enforce_eager and
-        enable_return_routed_experts.
-
-        Raises RolloutError if vLLM does not start, or runs already for another model.
-        """
+        """options: of `LLM`. Raises RolloutError if vLLM does not start, or runs already for another model."""
         key = json.dumps([dataclasses.asdict(config), str(dtype), options], sort_keys=True)
         if cls._kept is None:
             on_cpu = device.type == "cpu"
@@ -85,7 +80,7 @@ class InProcess:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
 
-    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[VllmSample]]:
+    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[SampledTokens]]:
         from vllm import SamplingParams as VllmParams
 
         outputs = self.llm.generate(
@@ -95,11 +90,11 @@ class InProcess:
         )
         return [
             [
-                VllmSample(
+                SampledTokens(
                     list(sample.token_ids),
                     [found[i].logprob for found, i in zip(sample.logprobs, sample.token_ids, strict=True)],
-                    sample.finish_reason,
                     sample.routed_experts,
+                    sample.finish_reason,
                 )
                 for sample in sorted(output.outputs, key=lambda sample: sample.index)
             ]

@@ -15,6 +15,7 @@ import json
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from time import monotonic, sleep
@@ -27,10 +28,15 @@ from torch import Tensor
 
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import save_model, to_hf_names
-from r1fast.rollout.vllm import MAX_PUSHES, RolloutError, VllmSample, WeightsLostError, whole_state
+from r1fast.rollout.sampling import SampledTokens
+from r1fast.rollout.vllm import MAX_PUSHES, RolloutError, WeightsLostError, whole_state
 
 LONGEST_WAIT_S = 30.0
 RPC = "/collective_rpc"
+ADVICE = {
+    404: "; vLLM has it under VLLM_SERVER_DEV_MODE=1: start the server as docs/rollout.md says",
+    500: "; does it serve a model of this architecture? It must be started again after this",
+}
 
 
 class Client:
@@ -42,67 +48,48 @@ class Client:
         self._opener = build_opener(ProxyHandler({}))  # the server is of this cluster, whatever http_proxy says
 
     def get(self, path: str) -> Any:
-        return self._call("GET", path, None)
+        return self._call("GET", path)
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
         return self._call("POST", path, body)
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
+        what = f"vLLM server {self.url}: {method} {path}"
         wait_s, first_failure_s, tries = 1.0, 0.0, 0
         while True:
             try:
-                return self._once(method, path, body)
+                with self._opener.open(request, timeout=self.request_timeout_s) as response:
+                    content = response.read()
+                return json.loads(content) if content else None
             except HTTPError as error:
                 reason = f"status {error.code}: {_message(error)}"
                 # A worker that cannot take the weights answers 500, and would again.
                 if error.code < 500 or (error.code == 500 and path == RPC):
-                    reason += _advice(error.code)
-                    raise RolloutError(f"vLLM server {self.url}: {method} {path}: {reason}") from error
-            except TimeoutError:
-                reason = f"no answer within {self.request_timeout_s:g} s (rollout.vllm.request_timeout)"
-            except (URLError, HTTPException, ConnectionError) as error:
+                    raise RolloutError(f"{what}: {reason}{ADVICE.get(error.code, '')}") from error
+            except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
                 reason = str(error) or type(error).__name__
+                if isinstance(getattr(error, "reason", error), TimeoutError):
+                    reason = f"no answer within {self.request_timeout_s:g} s (rollout.vllm.request_timeout)"
             tries, now = tries + 1, monotonic()
             first_failure_s = first_failure_s or now
             if now + wait_s - first_failure_s > self.timeout_s:
                 raise RolloutError(
-                    f"vLLM server {self.url}: {method} {path} failed {tries} times in a row, at last with: {reason}. "
-                    "Is it running, and reachable from here? Start it as docs/rollout.md says; a run that had begun "
-                    "goes on with --resume. rollout.vllm.server_timeout is how long a run waits for it"
+                    f"{what} failed {tries} times in a row, at last with: {reason}. Is it running, and reachable from "
+                    "here? Start it as docs/rollout.md says; a run that had begun goes on with --resume. "
+                    "rollout.vllm.server_timeout is how long a run waits for it"
                 )
             sleep(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-
-    def _once(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
-        try:
-            with self._opener.open(request, timeout=self.request_timeout_s) as response:
-                content = response.read()
-        except URLError as error:
-            if isinstance(error.reason, TimeoutError):
-                raise error.reason from None
-            raise
-        return json.loads(content) if content else None
 
 
 def _message(error: HTTPError) -> str:
     """What vLLM says, on one line; whatever else answers may say anything."""
     text = error.read().decode(errors="replace")
-    try:
-        found = json.loads(text)
-        text = found["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        pass
-    return " ".join(text.split())[:300] or error.reason
-
-
-def _advice(status: int) -> str:
-    if status == 404:
-        return "; vLLM has it under VLLM_SERVER_DEV_MODE=1: start the server as docs/rollout.md says"
-    if status == 500:
-        return "; does it serve a model of this architecture? It must be started again after this"
-    return ""
+    with suppress(ValueError, KeyError, TypeError):
+        text = json.loads(text)["error"]["message"]
+    return " ".join(str(text).split())[:300] or error.reason
 
 
 def server_problems(client: Client, *, routed_experts: bool) -> Iterator[str]:
@@ -141,24 +128,23 @@ class Server:
         self.client.post("/update_weight_version", {"new_version": self.version})
         if zero_first:
             self.client.post(RPC, {"method": "reset_weights"})
-        if self.folder is not None:
+        if self.folder is None:
+            self._sender = self._sender or _nccl_sender(self.client, model)
+            self._sender.send_weights()
+        else:
             save_model(model.config, whole_state(model), self.folder, overwrite=True)
             self.client.post(RPC, {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder.absolute())}})
-        else:
-            self._send(model)
         if not self.client.post("/reset_prefix_cache")["success"]:
             raise RolloutError(
                 f"vLLM server {self.client.url} did not drop its prefix cache: requests of another client run in it"
             )
 
-    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[VllmSample]]:
-        with ThreadPoolExecutor(max(1, self.max_num_seqs // requests[0]["n"])) as pool:
-            waiting = [pool.submit(self._one, prompt, parameters) for prompt, parameters in zip(prompts, requests)]
-            try:
-                outputs = [future.result() for future in waiting]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[SampledTokens]]:
+        pool = ThreadPoolExecutor(max(1, self.max_num_seqs // requests[0]["n"]))
+        try:
+            outputs = list(pool.map(self._one, prompts, requests))
+        finally:
+            pool.shutdown(cancel_futures=True)
         if not self._has_version():
             raise WeightsLostError(
                 f"vLLM server {self.client.url} lost its weights while it sampled, {MAX_PUSHES} times: it was started "
@@ -172,24 +158,18 @@ class Server:
     def _has_version(self) -> bool:
         return self.client.get("/weight_info")["weight_version"] == self.version
 
-    def _one(self, prompt: list[int], parameters: dict[str, Any]) -> list[VllmSample]:
+    def _one(self, prompt: list[int], parameters: dict[str, Any]) -> list[SampledTokens]:
         ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}  # texts are decoded here
         answer = self.client.post("/v1/completions", {"prompt": prompt, **parameters, **ids})
         return [
-            VllmSample(
+            SampledTokens(
                 choice["token_ids"],
                 choice["logprobs"]["token_logprobs"],
-                choice["finish_reason"],
                 _array(choice.get("routed_experts")),
+                choice["finish_reason"],
             )
             for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
         ]
-
-    def _send(self, model: Decoder) -> None:
-        """By vLLM's own trainer side: it broadcasts while the server receives. Not measured: it needs two GPUs."""
-        if self._sender is None:
-            self._sender = _nccl_sender(self.client, model)
-        self._sender.send_weights()
 
 
 def _array(encoded: str | None) -> np.ndarray | None:
@@ -197,6 +177,7 @@ def _array(encoded: str | None) -> np.ndarray | None:
 
 
 def _nccl_sender(client: Client, model: Decoder) -> Any:
+    """vLLM's own trainer side: it broadcasts while the server receives. Not measured: it needs two GPUs."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory

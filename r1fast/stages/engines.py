@@ -37,12 +37,11 @@ def build_engine(ctx: StageContext, model: Decoder, tokenizer: Any, *, record: b
 
 def vllm_backend(ctx: StageContext, model: Decoder) -> Backend:
     rollout, options = ctx.recipe.rollout, ctx.recipe.rollout.vllm
-    if options.server_base_url is not None:
-        client = Client(
-            options.server_base_url, timeout_s=options.server_timeout, request_timeout_s=options.request_timeout
-        )
+    if (url := options.server_base_url) is not None:
+        client = Client(url, timeout_s=options.server_timeout, request_timeout_s=options.request_timeout)
         folder = ctx.run_dir / WEIGHTS if options.weight_transfer == "folder" else None
         return Server(client, folder=folder, max_num_seqs=rollout.max_num_seqs)
+    ctx.dist.before_close.callback(InProcess.release)
     return InProcess.get(
         model.config,
         ctx.param_dtype,

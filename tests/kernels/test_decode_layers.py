@@ -11,6 +11,7 @@ from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import Routing
+from r1fast.rollout.fast_decode import FastDecode, fast_decode
 from r1fast_kernels import decode_layers as op
 from r1fast_kernels.decode_attention import BLOCK
 from tests.kernels.backends import BF16, FP32, FP64, assert_same_bits, needs_cpp, of_older_processor
@@ -54,7 +55,7 @@ class Step:
 
     def logits(self, rows: slice | Tensor = slice(None), **options: Any) -> Any:
         inputs = (self.ids_B[rows], self.positions_B[rows], self.cache, self.table_BN[rows])
-        return self.model.decode(*inputs, **options)
+        return decoder_of(self.model).decode(*inputs, **options)
 
     def by_modules(self) -> "Step":
         """The same, in another cache, by the layers' own modules."""
@@ -62,6 +63,11 @@ class Step:
         for to, source in zip(cache.buffers, self.cache.buffers):
             to.copy_(source)
         return replace(self, cache=cache)
+
+
+def decoder_of(model: Decoder) -> Decoder | FastDecode:
+    """What generates; the modules after use_kernels("reference")."""
+    return fast_decode(model, model.impl) or model
 
 
 def make_step(name: str, dtype: torch.dtype = FP32, num_rows: int = 70) -> Step:
@@ -152,7 +158,7 @@ def test_bf16_is_as_near_as_the_modules(name: str, calls: list[int]) -> None:
 def prefill(step: Step, ids_T: Tensor, cu_seqlens: list[int], slots_T: Tensor) -> tuple[Tensor, Routing | None]:
     cu = torch.tensor(cu_seqlens, dtype=torch.int32)
     with torch.no_grad():
-        return step.model(ids_T, cu, cache=step.cache, slots_T=slots_T, with_routing=True)
+        return decoder_of(step.model)(ids_T, cu, cache=step.cache, slots_T=slots_T, with_routing=True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -228,7 +234,6 @@ def test_what_it_cannot_do_runs_by_modules(calls: list[int], monkeypatch: pytest
     step = make_step("llama", num_rows=33)
     prefill(step, torch.zeros(129, dtype=torch.int64), [0, 129], torch.arange(129))  # too long for one thread
     make_step("llama", FP64).logits()
-    make_step("llama").logits(neighbours=True)
     odd = replace(CONFIGS["deepseek"], qk_nope_head_dim=15)
     monkeypatch.setitem(CONFIGS, "deepseek", odd)
     make_step("deepseek").logits()

@@ -13,7 +13,6 @@ from r1fast.models.layers import MLP
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams
 from r1fast_kernels import decode_layers as op
-from r1fast_kernels.decode_layers import NAMES, DecodeLayers
 from tests.kernels.backends import needs_cpp
 from tests.kernels.test_decode_layers import CONFIGS, make_step
 
@@ -188,19 +187,26 @@ def test_what_decoding_would_leave_out_is_an_error(change: str) -> None:
         sampler_and_trainer(model)
 
 
-@pytest.mark.parametrize(
-    "more", ["self_attn.q_b_proj.bias", "mlp.router_scale", "self_attn.q_norm.weight", "mlp.gate_proj.weight"]
-)
-def test_decode_layers_takes_no_name_that_it_does_not_read(more: str) -> None:
-    """Also those that it knows, where another kind of layer has them."""
-    model = make_step("deepseek").model
-    ready = model._decode_layers()
-    layer = dict(model.layers[1].named_parameters()) | dict(model.layers[1].named_buffers())
-    assert set(layer) <= set(NAMES) and more not in layer
-    *_, norm_D, head_VD, inv_freq_R = ready.tensors
-    arguments = norm_D, head_VD, inv_freq_R, ready.spec
-    with pytest.raises(ValueError, match=f"layer 0 has {more}, which it does not read"):
-        DecodeLayers(ready.tensors[0], [layer | {more: norm_D}], *arguments)
-    del layer["self_attn.kv_b_proj.weight"]
-    with pytest.raises(ValueError, match=r"layer 0 lacks self_attn.kv_b_proj.weight"):
-        DecodeLayers(ready.tensors[0], [layer], *arguments)
+def test_decode_layers_takes_no_name_that_it_does_not_read() -> None:
+    layer = {"input_layernorm.weight": torch.ones(8), "mlp.router_scale": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"layer 1 has mlp.router_scale, which it does not read"):
+        op.weights_of([{}, layer])
+
+
+def test_a_class_that_was_patched_runs_by_modules(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the model was built from it, or since."""
+    models = [make_step("llama").model]
+    own = MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x_TD: 2 * own(self, x_TD))
+    models.append(make_step("llama").model)
+    for model in models:
+        torch.testing.assert_close(*sampler_and_trainer(model), rtol=1e-4, atol=1e-4)
+    assert not calls
+
+
+def test_a_global_hook_is_an_error_whenever_it_came() -> None:
+    with nn.modules.module.register_module_forward_hook(double):
+        model = make_step("llama").model
+        with pytest.raises(ValueError, match="training computes: the decoder has another hook double"):
+            sampler_and_trainer(model)
+    sampler_and_trainer(model)

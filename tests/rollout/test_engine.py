@@ -14,8 +14,7 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from r1fast.models.weights import load_model
 from r1fast.rollout.engine import RolloutEngine
-from r1fast.rollout.sampling import SamplingParams
-from r1fast.rollout.scheduler import SampledTokens
+from r1fast.rollout.sampling import SampledTokens, SamplingParams, completions_of
 
 TAG = "|special_token|"
 SPECIAL = ["<pad>", "<bos>", "<eos>", TAG]
@@ -205,12 +204,9 @@ def test_string_prompts_are_encoded(llama: RolloutEngine) -> None:
 
 
 def test_text_keeps_tags_and_drops_eos_pad_bos(llama: RolloutEngine) -> None:
-    engine = RolloutEngine(llama.model, llama.tokenizer)
     tag, two = 3, llama.tokenizer.convert_tokens_to_ids("2")
-    sampled = [
-        SampledTokens(ids, [0.0] * len(ids), None) for ids in ([two, tag, 0, two, 1, 2], [two, 2, two], [two, tag])
-    ]
-    completions = engine._completions(sampled, stop_ids=[2])
+    sampled = [SampledTokens(ids, [0.0] * len(ids)) for ids in ([two, tag, 0, two, 1, 2], [two, 2, two], [two, tag])]
+    completions = completions_of(sampled, [2], llama.model.config, llama.tokenizer)
     joined = [completion.text.replace(" ", "") for completion in completions]
     assert joined == [f"2{TAG}2", "22", f"2{TAG}"]
     assert [completion.finish_reason for completion in completions] == ["stop", "length", "length"]

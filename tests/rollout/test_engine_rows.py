@@ -91,7 +91,6 @@ class HashDecoder(nn.Module):
         cache: HashCache,
         block_table_BN: Tensor,
         *,
-        neighbours: bool = False,
         head: Callable | None = None,
     ) -> Tensor:
         def slots_of(places_B: Tensor) -> Tensor:
@@ -103,7 +102,7 @@ class HashDecoder(nn.Module):
             self.prefill_lengths.append(len(input_ids_B))
         # A padding row is on the first place, where it has nothing to read.
         read_B, written_B = slots_of((positions_B - 1).clamp(min=0)), slots_of(positions_B)
-        assert neighbours or not torch.isin(read_B[positions_B > 0], written_B).any()
+        assert head is not None or not torch.isin(read_B[positions_B > 0], written_B).any()
         states = []
         for before, at, token in zip(read_B, written_B, input_ids_B, strict=True):  # one by one: they may be neighbours
             cache.state_S[at] = hash_step(cache.state_S[before], token)
@@ -120,6 +119,7 @@ class HashDecoder(nn.Module):
 def decoder(monkeypatch: pytest.MonkeyPatch) -> HashDecoder:
     monkeypatch.setattr(scheduler, "BlockCache", HashCache)
     monkeypatch.setattr(engine_module, "BlockCache", HashCache)
+    monkeypatch.setattr(scheduler, "fast_decode", lambda model, impl: None)
     HashCache.made.clear()
     return HashDecoder()
 

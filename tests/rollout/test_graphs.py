@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import random
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,6 @@ from r1fast.rollout import graphs, scheduler
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.graphs import CudaCapture, StepGraphs, bucket_of
 from r1fast.rollout.sampling import Completion, SamplingParams
-from r1fast_kernels.decode_layers import DecodeLayers
 from tests.rollout.test_engine import COMMON, FAMILIES, PROMPTS
 
 # What waits for the device, or has a shape that it must wait for: capturing ends with an error there.
@@ -85,38 +85,40 @@ def flat(groups: list[list[Completion]]) -> list[Completion]:
 # ---- which bucket, and when ----
 
 
-def test_buckets() -> None:
-    buckets = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1000]
-    assert sorted({bucket_of(n, 1000) for n in range(1, 1001)}) == buckets
-    for n in range(1, 1001):
-        assert bucket_of(n, 1000) == min(bucket for bucket in buckets if bucket >= n)
+def most_graphs(max_rows: int) -> int:
+    """Two for each power of two, and the last."""
+    return 2 * max_rows.bit_length() + 1
 
 
-class Recorder:
-    def __init__(self, max_rows: int) -> None:
-        self.events: list[str] = []
-        self.graphs = StepGraphs(max_rows, self.capture)
+@pytest.mark.parametrize("max_rows", [1, 3, 200, 1000])
+def test_buckets_have_room_little_padding_and_are_few(max_rows: int) -> None:
+    buckets = [bucket_of(n, max_rows) for n in range(1, max_rows + 1)]
+    assert all(n <= bucket <= min(2 * n, max_rows) for n, bucket in enumerate(buckets, 1))
+    assert buckets == sorted(buckets) and len(set(buckets)) <= most_graphs(max_rows)
 
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_step_runs_once_and_most_by_a_graph_with_little_padding(seed: int) -> None:
+    """Rows leave, and at times enter."""
+    rng, max_rows = random.Random(seed), 200
+    events: list[tuple[str, int]] = []  # what ran a step, and how many rows
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
         step()
-        self.events[-1] = self.events[-1].replace("eager", "capture")
-        return lambda name=self.events[-1]: self.events.append(name.replace("capture", "replay"))
+        _, rows = events.pop()
+        events.append(("capture", rows))
+        return lambda: events.append(("replay", rows))
 
-    def run(self, *rows: int) -> list[str]:
-        self.events.clear()
-        for num_rows in rows:
-            self.graphs.run(lambda n: self.events.append(f"eager {n}"), num_rows)
-        return self.events
-
-
-def test_a_bucket_is_captured_when_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "STEPS_BEFORE", 2)
-    recorder = Recorder(max_rows=200)
-    assert recorder.run(200, 197, 196, 195) == ["eager 200", "eager 197", "capture 200", "replay 200"]
-    assert recorder.run(150, 101, 100) == ["replay 200"] * 3, "twice the rows are near enough"
-    assert recorder.run(99, 40, 98, 97, 96, 90) == ["replay 200"] * 3 + ["capture 128", "replay 128", "replay 128"]
-    assert recorder.run(120, 180) == ["replay 128", "replay 200"], "rows have entered; the closest graph"
-    assert recorder.run(1, 1, 1, 1) == ["replay 128", "replay 128", "capture 1", "replay 1"]
+    steps, num_rows, num_poor = StepGraphs(max_rows, capture), max_rows, 0
+    for step in range(2000):
+        num_rows = max(1, min(max_rows, num_rows - rng.choice([0, 0, 0, 1, -2, 3])))
+        steps.run(lambda n: events.append(("eager", n)), num_rows)
+        assert len(events) == step + 1
+        how, rows = events[-1]
+        assert num_rows <= rows <= max_rows
+        num_poor += how == "eager" or rows > graphs.MOST_PADDING * num_rows
+    assert num_poor <= graphs.STEPS_BEFORE * most_graphs(max_rows)
+    assert 0 < [how for how, _ in events].count("capture") <= most_graphs(max_rows)
 
 
 # ---- steps that are captured ----
@@ -128,7 +130,7 @@ def test_a_tape_of_the_step_samples_the_same(
     family: str, options: dict[str, Any], tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing that changes from step to step is baked in, nothing outside of the buffers survives it."""
-    monkeypatch.setattr(DecodeLayers, "can_run", lambda *_: False)  # op after op, as on a GPU
+    monkeypatch.setattr(scheduler, "fast_decode", lambda *_: None)  # op after op, as on a GPU
     model = random_model(family)
     is_moe = any(True for _ in model.moe_layers())
     params = SamplingParams(n=5, max_tokens=30, seed=4, stop_token_ids=[5, 6, 7], **options)
@@ -149,7 +151,7 @@ def test_a_tape_of_the_step_samples_the_same(
 
 
 def test_a_step_that_waits_for_the_device_is_not_captured(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DecodeLayers, "can_run", lambda *_: False)
+    monkeypatch.setattr(scheduler, "fast_decode", lambda *_: None)
     model = random_model("qwen3_moe")
     for moe in model.moe_layers():
         moe.experts.impl = "reference"
@@ -160,7 +162,7 @@ def test_a_step_that_waits_for_the_device_is_not_captured(tapes: list[Tape], mon
 def test_a_step_passes_by_hooks_of_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has them on what it shards by itself, and there makes its own streams wait: a capture that spreads to other
     streams fails."""
-    monkeypatch.setattr(DecodeLayers, "can_run", lambda *_: False)  # op after op, as on a GPU
+    monkeypatch.setattr(scheduler, "fast_decode", lambda *_: None)  # op after op, as on a GPU
     model = random_model("llama")
     hooked: list[str] = []
     for name in ("embed_tokens", "layers.0", "layers.1", "norm", "lm_head"):
@@ -208,9 +210,9 @@ def test_a_capture_that_fails_says_why_and_what_to_do(monkeypatch: pytest.Monkey
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {
         "graph_pool_handle": lambda: (0, 1),
-        "current_device": lambda: 0,
+        "current_device": lambda: -1,  # no other test gets its stream
         "current_stream": lambda: stream,
-        "Stream": lambda: stream,
+        "Stream": lambda device: stream,
         "stream": lambda _: contextlib.nullcontext(),
         "CUDAGraph": SimpleNamespace,
         "graph": capturing,

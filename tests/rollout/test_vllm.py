@@ -6,6 +6,7 @@ The real vLLM: test_vllm_real.py.
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,19 @@ import torch
 from r1fast import SamplingParams, load_model
 from r1fast.models.decoder import Decoder
 from r1fast.models.model_config import ModelConfig
+from r1fast.parallel.mesh import Dist
 from r1fast.rollout.engine import RolloutEngine
+from r1fast.rollout.sampling import SampledTokens
 from r1fast.rollout.vllm import (
     MAX_PUSHES,
     RolloutError,
     VllmEngine,
-    VllmSample,
     WeightsLostError,
     moe_rows,
     whole_state,
 )
+from r1fast.rollout.vllm_process import InProcess
+from r1fast.stages.engines import vllm_backend
 from tests.tiny_checkpoint import DEEPSEEK_V3, write_checkpoint
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14]]
@@ -45,7 +49,7 @@ class StandIn:
         if not self.stale:
             self.served.load_state_dict(model.state_dict())
 
-    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[VllmSample]]:
+    def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[SampledTokens]]:
         self.requests += requests
         if self.restarts:
             self.restarts -= 1
@@ -56,7 +60,12 @@ class StandIn:
             params = SamplingParams(**{name: asked[name] for name in names})
             (group,) = RolloutEngine(self.served, None).generate([prompt], params)
             scale = asked["temperature"] or 1.0 if self.raw else 1.0  # not what raw log-probs are, but not tempered
-            outputs.append([VllmSample(c.token_ids, [x * scale for x in c.logprobs], c.finish_reason) for c in group])
+            outputs.append(
+                [
+                    SampledTokens(c.token_ids, [x * scale for x in c.logprobs], finish_reason=c.finish_reason)
+                    for c in group
+                ]
+            )
         return outputs
 
     def rest(self) -> None:
@@ -195,7 +204,7 @@ def test_what_would_change_the_logprobs_is_refused(engine: VllmEngine, options: 
 
 def test_a_completion_that_vllm_cut_is_an_error(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond its max_model_len vLLM ends a completion without a word, and the trainer would take it for one."""
-    short = [[VllmSample([5, 6], [-1.0, -1.0], "length")]]
+    short = [[SampledTokens([5, 6], [-1.0, -1.0], finish_reason="length")]]
     monkeypatch.setattr(engine.backend, "complete", lambda *_: short)
     with pytest.raises(RolloutError, match=r"after 2 of 4 tokens, of a prompt of 3, .* is its max_model_len too small"):
         engine.generate(PROMPTS[:1], SamplingParams(max_tokens=4))
@@ -210,11 +219,11 @@ def test_no_prompts_need_no_vllm(engine: VllmEngine) -> None:
 def test_routed_experts_are_those_of_the_moe_layers() -> None:
     config = ModelConfig.from_dict({"vocab_size": 320, **DEEPSEEK_V3})  # layer 0 is dense, layer 1 has experts
     every = np.arange(5 * 2 * 2, dtype=np.uint8).reshape(5, 2, 2)
-    rows = moe_rows(VllmSample([1, 2, 3], [0.0] * 3, "length", every), 3, config)
+    rows = moe_rows(SampledTokens([1, 2, 3], [0.0] * 3, every), 3, config)
     assert rows.dtype == np.int16 and rows.tolist() == every[:, 1:].tolist()
     for wrong in (every[:4], None):
         with pytest.raises(RolloutError, match="--enable-return-routed-experts"):
-            moe_rows(VllmSample([1, 2, 3], [0.0] * 3, "length", wrong), 3, config)
+            moe_rows(SampledTokens([1, 2, 3], [0.0] * 3, wrong), 3, config)
 
 
 def test_the_state_pushed_is_the_state_dict(tmp_path: Path) -> None:
@@ -223,3 +232,20 @@ def test_the_state_pushed_is_the_state_dict(tmp_path: Path) -> None:
     state, expected = whole_state(model), model.state_dict()
     assert state.keys() == expected.keys() and any("e_score_correction_bias" in name for name in state)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+
+
+def test_vllm_in_process_ends_before_the_process_group(
+    loaded: tuple[Decoder, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(InProcess, "get", lambda *_, **__: events.append("get"))
+    monkeypatch.setattr(InProcess, "release", lambda: events.append("release"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: events.append("group"))
+    vllm = SimpleNamespace(server_base_url=None, max_model_length=None, gpu_memory_utilization=0.5)
+    rollout = SimpleNamespace(max_num_seqs=8, enforce_eager=False, vllm=vllm)
+    dist = Dist(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), mesh=None)  # type: ignore[arg-type]
+    recipe = SimpleNamespace(rollout=rollout, stages=[])
+    vllm_backend(SimpleNamespace(recipe=recipe, param_dtype=torch.float32, dist=dist), loaded[0])  # type: ignore[arg-type]
+    assert events == ["get"]
+    dist.close()
+    assert events == ["get", "release", "group"]

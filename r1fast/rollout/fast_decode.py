@@ -1,0 +1,67 @@
+"""Prefills and decode steps in one call of C++, on a CPU: decode_layers in place of the decoder's own modules."""
+
+import logging
+from typing import Any
+
+from torch import Tensor
+
+from r1fast.models.cache import BlockCache
+from r1fast.models.decoder import Decoder
+from r1fast.models.layers import HeadFn
+from r1fast.models.moe import Routing
+from r1fast.models.structure import decode_layers_of, differences
+from r1fast_kernels.decode_layers import MOST_PROMPT_TOKENS, DecodeLayers
+
+logger = logging.getLogger("r1fast")
+
+
+def fast_decode(model: Decoder, impl: str | None) -> "FastDecode | None":
+    """None, with a line that says why: the modules run. Raises ValueError where they would not compute what `forward`
+    does."""
+    if found := differences(model, model.built):
+        logger.warning("decode_layers does not run, the modules do: %s", "; ".join(found[:5]))
+        return None
+    layers = decode_layers_of(model)
+    return FastDecode(model, layers) if layers.can_run(impl) else None
+
+
+class FastDecode:
+    """Called as the decoder is, by what generates: with its weights of now, which must not move meanwhile."""
+
+    def __init__(self, model: Decoder, layers: DecodeLayers) -> None:
+        self.model, self.layers = model, layers
+
+    def __call__(
+        self,
+        input_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        cache: BlockCache,
+        slots_T: Tensor,
+        head: HeadFn | None = None,
+        with_routing: bool = False,
+    ) -> Any:
+        if int(cu_seqlens.diff().max()) > MOST_PROMPT_TOKENS:
+            return self.model(
+                input_ids_T, cu_seqlens, cache=cache, slots_T=slots_T, head=head, with_routing=with_routing
+            )
+        hidden_TD, experts_LTK = self.layers.prefill(input_ids_T, cu_seqlens, cache.buffers, slots_T)
+        result = self.model.head(hidden_TD, head)
+        return (result, _routing(experts_LTK)) if with_routing else result
+
+    def decode(
+        self,
+        input_ids_B: Tensor,
+        positions_B: Tensor,
+        cache: BlockCache,
+        block_table_BN: Tensor,
+        *,
+        with_routing: bool = False,
+    ) -> Any:
+        """Rows of different sequences: one is through all layers before another begins."""
+        logits_BV, experts_LBK = self.layers(input_ids_B, positions_B, cache.buffers, block_table_BN)
+        return (logits_BV, _routing(experts_LBK)) if with_routing else logits_BV
+
+
+def _routing(experts_LTK: Tensor) -> Routing | None:
+    return Routing(experts_LTK.transpose(0, 1), None) if len(experts_LTK) else None
