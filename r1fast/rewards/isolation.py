@@ -21,7 +21,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from r1fast.rewards.process import CallFailed, Values
+from r1fast.rewards.process import CallFailed, Scored
 
 BUDGET_LIMITS = 16.0
 LOWEST_BUDGET_S = 60.0  # short limits end before a fresh worker has started
@@ -32,7 +32,7 @@ MAX_PROBES = 3
 class RewardCall(Protocol):
     def __call__(
         self, rows: Sequence[int], timeout_s: float, *, empty: bool = False, fresh: bool = False
-    ) -> tuple[Values, dict[int, str]]:
+    ) -> Scored:
         """Scores rows, and says by place in `rows` why a value is missing; CallFailed. empty: without completions.
         fresh: in a process that has seen no completion."""
 
@@ -157,7 +157,7 @@ class Isolation:
             self._without_completion[prompt] = reason
         return self._without_completion[prompt]
 
-    def _try(self, row: int, timeout_s: float, *, empty: bool = False, fresh: bool = False) -> tuple[Values, dict]:
+    def _try(self, row: int, timeout_s: float, *, empty: bool = False, fresh: bool = False) -> Scored:
         if self._left_s <= 0:
             raise _NoTimeLeft
         start = time.monotonic()
@@ -167,7 +167,7 @@ class Isolation:
             with self._lock:
                 self._left_s -= time.monotonic() - start
 
-    def _keep(self, outcome: Outcome, rows: Sequence[int], scored: tuple[Values, dict[int, str]]) -> None:
+    def _keep(self, outcome: Outcome, rows: Sequence[int], scored: Scored) -> None:
         values, reasons = scored
         self._has_scored = True
         outcome.values |= dict(zip(rows, values, strict=True))

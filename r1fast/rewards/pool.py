@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from r1fast.rewards.isolation import Isolation, Outcome
-from r1fast.rewards.process import Values, WorkerProcess, memory_share
+from r1fast.rewards.process import Scored, WorkerProcess, memory_share
 from r1fast.rewards.registry import did_you_mean, is_builtin, locate, resolve, takes_messages
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ class RewardPool:
         *,
         empty: bool = False,
         fresh: bool = False,
-    ) -> tuple[Values, dict[int, str]]:
+    ) -> Scored:
         kwargs = reward.arguments(table, rows, empty=empty)
         with self._lock:
             idle = self._idle.setdefault(reward.process, [])
