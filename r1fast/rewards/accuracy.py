@@ -28,9 +28,7 @@ from r1fast.rewards.values import is_number, is_readable, same_text, same_value
 
 __all__ = ["Box", "accuracy", "final_answer", "last_box", "plain_number", "score_answer"]
 
-_MISSING = frozenset(
-    {"", "nan", "NaN", "N/A", "None", "null", "<NA>"}
-)  # how Python, JSON and pandas spell a missing value
+_MISSING = frozenset(["", "nan", "NaN", "N/A", "None", "null", "<NA>"])  # as Python, JSON and pandas spell it
 _LETTER = r"(?:\\text\s*\{\s*)?[(\[]?\s*(?:\\text\s*\{\s*)?([A-Z])"
 _CHOICE = re.compile(
     rf"{_LETTER}\s*\}}?\s*(?:[)\]]\s*\}}?|[.:]|\)\s*\\\s*\}})*\s*\}}?(?P<rest>(?:(?<=[)\]}}.:\s]).*)?)", re.DOTALL
@@ -88,22 +86,21 @@ def accuracy(
     strict: a completion without an answer part scores 0; False reads the text after the reasoning instead, or the
     whole text, which suits prompts that ask for no tags.
     """
-    num_rows = len(completions)
-    rows = zip(
-        completions,
-        answer,
-        per_row(response_format, num_rows),
-        per_row(finish_reason, num_rows),
-        per_row(prefilled, num_rows),
-        strict=True,
-    )
-    values: list[float | None] = []
-    for text, gold, name, reason, opened in rows:
-        final = final_answer(
+    finals = final_answers(completions, response_format, finish_reason, prefilled, strict=strict)
+    return [score_answer(final, gold) for final, gold in zip(finals, answer, strict=True)]
+
+
+def final_answers(
+    completions: list[str], response_format: Any, finish_reason: Any, prefilled: Any, *, strict: bool
+) -> list[str | None]:
+    """The answer part of each completion; the columns are lists, or one value for all rows."""
+    columns = (per_row(column, len(completions)) for column in (response_format, finish_reason, prefilled))
+    return [
+        final_answer(
             text, get_response_format(name), truncated=reason == "length", prefilled=bool(opened), strict=strict
         )
-        values.append(score_answer(final, gold))
-    return values
+        for text, name, reason, opened in zip(completions, *columns, strict=True)
+    ]
 
 
 def final_answer(
@@ -121,17 +118,14 @@ def final_answer(
 def score_answer(final: str | None, gold: Any) -> float | None:
     """Compares an answer part with the gold answer, or with each of a list of golds; None if no gold can be read."""
     golds = [read_gold(_as_text(each)) for each in (gold if isinstance(gold, list | tuple) else [gold])]
-    readable = [each for each in golds if each is not None]
-    if not readable:
+    if not any(golds):
         return None
     answer = answer_part(final) if final else None
-    return float(answer is not None and any(_matches(each, answer) for each in readable))
+    return float(answer is not None and any(_matches(each, answer) for each in golds if each))
 
 
 def _as_text(gold: Any) -> str:
-    if gold is None or isinstance(gold, dict | set | bytes) or gold != gold:
-        return ""
-    return str(gold)
+    return "" if gold is None or isinstance(gold, dict | set | bytes) or gold != gold else str(gold)
 
 
 @lru_cache(maxsize=1024)  # the G samples of a prompt share their gold
@@ -145,8 +139,8 @@ def read_gold(gold: str) -> Gold | None:
     text = part.text
     if not part.marked and not is_expression(text):
         text = _told(text)
-    if letter := _choice_letter(text):
-        return letter
+    if choice := _choice(text):
+        return choice
     if _CHOICES.fullmatch(text):
         return Gold("choices", _letters(text))
     if "$" in text and is_number(text.replace("$", "")):
@@ -155,10 +149,13 @@ def read_gold(gold: str) -> Gold | None:
         return None
     if based := _based(text):
         return Gold("based", based)
+    argues = not part.marked and _ARGUES.search(text)
     if _is_text(text):
-        return None if not part.marked and _ARGUES.search(text) else Gold("text", _lines(text))
+        return None if argues else Gold("text", _lines(text))
     if _is_words(text):
-        return Gold("words", _spaced(text)) if part.marked or _is_naming(gold, text) else None
+        few = part.marked or len(text.split()) <= _MAX_NAMING_WORDS
+        is_name = (few and not argues) or "\\text" in gold or "\\mathrm" in gold
+        return Gold("words", _spaced(text)) if is_name else None
     return Gold("value", text) if is_readable(text) else None
 
 
@@ -184,24 +181,18 @@ def _told(text: str) -> str:
     if tail is None or not bare(tail):
         return text
     runs = expressions(tail)
-    return (
-        runs[0]
-        if runs and not re.fullmatch(r"[A-Za-z]", runs[0]) and len(bare(tail)) > len(runs[0]) + 20
-        else bare(tail)
-    )
+    is_long = runs and not re.fullmatch(r"[A-Za-z]", runs[0]) and len(bare(tail)) > len(runs[0]) + 20
+    return runs[0] if is_long else bare(tail)
 
 
-def _choice_letter(text: str) -> Gold | None:
+def _choice(text: str) -> Gold | None:
     match = _CHOICE.fullmatch(text)
     if match is None:
-        lines = text.splitlines()
-        line = re.fullmatch(r"\(?([A-Z])\)?[ .:]\s*([A-Z][a-z].*)", lines[-1].strip()) if lines else None
+        line = re.fullmatch(r"\(?([A-Z])\)?[ .:]\s*([A-Z][a-z].*)", text.splitlines()[-1].strip()) if text else None
         return Gold("choice", bare(line[2]), line[1]) if line else None
     rest = bare(re.sub(r"^(?:\\(?![A-Za-z])|[~\s])+", "", match["rest"]))
     delimited = re.match(r"\s*[A-Z]\s", text) is None
-    if rest and not delimited and not re.match(r"[A-Z][a-z]", rest):
-        return None
-    if re.match(r"[-+*/^_=<>']", rest):
+    if (rest and not delimited and not re.match(r"[A-Z][a-z]", rest)) or re.match(r"[-+*/^_=<>']", rest):
         return None
     return Gold("choice", rest.splitlines()[0] if rest else "", match[1])
 
@@ -226,13 +217,6 @@ def _is_words(text: str) -> bool:
     return len(inner) > 2 or not inner.isascii() or inner != text
 
 
-def _is_naming(gold: str, text: str) -> bool:
-    """Words that name something, not an argument: few, without the words by which a sentence argues."""
-    if "\\text" in gold or "\\mathrm" in gold:
-        return True
-    return len(text.split()) <= _MAX_NAMING_WORDS and not _ARGUES.search(text)
-
-
 def _spaced(text: str, *, fold: bool = True) -> str:
     text = re.sub(r"\\text\s*\{([^{}]*)\}(?=_)|(?<=[0-9}])\\text\s*\{([A-Z][^{}]*)\}", r"\1\2", text)
     text = re.sub(r"(?<=[0-9])\s*([apAP])\.?([mM])\b\.?", r" \1\2", text)
@@ -249,29 +233,24 @@ def _lines(text: str) -> str:
 def _matches(gold: Gold, answer: Answer) -> bool:
     if gold.kind == "choice":
         return _matches_choice(gold, answer)
-    if gold.kind == "choices":
-        text = answer.text if answer.marked else bare(after_lead(answer.text) or answer.text)
-        return bool(_CHOICES.fullmatch(text) or re.fullmatch("[A-H]{2,8}", text)) and _letters(text) == gold.text
-    if gold.kind in ("text", "words", "based"):
-        return _matches_text(gold, answer)
-    return _matches_value(gold.text, answer)
-
-
-def _matches_text(gold: Gold, answer: Answer) -> bool:
+    if gold.kind == "value":
+        return _matches_value(gold.text, answer)
     tail = None if answer.marked else after_lead(answer.text)
-    candidates = [answer.text] + ([bare(tail)] if tail is not None else [])
+    last = answer.text if tail is None else bare(tail)
+    if gold.kind == "choices":
+        text = answer.text if answer.marked else bare(tail or answer.text)
+        return bool(_CHOICES.fullmatch(text) or re.fullmatch("[A-H]{2,8}", text)) and _letters(text) == gold.text
     if gold.kind == "based":
-        runs = expressions(candidates[-1])
-        return _based((runs or candidates)[-1]) == gold.text
-    alike = _lines if gold.kind == "text" else _spaced
-    if any(alike(candidate) == gold.text for candidate in candidates):
+        return _based((expressions(last) or [last])[-1]) == gold.text
+    if gold.kind == "words":
+        return gold.text in (_spaced(answer.text), _spaced(last))
+    if gold.text in (_lines(answer.text), _lines(last)):
         return True
-    if gold.kind == "text" and not answer.marked:
-        for pattern in _TEXT_PATTERNS:
-            if pattern.fullmatch(gold.text):
-                found = [match[0] for match in pattern.finditer(candidates[-1])]
-                return bool(found) and _spaced(found[-1]) == gold.text
-    return False
+    pattern = next((pattern for pattern in _TEXT_PATTERNS if pattern.fullmatch(gold.text)), None)
+    if answer.marked or pattern is None:
+        return False
+    found = [match[0] for match in pattern.finditer(last)]
+    return bool(found) and _spaced(found[-1]) == gold.text
 
 
 _LEADS_LETTER = re.compile(
@@ -282,6 +261,7 @@ _ANY_LETTER = re.compile(
     r"(?<![A-Za-z0-9_^\\{|°+=-])(?<![0-9] )(?<!circ )(\(?)([A-Z])(\)?)(?![A-Za-z0-9_^'’|]|\s*[-+=*<>])"
 )
 _ALTERNATIVE = re.compile(r"\s*\)?(?:[*\s]*(?:(?:,|/|、|and|or|&|或|和)\s*)+|[ *]+)\(?(?!I\s+[a-z])[A-Z](?![A-Za-z])")
+_STANDS_ALONE = re.compile(rf"\W{{10}}|\W{{0,9}}(?:$|[.,;:。，])|{_ALTERNATIVE.pattern}")
 _DENIED_BEFORE = re.compile(
     r"(?:(?i:\b(?:not|nor|neither|never|cannot|than|except|wrong|false|incorrect)|n['’]t)\b|[不非错])[^.,;:。，A-Z]{0,20}$"
 )
@@ -298,13 +278,10 @@ def _matches_choice(gold: Gold, answer: Answer) -> bool:
     letter = _answered_letter(answer)
     if letter is not None:
         return letter == gold.letter
-    if gold.text and _LETTER_ONLY.fullmatch(answer.text) is None:
+    if gold.text and re.fullmatch(r"\W*[A-Z]\W*", answer.text) is None:
         inner = read_gold(gold.text)
         return inner is not None and inner.kind != "choice" and _matches(inner, answer)
     return False
-
-
-_LETTER_ONLY = re.compile(r"\W*[A-Z]\W*")
 
 
 def _answered_letter(answer: Answer) -> str | None:
@@ -323,23 +300,18 @@ def _answered_letter(answer: Answer) -> str | None:
     if answer.marked:
         return None
     found = [
-        m
-        for m in _ANY_LETTER.finditer(text)
-        if not _denied(text, m, 2)
-        if m[1] or m[3] or m[2] not in "AI" or _ends(text, m.end()) or _ALTERNATIVE.match(text, m.end())
+        letter
+        for letter in _ANY_LETTER.finditer(text)
+        if not _denied(text, letter, 2)
+        if letter[1] or letter[3] or letter[2] not in "AI" or _STANDS_ALONE.match(text, letter.end())
     ]
-    if not found:
-        return None
-    last = found[-1]
-    if len(found) > 1 and _ALTERNATIVE.fullmatch(text, found[-2].end(), last.end(2)):
+    if len(found) > 1 and _ALTERNATIVE.fullmatch(text, found[-2].end(), found[-1].end(2)):
         return ""
-    return last[2]
+    return found[-1][2] if found else None
 
 
-def _ends(text: str, index: int) -> bool:
-    return re.match(r"\W*(?:$|[.,;:。，])", text[index : index + 10]) is not None
-
-
+_LETTER_UNIT = re.compile(r"(?<=[0-9]) [A-Za-z](?=\s*(?:[-+=,]|$))")  # 353 g - 79 g = 274 g, for a gold 274
+_DENIED_NUMBER = re.compile(r"(?:\b(?:is|are|be) not|\bcannot be|\bisn['’]t)\s+[^\s0-9]?[0-9]\S*")
 _UNKNOWN_OPERATOR = re.compile(r"(?<!\\)[?@#&~](?!\s*$)|\?\s*$")
 
 
@@ -352,12 +324,6 @@ def _matches_value(gold: str, answer: Answer) -> bool:
     if all(is_expression(part) or is_number(part, loose=True) for part in split_list(text)):
         return same_value(gold, text)
     return _matches_prose(gold, text)
-
-
-_LETTER_UNIT = re.compile(r"(?<=[0-9]) [A-Za-z](?=\s*(?:[-+=,]|$))")  # 353 g - 79 g = 274 g, for a gold 274
-
-
-_DENIED_NUMBER = re.compile(r"(?:\b(?:is|are|be) not|\bcannot be|\bisn['’]t)\s+[^\s0-9]?[0-9]\S*")
 
 
 def _matches_prose(gold: str, text: str) -> bool:

@@ -10,6 +10,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+OPENING, CLOSING = r"\\\{|\\langle(?![A-Za-z])|[(\[{]", r"\\\}|\\rangle(?![A-Za-z])|[)\]}]"
+BRACKET, _BRACE = re.compile(rf"({OPENING})|({CLOSING})"), re.compile(r"(\{)|(\})|\\.", re.DOTALL)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _DIGITS = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 NUMBER = rf"(?:{_DIGITS})(?:[eE][+-]?[0-9]{{1,3}}(?![0-9a-zA-Z]))?"
@@ -30,11 +32,30 @@ class Box(NamedTuple):
 
 def last_box(text: str) -> Box:
     """The content of the last \\boxed{...}, with balanced braces (escaped ones do not count)."""
-    starts = list(_BOX.finditer(text))
-    if not starts:
-        return Box(None, True)
-    end = _closing_brace(text, starts[-1].end(), len(text))
-    return Box(None, False) if end is None else Box(text[starts[-1].end() : end].strip(), True)
+    _, end, content = next(_boxes(text), (0, 0, None))
+    return Box(content, end is not None)
+
+
+def _boxes(text: str) -> Iterator[tuple[int, int | None, str | None]]:
+    """From the last one to the first: where a box begins, where it ends and what it holds (None if it never closes)."""
+    limit = len(text)
+    for match in reversed(list(_BOX.finditer(text))):
+        end = closing_end(text, match.end(), _BRACE, limit)
+        yield match.start(), end, None if end is None else text[match.end() : end - 1].strip()
+        limit = match.start()
+
+
+def closing_end(text: str, begin: int, brackets: re.Pattern[str], limit: int | None = None) -> int | None:
+    """The end of the bracket that closes one which was opened just before `begin`; None without it.
+
+    brackets: matches those that open as its first group, those that close as its second.
+    """
+    depth = 1
+    for match in brackets.finditer(text, begin, len(text) if limit is None else limit):
+        depth += bool(match[1]) - bool(match[2])
+        if depth == 0:
+            return match.end()
+    return None
 
 
 # What may stand between two boxes of one list: nothing but markup, or up to four words, the last of them a comma,
@@ -55,35 +76,20 @@ def last_boxes(text: str) -> list[str] | None:
 
     A box written twice is one answer. Boxes with prose between them are steps or second thoughts: the last counts.
     """
-    starts = list(_BOX.finditer(text))
-    if not starts:
-        return []
     contents: list[str] = []
-    limit, next_start = len(text), -1
-    for match in reversed(starts):
-        end = _closing_brace(text, match.end(), limit)
-        if end is None:
+    next_begin = 0
+    for begin, end, content in _boxes(text):
+        if content is None or end is None:
             if not contents:
                 return None
             break
-        if len(contents) == _MAX_BOXES:
-            break
         if contents:
-            between = typeset_words(text[end + 1 : next_start]) if next_start - end <= _MAX_BETWEEN else None
-            if between is None or not _BETWEEN_BOXES.fullmatch(between):
+            between = text[end:next_begin] if next_begin - end < _MAX_BETWEEN else "..."
+            if len(contents) == _MAX_BOXES or not _BETWEEN_BOXES.fullmatch(typeset_words(between)):
                 break
-        contents.append(text[match.end() : end].strip())
-        limit = next_start = match.start()
+        contents.append(content)
+        next_begin = begin
     return list(dict.fromkeys(reversed(contents)))
-
-
-def _closing_brace(text: str, begin: int, limit: int) -> int | None:
-    depth = 1
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, begin, limit):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return match.start()
-    return None
 
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
@@ -314,9 +320,7 @@ def units_conflict(first: str | None, second: str | None) -> bool:
     return max(len(first), len(second)) <= 12
 
 
-_DEPTH = re.compile(r"\\[{}]|\\[a-zA-Z]+|\\.|[()\[\]{}]|[,;、，]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|和|或")
-
-
+_SEPARATOR = r"[,;、，]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|和|或"
 _GROUPS, _GROUP = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})*$"), re.compile(r"[0-9]{3}(?![0-9])")
 
 
@@ -325,31 +329,30 @@ def split_list(text: str) -> list[str]:
 
     A comma before exactly three digits, without a space, groups thousands.
     """
-    cuts: list[tuple[int, int, str]] = []
-    for match in top_level(text, _DEPTH):
-        separator = match[0]
-        before, after = text[max(0, match.start() - 40) : match.start()], text[match.end() : match.end() + 4]
-        if separator == "," and _GROUPS.search(before) and _GROUP.match(after):
-            continue
-        cuts.append((match.start(), match.end(), separator))
-    if any(separator in ";" for _, _, separator in cuts):
-        cuts = [cut for cut in cuts if cut[2] == ";"]
-    parts, begin = [], 0
-    for start, end, _ in cuts:
-        parts.append(text[begin:start].strip())
-        begin = end
-    parts.append(text[begin:].strip())
-    return [part for part in parts if part] if len(parts) > 1 else [text.strip()]
+    cuts = []
+    for cut in top_level(text, _SEPARATOR):
+        grouped = _GROUPS.search(text[max(0, cut.start() - 40) : cut.start()]) and _GROUP.match(text, cut.end())
+        if cut[0] != "," or not grouped:
+            cuts.append(cut)
+    return _between(text, [cut for cut in cuts if cut[0] == ";"] or cuts) if cuts else [text.strip()]
 
 
-def top_level(text: str, tokens: re.Pattern[str]) -> Iterator[re.Match[str]]:
-    """The matches of `tokens` outside all brackets; a half-open interval's brackets close each other."""
+def split_items(text: str) -> list[str]:
+    """The parts of what stands between brackets, where every comma separates."""
+    return _between(text, list(top_level(text, "[,;、]")))
+
+
+def _between(text: str, cuts: list[re.Match[str]]) -> list[str]:
+    begins, ends = [0, *(cut.end() for cut in cuts)], [*(cut.start() for cut in cuts), len(text)]
+    parts = (text[begin:end].strip() for begin, end in zip(begins, ends))
+    return [part for part in parts if part]
+
+
+def top_level(text: str, tokens: str) -> Iterator[re.Match[str]]:
+    """The matches of a pattern outside all brackets; a half-open interval's brackets close each other."""
     depth = 0
-    for match in tokens.finditer(text):
-        token = match[0]
-        if token in ("(", "[", "{", "\\{", "\\langle"):
-            depth += 1
-        elif token in (")", "]", "}", "\\}", "\\rangle"):
-            depth = max(0, depth - 1)
-        elif depth == 0 and not token.startswith("\\"):
+    for match in re.finditer(rf"{BRACKET.pattern}|({tokens})|\\[a-zA-Z]+|\\.", text):
+        if match[3] is None:
+            depth = max(0, depth + bool(match[1]) - bool(match[2]))
+        elif depth == 0:
             yield match

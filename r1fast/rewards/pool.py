@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from threading import Lock
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -40,16 +39,19 @@ Table = Mapping[str, Sequence[Any]]
 class RewardResult:
     """values: reward name -> float64 [N], NaN where it gave None or failed. total: weighted sum over the rewards
     that applied, NaN where none did. failures: one text per reason, naming reward, rows and reason.
-    failed: bool [N], True where any reward failed: such a completion is not scored, rather than scored low.
     failed_by, exceeded: reward name -> bool [N]: where this one failed, and where its value is 0 because the
     completion alone passed the limits of time or memory or ended the worker."""
 
     values: dict[str, np.ndarray]
     total: np.ndarray
     failures: list[str]
-    failed: np.ndarray
     failed_by: dict[str, np.ndarray]
     exceeded: dict[str, np.ndarray]
+
+    @property
+    def failed(self) -> np.ndarray:
+        """bool [N], True where any reward failed: such a completion is not scored, rather than scored low."""
+        return np.logical_or.reduce(list(self.failed_by.values()))
 
 
 class RewardPool:
@@ -81,17 +83,14 @@ class RewardPool:
         self._lock = Lock()
         self._idle: dict[str, list[WorkerProcess]] = {}  # by what shares a process
         self._workers: list[WorkerProcess] = []
-        self._told: set[str] = set()  # failures whose whole text has been logged
-        self._closer = weakref.finalize(
-            self, _kill_all, self._workers
-        )  # also when the pool is dropped, or Python exits
+        self._told: set[tuple[str, str]] = set()  # reward and kind of the failures whose whole text has been logged
+        # Also when the pool is dropped, or Python exits.
+        self._closer = weakref.finalize(self, _kill_all, self._workers)
 
     def __enter__(self) -> "RewardPool":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -130,13 +129,17 @@ class RewardPool:
         chunk_rows = max(1, min(MAX_CHUNK_ROWS, math.ceil(num_rows / self._num_workers)))
         chunks = [range(i, min(i + chunk_rows, num_rows)) for i in range(0, num_rows, chunk_rows)]
         prompt_of = partial(_without_completion, table)
-        isolations = [
-            Isolation(partial(self._call, reward, table), self.timeout_s, prompt_of) for reward in self._rewards
-        ]
-        calls = [(isolation, rows) for isolation in isolations for rows in chunks]
+        isolations = {
+            reward.name: Isolation(partial(self._call, reward, table), self.timeout_s, prompt_of)
+            for reward in self._rewards
+        }
+        outcomes = {name: Outcome() for name in isolations}
+        calls = [(name, rows) for name in isolations for rows in chunks]
         with ThreadPoolExecutor(self._num_workers) as executor:
-            outcomes = list(executor.map(lambda call: call[0].score(call[1]), calls))
-        return self._gather(outcomes, len(chunks), num_rows)
+            parts = executor.map(lambda call: isolations[call[0]].score(call[1]), calls)
+            for (name, _), part in zip(calls, parts):
+                outcomes[name].add(part)
+        return self._gather(outcomes, num_rows)
 
     def _call(
         self,
@@ -164,44 +167,31 @@ class RewardPool:
             with self._lock:
                 idle.append(worker)
 
-    def _gather(self, outcomes: list[Outcome], num_chunks: int, num_rows: int) -> RewardResult:
-        names = [reward.name for reward in self._rewards]
-        values = {name: np.full(num_rows, np.nan) for name in names}
-        failed = {name: np.zeros(num_rows, dtype=bool) for name in names}
-        exceeded = {name: np.zeros(num_rows, dtype=bool) for name in names}
-        failures: list[str] = []
-        for i, name in enumerate(names):
-            reasons: dict[str, tuple[str, list[int]]] = {}  # by kind
-            for outcome in outcomes[i * num_chunks : (i + 1) * num_chunks]:
-                values[name][list(outcome.values)] = np.array(list(outcome.values.values()), dtype=float)  # None: nan
-                failed[name][list(outcome.failed)] = True
-                exceeded[name][list(outcome.exceeded)] = True
-                why = outcome.failed | {
-                    row: f"{reason}; it is the completion alone, which scores 0"
-                    for row, reason in outcome.exceeded.items()
-                }
-                for row, reason in why.items():
-                    reasons.setdefault(_kind(reason), (reason, []))[1].append(row)
-            texts = {k: f"reward {name!r}, {_row_text(rows)}: {reason}" for k, (reason, rows) in reasons.items()}
-            failures += texts.values()
-            self._tell({f"{name} {kind}": text for kind, text in texts.items()})
-        any_failed = np.logical_or.reduce(list(failed.values()))
-        return RewardResult(values, self._weighted_total(values, num_rows), failures, any_failed, failed, exceeded)
+    def _gather(self, outcomes: dict[str, Outcome], num_rows: int) -> RewardResult:
+        rows = range(num_rows)
+        values = {name: np.array([each.values[row] for row in rows], dtype=float) for name, each in outcomes.items()}
+        failed_by = {name: np.array([row in each.failed for row in rows], bool) for name, each in outcomes.items()}
+        exceeded = {name: np.array([row in each.exceeded for row in rows], bool) for name, each in outcomes.items()}
+        total = sum(reward.weight * np.nan_to_num(values[reward.name]) for reward in self._rewards)
+        applied = ~np.all([np.isnan(column) for column in values.values()], axis=0)
+        failures = [text for name, outcome in outcomes.items() for text in self._failures(name, outcome)]
+        return RewardResult(values, np.where(applied, total, np.nan), failures, failed_by, exceeded)
 
-    def _tell(self, texts: dict[str, str]) -> None:
-        """Log each kind of failure once in the life of the pool."""
-        for kind, text in texts.items():
-            if kind not in self._told:
-                logger.warning("%s", text)
-        self._told |= texts.keys()
-
-    def _weighted_total(self, values: dict[str, np.ndarray], num_rows: int) -> np.ndarray:
-        total, applied = np.zeros(num_rows), np.zeros(num_rows, dtype=bool)
-        for reward in self._rewards:
-            scored = ~np.isnan(values[reward.name])
-            total[scored] += reward.weight * values[reward.name][scored]
-            applied |= scored
-        return np.where(applied, total, np.nan)
+    def _failures(self, name: str, outcome: Outcome) -> list[str]:
+        """One text per kind of failure; each kind is logged once in the life of the pool."""
+        why = outcome.failed | {
+            row: f"{reason}; it is the completion alone, which scores 0" for row, reason in outcome.exceeded.items()
+        }
+        rows_by_kind: dict[str, list[int]] = {}
+        for row, reason in why.items():
+            rows_by_kind.setdefault(_kind(reason), []).append(row)
+        texts = []
+        for kind, rows in rows_by_kind.items():
+            texts.append(f"reward {name!r}, {_row_text(rows)}: {why[rows[0]]}")
+            if (name, kind) not in self._told:
+                logger.warning("%s", texts[-1])
+                self._told.add((name, kind))
+        return texts
 
 
 def headline(failure: str) -> str:
@@ -222,12 +212,12 @@ def _row_text(rows: list[int]) -> str:
     """rows 0-63, 70 and 12 others"""
     spans: list[list[int]] = []
     for row in sorted(rows):
-        if spans and row == spans[-1][1] + 1:
-            spans[-1][1] = row
+        if spans and row == spans[-1][-1] + 1:
+            spans[-1].append(row)
         else:
-            spans.append([row, row])
-    shown = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans[:5])
-    others = sum(last - first + 1 for first, last in spans[5:])
+            spans.append([row])
+    shown = ", ".join(f"{span[0]}" if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans[:5])
+    others = sum(map(len, spans[5:]))
     return f"row{'s' if len(rows) > 1 else ''} {shown}" + (f" and {others} others" if others else "")
 
 
@@ -256,33 +246,35 @@ class _Reward:
         function = resolve(name)
         parameters = _signature(name, function)
         named = {key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        for key in options:
-            if key not in named or key in ("prompts", "completions", "completion_ids"):
-                allowed = sorted(named - {"prompts", "completions", "completion_ids"})
-                raise ValueError(
-                    f"reward {name!r} has no keyword {key!r}, expected one of {allowed}{did_you_mean(key, allowed)}"
-                )
+        allowed = sorted(named - {"prompts", "completions", "completion_ids"})
+        for key in options.keys() - set(allowed):
+            hint = did_you_mean(key, allowed)
+            raise ValueError(f"reward {name!r} has no keyword {key!r}, expected one of {allowed}{hint}")
         # `**_` is there to swallow columns, `**columns` to read them.
         takes_all = any(p.kind is p.VAR_KEYWORD and not key.startswith("_") for key, p in parameters.items())
-        required = {key for key in named if parameters[key].default is inspect.Parameter.empty} - set(options)
+        required = frozenset(
+            key for key in named - options.keys() if parameters[key].default is inspect.Parameter.empty
+        )
         if absent := required.intersection(_ONLY_IN_TRL):
             raise ValueError(
                 f"reward {name!r} needs {sorted(absent)}, which only TRL's trainer passes; give the parameter a default"
             )
-        accepted = None if takes_all else frozenset(named)
         location = locate(name)
-        process = "r1fast" if is_builtin(function) else location
-        chats = takes_messages(name, function)
-        return cls(name, location, process, float(weight), options, accepted, frozenset(required), chats)
+        return cls(
+            name=name,
+            location=location,
+            process="r1fast" if is_builtin(function) else location,
+            weight=float(weight),
+            options=options,
+            accepted=None if takes_all else frozenset(named),
+            required_columns=required,
+            takes_messages=takes_messages(name, function),
+        )
 
     def arguments(self, table: Table, rows: Sequence[int], *, empty: bool = False) -> dict[str, Any]:
         """Keyword arguments of the call on these rows; empty: with completions of no tokens."""
         taken = [name for name in table if self.accepted is None or name in self.accepted]
-        kwargs: dict[str, Any]
-        if isinstance(rows, range):
-            kwargs = {name: list(table[name][rows.start : rows.stop]) for name in taken}
-        else:
-            kwargs = {name: [table[name][row] for row in rows] for name in taken}
+        kwargs: dict[str, Any] = {name: [table[name][row] for row in rows] for name in taken}
         if empty:
             blank = {"completions": "", "completion_ids": []}
             kwargs |= {name: [value for _ in rows] for name, value in blank.items() if name in kwargs}
@@ -303,9 +295,8 @@ def _signature(name: str, function: Callable[..., Any]) -> Mapping[str, inspect.
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"reward {name!r} has no readable signature ({error}); wrap it in a Python function"
-        ) from error
+        text = f"reward {name!r} has no readable signature ({error}); wrap it in a Python function"
+        raise ValueError(text) from error
     for key, parameter in parameters.items():
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise ValueError(f"reward {name!r} takes {key!r} by position only; columns are passed by name")

@@ -116,7 +116,7 @@ class WorkerProcess:
         with theirs:
             return subprocess.Popen(
                 [sys.executable, "-m", "r1fast.rewards.worker", str(os.getpid()), str(self._memory_bytes)],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=2,  # what rewards print
                 env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
                 start_new_session=True,

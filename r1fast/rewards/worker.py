@@ -35,7 +35,7 @@ def serve() -> None:
     socket = os.dup(0)
     with open(os.devnull) as null:
         os.dup2(null.fileno(), 0)
-    requests, replies = open(socket, "rb"), open(socket, "wb", closefd=False)
+    requests, replies = os.fdopen(socket, "rb"), os.fdopen(socket, "wb", closefd=False)
     functions: dict[str, Callable[..., Any]] = {}
     own_pid = _getpid()
     while header := requests.read(HEADER.size):
