@@ -59,6 +59,25 @@ _ARGUES = re.compile(
     re.IGNORECASE,
 )
 _MAX_NAMING_WORDS = 6
+_BASED = re.compile(r"\(?([0-9][0-9A-Za-z]*)\)?_[{\s]*(?:\\text\{)?\s*([0-9]+|[a-z]+)[}\s]*")
+_BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
+          "ten": "10", "twelve": "12", "sixteen": "16"}  # fmt: skip
+_LEADS_LETTER = re.compile(
+    r"(?:(?i:\b(?:answer|option|choice|réponse|respuesta|antwort|select|choose|pick)\b)[^A-Z.\n]{0,30}?|答案[^A-Z。\n]{0,10}?|[故应]?选[^A-Z。\n]{0,5}?)"
+    rf"{_LETTER}(?![A-Za-z])",
+)
+_ANY_LETTER = re.compile(
+    r"(?<![A-Za-z0-9_^\\{|°+=-])(?<![0-9] )(?<!circ )(\(?)([A-Z])(\)?)(?![A-Za-z0-9_^'’|]|\s*[-+=*<>])"
+)
+_ALTERNATIVE = re.compile(r"\s*\)?(?:[*\s]*(?:(?:,|/|、|and|or|&|或|和)\s*)+|[ *]+)\(?(?!I\s+[a-z])[A-Z](?![A-Za-z])")
+_STANDS_ALONE = re.compile(rf"\W{{10}}|\W{{0,9}}(?:$|[.,;:。，])|{_ALTERNATIVE.pattern}")
+_DENIED_BEFORE = re.compile(
+    r"(?:(?i:\b(?:not|nor|neither|never|cannot|than|except|wrong|false|incorrect)|n['’]t)\b|[不非错])[^.,;:。，A-Z]{0,20}$"
+)
+_DENIED_AFTER = re.compile(r"\)?[*\s]*(?:is|选项)?\s*(?:not\b|wrong|incorrect|false|不[对是正]|错)")
+_LETTER_UNIT = re.compile(r"(?<=[0-9]) [A-Za-z](?=\s*(?:[-+=,]|$))")  # 353 g - 79 g = 274 g, for a gold 274
+_DENIED_NUMBER = re.compile(r"(?:\b(?:is|are|be) not|\bcannot be|\bisn['’]t)\s+[^\s0-9]?[0-9]\S*")
+_UNKNOWN_OPERATOR = re.compile(r"(?<!\\)[?@#&~](?!\s*$)|\?\s*$")
 
 
 class Gold(NamedTuple):
@@ -159,11 +178,6 @@ def read_gold(gold: str) -> Gold | None:
     return Gold("value", text) if is_readable(text) else None
 
 
-_BASED = re.compile(r"\(?([0-9][0-9A-Za-z]*)\)?_[{\s]*(?:\\text\{)?\s*([0-9]+|[a-z]+)[}\s]*")
-_BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
-          "ten": "10", "twelve": "12", "sixteen": "16"}  # fmt: skip
-
-
 def _based(text: str) -> str:
     """101_2, 101_{2}, (101)_{\\text{two}} in one spelling; "" for anything else."""
     match = _BASED.fullmatch(text.replace("$", "").strip())
@@ -232,7 +246,11 @@ def _lines(text: str) -> str:
 
 def _matches(gold: Gold, answer: Answer) -> bool:
     if gold.kind == "choice":
-        return _matches_choice(gold, answer)
+        letter = _answered_letter(answer)
+        if letter is not None or not gold.text or re.fullmatch(r"\W*[A-Z]\W*", answer.text):
+            return letter == gold.letter
+        inner = read_gold(gold.text)
+        return inner is not None and inner.kind != "choice" and _matches(inner, answer)
     if gold.kind == "value":
         return _matches_value(gold.text, answer)
     tail = None if answer.marked else after_lead(answer.text)
@@ -253,49 +271,22 @@ def _matches(gold: Gold, answer: Answer) -> bool:
     return bool(found) and _spaced(found[-1]) == gold.text
 
 
-_LEADS_LETTER = re.compile(
-    r"(?:(?i:\b(?:answer|option|choice|réponse|respuesta|antwort|select|choose|pick)\b)[^A-Z.\n]{0,30}?|答案[^A-Z。\n]{0,10}?|[故应]?选[^A-Z。\n]{0,5}?)"
-    rf"{_LETTER}(?![A-Za-z])",
-)
-_ANY_LETTER = re.compile(
-    r"(?<![A-Za-z0-9_^\\{|°+=-])(?<![0-9] )(?<!circ )(\(?)([A-Z])(\)?)(?![A-Za-z0-9_^'’|]|\s*[-+=*<>])"
-)
-_ALTERNATIVE = re.compile(r"\s*\)?(?:[*\s]*(?:(?:,|/|、|and|or|&|或|和)\s*)+|[ *]+)\(?(?!I\s+[a-z])[A-Z](?![A-Za-z])")
-_STANDS_ALONE = re.compile(rf"\W{{10}}|\W{{0,9}}(?:$|[.,;:。，])|{_ALTERNATIVE.pattern}")
-_DENIED_BEFORE = re.compile(
-    r"(?:(?i:\b(?:not|nor|neither|never|cannot|than|except|wrong|false|incorrect)|n['’]t)\b|[不非错])[^.,;:。，A-Z]{0,20}$"
-)
-_DENIED_AFTER = re.compile(r"\)?[*\s]*(?:is|选项)?\s*(?:not\b|wrong|incorrect|false|不[对是正]|错)")
-
-
 def _denied(text: str, match: re.Match[str], group: int) -> bool:
     """Whether the letter is named as what the answer is not."""
     begin, end = match.span(group)
     return bool(_DENIED_BEFORE.search(text[max(0, begin - 30) : begin]) or _DENIED_AFTER.match(text, end))
 
 
-def _matches_choice(gold: Gold, answer: Answer) -> bool:
-    letter = _answered_letter(answer)
-    if letter is not None:
-        return letter == gold.letter
-    if gold.text and re.fullmatch(r"\W*[A-Z]\W*", answer.text) is None:
-        inner = read_gold(gold.text)
-        return inner is not None and inner.kind != "choice" and _matches(inner, answer)
-    return False
-
-
 def _answered_letter(answer: Answer) -> str | None:
     """The one letter that an answer gives; "" where it gives two, None without any."""
     text = typeset_words(answer.text).strip()
-    lower = re.fullmatch(r"\(([a-z])\)|([a-z])\)", text)
-    if lower:
-        return (lower[1] or lower[2]).upper()
+    if lower := re.fullmatch(r"\(?([a-z])\)", text):
+        return lower[1].upper()
     if leads := [match for match in _LEADS_LETTER.finditer(text) if not _denied(text, match, 1)]:
         return "" if _ALTERNATIVE.match(text, leads[-1].end()) else leads[-1][1]
     if lower := re.search(r"(?i:answer)[^A-Z()\n]{0,20}\(([a-z])\)", text):
         return lower[1].upper()
-    begin = re.match(rf"{_LETTER}(?:\s*\}}?[)\].:。,、]|\s*\}}*\s*$|(?=[^\x00-\x7f]))", text)
-    if begin:
+    if begin := re.match(rf"{_LETTER}(?:\s*\}}?[)\].:。,、]|\s*\}}*\s*$|(?=[^\x00-\x7f]))", text):
         return "" if _ALTERNATIVE.match(text, begin.end() - (text[begin.end() - 1] == ",")) else begin[1]
     if answer.marked:
         return None
@@ -308,11 +299,6 @@ def _answered_letter(answer: Answer) -> str | None:
     if len(found) > 1 and _ALTERNATIVE.fullmatch(text, found[-2].end(), found[-1].end(2)):
         return ""
     return found[-1][2] if found else None
-
-
-_LETTER_UNIT = re.compile(r"(?<=[0-9]) [A-Za-z](?=\s*(?:[-+=,]|$))")  # 353 g - 79 g = 274 g, for a gold 274
-_DENIED_NUMBER = re.compile(r"(?:\b(?:is|are|be) not|\bcannot be|\bisn['’]t)\s+[^\s0-9]?[0-9]\S*")
-_UNKNOWN_OPERATOR = re.compile(r"(?<!\\)[?@#&~](?!\s*$)|\?\s*$")
 
 
 def _matches_value(gold: str, answer: Answer) -> bool:
@@ -329,29 +315,25 @@ def _matches_value(gold: str, answer: Answer) -> bool:
 def _matches_prose(gold: str, text: str) -> bool:
     """The first expression after "the answer is", else the last one of the text."""
     text = _DENIED_NUMBER.sub(" ", text)
-    tail = after_lead(text)
-    if tail is not None:
-        tail_text = bare(tail)
-        if is_number(tail_text, loose=True) or is_expression(tail_text):
-            return same_value(gold, tail_text)
-        runs = _worth(expressions(tail), gold)
-        if runs:
+    if (tail := after_lead(text)) is not None:
+        stated = bare(tail)
+        if is_number(stated, loose=True) or is_expression(stated):
+            return same_value(gold, stated)
+        if runs := _worth(expressions(tail), gold):
             return same_value(gold, runs[0])
     runs = _worth(expressions(text), gold)
     if not runs:
         return False
     last = runs[-1]
-    parts = split_list(last)
-    if is_number(gold) and len(parts) > 1 and ", " in last and not re.search(r"(?:and|or)(?![a-z])|[()\[\]]", last):
-        last = parts[-1]  # In 1999, 35 people
     if is_number(gold):
+        if ", " in last and not re.search(r"(?:and|or)(?![a-z])|[()\[\]]", last):
+            last = split_list(last)[-1]  # In 1999, 35 people
         last = _LETTER_UNIT.sub("", last)
     return same_value(gold, last)
 
 
 def _worth(runs: list[str], gold: str) -> list[str]:
     """Runs that can answer: a gold with digits is not answered by the name of a variable."""
-    named = re.fullmatch(r"\W*(?:\\?[A-Za-z]+|[A-Za-z]_\{?\w+\}?)\W*", gold)
-    if named:
+    if re.fullmatch(r"\W*(?:\\?[A-Za-z]+|[A-Za-z]_\{?\w+\}?)\W*", gold):
         return runs
     return [run for run in runs if re.search(r"[0-9]|\\(?:pi|infty|emptyset|sqrt)|[-+*/^=<>].*[A-Za-z]", run)]

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 OPENING, CLOSING = r"\\\{|\\langle(?![A-Za-z])|[(\[{]", r"\\\}|\\rangle(?![A-Za-z])|[)\]}]"
 BRACKET, _BRACE = re.compile(rf"({OPENING})|({CLOSING})"), re.compile(r"(\{)|(\})|\\.", re.DOTALL)
+_SEPARATOR = r"[,;、，]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|和|或"
+_GROUPS, _GROUP = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})*$"), re.compile(r"[0-9]{3}(?![0-9])")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _DIGITS = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 NUMBER = rf"(?:{_DIGITS})(?:[eE][+-]?[0-9]{{1,3}}(?![0-9a-zA-Z]))?"
@@ -20,6 +22,16 @@ _MIXED = re.compile(r"([+-]?)\s*([0-9]{1,3}(?:[ ,][0-9]{3})+|[0-9]+) +([0-9]+) ?
 _SPACED_THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?")
 _BASED = re.compile(r"([0-9a-zA-Z]+)_\{?([0-9]{1,2})\}?")
 _DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+# What may stand between two boxes of one list: nothing but markup, or up to four words, the last of them a comma,
+# "and" or "or", and then the name of what the next box holds. "but" and the like take the first box back.
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s$]|\\[()\[\]]|\\q?quad)*"
+    r"(?:(?!\b(?:but|wait|no|not|so|then|thus|again|hmm)\b)[A-Za-z()]+\s*){0,4}"
+    r"(?:,|;|、|&|\b(?:and|or)\b|和|或|$)"
+    r"(?:[\s$,]|\\[()\[\]]|\\q?quad|\b(?:and|or)\b)*"
+    r"(?:[A-Za-z](?:_?\{?[A-Za-z0-9]{1,3}\}?)?(?:\([a-z]\))?\s*=\s*)?(?:[\s$]|\\[()\[\]])*"
+)
+_MAX_BETWEEN, _MAX_BOXES = 60, 100
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
@@ -58,18 +70,6 @@ def closing_end(text: str, begin: int, brackets: re.Pattern[str], limit: int | N
     return None
 
 
-# What may stand between two boxes of one list: nothing but markup, or up to four words, the last of them a comma,
-# "and" or "or", and then the name of what the next box holds. "but" and the like take the first box back.
-_BETWEEN_BOXES = re.compile(
-    r"(?:[\s$]|\\[()\[\]]|\\q?quad)*"
-    r"(?:(?!\b(?:but|wait|no|not|so|then|thus|again|hmm)\b)[A-Za-z()]+\s*){0,4}"
-    r"(?:,|;|、|&|\b(?:and|or)\b|和|或|$)"
-    r"(?:[\s$,]|\\[()\[\]]|\\q?quad|\b(?:and|or)\b)*"
-    r"(?:[A-Za-z](?:_?\{?[A-Za-z0-9]{1,3}\}?)?(?:\([a-z]\))?\s*=\s*)?(?:[\s$]|\\[()\[\]])*"
-)
-_MAX_BETWEEN, _MAX_BOXES = 60, 100
-
-
 def last_boxes(text: str) -> list[str] | None:
     """The boxes that end a text as one list: those joined by commas, "and" or "or"; [] without a box, None if the
     last one never closes.
@@ -94,21 +94,20 @@ def last_boxes(text: str) -> list[str] | None:
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-_GREEK_NAMES = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
-    "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+_GREEK = (
+    "α alpha β beta γ gamma δ delta ε epsilon ζ zeta η eta θ theta ι iota κ kappa λ lambda μ mu ν nu ξ xi π pi ρ rho "
+    "σ sigma τ tau υ upsilon φ phi χ chi ψ psi ω omega Γ Gamma Δ Delta Θ Theta Λ Lambda Ξ Xi Π Pi Σ Sigma Φ Phi Ψ Psi "
+    "Ω Omega"
 )
-_GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", _GREEK_NAMES.split(), strict=True))
-_SIGNS = {
-    **{letter: f"\\{name} " for letter, name in _GREEK.items()},
+_SIGNS = str.maketrans({
+    **{letter: f"\\{name} " for letter, name in zip(_GREEK.split()[::2], _GREEK.split()[1::2])},
     **dict.fromkeys("−‐‑‒–—﹣", "-"),
     **dict.fromkeys("\u00a0\u2007\u2009\u202f\u2008\u200a\u3000", " "),
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
     "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "÷": "/", "≤": "\\le ", "≥": "\\ge ",
     "≠": "\\ne ", "≈": "\\approx ", "∞": "\\infty ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "±": "\\pm ",
     "∅": "\\emptyset ", "°": "^\\circ ", "º": "^\\circ ", "∣": "|", "′": "'", "…": "\\ldots ",
-}  # fmt: skip
-_SIGN_TABLE = str.maketrans(_SIGNS)
+})  # fmt: skip
 _ONE_SPELLING: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -136,6 +135,8 @@ _ONE_SPELLING: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z]))", r"^\\circ "),
     )
 )  # fmt: skip
+_WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("__", "__"),
+              ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'"), ("\\text{", "}"), ("{", "}"))  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
@@ -146,7 +147,7 @@ def typeset(text: str) -> str:
         text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
         text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
         text = re.sub(r"(?<=[0-9])\s?(?=[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒])", " ", text)
-        text = unicodedata.normalize("NFKC", text.translate(_SIGN_TABLE)).replace("\u2044", "/").translate(_SIGN_TABLE)
+        text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).replace("\u2044", "/").translate(_SIGNS)
         text = re.sub(r"([√∛])\s*([0-9]+(?:\.[0-9]+)?|[A-Za-z])", r"\1{\2}", text)
         text = text.replace("√", "\\sqrt").replace("∛", "\\sqrt[3]")
     if "\\" in text or "!" in text or "=" in text or "p" in text or "~" in text:
@@ -161,10 +162,6 @@ def typeset_words(text: str) -> str:
     return re.sub(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r" \1 ", text)
 
 
-_WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("__", "__"),
-              ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'"), ("\\text{", "}"), ("{", "}"))  # fmt: skip
-
-
 def bare(text: str) -> str:
     """Without the wrapping that changes no value: $..$, \\(..\\), \\text{..}, **..**, a final full stop."""
     text = text.strip()
@@ -172,8 +169,7 @@ def bare(text: str) -> str:
         before = text
         for opening, closing in _WRAPPINGS:
             inner = text[len(opening) : -len(closing)]
-            whole = len(text) > len(opening) + len(closing) - 1 and text == opening + inner + closing
-            if whole and closing not in inner and opening not in inner:
+            if text == opening + inner + closing and closing not in inner and opening not in inner:
                 text = inner.strip()
         text = text.rstrip("。,").removesuffix("\\").strip()
         text = text if text.endswith("..") else text.removesuffix(".").rstrip()
@@ -204,20 +200,15 @@ def any_number(text: str) -> Fraction | None:
             return None
         value = int(re.sub("[ ,]", "", whole)) + Fraction(int(numerator), int(denominator))
         return -value if sign == "-" else value
-    if (match := _BASED.fullmatch(text)) and 2 <= int(match[2]) <= 36 and _fits(match[1], int(match[2])):
-        return Fraction(int(match[1], int(match[2])))
-    if _SPACED_THOUSANDS.fullmatch(text):
-        return Fraction(text.replace(" ", ""))
-    if _DECIMAL_COMMA.fullmatch(text):
-        return Fraction(text.replace(",", "."))
+    if match := _BASED.fullmatch(text):
+        digits, base = match[1], int(match[2])
+        fits = 2 <= base <= 36 and all(int(digit, 36) < base for digit in digits)
+        return Fraction(int(digits, base)) if fits else None
+    if _SPACED_THOUSANDS.fullmatch(text) or _DECIMAL_COMMA.fullmatch(text):
+        return Fraction(text.replace(" ", "").replace(",", "."))
     head, _, scale = text.rpartition(" ")
-    if scale.lower() in _SCALES and (value := plain_number(head)) is not None:
-        return value * 10 ** _SCALES[scale.lower()]
-    return None
-
-
-def _fits(digits: str, base: int) -> bool:
-    return all(int(digit, 36) < base for digit in digits)
+    number = plain_number(head) if scale.lower() in _SCALES else None
+    return None if number is None else number * 10 ** _SCALES[scale.lower()]
 
 
 def decimals(text: str) -> int:
@@ -236,8 +227,8 @@ _UNIT_NAMES = {
     "degree": "degree deg", "rad": "rad radian", "usd": "usd dollar buck", "cent": "cent", "eur": "eur euro",
     "unit": "unit", "km/h": "km/h kmh kph", "mi/h": "mph", "j": "J joule", "n": "N newton", "w": "W watt",
     "v": "V volt", "hz": "Hz hertz", "pa": "Pa pascal", "k": "K kelvin", "mol": "mol mole", "yuan": "yuan rmb",
-    "rupee": "rupee rs", "people": "people person", "piece": "piece pc", "inverse": "per", "square": "square sq",
-    "cubic": "cubic cu",
+    "rupee": "rupee rs", "people": "people person", "piece": "piece pc", "/": "per",
+    "^2": "square sq", "^3": "cubic cu",
 }  # fmt: skip
 _UNITS = {word: unit for unit, words in _UNIT_NAMES.items() for word in words.split()}
 _CURRENCIES = {"$": "usd", "\\$": "usd", "€": "eur", "£": "gbp", "¥": "yuan", "₹": "rupee"}
@@ -248,8 +239,6 @@ _WORD_UNIT = re.compile(rf"(.*?[0-9)}}%])(\s*)({_UNIT_WORDS})({_POWER})((?:\s*/\
 _DEGREES = re.compile(r"(.*?[0-9)}])\s*\^\\circ\s*([CFK]?)", re.DOTALL)
 _CURRENCY_BEFORE = re.compile(r"([+-]?)\s*(\\?\$|[€£¥₹])\s*(.*)", re.DOTALL)
 _CURRENCY_AFTER = re.compile(r"(.*?[0-9)}])\s*(\\?\$|[€£¥₹])", re.DOTALL)
-
-
 _MAX_QUANTITY = 300  # characters
 
 
@@ -277,14 +266,13 @@ def split_unit(text: str, *, loose: bool = False) -> Quantity:
         return Quantity(match[1], f"degree{match[2]}")
     if match := _TEXT_UNIT.fullmatch(text):
         return Quantity(match[1], _unit(match[2] + match[3]) or None)
-    if (match := _WORD_UNIT.fullmatch(text)) and _is_unit(match, loose):
-        if match[3] in _SCALES:
-            return Quantity(text)
-        scale, _, rest = match[3].partition(" ")
-        if scale in _SCALES:
-            return Quantity(f"{match[1]} {scale}", _unit(rest))
-        return Quantity(match[1], _unit(match[3] + match[4] + match[5]))
-    return Quantity(text)
+    match = _WORD_UNIT.fullmatch(text)
+    if not match or not _is_unit(match, loose) or match[3] in _SCALES:
+        return Quantity(text)
+    scale, _, rest = match[3].partition(" ")
+    if scale in _SCALES:
+        return Quantity(f"{match[1]} {scale}", _unit(rest))
+    return Quantity(match[1], _unit(match[3] + match[4] + match[5]))
 
 
 def _is_unit(match: re.Match[str], loose: bool) -> bool:
@@ -304,24 +292,11 @@ def _unit(words: str) -> str:
     names = []
     for word in re.findall(r"\^\s*-?[0-9]|/|[^\s/^]+", words):
         name = _UNITS.get(word) or _UNITS.get(word.lower()) or _UNITS.get(word.lower().rstrip("s")) or word.lower()
-        if name in ("square", "cubic"):
-            power = "^2" if name == "square" else "^3"
-        elif name.startswith("^"):
+        if name.startswith("^"):
             power = re.sub(r"\s", "", name)
         else:
-            names.append("/" if name == "inverse" else name)
+            names.append(name)
     return "".join(names) + power
-
-
-def units_conflict(first: str | None, second: str | None) -> bool:
-    """Whether both sides name a unit and the units differ; several words are a description, which decides nothing."""
-    if not first or not second or first == second:
-        return False
-    return max(len(first), len(second)) <= 12
-
-
-_SEPARATOR = r"[,;、，]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|和|或"
-_GROUPS, _GROUP = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})*$"), re.compile(r"[0-9]{3}(?![0-9])")
 
 
 def split_list(text: str) -> list[str]:

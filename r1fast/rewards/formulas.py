@@ -21,6 +21,25 @@ _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 # Two numbers with a space between are no product; what dots stand for is open; the parser drops primes and bases.
 _UNREADABLE = re.compile(r"[0-9]\s+[0-9]|\\[lcvd]?dots(?![a-z])|\.\.|'|\\prime|(?<![\^{A-Za-z0-9])[0-9]+\s*_")
 _BRACED, _PARENTHESES = re.compile(r"(?:\^|\\sqrt(?:\[[^\[\]]{0,9}\])?)\("), re.compile(r"(\()|(\))")
+_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|min|max|gcd|lcm|pi|infty"
+# What is written as in a programming language, as LaTeX: 7*y**2 - sqrt(3) is 7 \cdot y^{2} - \sqrt{3}.
+_NAMES: tuple[tuple[str, str], ...] = (
+    (r"\*\*", "^"),
+    (rf"(?<![A-Za-z\\])({_FUNCTIONS})(?![A-Za-z])", r"\\\1"),
+    (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty"),
+    (r"\\(sin|cos|tan|cot|sec|csc)\s*\^\s*\{?\s*-1\s*\}?", r"\\arc\1 "),
+    (r"(\^|\\sqrt(?:\[[^\[\]]*\])?)\s*(?=\()", r"\1"),
+)
+_OPERATORS: tuple[tuple[str, str], ...] = (
+    (r"_([0-9]+)(?![0-9])", r"_{\1}"),
+    (r"\^\s*([+-]?[0-9]{2,}|-[0-9A-Za-z])", r"^{\1}"),
+    (r"(\^(?:\{[^{}]*\}|[0-9]))\s+(?=[0-9])", r"\1 \\cdot "),
+    (r"\{?([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}?", r"\\binom{\1}{\2}"),
+    (r"(?<=[0-9])\s*x\s*(?=10\^)", r"\\times "),
+    (r"\\[dt]?binom\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\\frac{(\1)!}{(\2)!(\1-(\2))!}"),
+    (r"\*", r"\\cdot "),
+    (r"\\?%", r"\\%"),
+)
 
 
 def same_formula(gold: str, answer: str, *, digits: int | None = None) -> bool:
@@ -67,27 +86,6 @@ def parse(text: str) -> Any | None:
         return trees.read(latex, is_complex=bool(_COMPLEX.search(latex)), in_degrees=in_degrees)
     except Exception:  # the parser and sympy's constructors raise a dozen kinds, among them Exception itself
         return None
-
-
-_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|min|max|gcd|lcm|pi|infty"
-# What is written as in a programming language, as LaTeX: 7*y**2 - sqrt(3) is 7 \cdot y^{2} - \sqrt{3}.
-_NAMES: tuple[tuple[str, str], ...] = (
-    (r"\*\*", "^"),
-    (rf"(?<![A-Za-z\\])({_FUNCTIONS})(?![A-Za-z])", r"\\\1"),
-    (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty"),
-    (r"\\(sin|cos|tan|cot|sec|csc)\s*\^\s*\{?\s*-1\s*\}?", r"\\arc\1 "),
-    (r"(\^|\\sqrt(?:\[[^\[\]]*\])?)\s*(?=\()", r"\1"),
-)
-_OPERATORS: tuple[tuple[str, str], ...] = (
-    (r"_([0-9]+)(?![0-9])", r"_{\1}"),
-    (r"\^\s*([+-]?[0-9]{2,}|-[0-9A-Za-z])", r"^{\1}"),
-    (r"(\^(?:\{[^{}]*\}|[0-9]))\s+(?=[0-9])", r"\1 \\cdot "),
-    (r"\{?([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}?", r"\\binom{\1}{\2}"),
-    (r"(?<=[0-9])\s*x\s*(?=10\^)", r"\\times "),
-    (r"\\[dt]?binom\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\\frac{(\1)!}{(\2)!(\1-(\2))!}"),
-    (r"\*", r"\\cdot "),
-    (r"\\?%", r"\\%"),
-)
 
 
 def _latex(text: str) -> str:
