@@ -6,10 +6,9 @@ A call is one reward on up to 64 rows. When it fails:
    are tried without their completions. Three prompts lost like that in a step that has scored nothing: the reward is
    given up for the step. A prompt lost like that: its rows have no score, and are not tried.
 2. Each other row alone: on a fresh worker, which may have to import, with the whole time limit, and after that with a
-   quarter of it. What is scored keeps its score; an exception leaves its row without one.
+   quarter of it. An exception leaves its row without a score.
 3. Each row that was lost on a worker in use, alone on a fresh one, with the whole limit. Lost again, or lost on a fresh
-   worker at once, it is the row's own doing: the completion's, which then scores 0, if the row is not lost without its
-   completion; else the prompt's.
+   worker at once, it is the completion's own doing, which then scores 0, if the row is not lost without it.
 
 Time: one limit for each call, and for steps 1 to 3 of a reward BUDGET_LIMITS limits (a minute at least) in one step of
 training; rows that are not tried by then have no score.
@@ -19,20 +18,18 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from r1fast.rewards.process import CallFailed, Scored
+from r1fast.rewards.process import CallFailed
+from r1fast.rewards.worker import Scored
 
 BUDGET_LIMITS = 16.0
 LOWEST_BUDGET_S = 60.0  # short limits end before a fresh worker has started
 LATER_TRY = 0.25  # of the limit
 MAX_PROBES = 3
 
-
-class RewardCall(Protocol):
-    def __call__(self, rows: Sequence[int], timeout_s: float, *, empty: bool = False, fresh: bool = False) -> Scored:
-        """Scores rows, and says by place in `rows` why a value is missing; CallFailed. empty: without completions.
-        fresh: in a process that has seen no completion."""
+# call(rows, timeout_s, *, empty=False, fresh=False) scores rows, and says by place in `rows` why a value is missing;
+# CallFailed. empty: without completions. fresh: in a process that has seen no completion.
+RewardCall = Callable[..., Scored]
 
 
 @dataclass

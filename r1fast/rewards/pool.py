@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from threading import Lock
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from r1fast.rewards.isolation import Isolation, Outcome
-from r1fast.rewards.process import Scored, WorkerProcess, memory_share
+from r1fast.rewards.process import WorkerProcess, memory_share
 from r1fast.rewards.registry import did_you_mean, is_builtin, locate, resolve, takes_messages
+from r1fast.rewards.worker import Scored
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class RewardPool:
         self.timeout_s = timeout_s
         self._memory_bytes = memory_share(num_workers) if memory_limit_gb is None else int(memory_limit_gb * 2**30)
         self._num_workers = num_workers
-        self._rewards = [_Reward.build(name, setting) for name, setting in rewards.items()]
+        self._rewards = [_Reward(name, setting) for name, setting in rewards.items()]
         self._lock = Lock()
         self._idle: dict[str, list[WorkerProcess]] = {}  # by what shares a process
         self._workers: list[WorkerProcess] = []
@@ -87,7 +88,7 @@ class RewardPool:
         # Also when the pool is dropped, or Python exits.
         self._closer = weakref.finalize(self, _kill_all, self._workers)
 
-    def __enter__(self) -> "RewardPool":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -151,7 +152,10 @@ class RewardPool:
         empty: bool = False,
         fresh: bool = False,
     ) -> Scored:
-        kwargs = reward.arguments(table, rows, empty=empty)
+        if empty:  # completions of no tokens
+            num_rows = len(table["completions"])
+            table = {**table, "completions": [""] * num_rows, "completion_ids": [[]] * num_rows}
+        kwargs = reward.arguments(table, rows)
         with self._lock:
             idle = self._idle.setdefault(reward.process, [])
             worker = idle.pop() if idle else WorkerProcess(self._memory_bytes)
@@ -226,58 +230,41 @@ def _without_completion(table: Table, row: int) -> bytes:
     return pickle.dumps([column[row] for name, column in table.items() if name not in _PER_COMPLETION])
 
 
-@dataclass(frozen=True)
 class _Reward:
-    name: str
-    location: str
-    process: str  # rewards with the same word here share a process
-    weight: float
-    options: dict[str, Any]
-    accepted: frozenset[str] | None  # None: takes every column
-    required_columns: frozenset[str]
-    takes_messages: bool  # completions as TRL has them
+    """How a reward is found, what it is called with, and how much it counts."""
 
-    @classmethod
-    def build(cls, name: str, setting: float | Mapping[str, Any]) -> "_Reward":
-        options = dict(setting) if isinstance(setting, Mapping) else {"weight": setting}
-        weight = options.pop("weight", 1.0)
+    def __init__(self, name: str, setting: float | Mapping[str, Any]) -> None:
+        self.name = name
+        self.options = dict(setting) if isinstance(setting, Mapping) else {"weight": setting}
+        weight = self.options.pop("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"reward {name!r} has weight {weight!r}, expected a finite number or {{weight: 1.0, ...}}")
+        self.weight = float(weight)
         function = resolve(name)
         parameters = _signature(name, function)
         named = {key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         allowed = sorted(named - {"prompts", "completions", "completion_ids"})
-        for key in options.keys() - set(allowed):
-            hint = did_you_mean(key, allowed)
-            raise ValueError(f"reward {name!r} has no keyword {key!r}, expected one of {allowed}{hint}")
-        # `**_` is there to swallow columns, `**columns` to read them.
+        for key in self.options:
+            if key not in allowed:
+                hint = did_you_mean(key, allowed)
+                raise ValueError(f"reward {name!r} has no keyword {key!r}, expected one of {allowed}{hint}")
+        # None: every column. `**_` is there to swallow columns, `**columns` to read them.
         takes_all = any(p.kind is p.VAR_KEYWORD and not key.startswith("_") for key, p in parameters.items())
-        required = frozenset(
-            key for key in named - options.keys() if parameters[key].default is inspect.Parameter.empty
-        )
-        if absent := required.intersection(_ONLY_IN_TRL):
+        self.accepted = None if takes_all else named
+        self.required_columns = {key for key in named if parameters[key].default is inspect.Parameter.empty}
+        self.required_columns -= self.options.keys()
+        if absent := self.required_columns.intersection(_ONLY_IN_TRL):
             raise ValueError(
                 f"reward {name!r} needs {sorted(absent)}, which only TRL's trainer passes; give the parameter a default"
             )
-        location = locate(name)
-        return cls(
-            name=name,
-            location=location,
-            process="r1fast" if is_builtin(function) else location,
-            weight=float(weight),
-            options=options,
-            accepted=None if takes_all else frozenset(named),
-            required_columns=required,
-            takes_messages=takes_messages(name, function),
-        )
+        self.location = locate(name)
+        self.process = "r1fast" if is_builtin(function) else self.location  # shared by all with the same word here
+        self.takes_messages = takes_messages(name, function)
 
-    def arguments(self, table: Table, rows: Sequence[int], *, empty: bool = False) -> dict[str, Any]:
-        """Keyword arguments of the call on these rows; empty: with completions of no tokens."""
+    def arguments(self, table: Table, rows: Sequence[int]) -> dict[str, Any]:
+        """Keyword arguments of the call on these rows."""
         taken = [name for name in table if self.accepted is None or name in self.accepted]
         kwargs: dict[str, Any] = {name: [table[name][row] for row in rows] for name in taken}
-        if empty:
-            blank = {"completions": "", "completion_ids": []}
-            kwargs |= {name: [value for _ in rows] for name, value in blank.items() if name in kwargs}
         if self.takes_messages and "completions" in kwargs:
             kwargs["completions"] = [
                 [{"role": "assistant", "content": text}] if _is_chat(table["prompts"][row]) else text

@@ -20,13 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from r1fast.rewards.keeper import KILL_LIMIT_S
-from r1fast.rewards.worker import HEADER, MAX_REPLY_BYTES, cut
+from r1fast.rewards.worker import HEADER, MAX_REPLY_BYTES, Scored, cut
 
 LOAD_TIMEOUT_S = 120.0  # process start and the import of a user's module, which may pull in anything
 MEMORY_SHARE = 0.5  # of the machine, shared by the workers that can be busy at once
-
-# A value for each row, and by row why there is none.
-Scored = tuple[list[float | None], dict[int, str]]
 
 
 class CallFailed(Exception):

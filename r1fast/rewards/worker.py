@@ -27,6 +27,7 @@ from r1fast.rewards.registry import resolve
 HEADER = struct.Struct("<QQ")  # id of the request, bytes that follow
 MAX_REPLY_BYTES = 1 << 18  # 64 values with a reason each take 20 kB
 MAX_TEXT_CHARS, MAX_LINE_CHARS = 4000, 300
+Scored = tuple[list[float | None], dict[int, str]]  # a value for each row, and by row why there is none
 # Bound now: a reward may put other functions in their modules.
 _dumps, _getpid, _exit = json.dumps, os.getpid, os._exit
 
@@ -77,9 +78,7 @@ def _in_one_line(error: BaseException) -> str:
     return cut(" ".join(next(line for line in lines if not line.startswith(" ")).split()), MAX_LINE_CHARS)
 
 
-def _call(
-    function: Callable[..., Any], name: str, kwargs: dict[str, Any], num_rows: int
-) -> tuple[list[float | None], dict[int, str]]:
+def _call(function: Callable[..., Any], name: str, kwargs: dict[str, Any], num_rows: int) -> Scored:
     values = function(**kwargs)
     if inspect.isawaitable(values):
         import asyncio  # 50 ms that most rewards never need
@@ -92,7 +91,7 @@ async def _awaited(values: Any) -> Any:
     return await values
 
 
-def _checked_values(values: Any, num_rows: int, name: str) -> tuple[list[float | None], dict[int, str]]:
+def _checked_values(values: Any, num_rows: int, name: str) -> Scored:
     """One finite float or None (NaN counts as None) per row, and by row why another value is not taken.
 
     Raises ValueError naming the reward where there is not one value per row.
