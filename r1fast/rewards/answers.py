@@ -92,8 +92,6 @@ def last_boxes(text: str) -> list[str] | None:
     return list(dict.fromkeys(reversed(contents)))
 
 
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
-_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _GREEK = (
     "α alpha β beta γ gamma δ delta ε epsilon ζ zeta η eta θ theta ι iota κ kappa λ lambda μ mu ν nu ξ xi π pi ρ rho "
     "σ sigma τ tau υ upsilon φ phi χ chi ψ psi ω omega Γ Gamma Δ Delta Θ Theta Λ Lambda Ξ Xi Π Pi Σ Sigma Φ Phi Ψ Psi "
@@ -108,32 +106,29 @@ _SIGNS = str.maketrans({
     "≠": "\\ne ", "≈": "\\approx ", "∞": "\\infty ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "±": "\\pm ",
     "∅": "\\emptyset ", "°": "^\\circ ", "º": "^\\circ ", "∣": "|", "′": "'", "…": "\\ldots ",
 })  # fmt: skip
-_ONE_SPELLING: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\\\\(?=[A-Za-z])(?!\\\\end)", r"\\"),  # a LaTeX command that was escaped once too often
-        (r"(?<=[0-9]),\\!\s*(?=[0-9]{3})|(?<=[0-9])\s?\{\s*,\s*\}(?=[0-9]{3})", ","),
-        (r"(?<=[0-9])(?:\\[,;:]|\\ |~|\\thinspace\s)(?=[0-9]{3}(?![0-9]))", ""),
-        (r"(?<!\\)\\!", ""),
-        (r"(?<!\\)\\[,;:> ]|~|\\(?:thinspace|enspace)(?![A-Za-z])|\\q?quad", " "),
-        (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
-        (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])\.?", ""),
-        (r"\\(?:boxed|[lL]arge|bf|checkmark)(?![A-Za-z])", ""),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
-        # fonts
-        (r"\\(?:math(?:rm|bf|it|sf|tt)|boldsymbol|bm|text(?:rm|bf|it|sf|tt|normal)|mbox|textup)\s*(?=\{)", r"\\text"),
-        # upright e, i and d are the constants and the differential; a number in bold is a number
-        (r"\\text\{\s*([eid]|-?[0-9][0-9.,]*)\s*\}", r"{\1}"),
-        (r"\\text\{[\s,]*(and|or)[\s,]*\}", r" \1 "),
-        (r"\\text\{\s*(?:percent|percentage|pct|\\?%)\s*\}|(?<=[0-9}$])\s*(?:percent(?:age)?|pct)\b|\\%", "%"),
-        (r"\\lt(?![A-Za-z])", "<"),
-        (r"\\gt(?![A-Za-z])", ">"),
-        (r"\\(?:leqslant|leq)(?![A-Za-z])|<=", r"\\le "),
-        (r"\\(?:geqslant|geq)(?![A-Za-z])|>=", r"\\ge "),
-        (r"\\neq(?![A-Za-z])|!=", r"\\ne "),
-        (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z]))", r"^\\circ "),
-    )
+_ESCAPED_TWICE = re.compile(r"\\\\(?=[A-Za-z])(?!\\\\end)")
+_ONE_SPELLING: tuple[tuple[str, str], ...] = (
+    (r"(?<=[0-9]),\\!\s*(?=[0-9]{3})|(?<=[0-9])\s?\{\s*,\s*\}(?=[0-9]{3})", ","),
+    (r"(?<=[0-9])(?:\\[,;:]|\\ |~|\\thinspace\s)(?=[0-9]{3}(?![0-9]))", ""),
+    (r"(?<!\\)\\!", ""),
+    (r"(?<!\\)\\[,;:> ]|~|\\(?:thinspace|enspace)(?![A-Za-z])|\\q?quad", " "),
+    (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])\.?", ""),
+    (r"\\(?:boxed|[lL]arge|bf|checkmark)(?![A-Za-z])", ""),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
+    # fonts
+    (r"\\(?:math(?:rm|bf|it|sf|tt)|boldsymbol|bm|text(?:rm|bf|it|sf|tt|normal)|mbox|textup)\s*(?=\{)", r"\\text"),
+    # upright e, i and d are the constants and the differential; a number in bold is a number
+    (r"\\text\{\s*([eid]|-?[0-9][0-9.,]*)\s*\}", r"{\1}"),
+    (r"\\text\{[\s,]*(and|or)[\s,]*\}", r" \1 "),
+    (r"\\text\{\s*(?:percent|percentage|pct|\\?%)\s*\}|(?<=[0-9}$])\s*(?:percent(?:age)?|pct)\b|\\%", "%"),
+    (r"\\lt(?![A-Za-z])", "<"),
+    (r"\\gt(?![A-Za-z])", ">"),
+    (r"\\(?:leqslant|leq)(?![A-Za-z])|<=", r"\\le "),
+    (r"\\(?:geqslant|geq)(?![A-Za-z])|>=", r"\\ge "),
+    (r"\\neq(?![A-Za-z])|!=", r"\\ne "),
+    (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z]))", r"^\\circ "),
 )  # fmt: skip
 _WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("__", "__"),
               ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'"), ("\\text{", "}"), ("{", "}"))  # fmt: skip
@@ -144,16 +139,17 @@ def typeset(text: str) -> str:
     """One spelling: full-width digits, dashes, thin spaces, fractions as one sign, Unicode roots and powers, LaTeX's
     spaces, sizes, fonts and digit groups. No value changes."""
     if not text.isascii():
-        text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
-        text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
+        text = re.sub(r"([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+)", r"^{\1}", text)
+        text = re.sub(r"([₀₁₂₃₄₅₆₇₈₉]+)", r"_{\1}", text)
         text = re.sub(r"(?<=[0-9])\s?(?=[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒])", " ", text)
         text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).replace("\u2044", "/").translate(_SIGNS)
         text = re.sub(r"([√∛])\s*([0-9]+(?:\.[0-9]+)?|[A-Za-z])", r"\1{\2}", text)
         text = text.replace("√", "\\sqrt").replace("∛", "\\sqrt[3]")
     if "\\" in text or "!" in text or "=" in text or "p" in text or "~" in text:
+        if "\\begin" not in text:  # where a row ends with two backslashes
+            text = _ESCAPED_TWICE.sub(r"\\", text)
         for pattern, replacement in _ONE_SPELLING:
-            if "\\begin" not in text or pattern is not _ONE_SPELLING[0][0]:
-                text = pattern.sub(replacement, text)
+            text = re.sub(pattern, replacement, text)
     return text
 
 

@@ -29,7 +29,7 @@ MAX_REPLY_BYTES = 1 << 18  # 64 values with a reason each take 20 kB
 MAX_TEXT_CHARS, MAX_LINE_CHARS = 4000, 300
 Scored = tuple[list[float | None], dict[int, str]]  # a value for each row, and by row why there is none
 # Bound now: a reward may put other functions in their modules.
-_dumps, _getpid, _exit = json.dumps, os.getpid, os._exit
+_dumps, _getpid, _exit, _isinf, _isnan = json.dumps, os.getpid, os._exit, math.isinf, math.isnan
 
 
 def serve() -> None:
@@ -121,9 +121,9 @@ def _as_float(item: Any) -> float | None:
     if isinstance(item, str | bytes | bytearray) or (isinstance(item, Complex) and not isinstance(item, Real)):
         raise TypeError  # float would read "1.0", and of NumPy's complex numbers the real part
     value = float(item)
-    if math.isinf(value):
+    if _isinf(value):
         raise ValueError
-    return None if math.isnan(value) else value
+    return None if _isnan(value) else value
 
 
 def cut(text: str, limit: int = MAX_TEXT_CHARS) -> str:
