@@ -93,14 +93,15 @@ def expressions(text: str) -> list[str]:
     pieces: list[tuple[str, str]] = []  # (kind, token) of the run that grows
 
     def flush() -> None:
-        runs.extend(_tidied(pieces))
-        pieces.clear()
+        if pieces:
+            runs.extend(_tidied(pieces))
+            pieces.clear()
 
     previous, depth = "space", 0
     for match in _TOKEN.finditer(text):
         kind, token = match.lastgroup or "other", match[0]
         # Two numbers with a space between are no product.
-        after_number = [kind for kind, _ in pieces[-2:]] == ["number", "space"]
+        after_number = [piece[0] for piece in pieces[-2:]] == ["number", "space"]
         if kind == "operator":
             depth += (token in "([{") - (token in ")]}")
             if token == "-" and previous == "word":  # plan-9: a dash
