@@ -24,9 +24,8 @@ def is_adapted(function: Callable[..., Any]) -> bool:
 def adapt_verl(compute_score: Callable[..., Any]) -> Callable[..., Any]:
     """A batch reward that calls `compute_score` row by row, as verl does; a dict result gives its "score".
 
-    The gold comes from column `answer`. compute_score may be a coroutine function, whose rows then run together.
-    Its further parameters stay options of the reward; what verl passes where it has no column is "" for data_source,
-    {} for extra_info.
+    The gold comes from column `answer`; where a column is missing, verl passes "" for data_source, {} for extra_info.
+    compute_score may be a coroutine function, whose rows then run together. Its further parameters stay options.
     """
     parameters = inspect.signature(compute_score).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -40,15 +39,10 @@ def adapt_verl(compute_score: Callable[..., Any]) -> Callable[..., Any]:
         **given: Any,
     ) -> Any:
         chosen = {name: value for name, value in given.items() if name in options}
+        sources, extras = data_source or [""] * len(completions), extra_info or [None] * len(completions)
         results = []
-        for index, (completion, gold) in enumerate(zip(completions, answer, strict=True)):
-            row = {
-                "data_source": "" if data_source is None else data_source[index],
-                "solution_str": completion,
-                "ground_truth": gold,
-                "extra_info": {} if extra_info is None else extra_info[index] or {},
-            }
-            known = {name: value for name, value in row.items() if takes_any or name in parameters}
+        for row in zip(sources, completions, answer, ({} if extra is None else extra for extra in extras), strict=True):
+            known = {name: value for name, value in zip(_VERL_ROW, row) if takes_any or name in parameters}
             results.append(compute_score(**known, **chosen))
         if results and inspect.isawaitable(results[0]):
             return _together(results)

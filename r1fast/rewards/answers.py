@@ -10,6 +10,10 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+OPENING, CLOSING = r"\\\{|\\langle(?![A-Za-z])|[(\[{]", r"\\\}|\\rangle(?![A-Za-z])|[)\]}]"
+BRACKET, _BRACE = re.compile(rf"({OPENING})|({CLOSING})"), re.compile(r"(\{)|(\})|\\.", re.DOTALL)
+_SEPARATOR = r"[,;、，]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|和|或"
+_GROUPS, _GROUP = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})*$"), re.compile(r"[0-9]{3}(?![0-9])")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _DIGITS = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 NUMBER = rf"(?:{_DIGITS})(?:[eE][+-]?[0-9]{{1,3}}(?![0-9a-zA-Z]))?"
@@ -18,6 +22,16 @@ _MIXED = re.compile(r"([+-]?)\s*([0-9]{1,3}(?:[ ,][0-9]{3})+|[0-9]+) +([0-9]+) ?
 _SPACED_THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?")
 _BASED = re.compile(r"([0-9a-zA-Z]+)_\{?([0-9]{1,2})\}?")
 _DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+# What may stand between two boxes of one list: nothing but markup, or up to four words, the last of them a comma,
+# "and" or "or", and then the name of what the next box holds. "but" and the like take the first box back.
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s$]|\\[()\[\]]|\\q?quad)*"
+    r"(?:(?!\b(?:but|wait|no|not|so|then|thus|again|hmm)\b)[A-Za-z()]+\s*){0,4}"
+    r"(?:,|;|、|&|\b(?:and|or)\b|和|或|$)"
+    r"(?:[\s$,]|\\[()\[\]]|\\q?quad|\b(?:and|or)\b)*"
+    r"(?:[A-Za-z](?:_?\{?[A-Za-z0-9]{1,3}\}?)?(?:\([a-z]\))?\s*=\s*)?(?:[\s$]|\\[()\[\]])*"
+)
+_MAX_BETWEEN, _MAX_BOXES = 60, 100
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
@@ -30,23 +44,30 @@ class Box(NamedTuple):
 
 def last_box(text: str) -> Box:
     """The content of the last \\boxed{...}, with balanced braces (escaped ones do not count)."""
-    starts = list(_BOX.finditer(text))
-    if not starts:
-        return Box(None, True)
-    end = _closing_brace(text, starts[-1].end(), len(text))
-    return Box(None, False) if end is None else Box(text[starts[-1].end() : end].strip(), True)
+    _, end, content = next(_boxes(text), (0, 0, None))
+    return Box(content, end is not None)
 
 
-# What may stand between two boxes of one list: nothing but markup, or up to four words, the last of them a comma,
-# "and" or "or", and then the name of what the next box holds. "but" and the like take the first box back.
-_BETWEEN_BOXES = re.compile(
-    r"(?:[\s$]|\\[()\[\]]|\\q?quad)*"
-    r"(?:(?!\b(?:but|wait|no|not|so|then|thus|again|hmm)\b)[A-Za-z()]+\s*){0,4}"
-    r"(?:,|;|、|&|\b(?:and|or)\b|和|或|$)"
-    r"(?:[\s$,]|\\[()\[\]]|\\q?quad|\b(?:and|or)\b)*"
-    r"(?:[A-Za-z](?:_?\{?[A-Za-z0-9]{1,3}\}?)?(?:\([a-z]\))?\s*=\s*)?(?:[\s$]|\\[()\[\]])*"
-)
-_MAX_BETWEEN, _MAX_BOXES = 60, 100
+def _boxes(text: str) -> Iterator[tuple[int, int | None, str | None]]:
+    """From the last one to the first: where a box begins, where it ends and what it holds (None if it never closes)."""
+    limit = len(text)
+    for match in reversed(list(_BOX.finditer(text))):
+        end = closing_end(text, match.end(), _BRACE, limit)
+        yield match.start(), end, None if end is None else text[match.end() : end - 1].strip()
+        limit = match.start()
+
+
+def closing_end(text: str, begin: int, brackets: re.Pattern[str], limit: int | None = None) -> int | None:
+    """The end of the bracket that closes one which was opened just before `begin`; None without it.
+
+    brackets: matches those that open as its first group, those that close as its second.
+    """
+    depth = 1
+    for match in brackets.finditer(text, begin, len(text) if limit is None else limit):
+        depth += bool(match[1]) - bool(match[2])
+        if depth == 0:
+            return match.end()
+    return None
 
 
 def last_boxes(text: str) -> list[str] | None:
@@ -55,81 +76,62 @@ def last_boxes(text: str) -> list[str] | None:
 
     A box written twice is one answer. Boxes with prose between them are steps or second thoughts: the last counts.
     """
-    starts = list(_BOX.finditer(text))
-    if not starts:
-        return []
     contents: list[str] = []
-    limit, next_start = len(text), -1
-    for match in reversed(starts):
-        end = _closing_brace(text, match.end(), limit)
-        if end is None:
+    next_begin = 0
+    for begin, end, content in _boxes(text):
+        if content is None or end is None:
             if not contents:
                 return None
             break
-        if len(contents) == _MAX_BOXES:
-            break
         if contents:
-            between = typeset_words(text[end + 1 : next_start]) if next_start - end <= _MAX_BETWEEN else None
-            if between is None or not _BETWEEN_BOXES.fullmatch(between):
+            between = text[end:next_begin] if next_begin - end < _MAX_BETWEEN else "..."
+            if len(contents) == _MAX_BOXES or not _BETWEEN_BOXES.fullmatch(typeset_words(between)):
                 break
-        contents.append(text[match.end() : end].strip())
-        limit = next_start = match.start()
+        contents.append(content)
+        next_begin = begin
     return list(dict.fromkeys(reversed(contents)))
 
 
-def _closing_brace(text: str, begin: int, limit: int) -> int | None:
-    depth = 1
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, begin, limit):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return match.start()
-    return None
-
-
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
-_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-_GREEK_NAMES = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
-    "omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+_GREEK = (
+    "α alpha β beta γ gamma δ delta ε epsilon ζ zeta η eta θ theta ι iota κ kappa λ lambda μ mu ν nu ξ xi π pi ρ rho "
+    "σ sigma τ tau υ upsilon φ phi χ chi ψ psi ω omega Γ Gamma Δ Delta Θ Theta Λ Lambda Ξ Xi Π Pi Σ Sigma Φ Phi Ψ Psi "
+    "Ω Omega"
 )
-_GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", _GREEK_NAMES.split(), strict=True))
-_SIGNS = {
-    **{letter: f"\\{name} " for letter, name in _GREEK.items()},
+_SIGNS = str.maketrans({
+    **{letter: f"\\{name} " for letter, name in zip(_GREEK.split()[::2], _GREEK.split()[1::2])},
     **dict.fromkeys("−‐‑‒–—﹣", "-"),
     **dict.fromkeys("\u00a0\u2007\u2009\u202f\u2008\u200a\u3000", " "),
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
     "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "÷": "/", "≤": "\\le ", "≥": "\\ge ",
     "≠": "\\ne ", "≈": "\\approx ", "∞": "\\infty ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "±": "\\pm ",
     "∅": "\\emptyset ", "°": "^\\circ ", "º": "^\\circ ", "∣": "|", "′": "'", "…": "\\ldots ",
-}  # fmt: skip
-_SIGN_TABLE = str.maketrans(_SIGNS)
-_ONE_SPELLING: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\\\\(?=[A-Za-z])(?!\\\\end)", r"\\"),  # a LaTeX command that was escaped once too often
-        (r"(?<=[0-9]),\\!\s*(?=[0-9]{3})|(?<=[0-9])\s?\{\s*,\s*\}(?=[0-9]{3})", ","),
-        (r"(?<=[0-9])(?:\\[,;:]|\\ |~|\\thinspace\s)(?=[0-9]{3}(?![0-9]))", ""),
-        (r"(?<!\\)\\!", ""),
-        (r"(?<!\\)\\[,;:> ]|~|\\(?:thinspace|enspace)(?![A-Za-z])|\\q?quad", " "),
-        (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
-        (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])\.?", ""),
-        (r"\\(?:boxed|[lL]arge|bf|checkmark)(?![A-Za-z])", ""),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
-        # fonts
-        (r"\\(?:math(?:rm|bf|it|sf|tt)|boldsymbol|bm|text(?:rm|bf|it|sf|tt|normal)|mbox|textup)\s*(?=\{)", r"\\text"),
-        # upright e, i and d are the constants and the differential; a number in bold is a number
-        (r"\\text\{\s*([eid]|-?[0-9][0-9.,]*)\s*\}", r"{\1}"),
-        (r"\\text\{[\s,]*(and|or)[\s,]*\}", r" \1 "),
-        (r"\\text\{\s*(?:percent|percentage|pct|\\?%)\s*\}|(?<=[0-9}$])\s*(?:percent(?:age)?|pct)\b|\\%", "%"),
-        (r"\\lt(?![A-Za-z])", "<"),
-        (r"\\gt(?![A-Za-z])", ">"),
-        (r"\\(?:leqslant|leq)(?![A-Za-z])|<=", r"\\le "),
-        (r"\\(?:geqslant|geq)(?![A-Za-z])|>=", r"\\ge "),
-        (r"\\neq(?![A-Za-z])|!=", r"\\ne "),
-        (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z]))", r"^\\circ "),
-    )
+})  # fmt: skip
+_ESCAPED_TWICE = re.compile(r"\\\\(?=[A-Za-z])(?!\\\\end)")
+_ONE_SPELLING: tuple[tuple[str, str], ...] = (
+    (r"(?<=[0-9]),\\!\s*(?=[0-9]{3})|(?<=[0-9])\s?\{\s*,\s*\}(?=[0-9]{3})", ","),
+    (r"(?<=[0-9])(?:\\[,;:]|\\ |~|\\thinspace\s)(?=[0-9]{3}(?![0-9]))", ""),
+    (r"(?<!\\)\\!", ""),
+    (r"(?<!\\)\\[,;:> ]|~|\\(?:thinspace|enspace)(?![A-Za-z])|\\q?quad", " "),
+    (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])\.?", ""),
+    (r"\\(?:boxed|[lL]arge|bf|checkmark)(?![A-Za-z])", ""),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
+    # fonts
+    (r"\\(?:math(?:rm|bf|it|sf|tt)|boldsymbol|bm|text(?:rm|bf|it|sf|tt|normal)|mbox|textup)\s*(?=\{)", r"\\text"),
+    # upright e, i and d are the constants and the differential; a number in bold is a number
+    (r"\\text\{\s*([eid]|-?[0-9][0-9.,]*)\s*\}", r"{\1}"),
+    (r"\\text\{[\s,]*(and|or)[\s,]*\}", r" \1 "),
+    (r"\\text\{\s*(?:percent|percentage|pct|\\?%)\s*\}|(?<=[0-9}$])\s*(?:percent(?:age)?|pct)\b|\\%", "%"),
+    (r"\\lt(?![A-Za-z])", "<"),
+    (r"\\gt(?![A-Za-z])", ">"),
+    (r"\\(?:leqslant|leq)(?![A-Za-z])|<=", r"\\le "),
+    (r"\\(?:geqslant|geq)(?![A-Za-z])|>=", r"\\ge "),
+    (r"\\neq(?![A-Za-z])|!=", r"\\ne "),
+    (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z]))", r"^\\circ "),
 )  # fmt: skip
+_WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("__", "__"),
+              ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'"), ("\\text{", "}"), ("{", "}"))  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
@@ -137,26 +139,23 @@ def typeset(text: str) -> str:
     """One spelling: full-width digits, dashes, thin spaces, fractions as one sign, Unicode roots and powers, LaTeX's
     spaces, sizes, fonts and digit groups. No value changes."""
     if not text.isascii():
-        text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
-        text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
+        text = re.sub(r"([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+)", r"^{\1}", text)
+        text = re.sub(r"([₀₁₂₃₄₅₆₇₈₉]+)", r"_{\1}", text)
         text = re.sub(r"(?<=[0-9])\s?(?=[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒])", " ", text)
-        text = unicodedata.normalize("NFKC", text.translate(_SIGN_TABLE)).replace("\u2044", "/").translate(_SIGN_TABLE)
+        text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).replace("\u2044", "/").translate(_SIGNS)
         text = re.sub(r"([√∛])\s*([0-9]+(?:\.[0-9]+)?|[A-Za-z])", r"\1{\2}", text)
         text = text.replace("√", "\\sqrt").replace("∛", "\\sqrt[3]")
     if "\\" in text or "!" in text or "=" in text or "p" in text or "~" in text:
+        if "\\begin" not in text:  # where a row ends with two backslashes
+            text = _ESCAPED_TWICE.sub(r"\\", text)
         for pattern, replacement in _ONE_SPELLING:
-            if "\\begin" not in text or pattern is not _ONE_SPELLING[0][0]:
-                text = pattern.sub(replacement, text)
+            text = re.sub(pattern, replacement, text)
     return text
 
 
 def typeset_words(text: str) -> str:
     """Markup of words taken off: \\text{ and } reads as `and`."""
     return re.sub(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r" \1 ", text)
-
-
-_WRAPPINGS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("__", "__"),
-              ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'"), ("\\text{", "}"), ("{", "}"))  # fmt: skip
 
 
 def bare(text: str) -> str:
@@ -166,8 +165,7 @@ def bare(text: str) -> str:
         before = text
         for opening, closing in _WRAPPINGS:
             inner = text[len(opening) : -len(closing)]
-            whole = len(text) > len(opening) + len(closing) - 1 and text == opening + inner + closing
-            if whole and closing not in inner and opening not in inner:
+            if text == opening + inner + closing and closing not in inner and opening not in inner:
                 text = inner.strip()
         text = text.rstrip("。,").removesuffix("\\").strip()
         text = text if text.endswith("..") else text.removesuffix(".").rstrip()
@@ -198,20 +196,15 @@ def any_number(text: str) -> Fraction | None:
             return None
         value = int(re.sub("[ ,]", "", whole)) + Fraction(int(numerator), int(denominator))
         return -value if sign == "-" else value
-    if (match := _BASED.fullmatch(text)) and 2 <= int(match[2]) <= 36 and _fits(match[1], int(match[2])):
-        return Fraction(int(match[1], int(match[2])))
-    if _SPACED_THOUSANDS.fullmatch(text):
-        return Fraction(text.replace(" ", ""))
-    if _DECIMAL_COMMA.fullmatch(text):
-        return Fraction(text.replace(",", "."))
+    if match := _BASED.fullmatch(text):
+        digits, base = match[1], int(match[2])
+        fits = 2 <= base <= 36 and all(int(digit, 36) < base for digit in digits)
+        return Fraction(int(digits, base)) if fits else None
+    if _SPACED_THOUSANDS.fullmatch(text) or _DECIMAL_COMMA.fullmatch(text):
+        return Fraction(text.replace(" ", "").replace(",", "."))
     head, _, scale = text.rpartition(" ")
-    if scale.lower() in _SCALES and (value := plain_number(head)) is not None:
-        return value * 10 ** _SCALES[scale.lower()]
-    return None
-
-
-def _fits(digits: str, base: int) -> bool:
-    return all(int(digit, 36) < base for digit in digits)
+    number = plain_number(head) if scale.lower() in _SCALES else None
+    return None if number is None else number * 10 ** _SCALES[scale.lower()]
 
 
 def decimals(text: str) -> int:
@@ -230,8 +223,8 @@ _UNIT_NAMES = {
     "degree": "degree deg", "rad": "rad radian", "usd": "usd dollar buck", "cent": "cent", "eur": "eur euro",
     "unit": "unit", "km/h": "km/h kmh kph", "mi/h": "mph", "j": "J joule", "n": "N newton", "w": "W watt",
     "v": "V volt", "hz": "Hz hertz", "pa": "Pa pascal", "k": "K kelvin", "mol": "mol mole", "yuan": "yuan rmb",
-    "rupee": "rupee rs", "people": "people person", "piece": "piece pc", "inverse": "per", "square": "square sq",
-    "cubic": "cubic cu",
+    "rupee": "rupee rs", "people": "people person", "piece": "piece pc", "/": "per",
+    "^2": "square sq", "^3": "cubic cu",
 }  # fmt: skip
 _UNITS = {word: unit for unit, words in _UNIT_NAMES.items() for word in words.split()}
 _CURRENCIES = {"$": "usd", "\\$": "usd", "€": "eur", "£": "gbp", "¥": "yuan", "₹": "rupee"}
@@ -242,8 +235,6 @@ _WORD_UNIT = re.compile(rf"(.*?[0-9)}}%])(\s*)({_UNIT_WORDS})({_POWER})((?:\s*/\
 _DEGREES = re.compile(r"(.*?[0-9)}])\s*\^\\circ\s*([CFK]?)", re.DOTALL)
 _CURRENCY_BEFORE = re.compile(r"([+-]?)\s*(\\?\$|[€£¥₹])\s*(.*)", re.DOTALL)
 _CURRENCY_AFTER = re.compile(r"(.*?[0-9)}])\s*(\\?\$|[€£¥₹])", re.DOTALL)
-
-
 _MAX_QUANTITY = 300  # characters
 
 
@@ -271,14 +262,13 @@ def split_unit(text: str, *, loose: bool = False) -> Quantity:
         return Quantity(match[1], f"degree{match[2]}")
     if match := _TEXT_UNIT.fullmatch(text):
         return Quantity(match[1], _unit(match[2] + match[3]) or None)
-    if (match := _WORD_UNIT.fullmatch(text)) and _is_unit(match, loose):
-        if match[3] in _SCALES:
-            return Quantity(text)
-        scale, _, rest = match[3].partition(" ")
-        if scale in _SCALES:
-            return Quantity(f"{match[1]} {scale}", _unit(rest))
-        return Quantity(match[1], _unit(match[3] + match[4] + match[5]))
-    return Quantity(text)
+    match = _WORD_UNIT.fullmatch(text)
+    if not match or not _is_unit(match, loose) or match[3] in _SCALES:
+        return Quantity(text)
+    scale, _, rest = match[3].partition(" ")
+    if scale in _SCALES:
+        return Quantity(f"{match[1]} {scale}", _unit(rest))
+    return Quantity(match[1], _unit(match[3] + match[4] + match[5]))
 
 
 def _is_unit(match: re.Match[str], loose: bool) -> bool:
@@ -298,26 +288,11 @@ def _unit(words: str) -> str:
     names = []
     for word in re.findall(r"\^\s*-?[0-9]|/|[^\s/^]+", words):
         name = _UNITS.get(word) or _UNITS.get(word.lower()) or _UNITS.get(word.lower().rstrip("s")) or word.lower()
-        if name in ("square", "cubic"):
-            power = "^2" if name == "square" else "^3"
-        elif name.startswith("^"):
+        if name.startswith("^"):
             power = re.sub(r"\s", "", name)
         else:
-            names.append("/" if name == "inverse" else name)
+            names.append(name)
     return "".join(names) + power
-
-
-def units_conflict(first: str | None, second: str | None) -> bool:
-    """Whether both sides name a unit and the units differ; several words are a description, which decides nothing."""
-    if not first or not second or first == second:
-        return False
-    return max(len(first), len(second)) <= 12
-
-
-_DEPTH = re.compile(r"\\[{}]|\\[a-zA-Z]+|\\.|[()\[\]{}]|[,;、，]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|和|或")
-
-
-_GROUPS, _GROUP = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})*$"), re.compile(r"[0-9]{3}(?![0-9])")
 
 
 def split_list(text: str) -> list[str]:
@@ -325,31 +300,30 @@ def split_list(text: str) -> list[str]:
 
     A comma before exactly three digits, without a space, groups thousands.
     """
-    cuts: list[tuple[int, int, str]] = []
-    for match in top_level(text, _DEPTH):
-        separator = match[0]
-        before, after = text[max(0, match.start() - 40) : match.start()], text[match.end() : match.end() + 4]
-        if separator == "," and _GROUPS.search(before) and _GROUP.match(after):
-            continue
-        cuts.append((match.start(), match.end(), separator))
-    if any(separator in ";" for _, _, separator in cuts):
-        cuts = [cut for cut in cuts if cut[2] == ";"]
-    parts, begin = [], 0
-    for start, end, _ in cuts:
-        parts.append(text[begin:start].strip())
-        begin = end
-    parts.append(text[begin:].strip())
-    return [part for part in parts if part] if len(parts) > 1 else [text.strip()]
+    cuts = []
+    for cut in top_level(text, _SEPARATOR):
+        grouped = _GROUPS.search(text[max(0, cut.start() - 40) : cut.start()]) and _GROUP.match(text, cut.end())
+        if cut[0] != "," or not grouped:
+            cuts.append(cut)
+    return _between(text, [cut for cut in cuts if cut[0] == ";"] or cuts) if cuts else [text.strip()]
 
 
-def top_level(text: str, tokens: re.Pattern[str]) -> Iterator[re.Match[str]]:
-    """The matches of `tokens` outside all brackets; a half-open interval's brackets close each other."""
+def split_items(text: str) -> list[str]:
+    """The parts of what stands between brackets, where every comma separates."""
+    return _between(text, list(top_level(text, "[,;、]")))
+
+
+def _between(text: str, cuts: list[re.Match[str]]) -> list[str]:
+    begins, ends = [0, *(cut.end() for cut in cuts)], [*(cut.start() for cut in cuts), len(text)]
+    parts = (text[begin:end].strip() for begin, end in zip(begins, ends))
+    return [part for part in parts if part]
+
+
+def top_level(text: str, tokens: str) -> Iterator[re.Match[str]]:
+    """The matches of a pattern outside all brackets; a half-open interval's brackets close each other."""
     depth = 0
-    for match in tokens.finditer(text):
-        token = match[0]
-        if token in ("(", "[", "{", "\\{", "\\langle"):
-            depth += 1
-        elif token in (")", "]", "}", "\\}", "\\rangle"):
-            depth = max(0, depth - 1)
-        elif depth == 0 and not token.startswith("\\"):
+    for match in re.finditer(rf"{BRACKET.pattern}|({tokens})|\\[a-zA-Z]+|\\.", text):
+        if match[3] is None:
+            depth = max(0, depth + bool(match[1]) - bool(match[2]))
+        elif depth == 0:
             yield match

@@ -11,15 +11,7 @@ from r1fast.rewards.accuracy import final_answer, last_box, score_answer
 from r1fast.rewards.language import language_ratio
 from r1fast.rewards.repetition import repetition_ratio
 
-DROP_REASONS = (
-    "incorrect",
-    "truncated",
-    "malformed",
-    "mixed_language",
-    "repetitive",
-    "long_paragraph",
-    "code_block",
-)
+DROP_REASONS = ("incorrect", "truncated", "malformed", "mixed_language", "repetitive", "long_paragraph", "code_block")
 _NGRAM = 10  # words; long enough that a careful re-check of a step is no repetition, while a loop is
 _PARAGRAPH_BREAK = re.compile(r"\n[ \t]*\n")
 

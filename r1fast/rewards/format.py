@@ -23,12 +23,8 @@ def parse_rows(
     completions: list[str], response_format: list[str] | str, prefilled: list[bool] | bool = False
 ) -> list[Parsed]:
     """Parses each completion with its row's format."""
-    rows = zip(
-        completions,
-        per_row(response_format, len(completions)),
-        per_row(prefilled, len(completions)),
-        strict=True,
-    )
+    columns = (per_row(column, len(completions)) for column in (response_format, prefilled))
+    rows = zip(completions, *columns, strict=True)
     return [get_response_format(name).parse(text, prefilled=bool(opened)) for text, name, opened in rows]
 
 

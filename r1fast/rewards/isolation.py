@@ -6,10 +6,9 @@ A call is one reward on up to 64 rows. When it fails:
    are tried without their completions. Three prompts lost like that in a step that has scored nothing: the reward is
    given up for the step. A prompt lost like that: its rows have no score, and are not tried.
 2. Each other row alone: on a fresh worker, which may have to import, with the whole time limit, and after that with a
-   quarter of it. What is scored keeps its score; an exception leaves its row without one.
+   quarter of it. An exception leaves its row without a score.
 3. Each row that was lost on a worker in use, alone on a fresh one, with the whole limit. Lost again, or lost on a fresh
-   worker at once, it is the row's own doing: the completion's, which then scores 0, if the row is not lost without its
-   completion; else the prompt's.
+   worker at once, it is the completion's own doing, which then scores 0, if the row is not lost without it.
 
 Time: one limit for each call, and for steps 1 to 3 of a reward BUDGET_LIMITS limits (a minute at least) in one step of
 training; rows that are not tried by then have no score.
@@ -19,22 +18,18 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from r1fast.rewards.process import CallFailed, Values
+from r1fast.rewards.process import CallFailed
+from r1fast.rewards.worker import Scored
 
 BUDGET_LIMITS = 16.0
 LOWEST_BUDGET_S = 60.0  # short limits end before a fresh worker has started
 LATER_TRY = 0.25  # of the limit
 MAX_PROBES = 3
 
-
-class RewardCall(Protocol):
-    def __call__(
-        self, rows: Sequence[int], timeout_s: float, *, empty: bool = False, fresh: bool = False
-    ) -> tuple[Values, dict[int, str]]:
-        """Scores rows, and says by place in `rows` why a value is missing; CallFailed. empty: without completions.
-        fresh: in a process that has seen no completion."""
+# call(rows, timeout_s, *, empty=False, fresh=False) scores rows, and says by place in `rows` why a value is missing;
+# CallFailed. empty: without completions. fresh: in a process that has seen no completion.
+RewardCall = Callable[..., Scored]
 
 
 @dataclass
@@ -44,6 +39,11 @@ class Outcome:
     values: dict[int, float | None] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     exceeded: dict[int, str] = field(default_factory=dict)
+
+    def add(self, other: "Outcome") -> None:
+        self.values |= other.values
+        self.failed |= other.failed
+        self.exceeded |= other.exceeded
 
 
 class Isolation:
@@ -56,11 +56,11 @@ class Isolation:
         self._left_s = max(BUDGET_LIMITS * timeout_s, LOWEST_BUDGET_S)
         self._without_completion: dict[Hashable, str | None] = {}  # why its call was lost
         self._has_scored = False
-        self.given_up: str | None = None  # why no further row is tried
+        self._given_up: str | None = None  # why no further row is tried
 
     def score(self, rows: Sequence[int]) -> Outcome:
         outcome = Outcome()
-        if self.given_up is None:
+        if self._given_up is None:
             try:
                 self._keep(outcome, rows, self._call(rows, self._timeout_s))
                 if outcome.failed and len(rows) > 1:  # values of a wrong kind: perhaps because of one row
@@ -70,37 +70,35 @@ class Isolation:
         for row in rows:
             if row not in outcome.values:
                 outcome.values[row] = None
-                outcome.failed.setdefault(row, self.given_up or "not tried")
+                outcome.failed.setdefault(row, self._given_up or "not tried")
         return outcome
 
     def _take_apart(self, outcome: Outcome, rows: Sequence[int], error: CallFailed) -> None:
         if error.loading:
-            self.given_up = str(error)
+            self._given_up = str(error)
         elif error.lost:
             self._probe(rows, error)
-        if self.given_up is None:
+        if self._given_up is None:
             self._alone(outcome, rows)
             if not error.lost and all(row in outcome.failed for row in rows):  # its words are about the whole call
                 outcome.failed = dict.fromkeys(rows, str(error))
-
-    def _alone(self, outcome: Outcome, rows: Sequence[int]) -> None:
-        for row in self._first_try(outcome, rows):
-            self._judge(outcome, row)
 
     def _probe(self, rows: Sequence[int], error: CallFailed) -> None:
         firsts = list({self._prompt_of(row): row for row in reversed(rows)}.values())[::-1]
         for row in sorted({firsts[i * (len(firsts) - 1) // (MAX_PROBES - 1)] for i in range(MAX_PROBES)}):
             try:
-                if self._lost_without_completion(row) is None:
-                    return
+                self._check_prompt(row)
+                return
             except _NoTimeLeft:
                 return
+            except CallFailed:
+                continue
         lost = [reason for reason in self._without_completion.values() if reason is not None]
         if len(lost) >= MAX_PROBES and not self._has_scored:
-            self.given_up = f"{error}; without completions too, so the reward is given up for this step"
+            self._given_up = f"{error}; without completions too, so the reward is given up for this step"
 
-    def _first_try(self, outcome: Outcome, rows: Sequence[int]) -> list[int]:
-        """Scores each row alone; returns those that were lost on a worker that had seen others."""
+    def _alone(self, outcome: Outcome, rows: Sequence[int]) -> None:
+        """Scores each row alone, and then once more those that were lost on a worker that had seen others."""
         suspects = []
         fresh = True
         for row in rows:
@@ -117,34 +115,26 @@ class Isolation:
                 else:
                     self._blame(outcome, row, error)
                 fresh = error.lost
-        return suspects
-
-    def _judge(self, outcome: Outcome, row: int) -> None:
-        try:
-            self._check_prompt(row)
-            self._keep(outcome, [row], self._try(row, self._timeout_s, fresh=True))
-        except CallFailed as error:
-            self._blame(outcome, row, error)
+        for row in suspects:
+            try:
+                self._check_prompt(row)
+                self._keep(outcome, [row], self._try(row, self._timeout_s, fresh=True))
+            except CallFailed as error:
+                self._blame(outcome, row, error)
 
     def _blame(self, outcome: Outcome, row: int, error: CallFailed) -> None:
         """Of a row that failed for itself."""
         try:
             if error.lost:
                 self._check_prompt(row)
-                outcome.values[row] = 0.0
-                outcome.exceeded[row] = str(error)
-            else:
-                outcome.failed[row] = str(error)
-        except CallFailed as prompt:
-            outcome.failed[row] = str(prompt)
+                outcome.values[row], outcome.exceeded[row] = 0.0, str(error)
+                return
+        except CallFailed as prompt_failed:
+            error = prompt_failed
+        outcome.failed[row] = str(error)
 
     def _check_prompt(self, row: int) -> None:
-        reason = self._lost_without_completion(row)
-        if reason is not None:
-            raise CallFailed(f"without its completion too: {reason}", lost=False)
-
-    def _lost_without_completion(self, row: int) -> str | None:
-        """Why the call of a row is lost even with an empty completion; an exception is a reward that expects one."""
+        """CallFailed if a row is lost even with an empty completion; an exception is a reward that expects one."""
         prompt = self._prompt_of(row)
         if prompt not in self._without_completion:
             reason = None
@@ -155,9 +145,10 @@ class Isolation:
             except CallFailed as error:
                 reason = str(error) if error.lost else None
             self._without_completion[prompt] = reason
-        return self._without_completion[prompt]
+        if (reason := self._without_completion[prompt]) is not None:
+            raise CallFailed(f"without its completion too: {reason}", lost=False)
 
-    def _try(self, row: int, timeout_s: float, *, empty: bool = False, fresh: bool = False) -> tuple[Values, dict]:
+    def _try(self, row: int, timeout_s: float, *, empty: bool = False, fresh: bool = False) -> Scored:
         if self._left_s <= 0:
             raise _NoTimeLeft
         start = time.monotonic()
@@ -167,7 +158,7 @@ class Isolation:
             with self._lock:
                 self._left_s -= time.monotonic() - start
 
-    def _keep(self, outcome: Outcome, rows: Sequence[int], scored: tuple[Values, dict[int, str]]) -> None:
+    def _keep(self, outcome: Outcome, rows: Sequence[int], scored: Scored) -> None:
         values, reasons = scored
         self._has_scored = True
         outcome.values |= dict(zip(rows, values, strict=True))

@@ -5,8 +5,7 @@
 The keeper is a child subreaper (prctl(2)): orphans below it become its children, whatever session or process group
 they have moved to, so it is done when it has no child left. It ends everything when the worker ends, when the pool
 asks for it (SIGTERM), and when the trainer is gone, killed included. The shield is what a reward finds as its parent;
-killing or stopping it harms nobody else. A reward runs with the rights of the trainer: one that looks for the keeper
-to kill it, or that signals every process of the user, is not held by this.
+killing or stopping it harms nobody else. A reward that looks for the keeper to kill it is not held by this.
 """
 
 import contextlib

@@ -1,18 +1,17 @@
 """R1's language-consistency reward: words of the target language / words of the chain of thought (v2 eq. 7).
 
-The papers do not say what a word is. Here it is a run of letters of one script (English, Russian, Korean, ...), or
-one character in scripts written without spaces (Chinese, Japanese, Thai). The count is by Unicode script: it needs no
-model, sees mixing word by word, and cannot tell apart two languages that share a script, such as English and German.
+The papers do not say what a word is. Here it is a run of letters of one script, or one character in scripts written
+without spaces (Chinese, Japanese, Thai). The count needs no model, sees mixing word by word, and cannot tell apart two
+languages that share a script, such as English and German.
 
 Mathematics is no foreign language. Left out are formulas, code, numbers, tags, and what mathematics writes in letters:
-single letters of the Latin and Greek alphabets (variables, angles, pi), labels of one to four capitals (triangle ABC)
-or more in alphabetical order, names of functions (sin, log, sinx), products of variables (two or three letters without
-a vowel, or beside an operator: dx, y = ax + b), units of measurement, and the arguments of \\text{} and \\mathrm{}.
-Text between two prices is prose: a `$` that opens a formula has no space after it, and the one that closes it
-none before.
+single Latin and Greek letters, labels of one to four capitals (triangle ABC) or more in alphabetical order, names of
+functions (sin, log, sinx), products of variables (two or three letters without a vowel, or beside an operator: dx,
+y = ax + b), units of measurement, and the arguments of \\text{} and \\mathrm{}. A `$` that opens a formula has no space
+after it, and the one that closes it none before: text between two prices is prose.
 
-Han characters are shared: they count for Chinese, and for Japanese only if the text holds kana. Japanese cannot be
-written without kana beyond a title, so a text of _MIN_HAN characters without any is Chinese; a shorter one is either.
+Han characters count for Chinese, and for Japanese only if the text holds kana: Japanese cannot be written without kana
+beyond a title, so a text of _MIN_HAN characters without any is Chinese; a shorter one is either.
 """
 
 import re
@@ -62,7 +61,6 @@ _NOT_PROSE = re.compile(
     r"|https?://[!-~]+",
     re.DOTALL,
 )
-
 _MIN_HAN = 4  # characters
 _SYMBOLS = re.compile(r"[A-Z]{2,4}|[b-df-hj-np-tv-xz]{2,3}|(?:sin|cos|tan|cot|log|ln|exp)[nt-z]")
 _OPERATORS = "=+*^<>≤≥×·"
@@ -91,14 +89,12 @@ def language_consistency(
 
     None without a language. A completion without a reasoning part is judged whole; one without words scores 1.0.
     """
-    values: list[float | None] = []
-    targets = per_row(language, len(completions))
-    for text, parsed, target in zip(
-        completions, parse_rows(completions, response_format, prefilled), targets, strict=True
-    ):
-        thought = text if parsed.reasoning is None else parsed.reasoning
-        values.append(language_ratio(thought, target) if target else None)
-    return values
+    parsed_rows = parse_rows(completions, response_format, prefilled)
+    rows = zip(completions, parsed_rows, per_row(language, len(completions)), strict=True)
+    return [
+        language_ratio(text if parsed.reasoning is None else parsed.reasoning, target) if target else None
+        for text, parsed, target in rows
+    ]
 
 
 def language_ratio(text: str, language: str) -> float:
@@ -118,17 +114,17 @@ def language_ratio(text: str, language: str) -> float:
 
 
 def _is_mathematics(word: str, script: str, prose: str, begin: int) -> bool:
-    if len(word) == 1:
-        return True
-    if script == "greek":
-        return False
+    if len(word) == 1 or script == "greek":
+        return len(word) == 1
     end = begin + len(word)
     before, after = prose[max(0, begin - 2) : begin].rstrip()[-1:], prose[end : end + 2].lstrip()[:1]
-    if word in _FUNCTIONS or _SYMBOLS.fullmatch(word) or (word.isupper() and "".join(sorted(set(word))) == word):
-        return True
-    if len(word) <= 3 and any(sign and sign in _OPERATORS for sign in (before, after)):
-        return True
-    return before.isdigit() and word.lower() in _UNITS
+    return bool(
+        word in _FUNCTIONS
+        or _SYMBOLS.fullmatch(word)
+        or (word.isupper() and "".join(sorted(set(word))) == word)
+        or (len(word) <= 3 and any(sign and sign in _OPERATORS for sign in (before, after)))
+        or (before.isdigit() and word.lower() in _UNITS)
+    )
 
 
 def target_scripts(language: str) -> tuple[str, ...]:

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from threading import Lock
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from r1fast.rewards.isolation import Isolation, Outcome
-from r1fast.rewards.process import Values, WorkerProcess, memory_share
+from r1fast.rewards.process import WorkerProcess, memory_share
 from r1fast.rewards.registry import did_you_mean, is_builtin, locate, resolve, takes_messages
+from r1fast.rewards.worker import Scored
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +40,19 @@ Table = Mapping[str, Sequence[Any]]
 class RewardResult:
     """values: reward name -> float64 [N], NaN where it gave None or failed. total: weighted sum over the rewards
     that applied, NaN where none did. failures: one text per reason, naming reward, rows and reason.
-    failed: bool [N], True where any reward failed: such a completion is not scored, rather than scored low.
     failed_by, exceeded: reward name -> bool [N]: where this one failed, and where its value is 0 because the
     completion alone passed the limits of time or memory or ended the worker."""
 
     values: dict[str, np.ndarray]
     total: np.ndarray
     failures: list[str]
-    failed: np.ndarray
     failed_by: dict[str, np.ndarray]
     exceeded: dict[str, np.ndarray]
+
+    @property
+    def failed(self) -> np.ndarray:
+        """bool [N], True where any reward failed: such a completion is not scored, rather than scored low."""
+        return np.logical_or.reduce(list(self.failed_by.values()))
 
 
 class RewardPool:
@@ -77,21 +80,18 @@ class RewardPool:
         self.timeout_s = timeout_s
         self._memory_bytes = memory_share(num_workers) if memory_limit_gb is None else int(memory_limit_gb * 2**30)
         self._num_workers = num_workers
-        self._rewards = [_Reward.build(name, setting) for name, setting in rewards.items()]
+        self._rewards = [_Reward(name, setting) for name, setting in rewards.items()]
         self._lock = Lock()
         self._idle: dict[str, list[WorkerProcess]] = {}  # by what shares a process
         self._workers: list[WorkerProcess] = []
-        self._told: set[str] = set()  # failures whose whole text has been logged
-        self._closer = weakref.finalize(
-            self, _kill_all, self._workers
-        )  # also when the pool is dropped, or Python exits
+        self._told: set[tuple[str, str]] = set()  # reward and kind of the failures whose whole text has been logged
+        # Also when the pool is dropped, or Python exits.
+        self._closer = weakref.finalize(self, _kill_all, self._workers)
 
-    def __enter__(self) -> "RewardPool":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -130,13 +130,17 @@ class RewardPool:
         chunk_rows = max(1, min(MAX_CHUNK_ROWS, math.ceil(num_rows / self._num_workers)))
         chunks = [range(i, min(i + chunk_rows, num_rows)) for i in range(0, num_rows, chunk_rows)]
         prompt_of = partial(_without_completion, table)
-        isolations = [
-            Isolation(partial(self._call, reward, table), self.timeout_s, prompt_of) for reward in self._rewards
-        ]
-        calls = [(isolation, rows) for isolation in isolations for rows in chunks]
+        isolations = {
+            reward.name: Isolation(partial(self._call, reward, table), self.timeout_s, prompt_of)
+            for reward in self._rewards
+        }
+        outcomes = {name: Outcome() for name in isolations}
+        calls = [(name, rows) for name in isolations for rows in chunks]
         with ThreadPoolExecutor(self._num_workers) as executor:
-            outcomes = list(executor.map(lambda call: call[0].score(call[1]), calls))
-        return self._gather(outcomes, len(chunks), num_rows)
+            parts = executor.map(lambda call: isolations[call[0]].score(call[1]), calls)
+            for (name, _), part in zip(calls, parts):
+                outcomes[name].add(part)
+        return self._gather(outcomes, num_rows)
 
     def _call(
         self,
@@ -147,8 +151,11 @@ class RewardPool:
         *,
         empty: bool = False,
         fresh: bool = False,
-    ) -> tuple[Values, dict[int, str]]:
-        kwargs = reward.arguments(table, rows, empty=empty)
+    ) -> Scored:
+        if empty:  # completions of no tokens
+            num_rows = len(table["completions"])
+            table = {**table, "completions": [""] * num_rows, "completion_ids": [[]] * num_rows}
+        kwargs = reward.arguments(table, rows)
         with self._lock:
             idle = self._idle.setdefault(reward.process, [])
             worker = idle.pop() if idle else WorkerProcess(self._memory_bytes)
@@ -164,44 +171,31 @@ class RewardPool:
             with self._lock:
                 idle.append(worker)
 
-    def _gather(self, outcomes: list[Outcome], num_chunks: int, num_rows: int) -> RewardResult:
-        names = [reward.name for reward in self._rewards]
-        values = {name: np.full(num_rows, np.nan) for name in names}
-        failed = {name: np.zeros(num_rows, dtype=bool) for name in names}
-        exceeded = {name: np.zeros(num_rows, dtype=bool) for name in names}
-        failures: list[str] = []
-        for i, name in enumerate(names):
-            reasons: dict[str, tuple[str, list[int]]] = {}  # by kind
-            for outcome in outcomes[i * num_chunks : (i + 1) * num_chunks]:
-                values[name][list(outcome.values)] = np.array(list(outcome.values.values()), dtype=float)  # None: nan
-                failed[name][list(outcome.failed)] = True
-                exceeded[name][list(outcome.exceeded)] = True
-                why = outcome.failed | {
-                    row: f"{reason}; it is the completion alone, which scores 0"
-                    for row, reason in outcome.exceeded.items()
-                }
-                for row, reason in why.items():
-                    reasons.setdefault(_kind(reason), (reason, []))[1].append(row)
-            texts = {k: f"reward {name!r}, {_row_text(rows)}: {reason}" for k, (reason, rows) in reasons.items()}
-            failures += texts.values()
-            self._tell({f"{name} {kind}": text for kind, text in texts.items()})
-        any_failed = np.logical_or.reduce(list(failed.values()))
-        return RewardResult(values, self._weighted_total(values, num_rows), failures, any_failed, failed, exceeded)
+    def _gather(self, outcomes: dict[str, Outcome], num_rows: int) -> RewardResult:
+        rows = range(num_rows)
+        values = {name: np.array([each.values[row] for row in rows], dtype=float) for name, each in outcomes.items()}
+        failed_by = {name: np.array([row in each.failed for row in rows], bool) for name, each in outcomes.items()}
+        exceeded = {name: np.array([row in each.exceeded for row in rows], bool) for name, each in outcomes.items()}
+        total = sum(reward.weight * np.nan_to_num(values[reward.name]) for reward in self._rewards)
+        applied = ~np.all([np.isnan(column) for column in values.values()], axis=0)
+        failures = [text for name, outcome in outcomes.items() for text in self._failures(name, outcome)]
+        return RewardResult(values, np.where(applied, total, np.nan), failures, failed_by, exceeded)
 
-    def _tell(self, texts: dict[str, str]) -> None:
-        """Log each kind of failure once in the life of the pool."""
-        for kind, text in texts.items():
-            if kind not in self._told:
-                logger.warning("%s", text)
-        self._told |= texts.keys()
-
-    def _weighted_total(self, values: dict[str, np.ndarray], num_rows: int) -> np.ndarray:
-        total, applied = np.zeros(num_rows), np.zeros(num_rows, dtype=bool)
-        for reward in self._rewards:
-            scored = ~np.isnan(values[reward.name])
-            total[scored] += reward.weight * values[reward.name][scored]
-            applied |= scored
-        return np.where(applied, total, np.nan)
+    def _failures(self, name: str, outcome: Outcome) -> list[str]:
+        """One text per kind of failure; each kind is logged once in the life of the pool."""
+        why = outcome.failed | {
+            row: f"{reason}; it is the completion alone, which scores 0" for row, reason in outcome.exceeded.items()
+        }
+        rows_by_kind: dict[str, list[int]] = {}
+        for row, reason in why.items():
+            rows_by_kind.setdefault(_kind(reason), []).append(row)
+        texts = []
+        for kind, rows in rows_by_kind.items():
+            texts.append(f"reward {name!r}, {_row_text(rows)}: {why[rows[0]]}")
+            if (name, kind) not in self._told:
+                logger.warning("%s", texts[-1])
+                self._told.add((name, kind))
+        return texts
 
 
 def headline(failure: str) -> str:
@@ -222,12 +216,12 @@ def _row_text(rows: list[int]) -> str:
     """rows 0-63, 70 and 12 others"""
     spans: list[list[int]] = []
     for row in sorted(rows):
-        if spans and row == spans[-1][1] + 1:
-            spans[-1][1] = row
+        if spans and row == spans[-1][-1] + 1:
+            spans[-1].append(row)
         else:
-            spans.append([row, row])
-    shown = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans[:5])
-    others = sum(last - first + 1 for first, last in spans[5:])
+            spans.append([row])
+    shown = ", ".join(f"{span[0]}" if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans[:5])
+    others = sum(map(len, spans[5:]))
     return f"row{'s' if len(rows) > 1 else ''} {shown}" + (f" and {others} others" if others else "")
 
 
@@ -236,56 +230,41 @@ def _without_completion(table: Table, row: int) -> bytes:
     return pickle.dumps([column[row] for name, column in table.items() if name not in _PER_COMPLETION])
 
 
-@dataclass(frozen=True)
 class _Reward:
-    name: str
-    location: str
-    process: str  # rewards with the same word here share a process
-    weight: float
-    options: dict[str, Any]
-    accepted: frozenset[str] | None  # None: takes every column
-    required_columns: frozenset[str]
-    takes_messages: bool  # completions as TRL has them
+    """How a reward is found, what it is called with, and how much it counts."""
 
-    @classmethod
-    def build(cls, name: str, setting: float | Mapping[str, Any]) -> "_Reward":
-        options = dict(setting) if isinstance(setting, Mapping) else {"weight": setting}
-        weight = options.pop("weight", 1.0)
+    def __init__(self, name: str, setting: float | Mapping[str, Any]) -> None:
+        self.name = name
+        self.options = dict(setting) if isinstance(setting, Mapping) else {"weight": setting}
+        weight = self.options.pop("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"reward {name!r} has weight {weight!r}, expected a finite number or {{weight: 1.0, ...}}")
+        self.weight = float(weight)
         function = resolve(name)
         parameters = _signature(name, function)
         named = {key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        for key in options:
-            if key not in named or key in ("prompts", "completions", "completion_ids"):
-                allowed = sorted(named - {"prompts", "completions", "completion_ids"})
-                raise ValueError(
-                    f"reward {name!r} has no keyword {key!r}, expected one of {allowed}{did_you_mean(key, allowed)}"
-                )
-        # `**_` is there to swallow columns, `**columns` to read them.
+        allowed = sorted(named - {"prompts", "completions", "completion_ids"})
+        for key in self.options:
+            if key not in allowed:
+                hint = did_you_mean(key, allowed)
+                raise ValueError(f"reward {name!r} has no keyword {key!r}, expected one of {allowed}{hint}")
+        # None: every column. `**_` is there to swallow columns, `**columns` to read them.
         takes_all = any(p.kind is p.VAR_KEYWORD and not key.startswith("_") for key, p in parameters.items())
-        required = {key for key in named if parameters[key].default is inspect.Parameter.empty} - set(options)
-        if absent := required.intersection(_ONLY_IN_TRL):
+        self.accepted = None if takes_all else named
+        self.required_columns = {key for key in named if parameters[key].default is inspect.Parameter.empty}
+        self.required_columns -= self.options.keys()
+        if absent := self.required_columns.intersection(_ONLY_IN_TRL):
             raise ValueError(
                 f"reward {name!r} needs {sorted(absent)}, which only TRL's trainer passes; give the parameter a default"
             )
-        accepted = None if takes_all else frozenset(named)
-        location = locate(name)
-        process = "r1fast" if is_builtin(function) else location
-        chats = takes_messages(name, function)
-        return cls(name, location, process, float(weight), options, accepted, frozenset(required), chats)
+        self.location = locate(name)
+        self.process = "r1fast" if is_builtin(function) else self.location  # shared by all with the same word here
+        self.takes_messages = takes_messages(name, function)
 
-    def arguments(self, table: Table, rows: Sequence[int], *, empty: bool = False) -> dict[str, Any]:
-        """Keyword arguments of the call on these rows; empty: with completions of no tokens."""
+    def arguments(self, table: Table, rows: Sequence[int]) -> dict[str, Any]:
+        """Keyword arguments of the call on these rows."""
         taken = [name for name in table if self.accepted is None or name in self.accepted]
-        kwargs: dict[str, Any]
-        if isinstance(rows, range):
-            kwargs = {name: list(table[name][rows.start : rows.stop]) for name in taken}
-        else:
-            kwargs = {name: [table[name][row] for row in rows] for name in taken}
-        if empty:
-            blank = {"completions": "", "completion_ids": []}
-            kwargs |= {name: [value for _ in rows] for name, value in blank.items() if name in kwargs}
+        kwargs: dict[str, Any] = {name: [table[name][row] for row in rows] for name in taken}
         if self.takes_messages and "completions" in kwargs:
             kwargs["completions"] = [
                 [{"role": "assistant", "content": text}] if _is_chat(table["prompts"][row]) else text
@@ -303,9 +282,8 @@ def _signature(name: str, function: Callable[..., Any]) -> Mapping[str, inspect.
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"reward {name!r} has no readable signature ({error}); wrap it in a Python function"
-        ) from error
+        text = f"reward {name!r} has no readable signature ({error}); wrap it in a Python function"
+        raise ValueError(text) from error
     for key, parameter in parameters.items():
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise ValueError(f"reward {name!r} takes {key!r} by position only; columns are passed by name")

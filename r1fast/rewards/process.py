@@ -10,21 +10,20 @@ import math
 import os
 import pickle
 import secrets
-import select
 import signal
+import socket
 import subprocess
 import sys
 import time
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 from r1fast.rewards.keeper import KILL_LIMIT_S
-from r1fast.rewards.worker import HEADER, MAX_REPLY_BYTES, cut
+from r1fast.rewards.worker import HEADER, MAX_REPLY_BYTES, Scored, cut
 
 LOAD_TIMEOUT_S = 120.0  # process start and the import of a user's module, which may pull in anything
 MEMORY_SHARE = 0.5  # of the machine, shared by the workers that can be busy at once
-
-Values = list[float | None]
 
 
 class CallFailed(Exception):
@@ -51,13 +50,14 @@ class WorkerProcess:
     def __init__(self, memory_bytes: int) -> None:
         self._memory_bytes = memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket
         self._loaded: set[str] = set()
         self.used = False  # it has seen completions: a thread or a changed module may be left of them
 
     def load(self, name: str, location: str) -> None:
         """Import the reward `name`, once per process. Raises CallFailed."""
-        if self._process is not None and self._has_something_to_say(self._process):
-            self.kill()  # nothing was asked: it has died since, or a reward wrote into the pipe
+        if self._process is not None and connection.wait([self._socket], 0):
+            self.kill()  # nothing was asked: it has died since, or a reward wrote into the socket
         if name not in self._loaded:
             try:
                 self._request(("load", name, location), LOAD_TIMEOUT_S)
@@ -65,11 +65,16 @@ class WorkerProcess:
                 raise CallFailed(f"it cannot be loaded in a worker: {error}", lost=error.lost, loading=True) from None
             self._loaded.add(name)
 
-    def call(self, name: str, kwargs: dict[str, Any], num_rows: int, timeout_s: float) -> tuple[Values, dict[int, str]]:
-        """A value for each row, and by row why there is none. Raises CallFailed; the worker may be gone then."""
+    def call(self, name: str, kwargs: dict[str, Any], num_rows: int, timeout_s: float) -> Scored:
+        """Raises CallFailed; the worker may be gone then."""
         reply = self._request(("call", name, kwargs, num_rows), timeout_s)
-        values, reasons = _values_in(reply, num_rows), reply.get("rows")
-        if values is None or not isinstance(reasons, dict):
+        values, reasons = reply.get("values"), reply.get("rows")
+        if (
+            not isinstance(values, list)
+            or len(values) != num_rows
+            or not all(value is None or (isinstance(value, float) and math.isfinite(value)) for value in values)
+            or not isinstance(reasons, dict)
+        ):
             self.kill()
             raise CallFailed("something else than its values was written on the reply pipe", lost=True)
         return values, {int(row): str(text) for row, text in reasons.items() if row.isdecimal() and int(row) < num_rows}
@@ -78,17 +83,18 @@ class WorkerProcess:
         number = secrets.randbits(64)
         payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         deadline = time.monotonic() + timeout_s
-        process = self._process = self._process or _start(self._memory_bytes)
+        self._process = self._process or self._start()
         try:
-            _write(process, HEADER.pack(number, len(payload)) + payload, deadline)
-            got, size = HEADER.unpack(_read(process, HEADER.size, deadline))
-            reply = _parse(_read(process, size, deadline)) if got == number and size <= MAX_REPLY_BYTES else None
+            self._socket.settimeout(timeout_s)
+            self._socket.sendall(HEADER.pack(number, len(payload)) + payload)
+            got, size = HEADER.unpack(self._receive(HEADER.size, deadline))
+            reply = _parse(self._receive(size, deadline)) if got == number and size <= MAX_REPLY_BYTES else None
         except TimeoutError:
             self.kill()
             raise CallFailed(f"no result after {timeout_s:g} s, worker killed", lost=True) from None
-        except (EOFError, BrokenPipeError):
+        except (EOFError, ConnectionError):
             raise CallFailed(f"the worker died: {_describe_exit(self.kill())}", lost=True) from None
-        except BaseException:  # an interrupt leaves half a message in the pipe
+        except BaseException:  # an interrupt leaves half a message in the socket
             self.kill()
             raise
         if reply is None:
@@ -100,11 +106,28 @@ class WorkerProcess:
             raise CallFailed(cut(str(reply["error"])).rstrip(), lost=lost)
         return reply
 
-    def _has_something_to_say(self, process: subprocess.Popen[bytes]) -> bool:
-        assert process.stdout is not None
-        poller = select.poll()
-        poller.register(process.stdout.fileno(), select.POLLIN)
-        return bool(poller.poll(0))
+    def _start(self) -> subprocess.Popen[bytes]:
+        # The worker must find what this process finds: r1fast itself and the user's reward modules.
+        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            return subprocess.Popen(
+                [sys.executable, "-m", "r1fast.rewards.worker", str(os.getpid()), str(self._memory_bytes)],
+                stdin=theirs.fileno(),
+                stdout=2,  # what rewards print
+                env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+
+    def _receive(self, num_bytes: int, deadline: float) -> bytes:
+        data = bytearray()
+        while len(data) < num_bytes:
+            self._socket.settimeout(max(deadline - time.monotonic(), 1e-6))  # 0 would mean: do not wait at all
+            piece = self._socket.recv(num_bytes - len(data))
+            if not piece:
+                raise EOFError
+            data += piece
+        return bytes(data)
 
     def kill(self) -> int:
         """Ends the process and all that it started; returns its exit code."""
@@ -122,27 +145,8 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            pipe.close()
+        self._socket.close()
         return process.returncode
-
-
-def _start(memory_bytes: int) -> subprocess.Popen[bytes]:
-    # The worker must find what this process finds: r1fast itself and the user's reward modules.
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "r1fast.rewards.worker", str(os.getpid()), str(memory_bytes)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        bufsize=0,
-        env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    os.set_blocking(process.stdin.fileno(), False)
-    os.set_blocking(process.stdout.fileno(), False)
-    return process
 
 
 def _parse(payload: bytes) -> dict[str, Any] | None:
@@ -153,44 +157,5 @@ def _parse(payload: bytes) -> dict[str, Any] | None:
     return reply if isinstance(reply, dict) else None
 
 
-def _values_in(reply: dict[str, Any], num_rows: int) -> Values | None:
-    """The reply's values, if there is a finite number or null for each row."""
-    values = reply.get("values")
-    if not isinstance(values, list) or len(values) != num_rows:
-        return None
-    found = [value for value in values if value is None or (isinstance(value, float) and math.isfinite(value))]
-    return found if len(found) == num_rows else None
-
-
-def _write(process: subprocess.Popen[bytes], data: bytes, deadline: float) -> None:
-    assert process.stdin is not None
-    rest = memoryview(data)
-    while rest:
-        _wait(process.stdin.fileno(), select.POLLOUT, deadline)
-        rest = rest[os.write(process.stdin.fileno(), rest) :]
-
-
-def _read(process: subprocess.Popen[bytes], num_bytes: int, deadline: float) -> bytes:
-    assert process.stdout is not None
-    data = bytearray()
-    while len(data) < num_bytes:
-        _wait(process.stdout.fileno(), select.POLLIN, deadline)
-        piece = os.read(process.stdout.fileno(), min(num_bytes - len(data), 1 << 20))
-        if not piece:
-            raise EOFError
-        data += piece
-    return bytes(data)
-
-
-def _wait(descriptor: int, event: int, deadline: float) -> None:
-    """Waits until the pipe is ready; TimeoutError after the deadline. poll: select fails above descriptor 1023."""
-    poller = select.poll()
-    poller.register(descriptor, event)
-    if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise TimeoutError
-
-
 def _describe_exit(code: int) -> str:
-    if code < 0:
-        return f"signal {-code} ({signal.strsignal(-code)})"
-    return f"exit code {code}"
+    return f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"

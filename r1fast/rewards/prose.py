@@ -97,10 +97,11 @@ def expressions(text: str) -> list[str]:
             runs.extend(_tidied(pieces))
             pieces.clear()
 
-    previous = "space"
-    depth = 0
+    previous, depth = "space", 0
     for match in _TOKEN.finditer(text):
         kind, token = match.lastgroup or "other", match[0]
+        # Two numbers with a space between are no product.
+        after_number = [piece[0] for piece in pieces[-2:]] == ["number", "space"]
         if kind == "operator":
             depth += (token in "([{") - (token in ")]}")
             if token == "-" and previous == "word":  # plan-9: a dash
@@ -109,50 +110,30 @@ def expressions(text: str) -> list[str]:
             flush()
             inner = bare(token)
             runs.extend([inner] if is_expression(inner) else expressions(inner) if inner != token else [])
-        elif kind == "number" and _follows_number(pieces):
-            if depth <= 0 and not _is_fraction_part(match, pieces):
-                flush()
-            pieces.append((kind, token))
         elif kind == "word":
-            if (
-                pieces
-                and pieces[-1][0] in ("number", "space")
-                and _follows_number(pieces, spaces=True)
-                and _UNIT_AFTER.fullmatch(token)
-            ):
+            if (after_number or (pieces and pieces[-1][0] == "number")) and _UNIT_AFTER.fullmatch(token):
                 pieces.append((kind, token))
             flush()
             depth = 0
-        elif kind == "text" and not pieces:
-            pass
-        elif kind == "other" or (kind == "space" and not pieces):
+        elif kind == "other":
             flush()
-            depth = 0 if kind == "other" else depth
-        else:
+            depth = 0
+        elif kind not in ("text", "space") or pieces:
+            if kind == "number" and after_number and depth <= 0 and not _is_fraction_part(match, pieces):
+                flush()
             pieces.append((kind, token))
         previous = kind
     flush()
     return runs
 
 
-def _follows_number(pieces: list[tuple[str, str]], *, spaces: bool = False) -> bool:
-    """Whether a space and before it a number end the run: two numbers with a space between are no product."""
-    if spaces and pieces and pieces[-1][0] == "number":
-        return True
-    return len(pieces) > 1 and pieces[-1][0] == "space" and pieces[-2][0] == "number"
-
-
 def _is_fraction_part(match: re.Match[str], pieces: list[tuple[str, str]]) -> bool:
     """3 1/2 and 1 000: the second number belongs to the first."""
-    after = match.string[match.end() : match.end() + 2]
     whole = pieces[-2][1]
-    return (after.startswith("/") and "." not in whole and "/" not in whole and not _ends_fraction(pieces)) or (
-        len(match[0]) == 3 and match[0].isdigit() and len(whole) <= 3 and whole.isdigit()
-    )
-
-
-def _ends_fraction(pieces: list[tuple[str, str]]) -> bool:
-    return len(pieces) > 2 and pieces[-3][1] == "/"
+    if len(match[0]) == 3 and match[0].isdigit() and len(whole) <= 3 and whole.isdigit():
+        return True
+    ends_fraction = len(pieces) > 2 and pieces[-3][1] == "/"
+    return match.string.startswith("/", match.end()) and not re.search("[./]", whole) and not ends_fraction
 
 
 def _tidied(pieces: list[tuple[str, str]]) -> list[str]:
@@ -162,50 +143,38 @@ def _tidied(pieces: list[tuple[str, str]]) -> list[str]:
     while kinds[first : first + 2] == ["letter", "space"] and kinds[first + 2 : first + 3] in (["number"], ["letter"]):
         first += 2
     text = "".join(token for _, token in pieces[first:])
-    text = _matched(_LEADING.sub("", text))
-    text = _without_trailing(_LEADING.sub("", text)).strip()
-    text = re.sub(r"^-\s+(?=[0-9])", "", text)  # a dash; a minus stands at its number
-    if not text or not re.search(r"[0-9A-Za-z]", text):
-        return []
-    if match := _RANGE.fullmatch(text):
-        return [match[1]]  # 7-3 in prose: a score, a range, pages
-    return [text]
-
-
-def _without_trailing(text: str) -> str:
+    text = _LEADING.sub("", _matched(_LEADING.sub("", text)))
     before = None
     while text != before:
         before = text
         text = text.rstrip(_TRAILING_SIGNS)
         for word in _TRAILING_WORDS:
             text = text.removesuffix(word)
-    return text
+    text = re.sub(r"^-\s+(?=[0-9])", "", text.strip())  # a dash; a minus stands at its number
+    if match := _RANGE.fullmatch(text):
+        return [match[1]]  # 7-3 in prose: a score, a range, pages
+    return [text] if re.search(r"[0-9A-Za-z]", text) else []
 
 
 def _matched(text: str) -> str:
     """Without the brackets that close or open nothing."""
-    stack: list[int] = []
-    drop: set[int] = set()
+    unmatched: list[int] = []  # those that close, then those that open
     for index, char in enumerate(text):
-        if char in "([{":
-            stack.append(index)
-        elif char in ")]}":
-            if stack:
-                stack.pop()
-            else:
-                drop.add(index)
-    drop.update(stack)
-    return "".join(char for index, char in enumerate(text) if index not in drop) if drop else text
+        if char in ")]}" and unmatched and text[unmatched[-1]] in "([{":
+            unmatched.pop()
+        elif char in "([{)]}":
+            unmatched.append(index)
+    drop = set(unmatched)
+    return "".join(char for index, char in enumerate(text) if index not in drop)
 
 
 def is_expression(text: str) -> bool:
     """Whether the text is mathematics as a whole, with no prose around it."""
     if len(text) > 2000:
         return False
-    kinds = [(match.lastgroup, match[0]) for match in _TOKEN.finditer(text)]
-    if any(kind == "segment" for kind, _ in kinds):
-        rest = "".join(token for kind, token in kinds if kind != "segment")
+    tokens = [(match.lastgroup, match[0]) for match in _TOKEN.finditer(text)]
+    kinds = {kind for kind, _ in tokens}
+    if "segment" in kinds:
+        rest = "".join(token for kind, token in tokens if kind != "segment")
         return not re.sub(r"[\s,;.]|\b(?:and|or)\b|%", "", rest)
-    return all(kind not in ("word", "other") for kind, _ in kinds) and any(
-        kind in ("number", "letter", "label", "command", "function", "text") for kind, _ in kinds
-    )
+    return not kinds & {"word", "other"} and not kinds <= {"operator", "space", "joint"}

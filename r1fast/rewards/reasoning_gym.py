@@ -1,17 +1,14 @@
 """reasoning_gym reward: the data set's own verifier, on rows of `reasoning_gym:NAME` sources.
 
-Many of its tasks have several right answers, or an answer that is a program, a board or a sentence; each data set
-scores them itself (`score_answer`), given the whole entry. Comparing with the one gold answer would pay for wrong
-answers and reject right ones.
+Many of its tasks have several right answers, or an answer that is a program, a board or a sentence: comparing with the
+one gold answer would pay for wrong answers and reject right ones.
 """
 
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from r1fast.data.templates import get_response_format
-from r1fast.rewards.accuracy import final_answer
-from r1fast.rewards.format import per_row
+from r1fast.rewards.accuracy import final_answers
 from r1fast.rewards.registry import reward
 
 
@@ -33,26 +30,12 @@ def reasoning_gym(
 
     strict: as for `accuracy`: a completion without an answer part scores 0, or the text after its reasoning is read.
     """
-    num_rows = len(completions)
-    rows = zip(
-        prompts,
-        completions,
-        answer,
-        metadata,
-        reasoning_gym,
-        per_row(response_format, num_rows),
-        per_row(finish_reason, num_rows),
-        per_row(prefilled, num_rows),
-        strict=True,
-    )
+    finals = final_answers(completions, response_format, finish_reason, prefilled, strict=strict)
     values: list[float | None] = []
-    for prompt, text, gold, entry_metadata, name, layout, reason, opened in rows:
+    for prompt, final, gold, entry_metadata, name in zip(prompts, finals, answer, metadata, reasoning_gym, strict=True):
         if not name:
             values.append(None)
             continue
-        final = final_answer(
-            text, get_response_format(layout), truncated=reason == "length", prefilled=bool(opened), strict=strict
-        )
         entry = {"question": prompt, "answer": gold, "metadata": entry_metadata or {}}
         values.append(float(_verifier(name)(final.strip(), entry)) if final else 0.0)
     return values
@@ -63,12 +46,11 @@ def _verifier(name: str) -> Callable[[str, dict[str, Any]], float]:
     """score_answer of a data set; ValueError with what to do where the package or the name is missing."""
     try:
         from reasoning_gym.factory import get_score_answer_fn
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "the reward reasoning_gym needs the package reasoning-gym: pip install 'r1fast[tasks]'"
-        ) from error
-    try:
+
         verifier: Callable[[str, dict[str, Any]], float] = get_score_answer_fn(name)
+    except ModuleNotFoundError as error:
+        text = "the reward reasoning_gym needs the package reasoning-gym: pip install 'r1fast[tasks]'"
+        raise ValueError(text) from error
     except (ValueError, KeyError) as error:
         raise ValueError(f"column reasoning_gym: {name!r} is no data set of reasoning-gym: {error}") from error
     return verifier

@@ -30,9 +30,8 @@ def reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
     def register(function: RewardFunction) -> RewardFunction:
         known = REWARDS.get(name)
         if known is not None and _dotted(known) != _dotted(function):
-            raise ValueError(
-                f"reward {name!r} is registered twice: {_dotted(known)} and {_dotted(function)}; rename one"
-            )
+            both = f"{_dotted(known)} and {_dotted(function)}"
+            raise ValueError(f"reward {name!r} is registered twice: {both}; rename one")
         REWARDS[name] = function
         return function
 
@@ -40,11 +39,9 @@ def reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
 
 
 def resolve(name: str) -> RewardFunction:
-    """The reward of a registry name, `package.module.function`, or `path/to/file.py:function`.
-
-    Raises ValueError naming the reward, with the nearest names, when there is none.
-    """
-    _import_builtins()
+    """The reward of a registry name, `package.module.function`, or `path/to/file.py:function`; or ValueError."""
+    for module in _BUILTIN_MODULES:
+        import_module(f"r1fast.rewards.{module}")
     if name in REWARDS:
         return REWARDS[name]
     if ".py:" in name:
@@ -68,10 +65,8 @@ def is_builtin(function: RewardFunction) -> bool:
 
 
 def takes_messages(name: str, function: RewardFunction) -> bool:
-    """Whether the completions of chat prompts are passed as TRL does, as [{"role": "assistant", "content": text}].
-
-    That is what a function expects that a recipe names by its path. Registered rewards and verl's get text.
-    """
+    """Whether the completions of chat prompts are passed as TRL does, as [{"role": "assistant", "content": text}]:
+    to functions that a recipe names by their path. Registered rewards and verl's get text."""
     return name not in REWARDS and not is_builtin(function) and not is_adapted(function)
 
 
@@ -95,11 +90,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """'; did you mean ...?' with the nearest known names, or an empty string."""
     near = get_close_matches(name, list(known), n=2, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
-def _import_builtins() -> None:
-    for module in _BUILTIN_MODULES:
-        import_module(f"r1fast.rewards.{module}")
 
 
 def _dotted(function: RewardFunction) -> str:

@@ -14,29 +14,30 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from r1fast.rewards.answers import (
+    BRACKET,
+    CLOSING,
+    OPENING,
     any_number,
     bare,
+    closing_end,
     decimals,
     plain_number,
+    split_items,
     split_list,
     split_unit,
     top_level,
-    units_conflict,
 )
 from r1fast.rewards.formulas import MAX_DEPTH, literal_digits, nesting, same_formula, squeezed
 from r1fast.rewards.formulas import is_readable as is_readable_formula
 
 _MAX_CHARS = 2000  # a longer answer is compared as text
 _ROUNDED = 6  # decimals from which a decimal may stand for the exact value that it rounds
-_OPEN, _CLOSE = ("(", "[", "\\{", "{", "\\langle"), (")", "]", "\\}", "}", "\\rangle")
-_BRACKETS = re.compile(r"\\[{}]|\\[lr]angle|[()\[\]{}]")
-_EQUALS = re.compile(r"\\[{}]|\\[lr]angle|[()\[\]{}]|(?<![<>!=])=(?!=)|\\approx|\\in(?![A-Za-z])")
+_NAMES = r"(?<![<>!=])=(?!=)|\\approx|\\in(?![A-Za-z])"  # what gives a name its value
 _NAME = re.compile(r"(?!.*\\(?:le|ge|ne|sqrt|pi|infty)(?![A-Za-z]))[^0-9=<>+^]*[A-Za-z][^0-9=<>+^]*")  # no arithmetic
 _MATRIX = re.compile(
     r"\\begin\{([pbvBV]?matrix|array|cases)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*)\\end\{\1\}", re.DOTALL
 )
-
-
+_BRACKETED = re.compile(rf"({OPENING})(.*?)({CLOSING})", re.DOTALL)
 _ARITHMETIC = re.compile(r"(?:[0-9.\s+*/()^{}-]|\\(?:cdot|times|frac)(?![A-Za-z]))+")
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne)(?![A-Za-z])")
 
@@ -91,98 +92,69 @@ def read_value(text: str) -> Value:
         text = re.sub(r"(?<!\\)\$", " ", text).strip()
     if any_number(text) is not None and not re.fullmatch(r"-?[0-9]+,[0-9]+", text):
         return Value("leaf", text)
-    if nesting(text) > MAX_DEPTH:
-        return Value("leaf", text)
     parts = split_list(text)
-    if len(parts) > 1 and len(parts) <= 200:
-        if plain_number(text) is not None:
-            return Value("leaf", text)
-        return Value("list", text, tuple(item for part in parts for item in _spread(part)))
-    if "\\pm" in text:
-        return Value("list", text, tuple(_spread(text)))
+    if nesting(text) > MAX_DEPTH or (1 < len(parts) <= 200 and plain_number(text) is not None):
+        return Value("leaf", text)
+    if 1 < len(parts) <= 200 or "\\pm" in text:
+        return Value("list", text, _spread(parts if len(parts) <= 200 else [text]))
     name, rest = _split_name(text)
-    if not name and (rounded := re.search(r"\\approx(?![A-Za-z])", text)):
-        return read_value(text[: rounded.start()])  # the exact value, and then what it is about
     if name:
         inner = read_value(rest)
         return inner._replace(name=name, text=text if inner.kind == "leaf" else inner.text)
+    if rounded := re.search(r"\\approx(?![A-Za-z])", text):
+        return read_value(text[: rounded.start()])  # the exact value, and then what it is about
     if match := _MATRIX.fullmatch(text):
         return _matrix(match[1], match[2], text)
     return _bracketed(text) or Value("leaf", text)
 
 
-def _spread(part: str) -> list[Value]:
+def _spread(parts: list[str]) -> tuple[Value, ...]:
     """1 \\pm \\sqrt{5} is two values."""
-    if "\\pm" not in part:
-        return [read_value(part)]
-    plus = re.sub(r"\\pm\s*", "+", part).replace("\\mp", "-")
-    minus = re.sub(r"\\pm\s*", "-", part).replace("\\mp", "+")
-    return [read_value(re.sub(r"(^|[({=])\s*\+", r"\1", plus)), read_value(minus)]
+    spread: list[str] = []
+    for part in parts:
+        if "\\pm" in part:
+            plus = re.sub(r"\\pm\s*", "+", part).replace("\\mp", "-")
+            spread.append(re.sub(r"(^|[({=])\s*\+", r"\1", plus))
+            part = re.sub(r"\\pm\s*", "-", part).replace("\\mp", "+")
+        spread.append(part)
+    return tuple(map(read_value, spread))
 
 
 def _split_name(text: str) -> tuple[str, str]:
-    cuts = top_level_names(text)
+    cuts = list(top_level(text, _NAMES))
     if not cuts:
         return "", text
     name = text[: cuts[0].start()].strip()
     if not _NAME.fullmatch(re.sub(r"_(?:\{[^{}]*\}|\w)|\s|(?<=[A-Za-z])\(.*\)$", "", name)):
         return "", text
-    exact = [match for match in cuts if match[0] != "\\approx"] or cuts[:1]
-    rest = text[exact[-1].end() :]
     numbers = [part for part in text.split("=")[1:] if _ARITHMETIC.fullmatch(part)]
     if any(not same_formula(part, numbers[-1]) for part in numbers[:-1]):
         return "", text  # x = 8 = 3 is false: left to the formulas
-    later = [match.start() for match in cuts if match.start() > exact[-1].start()]
     name = re.sub(r"\s|[$]", "", name)
-    # y = ... and f(x) = ... both say what function it is
-    name = "y" if re.fullmatch(r"[a-zA-Z]\([a-z]\)", name) and re.search(r"[a-z]", rest) else name
-    return name, (text[exact[-1].end() : later[0]] if later else rest).strip()
-
-
-def top_level_names(text: str) -> list[re.Match[str]]:
-    """The signs that give a name its value: =, \\approx, \\in."""
-    depth = 0
-    found = []
-    for match in _EQUALS.finditer(text):
-        token = match[0]
-        depth += (token in _OPEN) - (token in _CLOSE)
-        if depth == 0 and (token == "=" or token in ("\\approx", "\\in")):
-            found.append(match)
-    return found
+    last = max((index for index, cut in enumerate(cuts) if cut[0] != "\\approx"), default=0)
+    rest = text[cuts[last].end() : cuts[last + 1].start() if last + 1 < len(cuts) else len(text)]
+    if re.fullmatch(r"[a-zA-Z]\([a-z]\)", name) and re.search(r"[a-z]", text[cuts[last].end() :]):
+        name = "y"  # y = ... and f(x) = ... both say what function it is
+    return name, rest.strip()
 
 
 def _bracketed(text: str) -> Value | None:
-    opening = next((token for token in _OPEN if text.startswith(token)), "")
-    closing = next((token for token in _CLOSE if text.endswith(token)), "")
-    if not opening or not closing or (opening == "{" and closing != "}"):
+    whole = _BRACKETED.fullmatch(text)
+    if whole is None or (whole[1] == "{" and whole[3] != "}"):
         return None
-    depth = 0
-    for match in _BRACKETS.finditer(text):
-        depth += (match[0] in _OPEN) - (match[0] in _CLOSE)
-        if depth == 0 and match.end() < len(text):
-            return None
-    inner = text[len(opening) : len(text) - len(closing)]
-    parts = _plain_split(inner)
+    if closing_end(text, whole.end(1), BRACKET) not in (None, len(text)):
+        return None
+    opening, inner, closing = whole.groups()
+    parts = split_items(inner)
     if len(parts) == 1 and inner.lstrip().startswith("\\begin"):
         return read_value(inner)
     if opening in ("\\{", "{"):
-        return Value("set", text, tuple(item for part in parts for item in _spread(part)))
+        return Value("set", text, _spread(parts))
     if len(parts) == 1 and (opening, closing) == ("(", ")"):
         return read_value(inner)
-    if len(parts) == 1 and opening == "[" and _BRACKETS.search(inner) is None:
+    if len(parts) == 1 and opening == "[" and BRACKET.search(inner) is None:
         return Value("tuple", text, (read_value(inner),), "[]")
     return Value("tuple", text, tuple(read_value(part) for part in parts), opening + closing)
-
-
-def _plain_split(inner: str) -> list[str]:
-    """The parts between brackets, where every comma separates."""
-    separators = re.compile(r"\\[{}]|\\[lr]angle|[()\[\]{}]|[,;、]")
-    parts, begin = [], 0
-    for match in top_level(inner, separators):
-        parts.append(inner[begin : match.start()].strip())
-        begin = match.end()
-    parts.append(inner[begin:].strip())
-    return [part for part in parts if part]
 
 
 def _matrix(environment: str, body: str, text: str) -> Value:
@@ -202,19 +174,19 @@ def _same(gold: Value, answer: Value) -> bool:
         return _same_mixed(gold, answer)
     if gold.name and answer.name and gold.name != answer.name and gold.kind != "tuple":
         return False
-    if gold.kind == "tuple" and answer.kind == "tuple":
-        return _same_brackets(gold, answer) and _same_in_order(gold.items, answer.items)
+    if gold.kind == answer.kind == "tuple":
+        # They tell intervals apart; from three elements on, and in matrices, they are a matter of taste.
+        brackets = {value.brackets.replace("\\langle", "(").replace("\\rangle", ")") for value in (gold, answer)}
+        matter = len(gold.items) == 2 and "matrix" not in brackets
+        return (len(brackets) == 1 or not matter) and _same_in_order(gold.items, answer.items)
     if gold.kind == "tuple" or answer.kind == "tuple":
         ordered = gold if gold.kind == "tuple" else answer
         return ordered.brackets in ("()", "[]", "matrix") and _same_in_order(gold.items, answer.items)
-    if len(_names(gold)) > 1 >= len(_names(answer)) or len(_names(answer)) > 1 >= len(_names(gold)):
+    # What the lists name; x_1 and x_2 are the solutions of one unknown.
+    names = [len({item.name.partition("_")[0] for item in value.items} - {""}) for value in (gold, answer)]
+    if max(names) > 1 >= min(names):
         return _same_in_order(gold.items, answer.items)  # x = 1, y = 2 against 1, 2
     return _same_in_any_order(gold.items, answer.items)
-
-
-def _names(value: Value) -> set[str]:
-    """What a list names; x_1 and x_2 are the solutions of one unknown."""
-    return {item.name.partition("_")[0] for item in value.items if item.name}
 
 
 def _same_mixed(gold: Value, answer: Value) -> bool:
@@ -227,15 +199,6 @@ def _same_mixed(gold: Value, answer: Value) -> bool:
     if not re.search(r"[<>]|\\(?:le|ge|ne|cup|cap|in|setminus|infty|begin|text|mathbb)(?![A-Za-z])", leaf.text):
         return False
     return same_formula(gold.text, answer.text)
-
-
-def _same_brackets(gold: Value, answer: Value) -> bool:
-    """Brackets tell intervals apart; from three elements on, and in matrices, they are a matter of taste."""
-    if "matrix" in (gold.brackets, answer.brackets) or len(gold.items) != 2:
-        return True
-    return gold.brackets.replace("\\langle", "(").replace("\\rangle", ")") == answer.brackets.replace(
-        "\\langle", "("
-    ).replace("\\rangle", ")")
 
 
 def _same_in_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> bool:
@@ -260,49 +223,42 @@ def _same_in_any_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> bo
 
 
 def _same_leaf(gold: Value, answer: Value) -> bool:
-    if gold.name and answer.name and gold.name != answer.name:
+    if gold.name and answer.name:
+        as_formulas = gold.name != answer.name
+    else:
+        as_formulas = bool(
+            (gold.name and _RELATION.search(answer.text)) or (answer.name and _RELATION.search(gold.text))
+        )
+    if as_formulas:
         return same_formula(gold.text, answer.text)
-    if bool(gold.name) != bool(answer.name) and _RELATION.search((answer if gold.name else gold).text):
-        return same_formula(gold.text, answer.text)
-    first, second = _value_text(gold, answer), _value_text(answer, gold)
-    one, other = split_unit(first), split_unit(second, loose=any_number(split_unit(first).text) is not None)
-    if units_conflict(one.unit, other.unit):
+    first, second = (_split_name(value.text)[1] if value.name else value.text for value in (gold, answer))
+    one = split_unit(first)
+    other = split_unit(second, loose=any_number(one.text) is not None)
+    # Several words are a description, which decides nothing.
+    if one.unit and other.unit and one.unit != other.unit and max(len(one.unit), len(other.unit)) <= 12:
         return False
+    if _same_quantity(one.text, other.text):
+        return True
     if one.percent == other.percent:
-        return _same_quantity(one.text, other.text)
-    scaled = Fraction(1, 100)
-    if one.percent:
-        return _same_quantity(one.text, other.text) or _same_quantity(one.text, other.text, gold_scale=scaled)
-    return _same_quantity(one.text, other.text) or _same_quantity(one.text, other.text, answer_scale=scaled)
-
-
-def _value_text(value: Value, other: Value) -> str:
-    """The text after the name, where the other side has none to compare it with."""
-    return _split_name(value.text)[1] if value.name else value.text
+        return False
+    scales = (Fraction(1, 100), Fraction(1))
+    return _same_quantity(one.text, other.text, *(scales if one.percent else reversed(scales)))
 
 
 def _same_quantity(
-    gold: str, answer: str, *, gold_scale: Fraction = Fraction(1), answer_scale: Fraction = Fraction(1)
+    gold: str, answer: str, gold_scale: Fraction = Fraction(1), answer_scale: Fraction = Fraction(1)
 ) -> bool:
     first, second = any_number(gold), any_number(answer)
-    if first is not None and second is not None:
-        return _same_number(first * gold_scale, second * answer_scale, gold, answer)
-    digits = max(literal_digits(gold), literal_digits(answer))
-    return same_formula(_scaled(gold, first, gold_scale), _scaled(answer, second, answer_scale), digits=digits)
+    if first is None or second is None:
+        digits = max(literal_digits(gold), literal_digits(answer))
+        return same_formula(_scaled(gold, first, gold_scale), _scaled(answer, second, answer_scale), digits=digits)
+    difference = abs(first * gold_scale - second * answer_scale)
+    # A decimal of six or more places may be what rounds the other, a fraction.
+    places = [decimals(text) for text, other in ((gold, answer), (answer, gold)) if "/" in other]
+    return not difference or any(count >= _ROUNDED and difference * 2 <= Fraction(1, 10**count) for count in places)
 
 
 def _scaled(text: str, number: Fraction | None, scale: Fraction) -> str:
-    if number is None:
-        return text if scale == 1 else f"\\frac{{{text}}}{{{scale.denominator}}}"
-    number *= scale
-    if number.denominator == 1:
-        return str(number.numerator)
-    return f"\\frac{{{number.numerator}}}{{{number.denominator}}}"
-
-
-def _same_number(first: Fraction, second: Fraction, gold: str, answer: str) -> bool:
-    """Equal, or one the decimal of six or more places that rounds the other, a fraction."""
-    if first == second:
-        return True
-    places = [decimals(text) for text, other in ((gold, answer), (answer, gold)) if "/" in other]
-    return any(count >= _ROUNDED and abs(first - second) * 2 <= Fraction(1, 10**count) for count in places)
+    if number is not None:
+        return str(number * scale)
+    return text if scale == 1 else f"\\frac{{{text}}}{{{scale.denominator}}}"

@@ -1,13 +1,11 @@
 """The process that runs reward functions: `python -m r1fast.rewards.worker TRAINER MEMORY`, started by process.py.
 
-Requests come on standard input, pickled by the trainer; replies go out on standard output as JSON, which runs nothing
-when it is read: a reward shares this process and may write there what it likes. Both have a header (id, bytes):
+Standard input is a socket. Requests come pickled by the trainer; replies are JSON, which runs nothing when it is read:
+a reward shares this process and may write there what it likes. Both have a header (id, bytes):
 
     ("load", name, location)          -> {"values": []}
     ("call", name, kwargs, num_rows)  -> {"values": [float | null], "rows": {row: why it has no value}}
     either                            -> {"error": text whose first line says all, "memory": bool}
-
-Both streams are moved away before any reward is imported, so that whatever a reward prints goes to stderr.
 """
 
 import inspect
@@ -19,6 +17,7 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Set
+from itertools import islice
 from numbers import Complex, Real
 from typing import Any
 
@@ -28,43 +27,26 @@ from r1fast.rewards.registry import resolve
 HEADER = struct.Struct("<QQ")  # id of the request, bytes that follow
 MAX_REPLY_BYTES = 1 << 18  # 64 values with a reason each take 20 kB
 MAX_TEXT_CHARS, MAX_LINE_CHARS = 4000, 300
+Scored = tuple[list[float | None], dict[int, str]]  # a value for each row, and by row why there is none
 # Bound now: a reward may put other functions in their modules.
-_dumps, _write, _getpid, _exit = json.dumps, os.write, os.getpid, os._exit
+_dumps, _getpid, _exit, _isinf, _isnan = json.dumps, os.getpid, os._exit, math.isinf, math.isnan
 
 
 def serve() -> None:
-    requests, replies = _claim_streams()
+    socket = os.dup(0)
+    with open(os.devnull) as null:
+        os.dup2(null.fileno(), 0)
+    requests, replies = os.fdopen(socket, "rb"), os.fdopen(socket, "wb", closefd=False)
     functions: dict[str, Callable[..., Any]] = {}
     own_pid = _getpid()
-    while header := _read(requests, HEADER.size):
+    while header := requests.read(HEADER.size):
         number, size = HEADER.unpack(header)
-        reply = _answer(_read(requests, size), functions)
+        reply = _answer(requests.read(size), functions)
         if _getpid() != own_pid:  # a child that a reward has forked, and that came back
             _exit(0)
         payload = _dumps(reply).encode()
-        rest = memoryview(HEADER.pack(number, len(payload)) + payload)
-        while rest:
-            rest = rest[_write(replies, rest) :]
-
-
-def _claim_streams() -> tuple[int, int]:
-    requests, replies = os.dup(0), os.dup(1)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    os.dup2(2, 1)
-    return requests, replies
-
-
-def _read(descriptor: int, size: int) -> bytes:
-    """Exactly so many bytes; none when the trainer has closed the pipe."""
-    data = bytearray()
-    while len(data) < size:
-        piece = os.read(descriptor, min(size - len(data), 1 << 20))
-        if not piece:
-            return b""
-        data += piece
-    return bytes(data)
+        replies.write(HEADER.pack(number, len(payload)) + payload)
+        replies.flush()
 
 
 def _answer(message: bytes, functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
@@ -96,25 +78,20 @@ def _in_one_line(error: BaseException) -> str:
     return cut(" ".join(next(line for line in lines if not line.startswith(" ")).split()), MAX_LINE_CHARS)
 
 
-def _call(
-    function: Callable[..., Any], name: str, kwargs: dict[str, Any], num_rows: int
-) -> tuple[list[float | None], dict[int, str]]:
+def _call(function: Callable[..., Any], name: str, kwargs: dict[str, Any], num_rows: int) -> Scored:
     values = function(**kwargs)
     if inspect.isawaitable(values):
-        values = _run_async(values)
-    return checked_values(values, num_rows, name)
+        import asyncio  # 50 ms that most rewards never need
+
+        values = asyncio.run(_awaited(values))
+    return _checked_values(values, num_rows, name)
 
 
-def _run_async(awaitable: Any) -> Any:
-    import asyncio  # 50 ms that most rewards never need
-
-    async def wait() -> Any:
-        return await awaitable
-
-    return asyncio.run(wait())
+async def _awaited(values: Any) -> Any:
+    return await values
 
 
-def checked_values(values: Any, num_rows: int, name: str) -> tuple[list[float | None], dict[int, str]]:
+def _checked_values(values: Any, num_rows: int, name: str) -> Scored:
     """One finite float or None (NaN counts as None) per row, and by row why another value is not taken.
 
     Raises ValueError naming the reward where there is not one value per row.
@@ -122,13 +99,10 @@ def checked_values(values: Any, num_rows: int, name: str) -> tuple[list[float | 
     # Sets have no order, and of a mapping the keys would be taken.
     if isinstance(values, str | bytes | bytearray | Set | Mapping) or not hasattr(values, "__iter__"):
         raise ValueError(f"reward {name!r} returned {type(values).__name__}, expected a list of {num_rows} numbers")
-    items = []
-    for item in values:
-        items.append(item)
-        if len(items) > num_rows:  # a generator may go on for ever
-            raise ValueError(f"reward {name!r} returned more than {num_rows} values for {num_rows} completions")
+    items = list(islice(values, num_rows + 1))  # a generator may go on for ever
     if len(items) != num_rows:
-        raise ValueError(f"reward {name!r} returned {len(items)} values for {num_rows} completions")
+        count = len(items) if len(items) < num_rows else f"more than {num_rows}"
+        raise ValueError(f"reward {name!r} returned {count} values for {num_rows} completions")
     checked: list[float | None] = []
     reasons: dict[int, str] = {}
     for row, item in enumerate(items):
@@ -136,9 +110,8 @@ def checked_values(values: Any, num_rows: int, name: str) -> tuple[list[float | 
             checked.append(_as_float(item))
         except (TypeError, ValueError, OverflowError):
             checked.append(None)
-            reasons[row] = cut(
-                f"reward {name!r} returned {item!r:.80}, expected a finite number or None", MAX_LINE_CHARS
-            )
+            reason = f"reward {name!r} returned {item!r:.80}, expected a finite number or None"
+            reasons[row] = cut(reason, MAX_LINE_CHARS)
     return checked, reasons
 
 
@@ -148,9 +121,9 @@ def _as_float(item: Any) -> float | None:
     if isinstance(item, str | bytes | bytearray) or (isinstance(item, Complex) and not isinstance(item, Real)):
         raise TypeError  # float would read "1.0", and of NumPy's complex numbers the real part
     value = float(item)
-    if math.isinf(value):
+    if _isinf(value):
         raise ValueError
-    return None if math.isnan(value) else value
+    return None if _isnan(value) else value
 
 
 def cut(text: str, limit: int = MAX_TEXT_CHARS) -> str:
