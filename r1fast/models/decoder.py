@@ -6,14 +6,14 @@ decode reads them directly and needs them whole.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from r1fast.models import structure
-from r1fast.models.attention import AttentionPlan
+from r1fast.models.attention import AttentionPlan, ForwardPass
 from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.gqa import GroupedQueryAttention
 from r1fast.models.layers import MLP, Head, HeadFn, Linear, OpModule, RMSNorm
@@ -23,31 +23,25 @@ from r1fast.models.moe import Experts, Gate, MoE, Routing
 from r1fast.models.rope import Rope, Rotary, softmax_scale
 from r1fast_kernels.decode_layers import MOST_PROMPT_TOKENS, DecodeLayers, LayersSpec
 
+logger = logging.getLogger("r1fast")
+_ATTENTION: dict[str, Callable[[ModelConfig, int], Any]] = {"grouped": GroupedQueryAttention, "latent": LatentAttention}
+
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = (LatentAttention if config.uses_mla else GroupedQueryAttention)(config, layer_idx)
+        self.self_attn = _ATTENTION[config.family.attention](config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = (
-            MoE(config)
-            if config.is_moe_layer(layer_idx)
-            else MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        )
+        if config.is_moe_layer(layer_idx):
+            self.mlp: MoE | MLP = MoE(config)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
     def forward(
-        self,
-        x_TD: Tensor,
-        rope: Rope,
-        plan: AttentionPlan,
-        cache: BlockCache | None = None,
-        slots_T: Tensor | None = None,
-        replay_ids_TK: Tensor | None = None,
-        balance_scale: Tensor | None = None,
+        self, x_TD: Tensor, step: ForwardPass, replay_ids_TK: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, plan, cache, slots_T)
-        return self._mlp(x_TD, plan, replay_ids_TK, balance_scale)
+        return self._mlp(x_TD + self.self_attn(self.input_layernorm(x_TD), step), step, replay_ids_TK)
 
     def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: BlockCache) -> tuple[Tensor, Routing | None]:
         return self._mlp(x_BD + self.self_attn.decode(self.input_layernorm(x_BD), rope, step, cache))
@@ -60,21 +54,17 @@ class DecoderLayer(nn.Module):
         return x_TD + out_TD, routing
 
 
-def _of_model(routings: Iterable[Routing | None]) -> Routing | None:
+def _of_model(routings: list[Routing]) -> Routing | None:
     """The layers' routing as one; None without experts."""
-    found = [routing for routing in routings if routing is not None]
-    if not found:
+    if not routings:
         return None
-    balances = [routing.balance for routing in found if routing.balance is not None]
-    expert_ids_TLK = torch.stack([routing.expert_ids for routing in found], dim=1)
+    balances = [routing.balance for routing in routings if routing.balance is not None]
+    expert_ids_TLK = torch.stack([routing.expert_ids for routing in routings], dim=1)
     return Routing(expert_ids_TLK, torch.stack(balances).sum() if balances else None)
 
 
-def _of_experts(experts_LTK: Tensor) -> Routing | None:
-    return Routing(experts_LTK.transpose(0, 1), None) if len(experts_LTK) else None
-
-
-logger = logging.getLogger("r1fast")
+def _of_fused(expert_ids_LTK: Tensor) -> Routing | None:
+    return Routing(expert_ids_LTK.transpose(0, 1), None) if len(expert_ids_LTK) else None
 
 
 class Decoder(OpModule):
@@ -127,11 +117,6 @@ class Decoder(OpModule):
         for moe in self.moe_layers():
             if moe.gate.e_score_correction_bias is not None:
                 moe.gate.e_score_correction_bias.zero_()
-        self.reset_buffers()
-
-    def reset_buffers(self) -> None:
-        """Compute anew the buffers that no checkpoint holds (rotary frequencies)."""
-        self.rotary.reset_buffers()
 
     def moe_layers(self) -> Iterator[MoE]:
         return (layer.mlp for layer in cast(Iterable[DecoderLayer], self.layers) if isinstance(layer.mlp, MoE))
@@ -170,15 +155,15 @@ class Decoder(OpModule):
         if fused is not None and cache is not None and slots_T is not None:
             hidden_TD, experts_LTK = fused.prefill(input_ids_T, plan.cu_seqlens, cache.buffers, slots_T)
             result = self.head(hidden_TD, head)
-            return (result, _of_experts(experts_LTK)) if with_routing else result
+            return (result, _of_fused(experts_LTK)) if with_routing else result
         x_TD = self.embed_tokens(input_ids_T)
-        rope = self.rotary(plan.positions_T, x_TD.dtype)
+        step = ForwardPass(plan, self.rotary(plan.positions_T, x_TD.dtype), cache, slots_T, balance_scale)
         replayed = iter(() if replay_ids_TLK is None else replay_ids_TLK.unbind(1))
-        routings: list[Routing | None] = []
+        routings: list[Routing] = []
         for i, layer in enumerate(self.layers):
             replay_ids_TK = next(replayed, None) if self.config.is_moe_layer(i) else None
-            x_TD, routing = layer(x_TD, rope, plan, cache, slots_T, replay_ids_TK, balance_scale)
-            routings.append(routing)
+            x_TD, routing = layer(x_TD, step, replay_ids_TK)
+            routings += [routing] if routing is not None else []
         result = self.head(self.norm(x_TD), head)
         return (result, _of_model(routings)) if with_routing else result
 
@@ -202,15 +187,15 @@ class Decoder(OpModule):
         fused = self._fused(cache)
         if head is None and not neighbours and fused is not None:
             logits_BV, experts_LBK = fused(input_ids_B, positions_B, cache.buffers, block_table_BN)
-            return (logits_BV, _of_experts(experts_LBK)) if with_routing else logits_BV
+            return (logits_BV, _of_fused(experts_LBK)) if with_routing else logits_BV
         step = DecodeStep.at(positions_B, block_table_BN)
         # `forward` itself, past hooks: FSDP's make its streams wait for this one, which would break a graph's capture.
         x_BD = self.embed_tokens.forward(input_ids_B)
         rope = self.rotary(positions_B, x_BD.dtype)
-        routings: list[Routing | None] = []
+        routings: list[Routing] = []
         for layer in cast(Iterable[DecoderLayer], self.layers):
             x_BD, routing = layer.decode(x_BD, rope, step, cache)
-            routings.append(routing)
+            routings += [routing] if routing is not None else []
         result = self.head.forward(self.norm.forward(x_BD), head)
         return (result, _of_model(routings)) if with_routing else result
 
@@ -226,7 +211,7 @@ class Decoder(OpModule):
         return fused if fused is not None and fused.can_run(self.impl) else None
 
     def _decode_layers(self) -> DecodeLayers:
-        config, grouped = self.config, self.config.uses_mla
+        config = self.config
         return DecodeLayers(
             self.embed_tokens.weight,
             [dict(layer.named_parameters()) | dict(layer.named_buffers()) for layer in self.layers],
@@ -241,10 +226,10 @@ class Decoder(OpModule):
                 eps=config.rms_norm_eps,
                 latent_eps=LATENT_NORM_EPS,
                 top_k=config.num_experts_per_tok,
-                n_group=config.n_group if grouped else 1,
-                topk_group=config.topk_group if grouped else 1,
+                n_group=config.n_group,
+                topk_group=config.topk_group,
                 norm_topk_prob=config.norm_topk_prob,
-                routed_scaling_factor=config.routed_scaling_factor if grouped else 1.0,
+                routed_scaling_factor=config.routed_scaling_factor,
             ),
         )
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -25,7 +24,8 @@ from transformers import (
 from transformers import __version__ as transformers_version
 
 from r1fast.models.decoder import Decoder
-from r1fast.models.model_config import FAMILIES, ModelConfig
+from r1fast.models.families import FAMILIES
+from r1fast.models.model_config import ModelConfig
 from r1fast.models.names import StateDict, disk_name, from_hf_names, is_left_out, some, to_hf_names
 
 logger = logging.getLogger(__name__)
@@ -56,16 +56,13 @@ def load_model(
     Raises ValueError naming the path and the key for anything missing, unexpected or unsupported.
     """
     folder = _resolve(path)
-    config, is_scalar = _read_config(folder)
-    state = _read_state(folder, config)
-    if not is_scalar:
-        config = _share_head(config, state, folder)
+    config, is_scalar, state = _read(folder)
     if scalar_head and not is_scalar:
         state.pop("lm_head.weight", None)
         state["score.weight"] = torch.zeros(1, config.hidden_size)
     elif scalar_head is False and is_scalar:
         raise ValueError(f"{folder}: is a reward model (`score`), expected a language model with an lm_head")
-    decoder = _meta_decoder(config, is_scalar or bool(scalar_head), state, folder)
+    decoder = _decoder_that_fits(config, is_scalar or bool(scalar_head), state, folder)
     target = _resolve_dtype(dtype, folder, state)
     state = {name: tensor.to(device, _dtype_of(name, tensor, target)) for name, tensor in state.items()}
     decoder.load_state_dict(state, assign=True)
@@ -83,11 +80,8 @@ def check_checkpoint(path: str | Path) -> tuple[ModelConfig, bool]:
     if not _is_local(path):
         return _read_config(_fetch(str(path), ["config.json"]))
     folder = _resolve(path)
-    config, is_scalar = _read_config(folder)
-    state = _read_state(folder, config, shapes_only=True)
-    if not is_scalar:
-        config = _share_head(config, state, folder)
-    _meta_decoder(config, is_scalar, state, folder)
+    config, is_scalar, state = _read(folder, shapes_only=True)
+    _decoder_that_fits(config, is_scalar, state, folder)
     return config, is_scalar
 
 
@@ -143,7 +137,7 @@ def save_model(
     tied = decoder_config.tie_word_embeddings and not scalar_head
     state = to_hf_names(state_dict, tied=tied)
     state = {name: _own_storage(t.detach().to("cpu", _dtype_of(name, t, dtype))) for name, t in state.items()}
-    _write_shards(state, directory)
+    save_torch_state_dict(state, directory, max_shard_size=_MAX_SHARD_SIZE)
 
     suffix = "ForSequenceClassification" if scalar_head else "ForCausalLM"
     extra = {"num_labels": 1} if scalar_head else {}
@@ -196,6 +190,13 @@ def _fetch(hub_id: str, patterns: list[str]) -> Path:
         ) from error
 
 
+def _read(folder: Path, *, shapes_only: bool = False) -> tuple[ModelConfig, bool, StateDict]:
+    """The architecture, whether the checkpoint has a scalar head, and its tensors."""
+    config, is_scalar = _read_config(folder)
+    state = _read_state(folder, config, shapes_only=shapes_only)
+    return config if is_scalar else _share_head(config, state, folder), is_scalar, state
+
+
 def _read_config(folder: Path) -> tuple[ModelConfig, bool]:
     """The architecture, and whether the checkpoint has a scalar head."""
     file = folder / "config.json"
@@ -203,7 +204,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, bool]:
         raise ValueError(f"{folder}: no config.json; expected a Hugging Face checkpoint folder")
     values = _read_json(file)
     model_type = values.get("model_type")
-    if model_type not in FAMILIES:
+    if model_type not in tuple(FAMILIES):
         raise ValueError(f"{file}: model_type is {model_type!r:.80}, expected one of {', '.join(FAMILIES)}")
     if values.get("quantization_config") is not None:
         method = values["quantization_config"]
@@ -327,16 +328,10 @@ def _share_head(config: ModelConfig, state: StateDict, folder: Path) -> ModelCon
     return config
 
 
-def _meta_decoder(config: ModelConfig, scalar_head: bool, state: StateDict, folder: Path) -> Decoder:
-    """A decoder on meta that `state` fits."""
+def _decoder_that_fits(config: ModelConfig, scalar_head: bool, state: StateDict, folder: Path) -> Decoder:
+    """A decoder on meta, with the names and shapes of `state`; keys are reported as they stand on disk."""
     with torch.device("meta"):
         decoder = Decoder(config, scalar_head=scalar_head)
-    _check_against(decoder, state, folder)
-    return decoder
-
-
-def _check_against(decoder: Decoder, state: StateDict, folder: Path) -> None:
-    """Names and shapes, before any copy; keys are reported as they stand on disk."""
     expected = decoder.state_dict()
     missing = [disk_name(name) for name in expected if name not in state]
     unexpected = [disk_name(name) for name in state if name not in expected]
@@ -350,6 +345,7 @@ def _check_against(decoder: Decoder, state: StateDict, folder: Path) -> None:
                 f"{folder}: {disk_name(name)} has shape {tuple(state[name].shape)}, "
                 f"expected {tuple(tensor.shape)} from config.json"
             )
+    return decoder
 
 
 def _resolve_dtype(dtype: torch.dtype | str, folder: Path, state: StateDict) -> torch.dtype:
@@ -381,12 +377,3 @@ def _own_storage(tensor: Tensor) -> Tensor:
     """Experts are views of one stack: sharding counts storages, so without a copy they would all fall in one file."""
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _write_shards(state: StateDict, directory: Path) -> None:
-    shards = split_torch_state_dict_into_shards(state, max_shard_size=_MAX_SHARD_SIZE)
-    for file_name, names in shards.filename_to_tensors.items():
-        save_file({name: state[name] for name in names}, directory / file_name, metadata={"format": "pt"})
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (directory / _INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
