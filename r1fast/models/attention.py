@@ -72,34 +72,21 @@ class ForwardPass(NamedTuple):
 
 
 class PaddedLayout:
-    """The buckets as one row of slots, of which every token has its own: slot_T."""
+    """The buckets, from long to short, as one row of slots, of which every token has its own: slot_T."""
 
     def __init__(self, plan: AttentionPlan) -> None:
         lengths, order = plan.lengths_cpu_N.sort(descending=True, stable=True)
         slot_N = torch.empty(plan.num_sequences, dtype=torch.int64)
         self.buckets: list[tuple[int, int]] = []  # sequences, padded length
-        num_slots = 0
-        for first, last, width in _bucket_bounds(lengths.tolist()):
-            count = last - first
-            slot_N[order[first:last]] = num_slots + width * torch.arange(count)
+        self.num_slots = first = 0
+        while first < plan.num_sequences and (width := int(lengths[first])) > 0:
+            shortest = max(1, min(int(width * _MIN_FILL), width - _MIN_SLACK))
+            count = int((lengths[first:] >= shortest).sum())
+            slot_N[order[first : first + count]] = self.num_slots + width * torch.arange(count)
             self.buckets.append((count, width))
-            num_slots += count * width
-        self.num_slots = num_slots
+            self.num_slots += count * width
+            first += count
         self.slot_T = slot_N.to(plan.device)[plan.rows_T] + plan.positions_T
-
-
-def _bucket_bounds(lengths: list[int]) -> list[tuple[int, int, int]]:
-    """(first, last, width) over lengths sorted from long to short; empty sequences belong to no bucket."""
-    bounds, first = [], 0
-    while first < len(lengths) and lengths[first] > 0:
-        width = lengths[first]
-        shortest = max(1, min(int(width * _MIN_FILL), width - _MIN_SLACK))
-        last = first
-        while last < len(lengths) and lengths[last] >= shortest:
-            last += 1
-        bounds.append((first, last, width))
-        first = last
-    return bounds
 
 
 def packed_attention(
@@ -133,17 +120,12 @@ def packed_attention(
     # Without a flash kernel, on the CPU too, an S x S matrix would be stored.
     if value_dim < q_THd.shape[-1]:
         v_TKd = F.pad(v_TKd, (0, q_THd.shape[-1] - value_dim))
-    if _varlen_usable(q_THd):
+    is_half = q_THd.dtype in (torch.bfloat16, torch.float16)
+    if _VARLEN_HAS_GQA and q_THd.is_cuda and is_half and q_THd.shape[-1] <= 256:  # most channels of a flash kernel
         out_THd = _varlen(q_THd, k_TKd, v_TKd, plan, scale)
     else:
         out_THd = _bucketed(q_THd, k_TKd, v_TKd, scale, plan.padded)
     return out_THd[..., :value_dim]
-
-
-def _varlen_usable(q_THd: Tensor) -> bool:
-    half = q_THd.dtype in (torch.bfloat16, torch.float16)
-    # Flash kernels stop at 256 channels per head.
-    return _VARLEN_HAS_GQA and q_THd.is_cuda and half and q_THd.shape[-1] <= 256
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:

@@ -134,10 +134,8 @@ class ModelConfig:
         try:
             config.to_hf()
         except StrictDataclassError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise ValueError(
-                f"model config: transformers could not load such a {config.model_type} ({reason})"
-            ) from error
+            text = f"transformers could not load such a {config.model_type} ({str(error).splitlines()[-1].strip()})"
+            raise ValueError(f"model config: {text}") from error
         return config
 
     @classmethod

@@ -6,7 +6,7 @@ Which tensor is which: names.py. Only safetensors are read, and no code that a f
 import dataclasses
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers import __version__ as transformers_version
 
 from r1fast.models.decoder import Decoder
@@ -55,7 +50,7 @@ def load_model(
     zero, so that its first reward is 0 for everything.
     Raises ValueError naming the path and the key for anything missing, unexpected or unsupported.
     """
-    folder = _resolve(path)
+    folder = _resolve(path, ["*.safetensors", *_TOKENIZER_PATTERNS])
     config, is_scalar, state = _read(folder)
     if scalar_head and not is_scalar:
         state.pop("lm_head.weight", None)
@@ -77,9 +72,9 @@ def check_checkpoint(path: str | Path) -> tuple[ModelConfig, bool]:
     Returns the architecture, and whether it is a reward model. A Hub id is checked by its config.json alone, the only
     file that is fetched.
     """
+    folder = _resolve(path, ["config.json"])
     if not _is_local(path):
-        return _read_config(_fetch(str(path), ["config.json"]))
-    folder = _resolve(path)
+        return _read_config(folder)
     config, is_scalar, state = _read(folder, shapes_only=True)
     _decoder_that_fits(config, is_scalar, state, folder)
     return config, is_scalar
@@ -90,7 +85,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
 
     Raises ValueError naming the folder for files that are damaged, or that need code of their own.
     """
-    folder = _resolve(path) if _is_local(path) else _fetch(str(path), _TOKENIZER_PATTERNS)
+    folder = _resolve(path, _TOKENIZER_PATTERNS)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     file = folder / "tokenizer_config.json"
@@ -101,8 +96,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
     try:
         return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
-        reason = _one_line(error)
-        raise ValueError(f"the tokenizer of {folder} cannot be read ({reason}); {_AGAIN}") from error
+        raise ValueError(f"the tokenizer of {folder} cannot be read ({_one_line(error)}); {_AGAIN}") from error
 
 
 def save_model(
@@ -134,30 +128,26 @@ def save_model(
     directory.mkdir(parents=True, exist_ok=True)
     for file in stale:
         file.unlink()
-    tied = decoder_config.tie_word_embeddings and not scalar_head
-    state = to_hf_names(state_dict, tied=tied)
+    state = to_hf_names(state_dict, tied=decoder_config.tie_word_embeddings and not scalar_head)
     state = {name: _own_storage(t.detach().to("cpu", _dtype_of(name, t, dtype))) for name, t in state.items()}
     save_torch_state_dict(state, directory, max_shard_size=_MAX_SHARD_SIZE)
 
-    suffix = "ForSequenceClassification" if scalar_head else "ForCausalLM"
-    extra = {"num_labels": 1} if scalar_head else {}
     eos = _eos_ids(decoder_config.eos_token_id, getattr(tokenizer, "eos_token_id", None))
-    hf_config = decoder_config.to_hf(dtype=state["model.embed_tokens.weight"].dtype, eos_token_id=eos, **extra)
+    decoder_config = dataclasses.replace(decoder_config, eos_token_id=eos)
+    suffix, extra = ("ForSequenceClassification", {"num_labels": 1}) if scalar_head else ("ForCausalLM", {})
+    hf_config = decoder_config.to_hf(dtype=state["model.embed_tokens.weight"].dtype, **extra)
     hf_config.architectures = [type(hf_config).__name__.removesuffix("Config") + suffix]
     hf_config.save_pretrained(directory)
     if not scalar_head:
-        ids = {"bos_token_id": decoder_config.bos_token_id, "pad_token_id": decoder_config.pad_token_id}
-        _write_generation_config(directory, source, ids | {"eos_token_id": eos})
+        _write_generation_config(directory, source, decoder_config)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
 
-def _write_generation_config(directory: Path, source: str | Path | None, ids: Mapping[str, Any]) -> None:
-    values: dict[str, Any] = {}
-    if source is not None:
-        folder = _resolve(source) if _is_local(source) else _fetch(str(source), [_GENERATION_NAME])
-        values = _read_generation_config(folder)
-        values.pop("_from_model_config", None)
+def _write_generation_config(directory: Path, source: str | Path | None, config: ModelConfig) -> None:
+    values = {} if source is None else _read_generation_config(_resolve(source, [_GENERATION_NAME]))
+    values.pop("_from_model_config", None)
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     values |= {name: value for name, value in ids.items() if value is not None}
     values["transformers_version"] = transformers_version
     (directory / _GENERATION_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -166,26 +156,22 @@ def _write_generation_config(directory: Path, source: str | Path | None, ids: Ma
 def _is_local(path: str | Path) -> bool:
     """A folder, or what can only be meant as one: Hub ids are `name` or `owner/name`."""
     folder = Path(path).expanduser()
-    shape = isinstance(path, Path) or folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2
-    return shape or folder.exists()
+    is_hub_id = isinstance(path, str) and not folder.is_absolute() and path[:1] != "." and len(folder.parts) <= 2
+    return not is_hub_id or folder.exists()
 
 
-def _resolve(path: str | Path) -> Path:
-    """A local folder, or the local snapshot of a Hub repository."""
-    if not _is_local(path):
-        return _fetch(str(path), ["*.safetensors", *_TOKENIZER_PATTERNS])
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"{path}: no such folder; expected a checkpoint folder with config.json, or a Hub id")
-    return folder
-
-
-def _fetch(hub_id: str, patterns: list[str]) -> Path:
+def _resolve(path: str | Path, patterns: list[str]) -> Path:
+    """A local folder, or the local snapshot of those files of a Hub repository."""
+    if _is_local(path):
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"{path}: no such folder; expected a checkpoint folder with config.json, or a Hub id")
+        return folder
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"{hub_id}: neither a folder nor a Hub repository that can be reached ({type(error).__name__}); "
+            f"{path}: neither a folder nor a Hub repository that can be reached ({type(error).__name__}); "
             "check the spelling, the network, and HF_TOKEN for gated models"
         ) from error
 
@@ -297,13 +283,12 @@ def _read_state(folder: Path, config: ModelConfig, *, shapes_only: bool = False)
                     else:
                         stored[name] = _finite(tensors.get_tensor(name), name, file)
         except (SafetensorError, OSError) as error:
-            reason = _one_line(error)
-            raise ValueError(f"{file}: not a readable safetensors file ({reason}); {_AGAIN}") from error
+            raise ValueError(f"{file}: not a readable safetensors file ({_one_line(error)}); {_AGAIN}") from error
     return from_hf_names(stored, source=folder)
 
 
 def _finite(tensor: Tensor, name: str, file: Path) -> Tensor:
-    # A sum is one pass at the speed of memory, and finite only if every element is; large ones may overflow it.
+    # A sum is one pass at the speed of memory, and finite only if every element is; that of large ones may not be.
     if not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise ValueError(f"{file}: {name} holds NaN or Inf; take an earlier checkpoint, or {_AGAIN}")
     return tensor
@@ -315,15 +300,11 @@ def _share_head(config: ModelConfig, state: StateDict, folder: Path) -> ModelCon
         return config
     names = ("embed_tokens.weight", "lm_head.weight")
     stored = [state[name] for name in names if name in state]
-    if len(stored) == 2 and stored[0].is_meta:
-        return config
-    if len(stored) == 2 and not torch.equal(*stored):
-        logger.warning(
-            "%s: not tied, although tie_word_embeddings is true: lm_head.weight and model.embed_tokens.weight differ",
-            folder,
-        )
+    if len(stored) == 2 and not stored[0].is_meta and not torch.equal(*stored):
+        text = "%s: not tied, although tie_word_embeddings is true: lm_head.weight and model.embed_tokens.weight differ"
+        logger.warning(text, folder)
         return dataclasses.replace(config, tie_word_embeddings=False)
-    if stored:
+    if len(stored) == 1:
         state |= dict.fromkeys(names, stored[0])
     return config
 
@@ -333,38 +314,28 @@ def _decoder_that_fits(config: ModelConfig, scalar_head: bool, state: StateDict,
     with torch.device("meta"):
         decoder = Decoder(config, scalar_head=scalar_head)
     expected = decoder.state_dict()
-    missing = [disk_name(name) for name in expected if name not in state]
-    unexpected = [disk_name(name) for name in state if name not in expected]
-    if missing or unexpected:
-        problems = [f"missing {some(missing)}"] if missing else []
-        problems += [f"unexpected {some(unexpected)}"] if unexpected else []
+    differing = {"missing": expected.keys() - state.keys(), "unexpected": state.keys() - expected.keys()}
+    if problems := [f"{word} {some(map(disk_name, names))}" for word, names in differing.items() if names]:
         raise ValueError(f"{folder}: {'; '.join(problems)}; do the weights belong to this config.json?")
     for name, tensor in expected.items():
-        if tensor.shape != state[name].shape:
-            raise ValueError(
-                f"{folder}: {disk_name(name)} has shape {tuple(state[name].shape)}, "
-                f"expected {tuple(tensor.shape)} from config.json"
-            )
+        found, wanted = tuple(state[name].shape), tuple(tensor.shape)
+        if found != wanted:
+            raise ValueError(f"{folder}: {disk_name(name)} has shape {found}, expected {wanted} from config.json")
     return decoder
 
 
 def _resolve_dtype(dtype: torch.dtype | str, folder: Path, state: StateDict) -> torch.dtype:
     """ "auto": what config.json says, or else the dtype of the embeddings."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    name, said_by = dtype, "dtype"
+    said_by = "dtype"
     if dtype == "auto":
         values = _read_json(folder / "config.json")
-        said = values.get("dtype") or values.get("torch_dtype")
-        if said is None:
-            return state["embed_tokens.weight"].dtype
-        name, said_by = str(said), f"{folder / 'config.json'}: dtype"
-    resolved = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(resolved, torch.dtype) or resolved not in _FLOATS.values():
-        raise ValueError(
-            f"{said_by}={name!r}, expected a torch.dtype, its name (bfloat16, float16, float32), or 'auto'"
-        )
-    return resolved
+        dtype = values.get("dtype") or values.get("torch_dtype") or state["embed_tokens.weight"].dtype
+        said_by = f"{folder / 'config.json'}: dtype"
+    for resolved in _FLOATS.values():
+        if str(dtype).removeprefix("torch.") == str(resolved).removeprefix("torch."):
+            return resolved
+    expected = "a torch.dtype, its name (bfloat16, float16, float32), or 'auto'"
+    raise ValueError(f"{said_by}={str(dtype)!r}, expected {expected}")
 
 
 def _dtype_of(name: str, tensor: Tensor, target: torch.dtype | None) -> torch.dtype:

@@ -51,11 +51,10 @@ class Dist:
         """What rank 0's `write` returns; where it raises OSError every rank does, so that none waits. Collective."""
         result: Any = None
         failure: OSError | None = None
-        if self.is_main:
-            try:
-                result = write()
-            except OSError as error:
-                failure = error
+        try:
+            result = write() if self.is_main else None
+        except OSError as error:
+            failure = error
         problem, result = self.all_gather_objects((None if failure is None else str(failure), result))[0]
         if problem is not None:
             raise failure or OSError(problem)

@@ -116,8 +116,9 @@ def generation_phase(model: nn.Module) -> Iterator[nn.Module]:
     # Root first: FSDP takes the first module that runs as its root, and decode need not begin at the root's forward.
     units[0]._get_fsdp_state()._lazy_init()
     reshard(model)
-    versions = _shard_versions(model)
     with torch.no_grad():
+        # Any optimizer step or load moves the counters of in-place updates.
+        versions = [local_tensor(param)._version for param in model.parameters()]
         try:
             for unit in units:
                 unit.set_reshard_after_forward(False, recurse=False)
@@ -127,14 +128,8 @@ def generation_phase(model: nn.Module) -> Iterator[nn.Module]:
             reshard(model)
             for unit in units:
                 unit.set_reshard_after_forward(getattr(unit, _RESHARD_FLAG), recurse=False)
-    if _shard_versions(model) != versions:
-        raise RuntimeError("the weights changed inside generation_phase: what was generated used stale copies")
-
-
-def _shard_versions(model: nn.Module) -> list[int]:
-    """In-place update counters of the shards; any optimizer step or load moves them."""
-    with torch.no_grad():
-        return [local_tensor(param)._version for param in model.parameters()]
+        if [local_tensor(param)._version for param in model.parameters()] != versions:
+            raise RuntimeError("the weights changed inside generation_phase: what was generated used stale copies")
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -205,7 +200,5 @@ def grad_norm_and_clip(params: Iterable[nn.Parameter], max_norm: float | None = 
         squares.append(square)
     norm = torch.stack(squares).sum().sqrt()
     if max_norm is not None:
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for local_grads in by_mesh.values():
-            torch._foreach_mul_(local_grads, scale)
+        torch._foreach_mul_([local_tensor(grad) for grad in grads], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -66,13 +66,12 @@ class Reader(dcp.FileSystemReader):
         tensors, places = {}, {}
         try:
             for name, entry in contents.items():
-                dtype = getattr(torch, entry["dtype"])
-                chunks = []
+                dtype, chunks = getattr(torch, entry["dtype"]), []
                 for chunk in entry["chunks"]:
                     if Path(chunk["file"]).name != chunk["file"]:
                         raise ValueError(f"{name} lies in {chunk['file']!r}, outside the checkpoint")
-                    offsets, sizes = torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])
-                    chunks.append(ChunkStorageMetadata(offsets, sizes))
+                    offsets = torch.Size(chunk["offsets"])
+                    chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk["sizes"])))
                     places[MetadataIndex(name, offsets)] = _StorageInfo(chunk["file"], chunk["offset"], chunk["length"])
                 tensors[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(entry["size"]), chunks)
         except (KeyError, TypeError, AttributeError) as error:
