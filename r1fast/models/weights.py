@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _MAX_SHARD_SIZE = "5GB"
 _GENERATION_NAME = "generation_config.json"
 _INDEX_NAME = "model.safetensors.index.json"
-_ROUTER_BIAS = "e_score_correction_bias"  # stays fp32 in every checkpoint
+_ROUTER_BIAS = "e_score_correction_bias"  # is fp32 whatever the dtype of the model
 _AGAIN = "copy or download it again"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 # What a Hub repository may keep a tokenizer and its chat template in.
@@ -59,7 +59,8 @@ def load_model(
         raise ValueError(f"{folder}: is a reward model (`score`), expected a language model with an lm_head")
     decoder = _decoder_that_fits(config, is_scalar or bool(scalar_head), state, folder)
     target = _resolve_dtype(dtype, folder, state)
-    state = {name: tensor.to(device, _dtype_of(name, tensor, target)) for name, tensor in state.items()}
+    dtypes = {name: torch.float32 if name.endswith(_ROUTER_BIAS) else target for name in state}
+    state = {name: tensor.to(device, dtypes[name]) for name, tensor in state.items()}
     decoder.load_state_dict(state, assign=True)
     decoder.tie_weights()
     decoder.rotary.to_empty(device=device or "cpu")
@@ -104,7 +105,6 @@ def save_model(
     state_dict: StateDict,
     directory: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: torch.dtype | None = None,
     scalar_head: bool = False,
     *,
     source: str | Path | None = None,
@@ -116,7 +116,7 @@ def save_model(
     of Qwen2's tokenizer (transformers 5.23). One of another kind, such as that of recipe `tiny`, is read right by
     load_tokenizer and PreTrainedTokenizerFast alone.
 
-    state_dict: our names, whole tensors on any device. dtype: of the floating-point weights on disk, None as given.
+    state_dict: our names, whole tensors on any device.
     source: the checkpoint that training started from; its generation_config is kept (temperature, top_p, ...), but for
     the token ids, which are the model's and end with the tokenizer's own end-of-sequence token.
     Raises ValueError if the directory holds weights already and overwrite is False.
@@ -129,7 +129,7 @@ def save_model(
     for file in stale:
         file.unlink()
     state = to_hf_names(state_dict, tied=decoder_config.tie_word_embeddings and not scalar_head)
-    state = {name: _own_storage(t.detach().to("cpu", _dtype_of(name, t, dtype))) for name, t in state.items()}
+    state = {name: _own_storage(tensor.detach().cpu()) for name, tensor in state.items()}
     save_torch_state_dict(state, directory, max_shard_size=_MAX_SHARD_SIZE)
 
     eos = _eos_ids(decoder_config.eos_token_id, getattr(tokenizer, "eos_token_id", None))
@@ -336,12 +336,6 @@ def _resolve_dtype(dtype: torch.dtype | str, folder: Path, state: StateDict) -> 
             return resolved
     expected = "a torch.dtype, its name (bfloat16, float16, float32), or 'auto'"
     raise ValueError(f"{said_by}={str(dtype)!r}, expected {expected}")
-
-
-def _dtype_of(name: str, tensor: Tensor, target: torch.dtype | None) -> torch.dtype:
-    if name.endswith(_ROUTER_BIAS):
-        return torch.float32
-    return target if target is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def _own_storage(tensor: Tensor) -> Tensor:

@@ -143,18 +143,18 @@ def _orthogonal_shards(stacked_NRC: torch.Tensor, like: nn.Parameter) -> tuple[t
     return distribute_tensor(results, mesh, [Shard(1)], src_data_rank=None).to_local().unbind()
 
 
-def newton_schulz(matrices: torch.Tensor, *, num_steps: int = 5) -> torch.Tensor:
+def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     """Approximately U V^T of each [..., rows, cols] matrix (singular values pushed into about 0.7..1.2).
 
     The quintic a X + (b A + c A^2) X with A = X X^T, from X / |X|_F; FLOPs per matrix with s = min(rows, cols),
-    l = max: num_steps * (4 s^2 l + 2 s^3). bf16 on GPUs, where the iteration is known to tolerate it; fp32 on CPUs.
+    l = max: 5 (4 s^2 l + 2 s^3). bf16 on GPUs, where the iteration is known to tolerate it; fp32 on CPUs.
     """
     a, b, c = _NEWTON_SCHULZ
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    for _ in range(num_steps):
+    for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(matrices.dtype)
