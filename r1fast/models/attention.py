@@ -4,7 +4,7 @@ On a CPU our kernel takes the packed tensors as they are; on a GPU in half preci
 Elsewhere sequences of like length share one padded call, and thousands of short ones cost a handful of calls:
 
     packed   a a a|b b b b b b|c c c c c c c|d d d      T = 19
-    bucket 0 b b b b b b .                              2 x 7   (pad slots repeat the last token)
+    bucket 0 b b b b b b .                              2 x 7
              c c c c c c c
     bucket 1 a a a                                      2 x 3
              d d d
@@ -12,7 +12,7 @@ Padding is on the right and attention causal, so no real token sees a pad slot a
 """
 
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.torch_version import Version
 
 import r1fast_kernels as kernels
+from r1fast.models.cache import BlockCache
 from r1fast.models.rope import Rope
 from r1fast_kernels.dispatch import choose
 
@@ -60,37 +61,32 @@ class AttentionPlan:
         return PaddedLayout(self)
 
 
+class ForwardPass(NamedTuple):
+    """What every layer of one packed forward pass shares."""
+
+    plan: AttentionPlan
+    rope: Rope
+    cache: BlockCache | None  # takes the keys of every token, in its slot
+    slots_T: Tensor | None
+    balance_scale: Tensor | None
+
+
 class PaddedLayout:
-    """The buckets as one row list of P slots: gather with `token_P`, go back with `slot_T`."""
+    """The buckets, from long to short, as one row of slots, of which every token has its own: slot_T."""
 
     def __init__(self, plan: AttentionPlan) -> None:
         lengths, order = plan.lengths_cpu_N.sort(descending=True, stable=True)
         slot_N = torch.empty(plan.num_sequences, dtype=torch.int64)
         self.buckets: list[tuple[int, int]] = []  # sequences, padded length
-        tokens, num_slots = [torch.empty(0, dtype=torch.int64)], 0
-        for first, last, width in _bucket_bounds(lengths.tolist()):
-            rows, count = order[first:last], last - first
-            slot_N[rows] = num_slots + width * torch.arange(count)
-            offsets = torch.minimum(torch.arange(width), lengths[first:last, None] - 1)
-            tokens.append((plan.starts_cpu_N[rows, None] + offsets).flatten())
+        self.num_slots = first = 0
+        while first < plan.num_sequences and (width := int(lengths[first])) > 0:
+            shortest = max(1, min(int(width * _MIN_FILL), width - _MIN_SLACK))
+            count = int((lengths[first:] >= shortest).sum())
+            slot_N[order[first : first + count]] = self.num_slots + width * torch.arange(count)
             self.buckets.append((count, width))
-            num_slots += count * width
-        self.token_P = torch.cat(tokens).to(plan.device)
+            self.num_slots += count * width
+            first += count
         self.slot_T = slot_N.to(plan.device)[plan.rows_T] + plan.positions_T
-
-
-def _bucket_bounds(lengths: list[int]) -> list[tuple[int, int, int]]:
-    """(first, last, width) over lengths sorted from long to short; empty sequences belong to no bucket."""
-    bounds, first = [], 0
-    while first < len(lengths) and lengths[first] > 0:
-        width = lengths[first]
-        shortest = max(1, min(int(width * _MIN_FILL), width - _MIN_SLACK))
-        last = first
-        while last < len(lengths) and lengths[last] >= shortest:
-            last += 1
-        bounds.append((first, last, width))
-        first = last
-    return bounds
 
 
 def packed_attention(
@@ -124,17 +120,12 @@ def packed_attention(
     # Without a flash kernel, on the CPU too, an S x S matrix would be stored.
     if value_dim < q_THd.shape[-1]:
         v_TKd = F.pad(v_TKd, (0, q_THd.shape[-1] - value_dim))
-    if _varlen_usable(q_THd):
+    is_half = q_THd.dtype in (torch.bfloat16, torch.float16)
+    if _VARLEN_HAS_GQA and q_THd.is_cuda and is_half and q_THd.shape[-1] <= 256:  # most channels of a flash kernel
         out_THd = _varlen(q_THd, k_TKd, v_TKd, plan, scale)
     else:
         out_THd = _bucketed(q_THd, k_TKd, v_TKd, scale, plan.padded)
     return out_THd[..., :value_dim]
-
-
-def _varlen_usable(q_THd: Tensor) -> bool:
-    half = q_THd.dtype in (torch.bfloat16, torch.float16)
-    # Flash kernels stop at 256 channels per head.
-    return _VARLEN_HAS_GQA and q_THd.is_cuda and half and q_THd.shape[-1] <= 256
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
@@ -147,11 +138,13 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) 
 
 
 def _bucketed(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float, layout: PaddedLayout) -> Tensor:
-    sizes = [count * width for count, width in layout.buckets]
-    q, k, v = (_Pad.apply(x, layout.token_P, layout.slot_T).split(sizes) for x in (q_THd, k_TKd, v_TKd))
-    outs = [_attend(q[i], k[i], v[i], bucket, scale) for i, bucket in enumerate(layout.buckets)]
-    out_PHd = torch.cat(outs) if outs else q_THd.new_empty(0, *q_THd.shape[1:])
-    return _Unpad.apply(out_PHd, layout.slot_T)
+    def padded(x_T: Tensor) -> tuple[Tensor, ...]:
+        x_P = x_T.new_zeros(layout.num_slots, *x_T.shape[1:]).index_copy(0, layout.slot_T, x_T)
+        return x_P.split([count * width for count, width in layout.buckets])
+
+    parts = zip(layout.buckets, padded(q_THd), padded(k_TKd), padded(v_TKd), strict=True)
+    outs = [_attend(q_PHd, k_PKd, v_PKd, bucket, scale) for bucket, q_PHd, k_PKd, v_PKd in parts]
+    return torch.cat(outs).index_select(0, layout.slot_T) if outs else q_THd
 
 
 def _attend(q_PHd: Tensor, k_PKd: Tensor, v_PKd: Tensor, bucket: tuple[int, int], scale: float) -> Tensor:
@@ -159,31 +152,3 @@ def _attend(q_PHd: Tensor, k_PKd: Tensor, v_PKd: Tensor, bucket: tuple[int, int]
     q, k, v = (x.unflatten(0, bucket).transpose(1, 2) for x in (q_PHd, k_PKd, v_PKd))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).flatten(0, 1)
-
-
-class _Pad(torch.autograd.Function):
-    """x_P = x_T[token_P]. Pad slots get exactly zero gradient here, so the backward is a gather, not a scatter-add."""
-
-    @staticmethod
-    def forward(ctx: Any, x_T: Tensor, token_P: Tensor, slot_T: Tensor) -> Tensor:
-        ctx.save_for_backward(slot_T)
-        return x_T.index_select(0, token_P)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
-
-
-class _Unpad(torch.autograd.Function):
-    """x_T = x_P[slot_T]; in the backward pad slots stay zero."""
-
-    @staticmethod
-    def forward(ctx: Any, x_P: Tensor, slot_T: Tensor) -> Tensor:
-        ctx.save_for_backward(slot_T)
-        ctx.num_slots = x_P.shape[0]
-        return x_P.index_select(0, slot_T)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad_P = grads[0].new_zeros(ctx.num_slots, *grads[0].shape[1:])
-        return grad_P.index_copy_(0, ctx.saved_tensors[0], grads[0]), None

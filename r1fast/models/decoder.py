@@ -5,13 +5,13 @@ Single-device: sharding is applied from outside, so weights are read only inside
 decode reads them directly and needs them whole.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from r1fast.models.attention import AttentionPlan
+from r1fast.models.attention import AttentionPlan, ForwardPass
 from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.gqa import GroupedQueryAttention
 from r1fast.models.layers import MLP, Head, HeadFn, OpModule, RMSNorm
@@ -21,31 +21,24 @@ from r1fast.models.moe import MoE, Routing
 from r1fast.models.rope import Rope, Rotary
 from r1fast.models.structure import structure_of
 
+_ATTENTION: dict[str, Callable[[ModelConfig, int], Any]] = {"grouped": GroupedQueryAttention, "latent": LatentAttention}
+
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = (LatentAttention if config.uses_mla else GroupedQueryAttention)(config, layer_idx)
+        self.self_attn = _ATTENTION[config.family.attention](config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = (
-            MoE(config)
-            if config.is_moe_layer(layer_idx)
-            else MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        )
+        if config.is_moe_layer(layer_idx):
+            self.mlp: MoE | MLP = MoE(config)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
     def forward(
-        self,
-        x_TD: Tensor,
-        rope: Rope,
-        plan: AttentionPlan,
-        cache: BlockCache | None = None,
-        slots_T: Tensor | None = None,
-        replay_ids_TK: Tensor | None = None,
-        balance_scale: Tensor | None = None,
+        self, x_TD: Tensor, step: ForwardPass, replay_ids_TK: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, plan, cache, slots_T)
-        return self._mlp(x_TD, plan, replay_ids_TK, balance_scale)
+        return self._mlp(x_TD + self.self_attn(self.input_layernorm(x_TD), step), step, replay_ids_TK)
 
     def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: BlockCache) -> tuple[Tensor, Routing | None]:
         return self._mlp(x_BD + self.self_attn.decode(self.input_layernorm(x_BD), rope, step, cache))
@@ -58,13 +51,12 @@ class DecoderLayer(nn.Module):
         return x_TD + out_TD, routing
 
 
-def _of_model(routings: Iterable[Routing | None]) -> Routing | None:
+def _of_model(routings: list[Routing]) -> Routing | None:
     """The layers' routing as one; None without experts."""
-    found = [routing for routing in routings if routing is not None]
-    if not found:
+    if not routings:
         return None
-    balances = [routing.balance for routing in found if routing.balance is not None]
-    expert_ids_TLK = torch.stack([routing.expert_ids for routing in found], dim=1)
+    balances = [routing.balance for routing in routings if routing.balance is not None]
+    expert_ids_TLK = torch.stack([routing.expert_ids for routing in routings], dim=1)
     return Routing(expert_ids_TLK, torch.stack(balances).sum() if balances else None)
 
 
@@ -118,11 +110,6 @@ class Decoder(OpModule):
         for moe in self.moe_layers():
             if moe.gate.e_score_correction_bias is not None:
                 moe.gate.e_score_correction_bias.zero_()
-        self.reset_buffers()
-
-    def reset_buffers(self) -> None:
-        """Compute anew the buffers that no checkpoint holds (rotary frequencies)."""
-        self.rotary.reset_buffers()
 
     def moe_layers(self) -> Iterator[MoE]:
         return (layer.mlp for layer in cast(Iterable[DecoderLayer], self.layers) if isinstance(layer.mlp, MoE))
@@ -156,13 +143,13 @@ class Decoder(OpModule):
         """
         plan = AttentionPlan(cu_seqlens, input_ids_T.numel(), input_ids_T.device)
         x_TD = self.embed_tokens(input_ids_T)
-        rope = self.rotary(plan.positions_T, x_TD.dtype)
+        step = ForwardPass(plan, self.rotary(plan.positions_T, x_TD.dtype), cache, slots_T, balance_scale)
         replayed = iter(() if replay_ids_TLK is None else replay_ids_TLK.unbind(1))
-        routings: list[Routing | None] = []
+        routings: list[Routing] = []
         for i, layer in enumerate(self.layers):
             replay_ids_TK = next(replayed, None) if self.config.is_moe_layer(i) else None
-            x_TD, routing = layer(x_TD, rope, plan, cache, slots_T, replay_ids_TK, balance_scale)
-            routings.append(routing)
+            x_TD, routing = layer(x_TD, step, replay_ids_TK)
+            routings += [routing] if routing is not None else []
         result = self.head(self.norm(x_TD), head)
         return (result, _of_model(routings)) if with_routing else result
 
@@ -186,9 +173,9 @@ class Decoder(OpModule):
         # `forward` itself, past hooks: FSDP's make its streams wait for this one, which would break a graph's capture.
         x_BD = self.embed_tokens.forward(input_ids_B)
         rope = self.rotary(positions_B, x_BD.dtype)
-        routings: list[Routing | None] = []
+        routings: list[Routing] = []
         for layer in cast(Iterable[DecoderLayer], self.layers):
             x_BD, routing = layer.decode(x_BD, rope, step, cache)
-            routings.append(routing)
+            routings += [routing] if routing is not None else []
         result = self.head.forward(self.norm.forward(x_BD), head)
         return (result, _of_model(routings)) if with_routing else result

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from r1fast.models.attention import AttentionPlan, packed_attention
+from r1fast.models.attention import ForwardPass, packed_attention
 from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.layers import Linear, OpModule, RMSNorm
 from r1fast.models.model_config import ModelConfig
@@ -14,26 +14,20 @@ class GroupedQueryAttention(OpModule):
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
         width, head_dim = config.hidden_size, config.attention_head_dim
+        bias = config.attention_bias or config.family.qkv_bias
         self.layer_idx, self.head_dim, self.scale = layer_idx, head_dim, softmax_scale(config)
-        self.q_proj = Linear(width, config.num_attention_heads * head_dim, bias=config.qkv_bias)
-        self.k_proj = Linear(width, config.kv_heads * head_dim, bias=config.qkv_bias)
-        self.v_proj = Linear(width, config.kv_heads * head_dim, bias=config.qkv_bias)
+        self.q_proj = Linear(width, config.num_attention_heads * head_dim, bias=bias)
+        self.k_proj = Linear(width, config.kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(width, config.kv_heads * head_dim, bias=bias)
         self.o_proj = Linear(config.num_attention_heads * head_dim, width, bias=config.attention_bias)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.family.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.family.qk_norm else None
 
-    def forward(
-        self,
-        x_TD: Tensor,
-        rope: Rope,
-        plan: AttentionPlan,
-        cache: BlockCache | None = None,
-        slots_T: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, step: ForwardPass) -> Tensor:
         q_THd, k_TKd, v_TKd = self._project(x_TD)
-        if cache is not None and slots_T is not None:
-            cache.write(self.layer_idx, slots_T, rope.rotate(k_TKd), v_TKd)
-        out_THd = packed_attention(q_THd, k_TKd, v_TKd, plan, rope, self.scale, impl=self.impl)
+        if step.cache is not None and step.slots_T is not None:
+            step.cache.write(self.layer_idx, step.slots_T, step.rope.rotate(k_TKd), v_TKd)
+        out_THd = packed_attention(q_THd, k_TKd, v_TKd, step.plan, step.rope, self.scale, impl=self.impl)
         return self.o_proj(out_THd.flatten(1))
 
     def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: BlockCache) -> Tensor:

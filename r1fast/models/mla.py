@@ -8,7 +8,7 @@ queries are taken to the latent space, attention runs over the cached latents, a
 import torch
 from torch import Tensor
 
-from r1fast.models.attention import AttentionPlan, packed_attention
+from r1fast.models.attention import ForwardPass, packed_attention
 from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.layers import Linear, OpModule, RMSNorm
 from r1fast.models.model_config import ModelConfig
@@ -40,20 +40,15 @@ class LatentAttention(OpModule):
         self.kv_b_proj = Linear(self.latent_dim, self.num_heads * (self.nope_dim + self.value_dim), bias=False)
         self.o_proj = Linear(self.num_heads * self.value_dim, width, bias=bias)
 
-    def forward(
-        self,
-        x_TD: Tensor,
-        rope: Rope,
-        plan: AttentionPlan,
-        cache: BlockCache | None = None,
-        slots_T: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, step: ForwardPass) -> Tensor:
         q_THd, (latent_TC, k_pe_TR) = self._queries(x_TD), self._latents(x_TD)
-        if cache is not None and slots_T is not None:
-            cache.write(self.layer_idx, slots_T, self._cached(latent_TC, k_pe_TR, rope))
+        if step.cache is not None and step.slots_T is not None:
+            step.cache.write(self.layer_idx, step.slots_T, self._cached(latent_TC, k_pe_TR, step.rope))
         kv_THd = self.kv_b_proj(latent_TC).unflatten(-1, (self.num_heads, -1))
         k_nope_THd, v_THd = kv_THd.split((self.nope_dim, self.value_dim), dim=-1)
-        out_THd = packed_attention(q_THd, k_nope_THd, v_THd, plan, rope, self.scale, k_pe_TR=k_pe_TR, impl=self.impl)
+        out_THd = packed_attention(
+            q_THd, k_nope_THd, v_THd, step.plan, step.rope, self.scale, k_pe_TR=k_pe_TR, impl=self.impl
+        )
         return self.o_proj(out_THd.flatten(1))
 
     def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: BlockCache) -> Tensor:

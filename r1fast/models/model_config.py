@@ -1,28 +1,24 @@
-"""The architecture of a decoder in Hugging Face's field names, one dataclass for every family.
-
-What a config.json may say beside these fields is in hf_fields.py.
-"""
+"""The architecture of a decoder in Hugging Face's field names, one dataclass for every family (families.py)."""
 
 import dataclasses
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Annotated, Any, get_type_hints
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from r1fast.models.checks import (
-    ALIASES,
-    FIELDS,
-    architecture_fields,
-    check_from_scratch,
-    check_parts,
-    check_types,
-    normal_rope,
-    require,
-)
-from r1fast.models.hf_fields import check_fields
+from r1fast.models import checks
+from r1fast.models.checks import MAX_EXPERTS, MAX_LAYERS, Values, number, require, whole
+from r1fast.models.families import ALIASES, FAMILIES, Family, check_keys
 
-FAMILIES = tuple(FIELDS)
+Size = Annotated[int, checks.SIZE]
+SizeOrNone = Annotated[int | None, checks.SIZE.or_null()]
+Count = Annotated[int, checks.COUNT]
+Flag = Annotated[bool, checks.FLAG]
+TokenOrNone = Annotated[int | None, checks.TOKEN]
 
 
 @dataclass(frozen=True)
@@ -30,67 +26,72 @@ class ModelConfig:
     """Fields mean what they mean in transformers; `n_routed_experts` is also Qwen's `num_experts`."""
 
     model_type: str  # one of FAMILIES
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int  # width of the dense MLP
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int | None = None  # None: as many as query heads
-    head_dim: int | None = None  # None: hidden_size // num_attention_heads; MLA has its own dims below
-    max_position_embeddings: int = 4096
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size  # width of the dense MLP
+    num_hidden_layers: Annotated[int, whole(1, MAX_LAYERS, f"a whole number, 1 to {MAX_LAYERS}")]
+    num_attention_heads: Size
+    num_key_value_heads: SizeOrNone = None  # None: as many as query heads
+    head_dim: SizeOrNone = None  # None: hidden_size // num_attention_heads; MLA has its own dims below
+    max_position_embeddings: Size = 4096
+    initializer_range: Annotated[float, number(0, 1e3, "a number, 0 or more")] = 0.02
+    rms_norm_eps: Annotated[float, number(1e-30, 1, "a number above 0, at most 1")] = 1e-6
+    tie_word_embeddings: Flag = False
     rope_parameters: dict[str, Any] = field(default_factory=dict)  # rope_type, rope_theta, factor, ...
-    attention_bias: bool = False  # Qwen2's q, k, v biases are always on
-    mlp_bias: bool = False  # Llama
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
+    attention_bias: Flag = False  # Qwen2's q, k, v biases are always on
+    mlp_bias: Flag = False  # Llama
+    bos_token_id: TokenOrNone = None
+    eos_token_id: Annotated[int | list[int] | None, checks.TOKENS] = None
+    pad_token_id: TokenOrNone = None
     # MLA (deepseek_v3)
-    q_lora_rank: int | None = None  # None: one q_proj
-    kv_lora_rank: int = 0
-    qk_nope_head_dim: int = 0
-    qk_rope_head_dim: int = 0
-    v_head_dim: int = 0
-    rope_interleave: bool = True
+    q_lora_rank: SizeOrNone = None  # None: one q_proj
+    kv_lora_rank: Count = 0
+    qk_nope_head_dim: Count = 0
+    qk_rope_head_dim: Count = 0
+    v_head_dim: Count = 0
+    rope_interleave: Flag = True
     # mixture of experts (deepseek_v3, qwen3_moe)
-    n_routed_experts: int = 0
-    n_shared_experts: int = 0
-    num_experts_per_tok: int = 0
-    moe_intermediate_size: int = 0
-    n_group: int = 1
-    topk_group: int = 1
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-    first_k_dense_replace: int = 0  # DeepSeek: the first k layers are dense
-    decoder_sparse_step: int = 1  # Qwen3-MoE: every step-th layer is MoE
+    n_routed_experts: Annotated[int, whole(0, MAX_EXPERTS, f"a whole number, 0 to {MAX_EXPERTS}")] = 0
+    n_shared_experts: Count = 0
+    num_experts_per_tok: Count = 0
+    moe_intermediate_size: Count = 0
+    n_group: Annotated[int, checks.SIZE.or_null()] = 1
+    topk_group: Annotated[int, checks.SIZE.or_null()] = 1
+    norm_topk_prob: Flag = True
+    routed_scaling_factor: Annotated[float, number(1e-6, 1e6, "a number above 0")] = 1.0
+    first_k_dense_replace: Count = 0  # DeepSeek: the first k layers are dense
+    decoder_sparse_step: Size = 1  # Qwen3-MoE: every step-th layer is MoE
     mlp_only_layers: tuple[int, ...] = ()  # Qwen3-MoE: these layers are dense
 
     def __post_init__(self) -> None:
-        require(self.model_type in FAMILIES, "model_type", self.model_type, f"one of {', '.join(FAMILIES)}")
-        check_types(self)
+        _check_family(self.model_type)
+        for name, values in _values_of_fields().items():
+            values.check(name, getattr(self, name))
         width, heads = self.hidden_size, self.num_attention_heads
         divides = self.uses_mla or self.head_dim is not None or width % heads == 0
         require(divides, "num_attention_heads", heads, f"a divisor of hidden_size={width}, or head_dim")
         normal = {
-            "rope_parameters": normal_rope(self.rope_parameters, self.max_position_embeddings),
+            "rope_parameters": checks.normal_rope(self.rope_parameters, self.max_position_embeddings),
             # transformers' DeepSeek default is 128 whatever the query heads; MLA has as many of both.
-            "num_key_value_heads": self.num_attention_heads if self.uses_mla else self.kv_heads,
-            "head_dim": self.head_dim or self.hidden_size // self.num_attention_heads,
+            "num_key_value_heads": heads if self.uses_mla else self.kv_heads,
+            "head_dim": self.attention_head_dim,
             "n_group": self.n_group or 1,
             "topk_group": self.topk_group or 1,
-            "mlp_only_layers": tuple(self.mlp_only_layers or ()),
+            "mlp_only_layers": _layers(self.mlp_only_layers, self.num_hidden_layers - 1),
             # transformers takes no integer for them.
             **{n: float(getattr(self, n)) for n in ("initializer_range", "rms_norm_eps", "routed_scaling_factor")},
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)
-        check_parts(self)
+        checks.check_parts(self)
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
 
     @property
     def uses_mla(self) -> bool:
-        return self.model_type == "deepseek_v3"
+        return self.family.attention == "latent"
 
     @property
     def kv_heads(self) -> int:
@@ -106,63 +107,98 @@ class ModelConfig:
         return self.qk_rope_head_dim if self.uses_mla else self.attention_head_dim
 
     @property
-    def qkv_bias(self) -> bool:
-        return self.attention_bias or self.model_type == "qwen2"
+    def has_router(self) -> bool:
+        return any(self.is_moe_layer(i) for i in range(self.num_hidden_layers))
 
     @property
-    def qk_norm(self) -> bool:
-        return self.model_type in ("qwen3", "qwen3_moe")
+    def has_router_bias(self) -> bool:
+        return self.family.router == "sigmoid"
 
     def is_moe_layer(self, layer_idx: int) -> bool:
-        if self.model_type == "deepseek_v3":
-            return layer_idx >= self.first_k_dense_replace
-        if self.model_type == "qwen3_moe":
-            sparse = self.n_routed_experts > 0 and (layer_idx + 1) % self.decoder_sparse_step == 0
-            return sparse and layer_idx not in self.mlp_only_layers
-        return False
+        return self.family.is_moe_layer(self, layer_idx)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """A recipe's `architecture`; an unknown key is an error that names the nearest known one.
 
         What transformers could not load again once it is saved is an error here, before any work.
         """
         fields = {f.name: f for f in dataclasses.fields(cls)}
-        values = architecture_fields(values, fields)
+        named = _one_name_each(values)
+        _check_names(named, [*fields, *ALIASES, "rope_theta"])
         required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
-        if absent := [name for name in required if name not in values]:
+        if absent := [name for name in required if name not in named]:
             raise ValueError(f"model config: missing {', '.join(absent)}; give every one of {', '.join(required)}")
-        config = cls(**values)
-        check_from_scratch(config, values)
+        config = cls(**named)
+        checks.check_from_scratch(config, named)
         try:
             config.to_hf()
         except StrictDataclassError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise ValueError(
-                f"model config: transformers could not load such a {config.model_type} ({reason})"
-            ) from error
+            text = f"transformers could not load such a {config.model_type} ({str(error).splitlines()[-1].strip()})"
+            raise ValueError(f"model config: {text}") from error
         return config
 
     @classmethod
     def from_hf(cls, config: PretrainedConfig) -> "ModelConfig":
         """The same architecture from a transformers config; what the decoder cannot do is an error."""
-        values = config.to_dict()
-        model_type = values["model_type"]
-        require(model_type in FAMILIES, "model_type", model_type, f"one of {', '.join(FAMILIES)}")
-        values = {ALIASES.get(name, name): value for name, value in values.items()}
-        own = FIELDS[model_type]
-        check_fields(values, own)
-        return cls(**{name: values[name] for name in own if name in values})
+        values = {ALIASES.get(name, name): value for name, value in config.to_dict().items()}
+        _check_family(values["model_type"])
+        check_keys(values)
+        return cls(**{name: values[name] for name in FAMILIES[values["model_type"]].fields if name in values})
 
     def to_hf(self, **overrides: Any) -> PretrainedConfig:
         """The transformers config of this architecture, with the family's own fields only."""
-        values = {name: getattr(self, name) for name in FIELDS[self.model_type] if name != "model_type"}
-        values["rope_parameters"] = dict(self.rope_parameters)
-        if self.uses_mla:
-            overrides["num_nextn_predict_layers"] = 0  # the multi-token-prediction block is not part of the decoder
-            # transformers has V3's router in its code; vLLM reads it here, and falls back on V2's softmax.
-            overrides |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-        elif self.model_type == "qwen3_moe":
-            values["num_experts"] = values.pop("n_routed_experts")
-            values["mlp_only_layers"] = list(self.mlp_only_layers)
-        return AutoConfig.for_model(self.model_type, **{**values, **overrides})
+        values = dataclasses.asdict(self) | {"mlp_only_layers": list(self.mlp_only_layers)}
+        named = {self.family.hf_names.get(name, name): values[name] for name in self.family.fields}
+        del named["model_type"]
+        return AutoConfig.for_model(self.model_type, **{**named, **overrides, **self.family.written})
+
+
+@cache
+def _values_of_fields() -> dict[str, Values]:
+    hints = get_type_hints(ModelConfig, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+
+
+def _check_family(model_type: Any) -> None:
+    require(model_type in tuple(FAMILIES), "model_type", model_type, f"one of {', '.join(FAMILIES)}")
+
+
+def _layers(given: Any, last: int) -> tuple[int, ...]:
+    is_list = isinstance(given, (list, tuple))
+    for layer in given if is_list else [] if given is None else [given]:
+        right = is_list and type(layer) is int and 0 <= layer <= last
+        require(right, "mlp_only_layers", layer, f"a list of layers, 0 to {last}")
+    return tuple(given or ())
+
+
+def _one_name_each(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's architecture with every field under our name, and all of the rotary embedding in rope_parameters."""
+    values, rope = dict(values), dict[str, Any]()
+    for name in ("rope_scaling", "rope_parameters"):
+        given = values.pop(name, None)
+        require(given is None or isinstance(given, dict), name, given, "a mapping such as {rope_type: default}")
+        require(not (rope and given), name, given, "rope_parameters alone, which rope_scaling is an older name of")
+        rope |= given or {}
+    if "rope_theta" in values:
+        require("rope_theta" not in rope, "rope_theta", values["rope_theta"], "one rope_theta; rope_parameters has one")
+        rope["rope_theta"] = values.pop("rope_theta")
+    named: dict[str, Any] = {"rope_parameters": rope}
+    for name, value in values.items():
+        require(ALIASES.get(name, name) not in named, name, value, f"one of {name} and {ALIASES.get(name, name)}")
+        named[ALIASES.get(name, name)] = value
+    return named
+
+
+def _check_names(named: dict[str, Any], known: list[str]) -> None:
+    """One that is unknown, or not of its family, is an error."""
+    for name in named:
+        if name not in known:
+            nearest = difflib.get_close_matches(name[:80], known, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"model config: unknown key {name[:80]!r}{hint}")
+    family = named.get("model_type")
+    if isinstance(family, str) and family in FAMILIES:  # else that is said elsewhere
+        for name in named:
+            if name not in FAMILIES[family].fields:
+                raise ValueError(f"model config: {name} does not apply to model_type {family!r}; drop it")

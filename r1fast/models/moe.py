@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from r1fast.models.attention import AttentionPlan
+from r1fast.models.attention import ForwardPass
 from r1fast.models.layers import MLP, OpModule
 from r1fast.models.model_config import ModelConfig
 from r1fast_kernels import moe_experts, route_topk
@@ -20,9 +20,9 @@ class Gate(OpModule):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.scoring = config, config.family.router
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.uses_mla else None
+        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.has_router_bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
@@ -34,24 +34,23 @@ class Gate(OpModule):
             self.e_score_correction_bias = bias.to(moved.device)
         return self
 
-    def forward(self, x_TD: Tensor, replay_ids_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """expert ids [T, K], weights [T, K] (fp32), tokens per expert [E], and the logits [T, E]."""
+    def forward(self, x_TD: Tensor, replay_ids_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """expert ids [T, K], weights [T, K] (fp32), and the logits [T, E]."""
         config = self.config
         logits_TE = linear_fp32(x_TD, self.weight, impl=self.impl)
-        sigmoid = self.e_score_correction_bias is not None
-        routed = route_topk(
+        expert_ids_TK, weights_TK, _ = route_topk(
             logits_TE,
             self.e_score_correction_bias,
             top_k=config.num_experts_per_tok,
-            n_group=config.n_group if sigmoid else 1,
-            topk_group=config.topk_group if sigmoid else 1,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
             norm_topk_prob=config.norm_topk_prob,
-            routed_scaling_factor=config.routed_scaling_factor if sigmoid else 1.0,
-            scoring="sigmoid" if sigmoid else "softmax",
+            routed_scaling_factor=config.routed_scaling_factor,
+            scoring=self.scoring,
             replay_ids_TK=replay_ids_TK,
             impl=self.impl,
         )
-        return *routed, logits_TE
+        return expert_ids_TK, weights_TK, logits_TE
 
 
 class Experts(OpModule):
@@ -120,23 +119,15 @@ class MoE(OpModule):
         self.shared_experts = MLP(config.hidden_size, shared_width) if shared_width else None
 
     def forward(
-        self,
-        x_TD: Tensor,
-        plan: AttentionPlan | None = None,
-        replay_ids_TK: Tensor | None = None,
-        balance_scale: Tensor | None = None,
+        self, x_TD: Tensor, step: ForwardPass | None = None, replay_ids_TK: Tensor | None = None
     ) -> tuple[Tensor, Routing]:
-        """plan: which sequence each token belongs to, None while decoding. replay_ids_TK: route to these experts.
-
-        balance_scale: 0-d; this times the balance loss of every sequence is added to what is minimised.
-        """
-        expert_ids_TK, weights_TK, _, logits_TE = self.gate(x_TD, replay_ids_TK)
+        """step: None while decoding. replay_ids_TK: route to these experts."""
+        expert_ids_TK, weights_TK, logits_TE = self.gate(x_TD, replay_ids_TK)
         balance = None
-        if balance_scale is not None and plan is not None:
-            scoring = "softmax" if self.gate.e_score_correction_bias is None else "sigmoid"
-            lengths_N = plan.cu_seqlens.diff().long()
-            loss = sequence_balance_loss(logits_TE, expert_ids_TK, lengths_N, plan.rows_T, scoring)
-            weights_TK = AddLoss.apply(weights_TK, loss * balance_scale)
+        if step is not None and step.balance_scale is not None:
+            lengths_N = step.plan.cu_seqlens.diff().long()
+            loss = sequence_balance_loss(logits_TE, expert_ids_TK, lengths_N, step.plan.rows_T, self.gate.scoring)
+            weights_TK = AddLoss.apply(weights_TK, loss * step.balance_scale)
             balance = loss.detach()
         out_TD = self.experts(x_TD, expert_ids_TK, weights_TK)
         if self.shared_experts is not None:

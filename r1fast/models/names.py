@@ -27,13 +27,10 @@ def to_hf_names(state_dict: StateDict, *, tied: bool) -> StateDict:
     """Our names -> names on disk: experts apart, `model.` in front, no second copy of a tied head."""
     out: StateDict = {}
     for name, tensor in state_dict.items():
-        if name.startswith(("lm_head.", "score.")):
-            if not (tied and name.startswith("lm_head.")):
-                out[name] = tensor
-        elif name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            out |= _split_experts(f"model.{name}", tensor)
-        else:
-            out[f"model.{name}"] = tensor
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            out |= _split_experts(disk_name(name), tensor)
+        elif not (tied and name.startswith("lm_head.")):
+            out[disk_name(name)] = tensor
     return out
 
 
@@ -41,7 +38,7 @@ def is_left_out(name: str, config: ModelConfig) -> bool:
     """Whether a tensor on disk is not the decoder's: DeepSeek's multi-token prediction, and stored rotary tables."""
     layer = _LAYER_KEY.match(name)
     is_past = layer is not None and int(layer[1]) >= config.num_hidden_layers
-    return (is_past and config.uses_mla) or name.endswith("rotary_emb.inv_freq")
+    return (is_past and config.family.predicts_more) or name.endswith("rotary_emb.inv_freq")
 
 
 def from_hf_names(stored: StateDict, *, source: Path) -> StateDict:

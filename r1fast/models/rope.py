@@ -40,18 +40,14 @@ class Rotary(nn.Module):
         super().__init__()
         self.config = config
         self.interleaved = config.uses_mla and config.rope_interleave
-        self.attention_factor = rope_frequencies(config)[1]
-        self.register_buffer("inv_freq", torch.empty(config.rope_dim // 2), persistent=False)
-        self.reset_buffers()
-
-    def reset_buffers(self) -> None:
-        if not self.inv_freq.is_meta:
-            self.inv_freq = rope_frequencies(self.config)[0].to(self.inv_freq.device)
+        inv_freq, self.attention_factor = rope_frequencies(config)
+        self.register_buffer("inv_freq", inv_freq.to(torch.get_default_device()), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Rotary":
         # to(bfloat16) would round the frequencies and to_empty leaves garbage: compute them anew on fn's device.
         super()._apply(fn, recurse)
-        self.reset_buffers()
+        if not self.inv_freq.is_meta:
+            self.inv_freq = rope_frequencies(self.config)[0].to(self.inv_freq.device)
         return self
 
     def forward(self, positions_T: Tensor, dtype: torch.dtype) -> Rope:

@@ -124,7 +124,7 @@ def unwrapped(name: str) -> str:
 
 def decode_layers_of(decoder: "Decoder") -> DecodeLayers:
     """The weights of a decoder that is as it was built, and what they do not say."""
-    config, has_groups = decoder.config, decoder.config.uses_mla
+    config = decoder.config
     named = [[*layer.named_parameters(), *layer.named_buffers()] for layer in decoder.layers]
     return DecodeLayers(
         embedding_VD=decoder.embed_tokens.weight,
@@ -139,8 +139,8 @@ def decode_layers_of(decoder: "Decoder") -> DecodeLayers:
         eps=config.rms_norm_eps,
         latent_eps=LATENT_NORM_EPS,
         top_k=config.num_experts_per_tok,
-        n_group=config.n_group if has_groups else 1,
-        topk_group=config.topk_group if has_groups else 1,
+        n_group=config.n_group,
+        topk_group=config.topk_group,
         norm_topk_prob=config.norm_topk_prob,
-        routed_scaling_factor=config.routed_scaling_factor if has_groups else 1.0,
+        routed_scaling_factor=config.routed_scaling_factor,
     )

@@ -6,26 +6,21 @@ Which tensor is which: names.py. Only safetensors are read, and no code that a f
 import dataclasses
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers import __version__ as transformers_version
 
 from r1fast.models.decoder import Decoder
-from r1fast.models.model_config import FAMILIES, ModelConfig
+from r1fast.models.families import FAMILIES
+from r1fast.models.model_config import ModelConfig
 from r1fast.models.names import StateDict, disk_name, from_hf_names, is_left_out, some, to_hf_names
 
 logger = logging.getLogger(__name__)
@@ -33,7 +28,7 @@ logger = logging.getLogger(__name__)
 _MAX_SHARD_SIZE = "5GB"
 _GENERATION_NAME = "generation_config.json"
 _INDEX_NAME = "model.safetensors.index.json"
-_ROUTER_BIAS = "e_score_correction_bias"  # stays fp32 in every checkpoint
+_ROUTER_BIAS = "e_score_correction_bias"  # is fp32 whatever the dtype of the model
 _AGAIN = "copy or download it again"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 # What a Hub repository may keep a tokenizer and its chat template in.
@@ -55,19 +50,17 @@ def load_model(
     zero, so that its first reward is 0 for everything.
     Raises ValueError naming the path and the key for anything missing, unexpected or unsupported.
     """
-    folder = _resolve(path)
-    config, is_scalar = _read_config(folder)
-    state = _read_state(folder, config)
-    if not is_scalar:
-        config = _share_head(config, state, folder)
+    folder = _resolve(path, ["*.safetensors", *_TOKENIZER_PATTERNS])
+    config, is_scalar, state = _read(folder)
     if scalar_head and not is_scalar:
         state.pop("lm_head.weight", None)
         state["score.weight"] = torch.zeros(1, config.hidden_size)
     elif scalar_head is False and is_scalar:
         raise ValueError(f"{folder}: is a reward model (`score`), expected a language model with an lm_head")
-    decoder = _meta_decoder(config, is_scalar or bool(scalar_head), state, folder)
+    decoder = _decoder_that_fits(config, is_scalar or bool(scalar_head), state, folder)
     target = _resolve_dtype(dtype, folder, state)
-    state = {name: tensor.to(device, _dtype_of(name, tensor, target)) for name, tensor in state.items()}
+    dtypes = {name: torch.float32 if name.endswith(_ROUTER_BIAS) else target for name in state}
+    state = {name: tensor.to(device, dtypes[name]) for name, tensor in state.items()}
     decoder.load_state_dict(state, assign=True)
     decoder.tie_weights()
     decoder.rotary.to_empty(device=device or "cpu")
@@ -80,14 +73,11 @@ def check_checkpoint(path: str | Path) -> tuple[ModelConfig, bool]:
     Returns the architecture, and whether it is a reward model. A Hub id is checked by its config.json alone, the only
     file that is fetched.
     """
+    folder = _resolve(path, ["config.json"])
     if not _is_local(path):
-        return _read_config(_fetch(str(path), ["config.json"]))
-    folder = _resolve(path)
-    config, is_scalar = _read_config(folder)
-    state = _read_state(folder, config, shapes_only=True)
-    if not is_scalar:
-        config = _share_head(config, state, folder)
-    _meta_decoder(config, is_scalar, state, folder)
+        return _read_config(folder)
+    config, is_scalar, state = _read(folder, shapes_only=True)
+    _decoder_that_fits(config, is_scalar, state, folder)
     return config, is_scalar
 
 
@@ -96,7 +86,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
 
     Raises ValueError naming the folder for files that are damaged, or that need code of their own.
     """
-    folder = _resolve(path) if _is_local(path) else _fetch(str(path), _TOKENIZER_PATTERNS)
+    folder = _resolve(path, _TOKENIZER_PATTERNS)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     file = folder / "tokenizer_config.json"
@@ -107,8 +97,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
     try:
         return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
-        reason = _one_line(error)
-        raise ValueError(f"the tokenizer of {folder} cannot be read ({reason}); {_AGAIN}") from error
+        raise ValueError(f"the tokenizer of {folder} cannot be read ({_one_line(error)}); {_AGAIN}") from error
 
 
 def save_model(
@@ -116,7 +105,6 @@ def save_model(
     state_dict: StateDict,
     directory: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: torch.dtype | None = None,
     scalar_head: bool = False,
     *,
     source: str | Path | None = None,
@@ -128,7 +116,7 @@ def save_model(
     of Qwen2's tokenizer (transformers 5.23). One of another kind, such as that of recipe `tiny`, is read right by
     load_tokenizer and PreTrainedTokenizerFast alone.
 
-    state_dict: our names, whole tensors on any device. dtype: of the floating-point weights on disk, None as given.
+    state_dict: our names, whole tensors on any device.
     source: the checkpoint that training started from; its generation_config is kept (temperature, top_p, ...), but for
     the token ids, which are the model's and end with the tokenizer's own end-of-sequence token.
     Raises ValueError if the directory holds weights already and overwrite is False.
@@ -140,30 +128,26 @@ def save_model(
     directory.mkdir(parents=True, exist_ok=True)
     for file in stale:
         file.unlink()
-    tied = decoder_config.tie_word_embeddings and not scalar_head
-    state = to_hf_names(state_dict, tied=tied)
-    state = {name: _own_storage(t.detach().to("cpu", _dtype_of(name, t, dtype))) for name, t in state.items()}
-    _write_shards(state, directory)
+    state = to_hf_names(state_dict, tied=decoder_config.tie_word_embeddings and not scalar_head)
+    state = {name: _own_storage(tensor.detach().cpu()) for name, tensor in state.items()}
+    save_torch_state_dict(state, directory, max_shard_size=_MAX_SHARD_SIZE)
 
-    suffix = "ForSequenceClassification" if scalar_head else "ForCausalLM"
-    extra = {"num_labels": 1} if scalar_head else {}
     eos = _eos_ids(decoder_config.eos_token_id, getattr(tokenizer, "eos_token_id", None))
-    hf_config = decoder_config.to_hf(dtype=state["model.embed_tokens.weight"].dtype, eos_token_id=eos, **extra)
+    decoder_config = dataclasses.replace(decoder_config, eos_token_id=eos)
+    suffix, extra = ("ForSequenceClassification", {"num_labels": 1}) if scalar_head else ("ForCausalLM", {})
+    hf_config = decoder_config.to_hf(dtype=state["model.embed_tokens.weight"].dtype, **extra)
     hf_config.architectures = [type(hf_config).__name__.removesuffix("Config") + suffix]
     hf_config.save_pretrained(directory)
     if not scalar_head:
-        ids = {"bos_token_id": decoder_config.bos_token_id, "pad_token_id": decoder_config.pad_token_id}
-        _write_generation_config(directory, source, ids | {"eos_token_id": eos})
+        _write_generation_config(directory, source, decoder_config)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
 
-def _write_generation_config(directory: Path, source: str | Path | None, ids: Mapping[str, Any]) -> None:
-    values: dict[str, Any] = {}
-    if source is not None:
-        folder = _resolve(source) if _is_local(source) else _fetch(str(source), [_GENERATION_NAME])
-        values = _read_generation_config(folder)
-        values.pop("_from_model_config", None)
+def _write_generation_config(directory: Path, source: str | Path | None, config: ModelConfig) -> None:
+    values = {} if source is None else _read_generation_config(_resolve(source, [_GENERATION_NAME]))
+    values.pop("_from_model_config", None)
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     values |= {name: value for name, value in ids.items() if value is not None}
     values["transformers_version"] = transformers_version
     (directory / _GENERATION_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -172,28 +156,31 @@ def _write_generation_config(directory: Path, source: str | Path | None, ids: Ma
 def _is_local(path: str | Path) -> bool:
     """A folder, or what can only be meant as one: Hub ids are `name` or `owner/name`."""
     folder = Path(path).expanduser()
-    shape = isinstance(path, Path) or folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2
-    return shape or folder.exists()
+    is_hub_id = isinstance(path, str) and not folder.is_absolute() and path[:1] != "." and len(folder.parts) <= 2
+    return not is_hub_id or folder.exists()
 
 
-def _resolve(path: str | Path) -> Path:
-    """A local folder, or the local snapshot of a Hub repository."""
-    if not _is_local(path):
-        return _fetch(str(path), ["*.safetensors", *_TOKENIZER_PATTERNS])
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"{path}: no such folder; expected a checkpoint folder with config.json, or a Hub id")
-    return folder
-
-
-def _fetch(hub_id: str, patterns: list[str]) -> Path:
+def _resolve(path: str | Path, patterns: list[str]) -> Path:
+    """A local folder, or the local snapshot of those files of a Hub repository."""
+    if _is_local(path):
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"{path}: no such folder; expected a checkpoint folder with config.json, or a Hub id")
+        return folder
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"{hub_id}: neither a folder nor a Hub repository that can be reached ({type(error).__name__}); "
+            f"{path}: neither a folder nor a Hub repository that can be reached ({type(error).__name__}); "
             "check the spelling, the network, and HF_TOKEN for gated models"
         ) from error
+
+
+def _read(folder: Path, *, shapes_only: bool = False) -> tuple[ModelConfig, bool, StateDict]:
+    """The architecture, whether the checkpoint has a scalar head, and its tensors."""
+    config, is_scalar = _read_config(folder)
+    state = _read_state(folder, config, shapes_only=shapes_only)
+    return config if is_scalar else _share_head(config, state, folder), is_scalar, state
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, bool]:
@@ -203,7 +190,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, bool]:
         raise ValueError(f"{folder}: no config.json; expected a Hugging Face checkpoint folder")
     values = _read_json(file)
     model_type = values.get("model_type")
-    if model_type not in FAMILIES:
+    if model_type not in tuple(FAMILIES):
         raise ValueError(f"{file}: model_type is {model_type!r:.80}, expected one of {', '.join(FAMILIES)}")
     if values.get("quantization_config") is not None:
         method = values["quantization_config"]
@@ -296,13 +283,12 @@ def _read_state(folder: Path, config: ModelConfig, *, shapes_only: bool = False)
                     else:
                         stored[name] = _finite(tensors.get_tensor(name), name, file)
         except (SafetensorError, OSError) as error:
-            reason = _one_line(error)
-            raise ValueError(f"{file}: not a readable safetensors file ({reason}); {_AGAIN}") from error
+            raise ValueError(f"{file}: not a readable safetensors file ({_one_line(error)}); {_AGAIN}") from error
     return from_hf_names(stored, source=folder)
 
 
 def _finite(tensor: Tensor, name: str, file: Path) -> Tensor:
-    # A sum is one pass at the speed of memory, and finite only if every element is; large ones may overflow it.
+    # A sum is one pass at the speed of memory, and finite only if every element is; that of large ones may not be.
     if not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise ValueError(f"{file}: {name} holds NaN or Inf; take an earlier checkpoint, or {_AGAIN}")
     return tensor
@@ -314,79 +300,45 @@ def _share_head(config: ModelConfig, state: StateDict, folder: Path) -> ModelCon
         return config
     names = ("embed_tokens.weight", "lm_head.weight")
     stored = [state[name] for name in names if name in state]
-    if len(stored) == 2 and stored[0].is_meta:
-        return config
-    if len(stored) == 2 and not torch.equal(*stored):
-        logger.warning(
-            "%s: not tied, although tie_word_embeddings is true: lm_head.weight and model.embed_tokens.weight differ",
-            folder,
-        )
+    if len(stored) == 2 and not stored[0].is_meta and not torch.equal(*stored):
+        text = "%s: not tied, although tie_word_embeddings is true: lm_head.weight and model.embed_tokens.weight differ"
+        logger.warning(text, folder)
         return dataclasses.replace(config, tie_word_embeddings=False)
-    if stored:
+    if len(stored) == 1:
         state |= dict.fromkeys(names, stored[0])
     return config
 
 
-def _meta_decoder(config: ModelConfig, scalar_head: bool, state: StateDict, folder: Path) -> Decoder:
-    """A decoder on meta that `state` fits."""
+def _decoder_that_fits(config: ModelConfig, scalar_head: bool, state: StateDict, folder: Path) -> Decoder:
+    """A decoder on meta, with the names and shapes of `state`; keys are reported as they stand on disk."""
     with torch.device("meta"):
         decoder = Decoder(config, scalar_head=scalar_head)
-    _check_against(decoder, state, folder)
-    return decoder
-
-
-def _check_against(decoder: Decoder, state: StateDict, folder: Path) -> None:
-    """Names and shapes, before any copy; keys are reported as they stand on disk."""
     expected = decoder.state_dict()
-    missing = [disk_name(name) for name in expected if name not in state]
-    unexpected = [disk_name(name) for name in state if name not in expected]
-    if missing or unexpected:
-        problems = [f"missing {some(missing)}"] if missing else []
-        problems += [f"unexpected {some(unexpected)}"] if unexpected else []
+    differing = {"missing": expected.keys() - state.keys(), "unexpected": state.keys() - expected.keys()}
+    if problems := [f"{word} {some(map(disk_name, names))}" for word, names in differing.items() if names]:
         raise ValueError(f"{folder}: {'; '.join(problems)}; do the weights belong to this config.json?")
     for name, tensor in expected.items():
-        if tensor.shape != state[name].shape:
-            raise ValueError(
-                f"{folder}: {disk_name(name)} has shape {tuple(state[name].shape)}, "
-                f"expected {tuple(tensor.shape)} from config.json"
-            )
+        found, wanted = tuple(state[name].shape), tuple(tensor.shape)
+        if found != wanted:
+            raise ValueError(f"{folder}: {disk_name(name)} has shape {found}, expected {wanted} from config.json")
+    return decoder
 
 
 def _resolve_dtype(dtype: torch.dtype | str, folder: Path, state: StateDict) -> torch.dtype:
     """ "auto": what config.json says, or else the dtype of the embeddings."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    name, said_by = dtype, "dtype"
+    said_by = "dtype"
     if dtype == "auto":
         values = _read_json(folder / "config.json")
-        said = values.get("dtype") or values.get("torch_dtype")
-        if said is None:
-            return state["embed_tokens.weight"].dtype
-        name, said_by = str(said), f"{folder / 'config.json'}: dtype"
-    resolved = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(resolved, torch.dtype) or resolved not in _FLOATS.values():
-        raise ValueError(
-            f"{said_by}={name!r}, expected a torch.dtype, its name (bfloat16, float16, float32), or 'auto'"
-        )
-    return resolved
-
-
-def _dtype_of(name: str, tensor: Tensor, target: torch.dtype | None) -> torch.dtype:
-    if name.endswith(_ROUTER_BIAS):
-        return torch.float32
-    return target if target is not None and tensor.is_floating_point() else tensor.dtype
+        dtype = values.get("dtype") or values.get("torch_dtype") or state["embed_tokens.weight"].dtype
+        said_by = f"{folder / 'config.json'}: dtype"
+    for resolved in _FLOATS.values():
+        if str(dtype).removeprefix("torch.") == str(resolved).removeprefix("torch."):
+            return resolved
+    expected = "a torch.dtype, its name (bfloat16, float16, float32), or 'auto'"
+    raise ValueError(f"{said_by}={str(dtype)!r}, expected {expected}")
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
     """Experts are views of one stack: sharding counts storages, so without a copy they would all fall in one file."""
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _write_shards(state: StateDict, directory: Path) -> None:
-    shards = split_torch_state_dict_into_shards(state, max_shard_size=_MAX_SHARD_SIZE)
-    for file_name, names in shards.filename_to_tensors.items():
-        save_file({name: state[name] for name in names}, directory / file_name, metadata={"format": "pt"})
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (directory / _INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

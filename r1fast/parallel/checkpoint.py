@@ -3,7 +3,7 @@
     checkpoints/tmp_step_12/   written by all ranks        checkpoints/step_12/   the same folder, after one rename
         __0_0.distcp ... contents.json   model and optimizer (torch.distributed.checkpoint), sharded
         shared.json [shared.npz]         `extra`: what is the same on every rank
-        rank_00000.json ...              `rank_state` and random-number states, one file per rank
+        rank_00000.json ...              random-number states, one file per rank
         manifest.json                    step, world size, of every other file its size and crc32; a crc32 of its own
 
 Commit: all ranks write, errors are exchanged, rank 0 writes the manifest, fsyncs, and renames; only then are older
@@ -43,7 +43,6 @@ MANIFEST = "manifest.json"
 SHARED = "shared"
 KEEP = 2
 _PAYLOAD = re.compile(r"__\d+_\d+\.distcp|shared\.npz|rank_\d{5}\.npz")  # beside the files that must be there
-_STEP = re.compile(r"step_(\d+)")
 
 
 def save(
@@ -53,74 +52,64 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Any],
-    rank_state: dict[str, Any],
     dist: Dist,
-    keep: int = KEEP,
 ) -> Path:
-    """Write directory/step_N and keep the newest `keep` checkpoints. Collective.
+    """Write directory/step_N and keep the newest KEEP checkpoints. Collective.
 
-    extra: the same on all ranks (taken from rank 0). rank_state: this rank's own; random-number states are added here.
-    Both are plain values (plain_state.py).
-    To save a frozen reference model too, pass nn.ModuleDict({"policy": ..., "reference": ...}) as the model, and the
-    same to load. If any rank cannot write, every rank raises OSError and the older checkpoints stay.
+    extra: plain values (plain_state.py), the same on all ranks (taken from rank 0); every rank's random-number states
+    are added. To save a frozen reference model too, pass nn.ModuleDict({"policy": ..., "reference": ...}) as the model,
+    and the same to load. If any rank cannot write, every rank raises OSError and the older checkpoints stay.
     """
-    if keep < 1:
-        raise ValueError(f"checkpoint.save got keep={keep}; expected at least 1")
-    directory = Path(directory)
     tmp, final = directory / f"tmp_step_{step}", directory / f"step_{step}"
-    _raise_on_all(dist, final, _prepare(tmp) if dist.is_main else "")
-    reshard(model)
-    own_values: dict[str, Any] = {_rank_name(dist.rank): {"rng": rng_state(), "rank_state": rank_state}}
+    own_values: dict[str, Any] = {_rank_name(dist.rank): {"rng": rng_state(), "rank_state": {}}}
     if dist.is_main:
         own_values[SHARED] = extra
-    reports = dist.all_gather_objects(_write_payload(tmp, _distributed_state(model, optimizer), own_values, dist.rank))
-    problem = "; ".join(report[0] for report in reports if report[0])
-    if dist.is_main:
-        if not problem:
-            files = {name: entry for _, entries in reports for name, entry in entries.items()}
-            problem = _commit(tmp, final, {"step": step, "world_size": dist.world_size, "files": files}, keep)
-        if problem:
-            problem += _space_left(directory)
-            shutil.rmtree(tmp, ignore_errors=True)
-    _raise_on_all(dist, final, problem)
+    try:
+        dist.on_main(lambda: _prepare(tmp))
+        reshard(model)
+        written = _write_payload(tmp, _distributed_state(model, optimizer), own_values, dist.rank)
+        reports = dist.all_gather_objects(written)
+        manifest = {"step": step, "world_size": dist.world_size, "files": {}}
+        for _, entries in reports:
+            manifest["files"] |= entries
+        dist.on_main(lambda: _commit(tmp, final, manifest, [text for problems, _ in reports for text in problems]))
+    except OSError as error:
+        raise OSError(f"checkpoint {final} was not written, earlier ones are untouched: {error}") from error
     return final
 
 
-def latest(directory: Path, dist: Dist | None = None) -> Path | None:
+def latest(directory: Path, dist: Dist) -> Path | None:
     """The newest checkpoint that is complete, every byte verified; torn ones are named in the log and passed over.
 
-    With dist: collective, the reading is shared out over the ranks.
+    Collective: the reading is shared out over the ranks.
     """
-    found = _steps(Path(directory))
+    found = _steps(directory)
     for path, before in zip(found, [*found[1:], None]):
         problem = verify(path, dist)
         if problem is None:
             return path
-        if dist is None or dist.is_main:
+        if dist.is_main:
             then = f"trying {before.name}" if before else "none is before it, so the stage begins again"
             logger.warning("checkpoint %s is not usable (%s); %s", path, problem, then)
     return None
 
 
-def tidy(directory: Path, verified: Path | None, keep: int = KEEP) -> None:
+def tidy(directory: Path, verified: Path | None) -> None:
     """Delete what a kill left of a save or of a deletion. For rank 0, where nobody saves.
 
     verified: what `latest` found. While a newer one is torn, another may be, so that the oldest is the one to resume.
     """
-    if [verified] == _steps(Path(directory))[:1]:
-        _retain(Path(directory), keep)
-    _remove_leftovers(Path(directory))
+    if [verified] == _steps(directory)[:1]:
+        _retain(directory)
+    _remove_leftovers(directory)
 
 
-def load(
-    path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, dist: Dist
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load a checkpoint in place, on any number of ranks; returns (extra, rank_state). Collective.
+def load(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, dist: Dist) -> dict[str, Any]:
+    """Load a checkpoint in place, on any number of ranks; returns `extra`. Collective.
 
-    Random-number states come last and only on the number of ranks that wrote them; on another number of ranks
-    rank_state is {} (it belongs to a layout that is gone). A torn checkpoint: ValueError, before anything changes.
+    Random-number states come last and only on the number of ranks that wrote them. A torn checkpoint: ValueError,
+    before anything changes.
     """
-    path = Path(path)
     problem = verify(path, dist)
     if problem is not None:
         raise ValueError(f"checkpoint {path} is not usable: {problem}; resume from latest({path.parent}) instead")
@@ -137,26 +126,18 @@ def load(
         own = read_plain(path / _rank_name(dist.rank)) if saved_world_size == dist.world_size else None
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         raise ValueError(f"checkpoint {path} cannot be loaded: {_cause(error)}") from error
-    if own is None:
-        if dist.is_main:
-            logger.warning(
-                "%s was written by %d ranks and is read by %d: random-number states of the ranks are not restored",
-                path,
-                saved_world_size,
-                dist.world_size,
-            )
-        return extra, {}
-    set_rng_state(own["rng"])
-    return extra, own["rank_state"]
+    if own is not None:
+        set_rng_state(own["rng"])
+    elif dist.is_main:
+        text = "%s was written by %d ranks and is read by %d: random-number states of the ranks are not restored"
+        logger.warning(text, path, saved_world_size, dist.world_size)
+    return extra
 
 
-def verify(path: Path, dist: Dist | None = None) -> str | None:
-    """Why this checkpoint must not be loaded, or None if every file is there with its size and crc32."""
-    rank, world_size = (dist.rank, dist.world_size) if dist is not None else (0, 1)
-    problem = _problem(path, rank, world_size)
-    if dist is None:
-        return problem
-    return next((found for found in dist.all_gather_objects(problem) if found), None)
+def verify(path: Path, dist: Dist) -> str | None:
+    """Why this checkpoint must not be loaded, or None if every file is there with its size and crc32. Collective."""
+    problems = dist.all_gather_objects(_problem(path, dist.rank, dist.world_size))
+    return next((problem for problem in problems if problem), None)
 
 
 def rng_state() -> dict[str, Any]:
@@ -189,22 +170,22 @@ def _distributed_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return {"model": weights, "optimizer": moments}
 
 
-def _write_payload(tmp: Path, state: dict[str, Any], own_values: dict[str, Any], rank: int) -> tuple[str, dict]:
-    """(what went wrong or "", manifest entries of this rank's files). Never raises: the other ranks would wait."""
+def _write_payload(tmp: Path, state: dict[str, Any], own_values: dict[str, Any], rank: int) -> tuple[list[str], dict]:
+    """(what went wrong, manifest entries of this rank's files). Never raises: the other ranks would wait."""
     problems: list[str] = []
     names: list[str] = []
     try:
         for name, value in own_values.items():
             names += write_plain(tmp / name, value)
     except Exception as error:
-        problems.append(f"rank {rank}: {type(error).__name__}: {error}")
+        problems.append(f"rank {rank}: {_cause(error)}")
     try:
         # In any case, as it is collective. On a full disk torch.save raises RuntimeError, not OSError.
         dcp.save(state, storage_writer=Writer(tmp))
-        entries = {name: _entry(tmp / name) for name in (*names, *_dcp_files(tmp, rank))}
+        names += [*sorted(path.name for path in tmp.glob(f"__{rank}_*.distcp")), *([CONTENTS] if rank == 0 else [])]
+        return problems, {name: _entry(tmp / name) for name in names}
     except (Exception, CheckpointException) as error:  # the latter is no Exception
-        return "; ".join([*problems, f"rank {rank}: {_cause(error)}"]), {}
-    return "; ".join(problems), entries
+        return [*problems, f"rank {rank}: {_cause(error)}"], {}
 
 
 def _cause(error: BaseException) -> str:
@@ -212,19 +193,6 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _space_left(directory: Path) -> str:
-    """What torch.save does not say when the disk is full."""
-    try:
-        return f" ({shutil.disk_usage(directory).free >> 20} MiB are left on that disk)"
-    except OSError:
-        return ""
-
-
-def _dcp_files(tmp: Path, rank: int) -> list[str]:
-    names = sorted(path.name for path in tmp.glob(f"__{rank}_*.distcp"))
-    return [*names, CONTENTS] if rank == 0 else names
 
 
 def _rank_name(rank: int) -> str:
@@ -240,42 +208,32 @@ def _entry(path: Path) -> dict[str, int]:
     return {"size": size, "crc32": crc}
 
 
-def _raise_on_all(dist: Dist, final: Path, problem: str) -> None:
-    """Every rank raises what rank 0 reports: one that raised alone would leave the others waiting."""
-    problem = dist.all_gather_objects(problem)[0]
-    if problem:
-        raise OSError(f"checkpoint {final} was not written, earlier ones are untouched: {problem}")
+def _prepare(tmp: Path) -> None:
+    """An empty folder to write into."""
+    tmp.parent.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not made again
+    _remove_leftovers(tmp.parent)
+    tmp.mkdir()
 
 
-def _prepare(tmp: Path) -> str:
-    """An empty folder to write into; returns what went wrong or ""."""
+def _commit(tmp: Path, final: Path, manifest: dict[str, Any], problems: list[str]) -> None:
+    """Make the folder a checkpoint, then delete old ones."""
     try:
-        tmp.parent.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not made again
-        _remove_leftovers(tmp.parent)
-        tmp.mkdir()
+        if problems:
+            raise OSError("; ".join(problems))
+        write_synced(tmp / MANIFEST, sealed(manifest))
+        sync(tmp)
+        if final.exists():  # torn, or the same step saved again: step aside, so that the rename stays the only commit
+            os.rename(final, final.with_name(f"tmp_replaced_{final.name}"))
+        os.rename(tmp, final)
+        sync(final.parent)
     except OSError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _commit(tmp: Path, final: Path, manifest: dict[str, Any], keep: int) -> str:
-    """Make the folder a checkpoint, then delete old ones; returns what went wrong or ""."""
-    try:
-        _publish(tmp, final, manifest)
-    except OSError as error:
-        return f"{type(error).__name__}: {error}"
-    _retain(final.parent, keep)
+        shutil.rmtree(tmp, ignore_errors=True)
+        with suppress(OSError):  # torch.save does not say that the disk is full
+            free = shutil.disk_usage(final.parent).free >> 20
+            error = OSError(f"{error} ({free} MiB are left on that disk)")
+        raise error
+    _retain(final.parent)
     _remove_leftovers(final.parent)
-    return ""
-
-
-def _publish(tmp: Path, final: Path, manifest: dict[str, Any]) -> None:
-    write_synced(tmp / MANIFEST, sealed(manifest))
-    sync(tmp)
-    if final.exists():  # torn, or the same step saved again: step aside, so that the rename stays the only commit
-        os.rename(final, final.with_name(f"tmp_replaced_{final.name}"))
-    os.rename(tmp, final)
-    sync(final.parent)
 
 
 def _remove_leftovers(directory: Path) -> None:
@@ -285,20 +243,19 @@ def _remove_leftovers(directory: Path) -> None:
             remove(path)
 
 
-def _retain(directory: Path, keep: int) -> None:
-    """Delete all that is older than the newest `keep` usable checkpoints (by size: checksums would read them all)."""
-    usable = [path for path in _steps(directory) if _problem(path, rank=0, world_size=1, checksums=False) is None]
-    if len(usable) >= keep:
-        for path in _steps(directory):
-            if _step_of(path) < _step_of(usable[keep - 1]):
-                with suppress(OSError):  # too many are no reason to fail a save that succeeded
-                    remove(path)
+def _retain(directory: Path) -> None:
+    """Delete all that is older than the newest KEEP usable checkpoints (by size: checksums would read them all)."""
+    found = _steps(directory)
+    usable = [path for path in found if _problem(path, rank=0, world_size=1, checksums=False) is None]
+    if len(usable) >= KEEP:
+        for path in found[found.index(usable[KEEP - 1]) + 1 :]:
+            with suppress(OSError):  # too many are no reason to fail a save that succeeded
+                remove(path)
 
 
 def _steps(directory: Path) -> list[Path]:
     """All step_N folders, newest first, whatever their state."""
-    found = [path for path in directory.glob("step_*") if _STEP.fullmatch(path.name)]
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted((path for path in directory.glob("step_*") if path.name[5:].isdecimal()), key=_step_of, reverse=True)
 
 
 def _step_of(path: Path) -> int:

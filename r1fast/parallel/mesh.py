@@ -14,6 +14,7 @@ import torch.distributed as torch_dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 T = TypeVar("T")
+_TIMEOUT = timedelta(minutes=30)  # the longest that one rank may wait for another (generation, rewards)
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,6 @@ class Dist:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world_size > 1:
-            torch_dist.barrier()
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, as a new tensor (on this rank's device)."""
@@ -57,11 +53,10 @@ class Dist:
         """What rank 0's `write` returns; where it raises OSError every rank does, so that none waits. Collective."""
         result: Any = None
         failure: OSError | None = None
-        if self.is_main:
-            try:
-                result = write()
-            except OSError as error:
-                failure = error
+        try:
+            result = write() if self.is_main else None
+        except OSError as error:
+            failure = error
         problem, result = self.all_gather_objects((None if failure is None else str(failure), result))[0]
         if problem is not None:
             raise failure or OSError(problem)
@@ -80,12 +75,11 @@ class Dist:
         return result
 
 
-def init_distributed(device: str | torch.device | None = None, *, timeout_s: float = 1800.0) -> Dist:
+def init_distributed(device: str | torch.device | None = None) -> Dist:
     """Start (or join) the process group of this run.
 
     device: default CUDA where there is one. Under torchrun rank and world size come from its environment; one process
-    alone needs no launcher and opens no port that another run could hold. timeout_s bounds every collective: longer
-    than the longest phase in which one rank may wait for another (generation, rewards).
+    alone needs no launcher and opens no port that another run could hold.
     """
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -94,17 +88,11 @@ def init_distributed(device: str | torch.device | None = None, *, timeout_s: flo
         torch.cuda.set_device(kind)
     owns_group = not torch_dist.is_initialized()
     if owns_group:
-        _init_process_group(kind, timedelta(seconds=timeout_s))
+        # The CPU backend beside NCCL serves checkpoints and gathered objects.
+        backend = "cuda:nccl,cpu:gloo" if kind.type == "cuda" else "gloo"
+        many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        alone: dict[str, Any] = {} if many else {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1}
+        torch_dist.init_process_group(backend, timeout=_TIMEOUT, **alone)
     world_size = torch_dist.get_world_size()
     mesh = init_device_mesh(kind.type, (world_size,), mesh_dim_names=("dp",))
     return Dist(torch_dist.get_rank(), local_rank, world_size, kind, mesh, owns_group)
-
-
-def _init_process_group(device: torch.device, timeout: timedelta) -> None:
-    # The CPU backend beside NCCL serves checkpoints and gathered objects.
-    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        torch_dist.init_process_group(backend, timeout=timeout)
-        return
-    store = torch_dist.HashStore()
-    torch_dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)

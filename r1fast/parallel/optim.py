@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.adamw import adamw
 
 from r1fast.parallel.parallelize import local_tensor, reshard
@@ -52,10 +49,8 @@ class ShardOptimizer(torch.optim.Optimizer):
             group["lr"] = group["initial_lr"] * multiplier
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; gathered weights are dropped, so none can be stale."""
-        if closure is not None:
-            raise ValueError("ShardOptimizer.step takes no closure; call backward before it")
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if group["algorithm"] == "muon":
@@ -67,25 +62,23 @@ class ShardOptimizer(torch.optim.Optimizer):
     def _step_adamw(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
         states = [self.state[param] for param in params]
         beta1, beta2 = group["betas"]
-        locals_ = [local_tensor(param) for param in params]
+        weights = [local_tensor(param) for param in params]
         adamw(
-            locals_,
+            weights,
             [local_tensor(param.grad) for param in params],  # type: ignore[arg-type]
             [local_tensor(state["exp_avg"]) for state in states],
             [local_tensor(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
-            fused=group["fused"],
+            fused=True,  # one fixed implementation: fused and foreach differ in the last bits
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
             maximize=False,
+            **{name: group[name] for name in ("lr", "weight_decay", "eps")},
         )
         # The fused kernel does not count as an in-place update; generation_phase relies on the count.
-        torch.autograd.graph.increment_version(locals_)
+        torch.autograd.graph.increment_version(weights)
 
     def _step_muon(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
         lr, momentum = group["lr"], group["momentum"]
@@ -94,15 +87,15 @@ class ShardOptimizer(torch.optim.Optimizer):
         for param in params:
             buckets[tuple(param.shape)].append(param)
         for shape, bucket in buckets.items():
-            locals_ = [local_tensor(param) for param in bucket]
+            weights = [local_tensor(param) for param in bucket]
             grads = [local_tensor(param.grad) for param in bucket]  # type: ignore[arg-type]
             buffers = [local_tensor(self.state[param]["momentum_buffer"]) for param in bucket]
             torch._foreach_lerp_(buffers, grads, 1.0 - momentum)
             updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov
             directions = _orthogonal_shards(torch.stack(updates), bucket[0])
             scale = 0.2 * math.sqrt(max(shape[-2:]))
-            torch._foreach_mul_(locals_, 1.0 - lr * group["weight_decay"])
-            torch._foreach_add_(locals_, directions, alpha=-lr * scale)
+            torch._foreach_mul_(weights, 1.0 - lr * group["weight_decay"])
+            torch._foreach_add_(weights, directions, alpha=-lr * scale)
 
 
 def build_optimizer(
@@ -126,18 +119,12 @@ def build_optimizer(
     groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
     for path, param in model.named_parameters():
         if param.requires_grad:
-            algorithm = "muon" if name == "muon" and _is_muon_matrix(path, param) else "adamw"
+            is_matrix = param.ndim in (2, 3) and _NEVER_MUON.isdisjoint(path.split("."))
+            algorithm = "muon" if name == "muon" and is_matrix else "adamw"
             groups[algorithm, param.ndim > 1].append(param)
     if not groups:
         raise ValueError(f"build_optimizer got a {type(model).__name__} without trainable parameters")
-    settings: dict[str, Any] = {
-        "lr": learning_rate,
-        "initial_lr": learning_rate,
-        "betas": tuple(betas),
-        "eps": eps,
-        "momentum": momentum,
-        "fused": True,  # one fixed implementation: fused and foreach differ in the last bits
-    }
+    settings = {"lr": learning_rate, "initial_lr": learning_rate, "betas": betas, "eps": eps, "momentum": momentum}
     param_groups = [
         {"params": params, "algorithm": algorithm, "weight_decay": weight_decay if decays else 0.0}
         for (algorithm, decays), params in groups.items()
@@ -145,45 +132,29 @@ def build_optimizer(
     return ShardOptimizer(model, param_groups, settings)
 
 
-def _is_muon_matrix(path: str, param: nn.Parameter) -> bool:
-    return param.ndim in (2, 3) and _NEVER_MUON.isdisjoint(path.split("."))
-
-
-def _orthogonal_shards(stacked: torch.Tensor, like: nn.Parameter) -> list[torch.Tensor]:
+def _orthogonal_shards(stacked_NRC: torch.Tensor, like: nn.Parameter) -> tuple[torch.Tensor, ...]:
     """Orthogonalise same-shape updates, stacked shards of this rank; returns this rank's shards of the results."""
-    if isinstance(like, DTensor) and like.device_mesh.size() > 1 and like.ndim == 2:
-        mesh, rows = like.device_mesh, like.shape[0]
-        full = _gather_rows(stacked, rows, mesh)
-        chunk = -(-rows // mesh.size())
-        first = min(chunk * mesh.get_local_rank(), rows)
-        return list(newton_schulz(full)[:, first : first + stacked.shape[1]].unbind())
-    # One rank, or experts sharded along E: every matrix is whole here, and nothing has to move.
-    return list(newton_schulz(stacked).unbind())
+    if not (isinstance(like, DTensor) and like.device_mesh.size() > 1 and like.ndim == 2):
+        # One rank, or experts sharded along E: every matrix is whole here, and nothing has to move.
+        return newton_schulz(stacked_NRC).unbind()
+    mesh, shape = like.device_mesh, torch.Size((len(stacked_NRC), *like.shape))
+    whole = DTensor.from_local(stacked_NRC, mesh, [Shard(1)], shape=shape, stride=(like.numel(), like.shape[1], 1))
+    results = newton_schulz(whole.full_tensor())
+    return distribute_tensor(results, mesh, [Shard(1)], src_data_rank=None).to_local().unbind()
 
 
-def _gather_rows(local_NRC: torch.Tensor, num_rows: int, mesh: DeviceMesh) -> torch.Tensor:
-    """[N, this rank's rows, C] -> [N, num_rows, C]. FSDP shards like torch.chunk: ceil(rows / ranks), last short."""
-    world_size = mesh.size()
-    num_local, chunk = local_NRC.shape[1], -(-num_rows // world_size)
-    padded = nn.functional.pad(local_NRC, (0, 0, 0, chunk - num_local)).contiguous()
-    gathered = padded.new_empty(world_size * padded.shape[0], chunk, padded.shape[2])
-    torch_dist.all_gather_into_tensor(gathered, padded, group=mesh.get_group())
-    by_rank = gathered.view(world_size, *padded.shape).transpose(0, 1)
-    return by_rank.reshape(padded.shape[0], world_size * chunk, padded.shape[2])[:, :num_rows]
-
-
-def newton_schulz(matrices: torch.Tensor, *, num_steps: int = 5) -> torch.Tensor:
+def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     """Approximately U V^T of each [..., rows, cols] matrix (singular values pushed into about 0.7..1.2).
 
     The quintic a X + (b A + c A^2) X with A = X X^T, from X / |X|_F; FLOPs per matrix with s = min(rows, cols),
-    l = max: num_steps * (4 s^2 l + 2 s^3). bf16 on GPUs, where the iteration is known to tolerate it; fp32 on CPUs.
+    l = max: 5 (4 s^2 l + 2 s^3). bf16 on GPUs, where the iteration is known to tolerate it; fp32 on CPUs.
     """
     a, b, c = _NEWTON_SCHULZ
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    for _ in range(num_steps):
+    for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(matrices.dtype)

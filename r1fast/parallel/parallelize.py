@@ -15,15 +15,15 @@ What `forward` returns must be tensors in tuples, lists or dicts: FSDP looks for
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as torch_dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -64,29 +64,22 @@ def parallelize(
         for layer in layers.children():
             layer.compile()
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    _shard(model, dist, policy, one_unit=sum(param.numel() for param in model.parameters()) <= one_unit_numel)
+    many_ranks = dist.world_size > 1
+    is_small = sum(param.numel() for param in model.parameters()) <= one_unit_numel
+    for modules, reshard_after_forward in [*([] if is_small else _units(model, many_ranks)), ([model], False)]:
+        fully_shard(modules, mesh=dist.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        for module in modules:
+            setattr(module, _RESHARD_FLAG, reshard_after_forward)
+    if many_ranks:  # else nothing is divided, and a factor costs one more pass over the gradients
+        for unit in fsdp_units(model):
+            unit.set_gradient_divide_factor(1.0)
+            # A factor alone selects PREMUL_SUM, which gloo does not have and NCCL has had wrong (pytorch#155903).
+            unit.set_force_sum_reduction_for_comms(True)
     return model
 
 
-def _shard(model: nn.Module, dist: Dist, policy: MixedPrecisionPolicy, *, one_unit: bool) -> None:
-    plan: list[tuple[list[nn.Module], bool]] = [([model], False)]
-    if not one_unit:
-        plan = [*_units_below_root(model, many_ranks=dist.world_size > 1), *plan]
-    for modules, reshard_after_forward in plan:
-        target = modules if len(modules) > 1 else modules[0]
-        fully_shard(target, mesh=dist.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-        for module in modules:
-            setattr(module, _RESHARD_FLAG, reshard_after_forward)
-    if dist.world_size == 1:
-        return  # nothing to divide, and a factor costs one more pass over the gradients
-    for unit in fsdp_units(model):
-        unit.set_gradient_divide_factor(1.0)
-        # A factor alone selects PREMUL_SUM, which gloo does not have and NCCL has had wrong (pytorch#155903).
-        unit.set_force_sum_reduction_for_comms(True)
-
-
-def _units_below_root(model: nn.Module, *, many_ranks: bool) -> list[tuple[list[nn.Module], bool]]:
-    """(modules of one unit, reshard_after_forward), bottom-up.
+def _units(model: nn.Module, many_ranks: bool) -> list[tuple[list[nn.Module], bool]]:
+    """(modules of one unit, reshard_after_forward) below the root, bottom-up.
 
     On one rank a reshard frees only the compute copy, and gathering again costs a pass over the weights: keep it.
     """
@@ -123,8 +116,9 @@ def generation_phase(model: nn.Module) -> Iterator[nn.Module]:
     # Root first: FSDP takes the first module that runs as its root, and decode need not begin at the root's forward.
     units[0]._get_fsdp_state()._lazy_init()
     reshard(model)
-    versions = _shard_versions(model)
     with torch.no_grad():
+        # Any optimizer step or load moves the counters of in-place updates.
+        versions = [local_tensor(param)._version for param in model.parameters()]
         try:
             for unit in units:
                 unit.set_reshard_after_forward(False, recurse=False)
@@ -134,14 +128,8 @@ def generation_phase(model: nn.Module) -> Iterator[nn.Module]:
             reshard(model)
             for unit in units:
                 unit.set_reshard_after_forward(getattr(unit, _RESHARD_FLAG), recurse=False)
-    if _shard_versions(model) != versions:
-        raise RuntimeError("the weights changed inside generation_phase: what was generated used stale copies")
-
-
-def _shard_versions(model: nn.Module) -> list[int]:
-    """In-place update counters of the shards; any optimizer step or load moves them."""
-    with torch.no_grad():
-        return [local_tensor(param)._version for param in model.parameters()]
+        if [local_tensor(param)._version for param in model.parameters()] != versions:
+            raise RuntimeError("the weights changed inside generation_phase: what was generated used stale copies")
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -159,29 +147,6 @@ def full_state_dict(model: nn.Module, dist: Dist) -> dict[str, torch.Tensor]:
     return cast(dict[str, torch.Tensor], state) if dist.is_main else {}
 
 
-def load_full_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Load a whole state dict, present on rank 0 (other ranks may pass {}), into a parallelized model. Collective.
-
-    Tied weights may be given under either of their names. Missing or unexpected names: ValueError.
-    """
-    reshard(model)
-    state = dict(state)  # aliases are added below
-    if torch_dist.get_rank() == 0:
-        for names in tied_names(model):
-            given = [name for name in names if name in state]
-            state.update({name: state[given[0]] for name in names if given})
-        expected = model.state_dict().keys()
-        missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
-        if missing or unexpected:
-            raise ValueError(
-                f"the state dict does not fit this {type(model).__name__}: missing {missing[:5]} ({len(missing)}), "
-                f"unexpected {unexpected[:5]} ({len(unexpected)}); was it saved from another model family or size?"
-            )
-    many = torch_dist.get_world_size() > 1
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many)
-    set_model_state_dict(model, cast(dict[str, Any], state), options=options)
-
-
 def tied_names(model: nn.Module) -> list[list[str]]:
     """The groups of names under which one and the same parameter is registered, first name first."""
     names_of: dict[int, list[str]] = defaultdict(list)
@@ -192,34 +157,23 @@ def tied_names(model: nn.Module) -> list[list[str]]:
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copy parameters and persistent buffers between two models parallelized alike (reference refresh).
+    """Copy parameters and persistent buffers of a parallelized model into another one. The target keeps its dtype.
 
-    Shard by shard, without communication. The target keeps its dtype. Its gathered copies are dropped, so that the next
-    forward sees the new weights.
+    Between two models parallelized alike (reference refresh) shard by shard, without communication; the target's
+    gathered copies are dropped, so that its next forward sees the new weights. Into a plain model, whole on every rank,
+    collective: rounded to param_dtype, the weights are those that generation_phase would gather.
     """
-    reshard(target)
-    for tensor, copy in _pairs(source, target):
-        local_tensor(copy).copy_(local_tensor(tensor))
-
-
-@torch.no_grad()
-def copy_whole_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copy parameters and persistent buffers of a parallelized model into a plain one, whole on every rank. Collective.
-
-    The target keeps its dtype: rounded to param_dtype, the weights are those that generation_phase would gather.
-    """
-    for tensor, copy in _pairs(source, target):
-        copy.copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
-
-
-def _pairs(source: nn.Module, target: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     reshard(source)
+    reshard(target)
     # state_dict names are the same with and without activation checkpointing, those of named_parameters are not.
     sources, targets = source.state_dict(), target.state_dict()
     if sources.keys() != targets.keys():
         names = sorted(sources.keys() ^ targets.keys())
         raise ValueError(f"the models have different parameters: {names[:5]} ({len(names)}) are in one of them only")
-    yield from ((tensor, targets[name]) for name, tensor in sources.items())
+    for name, tensor in sources.items():
+        copy = targets[name]
+        whole = isinstance(tensor, DTensor) and not isinstance(copy, DTensor)
+        local_tensor(copy).copy_(tensor.full_tensor() if whole else local_tensor(tensor))
 
 
 @torch.no_grad()
@@ -241,13 +195,10 @@ def grad_norm_and_clip(params: Iterable[nn.Parameter], max_norm: float | None = 
     squares = []
     for mesh, local_grads in by_mesh.items():
         square = torch.nn.utils.get_total_norm(local_grads).float().square()
-        for dim in range(mesh.ndim if mesh is not None else 0):
-            if mesh is not None and mesh.size(dim) > 1:
-                torch_dist.all_reduce(square, group=mesh.get_group(dim))
+        if mesh is not None and mesh.size() > 1:
+            torch_dist.all_reduce(square, group=mesh.get_group())
         squares.append(square)
     norm = torch.stack(squares).sum().sqrt()
     if max_norm is not None:
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for local_grads in by_mesh.values():
-            torch._foreach_mul_(local_grads, scale)
+        torch._foreach_mul_([local_tensor(grad) for grad in grads], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -30,16 +30,6 @@ from r1fast.run_folder import write_synced
 
 CONTENTS = "contents.json"
 _ARRAY = "__array__"
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a chunk of a tensor lies, with DCP's names."""
-
-    relative_path: str
-    offset: int
-    length: int
-    transform_descriptors: None = None
 
 
 class Writer(dcp.FileSystemWriter):
@@ -76,14 +66,13 @@ class Reader(dcp.FileSystemReader):
         tensors, places = {}, {}
         try:
             for name, entry in contents.items():
-                dtype = getattr(torch, entry["dtype"])
-                chunks = []
+                dtype, chunks = getattr(torch, entry["dtype"]), []
                 for chunk in entry["chunks"]:
                     if Path(chunk["file"]).name != chunk["file"]:
                         raise ValueError(f"{name} lies in {chunk['file']!r}, outside the checkpoint")
-                    offsets, sizes = torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])
-                    chunks.append(ChunkStorageMetadata(offsets, sizes))
-                    places[MetadataIndex(name, offsets)] = _Place(chunk["file"], chunk["offset"], chunk["length"])
+                    offsets = torch.Size(chunk["offsets"])
+                    chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk["sizes"])))
+                    places[MetadataIndex(name, offsets)] = _StorageInfo(chunk["file"], chunk["offset"], chunk["length"])
                 tensors[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(entry["size"]), chunks)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{CONTENTS} is not one of ours ({type(error).__name__}: {error})") from error
@@ -106,12 +95,19 @@ def check_fit(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def write_plain(path: Path, value: Any) -> list[str]:
     """Write a plain value as path.json, and path.npz if it holds arrays; returns the names of the files."""
+    _check_keys(value)
     arrays: list[np.ndarray] = []
-    content = json.dumps(_apart(value, arrays)).encode()
-    write_synced(json_file := path.with_name(path.name + ".json"), content)
+    json_file, npz = path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.npz")
+
+    def apart(array: Any) -> dict[str, int]:
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"state with a {type(array).__name__}: it is no plain value")
+        arrays.append(array)
+        return {_ARRAY: len(arrays) - 1}
+
+    write_synced(json_file, json.dumps(value, default=apart).encode())
     if not arrays:
         return [json_file.name]
-    npz = path.with_name(path.name + ".npz")
     with npz.open("wb") as file:
         np.savez(file, allow_pickle=False, **{str(i): array for i, array in enumerate(arrays)})  # type: ignore[arg-type]
     return [json_file.name, npz.name]
@@ -119,28 +115,17 @@ def write_plain(path: Path, value: Any) -> list[str]:
 
 def read_plain(path: Path) -> Any:
     """What write_plain wrote."""
-    value = json.loads(path.with_name(path.name + ".json").read_bytes())
-    npz = path.with_name(path.name + ".npz")
+    content, npz = path.with_name(f"{path.name}.json").read_bytes(), path.with_name(f"{path.name}.npz")
     if not npz.exists():
-        return _join(value, {})
+        return json.loads(content)
     with np.load(npz, allow_pickle=False) as arrays:
-        return _join(value, arrays)
+        return json.loads(content, object_hook=lambda read: arrays[str(read[_ARRAY])] if _ARRAY in read else read)
 
 
-def _apart(value: Any, arrays: list[np.ndarray]) -> Any:
-    if isinstance(value, np.ndarray):
-        arrays.append(value)
-        return {_ARRAY: len(arrays) - 1}
+def _check_keys(value: Any) -> None:
     if isinstance(value, dict):
         if wrong := [key for key in value if not isinstance(key, str) or key == _ARRAY]:
             raise TypeError(f"state with the key {wrong[0]!r}: JSON has strings for keys, and {_ARRAY} is ours")
-        return {key: _apart(item, arrays) for key, item in value.items()}
-    return [_apart(item, arrays) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _join(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    if isinstance(value, dict):
-        if value.keys() == {_ARRAY}:
-            return arrays[str(value[_ARRAY])]
-        return {key: _join(item, arrays) for key, item in value.items()}
-    return [_join(item, arrays) for item in value] if isinstance(value, list) else value
+        value = list(value.values())
+    for item in value if isinstance(value, list | tuple) else ():
+        _check_keys(item)

@@ -17,7 +17,7 @@ import torch
 
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model
-from r1fast.parallel.parallelize import copy_whole_weights
+from r1fast.parallel.parallelize import copy_weights
 from r1fast.stages.context import StageContext
 from r1fast.stages.sampler import Sample, Sampler, SamplingCall, Share
 
@@ -35,7 +35,7 @@ class BackgroundSampler(Sampler):
 
     def start(self, call: SamplingCall) -> Callable[[], list[Sample]]:
         with self.ctx.phase("generate"):
-            copy_whole_weights(self.policy, self.model)
+            copy_weights(self.policy, self.model)
             if self.stream is not None:
                 self.stream.wait_stream(torch.cuda.current_stream())
         future = self.thread.submit(self.run, call)

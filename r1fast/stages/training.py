@@ -129,7 +129,7 @@ class Trainer:
         if path is None:
             return {}
         try:
-            extra, _ = checkpoint.load(path, model=self.saved, optimizer=self.optimizer, dist=ctx.dist)
+            extra = checkpoint.load(path, model=self.saved, optimizer=self.optimizer, dist=ctx.dist)
         except ValueError as error:
             raise ConfigError(
                 f"stages.{ctx.stage.name}: {error}; put back what was changed, or start a new run"
@@ -170,7 +170,6 @@ class Trainer:
                 model=self.saved,
                 optimizer=self.optimizer,
                 extra={"step": self.step, "clock": ctx.clock(), **extra},
-                rank_state={},
                 dist=ctx.dist,
             )
         self.saved_step = progress_step

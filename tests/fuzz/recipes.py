@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from r1fast.config import RECIPES
-from r1fast.models.checks import FIELDS
+from r1fast.models.families import FAMILIES
 from r1fast.schema import KINDS
 from tests.tiny_checkpoint import DEEPSEEK_V3, GRPO, QWEN2
 
@@ -188,7 +188,9 @@ def _set_field(root: Mapping, rng: random.Random) -> None:
     found = [target for target in found if isinstance(target, Mapping)]
     if found:
         target = rng.choice(found)
-        name = rng.choice([*(name for fields in FIELDS.values() for name in fields), "rope_theta", "num_experts"])
+        name = rng.choice(
+            [*(name for family in FAMILIES.values() for name in family.fields), "rope_theta", "num_experts"]
+        )
         value = rng.choice([0, 1, 2, 3, 4, 6, 8, 16, 32, 33, 64, -1, True, 0.5, None, rng.choice(NUMBERS), junk(rng)])
         target[:] = [*(pair for pair in target if pair[0] != name), [name, value]]
 

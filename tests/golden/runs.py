@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from r1fast.models.decoder import Decoder
-from r1fast.models.model_config import ModelConfig
 from r1fast.parallel.mesh import Dist
 from r1fast.schema import Recipe
 from r1fast.stages.context import StageContext
@@ -24,23 +23,13 @@ from r1fast.stages.packed import encode_examples
 from r1fast.stages.sampler import Sample
 from r1fast.stages.sft import train
 from r1fast.stages.training import Trainer
+from tests import zoo
 
 CURVES = Path(__file__).with_name("curves.json")
 STEPS = 20
 BOS, EOS, VOCAB = 0, 1, 48
 LETTERS = "abcdefghijklmnopqrstuvwxyz 0123456789"
-COMMON = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "eos_token_id": EOS}
-MODELS = {
-    "moe": {
-        **COMMON, "model_type": "deepseek_v3", "num_attention_heads": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
-        "moe_intermediate_size": 16, "first_k_dense_replace": 1,
-    },
-    "dense": {
-        **COMMON, "model_type": "qwen2", "num_attention_heads": 2, "num_key_value_heads": 1,
-        "tie_word_embeddings": True,
-    },
-}  # fmt: skip
+MODELS = {"moe": "deepseek_v3", "dense": "qwen2"}
 SFT = {
     "name": "sft", "kind": "sft", "train_files": ["-"], "learning_rate": 3e-3, "batch_size": 6, "warmup_steps": 4,
     "max_tokens_per_microbatch": 64, "prompt_template": "plain",
@@ -87,8 +76,7 @@ class EvenScorer:
 
 
 def build(family: str) -> Decoder:
-    decoder = Decoder(ModelConfig.from_dict(MODELS[family]))
-    decoder.init_weights()
+    decoder = zoo.decoder(MODELS[family], vocab_size=VOCAB, eos_token_id=EOS)
     generator = np.random.RandomState(0)
     with torch.no_grad():
         for _, parameter in sorted(decoder.named_parameters()):

@@ -10,11 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model
+from tests import zoo
 
 _COMMON = {
     "vocab_size": 61,  # prime
-    "hidden_size": 32,
-    "intermediate_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
@@ -31,7 +30,6 @@ _MLA = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
     "n_routed_experts": 8,
-    "first_k_dense_replace": 1,
     "num_mtp_layers": 0,
     **_EXPERTS,
 }
@@ -79,7 +77,7 @@ class Checkpoint:
 
 
 def hf_config(name: str) -> PretrainedConfig:
-    return AutoConfig.for_model(name.split("-")[0], **{**_COMMON, **FAMILIES[name]})
+    return AutoConfig.for_model(**zoo.fields(name.split("-")[0], **_COMMON, **FAMILIES[name]))
 
 
 def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:

@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoConfig
 
 from r1fast.models import weights
-from r1fast.models.hf_fields import FAMILY_FIXED, FAMILY_NO_EFFECT, FIXED, NO_EFFECT
-from r1fast.models.model_config import FAMILIES, FIELDS, ModelConfig
+from r1fast.models.families import FAMILIES, NO_EFFECT, fixed_values
+from r1fast.models.model_config import ModelConfig
 from r1fast.models.weights import check_checkpoint
 
 _COMMON: dict[str, Any] = {
@@ -160,7 +160,7 @@ def test_read(name: str, tmp_path: Path) -> None:
     values = READ[name]
     config, is_reward_model = config_of(values, tmp_path)
     assert is_reward_model == (name == "reward-model")
-    for key in FIELDS[values["model_type"]]:
+    for key in FAMILIES[values["model_type"]].fields:
         if key in values and key != "rope_parameters":
             found = getattr(config, key)
             assert (list(found) if isinstance(found, tuple) else found) == values[key], key
@@ -190,9 +190,8 @@ def test_what_transformers_reads_is_accounted_for(family: str) -> None:
     source = "\n".join(inspect.getsource(import_module(f"transformers.{name}")) for name in modules)
     read = set(re.findall(r"\bconfig\.([a-z]\w*)", source)) | set(re.findall(r"getattr\(config, \"(\w+)\"", source))
     assert {"hidden_size", "rms_norm_eps", "head_dim", "sliding_window"} <= read
-    ignored = (NO_EFFECT | FAMILY_NO_EFFECT.get(family, frozenset())) - set(FIELDS[family])
+    row, values = FAMILIES[family], AutoConfig.for_model(family).to_dict()
+    ignored = NO_EFFECT.union(row.no_effect).difference(row.fields)
     assert read & ignored <= {"attention_dropout", "router_aux_loss_coef", "output_router_logits", "model_type"}
-    # What it reads of the rest, we read too, or ask for one value of it; check_fields refuses any other name.
-    fields = set(AutoConfig.for_model(family).to_dict()) & read - ignored
-    computed = {"sliding_window", "layer_types", "head_dim", "num_local_experts"}
-    assert fields <= {*FIELDS[family], *FIXED, *FAMILY_FIXED.get(family, ()), *computed}
+    # What it reads of the rest, we read too, or ask for one value of it; check_keys refuses any other name.
+    assert values.keys() & read - ignored <= {*row.fields, *fixed_values(values), "num_local_experts"}

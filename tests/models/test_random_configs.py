@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from r1fast.models.decoder import Decoder
-from r1fast.models.model_config import FAMILIES, ModelConfig
+from r1fast.models.families import FAMILIES
+from r1fast.models.model_config import ModelConfig
 from r1fast.models.weights import load_model, save_model
 
 IDS = torch.tensor([5, 6, 7, 30, 3, 9, 11, 2, 2, 17, 23, 29])

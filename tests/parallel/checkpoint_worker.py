@@ -29,9 +29,7 @@ def killed(directory: Path) -> None:
         train(model, dist, 1, optimizer)
         if step == 2:  # everything is written, the folder is not yet renamed
             checkpoint.sync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-        checkpoint.save(
-            directory, step, model=model, optimizer=optimizer, extra={"step": step}, rank_state={}, dist=dist
-        )
+        checkpoint.save(directory, step, model=model, optimizer=optimizer, extra={"step": step}, dist=dist)
 
 
 def two_ranks(directory: Path) -> None:
@@ -41,15 +39,14 @@ def two_ranks(directory: Path) -> None:
     random.seed(dist.rank)
     torch.manual_seed(dist.rank)
     common = {"model": model, "optimizer": optimizer, "dist": dist}
-    path = checkpoint.save(directory, 2, extra={"tokens": 40}, rank_state={"pending": [dist.rank]}, **common)
+    path = checkpoint.save(directory, 2, extra={"tokens": 40}, **common)
     expected = (random.random(), torch.rand(1).item())
     train(model, dist, 1, optimizer)
     after_3 = full_state_dict(model, dist)
 
     model, optimizer = start(dist)
     assert checkpoint.latest(directory, dist) == path
-    extra, rank_state = checkpoint.load(path, model=model, optimizer=optimizer, dist=dist)
-    assert (extra, rank_state) == ({"tokens": 40}, {"pending": [dist.rank]})
+    assert checkpoint.load(path, model=model, optimizer=optimizer, dist=dist) == {"tokens": 40}
     assert (random.random(), torch.rand(1).item()) == expected
     train(model, dist, 1, optimizer)
     resumed = full_state_dict(model, dist)
@@ -66,7 +63,7 @@ def two_ranks(directory: Path) -> None:
 
     checkpoint.write_plain = full_disk
     with pytest.raises(OSError, match="rank 1: OSError"):
-        checkpoint.save(directory, 3, extra={}, rank_state={}, **common)
+        checkpoint.save(directory, 3, extra={}, **common)
     assert checkpoint.latest(directory, dist) == path
 
     # The same inside torch.save, which raises a RuntimeError of its own.
@@ -78,7 +75,7 @@ def two_ranks(directory: Path) -> None:
     if dist.rank == 1:
         torch.save = no_space
     with pytest.raises(OSError, match=r"rank .: RuntimeError: .*inline_container"):
-        checkpoint.save(directory, 3, extra={}, rank_state={}, **common)
+        checkpoint.save(directory, 3, extra={}, **common)
     torch.save = torch_save
     assert checkpoint.latest(directory, dist) == path
     if dist.is_main:

@@ -24,7 +24,7 @@ from tests.parallel.tiny_model import ROOT, TinyDecoder, sharded, tokens_of_rank
 
 
 def save(directory: Path, step: int, model: Any, optimizer: Any, dist: Dist, **options: Any) -> Path:
-    options = {"extra": {"step": step}, "rank_state": {"cursor": [step]}, **options}
+    options = {"extra": {"step": step}, **options}
     return checkpoint.save(directory, step, model=model, optimizer=optimizer, dist=dist, **options)
 
 
@@ -62,8 +62,7 @@ def test_resume_continues_with_the_same_bits(dist: Dist, tmp_path: Path, name: s
     train(model, dist, 2, optimizer)
 
     resumed, its_optimizer = started(dist, name, tied=tied)
-    extra, rank_state = checkpoint.load(path, model=resumed, optimizer=its_optimizer, dist=dist)
-    assert (extra, rank_state) == ({"step": 3}, {"cursor": [3]})
+    assert checkpoint.load(path, model=resumed, optimizer=its_optimizer, dist=dist) == {"step": 3}
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == draws
     assert_equal(state_of(resumed, its_optimizer, dist), saved)
     its_optimizer.set_lr(0.5)  # the schedule's and the recipe's, at every step
@@ -174,46 +173,48 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_torn_checkpoints_are_refused_and_passed_over(dist: Dist, tmp_path: Path, damage: str) -> None:
     model, optimizer = started(dist)
     first, second = (save(tmp_path, step, model, optimizer, dist) for step in (9, 10))  # 10 > 9, though "10" < "9"
-    assert checkpoint.latest(tmp_path) == second
+    assert checkpoint.latest(tmp_path, dist) == second
     destroy, reason = DAMAGE[damage]
     destroy(second)
-    assert checkpoint.latest(tmp_path) == checkpoint.latest(tmp_path, dist) == first
+    assert checkpoint.latest(tmp_path, dist) == first
     before = state_of(model, optimizer, dist)
     with pytest.raises(ValueError, match=f"step_10 is not usable: .*{reason}"):
         checkpoint.load(second, model=model, optimizer=optimizer, dist=dist)
     assert_equal(state_of(model, optimizer, dist), before)
     save(tmp_path, 10, model, optimizer, dist)  # a run that resumed from 9 reaches 10 again
-    assert checkpoint.latest(tmp_path) == second
+    assert checkpoint.latest(tmp_path, dist) == second
 
 
 def test_retention_counts_usable_checkpoints_only(dist: Dist, tmp_path: Path) -> None:
     model, optimizer = started(dist)
     for step in (1, 2, 3):
-        save(tmp_path, step, model, optimizer, dist, keep=2)
+        save(tmp_path, step, model, optimizer, dist)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2", "step_3"]
     truncate(tmp_path / "step_3")
     (tmp_path / "tmp_step_4").mkdir()
-    save(tmp_path, 5, model, optimizer, dist, keep=2)
+    save(tmp_path, 5, model, optimizer, dist)
     # 2 is the second newest that can be loaded; the leftover of an interrupted save is gone.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2", "step_3", "step_5"]
-    with pytest.raises(ValueError, match="keep=0"):
-        save(tmp_path, 6, model, optimizer, dist, keep=0)
 
 
-def test_what_a_kill_left_is_tidied_but_not_the_one_to_resume(dist: Dist, tmp_path: Path) -> None:
+def test_what_a_kill_left_is_tidied_but_not_the_one_to_resume(
+    dist: Dist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A kill may leave one checkpoint too many: while the newest are torn, it is the one that is needed."""
     model, optimizer = started(dist)
-    first, second, third = (save(tmp_path, step, model, optimizer, dist, keep=3) for step in (1, 2, 3))
+    with monkeypatch.context() as kill:
+        kill.setattr(checkpoint, "KEEP", 3)
+        first, second, third = (save(tmp_path, step, model, optimizer, dist) for step in (1, 2, 3))
     (tmp_path / "tmp_step_4").write_text("no folder")
     (third / ".nfs0001").write_text("left by a file system")
-    assert checkpoint.latest(tmp_path) == third
+    assert checkpoint.latest(tmp_path, dist) == third
     for path in (second, third):
         flip_one_bit(path)
-    checkpoint.tidy(tmp_path, checkpoint.latest(tmp_path))
-    assert checkpoint.latest(tmp_path) == first and not (tmp_path / "tmp_step_4").exists()
+    checkpoint.tidy(tmp_path, checkpoint.latest(tmp_path, dist))
+    assert checkpoint.latest(tmp_path, dist) == first and not (tmp_path / "tmp_step_4").exists()
     flip_one_bit(third)  # back
     flip_one_bit(second)
-    checkpoint.tidy(tmp_path, checkpoint.latest(tmp_path))
+    checkpoint.tidy(tmp_path, checkpoint.latest(tmp_path, dist))
     assert sorted(tmp_path.iterdir()) == [second, third]
 
 
@@ -234,7 +235,7 @@ def test_a_whole_file_with_other_contents_is_one_clear_error(dist: Dist, tmp_pat
 
 
 def test_nothing_to_resume_from(dist: Dist, tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path / "absent") is None
+    assert checkpoint.latest(tmp_path / "absent", dist) is None
     model, optimizer = started(dist)
     with pytest.raises(ValueError, match="there is no such folder"):
         checkpoint.load(tmp_path / "step_1", model=model, optimizer=optimizer, dist=dist)
@@ -291,7 +292,7 @@ def test_no_file_of_a_checkpoint_runs_code(dist: Dist, tmp_path: Path, where: st
     (path / name).write_bytes(evil)
     files = {file.name: checkpoint._entry(file) for file in path.iterdir() if file.name != "manifest.json"}
     write_record(path / "manifest.json", read_record(path / "manifest.json") | {"files": files})
-    assert checkpoint.verify(path) is None
+    assert checkpoint.verify(path, dist) is None
     with pytest.raises(ValueError):
         checkpoint.load(path, model=model, optimizer=optimizer, dist=dist)
     assert not marker.exists()
@@ -333,11 +334,10 @@ def test_kill_during_a_save_leaves_the_one_before(dist: Dist, tmp_path: Path) ->
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "OMP_NUM_THREADS": "1"}
     assert subprocess.run(command, env=environment, timeout=60, check=False).returncode == -9
     assert (tmp_path / "tmp_step_2" / "manifest.json").exists()
-    path = checkpoint.latest(tmp_path)
+    path = checkpoint.latest(tmp_path, dist)
     assert path == tmp_path / "step_1"
     model, optimizer = started(dist)
-    extra, _ = checkpoint.load(path, model=model, optimizer=optimizer, dist=dist)
-    assert extra == {"step": 1}
+    assert checkpoint.load(path, model=model, optimizer=optimizer, dist=dist) == {"step": 1}
     save(tmp_path, 2, model, optimizer, dist)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1", "step_2"]
 
@@ -347,8 +347,7 @@ def test_two_ranks_resume_exactly_and_one_rank_loads_theirs(dist: Dist, tmp_path
     torchrun("checkpoint_worker.py", "two_ranks", str(tmp_path), timeout_s=200)
     model = sharded(dist)
     optimizer = build_optimizer(model, name="muon", learning_rate=1e-2)
-    extra, rank_state = checkpoint.load(tmp_path / "step_2", model=model, optimizer=optimizer, dist=dist)
-    assert (extra, rank_state) == ({"tokens": 40}, {})
+    assert checkpoint.load(tmp_path / "step_2", model=model, optimizer=optimizer, dist=dist) == {"tokens": 40}
     train(model, dist, 1, optimizer)
     after_3 = torch.load(tmp_path / "after_3.pt")
     for name, tensor in full_state_dict(model, dist).items():

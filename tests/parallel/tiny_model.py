@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from r1fast.models.decoder import Decoder
-from r1fast.models.model_config import ModelConfig
 from r1fast.parallel.mesh import Dist
 from r1fast.parallel.optim import ShardOptimizer, build_optimizer
 from r1fast.parallel.parallelize import parallelize
+from tests import zoo
 
 ROOT = Path(__file__).parents[2]
 NUM_TOKENS_OF_RANK = (7, 13)  # unequal: a mean of per-rank means would differ from the mean over tokens
@@ -114,26 +114,7 @@ def train(model: nn.Module, dist: Dist, num_steps: int, optimizer: ShardOptimize
 
 def moe_decoder() -> Decoder:
     """The real thing, small: MLA, a dense layer, a MoE layer of 5 experts."""
-    config = ModelConfig(
-        model_type="deepseek_v3",
-        vocab_size=17,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
-        n_routed_experts=5,
-        num_experts_per_tok=2,
-        moe_intermediate_size=24,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-    )
-    decoder = Decoder(config)
-    decoder.init_weights(torch.Generator().manual_seed(0))
-    return decoder
+    return zoo.decoder("deepseek_v3", vocab_size=17, n_routed_experts=5, moe_intermediate_size=24)
 
 
 def decoder_gradients(dist: Dist | None = None, **options: Any) -> dict[str, torch.Tensor]:

@@ -12,9 +12,8 @@ from r1fast.parallel.parallelize import (
     full_state_dict,
     generation_phase,
     grad_norm_and_clip,
-    load_full_state_dict,
 )
-from tests.parallel.tiny_model import TinyDecoder, backward_all, decoder_gradients, full, sharded, tokens_of_rank, train
+from tests.parallel.tiny_model import backward_all, decoder_gradients, full, sharded, tokens_of_rank, train
 
 
 def gradients(dist: Dist, **options: Any) -> dict[str, torch.Tensor]:
@@ -40,16 +39,6 @@ def muon(dist: Dist) -> dict[str, torch.Tensor]:
     return full_state_dict(model, dist)
 
 
-def broadcast_load(dist: Dist) -> dict[str, torch.Tensor]:
-    """Whole weights, present on rank 0 only, into a tied sharded model."""
-    model = sharded(dist, tied=True, one_unit_numel=0)
-    state = {name: tensor + 1.0 for name, tensor in TinyDecoder(tied=True).state_dict().items()}
-    load_full_state_dict(
-        model, {name: state[name] for name in state if name != "lm_head.weight"} if dist.is_main else {}
-    )
-    return full_state_dict(model, dist)
-
-
 def main(output: Path) -> None:
     dist = init_distributed("cpu")
     results = {
@@ -60,7 +49,6 @@ def main(output: Path) -> None:
         "decoder": decoder_gradients(dist, one_unit_numel=0, activation_checkpointing=True),
         "generation": generation(dist),
         "muon": muon(dist),
-        "broadcast_load": broadcast_load(dist),
         "collectives": {
             "sum": dist.all_reduce_sum(torch.tensor(dist.rank + 1)),
             "max": dist.all_reduce_max(torch.tensor(dist.rank + 1)),

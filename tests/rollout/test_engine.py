@@ -5,16 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
-from transformers.models.deepseek_v3 import DeepseekV3Config
-from transformers.models.llama import LlamaConfig
-from transformers.models.qwen2 import Qwen2Config
-from transformers.models.qwen3 import Qwen3Config
-from transformers.models.qwen3_moe import Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from r1fast.models.weights import load_model
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SampledTokens, SamplingParams, completions_of
+from tests import zoo
 
 TAG = "|special_token|"
 SPECIAL = ["<pad>", "<bos>", "<eos>", TAG]
@@ -23,50 +19,14 @@ VOCAB = len(SPECIAL) + len(CHARACTERS)
 
 COMMON = {
     "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "max_position_embeddings": 128,
     "initializer_range": 0.2,  # spread logits: greedy paths without near ties, samples that differ
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-FAMILIES: dict[str, tuple[type[PretrainedConfig], dict]] = {
-    "deepseek_v3": (
-        DeepseekV3Config,
-        {
-            "num_key_value_heads": 4,
-            "q_lora_rank": 24,
-            "kv_lora_rank": 16,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 8,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 2,
-            "n_shared_experts": 1,
-            "n_group": 4,
-            "topk_group": 2,
-            "moe_intermediate_size": 16,
-            "first_k_dense_replace": 1,
-        },
-    ),
-    "llama": (LlamaConfig, {"num_key_value_heads": 2}),
-    "qwen2": (Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "qwen3": (Qwen3Config, {"num_key_value_heads": 2, "head_dim": 16}),
-    "qwen3_moe": (
-        Qwen3MoeConfig,
-        {
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "norm_topk_prob": True,
-        },
-    ),
-}
+GROUPS = {"num_key_value_heads": 4, "q_lora_rank": 24, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+FAMILIES = {name: COMMON | (GROUPS if name == "deepseek_v3" else {"num_key_value_heads": 2}) for name in zoo.FAMILIES}
 PROMPTS = [[1, 9, 14, 5], [1] + [7, 22, 31] * 6, [40], [1, 14, 14, 14, 14, 14, 14]]
 
 
@@ -87,10 +47,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directories = {}
-    for family, (config_class, options) in FAMILIES.items():
-        torch.manual_seed(1)
-        directories[family] = tmp_path_factory.mktemp(family)
-        AutoModelForCausalLM.from_config(config_class(**COMMON, **options)).save_pretrained(directories[family])
+    for family, changes in FAMILIES.items():
+        folder = tmp_path_factory.mktemp(family)
+        directories[family] = zoo.write_oracle(folder, seed=1, **zoo.fields(family, **changes))
         make_tokenizer().save_pretrained(directories[family])
     return directories
 

@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from r1fast.models.decoder import Decoder
-from r1fast.models.model_config import ModelConfig
 from r1fast.rollout import graphs, scheduler
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.graphs import CudaCapture, StepGraphs, bucket_of
 from r1fast.rollout.sampling import Completion, SamplingParams
-from tests.rollout.test_engine import COMMON, FAMILIES, PROMPTS
+from tests import zoo
+from tests.rollout.test_engine import FAMILIES, PROMPTS
 
 # What waits for the device, or has a shape that it must wait for: capturing ends with an error there.
 WAITS = {
@@ -72,8 +72,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 
 
 def random_model(family: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
-    config_class, options = FAMILIES[family]
-    model = Decoder(ModelConfig.from_hf(config_class(**COMMON, **options)))
+    model = zoo.decoder(family, **FAMILIES[family])
     model.init_weights(torch.Generator().manual_seed(3))
     return model.to(device, dtype).requires_grad_(False).eval()
 
