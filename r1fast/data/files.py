@@ -9,16 +9,18 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
-from r1fast.data.rows import MAX_DEPTH, plain
+from r1fast.data.rows import shown
 
 Columns = dict[str, Any]
 Located = tuple[str, Columns]  # ("train.jsonl:17", columns)
 T = TypeVar("T")
 
+MAX_DEPTH = 100  # lists and objects within each other; pickle and repr give up at some hundreds
 MAX_DIGITS = 300  # of an integer: a float holds no more, and Python itself reads at most 4,300
 _HALF_OF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole pair: the row has to be looked at
 
@@ -42,19 +44,18 @@ def read_jsonl(path: Path) -> Iterator[Located]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if content.strip():
-                where = f"{path}:{number}"
-                text = _decoded(content, where)
-                try:
-                    row = _DECODER.decode(text)
-                except json.JSONDecodeError as error:
-                    column = error.colno
-                    raise ValueError(
-                        f"{where}: wrong JSON at column {column}: {error.msg}; expected one object"
-                    ) from error
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where}: {_refusal(error)}") from error
-                yield where, _checked(row, _Suspicion.of(text), where)
+            if not content.strip():
+                continue
+            where = f"{path}:{number}"
+            text = _decoded(content, where)
+            try:
+                row = _DECODER.decode(text)
+            except json.JSONDecodeError as error:
+                problem = f"wrong JSON at column {error.colno}: {error.msg}; expected one object"
+                raise ValueError(f"{where}: {problem}") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: {_refusal(error)}") from error
+            yield where, _checked(row, _needed_checks(text), where)
 
 
 def read_json(path: Path) -> Iterator[Located]:
@@ -70,10 +71,10 @@ def read_json(path: Path) -> Iterator[Located]:
         content = content["data"]
     if not isinstance(content, list):
         raise ValueError(f'{path}: got a JSON {type(content).__name__}, expected a list of rows or {{"data": [...]}}')
-    suspicion = _Suspicion.of(text)
+    checks = _needed_checks(text)
     for index, row in enumerate(content):
         where = f"{path}: row {index}"
-        yield where, _checked(row, suspicion, where)
+        yield where, _checked(row, checks, where)
 
 
 def _decoded(content: bytes, where: str) -> str:
@@ -135,43 +136,42 @@ def _row_of_error(text: str) -> str:
         index += 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Suspicion:
-    """What the text of a row, or of a whole file, may hold: most need no look at their values."""
-
-    deep: bool
-    halves: bool
-
-    @classmethod
-    def of(cls, text: str) -> "_Suspicion":
-        deep = text.count("[") + text.count("{") > MAX_DEPTH
-        return cls(deep, "\\u" in text and _HALF_OF_A_PAIR.search(text) is not None)
+Check = Callable[[Columns], str | None]
 
 
-def _checked(row: Any, suspicion: _Suspicion, where: str) -> Columns:
+def _needed_checks(text: str) -> list[Check]:
+    """Those that the text of a row, or of a whole file, gives cause for: most need no look at their values."""
+    checks: list[Check] = []
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        checks.append(_too_deep)
+    if "\\u" in text and _HALF_OF_A_PAIR.search(text):
+        checks.append(_half_of_a_pair)
+    return checks
+
+
+def _checked(row: Any, checks: list[Check], where: str) -> Columns:
     if not isinstance(row, dict):
         raise ValueError(f'{where}: got a JSON {type(row).__name__}, expected an object like {{"prompt": ...}}')
-    if suspicion.deep and _depth(row) > MAX_DEPTH:
-        raise ValueError(f"{where}: nested more than {MAX_DEPTH} levels deep; flatten it")
-    if suspicion.halves:
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            raise ValueError(f"{where}: {half} is half of a surrogate pair, no character; repair it") from error
+    if problem := next(filter(None, (check(row) for check in checks)), None):
+        raise ValueError(f"{where}: {problem}")
     return row
 
 
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        inner: list[Any] = []
-        for entry in level:
-            children = entry.values() if isinstance(entry, dict) else entry
-            inner.extend(child for child in children if isinstance(child, dict | list))
-        level = inner
-    return depth
+def _too_deep(row: Columns) -> str | None:
+    def deeper(value: Any, levels: int) -> bool:
+        if not isinstance(value, dict | list):
+            return False
+        return levels == 0 or any(deeper(e, levels - 1) for e in (value.values() if isinstance(value, dict) else value))
+
+    return f"nested more than {MAX_DEPTH} levels deep; flatten it" if deeper(row, MAX_DEPTH) else None
+
+
+def _half_of_a_pair(row: Columns) -> str | None:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair, no character; repair it"
+    return None
 
 
 # Parquet
@@ -204,4 +204,29 @@ def _rows_of(batch: Any, path: Path, first: int) -> list[Columns]:
 
 
 def plain_columns(row: Columns, where: str) -> Columns:
-    return {name: plain(value, name, where) for name, value in row.items()}
+    """A row of Parquet or of a data set as JSON would hold it; NaN and infinities are None."""
+    try:
+        return {name: _plain(value, f"column {name!r}") for name, value in row.items()}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _plain(value: Any, column: str, depth: int = 0) -> Any:
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float | Decimal):
+        return None if not math.isfinite(value) else value if isinstance(value, float) else str(value)
+    if isinstance(value, date | time):  # datetime is a date
+        return value.isoformat()
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{column} is nested more than {MAX_DEPTH} levels deep; flatten it")
+    if isinstance(value, list) and value and all(isinstance(entry, tuple) and len(entry) == 2 for entry in value):
+        names = [name for name, _ in value]  # Arrow's map
+        if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise ValueError(f"{column} is a map whose keys are not different strings; convert or drop it")
+        value = dict(value)
+    if isinstance(value, list):
+        return [_plain(entry, column, depth + 1) for entry in value]
+    if isinstance(value, dict):
+        return {key: _plain(entry, column, depth + 1) for key, entry in value.items()}
+    raise ValueError(f"{column} holds {shown(value)}, which no stage can use; convert or drop it")
