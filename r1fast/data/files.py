@@ -22,7 +22,6 @@ T = TypeVar("T")
 
 MAX_DEPTH = 100  # lists and objects within each other; pickle and repr give up at some hundreds
 MAX_DIGITS = 300  # of an integer: a float holds no more, and Python itself reads at most 4,300
-_HALF_OF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole pair: the row has to be looked at
 
 
 def one_line(error: BaseException) -> str:
@@ -55,7 +54,7 @@ def read_jsonl(path: Path) -> Iterator[Located]:
                 raise ValueError(f"{where}: {problem}") from error
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: {_refusal(error)}") from error
-            yield where, _checked(row, _needed_checks(text), where)
+            yield _located(row, where)
 
 
 def read_json(path: Path) -> Iterator[Located]:
@@ -71,10 +70,8 @@ def read_json(path: Path) -> Iterator[Located]:
         content = content["data"]
     if not isinstance(content, list):
         raise ValueError(f'{path}: got a JSON {type(content).__name__}, expected a list of rows or {{"data": [...]}}')
-    checks = _needed_checks(text)
     for index, row in enumerate(content):
-        where = f"{path}: row {index}"
-        yield where, _checked(row, checks, where)
+        yield _located(row, f"{path}: row {index}")
 
 
 def _decoded(content: bytes, where: str) -> str:
@@ -136,42 +133,10 @@ def _row_of_error(text: str) -> str:
         index += 1
 
 
-Check = Callable[[Columns], str | None]
-
-
-def _needed_checks(text: str) -> list[Check]:
-    """Those that the text of a row, or of a whole file, gives cause for: most need no look at their values."""
-    checks: list[Check] = []
-    if text.count("[") + text.count("{") > MAX_DEPTH:
-        checks.append(_too_deep)
-    if "\\u" in text and _HALF_OF_A_PAIR.search(text):
-        checks.append(_half_of_a_pair)
-    return checks
-
-
-def _checked(row: Any, checks: list[Check], where: str) -> Columns:
+def _located(row: Any, where: str) -> Located:
     if not isinstance(row, dict):
         raise ValueError(f'{where}: got a JSON {type(row).__name__}, expected an object like {{"prompt": ...}}')
-    if problem := next(filter(None, (check(row) for check in checks)), None):
-        raise ValueError(f"{where}: {problem}")
-    return row
-
-
-def _too_deep(row: Columns) -> str | None:
-    def deeper(value: Any, levels: int) -> bool:
-        if not isinstance(value, dict | list):
-            return False
-        return levels == 0 or any(deeper(e, levels - 1) for e in (value.values() if isinstance(value, dict) else value))
-
-    return f"nested more than {MAX_DEPTH} levels deep; flatten it" if deeper(row, MAX_DEPTH) else None
-
-
-def _half_of_a_pair(row: Columns) -> str | None:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        return f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair, no character; repair it"
-    return None
+    return where, plain_columns(row, where)
 
 
 # Parquet
@@ -203,30 +168,44 @@ def _rows_of(batch: Any, path: Path, first: int) -> list[Columns]:
         raise
 
 
+# Values
+
+
 def plain_columns(row: Columns, where: str) -> Columns:
-    """A row of Parquet or of a data set as JSON would hold it; NaN and infinities are None."""
+    """A row with the values that JSON has; NaN and infinities are None."""
     try:
-        return {name: _plain(value, f"column {name!r}") for name, value in row.items()}
+        return {_text(name): _plain(value, name, 2) for name, value in row.items()}
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _plain(value: Any, column: str, depth: int = 0) -> Any:
-    if value is None or isinstance(value, str | int):
+def _plain(value: Any, column: str, level: int) -> Any:
+    if value is None or isinstance(value, int):
         return value
+    if isinstance(value, str):
+        return _text(value)
     if isinstance(value, float | Decimal):
         return None if not math.isfinite(value) else value if isinstance(value, float) else str(value)
     if isinstance(value, date | time):  # datetime is a date
         return value.isoformat()
-    if depth > MAX_DEPTH:
-        raise ValueError(f"{column} is nested more than {MAX_DEPTH} levels deep; flatten it")
+    if level > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep; flatten it")
     if isinstance(value, list) and value and all(isinstance(entry, tuple) and len(entry) == 2 for entry in value):
         names = [name for name, _ in value]  # Arrow's map
         if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-            raise ValueError(f"{column} is a map whose keys are not different strings; convert or drop it")
+            raise ValueError(f"column {column!r} is a map whose keys are not different strings; convert or drop it")
         value = dict(value)
     if isinstance(value, list):
-        return [_plain(entry, column, depth + 1) for entry in value]
+        return [_plain(entry, column, level + 1) for entry in value]
     if isinstance(value, dict):
-        return {key: _plain(entry, column, depth + 1) for key, entry in value.items()}
-    raise ValueError(f"{column} holds {shown(value)}, which no stage can use; convert or drop it")
+        return {_text(name): _plain(entry, column, level + 1) for name, entry in value.items()}
+    raise ValueError(f"column {column!r} holds {shown(value)}, which no stage can use; convert or drop it")
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"{half} is half of a surrogate pair, no character; repair it") from None
+    return text

@@ -6,6 +6,7 @@ A prompt template turns a question, or a list of chat messages, into the text th
 Sources: DeepSeek-R1 v1 Table 1 and section 2.3.1, v2 listings 5-7, the tokenizer_config of the released checkpoints.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -121,14 +122,10 @@ def without_opening(target: str, prompt_text: str, layout: ResponseFormat) -> st
     """
     start = prompt_text.rfind(layout.think_open)
     held = "".join(prompt_text[start:].split()) if start >= 0 else ""
-    if held not in (layout.think_open, layout.think_open + layout.think_close):
+    opening = re.match("".join(rf"\s*{re.escape(character)}" for character in held), target)
+    if held not in (layout.think_open, layout.think_open + layout.think_close) or opening is None:
         return target
-    rest = target
-    for character in held:
-        rest = rest.lstrip()
-        if not rest.startswith(character):
-            return target
-        rest = rest[1:]
+    rest = target[opening.end() :]
     for character in prompt_text[len(prompt_text.rstrip()) :]:  # the white space that is there already
         rest = rest.removeprefix(character)
     return rest
