@@ -4,8 +4,9 @@ Precedence: defaults < the files under `defaults:` < the recipe file < overrides
 and an override addresses a stage by its name: `stages.zero.max_steps=20`. Names are TRL's or verl's where they exist.
 """
 
+import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -49,17 +50,14 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str], where: str) -> Re
         key, separator, value = override.removeprefix("--").partition("=")
         if not separator or not key:
             raise ConfigError(f"override {shown(override)!r}: expected key.sub=value")
-        _assign(raw, key, _parse_value(override, value))
+        try:
+            check_text(override)
+            # The artifact of a stage: YAML reserves the sign.
+            parsed = value if value.startswith("@") else load_yaml(value)
+        except ValueError as error:
+            raise ConfigError(f"override {shown(override)!r}: the value is not valid YAML: {error}") from None
+        _assign(raw, key, parsed)
     return validate(raw, where)
-
-
-def _parse_value(override: str, value: str) -> Any:
-    try:
-        check_text(override)
-        # The artifact of a stage: YAML reserves the sign.
-        return value if value.startswith("@") else load_yaml(value)
-    except ValueError as error:
-        raise ConfigError(f"override {shown(override)!r}: the value is not valid YAML: {error}") from None
 
 
 def validate(raw: Mapping[str, Any], where: str) -> Recipe:
@@ -107,43 +105,42 @@ def _read(config: str, seen: tuple[str, ...] = (), done: dict[str, dict[str, Any
         raise ConfigError(f"{path}: defaults: got {shown(repr(parents))}, expected a recipe or a list of recipes")
     merged: dict[str, Any] = {}
     for parent in parents:
-        sibling = path.parent / parent
-        merged = _merge(merged, _read(str(sibling) if _exists(sibling) else parent, (*seen, resolved), done))
+        sibling = str(path.parent / parent)
+        merged = _merge(merged, _read(sibling if os.path.isfile(sibling) else parent, (*seen, resolved), done))
     done[resolved] = _merge(merged, raw)
     return done[resolved]
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # too long, or NUL: opening the recipe by its name says so
-        return False
 
 
 def _read_text(path: Path, config: str) -> str:
     """The text of a recipe file; only regular files of a sane size are read."""
     try:
-        mode = path.stat().st_mode
+        is_file = stat.S_ISREG(path.stat().st_mode)
+        content = b""
+        if is_file:
+            with path.open("rb") as file:
+                content = file.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         names = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
-        near = get_close_matches(config[:80], names, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ConfigError(f"no recipe {shown(config)!r}{hint}; give a YAML file or one of {', '.join(names)}") from None
+        raise ConfigError(
+            f"no recipe {shown(config)!r}{_near(config[:80], names)}; give a YAML file or one of {', '.join(names)}"
+        ) from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"recipe {shown(config)!r}: {getattr(error, 'strerror', None) or error}") from None
-    if not stat.S_ISREG(mode):
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"recipe {shown(config, 300)!r}: cannot be read ({why})") from None
+    if not is_file:
         raise ConfigError(f"{path}: is a folder, a device or a pipe; expected a YAML file")
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path}: is larger than {MAX_BYTES} bytes; expected a recipe")
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise ConfigError(f"{path}: is larger than {MAX_BYTES} bytes; expected a recipe")
         return content.decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}: not valid YAML: line {line}: not UTF-8; save the file as UTF-8") from None
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _check_names(raw: dict[str, Any], path: Path) -> None:
@@ -185,75 +182,48 @@ def _name_of(stage: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _parts(raw: dict[str, Any], key: str) -> list[str]:
-    """The key's parts; the name of a stage is one part, dots and all: of two that fit, the longer."""
-    stages = raw.get("stages")
-    names = [_name_of(stage) for stage in stages] if isinstance(stages, list) else []
-    fitting = [name for name in names if name and key.startswith(f"stages.{name}.")]
-    if fitting:
-        name = max(fitting, key=len)
-        return ["stages", name, *key.removeprefix(f"stages.{name}.").split(".")]
-    return key.split(".")
-
-
 def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
-    parts = _parts(raw, key)
     where = f"override {shown(key)}"
-    if "" in parts or len(parts) > MAX_DEPTH:
+    listed = raw.get("stages")
+    stages = {name: stage for stage in listed if (name := _name_of(stage))} if isinstance(listed, list) else {}
+    # The name of a stage is one part, dots and all: of two that fit, the longer.
+    name = max((name for name in stages if key.startswith(f"stages.{name}.")), key=len, default="")
+    path = ["stages", name, *key.removeprefix(f"stages.{name}.").split(".")] if name else key.split(".")
+    if "" in path or len(path) > MAX_DEPTH:
         raise ConfigError(f"{where}: expected names with dots between them, as in stages.NAME.key=value")
-    node: Any = raw
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        if isinstance(node, list):
-            node = _stage_of(node, part, where)
-            if last:
-                raise ConfigError(f"{where}: name a key of the stage, as in {shown(key)}.max_steps=10")
-        elif last:
-            node[part] = value
-        else:
-            child = node.setdefault(part, {})
-            if not isinstance(child, (dict, list)):
-                path = shown(".".join(parts[: depth + 1]))
-                raise ConfigError(f"{where}: {path} is {shown(repr(child))}, which has no keys")
-            node = child
-
-
-def _stage_of(stages: list[Any], part: str, where: str) -> dict[str, Any]:
-    names = [_name_of(stage) for stage in stages]
-    if part not in names:
-        known = [name for name in names if name]
-        near = get_close_matches(part, known, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ConfigError(f"{where}: no stage {shown(part)!r}{hint}; stages: {', '.join(known)}")
-    return stages[names.index(part)]
+    node, start = raw, 0
+    if isinstance(listed, list) and path[0] == "stages" and len(path) > 1:
+        if path[1] not in stages:
+            near = _near(path[1], stages)
+            raise ConfigError(f"{where}: no stage {shown(path[1])!r}{near}; stages: {', '.join(stages)}")
+        if len(path) == 2:
+            raise ConfigError(f"{where}: name a key of the stage, as in {shown(key)}.max_steps=10")
+        node, start = stages[path[1]], 2
+    for depth, part in enumerate(path[start:-1], start + 1):
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{where}: {shown('.'.join(path[:depth]))} is {shown(repr(child))}, which has no keys")
+        node = child
+    node[path[-1]] = value
 
 
 def _explain(detail: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[str, str]:
     """One mistake: the key as the user wrote it, and what was got and expected there."""
-    loc = list(detail["loc"])
-    model: Any = Recipe
+    loc, kind = detail["loc"], detail["type"]
     names: list[str] = []
     node: Any = raw
-    if loc[:1] == ["stages"] and len(loc) > 1 and isinstance(loc[1], int):
-        node = raw["stages"][loc[1]]
-        names, loc = ["stages", _name_of(node) or str(loc[1])], loc[2:]
-        if loc and loc[0] in KINDS:
-            model, loc = KINDS[str(loc[0])], loc[1:]
-    kind = detail["type"]
     for place, part in enumerate(loc):
         if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
             node = node[part]
         elif not (kind == "missing" and place == len(loc) - 1):
-            continue  # the member of a union that was tried
-        names.append(str(part))
+            continue  # the member of a union that was tried, the kind of a stage too
+        names.append((_name_of(node) if names == ["stages"] else None) or str(part))
     key = ".".join(shown(" ".join(name.split())) for name in names) or "recipe"
     if kind == "extra_forbidden":
-        return key, _unknown(loc, model)
+        return key, _unknown(loc)
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         got = shown(str(detail["ctx"].get("tag", "nothing")))
-        near = get_close_matches(got, KINDS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        return f"{key}.kind", f"got {got}{hint}; expected one of {', '.join(KINDS)}"
+        return f"{key}.kind", f"got {got}{_near(got, KINDS)}; expected one of {', '.join(KINDS)}"
     if kind == "missing":
         return key, "missing; it has no default"
     if kind == "value_error":
@@ -262,13 +232,16 @@ def _explain(detail: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[str, st
     return key, f"{detail['msg']}{hint}; got {shown(repr(detail['input']))}"
 
 
-def _unknown(loc: list[Any], model: Any) -> str:
+def _unknown(loc: tuple[Any, ...]) -> str:
+    """Of a key that is not in the schema: those that are there."""
+    model: Any = Recipe
+    if loc[0] == "stages":
+        model, loc = KINDS[loc[2]], loc[3:]
     for part in loc[:-1]:
-        if part not in getattr(model, "model_fields", {}):
-            continue  # the user's own name in a mapping, such as that of a reward model
-        annotation = model.model_fields[part].annotation
-        models = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        model = models[0] if models else None
+        if part in getattr(model, "model_fields", {}):  # else the user's own name, such as that of a reward model
+            annotation = model.model_fields[part].annotation
+            members = (annotation, *get_args(annotation))
+            model = next((a for a in members if isinstance(a, type) and issubclass(a, BaseModel)), None)
     known = list(getattr(model, "model_fields", {}))
     near = get_close_matches(shown(str(loc[-1])), known, n=1)
     return "unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")

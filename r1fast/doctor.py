@@ -8,6 +8,8 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from r1fast import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "math-verify", "numpy")
 _EXTRAS = ("flash-attn", "vllm", "reasoning-gym", "wandb", "trackio", "tensorboard")
+BUILD = "pip install --no-build-isolation -e ."
 _CHOICE = re.compile(r"^(?P<op>\S+) runs (?P<impl>\S+) \((?P<reason>.*)\)$", re.DOTALL)
 
 
@@ -40,8 +43,8 @@ def _version(package: str) -> str | None:
 
 def machine() -> list[tuple[str, str]]:
     """Processor, threads, accelerator, distributed backends, and the C++ extension."""
-    backends = [("gloo", torch.distributed.is_gloo_available), ("nccl", torch.distributed.is_nccl_available)]
-    found = [name for name, available in backends if torch.distributed.is_available() and available()]
+    backends = {"gloo": torch.distributed.is_gloo_available, "nccl": torch.distributed.is_nccl_available}
+    found = [name for name, available in backends.items() if torch.distributed.is_available() and available()]
     return [
         ("system", f"{platform.system()} {platform.machine()}"),
         ("cpu", f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"),
@@ -53,24 +56,21 @@ def machine() -> list[tuple[str, str]]:
 
 
 def _cpu_name() -> str:
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(errors="replace") if info.exists() else ""
+    found = re.search(r"^model name\s*:(.*)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or "unknown"
 
 
 def _gpus() -> str:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         return f"none seen (torch is built for {built})" if built else "none (torch is a CPU build)"
-    lines = []
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        memory = f"{device.total_memory / 2**30:.0f} GiB"
-        lines.append(f"{index}: {device.name}, sm_{device.major}{device.minor}, {memory}")
-    return "\n".join(lines)
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return "\n".join(
+        f"{index}: {device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"
+        for index, device in enumerate(devices)
+    )
 
 
 def _extension() -> str:
@@ -79,7 +79,7 @@ def _extension() -> str:
     except ImportError as error:  # importing the parent package is part of the search
         return f"cannot be used: {error}"
     if spec is None:
-        return "not built; run: pip install --no-build-isolation -e ."
+        return f"not built; run: {BUILD}"
     return f"built ({os.path.basename(spec.origin or '')})"
 
 
@@ -122,48 +122,34 @@ def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
     import r1fast_kernels as kernels
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    hidden_TD = torch.ones(4, 8, device=device, dtype=dtype)
-    weight_VD = torch.ones(16, 8, device=device, dtype=dtype)
-    ids_T = torch.zeros(4, device=device, dtype=torch.int64)
+    ones = partial(torch.ones, device=device, dtype=dtype)
+    floats, ints = partial(torch.zeros, device=device), partial(torch.zeros, device=device, dtype=torch.int64)
+    hidden_TD, weight_VD, ids_T = ones(4, 8), ones(16, 8), ints(4)
+    logits_TV, heads_TKd, slots_SKd = hidden_TD @ weight_VD.T, ones(4, 1, 8), ones(16, 1, 8)
     cu_seqlens = torch.tensor([0, 2, 4], device=device, dtype=torch.int32)
-    groups_N = torch.zeros(2, device=device, dtype=torch.int64)
-    rewards_N = torch.tensor([0.0, 1.0], device=device)
-    logits_TV = hidden_TD @ weight_VD.T
-    heads_TKd, slots_SKd = hidden_TD[:, None], hidden_TD.repeat(4, 1)[:, None]
-    experts_TK = torch.zeros(4, 1, device=device, dtype=torch.int64)
-    offsets_E = torch.tensor([2, 4], device=device)
-    return {
-        "selective_logprobs": lambda: kernels.selective_logprobs(logits_TV, ids_T),
-        "linear_logprobs": lambda: kernels.linear_logprobs(hidden_TD, weight_VD, ids_T),
-        "linear_cross_entropy": lambda: kernels.linear_cross_entropy(hidden_TD, weight_VD, ids_T, ignore_index=None),
-        "group_advantages": lambda: kernels.group_advantages(rewards_N, groups_N),
-        "grpo_loss": lambda: kernels.grpo_loss(torch.zeros(4, device=device), cu_seqlens, advantages_N=rewards_N),
-        "linear_grpo_loss": lambda: kernels.linear_grpo_loss(
-            hidden_TD, weight_VD, ids_T, cu_seqlens, advantages_N=rewards_N
-        ),
-        "route_topk": lambda: kernels.route_topk(
-            torch.zeros(4, 2, device=device), torch.zeros(2, device=device), top_k=1
-        ),
-        "moe_dispatch": lambda: kernels.moe_dispatch(experts_TK, 2),
-        "grouped_gemm": lambda: kernels.grouped_gemm(
-            hidden_TD, torch.ones(2, 8, 8, device=device, dtype=dtype), offsets_E
-        ),
-        "moe_experts": lambda: kernels.moe_experts(
-            hidden_TD,
-            torch.ones(2, 8, 8, device=device, dtype=dtype),
-            torch.ones(2, 8, 4, device=device, dtype=dtype),
-            experts_TK,
-            torch.ones(4, 1, device=device),
-        ),
-        "decode_attention": lambda: kernels.decode_attention(
+    offsets_E, rewards_N = torch.tensor([2, 4], device=device), torch.tensor([0.0, 1.0], device=device)
+    experts_TK, up_EDF, down_EFD = ints(4, 1), ones(2, 8, 8), ones(2, 8, 4)
+    calls: dict[str, Callable[[Any], Any]] = {
+        "selective_logprobs": lambda op: op(logits_TV, ids_T),
+        "linear_logprobs": lambda op: op(hidden_TD, weight_VD, ids_T),
+        "linear_cross_entropy": lambda op: op(hidden_TD, weight_VD, ids_T, ignore_index=None),
+        "group_advantages": lambda op: op(rewards_N, ints(2)),
+        "grpo_loss": lambda op: op(floats(4), cu_seqlens, advantages_N=rewards_N),
+        "linear_grpo_loss": lambda op: op(hidden_TD, weight_VD, ids_T, cu_seqlens, advantages_N=rewards_N),
+        "route_topk": lambda op: op(floats(4, 2), floats(2), top_k=1),
+        "moe_dispatch": lambda op: op(experts_TK, 2),
+        "grouped_gemm": lambda op: op(hidden_TD, up_EDF, offsets_E),
+        "moe_experts": lambda op: op(hidden_TD, up_EDF, down_EFD, experts_TK, floats(4, 1)),
+        "decode_attention": lambda op: op(
             heads_TKd[:1], slots_SKd, slots_SKd, cu_seqlens[None, :1], cu_seqlens[1:2], scale=1.0
         ),
-        "decode_layers": lambda: decode_once(device, dtype),
-        "packed_attention": lambda: kernels.packed_attention(heads_TKd, heads_TKd, heads_TKd, cu_seqlens, scale=1.0),
-        "rms_norm": lambda: kernels.rms_norm(hidden_TD, hidden_TD[0]),
-        "sample_tokens": lambda: kernels.sample_tokens(logits_TV),
-        "swiglu": lambda: kernels.swiglu(hidden_TD, hidden_TD),
+        "packed_attention": lambda op: op(heads_TKd, heads_TKd, heads_TKd, cu_seqlens, scale=1.0),
+        "rms_norm": lambda op: op(hidden_TD, hidden_TD[0]),
+        "sample_tokens": lambda op: op(logits_TV),
+        "swiglu": lambda op: op(hidden_TD, hidden_TD),
     }
+    by_op = {name: partial(call, getattr(kernels, name)) for name, call in calls.items()}
+    return {**by_op, "decode_layers": partial(decode_once, device, dtype)}
 
 
 def decode_once(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -182,28 +168,26 @@ def decode_once(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return decoder.decode(ids_B, ids_B, BlockCache(config, 1, dtype, device), ids_B[:, None].int())
 
 
-def _table(title: str, headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
+def _table(title: str, rows: Sequence[tuple[str, ...]], headings: tuple[str, ...] = ()) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_header=bool(headings)
     )
     for i, heading in enumerate(headings or ("", "")):
         table.add_column(heading, style="cyan" if i == 0 else "", no_wrap=i == 0)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*map(Text, row))
     return table
 
 
 def main() -> int:
     console = Console()
-    console.print(Group(_table("Versions", (), versions()), _table("Machine", (), machine())))
+    console.print(Group(_table("Versions", versions()), _table("Machine", machine())))
     try:
         choices = op_choices()
     except ImportError as error:
-        console.print(
-            Text(f"r1fast_kernels cannot be imported: {error}; run: pip install --no-build-isolation -e .", "red")
-        )
+        console.print(Text(f"r1fast_kernels cannot be imported: {error}; run: {BUILD}", "red"))
         return 1
-    console.print(_table("Kernels", ("op", "exists as", "runs here", "because"), choices))
+    console.print(_table("Kernels", choices, ("op", "exists as", "runs here", "because")))
     return 1 if any(row[2] == "fails" for row in choices) else 0
 
 

@@ -1,10 +1,4 @@
-"""What --resume finds in a run folder, and what may be changed from there on.
-
-config.yaml, summary.json and each stage's stage.json carry a checksum. A damaged or missing summary.json is made again
-from the stage.json files, which hold the same entries; where one of those is damaged too, nobody knows what is
-finished, and the run is refused. A missing config.yaml is made again from summary.json; one that was edited or damaged
-is refused, because settings are changed on the command line, where they are checked and kept.
-"""
+"""What --resume finds in a run folder, and what may be changed from there on (docs/architecture.md, section 10)."""
 
 import json
 import re
@@ -16,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from r1fast.config import ConfigError, apply_overrides, dump_recipe, load_recipe, validate
+from r1fast.config import ConfigError, apply_overrides, dump_recipe, load_recipe, shown, validate
 from r1fast.inputs import artifact, named_inputs, stage_inputs
 from r1fast.run_folder import read_record
 from r1fast.schema import GenerateOptions, Recipe, SampleOptions
@@ -41,12 +35,8 @@ class Change:
         return {"key": self.key, "from": self.old, "to": self.new}
 
     def __str__(self) -> str:
-        return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)}"
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
+        old, new = (shown(json.dumps(value, ensure_ascii=False)) for value in (self.old, self.new))
+        return f"{self.key}: {old} -> {new}"
 
 
 @dataclass(frozen=True)
@@ -136,19 +126,20 @@ def read_run(run_dir: Path, config: str | None = None) -> Saved:
     try:
         recipe = _read_config(path)
     except ValueError as error:
-        if path.exists() and config is None:
+        problem = f"{path} {error}"
+        if config is None and path.exists():
             raise ConfigError(
-                f"--resume: {path} {error}; settings are changed as --resume key=value. To take them from {SUMMARY}, "
+                f"--resume: {problem}; settings are changed as --resume key=value. To take them from {SUMMARY}, "
                 f"delete {CONFIG}; to give them anew, add --config FILE"
             ) from None
-        if "settings" not in summary and config is None:
-            raise ConfigError(
-                f"--resume: {path} {error}, and {SUMMARY} does not hold its settings; add --config FILE"
-            ) from None
-        recipe = (
-            apply_overrides(summary["settings"], [], SUMMARY) if "settings" in summary else load_recipe(str(config), [])
-        )
-        notes.append(f"{path} {error}; it is written anew")
+        if "settings" in summary:
+            recipe = apply_overrides(summary["settings"], [], SUMMARY)
+        elif config is not None:
+            recipe = load_recipe(config, [])
+        else:
+            missing = f"{SUMMARY} does not hold its settings; add --config FILE"
+            raise ConfigError(f"--resume: {problem}, and {missing}") from None
+        notes.append(f"{problem}; it is written anew")
     return Saved(run_dir, recipe, summary, notes)
 
 
@@ -180,10 +171,10 @@ def _read_summary(run_dir: Path, notes: list[str]) -> dict[str, Any]:
                 ) from None
     if not records:
         return {}
-    newest = max(records, key=lambda record: len(record["evaluations"]))
     stages = [record["entry"] for record in records]
     listed = ", ".join(f"{entry['name']} {entry['status']}" for entry in stages)
     notes.append(f"{run_dir}: {problem}; it is made again from the stages' own records: {listed}")
+    newest = max(records, key=lambda record: len(record["evaluations"]))
     return {
         "started": min(record["started"] for record in records),
         "machine": newest["machine"],
@@ -227,15 +218,14 @@ def _why_not_for_all(key: str, saved: Saved, recipe: Recipe) -> str:
 
 
 def _why_not(key: str, entry: dict[str, Any], saved: Saved) -> str:
+    name, has_sampled = entry["name"], entry.get("kind") == "distill" and "data.jsonl" in entry.get("files", {})
     if entry["status"] == "done":
-        return f"stage {entry['name']} is finished"
+        return f"stage {name} is finished"
     if entry["status"] != "pending" and not key:
-        return f"stage {entry['name']} has begun"
-    if key in _IN_THE_CHECKPOINT and _has_checkpoint(saved, entry["name"]):
-        return f"the checkpoint of stage {entry['name']} holds it"
-    if key in _IN_THE_SAMPLES and entry.get("kind") == "distill" and "data.jsonl" in entry.get("files", {}):
-        return f"stage {entry['name']} has sampled with it"
-    return ""
+        return f"stage {name} has begun"
+    if key in _IN_THE_CHECKPOINT and _has_checkpoint(saved, name):
+        return f"the checkpoint of stage {name} holds it"
+    return f"stage {name} has sampled with it" if has_sampled and key in _IN_THE_SAMPLES else ""
 
 
 def _has_checkpoint(saved: Saved, name: str) -> bool:

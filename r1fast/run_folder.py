@@ -11,7 +11,8 @@ import shutil
 import socket
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -144,42 +145,34 @@ def locked(run_dir: Path) -> Iterator[None]:
     """
     path = run_dir / LOCK
     try:
-        descriptor = _lock(path)
+        file = _lock(path)
     except BlockingIOError as error:
         raise ConfigError(
             f"--output-dir {run_dir}: {error.strerror} is at work in it; wait for that run, stop it, or choose another"
         ) from None
     except OSError as error:
         raise ConfigError(f"--output-dir {run_dir}: cannot be locked for writing ({error.strerror})") from None
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # a folder that is gone or read-only by now: without a holder the file locks nothing
-            path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _lock(path: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # not inherited by programs that are started
+    with file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_file(descriptor, path):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-                return descriptor
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
-            os.close(descriptor)
-            raise BlockingIOError(error.errno, holder) from None
-        except OSError:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+            yield
+        finally:
+            with suppress(OSError):  # a folder that is gone or read-only: without a holder the file locks nothing
+                path.unlink(missing_ok=True)
 
 
-def _is_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+def _lock(path: Path) -> FileIO:
+    """The file, locked; BlockingIOError naming who holds it."""
+    while True:
+        with ExitStack() as unless_locked:
+            file = unless_locked.enter_context(FileIO(path, "a+"))  # not inherited by programs that are started
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = os.pread(file.fileno(), 200, 0).decode(errors="replace") or "another process"
+                raise BlockingIOError(error.errno, holder) from None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                    unless_locked.pop_all()
+                    return file

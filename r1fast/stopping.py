@@ -2,15 +2,16 @@
 
 SIGTERM and Ctrl-C set a flag, which is shared with a number that each update exchanges anyway: every rank finishes
 that step, saves it and raises Stopped. A rank that samples is interrupted at once, and the others hear of it when the
-samples are gathered; the steps before are saved. Elsewhere (rewards that hang, a reward model, a rollout in the
-background) the run goes on to the next of these points: a launcher that kills after 30 s may be faster, and the last
-checkpoint is then what a resume takes up.
+samples are gathered. Elsewhere (rewards, a reward model, a rollout in the background) the run goes on to the next of
+these points.
 """
 
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -32,7 +33,7 @@ class Stopped(Exception):
 
 
 class Interrupted(BaseException):
-    """Raised by the signal's handler inside `with stop.interruptible`; ends sampling, and nothing else catches it."""
+    """Raised by the signal's handler inside `with stop.interruptible()`; ends sampling, and nothing else catches it."""
 
 
 class Stop:
@@ -46,7 +47,7 @@ class Stop:
         self.asked = 0  # a signal's number
         self.agreed = 0  # the same on every rank
         self.problem: OSError | None = None
-        self.interruptible = _Interruptible(self)
+        self._interrupts = False
         self._since = 0.0
         self._previous: dict[int, Any] = {}
 
@@ -68,7 +69,7 @@ class Stop:
         if os.environ.get("RANK", "0") == "0":
             name = signal.Signals(signum).name
             os.write(2, f"r1fast: {name}: the run stops at the next safe point; once more stops it at once\n".encode())
-        if self.interruptible.active:
+        if self._interrupts:
             raise Interrupted
 
     def share(self, dist: Dist, number: int = 0) -> int:
@@ -90,20 +91,16 @@ class Stop:
         if self.agreed:
             raise Stopped(self.agreed)
 
-
-class _Interruptible:
-    """`with`: a signal raises Interrupted here, in the main thread; an earlier one does so at once."""
-
-    def __init__(self, stop: Stop) -> None:
-        self.stop, self.active = stop, False
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self.active = True
-            if self.stop.asked:
-                self.active = False
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A signal raises Interrupted here, in the main thread; an earlier one does so at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._interrupts = True
+        try:
+            if self.asked:
                 raise Interrupted
-
-    def __exit__(self, *error: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self.active = False
+            yield
+        finally:
+            self._interrupts = False

@@ -17,11 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-if TYPE_CHECKING:
+from r1fast.config import ConfigError, dump_recipe, error_lines, load_recipe, shown
+from r1fast.resume import Change, Saved, changed_inputs, changes, read_run
+from r1fast.run_folder import locked, read_record
+from r1fast.schema import Recipe
+
+if TYPE_CHECKING:  # what imports torch: later, when the threads are chosen and there is a recipe
     from r1fast.parallel.mesh import Dist
-    from r1fast.resume import Change, Saved
-    from r1fast.schema import Recipe
     from r1fast.stopping import Stop
+
+RUNS = Path("runs")  # where runs go that are given no --output-dir
 
 
 def choose_threads(resumed: Path | None) -> None:
@@ -45,17 +50,12 @@ def choose_threads(resumed: Path | None) -> None:
 
 def _recorded_threads(run_dir: Path) -> int | None:
     """As summary.json says, or where it is damaged any stage's record; what is wrong with them, resume.py says."""
-    from r1fast.run_folder import read_record
-
     for path in (run_dir / "summary.json", *run_dir.glob("*/stage.json")):
         try:
             return int(read_record(path)["machine"]["threads"])
         except ValueError:
             continue
     return None
-
-
-RUNS = Path("runs")  # where runs go that are given no --output-dir
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,21 +83,20 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "stages.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config",
-        action=Once,
-        metavar="NAME_OR_FILE",
-        help="a recipe of r1fast/recipes or a YAML file (default: tiny)",
-    )
-    parser.add_argument(
-        "--output-dir", action=Once, metavar="DIR", help="run directory (default: runs/<recipe>-<time>)"
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the run in --output-dir (default: runs/latest)")
-    parser.add_argument(
-        "--accept-changes", action="store_true", help="with --resume: go on though files or models were changed"
-    )
-    parser.add_argument("--stages", action=Once, metavar="A,B", help="run only these stages of the recipe")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the resolved recipe, and stop")
+    valued = {
+        "--config": ("NAME_OR_FILE", "a recipe of r1fast/recipes or a YAML file (default: tiny)"),
+        "--output-dir": ("DIR", "run directory (default: runs/<recipe>-<time>)"),
+        "--stages": ("A,B", "run only these stages of the recipe"),
+    }
+    flags = {
+        "--resume": "continue the run in --output-dir (default: runs/latest)",
+        "--accept-changes": "with --resume: go on though files or models were changed",
+        "--dry-run": "check everything, print the resolved recipe, and stop",
+    }
+    for name, (metavar, text) in valued.items():
+        parser.add_argument(name, action=Once, metavar=metavar, help=text)
+    for name, text in flags.items():
+        parser.add_argument(name, action="store_true", help=text)
     args, overrides = parser.parse_known_args(argv)
     for override in overrides:
         if "=" not in override:
@@ -112,36 +111,29 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 class CommandLine:
     """What is asked for, checked: a recipe in a folder, the stages to run, and the run that is resumed, if one is."""
 
-    recipe: "Recipe"
+    recipe: Recipe
     run_dir: Path
     selected: list[str]
-    saved: "Saved | None"
-    changes: "list[Change]"
+    saved: Saved | None
+    changes: list[Change]
     stages: str | None  # --stages, for the command that goes on
 
 
 def main(argv: list[str] | None = None) -> int:
     args, overrides = parse(sys.argv[1:] if argv is None else argv)
     resumed = (args.output_dir or RUNS / "latest").resolve() if args.resume else None
-    from r1fast.config import ConfigError
-
     with ExitStack() as held:
         try:
-            if resumed is not None and resumed.is_dir() and not args.dry_run:
-                hold(held, resumed)
+            if resumed is not None and resumed.is_dir() and not args.dry_run and is_main():
+                held.enter_context(locked(resumed))
             choose_threads(resumed)
             request = resolve(args, overrides)
             if args.dry_run:
-                from r1fast.config import dump_recipe
-
                 if is_main():
                     print(dump_recipe(request.recipe), end="")
                 return 0
-        except ConfigError as error:
-            say(str(error))
-            return 2
-        except OSError as error:
-            say(one_line(error))
+        except (ConfigError, OSError) as error:
+            say(reason(error))
             return 2
         except KeyboardInterrupt:
             say("stopped by SIGINT before the run began")
@@ -156,25 +148,21 @@ def is_main() -> bool:
 
 def say(message: str, go_on: str = "") -> None:
     """One rank speaks: a line for each mistake; go_on ends the last."""
-    from r1fast.config import error_lines
-
     if is_main():
         print("\n".join(error_lines(message)) + go_on, file=sys.stderr)
 
 
-def hold(held: ExitStack, run_dir: Path) -> None:
-    """Take the run folder's lock for the life of the run, on one rank."""
-    from r1fast.run_folder import locked
-
-    if is_main():
-        held.enter_context(locked(run_dir))
+def reason(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    if not error.strerror:
+        return " ".join(str(error).split())
+    path = error.filename2 or error.filename  # of a rename the file's own name, not the one beside it
+    return f"{error.strerror}: {path}" if path else error.strerror
 
 
 def resolve(args: argparse.Namespace, overrides: list[str]) -> CommandLine:
     """The recipe, the run directory and the stages to run, all checked; ConfigError before anything is written"""
-    from r1fast.config import ConfigError, load_recipe, shown
-    from r1fast.resume import changes, read_run
-
     saved: Saved | None = None
     changed: list[Change] = []
     if args.resume:
@@ -192,42 +180,30 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> CommandLine:
             raise ConfigError(f"--stages: no stage {shown(name)!r}; stages: {', '.join(names)}")
         if selected.count(name) > 1:
             raise ConfigError(f"--stages: {name} is given twice")
-    from r1fast.pipeline import check_references  # these import torch: only when there is a recipe
+    from r1fast.pipeline import check_references
     from r1fast.preflight import check_inputs, check_output
 
     left = [name for name in selected if saved is None or not saved.is_done(name)]
     check_references(recipe, left, run_dir)
     check_output(run_dir, resume=args.resume, stages=left)
-    notes = check_inputs(recipe, left, run_dir)
+    notes = [f"note: {note}" for note in check_inputs(recipe, left, run_dir)]
     if saved is not None:
-        changed = [*changed, *accept_inputs(saved, recipe, left, accept=args.accept_changes)]
-        for line in (*saved.notes, *map(str, changed)):
-            say(line)
+        reports, found = changed_inputs(saved, recipe, left)
+        if found and not args.accept_changes:
+            raise ConfigError(
+                f"--resume: not what the run began with: {'; '.join(change.key for change in found)}; put it back, or "
+                "add --accept-changes"
+            )
+        changed += found
+        notes = [*reports, *saved.notes, *map(str, changed), *notes]
     for note in notes:
-        say(f"note: {note}")
+        say(note)
     return CommandLine(recipe, run_dir, selected, saved, changed, args.stages)
-
-
-def accept_inputs(saved: "Saved", recipe: "Recipe", left: list[str], *, accept: bool) -> "list[Change]":
-    """Report changed inputs of finished stages; those of others must be asked for."""
-    from r1fast.config import ConfigError
-    from r1fast.resume import changed_inputs
-
-    reports, found = changed_inputs(saved, recipe, left)
-    if found and not accept:
-        raise ConfigError(
-            f"--resume: not what the run began with: {'; '.join(change.key for change in found)}; put it back, or add "
-            "--accept-changes"
-        )
-    for line in reports:
-        say(line)
-    return found
 
 
 def run(request: CommandLine, held: ExitStack) -> int:
     import torch
 
-    from r1fast.config import ConfigError
     from r1fast.parallel.mesh import init_distributed
     from r1fast.stopping import Stop, Stopped
 
@@ -241,37 +217,32 @@ def run(request: CommandLine, held: ExitStack) -> int:
             if request.saved is None and (problem := begin(run_dir, dist, held)):
                 say(problem)
                 return 2
-            return execute(request, run_dir, dist, stop)
-        except Stopped as error:
-            say(str(error), how_to_go_on(run_dir, request.stages))
-            return 128 + error.signum
-        except (ConfigError, FloatingPointError) as error:  # what only the run could show
-            say(str(error), how_to_go_on(run_dir, request.stages))
-            return 1
-        except OSError as error:
-            say(f"{one_line(error)}; what was saved is as it was", how_to_go_on(run_dir, request.stages))
-            return 1
+            execute(request, run_dir, dist, stop)
+            return 0
+        except (Stopped, ConfigError, FloatingPointError, OSError) as error:  # what only the run could show
+            kept = "; what was saved is as it was" if isinstance(error, OSError) else ""
+            say(reason(error), kept + how_to_go_on(run_dir, request.stages))
+            return 128 + error.signum if isinstance(error, Stopped) else 1
         finally:
             dist.close()
 
 
 def begin(run_dir: Path, dist: "Dist", held: ExitStack) -> str:
     """Make and hold the folder of a new run; what is wrong or "", on every rank."""
-    from r1fast.config import ConfigError
     from r1fast.preflight import check_output
 
     problem = ""
     if dist.is_main:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            hold(held, run_dir)
+            held.enter_context(locked(run_dir))
             check_output(run_dir, resume=False)  # again, now that nobody else can begin there
         except (ConfigError, OSError) as error:
             problem = str(error)
     return dist.all_gather_objects(problem)[0]
 
 
-def execute(request: CommandLine, run_dir: Path, dist: "Dist", stop: "Stop") -> int:
+def execute(request: CommandLine, run_dir: Path, dist: "Dist", stop: "Stop") -> None:
     from r1fast.observe.page import build_report
     from r1fast.observe.progress import print_summary
     from r1fast.pipeline import Run
@@ -291,14 +262,6 @@ def execute(request: CommandLine, run_dir: Path, dist: "Dist", stop: "Stop") -> 
         page = build_report(run_dir)
         print_summary(chain.summary)
         print(f"report: {page}")
-    return 0
-
-
-def one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        path = error.filename2 or error.filename  # of a rename the file's own name, not the one beside it
-        return f"{error.strerror}: {path}" if path else error.strerror
-    return " ".join(str(error).split())
 
 
 def how_to_go_on(run_dir: Path, stages: str | None) -> str:
@@ -306,8 +269,8 @@ def how_to_go_on(run_dir: Path, stages: str | None) -> str:
     if not (run_dir / "config.yaml").is_file():
         return "; nothing had begun, start it again"
     size = os.environ.get("LOCAL_WORLD_SIZE")
-    start = f"torchrun --nproc-per-node {size}" if size else "python"
-    command = [*start.split(), "-m", "r1fast.train", "--output-dir", str(run_dir), "--resume"]
+    start = ["torchrun", "--nproc-per-node", size] if size else ["python"]
+    command = [*start, "-m", "r1fast.train", "--output-dir", str(run_dir), "--resume"]
     return f"; go on with: {shlex.join([*command, *(['--stages', stages] if stages else [])])}"
 
 

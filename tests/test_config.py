@@ -372,7 +372,7 @@ def test_what_is_no_recipe_file_is_not_read(tmp_path: Path, monkeypatch: pytest.
     assert "no recipe ''" in message_of("")
     (tmp_path / "secret.yaml").write_text("seed: 1")
     monkeypatch.setattr(Path, "open", refuse_to_open)  # a file's mode does not stop root
-    assert "secret.yaml: cannot be read (Permission denied)" in message_of(str(tmp_path / "secret.yaml"))
+    assert "secret.yaml': cannot be read (Permission denied)" in message_of(str(tmp_path / "secret.yaml"))
 
 
 def refuse_to_open(path: Path, *mode: str) -> None:

@@ -495,7 +495,8 @@ def op_arguments(given: LossArguments, device: torch.device) -> tuple[Any, ...]:
         return torch.full((), count, dtype=torch.float64, device=device)
 
     options = given.options._replace(epsilon_high=given.clip_high)
-    numbers = [math.nan if (value := getattr(options, name)) is None else float(value) for name in NUMBERS]
+    values = [getattr(options, name) for name in NUMBERS]
+    numbers = [math.nan if value is None else float(value) for value in values]
     return (
         given.advantages_N, given.rewards_N, given.group_ids_N, given.old_logprobs_T, given.ref_logprobs_T,
         given.sampler_logprobs_T, given.loss_mask_T, given.entropy_T, given.threshold(), given.counts_N,

@@ -8,16 +8,7 @@ with the assistant's turn, as in supervised fine-tuning.
 import json
 from typing import Any
 
-from r1fast.data.templates import (
-    ASSISTANT,
-    BOS,
-    EOS,
-    PROMPT_TEMPLATES,
-    R1_ZERO,
-    USER,
-    get_response_format,
-    render_prompt,
-)
+from r1fast.data.templates import ASSISTANT, BOS, EOS, PROMPT_TEMPLATES, USER, get_response_format, render_prompt
 
 _ONE_QUESTION = (
     "{%- if messages[0]['role'] != 'user' or messages|length > 2"
@@ -48,17 +39,15 @@ def chat_template(
         return _tokenizers_own(tokenizer, prefill)
     if template == "few_shot":
         return None
-    before, after = R1_ZERO.split("{prompt}") if template == "r1_zero" else ("", "")
-    space = " " if prefill and template == "r1_zero" else ""
-    start = _write(leading + before)
-    if leading and not before:  # a question that begins with it gets no second one
+    start = _write(leading + chosen.before)
+    if leading and not chosen.before:  # a question that begins with it gets no second one
         start = "{%- if not messages[0]['content'].startswith(" + _quote(leading) + ") -%}" + start + "{%- endif -%}"
+    gap = chosen.gap if prefill else ""
     end = _write((tokenizer.eos_token if tokenizer is not None else EOS) or "")
-    answer = "{{- messages[1]['content'] -}}" + end
     return (
-        f"{_ONE_QUESTION}{start}{{{{- messages[0]['content'] -}}}}{_write(after)}"
-        f"{{%- if messages|length == 2 -%}}{_write(space)}{answer}"
-        f"{{%- elif add_generation_prompt -%}}{_write(space + prefill)}{{%- endif -%}}"
+        f"{_ONE_QUESTION}{start}{{{{- messages[0]['content'] -}}}}{_write(chosen.after)}"
+        f"{{%- if messages|length == 2 -%}}{_write(gap)}{{{{- messages[1]['content'] -}}}}{end}"
+        f"{{%- elif add_generation_prompt -%}}{_write(gap + prefill)}{{%- endif -%}}"
     )
 
 

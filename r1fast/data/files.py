@@ -9,18 +9,19 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
-from r1fast.data.rows import MAX_DEPTH, plain
+from r1fast.data.rows import shown
 
 Columns = dict[str, Any]
 Located = tuple[str, Columns]  # ("train.jsonl:17", columns)
 T = TypeVar("T")
 
+MAX_DEPTH = 100  # lists and objects within each other; pickle and repr give up at some hundreds
 MAX_DIGITS = 300  # of an integer: a float holds no more, and Python itself reads at most 4,300
-_HALF_OF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole pair: the row has to be looked at
 
 
 def one_line(error: BaseException) -> str:
@@ -42,19 +43,18 @@ def read_jsonl(path: Path) -> Iterator[Located]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if content.strip():
-                where = f"{path}:{number}"
-                text = _decoded(content, where)
-                try:
-                    row = _DECODER.decode(text)
-                except json.JSONDecodeError as error:
-                    column = error.colno
-                    raise ValueError(
-                        f"{where}: wrong JSON at column {column}: {error.msg}; expected one object"
-                    ) from error
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where}: {_refusal(error)}") from error
-                yield where, _checked(row, _Suspicion.of(text), where)
+            if not content.strip():
+                continue
+            where = f"{path}:{number}"
+            text = _decoded(content, where)
+            try:
+                row = _DECODER.decode(text)
+            except json.JSONDecodeError as error:
+                problem = f"wrong JSON at column {error.colno}: {error.msg}; expected one object"
+                raise ValueError(f"{where}: {problem}") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: {_refusal(error)}") from error
+            yield _located(row, where)
 
 
 def read_json(path: Path) -> Iterator[Located]:
@@ -70,10 +70,8 @@ def read_json(path: Path) -> Iterator[Located]:
         content = content["data"]
     if not isinstance(content, list):
         raise ValueError(f'{path}: got a JSON {type(content).__name__}, expected a list of rows or {{"data": [...]}}')
-    suspicion = _Suspicion.of(text)
     for index, row in enumerate(content):
-        where = f"{path}: row {index}"
-        yield where, _checked(row, suspicion, where)
+        yield _located(row, f"{path}: row {index}")
 
 
 def _decoded(content: bytes, where: str) -> str:
@@ -135,43 +133,10 @@ def _row_of_error(text: str) -> str:
         index += 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Suspicion:
-    """What the text of a row, or of a whole file, may hold: most need no look at their values."""
-
-    deep: bool
-    halves: bool
-
-    @classmethod
-    def of(cls, text: str) -> "_Suspicion":
-        deep = text.count("[") + text.count("{") > MAX_DEPTH
-        return cls(deep, "\\u" in text and _HALF_OF_A_PAIR.search(text) is not None)
-
-
-def _checked(row: Any, suspicion: _Suspicion, where: str) -> Columns:
+def _located(row: Any, where: str) -> Located:
     if not isinstance(row, dict):
         raise ValueError(f'{where}: got a JSON {type(row).__name__}, expected an object like {{"prompt": ...}}')
-    if suspicion.deep and _depth(row) > MAX_DEPTH:
-        raise ValueError(f"{where}: nested more than {MAX_DEPTH} levels deep; flatten it")
-    if suspicion.halves:
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            raise ValueError(f"{where}: {half} is half of a surrogate pair, no character; repair it") from error
-    return row
-
-
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        inner: list[Any] = []
-        for entry in level:
-            children = entry.values() if isinstance(entry, dict) else entry
-            inner.extend(child for child in children if isinstance(child, dict | list))
-        level = inner
-    return depth
+    return where, plain_columns(row, where)
 
 
 # Parquet
@@ -203,5 +168,44 @@ def _rows_of(batch: Any, path: Path, first: int) -> list[Columns]:
         raise
 
 
+# Values
+
+
 def plain_columns(row: Columns, where: str) -> Columns:
-    return {name: plain(value, name, where) for name, value in row.items()}
+    """A row with the values that JSON has; NaN and infinities are None."""
+    try:
+        return {_text(name): _plain(value, name, 2) for name, value in row.items()}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _plain(value: Any, column: str, level: int) -> Any:
+    if value is None or isinstance(value, int):
+        return value
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, float | Decimal):
+        return None if not math.isfinite(value) else value if isinstance(value, float) else str(value)
+    if isinstance(value, date | time):  # datetime is a date
+        return value.isoformat()
+    if level > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep; flatten it")
+    if isinstance(value, list) and value and all(isinstance(entry, tuple) and len(entry) == 2 for entry in value):
+        names = [name for name, _ in value]  # Arrow's map
+        if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise ValueError(f"column {column!r} is a map whose keys are not different strings; convert or drop it")
+        value = dict(value)
+    if isinstance(value, list):
+        return [_plain(entry, column, level + 1) for entry in value]
+    if isinstance(value, dict):
+        return {_text(name): _plain(entry, column, level + 1) for name, entry in value.items()}
+    raise ValueError(f"column {column!r} holds {shown(value)}, which no stage can use; convert or drop it")
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"{half} is half of a surrogate pair, no character; repair it") from None
+    return text

@@ -21,16 +21,12 @@
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from datetime import date, time
-from decimal import Decimal
 from typing import Any, Literal
 
 from r1fast.data.templates import RESPONSE_FORMATS, Messages
 
 Kind = Literal["prompts", "sft", "pairs", "labels", "text"]
 Target = str | Messages  # text, or a chat of one turn that has a reasoning
-
-MAX_DEPTH = 100  # lists and objects within each other; pickle and repr give up at some hundreds
 # Canonical column -> other names for it: groups in the order in which they are tried.
 _PROMPT = (("problem", "question", "instruction", "query"),)
 ALIASES: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
@@ -69,13 +65,16 @@ def location(row: Mapping[str, Any], index: int) -> str:
 def canonical(columns: Mapping[str, Any], kind: Kind, where: str) -> Row:
     """The row with its canonical columns checked; ValueError naming `where` for one that cannot be used."""
     row = Row(columns, where)
-    for name in _NOT_RENDERED if kind != "text" else ():
-        if not _says_nothing(row.get(name)):
-            raise ValueError(
-                f"{where}: column {name!r} is {shown(row[name])}, which no prompt would show the model; "
-                "write it into the prompt, take it out, or drop the row"
-            )
-    _READERS[kind](row)
+    try:
+        for name in _NOT_RENDERED if kind != "text" else ():
+            if not _says_nothing(row.get(name)):
+                raise ValueError(
+                    f"column {name!r} is {shown(row[name])}, which no prompt would show the model; "
+                    "write it into the prompt, take it out, or drop the row"
+                )
+        _READERS[kind](row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     return row
 
 
@@ -95,37 +94,6 @@ def texts_of(value: str | Messages | None) -> list[str]:
     return [turn[name] for turn in value for name in ("reasoning_content", "content") if turn.get(name)]
 
 
-def plain(value: Any, column: str, where: str, depth: int = 0) -> Any:
-    """A value of Parquet or of a data set as JSON would hold it; NaN and infinities are None."""
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if depth > MAX_DEPTH:
-        raise ValueError(f"{where}: column {column!r} is nested more than {MAX_DEPTH} levels deep; flatten it")
-    if isinstance(value, list):
-        if value and all(isinstance(entry, tuple) and len(entry) == 2 for entry in value):  # Arrow's map
-            value = _object_of_map(value, column, where)
-        else:
-            return [plain(entry, column, where, depth + 1) for entry in value]
-    if isinstance(value, dict):
-        return {key: plain(entry, column, where, depth + 1) for key, entry in value.items()}
-    if isinstance(value, Decimal):
-        return str(value) if value.is_finite() else None
-    if isinstance(value, date | time):  # datetime is a date
-        return value.isoformat()
-    raise ValueError(f"{where}: column {column!r} holds {shown(value)}, which no stage can use; convert or drop it")
-
-
-def _object_of_map(entries: list[tuple[Any, Any]], column: str, where: str) -> dict[str, Any]:
-    names = [name for name, _ in entries]
-    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise ValueError(
-            f"{where}: column {column!r} is a map whose keys are not different strings; convert or drop it"
-        )
-    return dict(entries)
-
-
 def shown(value: Any) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
@@ -134,19 +102,17 @@ def shown(value: Any) -> str:
 # Columns
 
 
-def _absent(row: Mapping[str, Any], column: str) -> bool:
-    return row.get(column) is None
+def _says_nothing(value: Any) -> bool:
+    return value is None or value in ("", [], {})
 
 
 def _find(row: Row, column: str, kind: Kind) -> Any:
     """What the column holds, or the alias that stands for it; None where neither is there."""
-    if not _absent(row, column):
-        return row[column]
-    for group in ALIASES[kind][column]:
-        given = [name for name in group if not _absent(row, name)]
-        if other := next((name for name in given if row[name] != row[given[0]]), None):
+    for group in ((column,), *ALIASES[kind][column]):
+        given = [name for name in group if row.get(name) is not None]
+        if other := next((name for name in given[1:] if row[name] != row[given[0]]), None):
             raise ValueError(
-                f"{row.where}: columns {given[0]!r} and {other!r} differ, and either may be the {column}; "
+                f"columns {given[0]!r} and {other!r} differ, and either may be the {column}; "
                 f"name the one that is meant {column!r}"
             )
         if given:
@@ -155,38 +121,32 @@ def _find(row: Row, column: str, kind: Kind) -> Any:
 
 
 def _need(row: Row, column: str, kind: Kind) -> Any:
-    value = _find(row, column, kind)
-    if value is not None:
+    if (value := _find(row, column, kind)) is not None:
         return value
     present = [name for name in row if row[name] is not None]
     near = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
-    aliases = [name for group in ALIASES[kind][column] for name in group]
-    also = f" (or {', '.join(aliases)})" if aliases else ""
-    if kind == "sft":
-        also += "; sft rows have messages, or prompt and completion, or text"
-    empty = f" ({column} is null)" if column in row else ""
-    listed = ", ".join(present) if len(present) <= 20 else f"{', '.join(present[:20])}, ..."
+    aliases = ", ".join(name for group in ALIASES[kind][column] for name in group)
+    listed = ", ".join([*present[:20], *(["..."] if len(present) > 20 else [])])
     raise ValueError(
-        f"{row.where}: no column {column!r}{empty}{also}; columns present: {listed or 'none'}"
+        f"no column {column!r}"
+        + (f" ({column} is null)" if column in row else "")
+        + (f" (or {aliases})" if aliases else "")
+        + ("; sft rows have messages, or prompt and completion, or text" if kind == "sft" else "")
+        + f"; columns present: {listed or 'none'}"
         + (f"; did you mean {near[0]!r}?" if near else "")
     )
 
 
 def _instruction(row: Row) -> Any:
     """Alpaca and Dolly: what to do, and what to do it with."""
-    parts = [row["instruction"]]
-    if not isinstance(parts[0], str):
-        return parts[0]
+    if not isinstance(row["instruction"], str):
+        return row["instruction"]
     if not _says_nothing(row.get("history")):
-        raise ValueError(f"{row.where}: column 'history' would be lost; write the turns as a chat in 'messages'")
-    for name in ("input", "context"):
-        if not _says_nothing(given := row.get(name)):
-            if not isinstance(given, str):
-                expected = "the text that instruction is about"
-                raise ValueError(f"{row.where}: column {name!r} is {shown(given)}, expected {expected}")
-            if given.strip():
-                parts.append(given)
-    return "\n\n".join(parts)
+        raise ValueError("column 'history' would be lost; write the turns as a chat in 'messages'")
+    given = {name: row[name] for name in ("input", "context") if not _says_nothing(row.get(name))}
+    for name, value in given.items():
+        _text(value, name, "the text that instruction is about")
+    return "\n\n".join([row["instruction"], *(value for value in given.values() if value.strip())])
 
 
 def _with_system(prompt: str | Messages, row: Row) -> str | Messages:
@@ -195,35 +155,37 @@ def _with_system(prompt: str | Messages, row: Row) -> str | Messages:
         if _says_nothing(system := row.get(name)):
             continue
         turns = _turns(prompt)
-        turn = {"role": "system", "content": _text(system, name, row.where)}
+        turn = {"role": "system", "content": _text(system, name)}
         if turns[0]["role"] == "system" and turns[0] != turn:
-            raise ValueError(f"{row.where}: column {name!r} is not the prompt's system turn; leave one of them")
+            raise ValueError(f"column {name!r} is not the prompt's system turn; leave one of them")
         prompt = prompt if turns[0] == turn else [turn, *turns]
     return prompt
 
 
 def _read_prompts(row: Row) -> None:
-    row["prompt"] = _with_system(_prompt(_need(row, "prompt", "prompts"), row.where), row)
-    if _absent(row, "answer") and isinstance(row.get("reward_model"), dict):
+    row["prompt"] = _with_system(_prompt(_need(row, "prompt", "prompts")), row)
+    if row.get("answer") is None and isinstance(row.get("reward_model"), dict):
         row["answer"] = row["reward_model"].get("ground_truth")  # verl; the column stays for verl's rewards
+    answer = _find(row, "answer", "prompts")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        answer = None
     # Rewards may do without an answer: format, a preference model.
-    row["answer"] = _answer(_find(row, "answer", "prompts"), row.where)
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float | list | dict | None):
+        raise ValueError(f"column 'answer' is {shown(answer)}, expected a string, a number or a list of them")
+    row["answer"] = str(answer) if isinstance(answer, int | float) else answer
 
 
 def _read_sft(row: Row) -> None:
-    if not _absent(row, "messages"):
-        before, target = _cut(_chat(row["messages"], "messages", row.where), "messages", row.where, learned=True)
-        _ends_with_user(before, "messages, without its last turn,", row.where)
+    if row.get("messages") is not None:
+        before, target = _split(row["messages"], "messages", learned=True)
+        _ends_with_user(before, "messages, without its last turn,")
         row["messages"] = [*_with_system(before, row), *_turns(_with_reasoning(target, row), "assistant")]
-        if not _absent(row, "completion") and _split(row["completion"], "completion", row.where)[1] != target:
-            raise ValueError(
-                f"{row.where}: columns 'messages' and 'completion' differ, and either may be learned; drop one of them"
-            )
+        if row.get("completion") is not None and _split(row["completion"], "completion")[1] != target:
+            raise ValueError("columns 'messages' and 'completion' differ, and either may be learned; drop one of them")
         return
-    own = not _absent(row, "prompt") or not _absent(row, "completion")
-    if not own and not _absent(row, "text") and None in (_find(row, name, "sft") for name in ("prompt", "completion")):
-        row["text"] = _text(row["text"], "text", row.where)
-        _not_blank(row["text"], "text", row.where)
+    named = row.get("prompt") is not None or row.get("completion") is not None
+    if not named and row.get("text") is not None and None in (_find(row, x, "sft") for x in ("prompt", "completion")):
+        _not_blank(_text(row["text"], "text"), "text")
         return
     _read_targets(row, "sft", ("completion",))
     row["completion"] = _with_reasoning(row["completion"], row)
@@ -234,30 +196,26 @@ def _with_reasoning(target: Target, row: Row) -> Target:
     if not isinstance(target, str) or any(end in target for end in _REASONING_ENDS):
         return target
     turn: dict[str, Any] = {"role": "assistant", "content": target}
-    reasoning = _reasoning({**turn, **{name: row.get(name) for name in _REASONING}}, target, f"{row.where}: the row")
-    return target if reasoning is None else [{**turn, "reasoning_content": reasoning}]
-
-
-def _read_pairs(row: Row) -> None:
-    _read_targets(row, "pairs", ("chosen", "rejected"))
+    turn |= _reasoning({**turn, **{name: row.get(name) for name in _REASONING}}, target, "the row")
+    return [turn] if "reasoning_content" in turn else target
 
 
 def _read_labels(row: Row) -> None:
     _read_targets(row, "labels", ("response",))
     label = _need(row, "label", "labels")
     if label not in (0, 1):  # True and False too
-        raise ValueError(f"{row.where}: column 'label' is {shown(label)}, expected 1 (safe) or 0")
+        raise ValueError(f"column 'label' is {shown(label)}, expected 1 (safe) or 0")
     row["label"] = int(label)
 
 
 def _read_text(row: Row) -> None:
-    row["text"] = _text(_need(row, "text", "text"), "text", row.where)
+    row["text"] = _text(_need(row, "text", "text"), "text")
 
 
 _READERS: dict[Kind, Callable[[Row], None]] = {
     "prompts": _read_prompts,
     "sft": _read_sft,
-    "pairs": _read_pairs,
+    "pairs": lambda row: _read_targets(row, "pairs", ("chosen", "rejected")),
     "labels": _read_labels,
     "text": _read_text,
 }
@@ -269,58 +227,51 @@ _READERS: dict[Kind, Callable[[Row], None]] = {
 def _read_targets(row: Row, kind: Kind, columns: tuple[str, ...]) -> None:
     """Cut chats in `columns` into the prompt and the last turn, which stays."""
     given = _find(row, "prompt", kind)
-    given = None if given is None else _prompt(given, row.where)
+    given = None if given is None else _prompt(given)
     prompts, targets = [], {}
     for column in columns:
-        before, targets[column] = _split(_need(row, column, kind), column, row.where, learned=kind == "sft")
-        prompt = _joined(given, before, column, row.where)
+        before, targets[column] = _split(_need(row, column, kind), column, learned=kind == "sft")
+        prompt = _joined(given, before, column)
         if prompt is not None:
-            prompts.append(_with_system(prompt, row))
+            prompts.append(_with_system(_prompt(prompt), row))
     if not prompts:
         _need(row, "prompt", kind)
     if any(_turns(prompt) != _turns(prompts[0]) for prompt in prompts):
         raise ValueError(
-            f"{row.where}: {' and '.join(columns)} differ before their last turn, which alone is scored; "
+            f"{' and '.join(columns)} differ before their last turn, which alone is scored; "
             "give both the same earlier turns"
         )
     row |= {**targets, "prompt": prompts[0]}
 
 
-def _split(value: Any, column: str, where: str, *, learned: bool = False) -> tuple[Messages, Target]:
-    """(earlier turns, the last turn); text is a last turn."""
-    if not isinstance(value, str):
-        return _cut(_chat(value, column, where), column, where, learned=learned)
-    if learned:
-        _not_blank(value, column, where)
-    return [], value
-
-
-def _cut(turns: Messages, column: str, where: str, *, learned: bool) -> tuple[Messages, Target]:
-    """Of a checked chat. learned: an empty last turn would teach an immediate end."""
-    *before, last = turns
+def _split(value: Any, column: str, *, learned: bool = False) -> tuple[Messages, Target]:
+    """(earlier turns, the last turn); text is a last turn. learned: an empty one would teach an immediate end."""
+    if isinstance(value, str) and column != "messages":
+        before, last = [], {"role": "assistant", "content": value}
+    else:
+        *before, last = _chat(value, column)
     if last["role"] != "assistant":
         raise ValueError(
-            f"{where}: {column} ends with a turn of {last['role']!r}, expected 'assistant': its last turn is what is "
-            "learned"
+            f"{column} ends with a turn of {last['role']!r}, expected 'assistant': its last turn is what is learned"
         )
     if learned:
-        _not_blank(last["content"], column, where)
+        _not_blank(last["content"], column)
     return before, [last] if "reasoning_content" in last else last["content"]
 
 
-def _joined(prompt: str | Messages | None, before: Messages, column: str, where: str) -> str | Messages | None:
+def _joined(prompt: str | Messages | None, before: Messages, column: str) -> str | Messages | None:
     """The whole prompt: `before` repeats it (perhaps with a system turn), goes on after it, or is all there is."""
-    if before and (prompt is None or before[0]["role"] != "assistant"):
-        turns = [] if prompt is None else _turns(prompt)
-        if turns and before[-len(turns) :] != turns:
-            raise ValueError(
-                f"{where}: {column} begins with other turns than those of the prompt; make them the same, "
-                f"or leave only the assistant's turn in {column}"
-            )
-        whole = before if len(before) > len(turns) else prompt
-    else:
-        whole = [*_turns(prompt), *before] if before and prompt is not None else prompt
-    return None if whole is None else _prompt(whole, where)
+    if prompt is None or not before:
+        return before or prompt
+    turns = _turns(prompt)
+    if before[0]["role"] == "assistant":
+        return [*turns, *before]
+    if before[-len(turns) :] != turns:
+        raise ValueError(
+            f"{column} begins with other turns than those of the prompt; make them the same, "
+            f"or leave only the assistant's turn in {column}"
+        )
+    return before if len(before) > len(turns) else prompt
 
 
 def _turns(value: str | Messages, role: str = "user") -> Messages:
@@ -330,54 +281,43 @@ def _turns(value: str | Messages, role: str = "user") -> Messages:
 # Values
 
 
-def _prompt(value: Any, where: str) -> str | Messages:
+def _prompt(value: Any) -> str | Messages:
     if isinstance(value, str):
         return value
-    turns = _chat(value, "prompt", where)
-    _ends_with_user(turns, "prompt", where)
+    turns = _chat(value, "prompt")
+    _ends_with_user(turns, "prompt")
     return turns
 
 
-def _ends_with_user(turns: Messages, column: str, where: str) -> None:
+def _ends_with_user(turns: Messages, column: str) -> None:
     if not turns or turns[-1]["role"] != "user":
         ending = f"with a turn of {turns[-1]['role']!r}" if turns else "before any turn"
-        raise ValueError(f"{where}: {column} ends {ending}, expected 'user': the model answers that turn")
+        raise ValueError(f"{column} ends {ending}, expected 'user': the model answers that turn")
 
 
-def _text(value: Any, column: str, where: str) -> str:
+def _text(value: Any, column: str, expected: str = "a string") -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{where}: column {column!r} is {shown(value)}, expected a string")
+        raise ValueError(f"column {column!r} is {shown(value)}, expected {expected}")
     return value
 
 
-def _not_blank(text: str, column: str, where: str) -> None:
+def _not_blank(text: str, column: str) -> None:
     if not text.strip():
-        raise ValueError(f"{where}: {column} is empty and would teach the model to say nothing; drop the row")
-
-
-def _answer(value: Any, where: str) -> Any:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int | float | list | dict):
-        raise ValueError(f"{where}: column 'answer' is {shown(value)}, expected a string, a number or a list of them")
-    return str(value) if isinstance(value, int | float) else value
+        raise ValueError(f"{column} is empty and would teach the model to say nothing; drop the row")
 
 
 # Chats
 
 
-def _chat(value: Any, column: str, where: str) -> Messages:
+def _chat(value: Any, column: str) -> Messages:
     if not isinstance(value, list) or not value:
-        expected = "a list of {role, content}"
-        if column != "messages" and not isinstance(value, list):
-            expected = f"a string or {expected}"
-        raise ValueError(f"{where}: column {column!r} is {shown(value)}, expected {expected}")
-    return [_turn(turn, where, column, index) for index, turn in enumerate(value)]
+        or_text = "" if column == "messages" or isinstance(value, list) else "a string or "
+        raise ValueError(f"column {column!r} is {shown(value)}, expected {or_text}a list of {{role, content}}")
+    return [_turn(turn, f"{column}[{index}]") for index, turn in enumerate(value)]
 
 
-def _turn(turn: Any, row: str, column: str, index: int) -> dict[str, Any]:
+def _turn(turn: Any, where: str) -> dict[str, Any]:
     """{role, content}, and reasoning_content where there is one."""
-    where = f"{row}: {column}[{index}]"
     if not isinstance(turn, dict):
         raise ValueError(f"{where} is {shown(turn)}, expected {{role, content: string}}")
     for name, value in turn.items():
@@ -388,25 +328,12 @@ def _turn(turn: Any, row: str, column: str, index: int) -> dict[str, Any]:
             )
     if turn.get("role") not in _ROLES:
         raise ValueError(f"{where} has role {turn.get('role')!r}, expected {', '.join(_ROLES)}")
-    content = _content(turn, where)
-    known = {"role": turn["role"], "content": content}
-    if turn.keys() <= {"role", "content"}:
-        return known
-    reasoning = _reasoning(turn, content, where)
-    return known if reasoning is None else {**known, "reasoning_content": reasoning}
-
-
-def _says_nothing(value: Any) -> bool:
-    return value is None or (isinstance(value, str | list | dict) and not value)
-
-
-def _content(turn: dict[str, Any], where: str) -> str:
     content = turn.get("content")
     if isinstance(content, list) and content:
         content = "".join(_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
     if not isinstance(content, str):
         raise ValueError(f"{where} is {shown(turn)}, expected {{role, content: string}}")
-    return content
+    return {"role": turn["role"], "content": content, **_reasoning(turn, content, where)}
 
 
 def _part(part: Any, where: str) -> str:
@@ -416,17 +343,17 @@ def _part(part: Any, where: str) -> str:
     return part["text"]
 
 
-def _reasoning(turn: dict[str, Any], content: str, where: str) -> str | None:
+def _reasoning(turn: dict[str, Any], content: str, where: str) -> dict[str, str]:
+    """{"reasoning_content": ...} where the turn has one that content does not hold already."""
     given = {name: turn[name] for name in _REASONING if not _says_nothing(turn.get(name))}
     if not given:
-        return None
+        return {}
     name, reasoning = next(iter(given.items()))
     if not all(isinstance(value, str) for value in given.values()) or len(set(given.values())) > 1:
         raise ValueError(f"{where} has {shown(given)}, expected one reasoning, a string")
     if turn["role"] != "assistant":
         raise ValueError(f"{where} has {name!r} and role {turn['role']!r}, expected it in turns of the assistant only")
-    if any(end in content for end in _REASONING_ENDS):
-        if reasoning.strip() not in content:
-            raise ValueError(f"{where} has {name!r}, and another reasoning in content; leave one of them")
-        return None
-    return reasoning if reasoning.strip() else None
+    held = any(end in content for end in _REASONING_ENDS)
+    if held and reasoning.strip() not in content:
+        raise ValueError(f"{where} has {name!r}, and another reasoning in content; leave one of them")
+    return {} if held or not reasoning.strip() else {"reasoning_content": reasoning}

@@ -10,9 +10,8 @@ What a row must hold, and under which names: rows.py.
 """
 
 import difflib
-import importlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -23,11 +22,7 @@ from r1fast.data.files import Located, guarded, one_line, plain_columns, read_js
 from r1fast.data.rows import ALIASES, Kind, canonical
 from r1fast.recipe_yaml import load_yaml
 
-_FILE_READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
-    ".jsonl": read_jsonl,
-    ".json": read_json,
-    ".parquet": read_parquet,
-}
+_FILE_READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
 FILE_SUFFIXES = tuple(_FILE_READERS)
 
 
@@ -81,14 +76,15 @@ def _nearest_file(path: Path) -> str:
 
 
 def _read_folder(path: Path) -> Iterator[Located]:
+    what = f"{path}: cannot be read"
     if (path / "dataset_dict.json").is_file():
-        content = guarded(f"{path}: cannot be read", lambda: json.loads((path / "dataset_dict.json").read_bytes()))
-        splits = guarded(f"{path}: cannot be read", lambda: [str(path / split) for split in content["splits"]])
-        raise ValueError(f"{path} holds several splits; name one of {', '.join(splits)}")
+        splits = guarded(what, lambda: json.loads((path / "dataset_dict.json").read_bytes())["splits"])
+        listed = guarded(what, lambda: ", ".join(str(path / split) for split in splits))
+        raise ValueError(f"{path} holds several splits; name one of {listed}")
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
         from datasets import load_from_disk
 
-        return _of_data_set(str(path), guarded(f"{path}: cannot be read", lambda: load_from_disk(str(path))))
+        return _of_data_set(str(path), guarded(what, lambda: load_from_disk(str(path))))
     files = sorted(file for file in path.iterdir() if file.suffix in FILE_SUFFIXES and file.is_file())
     if not files:
         raise ValueError(f"{path}: neither a folder of datasets.save_to_disk nor one with {', '.join(FILE_SUFFIXES)}")
@@ -113,24 +109,24 @@ def _read_task(source: str) -> Iterator[Located]:
     name, _, split = source.removeprefix("task:").partition("/")
     if not name or not split:
         raise ValueError(f"{source}: expected task:NAME/SPLIT")
-    return _each(source, importlib.import_module("r1fast.data.tasks").load(name, split))
+    from r1fast.data.tasks import load
+
+    return _each(source, load(name, split))
 
 
 def _read_reasoning_gym(source: str) -> Iterator[Located]:
     name, _, query = source.removeprefix("reasoning_gym:").partition("?")
     options = _options(source, query)
     try:
-        reasoning_gym = importlib.import_module("reasoning_gym")
+        from reasoning_gym import create_dataset
+        from reasoning_gym.factory import DATASETS
     except ModuleNotFoundError as error:
         raise ValueError(f"{source} needs the package reasoning-gym: pip install 'r1fast[tasks]'") from error
     try:
-        entries = reasoning_gym.create_dataset(name, **options)
+        entries = create_dataset(name, **options)
     except Exception as error:  # a data set checks its options by assert, or not at all
-        known = importlib.import_module("reasoning_gym.factory").DATASETS
-        near = (
-            "" if name in known else f"; nearest names: {', '.join(difflib.get_close_matches(name, known, cutoff=0.4))}"
-        )
-        raise ValueError(f"{source}: {error}{near}") from error
+        near = ", ".join(difflib.get_close_matches(name, DATASETS, cutoff=0.4))
+        raise ValueError(f"{source}: {error}{'' if name in DATASETS else f'; nearest names: {near}'}") from error
     # The verifier needs the whole entry back: reasoning_gym.get_score_answer_fn(name)(answer, entry).
     rows = (
         {"prompt": e["question"], "answer": e["answer"], "metadata": e.get("metadata", {}), "reasoning_gym": name}
@@ -142,9 +138,8 @@ def _read_reasoning_gym(source: str) -> Iterator[Located]:
 def _options(source: str, query: str) -> dict[str, Any]:
     """What follows the question mark; the values are YAML's, as in a recipe."""
     options: dict[str, Any] = {}
-    for key, value in guarded(
-        f"{source}: expected NAME?key=value&key=value", partial(parse_qsl, query, True, bool(query))
-    ):
+    what = f"{source}: expected NAME?key=value&key=value"
+    for key, value in guarded(what, lambda: parse_qsl(query, True, strict_parsing=bool(query))):
         if key in options:
             raise ValueError(f"{source}: {key} is given twice; drop one")
         options[key] = guarded(f"{source}: {key}", partial(load_yaml, value))

@@ -4,12 +4,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from r1fast.data.chat_templates import chat_template
+from r1fast.data.templates import ASSISTANT, BOS, EOS, USER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-ROLES = ("<｜User｜>", "<｜Assistant｜>")
 # In the text of a response, so not "special": decoding keeps them.
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "|special_token|")
 # Operators with their spaces, numbers of up to three digits (as DeepSeek-V3 groups them), words with the space behind
@@ -36,7 +35,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(TAGS),
         min_frequency=2,
-        special_tokens=[BOS, EOS, *ROLES],
+        special_tokens=[BOS, EOS, USER, ASSISTANT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

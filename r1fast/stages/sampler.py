@@ -120,7 +120,7 @@ class Sampler:
         """This rank's share of the prompts; no collective."""
         mine = share_of(self.engine, len(call.rows), self.ctx.dist)
         try:
-            with self.ctx.stop.interruptible:
+            with self.ctx.stop.interruptible():
                 outputs = self.engine.generate(
                     [call.prompts[i].ids for i in mine], call.params, sequence_ids=[call.sequence_ids[i] for i in mine]
                 )

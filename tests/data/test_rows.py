@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from r1fast.data.rows import Row, canonical, location, plain
+from r1fast.data.files import plain_columns
+from r1fast.data.rows import Row, canonical, location
 
 WHERE = "a.jsonl:7"
 
@@ -193,13 +194,13 @@ def test_what_cannot_be_taken_is_refused_with_its_place(kind: Any, row: dict, me
     ids=repr,
 )
 def test_values_of_tables_become_those_of_json(value: Any, expected: Any) -> None:
-    assert plain(value, "x", WHERE) == expected
+    assert plain_columns({"x": value}, WHERE) == {"x": expected}
 
 
 @pytest.mark.parametrize("value", [b"\xff", timedelta(1), {1, 2}, [(1, 2), (1, 3)], [[b"x"]]], ids=repr)
 def test_values_that_no_stage_can_use(value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{WHERE}: column 'x' "):
-        plain(value, "x", WHERE)
+        plain_columns({"x": value}, WHERE)
 
 
 def test_a_row_is_its_columns() -> None:

@@ -6,7 +6,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from r1fast.data.tasks import arithmetic, corpus
-from r1fast.data.tokenizer import BOS, EOS, ROLES, TAGS, train_tokenizer
+from r1fast.data.templates import ASSISTANT, BOS, EOS, USER
+from r1fast.data.tokenizer import TAGS, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_answers_of_the_task_are_one_token(tokenizer: PreTrainedTokenizerFast) -
     assert [n for n in answers if len(tokenizer(str(n), add_special_tokens=False).input_ids) != 1] == []
 
 
-@pytest.mark.parametrize("tag", [*TAGS, BOS, EOS, *ROLES])
+@pytest.mark.parametrize("tag", [*TAGS, BOS, EOS, USER, ASSISTANT])
 def test_tags_are_one_token(tokenizer: PreTrainedTokenizerFast, tag: str) -> None:
     assert len(tokenizer(f"x{tag}y", add_special_tokens=False).input_ids) == 3
 

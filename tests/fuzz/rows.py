@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from r1fast.data.tokenizer import BOS, EOS
+from r1fast.data.templates import BOS, EOS
 
 KINDS = ("prompts", "sft", "pairs", "labels")
 SUFFIXES = (".jsonl", ".json", ".parquet")

@@ -10,13 +10,15 @@ and its commuted twin (`2 + 3 * 4`, `4 * 3 + 2`) are always on the same side:
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
+from typing import Any
 
 from r1fast.data.tasks import arithmetic, chat, corpus
 
 _LOADERS: dict[str, dict[str, Callable[[], list[dict]]]] = {
-    "arithmetic": {split: (lambda split=split: arithmetic.prompts(split)) for split in arithmetic.SPLITS}
+    "arithmetic": {split: partial(arithmetic.prompts, split) for split in arithmetic.SPLITS}
     | {"examples": arithmetic.examples},
-    "chat": {split: (lambda split=split: chat.prompts(split)) for split in chat.SPLITS}
+    "chat": {split: partial(chat.prompts, split) for split in chat.SPLITS}
     | {"sft": chat.sft_rows, "pairs": chat.pair_rows, "labels": chat.label_rows},
     "corpus": {"train": corpus.documents},
 }
@@ -24,16 +26,13 @@ _LOADERS: dict[str, dict[str, Callable[[], list[dict]]]] = {
 
 def load(name: str, split: str) -> list[dict]:
     """Rows of the embedded task `name`, split `split`; the same rows in every process and run."""
-    if name not in _LOADERS:
-        raise ValueError(f"unknown task {name!r}{_nearest(name, _LOADERS)}; tasks: {', '.join(_LOADERS)}")
-    if split not in _LOADERS[name]:
-        raise ValueError(
-            f"task {name!r} has no split {split!r}{_nearest(split, _LOADERS[name])}; "
-            f"splits: {', '.join(_LOADERS[name])}"
-        )
-    return _LOADERS[name][split]()
+    splits = _entry(_LOADERS, name, f"unknown task {name!r}", "tasks")
+    return _entry(splits, split, f"task {name!r} has no split {split!r}", "splits")()
 
 
-def _nearest(word: str, known: dict) -> str:
+def _entry(known: dict[str, Any], word: str, problem: str, listed: str) -> Any:
+    if word in known:
+        return known[word]
     match = get_close_matches(word, known, n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    near = f" (did you mean {match[0]!r}?)" if match else ""
+    raise ValueError(f"{problem}{near}; {listed}: {', '.join(known)}")

@@ -9,6 +9,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 LANGUAGES = ("en", "zh")
 SPLITS = ("train", "dev", "report")
@@ -37,19 +38,17 @@ class Problem:
     product_first: bool
 
     @property
-    def product(self) -> int:
-        return self.b * self.c
+    def terms(self) -> list[Any]:
+        product = [self.b, "*", self.c]
+        return [*product, self.op, self.a] if self.product_first else [self.a, self.op, *product]
 
     @property
     def result(self) -> int:
-        if self.op == "+":
-            return self.a + self.product
-        return self.product - self.a if self.product_first else self.a - self.product
+        return working(self, WORDS["en"])[1]
 
     @property
     def expression(self) -> str:
-        product = f"{self.b} * {self.c}"
-        return f"{product} {self.op} {self.a}" if self.product_first else f"{self.a} {self.op} {product}"
+        return _written(self.terms)
 
     @property
     def canonical(self) -> str:
@@ -95,39 +94,33 @@ def working(
     problem: Problem, words: tuple[str, str, str], *, precedence: bool = True, slip: int = 0
 ) -> tuple[str, int]:
     """The two steps and the result they lead to; `slip` is added to the first step's value."""
+    terms = problem.terms
+    start = terms.index("*" if precedence else problem.op) - 1
+    step_1 = terms[start : start + 3]
+    value = _value(*step_1) + slip
+    step_2 = [*terms[:start], value, *terms[start + 3 :]]
+    result = _value(*step_2)
     first, then, so = words
-    a, b, c = problem.a, problem.b, problem.c
-    if precedence:
-        value = problem.product + slip
-        step_1 = f"{b} * {c} = {value}"
-        left, right = (value, a) if problem.product_first else (a, value)
-        result = left + right if problem.op == "+" else left - right
-        step_2 = f"{left} {problem.op} {right} = {result}"
-    elif problem.product_first:  # b * (c op a)
-        value = (c + a if problem.op == "+" else c - a) + slip
-        result = b * value
-        step_1, step_2 = f"{c} {problem.op} {a} = {value}", f"{b} * {value} = {result}"
-    else:  # (a op b) * c
-        value = (a + b if problem.op == "+" else a - b) + slip
-        result = value * c
-        step_1, step_2 = f"{a} {problem.op} {b} = {value}", f"{value} * {c} = {result}"
-    return f"{first} {step_1}, {then} {step_2}, {so} {result}", result
+    text = f"{first} {_written(step_1)} = {value}, {then} {_written(step_2)} = {result}, {so} {result}"
+    return text, result
+
+
+def _value(left: int, op: str, right: int) -> int:
+    return {"+": left + right, "-": left - right, "*": left * right}[op]
+
+
+def _written(terms: list[Any]) -> str:
+    return " ".join(map(str, terms))
 
 
 def examples(count: int = 12) -> list[dict]:
     """Worked examples {prompt, reasoning, answer, language} for few-shot prompts, from the train split."""
-    rng = random.Random(1)
     rows = []
-    for problem in rng.sample(problems("train"), count):
+    for problem in random.Random(1).sample(problems("train"), count):
         for language in LANGUAGES:
             text, result = working(problem, WORDS[language])
-            row = {
-                "prompt": question(problem, language),
-                "reasoning": text,
-                "answer": str(result),
-                "language": language,
-            }
-            rows.append(row)
+            row = {"prompt": question(problem, language), "reasoning": text}
+            rows.append(row | {"answer": str(result), "language": language})
     return rows
 
 
