@@ -8,23 +8,17 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from r1fast.artifacts import Artifact, inputs_of
 from r1fast.config import ConfigError, shown
-from r1fast.inputs import named_inputs
 from r1fast.models.checks import router_problems
 from r1fast.preflight_architecture import architecture_of, architecture_problems, checkpoint_of, vocabulary_of
 from r1fast.preflight_rows import reward_problems, row_problems, text_problems, tokenizer_of, unrewarded_problems
 from r1fast.recipe_yaml import check_text
 from r1fast.run_folder import holds_nothing
-from r1fast.schema import Recipe
-
-DATA_KIND = {
-    "pretrain": "sft", "sft": "sft", "distill": "sft",
-    "grpo": "prompts", "collect": "prompts", "reject": "prompts",
-}  # fmt: skip
+from r1fast.schema import Recipe, reward_specs
 
 
 def check_output(run_dir: Path, *, resume: bool, stages: Sequence[str] = ()) -> None:
@@ -102,9 +96,14 @@ def _problems(recipe: Recipe, stage: Any, notes: list[str]) -> Iterator[str]:
     """What is wrong, the first thing first; a caller that goes on after one may see what follows from it."""
     yield from _model_problems(recipe, stage)
     rows_of: dict[str, Sequence[dict]] = {}  # not of files that earlier stages write
-    for key, kind in _file_keys(stage):
-        sources = attrgetter(key)(stage)
-        outside = [source for source in sources if not source.startswith("@")]
+    data: dict[str, list[Artifact]] = {}
+    for found in inputs_of(recipe, stage):
+        if found.kind == "data":
+            data.setdefault(found.key, []).append(found)
+    for key, sources in data.items():
+        assert sources[0].rows is not None
+        kind = sources[0].rows
+        outside = [found.ref for found in sources if found.stage is None]
         try:
             rows = _rows(outside, kind)
         except (ValueError, OSError) as error:  # a name that no file system takes, a folder that may not be read
@@ -124,8 +123,6 @@ def _problems(recipe: Recipe, stage: Any, notes: list[str]) -> Iterator[str]:
                 yield f"{key}: {error}"
                 continue
             if files in rows_of:
-                from r1fast.stages.scoring import reward_specs
-
                 specs = reward_specs(rewards)
                 yield from reward_problems(recipe, key, files, specs, rows_of[files], notes)
     if stage.kind == "grpo" and "train_files" in rows_of:
@@ -161,20 +158,6 @@ def _vllm_problems(recipe: Recipe, selected: list[str]) -> Iterator[str]:
             yield f"rollout.vllm.server_base_url: {error}"
 
 
-def _file_keys(stage: Any) -> Iterator[tuple[str, str]]:
-    kind = DATA_KIND.get(stage.kind)
-    if stage.kind == "reward_model":
-        kind = "pairs" if stage.loss == "pairwise" else "labels"
-    if stage.kind == "distill" and stage.teacher:
-        kind = "prompts"
-    if kind:
-        yield "train_files", kind
-    if getattr(stage, "eval_files", None) or stage.kind == "evaluate":
-        yield "eval_files", "prompts"
-    if getattr(stage, "few_shot", None):
-        yield "few_shot.examples_files", "prompts"
-
-
 _cache: dict[tuple[tuple[str, ...], str], list[dict]] = {}
 
 
@@ -188,8 +171,9 @@ def _rows(sources: list[str], kind: str) -> list[dict]:
 
 
 def _model_problems(recipe: Recipe, stage: Any) -> Iterator[str]:
-    for key, ref, wanted in named_inputs(recipe, stage):
-        if ref.startswith("@") or not wanted.endswith("model") or key == "tokenizer":
+    for found in inputs_of(recipe, stage):
+        key, ref, wanted = found.key, found.ref, found.kind
+        if found.stage is not None or not wanted.endswith("model") or key == "tokenizer":
             continue
         try:
             _, is_reward_model = checkpoint_of(ref)
@@ -222,7 +206,7 @@ def _tokenizer_problems(key: str, ref: str) -> Iterator[str]:
 
 def _check_rewards(rewards: dict[str, Any], columns: set[str] | None) -> None:
     from r1fast.rewards.pool import RewardPool
-    from r1fast.stages.scoring import pool_arguments, reward_specs
+    from r1fast.stages.scoring import pool_arguments
 
     for arguments in pool_arguments(reward_specs(rewards)).values():
         with RewardPool(arguments) as pool:

@@ -7,7 +7,7 @@ import numpy as np
 
 from r1fast.config import ConfigError
 from r1fast.rewards.pool import RewardPool, headline
-from r1fast.schema import RewardSpec
+from r1fast.schema import RewardSpec, reward_specs
 from r1fast.stages.context import StageContext
 from r1fast.stages.sampler import Sample, by_group
 
@@ -102,13 +102,6 @@ class Scorer:
     def __exit__(self, *error: object) -> None:
         for pool in self.pools.values():
             pool.close()
-
-
-def reward_specs(rewards: dict[str, Any]) -> dict[str, RewardSpec]:
-    return {
-        name: RewardSpec(weight=value) if isinstance(value, (int, float)) else RewardSpec.model_validate(value)
-        for name, value in rewards.items()
-    }
 
 
 def pool_arguments(specs: dict[str, RewardSpec]) -> dict[tuple[str, ...], dict[str, dict[str, Any]]]:
