@@ -1,4 +1,4 @@
-"""The chain: each stage turns artifacts on disk (artifacts.py) into others; what is done, and what a resumed run does."""
+"""The chain: stages turn artifacts on disk (artifacts.py) into others; what is done, and what a resume goes on with."""
 
 import os
 import platform

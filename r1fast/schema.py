@@ -266,9 +266,9 @@ class TrainOptions(StageBase):
     router_aux_loss_coef: NonNegative = 0.0  # factor of the balance loss within each sequence (V3: 1e-4)
     save_steps: Positive = 100  # the last step is always saved
 
-    def num_updates(self, num_rows: int | None = None) -> int | None:
-        """Optimizer steps of the stage on so many rows, or the most that they can be; None where only the rows tell."""
-        raise NotImplementedError
+    def num_updates(self) -> int | None:
+        """Optimizer steps of the stage, or the most that they can be; None where only the data tell."""
+        return getattr(self, "max_steps", None)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -286,6 +286,17 @@ class FitOptions(TrainOptions):
 
     batch_size: Positive  # rows per step
     max_length: Positive
+
+
+class EpochOptions(FitOptions):
+    """Of those that take every row as often."""
+
+    num_train_epochs: Positive
+
+    def updates_on(self, num_rows: int) -> int:
+        """Optimizer steps on so many rows."""
+        steps = self.num_train_epochs * -(-num_rows // self.batch_size)
+        return min(steps, self.num_updates() or steps)
 
 
 class FilterOptions(Strict):
@@ -356,9 +367,6 @@ class PretrainStage(FitOptions, EvalOptions):
     mask_prompt: bool = True
     prompt_template: PromptTemplate = "chat"
 
-    def num_updates(self, num_rows: int | None = None) -> int:
-        return self.max_steps
-
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.model is not None:
@@ -371,7 +379,7 @@ class PretrainStage(FitOptions, EvalOptions):
             yield from self.unused_lengths("without eval_files nothing is sampled")
 
 
-class SFTStage(FitOptions, EvalOptions):
+class SFTStage(EpochOptions, EvalOptions):
     """Supervised fine-tuning on prompts and completions, or messages."""
 
     makes = ("model",)
@@ -385,12 +393,6 @@ class SFTStage(FitOptions, EvalOptions):
     lr_scheduler_type: Schedule = "cosine"
     min_lr_ratio: Share = 0.1
     prompt_template: PromptTemplate = "chat"
-
-    def num_updates(self, num_rows: int | None = None) -> int | None:
-        if num_rows is None:
-            return self.max_steps
-        steps = self.num_train_epochs * -(-num_rows // self.batch_size)
-        return min(steps, self.max_steps or steps)
 
     def samples(self) -> bool:
         return bool(self.eval_files)
@@ -429,7 +431,7 @@ class GRPOStage(LossOptions, TrainOptions, EvalOptions):
     log_completions: Count = 16  # rows of samples/*.parquet per logged step
     log_completions_steps: Positive = 10
 
-    def num_updates(self, num_rows: int | None = None) -> int:
+    def num_updates(self) -> int:
         return self.max_steps * self.steps_per_generation * self.num_iterations
 
     @model_validator(mode="before")
@@ -538,7 +540,7 @@ def _preference_rows(stage: "RewardModelStage") -> RowKind:
     return "pairs" if stage.loss == "pairwise" else "labels"
 
 
-class RewardModelStage(FitOptions, GenerateOptions):
+class RewardModelStage(EpochOptions, GenerateOptions):
     """A scalar head on the model, trained on preference pairs (pairwise) or labels (pointwise)."""
 
     makes = ("reward model",)
@@ -554,9 +556,6 @@ class RewardModelStage(FitOptions, GenerateOptions):
     learning_rate: LearningRate = 6e-6
     prompt_template: PromptTemplate = "chat"
     response_format: ResponseFormatName = "special_token"
-
-    def num_updates(self, num_rows: int | None = None) -> int | None:
-        return None if num_rows is None else self.num_train_epochs * -(-num_rows // self.batch_size)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -1,4 +1,4 @@
-"""The types that options have: finite, no larger than what they count can be, and marked where they name an artifact."""
+"""The types that options have: finite, no larger than what they count can be, and marked where they name an input."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ RowKind = Literal["prompts", "sft", "pairs", "labels"]
 
 @dataclass(frozen=True)
 class Reads:
-    """Marks an option that names what a stage reads (artifacts.py). rows: of data, or how the options of a stage say it."""
+    """Marks an option that names what a stage reads. rows: what data hold, or how the options of the stage say it."""
 
     kind: Literal["model", "reward model", "data", "code"]
     rows: RowKind | Callable[[Any], RowKind] | None = None

@@ -23,7 +23,7 @@ from r1fast.config import ConfigError
 from r1fast.models.decoder import Decoder
 from r1fast.schema import GRPOStage
 from r1fast.stages.background import BackgroundSampler
-from r1fast.stages.context import StageContext
+from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.packed import Prompt
 from r1fast.stages.prompt_order import PromptOrder
 from r1fast.stages.sampler import GenerationFailed, Sample, Sampler, SamplingCall
@@ -35,9 +35,9 @@ Group = list[Sample]  # of one prompt; sample.group is the number of prompts tha
 class Rollouts:
     """Draws prompts, samples from the policy and hands complete groups on; the same on every rank."""
 
-    def __init__(self, ctx: StageContext, policy: Decoder, tokenizer: Any, rows: list[dict]) -> None:
+    def __init__(self, ctx: StageContext[GRPOStage], policy: Decoder, tokenizer: Tokenizer, rows: list[dict]) -> None:
         self.ctx = ctx
-        self.stage: GRPOStage = ctx.stage
+        self.stage = ctx.stage
         self.rows = rows
         self.index_of = {id(row): index for index, row in enumerate(rows)}
         self.prompts = PromptOrder(rows, self.stage, ctx.seed)
