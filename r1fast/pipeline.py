@@ -13,7 +13,7 @@ import torch
 from r1fast.artifacts import fingerprints, inputs_of, start_model
 from r1fast.config import ConfigError
 from r1fast.observe.progress import ChainProgress
-from r1fast.observe.trackers import open_trackers
+from r1fast.observe.trackers import Tracker, open_trackers
 from r1fast.parallel.mesh import Dist
 from r1fast.resume import STAGE, SUMMARY, Change, config_text
 from r1fast.run_folder import PARTIAL, remove_leftovers, replace_file, write_record
@@ -140,7 +140,7 @@ class Run:
         for tracker in trackers:
             tracker.close()
 
-    def _stage(self, stage: StageBase, entry: dict[str, Any], progress: ChainProgress, trackers: Any) -> None:
+    def _stage(self, stage: StageBase, entry: dict[str, Any], progress: ChainProgress, trackers: list[Tracker]) -> None:
         def write_entry() -> None:
             self.dist.on_main(lambda: self.write_entry(entry))
 

@@ -31,37 +31,11 @@ from r1fast.stages.scoring import pool_arguments
 
 def check_output(run_dir: Path, *, resume: bool, stages: Sequence[str] = ()) -> None:
     """The run directory is new (or resumed), can be written, and has room for what the stages write, in a path too."""
-    _check_path(run_dir, stages)
-    _check_places(run_dir, stages)
-    if run_dir.exists() and not resume:
-        if not run_dir.is_dir():
-            raise ConfigError(f"--output-dir {run_dir}: is a file, expected a folder")
-        if not holds_nothing(run_dir):
-            raise ConfigError(
-                f"--output-dir {run_dir}: holds files already; choose another, or continue that run with --resume"
-            )
-    parent = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"--output-dir {run_dir}: cannot write in {parent} ({error.strerror}); choose another"
-        ) from None
+    for problem in _output_problems(run_dir, resume, stages):
+        raise ConfigError(f"--output-dir {problem}")
 
 
-def _check_places(run_dir: Path, stages: Sequence[str]) -> None:
-    """What a resumed run finds where it will write is of the same kind: a pipe, say, would be waited for."""
-    folders = [run_dir / stage / name for stage in stages for name in ("", "checkpoints", "samples")]
-    files = [run_dir / stage / name for stage in stages for name in ("metrics.jsonl", "data.jsonl")]
-    for path in (*folders, run_dir / "summary.json", run_dir / "report.html", *files):
-        fits, kind = (path.is_dir(), "folder") if path in folders else (path.is_file(), "file")
-        if not fits and os.path.lexists(path):
-            raise ConfigError(f"--output-dir {run_dir}: {path} is no {kind}; move it away")
-
-
-def _check_path(run_dir: Path, stages: Sequence[str]) -> None:
-    name = shown(str(run_dir))
+def _output_problems(run_dir: Path, resume: bool, stages: Sequence[str]) -> Iterator[str]:
     longest = max(stages, key=len, default="")
     try:
         check_text(str(run_dir))
@@ -69,9 +43,27 @@ def _check_path(run_dir: Path, stages: Sequence[str]) -> None:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise ConfigError(f"--output-dir {name}: {error.strerror}; choose another") from None
+        yield f"{shown(str(run_dir))}: {error.strerror}; choose another"
     except ValueError as error:
-        raise ConfigError(f"--output-dir {error}") from None
+        yield str(error)
+    # What a resumed run finds where it will write is of the same kind: a pipe, say, would be waited for.
+    folders = [run_dir / stage / name for stage in stages for name in ("", "checkpoints", "samples")]
+    files = [run_dir / stage / name for stage in stages for name in ("metrics.jsonl", "data.jsonl")]
+    for path in (*folders, run_dir / "summary.json", run_dir / "report.html", *files):
+        fits, kind = (path.is_dir(), "folder") if path in folders else (path.is_file(), "file")
+        if not fits and os.path.lexists(path):
+            yield f"{run_dir}: {path} is no {kind}; move it away"
+    if run_dir.exists() and not resume:
+        if not run_dir.is_dir():
+            yield f"{run_dir}: is a file, expected a folder"
+        elif not holds_nothing(run_dir):
+            yield f"{run_dir}: holds files already; choose another, or continue that run with --resume"
+    parent = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        yield f"{run_dir}: cannot write in {parent} ({error.strerror}); choose another"
 
 
 def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from r1fast import schema
 from r1fast.artifacts import start_model
 from r1fast.config import ConfigError
 from r1fast.data.rows import Row, location, prompt_and_target, shown, texts_of
@@ -16,32 +17,11 @@ from r1fast.preflight_models import architecture_of, checkpoint_of, tokenizer_of
 from r1fast.rewards.accuracy import plain_number
 from r1fast.rewards.language import target_scripts
 from r1fast.rewards.pool import RewardPool
-from r1fast.schema import (
-    CollectStage,
-    DistillStage,
-    EpochOptions,
-    FitOptions,
-    GenerateOptions,
-    GRPOStage,
-    PretrainStage,
-    Recipe,
-    RewardModelStage,
-    RewardSpec,
-    SampleOptions,
-    StageBase,
-)  # fmt: skip
+from r1fast.schema import Recipe, StageBase
 from r1fast.schema_types import RowKind
+from r1fast.stages import packed
 from r1fast.stages.collect import few_shot_problems
-from r1fast.stages.packed import (
-    Example,
-    Tokenizer,
-    encode_examples,
-    encode_row_prompts,
-    length_problems,
-    of_rows,
-    prompt_length_problems,
-    render_prompts,
-)
+from r1fast.stages.packed import Example, Tokenizer, of_rows, render_prompts
 from r1fast.stages.prompt_order import domain_problems, prompt_problems
 from r1fast.stages.reward_model import encode_units
 
@@ -56,14 +36,14 @@ Rows = Sequence[dict]
 
 def text_problems(recipe: Recipe, stage: StageBase, key: str, kind: RowKind, rows: Rows) -> Iterator[str]:
     """Rows that the template or the tokenizer cannot take, or too long; without a tokenizer before the run, less."""
-    assert isinstance(stage, GenerateOptions)
+    assert isinstance(stage, schema.GenerateOptions)
     if key.startswith("few_shot."):
         return
-    ref = stage.tokenizer if isinstance(stage, PretrainStage) else start_model(recipe, stage)
-    if isinstance(stage, DistillStage) and key == "train_files":
+    ref = stage.tokenizer if isinstance(stage, schema.PretrainStage) else start_model(recipe, stage)
+    if isinstance(stage, schema.DistillStage) and key == "train_files":
         ref = stage.teacher or ref
     try:
-        if isinstance(stage, CollectStage) and stage.few_shot is not None:
+        if isinstance(stage, schema.CollectStage) and stage.few_shot is not None:
             few_shot = stage.model_copy(update={"prompt_template": "few_shot", "response_format": "special_token"})
             of_rows(rows, lambda part: render_prompts([row["prompt"] for row in part], None, few_shot))
         if ref is not None and not ref.startswith("@"):
@@ -87,27 +67,27 @@ def _prompts(rows: Rows, kind: RowKind) -> list[Any]:
 
 
 def _encoding_problems(
-    recipe: Recipe, stage: GenerateOptions, key: str, kind: RowKind, rows: Rows, ref: str
+    recipe: Recipe, stage: schema.GenerateOptions, key: str, kind: RowKind, rows: Rows, ref: str
 ) -> Iterator[str]:
     tokenizer = tokenizer_of(ref)
-    model = architecture_of(recipe, stage) if isinstance(stage, PretrainStage) else checkpoint_of(ref)[0]
+    model = architecture_of(recipe, stage) if isinstance(stage, schema.PretrainStage) else checkpoint_of(ref)[0]
     if tokenizer is None or model is None:
         return  # reported with the model
     if kind != "prompts" and tokenizer.eos_token_id is None:
         yield f"{key}: the tokenizer of {ref} has no EOS token, which every answer ends with; set eos_token in it"
         return
     vocabulary = tokenizer.get_vocab()
-    limit = stage.max_length if kind != "prompts" and isinstance(stage, FitOptions) else stage.max_prompt_length
+    limit = stage.max_length if kind != "prompts" and isinstance(stage, schema.FitOptions) else stage.max_prompt_length
     # Encoding a file of one line takes minutes. Normalisation may shorten a text, hence the factor.
     _refuse_endless(rows, kind, 4 * limit * max(map(len, vocabulary)), limit)
     if kind == "prompts":
-        prompts = [ids for ids, _ in encode_row_prompts(rows, tokenizer, stage)]
-        problems = prompt_length_problems(prompts, rows, stage, model.max_position_embeddings)
+        prompts = [ids for ids, _ in packed.encode_row_prompts(rows, tokenizer, stage)]
+        problems = packed.prompt_length_problems(prompts, rows, stage, model.max_position_embeddings)
         encoded = [[ids] for ids in prompts]
     else:
-        assert isinstance(stage, FitOptions)
+        assert isinstance(stage, schema.FitOptions)
         units = _units(stage, rows, tokenizer)
-        problems = length_problems(units, rows, stage)
+        problems = packed.length_problems(units, rows, stage)
         encoded = [[ids for example in unit for ids in (example.prompt_ids, example.completion_ids)] for unit in units]
     yield from (f"{key}: {problem}" for problem in problems)
     if max(vocabulary.values()) < model.vocab_size:
@@ -122,11 +102,11 @@ def _encoding_problems(
             return
 
 
-def _units(stage: GenerateOptions, rows: Rows, tokenizer: Tokenizer) -> Sequence[Sequence[Example]]:
-    if isinstance(stage, RewardModelStage):
+def _units(stage: schema.GenerateOptions, rows: Rows, tokenizer: Tokenizer) -> Sequence[Sequence[Example]]:
+    if isinstance(stage, schema.RewardModelStage):
         return encode_units(rows, tokenizer, stage)
-    mask = not isinstance(stage, PretrainStage) or stage.mask_prompt
-    return [[example] for example in encode_examples(rows, tokenizer, stage, mask_prompt=mask)]
+    mask = not isinstance(stage, schema.PretrainStage) or stage.mask_prompt
+    return [[example] for example in packed.encode_examples(rows, tokenizer, stage, mask_prompt=mask)]
 
 
 def _refuse_endless(rows: Rows, kind: RowKind, most: int, limit: int) -> None:
@@ -144,29 +124,27 @@ def _refuse_endless(rows: Rows, kind: RowKind, most: int, limit: int) -> None:
 def row_problems(recipe: Recipe, stage: StageBase, rows_of: Mapping[str, Rows], notes: list[str]) -> Iterator[str]:
     """Rows that this kind of stage needs, and that are not there. rows_of: not of files that earlier stages write."""
     rows = rows_of.get("train_files")
-    sampled = isinstance(stage, SampleOptions) and not (isinstance(stage, DistillStage) and stage.teacher is None)
     if rows is not None:
-        if isinstance(stage, GRPOStage):
+        if isinstance(stage, schema.GRPOStage):
             yield from prompt_problems(stage, rows)
-        if isinstance(stage, EpochOptions) and not sampled:  # a reward model holds some rows out, so it may have fewer
-            steps = stage.updates_on(len(rows))
-            if stage.warmup_steps > steps:
-                yield f"warmup_steps: {stage.warmup_steps} is more than the {steps} steps that {len(rows)} rows make"
-        if sampled:
+        if "data" in stage.makes:
             yield from _sampling_problems(recipe, rows, notes)
-    if isinstance(stage, CollectStage) and stage.few_shot and "few_shot.examples_files" in rows_of:
+        elif isinstance(stage, schema.EpochOptions) and stage.warmup_steps > (steps := stage.updates_on(len(rows))):
+            # A reward model holds some rows out, so it may have fewer.
+            yield f"warmup_steps: {stage.warmup_steps} is more than the {steps} steps that {len(rows)} rows make"
+    if isinstance(stage, schema.CollectStage) and stage.few_shot and "few_shot.examples_files" in rows_of:
         yield from few_shot_problems(stage.few_shot, rows_of["few_shot.examples_files"], rows or ())
 
 
 def reward_problems(
-    recipe: Recipe, key: str, files: str, specs: Mapping[str, RewardSpec], rows: Rows, notes: list[str]
+    recipe: Recipe, key: str, files: str, specs: Mapping[str, schema.RewardSpec], rows: Rows, notes: list[str]
 ) -> Iterator[str]:
     """Rewards that no row is for, or that cannot read what rows hold."""
     for name, spec in specs.items():
         yield from (problems := list(domain_problems(f"{key}.{name}.domains", files, spec.domains, rows)))
         if problems:
             continue
-        chosen = [row for row in rows if not spec.domains or row.get("domain") in spec.domains]
+        chosen = [row for row in rows if spec.applies_to(row)]
         given = (spec.model_extra or {}).get("language")
         if spec.function == "language":
             yield from _language_problems(f"{key}.{name}", [Row({"language": given}, key)] if given else chosen)

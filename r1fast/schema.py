@@ -151,23 +151,27 @@ class RewardWorkers(Strict):
     memory_limit_gb: Annotated[float, Field(gt=0, le=1e6)] | None = None  # of one; None: its part of half the machine's
 
 
-class RewardSpec(Strict):
-    """A reward's weight, the domains it applies to (all when empty), and keyword arguments of the function."""
+class WeightedSpec(Strict):
+    weight: Weight = 1.0
+    domains: list[str] = []  # that it applies to; all when empty
+
+    def applies_to(self, row: Mapping[str, Any]) -> bool:
+        return not self.domains or row.get("domain") in self.domains
+
+
+class RewardSpec(WeightedSpec):
+    """What a rule pays; other keys are keyword arguments of the function."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Plain] = Field(init=False)
     function: Ref | None = None  # registry name or dotted path; None: the name of the reward
-    weight: Weight = 1.0
-    domains: list[str] = []
 
 
-class RewardModelSpec(Strict):
-    """A reward model's part in the reward: sigmoid(score) * weight, on the domains named."""
+class RewardModelSpec(WeightedSpec):
+    """A reward model's part in the reward: sigmoid(score) * weight."""
 
     model: RewardModelRef
     prompt_template: PromptTemplate = "chat"  # that it was trained with
-    weight: Weight = 1.0
-    domains: list[str] = []
     score_on: ScoredPart = "response"
 
 
@@ -465,7 +469,7 @@ class GRPOStage(LossOptions, TrainOptions, EvalOptions):
             yield "skip_zero_variance_groups needs beta 0: such groups still have a KL gradient"
 
     def _reward_problems(self) -> Iterator[str]:
-        specs: list[RewardSpec | RewardModelSpec] = [*reward_specs(self.rewards).values(), *self.reward_models.values()]
+        specs: list[WeightedSpec] = [*reward_specs(self.rewards).values(), *self.reward_models.values()]
         if not specs:
             yield "rewards and reward_models are both empty; name at least one"
         if not any(spec.weight for spec in specs):

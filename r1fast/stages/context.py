@@ -3,7 +3,7 @@
 import copy
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model, save_model
 from r1fast.observe.metrics import StageLog
 from r1fast.observe.progress import active_progress
+from r1fast.observe.trackers import Tracker
 from r1fast.parallel.mesh import Dist
 from r1fast.parallel.parallelize import full_state_dict, parallelize
 from r1fast.rollout.tokenization import leading_ids
@@ -40,7 +41,7 @@ class StageContext(Generic[S]):
     stage: S
     dist: Dist
     run_dir: Path
-    trackers: tuple = ()
+    trackers: Sequence[Tracker] = ()
     evaluations: dict[str, dict] = field(default_factory=dict)  # by model and settings: nothing is measured twice
     phases: dict[str, float] = field(default_factory=dict)  # seconds by phase, of this process
     started: float = field(default_factory=time.monotonic)

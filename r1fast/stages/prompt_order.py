@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from r1fast.data.rows import location, shown
-from r1fast.schema import GRPOStage, RewardModelSpec, RewardSpec, reward_specs
+from r1fast.schema import GRPOStage, WeightedSpec, reward_specs
 
 
 class PromptOrder:
@@ -64,7 +64,7 @@ def prompt_problems(stage: GRPOStage, rows: Sequence[dict]) -> Iterator[str]:
 
 def unrewarded_problems(stage: GRPOStage, rows: Sequence[dict]) -> Iterator[str]:
     """Rows of a domain that no reward is for: nothing can be learned from them."""
-    specs: list[RewardSpec | RewardModelSpec] = [*reward_specs(stage.rewards).values(), *stage.reward_models.values()]
+    specs: list[WeightedSpec] = [*reward_specs(stage.rewards).values(), *stage.reward_models.values()]
     if not all(spec.domains for spec in specs):
         return  # one is for all
     rewarded = {name for spec in specs for name in spec.domains}

@@ -130,7 +130,7 @@ class RewardModels:
         """Fill sample.rewards[name] with sigmoid(score); nan off the model's domains."""
         for name, spec in self.specs.items():
             model, tokenizer = self.models[name]
-            chosen = [s for s in samples if not spec.domains or s.row.get("domain") in spec.domains]
+            chosen = [s for s in samples if spec.applies_to(s.row)]
             for sample in samples:
                 sample.rewards[name] = float("nan")
             if not chosen:
