@@ -223,21 +223,15 @@ class Learner:
                 random.Random(f"{self.ctx.seed},{step},{iteration}").shuffle(order)
             for first, end in pairwise(len(order) * i // count for i in range(count + 1)):
                 chosen = [examples[i] for i in order[first:end]]
+                active = chosen
+                if stage.skip_zero_variance_groups:  # without KL, an advantage of 0 has no gradient
+                    active = [example for example in chosen if example.values["advantage"] != 0.0]
                 with self.ctx.phase("update"):
-                    history.append(self.trainer.update(self._active(chosen), policy_loss(chosen, self.ctx)))
-                self._refresh_reference()
+                    history.append(self.trainer.update(active, policy_loss(chosen, self.ctx)))
+                every = stage.ref_model_sync_steps
+                if self.reference is not None and every and self.trainer.step % every == 0:
+                    copy_weights(self.policy, self.reference)
         return numbers(merge(history))
-
-    def _refresh_reference(self) -> None:
-        every = self.stage.ref_model_sync_steps
-        if self.reference is not None and every and self.trainer.step % every == 0:
-            copy_weights(self.policy, self.reference)
-
-    def _active(self, examples: list[Example]) -> list[Example]:
-        """The examples with a gradient: without KL, one whose advantage is 0 has none."""
-        if not self.stage.skip_zero_variance_groups:
-            return examples
-        return [example for example in examples if example.values["advantage"] != 0.0]
 
 
 def importance_cap(ctx: StageContext[GRPOStage]) -> float | None:

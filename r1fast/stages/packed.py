@@ -144,24 +144,21 @@ def encode_examples(
     Plain text, and prompts where mask_prompt is False, are learned from their first token on. ConfigError naming the
     first row that cannot be encoded.
     """
-    return of_rows(rows, lambda part: _encode_examples(part, tokenizer, options, mask_prompt))
 
+    def encode(part: Sequence[dict]) -> list[Example]:
+        prompts, targets = zip(*map(prompt_and_target, part), strict=True) if part else ((), ())
+        prompt_ids, target_ids = encode_with_targets(prompts, targets, tokenizer, options)
+        if [] in target_ids:
+            raise ValueError(
+                "without its end token, and what the prompt holds already, nothing is left to learn; drop the row"
+            )
+        return [
+            Example(p, [*c, eos]) if mask_prompt and prompt is not None else Example(p[:1], [*p[1:], *c, eos])
+            for prompt, p, c in zip(prompts, prompt_ids, target_ids, strict=True)
+        ]
 
-def _encode_examples(
-    rows: Sequence[dict], tokenizer: Tokenizer, options: GenerateOptions, mask_prompt: bool
-) -> list[Example]:
-    parts = [prompt_and_target(row) for row in rows]
-    prompts, targets = [prompt for prompt, _ in parts], [target for _, target in parts]
-    prompt_ids, target_ids = encode_with_targets(prompts, targets, tokenizer, options)
-    if [] in target_ids:
-        raise ValueError(
-            "without its end token, and what the prompt holds already, nothing is left to learn; drop the row"
-        )
-    completion_ids = [[*ids, tokenizer.eos_token_id] for ids in target_ids]
-    return [
-        Example(p, c) if mask_prompt and prompt is not None else Example(p[:1], p[1:] + c)
-        for prompt, p, c in zip(prompts, prompt_ids, completion_ids, strict=True)
-    ]
+    eos = tokenizer.eos_token_id
+    return of_rows(rows, encode)
 
 
 def encode_with_targets(

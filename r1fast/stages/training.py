@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,24 +141,22 @@ class Trainer:
         """Whether a checkpoint is; also when the ranks have agreed to stop."""
         return last or bool(self.ctx.stop.agreed) or progress_step % self.ctx.stage.save_steps == 0
 
-    def save(self, progress_step: int, *, last: bool, **extra: Any) -> Path | None:
+    def save(self, progress_step: int, *, last: bool, **extra: Any) -> None:
         """Save a checkpoint where one is due; raises Stopped after it where the ranks have agreed to stop."""
-        if not self.is_due(progress_step, last=last):
-            return None
-        path = self._save(progress_step, extra)
-        self.ctx.stop.end()
-        return path
+        if self.is_due(progress_step, last=last):
+            self._save(progress_step, extra)
+            self.ctx.stop.end()
 
     def save_good(self, progress_step: int, **extra: Any) -> None:
         """Before the stage ends by an error, with weights as that step left them: keep it, unless it is saved."""
         if progress_step > self.saved_step:
             self._save(progress_step, extra)
 
-    def _save(self, progress_step: int, extra: dict[str, Any]) -> Path:
+    def _save(self, progress_step: int, extra: dict[str, Any]) -> None:
         ctx = self.ctx
         with ctx.phase("save"):
             ctx.dist.on_main(self._sync_log)  # a step that is saved is logged
-            path = checkpoint.save(
+            checkpoint.save(
                 ctx.checkpoints,
                 progress_step,
                 model=self.saved,
@@ -169,7 +166,6 @@ class Trainer:
                 dist=ctx.dist,
             )
         self.saved_step = progress_step
-        return path
 
     def _sync_log(self) -> None:
         if self.ctx.stop.problem is not None:
