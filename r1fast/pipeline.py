@@ -1,12 +1,7 @@
-"""The chain: which stage hands what to which, what is done, and what a resumed run does next.
-
-A stage turns artifacts on disk into artifacts on disk: RUN/<stage>/model (a Hugging Face checkpoint) or
-RUN/<stage>/data.jsonl. A recipe names an earlier stage's artifact as @stage.
-"""
+"""The chain: stages turn artifacts on disk (artifacts.py) into others; what is done, and what a resume goes on with."""
 
 import os
 import platform
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from importlib import import_module
@@ -15,45 +10,37 @@ from typing import Any
 
 import torch
 
+from r1fast.artifacts import fingerprints, inputs_of, start_model
 from r1fast.config import ConfigError
-from r1fast.inputs import named_inputs, stage_inputs, start_model
 from r1fast.observe.progress import ChainProgress
-from r1fast.observe.trackers import open_trackers
+from r1fast.observe.trackers import Tracker, open_trackers
 from r1fast.parallel.mesh import Dist
 from r1fast.resume import STAGE, SUMMARY, Change, config_text
 from r1fast.run_folder import PARTIAL, remove_leftovers, replace_file, write_record
-from r1fast.schema import Recipe
+from r1fast.schema import Recipe, StageBase
 from r1fast.stages.context import StageContext
 from r1fast.stopping import Stop, Stopped
-
-MAKES_MODEL = {"pretrain", "sft", "grpo", "distill"}
-MAKES_DATA = {"collect", "reject"}
-
-
-def references(recipe: Recipe, stage: Any) -> Iterator[tuple[str, str, str]]:
-    """(key, stage referred to, "model", "reward model" or "data") for every @stage in a stage's settings."""
-    for key, ref, wanted in named_inputs(recipe, stage):
-        if ref.startswith("@"):
-            yield key, ref[1:], wanted
 
 
 def check_references(recipe: Recipe, selected: list[str], run_dir: Path) -> None:
     """Every @stage names an earlier stage that makes what is wanted, and that runs or has run."""
-    earlier: dict[str, Any] = {}
+    earlier: dict[str, StageBase] = {}
     for stage in recipe.stages:
-        for key, name, wanted in references(recipe, stage):
-            where = f"stages.{stage.name}.{key}: @{name}"
+        for found in inputs_of(recipe, stage):
+            if (name := found.stage) is None:
+                continue
+            where = f"stages.{stage.name}.{found.key}: @{name}"
             if name not in earlier:
                 raise ConfigError(f"{where} names no earlier stage; earlier stages: {', '.join(earlier) or 'none'}")
-            if wanted not in makes(earlier[name]):
-                made = " and ".join(makes(earlier[name])) or "nothing"
+            if found.kind not in earlier[name].makes:
+                made = " and ".join(earlier[name].makes) or "nothing"
                 raise ConfigError(
-                    f"{where} makes {made} (kind {earlier[name].kind}), expected a stage that makes {wanted}"
+                    f"{where} makes {made} (kind {earlier[name].kind}), expected a stage that makes {found.kind}"
                 )
-            artifact = run_dir / name / ("data.jsonl" if wanted == "data" else "model")
-            if stage.name in selected and name not in selected and not artifact.exists():
+            path = Path(found.place(run_dir))
+            if stage.name in selected and name not in selected and not path.exists():
                 raise ConfigError(
-                    f"{where}: {artifact} does not exist, and {name} is not among the stages to run; put it back, "
+                    f"{where}: {path} does not exist, and {name} is not among the stages to run; put it back, "
                     "or run that stage first"
                 )
         if stage.kind != "pretrain" and start_model(recipe, stage) is None:
@@ -61,17 +48,8 @@ def check_references(recipe: Recipe, selected: list[str], run_dir: Path) -> None
         earlier[stage.name] = stage
 
 
-def makes(stage: Any) -> list[str]:
-    """What others may name of a stage."""
-    if stage.kind == "reward_model":
-        return ["reward model"]
-    if stage.kind == "distill" and stage.teacher is not None:
-        return ["model", "data"]
-    return ["model"] * (stage.kind in MAKES_MODEL) + ["data"] * (stage.kind in MAKES_DATA)
-
-
-def inputs(recipe: Recipe, stage: Any) -> list[str]:
-    return list(dict.fromkeys(name for _, name, _ in references(recipe, stage)))
+def stages_read(recipe: Recipe, stage: StageBase) -> list[str]:
+    return list(dict.fromkeys(found.stage for found in inputs_of(recipe, stage) if found.stage is not None))
 
 
 class Run:
@@ -86,8 +64,8 @@ class Run:
             "seed": recipe.seed,
             "seconds": 0.0,
             "stages": [
-                {"name": s.name, "kind": s.kind, "status": "pending", "inputs": inputs(recipe, s)}
-                for s in recipe.stages
+                {"name": stage.name, "kind": stage.kind, "status": "pending", "inputs": stages_read(recipe, stage)}
+                for stage in recipe.stages
             ],
             "changes": [],
             "settings": recipe.model_dump(mode="json"),
@@ -162,7 +140,7 @@ class Run:
         for tracker in trackers:
             tracker.close()
 
-    def _stage(self, stage: Any, entry: dict[str, Any], progress: ChainProgress, trackers: Any) -> None:
+    def _stage(self, stage: StageBase, entry: dict[str, Any], progress: ChainProgress, trackers: list[Tracker]) -> None:
         def write_entry() -> None:
             self.dist.on_main(lambda: self.write_entry(entry))
 
@@ -174,7 +152,7 @@ class Run:
         progress.start_stage(stage.name, stage.kind)
         entry |= {"status": "running", "model": (start_model(self.recipe, stage) or "").removeprefix("@")}
         entry["settings"] = stage.model_dump(mode="json")
-        entry["fingerprints"] = self.dist.on_main(lambda: stage_inputs(self.recipe, stage, self.run_dir))
+        entry["fingerprints"] = self.dist.on_main(lambda: fingerprints(self.recipe, stage, self.run_dir))
         write_entry()
         try:
             result = import_module(f"r1fast.stages.{stage.kind}").run(ctx)

@@ -4,62 +4,38 @@ A mistake found here costs seconds and changes nothing on disk.
 """
 
 import importlib.util
-import itertools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from operator import attrgetter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from r1fast.config import ConfigError, shown
-from r1fast.inputs import named_inputs
-from r1fast.models.checks import router_problems
-from r1fast.preflight_architecture import architecture_of, architecture_problems, checkpoint_of, vocabulary_of
-from r1fast.preflight_rows import reward_problems, row_problems, text_problems, tokenizer_of, unrewarded_problems
-from r1fast.recipe_yaml import check_text
-from r1fast.run_folder import holds_nothing
-from r1fast.schema import Recipe
+import torch
 
-DATA_KIND = {
-    "pretrain": "sft", "sft": "sft", "distill": "sft",
-    "grpo": "prompts", "collect": "prompts", "reject": "prompts",
-}  # fmt: skip
+from r1fast.artifacts import inputs_of
+from r1fast.config import ConfigError, shown
+from r1fast.data.sources import load_rows
+from r1fast.preflight_models import forget, model_problems
+from r1fast.preflight_rows import reward_problems, row_problems, text_problems
+from r1fast.recipe_yaml import check_text
+from r1fast.rewards.pool import RewardPool
+from r1fast.rollout.vllm import INSTALL, LOWEST_TEMPERATURE, RolloutError
+from r1fast.rollout.vllm_server import Client, server_problems
+from r1fast.run_folder import holds_nothing
+from r1fast.schema import EvalOptions, GRPOStage, Recipe, StageBase, reward_specs
+from r1fast.schema_types import RowKind
+from r1fast.stages.prompt_order import unrewarded_problems
+from r1fast.stages.scoring import pool_arguments
 
 
 def check_output(run_dir: Path, *, resume: bool, stages: Sequence[str] = ()) -> None:
     """The run directory is new (or resumed), can be written, and has room for what the stages write, in a path too."""
-    _check_path(run_dir, stages)
-    _check_places(run_dir, stages)
-    if run_dir.exists() and not resume:
-        if not run_dir.is_dir():
-            raise ConfigError(f"--output-dir {run_dir}: is a file, expected a folder")
-        if not holds_nothing(run_dir):
-            raise ConfigError(
-                f"--output-dir {run_dir}: holds files already; choose another, or continue that run with --resume"
-            )
-    parent = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"--output-dir {run_dir}: cannot write in {parent} ({error.strerror}); choose another"
-        ) from None
+    for problem in _output_problems(run_dir, resume, stages):
+        raise ConfigError(f"--output-dir {problem}")
 
 
-def _check_places(run_dir: Path, stages: Sequence[str]) -> None:
-    """What a resumed run finds where it will write is of the same kind: a pipe, say, would be waited for."""
-    folders = [run_dir / stage / name for stage in stages for name in ("", "checkpoints", "samples")]
-    files = [run_dir / stage / name for stage in stages for name in ("metrics.jsonl", "data.jsonl")]
-    for path in (*folders, run_dir / "summary.json", run_dir / "report.html", *files):
-        fits, kind = (path.is_dir(), "folder") if path in folders else (path.is_file(), "file")
-        if not fits and os.path.lexists(path):
-            raise ConfigError(f"--output-dir {run_dir}: {path} is no {kind}; move it away")
-
-
-def _check_path(run_dir: Path, stages: Sequence[str]) -> None:
-    name = shown(str(run_dir))
+def _output_problems(run_dir: Path, resume: bool, stages: Sequence[str]) -> Iterator[str]:
     longest = max(stages, key=len, default="")
     try:
         check_text(str(run_dir))
@@ -67,9 +43,27 @@ def _check_path(run_dir: Path, stages: Sequence[str]) -> None:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise ConfigError(f"--output-dir {name}: {error.strerror}; choose another") from None
+        yield f"{shown(str(run_dir))}: {error.strerror}; choose another"
     except ValueError as error:
-        raise ConfigError(f"--output-dir {error}") from None
+        yield str(error)
+    # What a resumed run finds where it will write is of the same kind: a pipe, say, would be waited for.
+    folders = [run_dir / stage / name for stage in stages for name in ("", "checkpoints", "samples")]
+    files = [run_dir / stage / name for stage in stages for name in ("metrics.jsonl", "data.jsonl")]
+    for path in (*folders, run_dir / "summary.json", run_dir / "report.html", *files):
+        fits, kind = (path.is_dir(), "folder") if path in folders else (path.is_file(), "file")
+        if not fits and os.path.lexists(path):
+            yield f"{run_dir}: {path} is no {kind}; move it away"
+    if run_dir.exists() and not resume:
+        if not run_dir.is_dir():
+            yield f"{run_dir}: is a file, expected a folder"
+        elif not holds_nothing(run_dir):
+            yield f"{run_dir}: holds files already; choose another, or continue that run with --resume"
+    parent = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        yield f"{run_dir}: cannot write in {parent} ({error.strerror}); choose another"
 
 
 def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> list[str]:
@@ -78,73 +72,79 @@ def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> list[str
     Returns notes: what a user should know and that stops nothing.
     """
     notes: list[str] = []
+    stages = [stage for stage in recipe.stages if stage.name in selected]
     for name in recipe.report_to:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"report_to: {name} is not installed; pip install {name}, or take it out of report_to")
-    if recipe.rollout.engine == "vllm":
-        for problem in _vllm_problems(recipe, selected):
-            raise ConfigError(problem)
+    for problem in _vllm_problems(recipe, stages) if recipe.rollout.engine == "vllm" else ():
+        raise ConfigError(problem)
     try:
-        for stage in recipe.stages:
-            if stage.name in selected:
-                found: list[str] = []
-                for problem in _problems(recipe, stage, found):
-                    raise ConfigError(f"stages.{stage.name}.{' '.join(problem.splitlines())}")
-                notes += [f"stages.{stage.name}.{' '.join(note.splitlines())}" for note in found]
+        for stage in stages:
+            found: list[str] = []
+            for problem in _problems(recipe, stage, found):
+                raise ConfigError(f"stages.{stage.name}.{' '.join(problem.splitlines())}")
+            notes += [f"stages.{stage.name}.{' '.join(note.splitlines())}" for note in found]
     finally:
-        _cache.clear()
-        checkpoint_of.cache_clear()
-        tokenizer_of.cache_clear()
+        _rows.cache_clear()
+        forget()
     return notes
 
 
-def _problems(recipe: Recipe, stage: Any, notes: list[str]) -> Iterator[str]:
+def _problems(recipe: Recipe, stage: StageBase, notes: list[str]) -> Iterator[str]:
     """What is wrong, the first thing first; a caller that goes on after one may see what follows from it."""
-    yield from _model_problems(recipe, stage)
+    yield from model_problems(recipe, stage)
+    sources: dict[tuple[str, RowKind], list[str | None]] = {}
+    for found in inputs_of(recipe, stage):
+        if found.rows is not None:
+            sources.setdefault((found.key, found.rows), []).append(found.ref if found.stage is None else None)
     rows_of: dict[str, Sequence[dict]] = {}  # not of files that earlier stages write
-    for key, kind in _file_keys(stage):
-        sources = attrgetter(key)(stage)
-        outside = [source for source in sources if not source.startswith("@")]
+    for (key, kind), refs in sources.items():
+        outside = tuple(ref for ref in refs if ref is not None)
         try:
             rows = _rows(outside, kind)
         except (ValueError, OSError) as error:  # a name that no file system takes, a folder that may not be read
             yield f"{key}: {error}"
             continue
-        if len(outside) == len(sources):
+        if None not in refs:
             rows_of[key] = rows
         yield from text_problems(recipe, stage, key, kind, rows)
     yield from row_problems(recipe, stage, rows_of, notes)
-    for key, files in (("rewards", "train_files"), ("eval_rewards", "eval_files")):
-        rewards = getattr(stage, key, None)
-        if rewards and (key == "rewards" or stage.eval_files):
-            columns = {name for row in rows_of[files] for name in row} if files in rows_of else None
-            try:
-                _check_rewards(rewards, columns)
-            except ValueError as error:
-                yield f"{key}: {error}"
-                continue
-            if files in rows_of:
-                from r1fast.stages.scoring import reward_specs
-
-                specs = reward_specs(rewards)
-                yield from reward_problems(recipe, key, files, specs, rows_of[files], notes)
-    if stage.kind == "grpo" and "train_files" in rows_of:
+    rewards: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    if isinstance(stage, GRPOStage):
+        rewards["rewards"] = "train_files", stage.rewards
+    if isinstance(stage, EvalOptions) and stage.eval_files:
+        rewards["eval_rewards"] = "eval_files", stage.eval_rewards
+    for key, (files, specs) in rewards.items():
+        try:
+            _check_rewards(specs, {name for row in rows_of[files] for name in row} if files in rows_of else None)
+        except ValueError as error:
+            yield f"{key}: {error}"
+            continue
+        if files in rows_of:
+            yield from reward_problems(recipe, key, files, reward_specs(specs), rows_of[files], notes)
+    if isinstance(stage, GRPOStage) and "train_files" in rows_of:
         yield from unrewarded_problems(stage, rows_of["train_files"])
 
 
-def _vllm_problems(recipe: Recipe, selected: list[str]) -> Iterator[str]:
-    from r1fast.rollout.vllm import INSTALL, LOWEST_TEMPERATURE, RolloutError
-    from r1fast.rollout.vllm_server import Client, server_problems
+@cache
+def _rows(sources: tuple[str, ...], kind: RowKind) -> list[dict]:
+    return load_rows(list(sources), kind) if sources else []
 
+
+def _check_rewards(rewards: Mapping[str, Any], columns: set[str] | None) -> None:
+    for arguments in pool_arguments(reward_specs(rewards)).values():
+        with RewardPool(arguments) as pool:
+            pool.check(columns)
+
+
+def _vllm_problems(recipe: Recipe, stages: Sequence[StageBase]) -> Iterator[str]:
     options = recipe.rollout.vllm
-    stages = [stage for stage in recipe.stages if stage.name in selected]
-    for stage, key in itertools.product(stages, ("temperature", "eval_temperature")):
-        if 0 < (value := getattr(stage, key, 0)) < LOWEST_TEMPERATURE:
-            yield f"stages.{stage.name}.{key} = {value}: vLLM takes 0 or at least {LOWEST_TEMPERATURE}"
-    replays = [stage.name for stage in stages if getattr(stage, "router_replay", False)]
+    for stage in stages:
+        for key in ("temperature", "eval_temperature"):
+            if 0 < (value := getattr(stage, key, 0)) < LOWEST_TEMPERATURE:
+                yield f"stages.{stage.name}.{key} = {value}: vLLM takes 0 or at least {LOWEST_TEMPERATURE}"
+    replays = [stage.name for stage in stages if isinstance(stage, GRPOStage) and stage.router_replay]
     if options.server_base_url is None or options.weight_transfer == "nccl":
-        import torch
-
         if importlib.util.find_spec("vllm") is None:
             yield f"rollout.engine: vllm is not installed; {INSTALL}, or name a server in rollout.vllm.server_base_url"
         if not torch.cuda.is_available():
@@ -159,71 +159,3 @@ def _vllm_problems(recipe: Recipe, selected: list[str]) -> Iterator[str]:
                 yield f"rollout.vllm.server_base_url: {problem}"
         except RolloutError as error:
             yield f"rollout.vllm.server_base_url: {error}"
-
-
-def _file_keys(stage: Any) -> Iterator[tuple[str, str]]:
-    kind = DATA_KIND.get(stage.kind)
-    if stage.kind == "reward_model":
-        kind = "pairs" if stage.loss == "pairwise" else "labels"
-    if stage.kind == "distill" and stage.teacher:
-        kind = "prompts"
-    if kind:
-        yield "train_files", kind
-    if getattr(stage, "eval_files", None) or stage.kind == "evaluate":
-        yield "eval_files", "prompts"
-    if getattr(stage, "few_shot", None):
-        yield "few_shot.examples_files", "prompts"
-
-
-_cache: dict[tuple[tuple[str, ...], str], list[dict]] = {}
-
-
-def _rows(sources: list[str], kind: str) -> list[dict]:
-    from r1fast.data.sources import load_rows
-
-    key = (tuple(sources), kind)
-    if key not in _cache:
-        _cache[key] = load_rows(sources, kind) if sources else []  # type: ignore[arg-type]
-    return _cache[key]
-
-
-def _model_problems(recipe: Recipe, stage: Any) -> Iterator[str]:
-    for key, ref, wanted in named_inputs(recipe, stage):
-        if ref.startswith("@") or not wanted.endswith("model") or key == "tokenizer":
-            continue
-        try:
-            _, is_reward_model = checkpoint_of(ref)
-        except (ValueError, OSError) as error:
-            yield f"{key}: {error}"
-            continue
-        yield from _tokenizer_problems(key, ref)
-        if is_reward_model != (wanted == "reward model") and stage.kind != "reward_model":
-            kinds = ("a language model", "a reward model (a `score` head)")
-            yield f"{key}: {ref} is {kinds[is_reward_model]}, expected {kinds[not is_reward_model]}"
-    if stage.kind == "pretrain":
-        vocabulary = vocabulary_of(recipe, stage)
-        if isinstance(vocabulary, str):
-            if problems := list(_tokenizer_problems("tokenizer", vocabulary)):
-                yield from problems
-                return
-            vocabulary = len(tokenizer_of(vocabulary))
-        yield from architecture_problems(stage, vocabulary)
-    if (config := architecture_of(recipe, stage)) is not None:  # through @stages too
-        yield from router_problems(stage, config)
-
-
-def _tokenizer_problems(key: str, ref: str) -> Iterator[str]:
-    try:
-        if tokenizer_of(ref) is None:
-            yield f"{key}: {ref} has no tokenizer; expected tokenizer.json in it"
-    except ValueError as error:
-        yield f"{key}: {error}"
-
-
-def _check_rewards(rewards: dict[str, Any], columns: set[str] | None) -> None:
-    from r1fast.rewards.pool import RewardPool
-    from r1fast.stages.scoring import pool_arguments, reward_specs
-
-    for arguments in pool_arguments(reward_specs(rewards)).values():
-        with RewardPool(arguments) as pool:
-            pool.check(columns)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
+from r1fast.artifacts import fingerprints, inputs_of
 from r1fast.config import ConfigError, apply_overrides, dump_recipe, load_recipe, shown, validate
-from r1fast.inputs import artifact, named_inputs, stage_inputs
 from r1fast.run_folder import read_record
 from r1fast.schema import GenerateOptions, Recipe, SampleOptions
 
@@ -20,7 +20,7 @@ _OF_A_STAGE = (STAGE, "checkpoints", "metrics.jsonl", "model", "data.jsonl")  # 
 _HEADER = re.compile(r"# crc32 ([0-9a-f]{8}) .*")
 # A checkpoint holds weights and moments of these; it could not be loaded, or what is changed would go unused.
 _IN_THE_CHECKPOINT = ("kind", "model", "architecture", "tokenizer", "vocab_size", "optimizer")
-_IN_THE_SAMPLES = ("teacher", "train_files", "seed", *SampleOptions.model_fields, *GenerateOptions.model_fields)
+_IN_THE_SAMPLES = ("teacher", "train_files", "seed", *SampleOptions.__annotations__, *GenerateOptions.__annotations__)
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def changed_inputs(saved: Saved, recipe: Recipe, selected: list[str]) -> tuple[l
         before = dict(entry.get("fingerprints", {}))
         if entry["status"] != "done":
             before |= _as_written(saved, recipe, stage)
-        after = stage_inputs(recipe, stage, saved.run_dir) if before else {}
+        after = fingerprints(recipe, stage, saved.run_dir) if before else {}
         for key in before:
             if key in after and not _same(before[key], after[key]):
                 change = Change(f"stages.{stage.name}.{key}", before[key], after[key])
@@ -272,10 +272,9 @@ def _same(before: str, after: str) -> bool:
 
 def _as_written(saved: Saved, recipe: Recipe, stage: Any) -> dict[str, str]:
     written = {}
-    for key, ref, wanted in named_inputs(recipe, stage):
-        if ref.startswith("@"):
-            name, file = artifact(ref, wanted)
-            noted = saved.entry(name).get("files", {}).get(file)
-            if noted is not None and saved.is_done(name):
-                written[f"{key}: {ref}"] = noted
+    for found in inputs_of(recipe, stage):
+        if found.stage is not None:
+            noted = saved.entry(found.stage).get("files", {}).get(found.file)
+            if noted is not None and saved.is_done(found.stage):
+                written[f"{found.key}: {found.ref}"] = noted
     return written

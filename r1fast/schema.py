@@ -6,34 +6,44 @@ refused, by value, because the recipe that a run saves names every option: one a
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from r1fast.schema_types import (
+    AboveZero,
     Bytes,
     Count,
     Files,
     FolderName,
     LearningRate,
+    Made,
+    ModelRef,
     NonNegative,
     Plain,
     Positive,
+    Prompts,
+    Reads,
     Ref,
+    RewardModelRef,
     RewardName,
+    RowKind,
     Seconds,
     Seed,
+    SFTRows,
+    Share,
     StageName,
     Temperature,
     Weight,
-    plain,
-)
+)  # fmt: skip
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 PromptTemplate = Literal["r1_zero", "chat", "plain", "few_shot", "tokenizer"]
 ResponseFormatName = Literal["think_answer", "special_token", "think_summary"]
+Schedule = Literal["constant", "linear", "cosine", "wsd"]
+ScoredPart = Literal["summary", "response"]
 
 
 class Strict(BaseModel):
@@ -43,6 +53,16 @@ class Strict(BaseModel):
         """Those of the options that have not their default value."""
         options = type(self).model_fields
         return [name for name in names if getattr(self, name) != options[name].get_default(call_default_factory=True)]
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with options beside each other; a class adds its own to those of its bases."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for problem in self.problems():
+            raise ValueError(problem)
+        return self
 
 
 class ModelSection(Strict):
@@ -73,30 +93,23 @@ class VllmOptions(Strict):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.3  # in process: vLLM's share of the device's memory
     max_model_length: Positive | None = None  # in process; None: the model's max_position_embeddings
 
-    @model_validator(mode="after")
-    def _check(self) -> "VllmOptions":
-        in_process = self.server_base_url is None
-        others: tuple[str, ...]
-        if in_process:
-            others, advice = ("server_timeout", "request_timeout", "weight_transfer"), "needs server_base_url: set that"
+    def problems(self) -> Iterator[str]:
+        url = self.server_base_url
+        if url is None:
+            others, advice = ["server_timeout", "request_timeout", "weight_transfer"], "needs server_base_url: set that"
         else:
-            others, advice = ("gpu_memory_utilization", "max_model_length"), "is a setting of the server: start it so"
+            others, advice = ["gpu_memory_utilization", "max_model_length"], "is a setting of the server: start it so"
         for name in self.changed(others):
-            raise ValueError(f"{name} {advice}, or drop it")
-        if not in_process and not _is_url(str(self.server_base_url)):
-            raise ValueError(f"server_base_url is {self.server_base_url!r}; expected http://host:port")
-        return self
+            yield f"{name} {advice}, or drop it"
+        if url is not None and not _is_url(url):
+            yield f"server_base_url is {url!r}; expected http://host:port"
 
 
 def _is_url(text: str) -> bool:
     try:
         url = urlsplit(text)
-        return (
-            url.scheme in ("http", "https")
-            and bool(url.hostname)
-            and url.port != 0
-            and re.fullmatch("[!-~]+", text) is not None
-        )
+        is_address = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        return is_address and re.fullmatch("[!-~]+", text) is not None
     except ValueError:  # a port that is no number
         return False
 
@@ -113,55 +126,53 @@ class RolloutSection(Strict):
     async_steps: Annotated[int, Field(ge=0, le=1)] = 0
     vllm: VllmOptions = VllmOptions()
 
-    @model_validator(mode="after")
-    def _check(self) -> "RolloutSection":
-        if self.engine != "vllm" and self.vllm != VllmOptions():
-            raise ValueError(f"vllm has options, but engine is {self.engine!r}: set engine: vllm, or drop them")
-        if self.engine == "vllm" and (self.max_num_batched_tokens != 8192 or self.kv_cache_memory_bytes is not None):
-            raise ValueError(
+    def problems(self) -> Iterator[str]:
+        if self.engine != "vllm":
+            if self.changed(["vllm"]):
+                yield f"vllm has options, but engine is {self.engine!r}: set engine: vllm, or drop them"
+            return
+        if self.changed(["max_num_batched_tokens", "kv_cache_memory_bytes"]):
+            yield (
                 "max_num_batched_tokens and kv_cache_memory_bytes are of engine: r1fast; vLLM's memory is "
                 "vllm.gpu_memory_utilization: drop them"
             )
-        if self.engine == "vllm" and self.vllm.server_base_url is not None and self.enforce_eager:
-            raise ValueError("enforce_eager is a setting of the server: start it so, or drop it")
-        if self.engine == "vllm" and self.vllm.server_base_url is None and self.async_steps:
-            raise ValueError(
+        if self.vllm.server_base_url is not None and self.enforce_eager:
+            yield "enforce_eager is a setting of the server: start it so, or drop it"
+        if self.vllm.server_base_url is None and self.async_steps:
+            yield (
                 f"async_steps = {self.async_steps} does not apply to vLLM in process, which takes turns with training: "
                 "name a server in vllm.server_base_url, or drop it"
             )
-        return self
 
 
 class RewardWorkers(Strict):
     num_workers: Annotated[int, Field(gt=0, le=1024)] = 1
     timeout_s: Seconds = 30.0
-    memory_limit_gb: Annotated[float, Field(gt=0, le=1e6)] | None = (
-        None  # of one worker; None: its part of half the machine's
-    )
+    memory_limit_gb: Annotated[float, Field(gt=0, le=1e6)] | None = None  # of one; None: its part of half the machine's
 
 
-class RewardSpec(Strict):
-    """A reward's weight, the domains it applies to (all when empty), and keyword arguments of the function."""
+class WeightedSpec(Strict):
+    weight: Weight = 1.0
+    domains: list[str] = []  # that it applies to; all when empty
+
+    def applies_to(self, row: Mapping[str, Any]) -> bool:
+        return not self.domains or row.get("domain") in self.domains
+
+
+class RewardSpec(WeightedSpec):
+    """What a rule pays; other keys are keyword arguments of the function."""
 
     model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Plain] = Field(init=False)
     function: Ref | None = None  # registry name or dotted path; None: the name of the reward
-    weight: Weight = 1.0
-    domains: list[str] = []
-
-    @model_validator(mode="after")
-    def _check(self) -> "RewardSpec":
-        plain(self.model_extra)
-        return self
 
 
-class RewardModelSpec(Strict):
-    """A reward model's part in the reward: sigmoid(score) * weight, on the domains named."""
+class RewardModelSpec(WeightedSpec):
+    """A reward model's part in the reward: sigmoid(score) * weight."""
 
-    model: Ref
+    model: RewardModelRef
     prompt_template: PromptTemplate = "chat"  # that it was trained with
-    weight: Weight = 1.0
-    domains: list[str] = []
-    score_on: Literal["summary", "response"] = "response"
+    score_on: ScoredPart = "response"
 
 
 def _reward_kind(value: Any) -> str:
@@ -182,63 +193,76 @@ def _measured(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-EvalRewards = dict[RewardName, Annotated[dict[str, Any], AfterValidator(_measured)]]
+Rewards = Annotated[dict[RewardName, Reward], Reads("code")]
+EvalRewards = Annotated[
+    dict[RewardName, Annotated[dict[str, Any], AfterValidator(_measured)]], Field(min_length=1), Reads("code")
+]
+
+
+def reward_specs(rewards: Mapping[str, float | RewardSpec | dict[str, Any]]) -> dict[str, RewardSpec]:
+    """Rewards as a recipe may write them, each with all options and the name of its function."""
+    specs = {}
+    for name, value in rewards.items():
+        spec = RewardSpec(weight=value) if isinstance(value, (int, float)) else RewardSpec.model_validate(value)
+        specs[name] = spec.model_copy(update={"function": spec.function or name})
+    return specs
 
 
 class StageBase(Strict):
+    makes: ClassVar[tuple[Made, ...]] = ()  # what other stages may name of it, as @name
     name: StageName  # of a folder in the run directory
-    model: Ref | None = None  # @stage, folder or Hub id; None: the recipe's model.path
+    kind: str
+    model: ModelRef | None = None  # @stage, folder or Hub id; None: the recipe's model.path
     seed: Seed | None = None  # None: the recipe's seed
 
 
-class EvalOptions(Strict):
-    """What is measured before and after a stage, on samples at `eval_temperature`."""
-
-    eval_files: list[Ref] = []
-    eval_rewards: Annotated[EvalRewards, Field(min_length=1)] = {"accuracy": {}, "format": {}}
-    eval_num_samples: Positive = 4  # k of pass@1 over k samples, and of cons@k
-    eval_temperature: Temperature = 1.0
-    eval_greedy: bool = True
-    eval_limit: Positive | None = None  # rows of eval_files
-    eval_before: bool = True  # of stages that train
-
-    @model_validator(mode="after")
-    def _check_evaluation(self) -> "EvalOptions":
-        others = [name for name in EvalOptions.model_fields if name != "eval_files"]
-        for name in self.changed(others) if not self.eval_files else ():
-            raise ValueError(f"{name} applies to eval_files, and there are none: name some, or drop it")
-        if self.eval_files and self.eval_temperature == 0 and self.eval_num_samples > 1:
-            raise ValueError(
-                f"eval_num_samples = {self.eval_num_samples} with eval_temperature 0 are {self.eval_num_samples} equal "
-                "samples: set eval_num_samples: 1, or raise eval_temperature"
-            )
-        return self
-
-
-class GenerateOptions(Strict):
+class GenerateOptions(StageBase):
     prompt_template: PromptTemplate = "r1_zero"
     response_format: ResponseFormatName = "think_answer"
     prefill_think: bool = False  # end the prompt with <think>
     max_prompt_length: Positive = 512
     max_completion_length: Positive = 512
 
-    def refuse_lengths(self, why: str) -> None:
-        """Raise ValueError if a length of sampling is set in a stage that does not sample."""
+    def unused_lengths(self, why: str) -> Iterator[str]:
+        """Lengths of sampling that are set in a stage that does not sample."""
         for name in self.changed(("max_prompt_length", "max_completion_length")):
-            raise ValueError(f"{name} = {getattr(self, name)} does not apply: {why}; drop it")
+            yield f"{name} = {getattr(self, name)} does not apply: {why}; drop it"
 
 
-class TrainOptions(Strict):
+class EvalOptions(GenerateOptions):
+    """What is measured before and after a stage, on samples at `eval_temperature`."""
+
+    eval_files: list[Prompts] = []
+    eval_rewards: EvalRewards = {"accuracy": {}, "format": {}}
+    eval_num_samples: Positive = 4  # k of pass@1 over k samples, and of cons@k
+    eval_temperature: Temperature = 1.0
+    eval_greedy: bool = True
+    eval_limit: Positive | None = None  # rows of eval_files
+    eval_before: bool = True  # of stages that train
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        others = [name for name in EvalOptions.model_fields if name.startswith("eval_") and name != "eval_files"]
+        for name in self.changed(others) if not self.eval_files else ():
+            yield f"{name} applies to eval_files, and there are none: name some, or drop it"
+        if self.eval_files and self.eval_temperature == 0 and self.eval_num_samples > 1:
+            yield (
+                f"eval_num_samples = {self.eval_num_samples} with eval_temperature 0 are {self.eval_num_samples} equal "
+                "samples: set eval_num_samples: 1, or raise eval_temperature"
+            )
+
+
+class TrainOptions(StageBase):
     learning_rate: LearningRate = 1e-6
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    lr_scheduler_type: Schedule = "constant"
     warmup_steps: Count = 0
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # of learning_rate, at the end of a decaying schedule
+    min_lr_ratio: Share = 0.0  # of learning_rate, at the end of a decaying schedule
     decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.4  # share of the steps that decay (wsd)
     weight_decay: NonNegative = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    max_grad_norm: Annotated[float, Field(gt=0, le=1e18)] = 1.0
+    max_grad_norm: AboveZero = 1.0
     max_tokens_per_microbatch: Positive = 16384
     # DeepSeek-V3's balance rule. 0 freezes the bias, as V3's last phase does and RL should: a few hundred prompts load
     # experts unevenly for good reasons, and a bias that moves between sampling and update re-routes the same tokens.
@@ -250,102 +274,146 @@ class TrainOptions(Strict):
         """Optimizer steps of the stage, or the most that they can be; None where only the data tell."""
         return getattr(self, "max_steps", None)
 
-    @model_validator(mode="after")
-    def _check_schedule(self) -> "TrainOptions":
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
         updates, schedule = self.num_updates(), self.lr_scheduler_type
         if updates is not None and self.warmup_steps > updates:
-            raise ValueError(f"warmup_steps = {self.warmup_steps} is longer than the stage's {updates} optimizer steps")
+            yield f"warmup_steps = {self.warmup_steps} is longer than the stage's {updates} optimizer steps"
         if schedule != "wsd" and self.changed(["decay_ratio"]):
-            raise ValueError(f"decay_ratio applies to lr_scheduler_type wsd, got {schedule}: drop it")
+            yield f"decay_ratio applies to lr_scheduler_type wsd, got {schedule}: drop it"
         if schedule == "constant" and self.changed(["min_lr_ratio"]):
-            raise ValueError("min_lr_ratio applies to a schedule that decays, and constant does not: drop it")
-        return self
+            yield "min_lr_ratio applies to a schedule that decays, and constant does not: drop it"
+
+
+class FitOptions(TrainOptions):
+    """Of stages that learn from the rows of files."""
+
+    batch_size: Positive  # rows per step
+    max_length: Positive
+
+
+class EpochOptions(FitOptions):
+    """Of those that take every row as often."""
+
+    num_train_epochs: Positive
+
+    def updates_on(self, num_rows: int) -> int:
+        """Optimizer steps on so many rows."""
+        steps = self.num_train_epochs * -(-num_rows // self.batch_size)
+        return min(steps, self.num_updates() or steps)
 
 
 class FilterOptions(Strict):
     """What keeps a sampled response out of a data set; the first reason that applies is recorded."""
 
-    min_language: Annotated[float, Field(ge=0, le=1)] = 1.0
-    max_repetition: Annotated[float, Field(ge=0, le=1)] = 0.2  # share of repeated 10-grams of words
+    min_language: Share = 1.0
+    max_repetition: Share = 0.2  # share of repeated 10-grams of words
     max_paragraph_chars: Positive = 2000
     allow_code: bool = False
 
 
-class SampleOptions(Strict):
+class SampleOptions(GenerateOptions):
+    """Sampling by a model as it is; what passes the filters is kept."""
+
     num_prompts: Positive | None = None  # None: every row of train_files
     num_samples: Positive = 4
     temperature: Temperature = 1.0
     max_per_prompt: Positive | None = None  # kept, of the samples that pass
     filters: FilterOptions = FilterOptions()
 
-    @model_validator(mode="after")
-    def _check_samples(self) -> "SampleOptions":
-        few_shot = getattr(self, "few_shot", None)
-        most = max(self.num_samples, few_shot.num_samples if few_shot else 0)
+    def most_samples(self) -> int:
+        """Of a prompt."""
+        return self.num_samples
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        most = self.most_samples()
         if self.temperature == 0 and most > 1:
-            raise ValueError(f"num_samples = {most} with temperature 0 are {most} equal samples: set it to 1")
+            yield f"num_samples = {most} with temperature 0 are {most} equal samples: set it to 1"
         if self.max_per_prompt is not None and self.max_per_prompt > most:
-            raise ValueError(f"max_per_prompt = {self.max_per_prompt} is more than num_samples = {most}: drop it")
-        return self
+            yield f"max_per_prompt = {self.max_per_prompt} is more than num_samples = {most}: drop it"
 
 
-class PretrainStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
+class LossOptions(Strict):
+    """The policy's loss."""
+
+    beta: NonNegative = 0.001
+    epsilon: AboveZero = 0.2
+    epsilon_high: AboveZero | None = None
+    delta: Annotated[float, Field(gt=1, le=1e18)] | None = None
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "grpo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    # Truncated importance sampling; auto: 2.0 where the sampler is not exactly the policy (grpo.py), else None.
+    sampling_importance_cap: Literal["auto"] | AboveZero | None = "auto"
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.loss_type == "cispo":
+            if self.epsilon_high is None or self.delta is not None:
+                yield "loss_type cispo caps the ratio at epsilon_high itself: set it (5.0, say), and no delta"
+            if self.changed(["epsilon"]):
+                yield f"epsilon = {self.epsilon} does not apply to loss_type cispo, which has no lower bound"
+
+
+class PretrainStage(FitOptions, EvalOptions):
     """Next-token training of a model from scratch; trains its tokenizer too unless it takes one."""
 
+    makes = ("model",)
     kind: Literal["pretrain"]
-    train_files: Files
+    train_files: Files[SFTRows]
     architecture: dict[str, Plain]  # model_type and the fields of the Hugging Face configuration
-    tokenizer: Ref | None = None  # @stage or a folder; None: train one of vocab_size on train_files
+    tokenizer: ModelRef | None = None  # @stage or a folder; None: train one of vocab_size on train_files
     # Bytes and special tokens are 265; trainers reserve memory for what is asked.
     vocab_size: Annotated[int, Field(ge=265, le=2**20)] = 1024
-    batch_size: Positive = 64  # documents per step
+    batch_size: Positive = 64
     max_steps: Positive
     max_length: Positive = 1024
     mask_prompt: bool = True
     prompt_template: PromptTemplate = "chat"
 
-    @model_validator(mode="after")
-    def _check(self) -> "PretrainStage":
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
         if self.model is not None:
-            raise ValueError(
-                f"model = {self.model!r} does not apply: pretrain starts from scratch; drop it, or use sft"
-            )
+            yield f"model = {self.model!r} does not apply: pretrain starts from scratch; drop it, or use sft"
         if self.tokenizer is not None and self.changed(["vocab_size"]):
-            raise ValueError(f"vocab_size = {self.vocab_size} does not apply: tokenizer is given; drop one of them")
+            yield f"vocab_size = {self.vocab_size} does not apply: tokenizer is given; drop one of them"
         if self.changed(["eval_before"]):
-            raise ValueError("eval_before does not apply: pretrain starts from scratch; drop it")
+            yield "eval_before does not apply: pretrain starts from scratch; drop it"
         if not self.eval_files:
-            self.refuse_lengths("without eval_files nothing is sampled")
-        return self
+            yield from self.unused_lengths("without eval_files nothing is sampled")
 
 
-class SFTStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
+class SFTStage(EpochOptions, EvalOptions):
     """Supervised fine-tuning on prompts and completions, or messages."""
 
+    makes = ("model",)
     kind: Literal["sft"]
-    train_files: Files
+    train_files: Files[SFTRows]
     batch_size: Positive = 128
     num_train_epochs: Positive = 2
     max_steps: Positive | None = None  # stops earlier than num_train_epochs
     max_length: Positive = 32768
     learning_rate: LearningRate = 5e-5
-    lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    lr_scheduler_type: Schedule = "cosine"
+    min_lr_ratio: Share = 0.1
     prompt_template: PromptTemplate = "chat"
 
-    @model_validator(mode="after")
-    def _check_lengths(self) -> "SFTStage":
-        if not self.eval_files and getattr(self, "teacher", None) is None:
-            self.refuse_lengths("without eval_files nothing is sampled")
-        return self
+    def samples(self) -> bool:
+        return bool(self.eval_files)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if not self.samples():
+            yield from self.unused_lengths("without eval_files nothing is sampled")
 
 
-class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
+class GRPOStage(LossOptions, TrainOptions, EvalOptions):
     """Group relative policy optimization on rule rewards and reward models."""
 
+    makes = ("model",)
     kind: Literal["grpo"]
-    train_files: Files
-    rewards: dict[RewardName, Reward] = {"accuracy": 1.0, "format": 1.0}
+    train_files: Files[Prompts]
+    rewards: Rewards = {"accuracy": 1.0, "format": 1.0}
     reward_models: dict[RewardName, RewardModelSpec] = {}
     domain_weights: dict[str, NonNegative] = {}  # share of a step's prompts by column `domain`; empty: as they come
     num_generations: Annotated[int, Field(ge=2, lt=2**31)] = 8
@@ -354,22 +422,14 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
     num_iterations: Positive = 1  # passes over a rollout
     max_steps: Positive = 200  # rollouts
     temperature: Annotated[float, Field(ge=0.001, le=1000)] = 1.0
-    beta: NonNegative = 0.001
-    epsilon: Annotated[float, Field(gt=0, le=1e18)] = 0.2
-    epsilon_high: Annotated[float, Field(gt=0, le=1e18)] | None = None
-    delta: Annotated[float, Field(gt=1, le=1e18)] | None = None
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "grpo"
-    importance_sampling_level: Literal["token", "sequence"] = "token"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     # A completion that max_completion_length cuts is trained on like any other, or its tokens are left out of the loss.
     mask_truncated_completions: bool = False
     partial_rollout_length: Positive | None = None  # tokens a completion gets per step, the next goes on; None: all
     overlong_buffer_length: Positive | None = None  # DAPO: the last tokens of max_completion_length, each costs reward
-    overlong_penalty: Annotated[float, Field(gt=0, le=1e18)] = 1.0  # reward that all of them cost
+    overlong_penalty: AboveZero = 1.0  # reward that all of them cost
     dynamic_sampling_refills: Count = 0  # DAPO: rounds per step to replace groups of equal reward
     ref_model_sync_steps: Positive | None = None  # optimizer steps between copies of the policy into the reference
-    # Truncated importance sampling; auto: 2.0 where the sampler is not exactly the policy (grpo.py), else None.
-    sampling_importance_cap: Literal["auto"] | Annotated[float, Field(gt=0, le=1e18)] | None = "auto"
     router_replay: bool = False  # the update takes the experts that the sampler took (mixture of experts)
     skip_zero_variance_groups: bool = False  # leave them out of the update; exact where beta is 0
     log_completions: Count = 16  # rows of samples/*.parquet per logged step
@@ -389,103 +449,109 @@ class GRPOStage(StageBase, TrainOptions, EvalOptions, GenerateOptions):
                 )
         return raw
 
-    @model_validator(mode="after")
-    def _check(self) -> "GRPOStage":
-        if not self.rewards and not self.reward_models:
-            raise ValueError("rewards and reward_models are both empty; name at least one")
-        weights = [reward if isinstance(reward, float) else reward.weight for reward in self.rewards.values()]
-        if not any([*weights, *(spec.weight for spec in self.reward_models.values())]):
-            raise ValueError("every reward has weight 0, so nothing is learned; give one a weight")
-        for name in self.rewards:
-            if name in self.reward_models:
-                raise ValueError(f"a reward and a reward model are both named {name!r}; rename one")
-        if self.domain_weights and not any(self.domain_weights.values()):
-            raise ValueError("domain_weights are all 0; give one of them a weight")
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from self._reward_problems()
+        yield from self._length_problems()
         num_samples = self.prompts_per_step * self.num_generations
         if num_samples >= 2**31:
-            raise ValueError(f"prompts_per_step * num_generations = {num_samples}; expected less than {2**31}")
+            yield f"prompts_per_step * num_generations = {num_samples}; expected less than {2**31}"
         if num_samples % self.steps_per_generation:
-            raise ValueError(
+            yield (
                 f"prompts_per_step * num_generations = {num_samples} is not a "
                 f"multiple of steps_per_generation = {self.steps_per_generation}"
             )
-        longest = self.max_prompt_length + self.max_completion_length
-        if longest >= self.max_tokens_per_microbatch:
-            raise ValueError(
-                f"max_prompt_length + max_completion_length = {longest} does not fit into "
+        if self.log_completions == 0 and self.changed(["log_completions_steps"]):
+            yield "log_completions_steps does not apply: log_completions is 0; drop it"
+        if self.ref_model_sync_steps and self.beta == 0:
+            yield "ref_model_sync_steps needs beta above 0: without KL there is no reference to copy into"
+        if self.skip_zero_variance_groups and self.beta > 0:
+            yield "skip_zero_variance_groups needs beta 0: such groups still have a KL gradient"
+
+    def _reward_problems(self) -> Iterator[str]:
+        specs: list[WeightedSpec] = [*reward_specs(self.rewards).values(), *self.reward_models.values()]
+        if not specs:
+            yield "rewards and reward_models are both empty; name at least one"
+        if not any(spec.weight for spec in specs):
+            yield "every reward has weight 0, so nothing is learned; give one a weight"
+        for name in self.rewards.keys() & self.reward_models.keys():
+            yield f"a reward and a reward model are both named {name!r}; rename one"
+        if self.domain_weights and not any(self.domain_weights.values()):
+            yield "domain_weights are all 0; give one of them a weight"
+        if self.overlong_buffer_length is not None and "overlong" in (*self.rewards, *self.reward_models):
+            yield "a reward is named overlong, as the one of overlong_buffer_length is; rename it"
+        if self.overlong_buffer_length is None and self.changed(["overlong_penalty"]):
+            yield "overlong_penalty needs overlong_buffer_length: without it nothing is punished"
+
+    def _length_problems(self) -> Iterator[str]:
+        longest, part = self.max_completion_length, self.partial_rollout_length
+        if self.max_prompt_length + longest >= self.max_tokens_per_microbatch:
+            yield (
+                f"max_prompt_length + max_completion_length = {self.max_prompt_length + longest} does not fit into "
                 f"max_tokens_per_microbatch = {self.max_tokens_per_microbatch}; raise the latter"
             )
-        if self.loss_type == "cispo" and (self.epsilon_high is None or self.delta is not None):
-            raise ValueError("loss_type cispo caps the ratio at epsilon_high itself: set it (5.0, say), and no delta")
-        if self.loss_type == "cispo" and self.changed(["epsilon"]):
-            raise ValueError(f"epsilon = {self.epsilon} does not apply to loss_type cispo, which has no lower bound")
-        if self.log_completions == 0 and self.changed(["log_completions_steps"]):
-            raise ValueError("log_completions_steps does not apply: log_completions is 0; drop it")
-        if self.ref_model_sync_steps and self.beta == 0:
-            raise ValueError("ref_model_sync_steps needs beta above 0: without KL there is no reference to copy into")
-        if self.skip_zero_variance_groups and self.beta > 0:
-            raise ValueError("skip_zero_variance_groups needs beta 0: such groups still have a KL gradient")
-        return self
-
-    @model_validator(mode="after")
-    def _check_lengths(self) -> "GRPOStage":
-        longest, part = self.max_completion_length, self.partial_rollout_length
-        buffer = self.overlong_buffer_length
         if part is not None and (part >= longest or longest % part):
-            raise ValueError(
+            yield (
                 f"partial_rollout_length = {part} does not cut max_completion_length = {longest} into equal parts; "
                 "choose a divisor"
             )
         if part is not None and self.steps_per_generation > self.num_generations:
-            raise ValueError(
+            yield (
                 f"steps_per_generation = {self.steps_per_generation} is more than num_generations = "
                 f"{self.num_generations}: with partial_rollout_length a step may have no more samples than one group"
             )
-        if buffer is not None and buffer > longest:
-            raise ValueError(f"overlong_buffer_length = {buffer} is more than max_completion_length = {longest}")
-        if buffer is not None and "overlong" in (*self.rewards, *self.reward_models):
-            raise ValueError("a reward is named overlong, as the one of overlong_buffer_length is; rename it")
-        if buffer is None and self.overlong_penalty != 1.0:
-            raise ValueError("overlong_penalty needs overlong_buffer_length: without it nothing is punished")
-        return self
+        if self.overlong_buffer_length is not None and self.overlong_buffer_length > longest:
+            yield (
+                f"overlong_buffer_length = {self.overlong_buffer_length} is more than max_completion_length = {longest}"
+            )
 
 
 class FewShotOptions(Strict):
     """Cold-start samples by prompting with worked examples (Problem, Solution, Summary)."""
 
-    model: Ref | None = None  # None: the stage's model
-    examples_files: Files  # rows {prompt, reasoning, answer, language}: examples of the prompt's language are shown
+    model: ModelRef | None = None  # None: the stage's model
+    examples_files: Files[Prompts]  # {prompt, reasoning, answer, language}; shown are those in the prompt's language
     num_examples: Positive = 2
     num_prompts: Positive | None = None
     num_samples: Positive = 4
 
 
-class CollectStage(StageBase, GenerateOptions, SampleOptions):
+class CollectStage(SampleOptions):
     """Cold-start data: readable, correct samples of the zero model, and of few-shot prompts, in the cold-start form."""
 
+    makes = ("data",)
     kind: Literal["collect"]
-    train_files: Files
+    train_files: Files[Prompts]
     output_format: ResponseFormatName = "special_token"
     few_shot: FewShotOptions | None = None
     limit: Positive | None = None  # rows kept
 
+    def most_samples(self) -> int:
+        return max(self.num_samples, self.few_shot.num_samples if self.few_shot else 0)
 
-class RejectStage(StageBase, GenerateOptions, SampleOptions):
+
+class RejectStage(SampleOptions):
     """Rejection sampling: many candidates per prompt, only the correct, complete and readable ones kept."""
 
+    makes = ("data",)
     kind: Literal["reject"]
-    train_files: Files
+    train_files: Files[Prompts]
     prompt_template: PromptTemplate = "chat"
     response_format: ResponseFormatName = "special_token"
 
 
-class RewardModelStage(StageBase, TrainOptions, GenerateOptions):
+def _preference_rows(stage: "RewardModelStage") -> RowKind:
+    return "pairs" if stage.loss == "pairwise" else "labels"
+
+
+class RewardModelStage(EpochOptions, GenerateOptions):
     """A scalar head on the model, trained on preference pairs (pairwise) or labels (pointwise)."""
 
+    makes = ("reward model",)
     kind: Literal["reward_model"]
-    train_files: Files
+    train_files: Files[Annotated[Ref, Reads("data", _preference_rows)]]
     loss: Literal["pairwise", "pointwise"]
-    score_on: Literal["summary", "response"] = "response"
+    score_on: ScoredPart = "response"
     batch_size: Positive = 256
     num_train_epochs: Positive = 1
     max_length: Positive = 8192
@@ -495,61 +561,65 @@ class RewardModelStage(StageBase, TrainOptions, GenerateOptions):
     prompt_template: PromptTemplate = "chat"
     response_format: ResponseFormatName = "special_token"
 
-    @model_validator(mode="after")
-    def _check(self) -> "RewardModelStage":
-        self.refuse_lengths("a reward model samples nothing")
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from self.unused_lengths("a reward model samples nothing")
         if self.prefill_think:
-            raise ValueError("prefill_think does not apply: a reward model reads prompts that do not end so; drop it")
+            yield "prefill_think does not apply: a reward model reads prompts that do not end so; drop it"
         if self.loss == "pointwise" and self.changed(["center_rewards_coefficient"]):
-            raise ValueError("center_rewards_coefficient applies to loss pairwise, got pointwise: drop it")
-        return self
+            yield "center_rewards_coefficient applies to loss pairwise, got pointwise: drop it"
+
+
+def _lesson_rows(stage: "DistillStage") -> RowKind:
+    return "sft" if stage.teacher is None else "prompts"
 
 
 class DistillStage(SFTStage, SampleOptions):
     """SFT of a student on a teacher's samples: those of train_files, or fresh ones when `teacher` is given."""
 
     kind: Literal["distill"]  # type: ignore[assignment]
-    teacher: Ref | None = None  # then train_files are prompts
+    train_files: Files[Annotated[Ref, Reads("data", _lesson_rows)]]
+    teacher: ModelRef | None = None  # then train_files are prompts
     response_format: ResponseFormatName = "special_token"
 
-    @model_validator(mode="after")
-    def _samples_need_a_teacher(self) -> "DistillStage":
-        for name in self.changed(SampleOptions.model_fields) if self.teacher is None else ():
-            raise ValueError(f"{name} applies to a teacher's samples: name a teacher, or drop it")
+    @property
+    def makes(self) -> tuple[Made, ...]:  # type: ignore[override]
+        return ("model",) if self.teacher is None else ("model", "data")
+
+    def samples(self) -> bool:
+        return self.teacher is not None or super().samples()
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        for name in self.changed(SampleOptions.__annotations__) if self.teacher is None else ():
+            yield f"{name} applies to a teacher's samples: name a teacher, or drop it"
         longest, room = self.max_prompt_length + self.max_completion_length, self.max_length
         if self.teacher is not None and longest > min(room, self.max_tokens_per_microbatch):
-            raise ValueError(
+            yield (
                 f"max_prompt_length + max_completion_length = {longest} does not fit into max_length = {room} and "
                 f"max_tokens_per_microbatch = {self.max_tokens_per_microbatch}: a sample might not be learned from"
             )
-        return self
 
 
-class EvaluateStage(StageBase, EvalOptions, GenerateOptions):
+class EvaluateStage(EvalOptions):
     """pass@1 over k samples with a confidence interval, cons@k, greedy, and the means of eval_rewards."""
 
     kind: Literal["evaluate"]
-    eval_files: Files
+    eval_files: Files[Prompts]
 
-    @model_validator(mode="after")
-    def _check(self) -> "EvaluateStage":
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
         if self.changed(["eval_before"]):
-            raise ValueError("eval_before does not apply: an evaluation changes nothing; drop it")
-        return self
+            yield "eval_before does not apply: an evaluation changes nothing; drop it"
 
 
 Stage = Annotated[
-    Annotated[PretrainStage, Tag("pretrain")]
-    | Annotated[SFTStage, Tag("sft")]
-    | Annotated[GRPOStage, Tag("grpo")]
-    | Annotated[CollectStage, Tag("collect")]
-    | Annotated[RejectStage, Tag("reject")]
-    | Annotated[RewardModelStage, Tag("reward_model")]
-    | Annotated[DistillStage, Tag("distill")]
-    | Annotated[EvaluateStage, Tag("evaluate")],
-    Discriminator("kind"),
+    PretrainStage | SFTStage | GRPOStage | CollectStage | RejectStage | RewardModelStage | DistillStage | EvaluateStage,
+    Field(discriminator="kind"),
 ]
-KINDS: dict[str, type[StageBase]] = {get_args(arg)[1].tag: get_args(arg)[0] for arg in get_args(get_args(Stage)[0])}
+KINDS: dict[str, type[StageBase]] = {
+    get_args(stage.model_fields["kind"].annotation)[0]: stage for stage in get_args(get_args(Stage)[0])
+}
 
 
 class Recipe(Strict):
@@ -565,7 +635,7 @@ class Recipe(Strict):
 
     @field_validator("stages")
     @classmethod
-    def _unique(cls, stages: list[Any]) -> list[Any]:
+    def _unique(cls, stages: list[StageBase]) -> list[StageBase]:
         # Some file systems take upper and lower case for the same.
         for name, count in Counter(stage.name.lower() for stage in stages).items():
             if count > 1:
@@ -581,11 +651,9 @@ class Recipe(Strict):
             raise ValueError(f"names a tracker twice: {', '.join(names)}")
         return names
 
-    @model_validator(mode="after")
-    def _check(self) -> "Recipe":
+    def problems(self) -> Iterator[str]:
         if self.rollout.async_steps and not any(isinstance(stage, GRPOStage) for stage in self.stages):
-            raise ValueError("rollout.async_steps applies to stages of kind grpo, and there are none: drop it")
-        return self
+            yield "rollout.async_steps applies to stages of kind grpo, and there are none: drop it"
 
-    def stage(self, name: str) -> Any:
+    def stage(self, name: str) -> StageBase:
         return next(stage for stage in self.stages if stage.name == name)

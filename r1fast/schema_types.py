@@ -1,23 +1,44 @@
-"""The types that options have: finite, and no larger than what they count can be."""
+"""The types that options have: finite, no larger than what they count can be, and marked where they name an input."""
 
 import math
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
+
+T = TypeVar("T")
+Made = Literal["model", "reward model", "data"]
+RowKind = Literal["prompts", "sft", "pairs", "labels"]
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Marks an option that names what a stage reads. rows: what data hold, or how the options of the stage say it."""
+
+    kind: Literal["model", "reward model", "data", "code"]
+    rows: RowKind | Callable[[Any], RowKind] | None = None
+
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]  # ops count in int32
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Bytes = Annotated[int, Field(gt=0, lt=2**60)]
 # What float32 holds, with room for a product.
 NonNegative = Annotated[float, Field(ge=0, le=1e18)]
+AboveZero = Annotated[float, Field(gt=0, le=1e18)]
 Weight = Annotated[float, Field(ge=-1e18, le=1e18)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=1000)]
 Seconds = Annotated[float, Field(gt=0, le=1e6)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch, numpy and vLLM all take
-Ref = Annotated[str, Field(min_length=1, max_length=4096)]  # a path, a Hub id, a source of data, @stage
-Files = Annotated[list[Ref], Field(min_length=1)]
 LearningRate = Annotated[float, Field(gt=0, le=1000)]
 RewardName = Annotated[str, Field(min_length=1, max_length=1000)]
+Ref = Annotated[str, Field(min_length=1, max_length=4096)]  # a path, a Hub id, a source of data, @stage
+ModelRef = Annotated[Ref, Reads("model")]
+RewardModelRef = Annotated[Ref, Reads("reward model")]
+Prompts = Annotated[Ref, Reads("data", "prompts")]
+SFTRows = Annotated[Ref, Reads("data", "sft")]
+Files = Annotated[list[T], Field(min_length=1)]
 
 MAX_NAME_BYTES = 200  # of a folder, with room for an ending: file systems take 255
 # In a run folder, or beside it; upper and lower case are one name on some file systems.

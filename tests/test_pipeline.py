@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from r1fast import pipeline
+from r1fast.artifacts import inputs_of
 from r1fast.config import ConfigError
 from r1fast.parallel.mesh import Dist
-from r1fast.pipeline import Run, check_references, references
+from r1fast.pipeline import Run, check_references
 from r1fast.resume import read_run
 from r1fast.run_folder import read_record
 from r1fast.schema import Recipe
@@ -74,7 +75,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         if record.fails == ctx.stage.name:
             raise RuntimeError("out of luck")
         ctx.evaluations[ctx.stage.name] = {"pass@1": 0.5}
-        if ctx.stage.kind in pipeline.MAKES_MODEL:
+        if "model" in ctx.stage.makes:
             (ctx.stage_dir / "model").mkdir(exist_ok=True)
         return record.results.get(ctx.stage.name, {})
 
@@ -99,7 +100,10 @@ def statuses(summary: dict[str, Any]) -> dict[str, str]:
 
 def test_references_of_every_kind() -> None:
     recipe = recipe_of(STAGES)
-    found = {stage.name: set(references(recipe, stage)) for stage in recipe.stages}
+    found = {
+        stage.name: {(found.key, found.stage, found.kind) for found in inputs_of(recipe, stage) if found.stage}
+        for stage in recipe.stages
+    }
     assert found == {
         "base": set(),
         "zero": {("model", "base", "model")},  # from the recipe's model.path

@@ -11,21 +11,21 @@ On a GPU it has a stream of its own.
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model
 from r1fast.parallel.parallelize import copy_weights
-from r1fast.stages.context import StageContext
+from r1fast.schema import GenerateOptions
+from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.sampler import Sample, Sampler, SamplingCall, Share
 
 
 class BackgroundSampler(Sampler):
     """A Sampler whose `start` copies the policy and samples from the copy in a thread."""
 
-    def __init__(self, ctx: StageContext, policy: Decoder, tokenizer: Any) -> None:
+    def __init__(self, ctx: StageContext[GenerateOptions], policy: Decoder, tokenizer: Tokenizer) -> None:
         model, _ = load_model(ctx.model_path(ctx.model_ref), dtype=ctx.param_dtype, device=ctx.dist.device)
         model.requires_grad_(False).use_kernels(ctx.recipe.kernels.impl)
         super().__init__(ctx, model, tokenizer, record=True)

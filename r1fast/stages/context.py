@@ -3,38 +3,45 @@
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from r1fast.artifacts import inputs_of, start_model
 from r1fast.config import ConfigError
 from r1fast.data.chat_templates import chat_template
+from r1fast.data.sources import load_rows
 from r1fast.fingerprints import fingerprint
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model, save_model
 from r1fast.observe.metrics import StageLog
 from r1fast.observe.progress import active_progress
+from r1fast.observe.trackers import Tracker
 from r1fast.parallel.mesh import Dist
 from r1fast.parallel.parallelize import full_state_dict, parallelize
 from r1fast.rollout.tokenization import leading_ids
 from r1fast.run_folder import replace_file, replace_folder
-from r1fast.schema import Recipe
+from r1fast.schema import GenerateOptions, Recipe, StageBase
 from r1fast.stopping import Stop
+
+S = TypeVar("S", bound=StageBase, covariant=True)
 
 
 @dataclass
-class StageContext:
+class StageContext(Generic[S]):
+    """S: the options of the stage that the reader of a context needs, such as GRPOStage or TrainOptions."""
+
     recipe: Recipe
-    stage: Any  # the configuration of this stage: one of r1fast.config's *Stage classes
+    stage: S
     dist: Dist
     run_dir: Path
-    trackers: tuple = ()
+    trackers: Sequence[Tracker] = ()
     evaluations: dict[str, dict] = field(default_factory=dict)  # by model and settings: nothing is measured twice
     phases: dict[str, float] = field(default_factory=dict)  # seconds by phase, of this process
     started: float = field(default_factory=time.monotonic)
@@ -60,9 +67,8 @@ class StageContext:
     @property
     def model_ref(self) -> str:
         """The model that this stage starts from, as the recipe names it."""
-        ref = self.stage.model or self.recipe.model.path
-        if ref is None:
-            raise ConfigError(f"stages.{self.stage.name}.model: missing, and the recipe has no model.path; name one")
+        ref = start_model(self.recipe, self.stage)
+        assert ref is not None, "check_references has asked for one"
         return ref
 
     @property
@@ -75,22 +81,29 @@ class StageContext:
     def model_path(self, ref: str) -> str:
         return str(self.run_dir / ref[1:] / "model") if ref.startswith("@") else ref
 
-    def sources(self, refs: list[str]) -> list[str]:
-        """Data sources with @stage replaced by the file that the stage wrote."""
-        return [str(self.run_dir / ref[1:] / "data.jsonl") if ref.startswith("@") else ref for ref in refs]
+    def rows(self, key: str = "train_files") -> list[dict]:
+        """What the files of an option hold."""
+        files = [found for found in inputs_of(self.recipe, self.stage) if found.key == key]
+        assert files and files[0].rows is not None, f"{key} names no files"
+        return load_rows([found.place(self.run_dir) for found in files], files[0].rows)
 
-    def load(self, ref: str, *, trainable: bool, scalar_head: bool = False) -> tuple[Decoder, Any]:
+    def error(self, problem: str) -> ConfigError:
+        return ConfigError(f"stages.{self.stage.name}: {problem}")
+
+    def refuse(self, problems: Iterable[str]) -> None:
+        """ConfigError with the first of these problems, which begin with a key."""
+        for problem in problems:
+            raise ConfigError(f"stages.{self.stage.name}.{problem}")
+
+    def load(self, ref: str, *, trainable: bool, scalar_head: bool = False) -> tuple[Decoder, Tokenizer]:
         """The model `ref`, sharded over the ranks, and its tokenizer. scalar_head: as a reward model."""
         dtype = torch.float32 if trainable else self.param_dtype
         path = self.model_path(ref)
         try:
             model, tokenizer = load_model(path, dtype=dtype, device=self.dist.device, scalar_head=scalar_head)
         except ValueError as error:  # of a model that an earlier stage has made: preflight could not see it
-            raise ConfigError(f"stages.{self.stage.name}: {error}") from error
-        if tokenizer is None:
-            raise ConfigError(
-                f"stages.{self.stage.name}: {path} has no tokenizer; expected tokenizer.json beside the weights"
-            )
+            raise self.error(str(error)) from error
+        assert tokenizer is not None, f"{path} has no tokenizer"  # preflight reads those from outside the run
         model.requires_grad_(trainable)
         return self.shard(model), tokenizer
 
@@ -106,7 +119,7 @@ class StageContext:
             compile=trainer.compile,
         )
 
-    def save(self, model: nn.Module, tokenizer: Any) -> Path:
+    def save(self: "StageContext[GenerateOptions]", model: Decoder, tokenizer: Tokenizer) -> None:
         """Write <stage>/model as a Hugging Face checkpoint, complete or not at all."""
         target = self.stage_dir / "model"
         with self.phase("save"):
@@ -116,18 +129,17 @@ class StageContext:
                 self.stage_dir.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not made again
                 with replace_folder(target) as folder, _as_os_error(target):
                     save_model(
-                        model.config,  # type: ignore[arg-type]
+                        model.config,
                         state,
                         folder,
                         tokenizer=exported_tokenizer(self, tokenizer),
-                        scalar_head=model.scalar_head,  # type: ignore[arg-type]
+                        scalar_head=model.scalar_head,
                         source=None if self.stage.kind == "pretrain" else self.model_path(self.model_ref),
                     )
 
             self._write_artifact(target, write)
-        return target
 
-    def write_rows(self, name: str, rows: list[dict]) -> Path:
+    def write_rows(self, name: str, rows: list[dict]) -> None:
         """Write <stage>/<name> as JSON lines, complete or not at all."""
         target = self.stage_dir / name
 
@@ -136,7 +148,6 @@ class StageContext:
             replace_file(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
         self._write_artifact(target, write)
-        return target
 
     def _write_artifact(self, target: Path, write: Callable[[], None]) -> None:
         """Rank 0 writes; what it wrote is noted in summary.json, so that a later reader can tell damage."""
@@ -204,7 +215,7 @@ class StageContext:
             self._in_phase = False
 
 
-def exported_tokenizer(ctx: StageContext, tokenizer: Any) -> Any:
+def exported_tokenizer(ctx: StageContext[GenerateOptions], tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the chat template that renders the stage's prompts."""
     stage = ctx.stage
     if stage.prompt_template == "few_shot":
@@ -214,7 +225,7 @@ def exported_tokenizer(ctx: StageContext, tokenizer: Any) -> Any:
         tokenizer=tokenizer,
         response_format=stage.response_format,
         prefill_think=stage.prefill_think,
-        leading=tokenizer.decode(leading_ids(tokenizer), skip_special_tokens=False),
+        leading=str(tokenizer.decode(leading_ids(tokenizer), skip_special_tokens=False)),
     )
     if template is None:
         return tokenizer

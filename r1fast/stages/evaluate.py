@@ -9,25 +9,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from r1fast.config import ConfigError
-from r1fast.data.sources import load_rows
 from r1fast.models.decoder import Decoder
 from r1fast.models.names import some
 from r1fast.parallel.parallelize import local_tensor
 from r1fast.rewards.accuracy import last_box, plain_number
-from r1fast.stages.context import StageContext
+from r1fast.schema import EvalOptions, EvaluateStage
+from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.sampler import Sample, Sampler, by_group, summary_of
 from r1fast.stages.scoring import Scorer
 
 EVAL_SEED = 1_000_003  # noise of its own: an evaluation never repeats a rollout's
 
 
-def run(ctx: StageContext) -> dict[str, Any]:
+def run(ctx: StageContext[EvaluateStage]) -> dict[str, Any]:
     model, tokenizer = ctx.load(ctx.model_ref, trainable=False)
     return {"eval_after": evaluate(ctx, model, tokenizer)}
 
 
-def evaluate_start(ctx: StageContext, model: Decoder, tokenizer: Any) -> dict[str, Any] | None:
+def evaluate_start(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Tokenizer) -> dict[str, Any] | None:
     """The evaluation of the model that a stage starts from, or what an earlier stage measured the same way."""
     stage = ctx.stage
     if not stage.eval_files or not stage.eval_before:
@@ -38,7 +37,7 @@ def evaluate_start(ctx: StageContext, model: Decoder, tokenizer: Any) -> dict[st
     return ctx.evaluations[key]
 
 
-def evaluate_end(ctx: StageContext, model: Decoder, tokenizer: Any) -> dict[str, Any] | None:
+def evaluate_end(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Tokenizer) -> dict[str, Any] | None:
     if not ctx.stage.eval_files:
         return None
     result = evaluate(ctx, model, tokenizer)
@@ -46,17 +45,17 @@ def evaluate_end(ctx: StageContext, model: Decoder, tokenizer: Any) -> dict[str,
     return result
 
 
-def _key(ctx: StageContext, ref: str) -> str:
+def _key(ctx: StageContext[EvalOptions], ref: str) -> str:
     stage = ctx.stage
     names = [name for name in type(stage).model_fields if name.startswith("eval_") and name != "eval_before"]
     names += ["prompt_template", "response_format", "prefill_think", "max_completion_length"]
     return json.dumps([ref, *(getattr(stage, name) for name in names)], sort_keys=True)
 
 
-def evaluate(ctx: StageContext, model: Decoder, tokenizer: Any) -> dict[str, Any]:
+def evaluate(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Tokenizer) -> dict[str, Any]:
     """Measure a model on the stage's eval_files; see the module docstring for the keys."""
     stage = ctx.stage
-    rows = load_rows(ctx.sources(stage.eval_files), "prompts")
+    rows = ctx.rows("eval_files")
     if stage.eval_limit is not None and stage.eval_limit < len(rows):
         rows = random.Random(0).sample(rows, stage.eval_limit)  # from every file, the same in every run
     check_weights(ctx, model)
@@ -85,8 +84,8 @@ def check_weights(ctx: StageContext, model: Decoder) -> None:
     sums = torch.stack([t.sum(dtype=torch.float32) for t in local.values()]).tolist()
     bad = [name for name, total in zip(local, sums) if not math.isfinite(total) and not local[name].isfinite().all()]
     if found := sorted({name for names in ctx.dist.all_gather_objects(bad) for name in names}):
-        raise ConfigError(
-            f"stages.{ctx.stage.name}: the model holds NaN or Inf in {some(found)}, so it is not evaluated; take an "
+        raise ctx.error(
+            f"the model holds NaN or Inf in {some(found)}, so it is not evaluated; take an "
             "earlier checkpoint, or lower learning_rate"
         )
 

@@ -18,16 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from r1fast.config import ConfigError
 from r1fast.data.rows import Row, location
-from r1fast.data.sources import load_rows
 from r1fast.models.decoder import Decoder
 from r1fast.parallel.parallelize import copy_weights
 from r1fast.schema import GRPOStage
-from r1fast.stages.context import StageContext
+from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
 from r1fast.stages.measures import Max, Mean, Measures, merge, numbers
 from r1fast.stages.packed import Example, PackedBatch
+from r1fast.stages.prompt_order import prompt_problems, unrewarded_problems
 from r1fast.stages.reward_model import RewardModels
 from r1fast.stages.rollouts import Rollouts
 from r1fast.stages.sampler import GenerationFailed, Sample, by_group
@@ -39,17 +38,13 @@ from r1fast_kernels import group_advantages, linear_grpo_loss, linear_logprobs
 DEFAULT_IMPORTANCE_CAP = 2.0  # of truncated importance sampling, as verl has it
 
 
-def run(ctx: StageContext) -> dict[str, Any]:
-    stage: GRPOStage = ctx.stage
-    rows = load_rows(ctx.sources(stage.train_files), "prompts")
+def run(ctx: StageContext[GRPOStage]) -> dict[str, Any]:
+    stage = ctx.stage
+    rows = ctx.rows()
     # A step may draw from one file alone; a reward still gets the columns of all.
     columns = dict.fromkeys(name for row in rows for name in row)
     rows = [Row({name: row.get(name) for name in columns}, location(row, i)) for i, row in enumerate(rows)]
-    if len(rows) < stage.prompts_per_step:
-        raise ConfigError(
-            f"stages.{stage.name}: {len(rows)} prompts in {', '.join(stage.train_files)}, fewer than "
-            f"prompts_per_step = {stage.prompts_per_step}"
-        )
+    ctx.refuse([*prompt_problems(stage, rows), *unrewarded_problems(stage, rows)])
     policy, tokenizer = ctx.load(ctx.model_ref, trainable=True)
     before = evaluate_start(ctx, policy, tokenizer)
     with Scorer(ctx, stage.rewards, stage.response_format) as scorer:
@@ -61,13 +56,14 @@ def run(ctx: StageContext) -> dict[str, Any]:
 class Learner:
     """The policy, its reference, and what turns prompts into updates."""
 
-    def __init__(self, ctx: StageContext, policy: Decoder, tokenizer: Any, scorer: Scorer, rows: list[dict]) -> None:
+    def __init__(
+        self, ctx: StageContext[GRPOStage], policy: Decoder, tokenizer: Tokenizer, scorer: Scorer, rows: list[dict]
+    ) -> None:
         self.ctx, self.policy, self.scorer = ctx, policy, scorer
-        self.stage: GRPOStage = ctx.stage
+        self.stage = ctx.stage
         self.rollouts = Rollouts(ctx, policy, tokenizer, rows)
-        updates = self.stage.max_steps * self.stage.steps_per_generation * self.stage.num_iterations
-        self.trainer = Trainer(ctx, policy, updates)
-        self.reward_models = RewardModels(ctx, self.stage.reward_models, self.stage.response_format)
+        self.trainer = Trainer(ctx, policy, self.stage.num_updates(), router_replay=self.stage.router_replay)
+        self.reward_models = RewardModels(ctx)
         self.weights = scorer.weights | self.reward_models.weights
         if self.stage.overlong_buffer_length:
             self.weights["overlong"] = self.stage.overlong_penalty
@@ -227,30 +223,24 @@ class Learner:
                 random.Random(f"{self.ctx.seed},{step},{iteration}").shuffle(order)
             for first, end in pairwise(len(order) * i // count for i in range(count + 1)):
                 chosen = [examples[i] for i in order[first:end]]
+                active = chosen
+                if stage.skip_zero_variance_groups:  # without KL, an advantage of 0 has no gradient
+                    active = [example for example in chosen if example.values["advantage"] != 0.0]
                 with self.ctx.phase("update"):
-                    history.append(self.trainer.update(self._active(chosen), policy_loss(chosen, self.ctx)))
-                self._refresh_reference()
+                    history.append(self.trainer.update(active, policy_loss(chosen, self.ctx)))
+                every = stage.ref_model_sync_steps
+                if self.reference is not None and every and self.trainer.step % every == 0:
+                    copy_weights(self.policy, self.reference)
         return numbers(merge(history))
 
-    def _refresh_reference(self) -> None:
-        every = self.stage.ref_model_sync_steps
-        if self.reference is not None and every and self.trainer.step % every == 0:
-            copy_weights(self.policy, self.reference)
 
-    def _active(self, examples: list[Example]) -> list[Example]:
-        """The examples with a gradient: without KL, one whose advantage is 0 has none."""
-        if not self.stage.skip_zero_variance_groups:
-            return examples
-        return [example for example in examples if example.values["advantage"] != 0.0]
-
-
-def importance_cap(ctx: StageContext) -> float | None:
+def importance_cap(ctx: StageContext[GRPOStage]) -> float | None:
     """What caps the weights exp(old - sampler log-prob); None where there are none.
 
     They are 1 up to rounding if the sampler is the policy: the same weights, in a precision in which the two ways to a
     log-prob agree. In bfloat16 a rounding can send a token to another expert (docs/numerics.md, section 2).
     """
-    stage: GRPOStage = ctx.stage
+    stage = ctx.stage
     if stage.sampling_importance_cap != "auto":
         return stage.sampling_importance_cap
     rollout = ctx.recipe.rollout
@@ -258,9 +248,9 @@ def importance_cap(ctx: StageContext) -> float | None:
     return None if same_weights and ctx.param_dtype is torch.float32 else DEFAULT_IMPORTANCE_CAP
 
 
-def policy_loss(examples: Sequence[Example], ctx: StageContext) -> LossFn:
+def policy_loss(examples: Sequence[Example], ctx: StageContext[GRPOStage]) -> LossFn:
     """The GRPO loss of a minibatch, normalised by what all its micro-batches and ranks hold."""
-    stage: GRPOStage = ctx.stage
+    stage = ctx.stage
     num_items = float(sum(example.num_learned for example in examples))
     num_samples = len(examples)
     is_cap = importance_cap(ctx)

@@ -5,20 +5,23 @@ p p p c c c (c) | p p c c (c) | p p p p c (c)    inputs: every token but the las
 cu_seqlens [0, 6, 10, 15]   loss_cu_seqlens [0, 4, 7, 9]
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from r1fast.config import ConfigError
-from r1fast.data.rows import Row, location, prompt_and_target
-from r1fast.data.templates import RESPONSE_FORMATS, render_prompt, target_text, without_opening
+from r1fast.data.rows import location, prompt_and_target
+from r1fast.data.templates import RESPONSE_FORMATS, Messages, render_prompt, target_text, without_opening
 from r1fast.rollout.tokenization import encode_text_prompts, encode_texts
+from r1fast.schema import FitOptions, GenerateOptions
 
 T = TypeVar("T")
+Text = str | Messages
 
 
 @dataclass(slots=True)
@@ -97,7 +100,7 @@ class Prompt(NamedTuple):
     prefilled: bool  # it opens the reasoning itself: prefill_think, or a chat template that does
 
 
-def encode_prompts(prompts: Sequence[Any], tokenizer: Any, options: Any) -> list[Prompt]:
+def encode_prompts(prompts: Sequence[Text], tokenizer: Tokenizer, options: GenerateOptions) -> list[Prompt]:
     """Prompts (text or chat messages) in the stage's template.
 
     Of special tokens a prompt has what the template writes. Our own templates also get what the tokenizer puts before a
@@ -106,17 +109,25 @@ def encode_prompts(prompts: Sequence[Any], tokenizer: Any, options: Any) -> list
     return encode_rendered(render_prompts(prompts, tokenizer, options), tokenizer, options)
 
 
-def encode_row_prompts(rows: Sequence[dict], tokenizer: Any, options: Any) -> list[Prompt]:
+def encode_row_prompts(rows: Sequence[dict], tokenizer: Tokenizer, options: GenerateOptions) -> list[Prompt]:
     """encode_prompts of the rows' prompts; ConfigError naming the first row that cannot be encoded."""
     return of_rows(rows, lambda part: encode_prompts([row["prompt"] for row in part], tokenizer, options))
 
 
-def render_prompts(prompts: Sequence[Any], tokenizer: Any, options: Any) -> list[str]:
-    render = {"response_format": options.response_format, "prefill_think": options.prefill_think}
-    return [render_prompt(prompt, options.prompt_template, tokenizer=tokenizer, **render) for prompt in prompts]
+def render_prompts(prompts: Sequence[Text], tokenizer: Tokenizer | None, options: GenerateOptions) -> list[str]:
+    return [
+        render_prompt(
+            prompt,
+            options.prompt_template,
+            tokenizer=tokenizer,
+            response_format=options.response_format,
+            prefill_think=options.prefill_think,
+        )
+        for prompt in prompts
+    ]
 
 
-def encode_rendered(texts: Sequence[str], tokenizer: Any, options: Any) -> list[Prompt]:
+def encode_rendered(texts: Sequence[str], tokenizer: Tokenizer, options: GenerateOptions) -> list[Prompt]:
     layout = RESPONSE_FORMATS[options.response_format]
     encode = encode_texts if options.prompt_template == "tokenizer" else encode_text_prompts
     ids = encode(texts, tokenizer)
@@ -125,32 +136,33 @@ def encode_rendered(texts: Sequence[str], tokenizer: Any, options: Any) -> list[
     return [Prompt(x, layout.is_prefilled(text)) for x, text in zip(ids, texts, strict=True)]
 
 
-def encode_examples(rows: Sequence[dict], tokenizer: Any, options: Any, *, mask_prompt: bool = True) -> list[Example]:
+def encode_examples(
+    rows: Sequence[dict], tokenizer: Tokenizer, options: GenerateOptions, *, mask_prompt: bool = True
+) -> list[Example]:
     """Rows {prompt, completion}, {messages} or {text} as examples that end with the EOS token.
 
     Plain text, and prompts where mask_prompt is False, are learned from their first token on. ConfigError naming the
     first row that cannot be encoded.
     """
-    return of_rows(rows, lambda part: _encode_examples(part, tokenizer, options, mask_prompt))
 
+    def encode(part: Sequence[dict]) -> list[Example]:
+        prompts, targets = zip(*map(prompt_and_target, part), strict=True) if part else ((), ())
+        prompt_ids, target_ids = encode_with_targets(prompts, targets, tokenizer, options)
+        if [] in target_ids:
+            raise ValueError(
+                "without its end token, and what the prompt holds already, nothing is left to learn; drop the row"
+            )
+        return [
+            Example(p, [*c, eos]) if mask_prompt and prompt is not None else Example(p[:1], [*p[1:], *c, eos])
+            for prompt, p, c in zip(prompts, prompt_ids, target_ids, strict=True)
+        ]
 
-def _encode_examples(rows: Sequence[dict], tokenizer: Any, options: Any, mask_prompt: bool) -> list[Example]:
-    parts = [prompt_and_target(row) for row in rows]
-    prompts, targets = [prompt for prompt, _ in parts], [target for _, target in parts]
-    prompt_ids, target_ids = encode_with_targets(prompts, targets, tokenizer, options)
-    if [] in target_ids:
-        raise ValueError(
-            "without its end token, and what the prompt holds already, nothing is left to learn; drop the row"
-        )
-    completion_ids = [[*ids, tokenizer.eos_token_id] for ids in target_ids]
-    return [
-        Example(p, c) if mask_prompt and prompt is not None else Example(p[:1], p[1:] + c)
-        for prompt, p, c in zip(prompts, prompt_ids, completion_ids, strict=True)
-    ]
+    eos = tokenizer.eos_token_id
+    return of_rows(rows, encode)
 
 
 def encode_with_targets(
-    prompts: Sequence[Any], targets: Sequence[Any], tokenizer: Any, options: Any
+    prompts: Sequence[Text | None], targets: Sequence[Text], tokenizer: Tokenizer, options: GenerateOptions
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of prompts (None: text without one) and of what follows each: text, or a chat's last turn.
 
@@ -192,26 +204,38 @@ def of_rows(rows: Sequence[dict], encode: Callable[[Sequence[dict]], list[T]]) -
         raise ConfigError(f"{location(rows[first], first)}: {cause}") from cause
 
 
-def _without_eos(text: str, tokenizer: Any) -> str:
+def _without_eos(text: str, tokenizer: Tokenizer) -> str:
     """Some data sets write the end token themselves, and templates a line break after it."""
     while tokenizer.eos_token and (stripped := text.rstrip()).endswith(tokenizer.eos_token):
         text = stripped.removesuffix(tokenizer.eos_token)
     return text
 
 
-def check_lengths(units: Sequence[Sequence[Example]], rows: Sequence[dict], stage: Any) -> None:
+def length_problems(units: Sequence[Sequence[Example]], rows: Sequence[dict], stage: FitOptions) -> Iterator[str]:
     """Every example fits into max_length, and what must stay together (one unit a row) into a micro-batch."""
-    for unit, row in zip(units, rows, strict=True):
+    for i, (unit, row) in enumerate(zip(units, rows, strict=True)):
         longest, total = max(example.num_inputs + 1 for example in unit), sum(example.num_inputs for example in unit)
+        begin = repr(next((str(row[name]) for name in ("prompt", "messages", "text") if row.get(name)), ""))[:60]
         for name, length in (("max_length", longest), ("max_tokens_per_microbatch", total)):
-            if length > getattr(stage, name):
-                raise ConfigError(
-                    f"stages.{stage.name}: {_described(row)} has {length} tokens, more than {name} = "
-                    f"{getattr(stage, name)}; raise it or shorten the row"
+            if length > (limit := getattr(stage, name)):
+                yield (
+                    f"{location(row, i)}: the row {begin} has {length} tokens, more than {name} = {limit}; raise it or "
+                    "shorten the row"
                 )
 
 
-def _described(row: Mapping[str, Any]) -> str:
-    """A row as an error shows it: where it stands, if that is known, and how it begins."""
-    begin = repr(next((str(row[name]) for name in ("prompt", "messages", "text") if row.get(name)), ""))[:60]
-    return f"{row.where}: the row {begin}" if isinstance(row, Row) else f"the row {begin}"
+def prompt_length_problems(
+    prompts: Sequence[list[int]], rows: Sequence[dict], stage: GenerateOptions, positions: int
+) -> Iterator[str]:
+    """Every prompt fits into max_prompt_length, and with its completion into the positions of the model."""
+    for i, (ids, row) in enumerate(zip(prompts, rows, strict=True)):
+        if len(ids) > stage.max_prompt_length:
+            problem = f"more than max_prompt_length = {stage.max_prompt_length}"
+        elif len(ids) + stage.max_completion_length > positions:
+            problem = (
+                f"with max_completion_length = {stage.max_completion_length} more than the {positions} positions of "
+                "the model (max_position_embeddings)"
+            )
+        else:
+            continue
+        yield f"{location(row, i)} ({str(row['prompt'])[:60]!r}) has {len(ids)} prompt tokens, {problem}"

@@ -1,32 +1,30 @@
 """pretrain: next-token training from scratch, tokenizer included, so that the chain runs with nothing to download."""
 
 import random
+from functools import reduce
 from typing import Any
 
 import torch
 
 from r1fast.config import ConfigError
 from r1fast.data.rows import prompt_and_target, texts_of
-from r1fast.data.sources import load_rows
 from r1fast.data.tokenizer import TAGS, train_tokenizer
 from r1fast.models.decoder import Decoder
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.weights import load_tokenizer
-from r1fast.stages.context import StageContext
+from r1fast.schema import PretrainStage
+from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.evaluate import evaluate_end
-from r1fast.stages.packed import check_lengths, encode_examples
-from r1fast.stages.sft import train
+from r1fast.stages.sft import encode_rows, train
 
 
-def run(ctx: StageContext) -> dict[str, Any]:
+def run(ctx: StageContext[PretrainStage]) -> dict[str, Any]:
     stage = ctx.stage
-    rows = load_rows(ctx.sources(stage.train_files), "sft")
+    rows = ctx.rows()
     tokenizer = make_tokenizer(ctx, rows)
     # Rows beyond those that the steps visit would be encoded for nothing.
-    needed = stage.max_steps * stage.batch_size
-    rows = random.Random(ctx.seed).sample(rows, min(needed, len(rows)))
-    examples = encode_examples(rows, tokenizer, stage, mask_prompt=stage.mask_prompt)
-    check_lengths([[example] for example in examples], rows, stage)
+    rows = random.Random(ctx.seed).sample(rows, min(stage.max_steps * stage.batch_size, len(rows)))
+    examples = encode_rows(ctx, rows, tokenizer, mask_prompt=stage.mask_prompt)
     model = build_model(ctx, tokenizer)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     train(ctx, model, examples, stage.max_steps)
@@ -35,21 +33,17 @@ def run(ctx: StageContext) -> dict[str, Any]:
     return {"eval_after": evaluate_end(ctx, model, tokenizer), "numbers": numbers}
 
 
-def make_tokenizer(ctx: StageContext, rows: list[dict]) -> Any:
-    stage = ctx.stage
-    if stage.tokenizer is not None:
-        return load_tokenizer(ctx.model_path(stage.tokenizer))
+def make_tokenizer(ctx: StageContext[PretrainStage], rows: list[dict]) -> Tokenizer:
+    if ctx.stage.tokenizer is not None:
+        tokenizer = load_tokenizer(ctx.model_path(ctx.stage.tokenizer))
+        assert tokenizer is not None, "preflight has read it"
+        return tokenizer
     texts = (text for row in rows[:20_000] for part in prompt_and_target(row) for text in texts_of(part))
-    return train_tokenizer((_without_tags(text) for text in texts), stage.vocab_size)
+    without_tags = (reduce(lambda text, tag: text.replace(tag, "\n"), TAGS, text) for text in texts)
+    return train_tokenizer(without_tags, ctx.stage.vocab_size)
 
 
-def _without_tags(text: str) -> str:
-    for tag in TAGS:
-        text = text.replace(tag, "\n")
-    return text
-
-
-def build_model(ctx: StageContext, tokenizer: Any) -> Decoder:
+def build_model(ctx: StageContext[PretrainStage], tokenizer: Tokenizer) -> Decoder:
     """A decoder with random weights, the same for every number of ranks."""
     vocab_size = -(-len(tokenizer) // 8) * 8  # rows of 32 bytes at least
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}

@@ -1,10 +1,10 @@
 """Which prompts a GRPO stage draws next."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from r1fast.config import ConfigError
-from r1fast.schema import GRPOStage
+from r1fast.data.rows import location, shown
+from r1fast.schema import GRPOStage, WeightedSpec, reward_specs
 
 
 class PromptOrder:
@@ -20,9 +20,6 @@ class PromptOrder:
         self.pools = (
             {name: [row for row in rows if row.get("domain") == name] for name in weights} if weights else {"": rows}
         )
-        for name, pool in self.pools.items():
-            if not pool:
-                raise ConfigError(f"stages.{stage.name}.domain_weights: no prompt has domain {name!r}")
         self.shares = _shares(stage.prompts_per_step, weights or {"": 1.0})
         self.positions = dict.fromkeys(self.pools, 0)
         self.orders: dict[tuple[str, int], list[int]] = {}
@@ -51,6 +48,43 @@ class PromptOrder:
             random.Random(f"{self.seed},{name},{epoch}").shuffle(order)
             self.orders[name, epoch] = order
         return self.orders[name, epoch]
+
+
+def prompt_problems(stage: GRPOStage, rows: Sequence[dict]) -> Iterator[str]:
+    """Too few prompts for a step, and domains without a weight or a prompt."""
+    if len(rows) < stage.prompts_per_step:
+        yield f"train_files: {len(rows)} prompts, fewer than prompts_per_step = {stage.prompts_per_step}"
+    weights = stage.domain_weights
+    yield from (problems := list(domain_problems("domain_weights", "train_files", weights, rows)))
+    for name in sorted({str(row.get("domain")) for row in rows} - weights.keys()) if weights and not problems else ():
+        yield f"domain_weights: rows of train_files have domain {name!r}; give it a weight (0 leaves it out)"
+    for name, spec in stage.reward_models.items():
+        yield from domain_problems(f"reward_models.{name}.domains", "train_files", spec.domains, rows)
+
+
+def unrewarded_problems(stage: GRPOStage, rows: Sequence[dict]) -> Iterator[str]:
+    """Rows of a domain that no reward is for: nothing can be learned from them."""
+    specs: list[WeightedSpec] = [*reward_specs(stage.rewards).values(), *stage.reward_models.values()]
+    if not all(spec.domains for spec in specs):
+        return  # one is for all
+    rewarded = {name for spec in specs for name in spec.domains}
+    for name in dict.fromkeys(str(row.get("domain")) for row in rows):
+        if name not in rewarded and (not stage.domain_weights or stage.domain_weights.get(name, 0) > 0):
+            yield f"rewards: none applies to the rows of train_files with domain {name!r}; name one, or drop the rows"
+
+
+def domain_problems(key: str, files: str, names: Iterable[str], rows: Sequence[dict]) -> Iterator[str]:
+    """Domains that an option names, and no row has."""
+    if not names:
+        return
+    for i, row in enumerate(rows):
+        if not isinstance(row.get("domain"), str | None):
+            yield f"{files}: {location(row, i)}: column 'domain' is {shown(row['domain'])}, expected a string ({key})"
+            return
+    domains = {row.get("domain") for row in rows}
+    for name in names:
+        if name not in domains:
+            yield f"{key}: no row of {files} has domain {name!r}; domains: {sorted(map(str, domains))}"
 
 
 def _shares(total: int, weights: dict[str, float]) -> dict[str, int]:

@@ -9,74 +9,81 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from r1fast.config import ConfigError
-from r1fast.data.sources import load_rows
 from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.rewards.filters import check_completion
+from r1fast.schema import FilterOptions, RejectStage, SampleOptions
 from r1fast.stages.context import StageContext
 from r1fast.stages.sampler import Sample, Sampler
 from r1fast.stages.scoring import Scorer
 
 
-def run(ctx: StageContext) -> dict[str, Any]:
-    stage = ctx.stage
-    model, tokenizer = ctx.load(ctx.model_ref, trainable=False)
-    rows = load_rows(ctx.sources(stage.train_files), "prompts")
-    random.Random(ctx.seed).shuffle(rows)  # so that num_prompts takes from every file
-    rows = rows[: stage.num_prompts]
-    sampler = Sampler(ctx, model, tokenizer)
-    samples = sampler.generate(rows, n=stage.num_samples, temperature=stage.temperature, seed=ctx.seed)
-    kept, dropped = select(ctx, samples, stage.response_format)
-    ctx.write_rows("data.jsonl", [sft_row(sample, stage.response_format) for sample in kept])
+def run(ctx: StageContext[RejectStage]) -> dict[str, Any]:
+    samples = sample(ctx, ctx.model_ref, shuffled(ctx))
+    kept, dropped = select(ctx, samples, ctx.stage.response_format)
     return {"numbers": {"sampled": len(samples), "kept": len(kept), "dropped": dict(dropped)}}
 
 
+def sample(ctx: StageContext[SampleOptions], ref: str, rows: list[dict]) -> list[Sample]:
+    """What the model `ref` says to the first num_prompts rows."""
+    stage = ctx.stage
+    model, tokenizer = ctx.load(ref, trainable=False)
+    return Sampler(ctx, model, tokenizer).generate(
+        rows[: stage.num_prompts], n=stage.num_samples, temperature=stage.temperature, seed=ctx.seed
+    )
+
+
+def shuffled(ctx: StageContext[SampleOptions]) -> list[dict]:
+    """The stage's prompts in an order of which the first are from every file."""
+    rows = ctx.rows()
+    random.Random(ctx.seed).shuffle(rows)
+    return rows
+
+
 def select(
-    ctx: StageContext,
-    samples: Sequence[Sample],
-    response_format: str,
-    *,
-    limit: int | None = None,
+    ctx: StageContext[SampleOptions], samples: Sequence[Sample], response_format: str, *, limit: int | None = None
 ) -> tuple[list[Sample], Counter[str]]:
-    """The samples that pass every filter, at most max_per_prompt different ones a prompt; writes dropped.jsonl."""
+    """The samples that pass every filter, at most max_per_prompt different ones a prompt.
+
+    Writes them to data.jsonl and the others to dropped.jsonl, with the reason that is counted.
+    """
     stage = ctx.stage
     with Scorer(ctx, {"accuracy": 1.0}, response_format) as scorer:
         scorer.score(samples)
-        golds = [sample for sample in samples if sample.row.get("answer") is not None]
-        if golds and all(sample.has_failed("accuracy") for sample in golds):
+        golds = [found for found in samples if found.row.get("answer") is not None]
+        if golds and all(found.has_failed("accuracy") for found in golds):
             raise scorer.nothing_scored(golds, ["accuracy"])
     kept: list[Sample] = []
     reasons: list[tuple[Sample, str]] = []
     seen: set[tuple[str, str]] = set()
     per_prompt: Counter[int] = Counter()
-    for sample in samples:
-        reason = drop_reason(sample, stage.filters, response_format)
-        key = (str(sample.row["prompt"]), sample.text)
+    for found in samples:
+        reason = drop_reason(found, stage.filters, response_format)
+        key = (str(found.row["prompt"]), found.text)
         if reason is None and key in seen:
             reason = "duplicate"
-        if reason is None and stage.max_per_prompt and per_prompt[sample.group] >= stage.max_per_prompt:
+        if reason is None and stage.max_per_prompt and per_prompt[found.group] >= stage.max_per_prompt:
             reason = "enough_for_prompt"
         if reason is None and limit is not None and len(kept) >= limit:
             reason = "enough_in_all"
         if reason is None:
-            kept.append(sample)
+            kept.append(found)
             seen.add(key)
-            per_prompt[sample.group] += 1
+            per_prompt[found.group] += 1
         else:
-            reasons.append((sample, reason))
+            reasons.append((found, reason))
     ctx.write_rows(
         "dropped.jsonl", [{"prompt": s.row["prompt"], "completion": s.text, "reason": reason} for s, reason in reasons]
     )
     dropped = Counter(reason for _, reason in reasons)
     if not kept:
-        raise ConfigError(
-            f"stages.{stage.name}: none of {len(samples)} samples passed: {dict(dropped)}; "
-            f"look at {ctx.stage_dir}/dropped.jsonl"
+        raise ctx.error(
+            f"none of {len(samples)} samples passed: {dict(dropped)}; look at {ctx.stage_dir}/dropped.jsonl"
         )
+    ctx.write_rows("data.jsonl", [sft_row(found, response_format) for found in kept])
     return kept, dropped
 
 
-def drop_reason(sample: Sample, filters: Any, response_format: str) -> str | None:
+def drop_reason(sample: Sample, filters: FilterOptions, response_format: str) -> str | None:
     if sample.row.get("answer") is not None and (reason := _why_not_correct(sample)):
         return reason
     return check_completion(

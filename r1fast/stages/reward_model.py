@@ -12,39 +12,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1fast.config import ConfigError
-from r1fast.data.sources import load_rows
 from r1fast.data.templates import RESPONSE_FORMATS, target_text
 from r1fast.models.decoder import Decoder
-from r1fast.schema import RewardModelSpec
-from r1fast.stages.context import StageContext
+from r1fast.schema import GenerateOptions, GRPOStage, RewardModelStage
+from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.measures import Mean, Measures
-from r1fast.stages.packed import Example, PackedBatch, check_lengths, encode_with_targets, of_rows
+from r1fast.stages.packed import Example, PackedBatch, Text, encode_with_targets, length_problems, of_rows
 from r1fast.stages.sampler import Sample, summary_of
 from r1fast.stages.training import LossFn, Trainer, map_packed
 
 
-def run(ctx: StageContext) -> dict[str, Any]:
+def run(ctx: StageContext[RewardModelStage]) -> dict[str, Any]:
     stage = ctx.stage
-    pairwise = stage.loss == "pairwise"
-    rows = load_rows(ctx.sources(stage.train_files), "pairs" if pairwise else "labels")
+    rows = ctx.rows()
     random.Random(ctx.seed).shuffle(rows)
     prompts = list(dict.fromkeys(str(row["prompt"]) for row in rows))
     held_out = set(prompts[: int(len(prompts) * stage.eval_fraction)])  # by prompt: none is on both sides
     model, tokenizer = ctx.load(ctx.model_ref, trainable=True, scalar_head=True)
     units = encode_units(rows, tokenizer, stage)
-    check_lengths(units, rows, stage)
+    ctx.refuse(f"train_files: {problem}" for problem in length_problems(units, rows, stage))
     train_units = [unit for unit, row in zip(units, rows) if str(row["prompt"]) not in held_out]
     eval_units = [unit for unit, row in zip(units, rows) if str(row["prompt"]) in held_out]
-    if not train_units:
-        raise ConfigError(f"stages.{stage.name}: no rows to train on in {', '.join(stage.train_files)}")
-    steps = stage.num_train_epochs * -(-len(train_units) // stage.batch_size)
-    Trainer(ctx, model, steps).fit(train_units, lambda chosen: preference_loss(len(chosen), ctx))
+    trainer = Trainer(ctx, model, stage.updates_on(len(train_units)))
+    trainer.fit(train_units, stage.batch_size, lambda chosen: preference_loss(len(chosen), ctx))
     ctx.save(model, tokenizer)
     return {"numbers": {"rows": len(train_units), **_agreement(ctx, model, eval_units)}}
 
 
-def encode_units(rows: Sequence[dict], tokenizer: Any, stage: Any) -> list[list[Example]]:
+def encode_units(rows: Sequence[dict], tokenizer: Tokenizer, stage: RewardModelStage) -> list[list[Example]]:
     """One unit per row: [chosen, rejected], or one labelled example; ConfigError naming a row that gives none."""
 
     def read(column: str) -> list[Example]:
@@ -58,7 +53,7 @@ def encode_units(rows: Sequence[dict], tokenizer: Any, stage: Any) -> list[list[
     return units
 
 
-def _scored(rows: Sequence[dict], column: str, stage: Any) -> list[str]:
+def _scored(rows: Sequence[dict], column: str, stage: RewardModelStage) -> list[str]:
     layout = RESPONSE_FORMATS[stage.response_format]
     texts = [target_text(row[column], layout) for row in rows]
     if stage.score_on == "response":
@@ -73,7 +68,9 @@ def _scored(rows: Sequence[dict], column: str, stage: Any) -> list[str]:
     return summaries
 
 
-def score_examples(tokenizer: Any, rows: Sequence[dict], targets: Sequence[Any], options: Any) -> list[Example]:
+def score_examples(
+    tokenizer: Tokenizer, rows: Sequence[dict], targets: Sequence[Text], options: GenerateOptions
+) -> list[Example]:
     """Prompt and what is scored (text, or a chat's last turn), ended by EOS, at whose position the head is read."""
     prompts, texts = encode_with_targets([row["prompt"] for row in rows], targets, tokenizer, options)
     eos = tokenizer.eos_token_id
@@ -87,7 +84,7 @@ def score_head(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> Tens
     return (hidden_TD.index_select(0, last_N).float() @ weight_VD.float().T).squeeze(-1)
 
 
-def preference_loss(num_units: int, ctx: StageContext) -> LossFn:
+def preference_loss(num_units: int, ctx: StageContext[RewardModelStage]) -> LossFn:
     """Mean over the units of -log sigmoid(chosen - rejected) (Bradley-Terry), or of binary cross-entropy."""
     stage = ctx.stage
 
@@ -107,7 +104,7 @@ def preference_loss(num_units: int, ctx: StageContext) -> LossFn:
     return loss_fn
 
 
-def _agreement(ctx: StageContext, model: Decoder, units: list[list[Example]]) -> dict[str, float]:
+def _agreement(ctx: StageContext[RewardModelStage], model: Decoder, units: list[list[Example]]) -> dict[str, float]:
     """Held-out share of pairs ranked right, or of labels matched."""
     if not units:
         return {}
@@ -122,16 +119,18 @@ def _agreement(ctx: StageContext, model: Decoder, units: list[list[Example]]) ->
 class RewardModels:
     """The reward models of a GRPO stage, applied to the samples of their domains."""
 
-    def __init__(self, ctx: StageContext, specs: dict[str, RewardModelSpec], response_format: str) -> None:
-        self.ctx, self.specs, self.response_format = ctx, specs, response_format
-        self.weights = {name: spec.weight for name, spec in specs.items()}
-        self.models = {name: ctx.load(spec.model, trainable=False, scalar_head=True) for name, spec in specs.items()}
+    def __init__(self, ctx: StageContext[GRPOStage]) -> None:
+        self.ctx, self.specs = ctx, ctx.stage.reward_models
+        self.weights = {name: spec.weight for name, spec in self.specs.items()}
+        self.models = {
+            name: ctx.load(spec.model, trainable=False, scalar_head=True) for name, spec in self.specs.items()
+        }
 
     def score(self, samples: Sequence[Sample]) -> None:
         """Fill sample.rewards[name] with sigmoid(score); nan off the model's domains."""
         for name, spec in self.specs.items():
             model, tokenizer = self.models[name]
-            chosen = [s for s in samples if not spec.domains or s.row.get("domain") in spec.domains]
+            chosen = [s for s in samples if spec.applies_to(s.row)]
             for sample in samples:
                 sample.rewards[name] = float("nan")
             if not chosen:
@@ -139,7 +138,7 @@ class RewardModels:
             with self.ctx.phase("reward"):
                 texts = [s.text for s in chosen]
                 if spec.score_on == "summary":
-                    texts = [summary_of(s.text, self.response_format, s.prefilled) for s in chosen]
+                    texts = [summary_of(s.text, self.ctx.stage.response_format, s.prefilled) for s in chosen]
                 # The policy's prompts may be rendered otherwise than those that the reward model learned from.
                 how = {"prompt_template": spec.prompt_template, "prefill_think": False}
                 options = self.ctx.stage.model_copy(update=how)

@@ -23,10 +23,10 @@ from r1fast.config import ConfigError
 from r1fast.models.decoder import Decoder
 from r1fast.schema import GRPOStage
 from r1fast.stages.background import BackgroundSampler
-from r1fast.stages.context import StageContext
+from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.packed import Prompt
 from r1fast.stages.prompt_order import PromptOrder
-from r1fast.stages.sampler import GenerationFailed, Sample, Sampler, SamplingCall
+from r1fast.stages.sampler import GenerationFailed, Sample, Sampler
 from r1fast.stopping import Stopped
 
 Group = list[Sample]  # of one prompt; sample.group is the number of prompts that were drawn before it
@@ -35,9 +35,9 @@ Group = list[Sample]  # of one prompt; sample.group is the number of prompts tha
 class Rollouts:
     """Draws prompts, samples from the policy and hands complete groups on; the same on every rank."""
 
-    def __init__(self, ctx: StageContext, policy: Decoder, tokenizer: Any, rows: list[dict]) -> None:
+    def __init__(self, ctx: StageContext[GRPOStage], policy: Decoder, tokenizer: Tokenizer, rows: list[dict]) -> None:
         self.ctx = ctx
-        self.stage: GRPOStage = ctx.stage
+        self.stage = ctx.stage
         self.rows = rows
         self.index_of = {id(row): index for index, row in enumerate(rows)}
         self.prompts = PromptOrder(rows, self.stage, ctx.seed)
@@ -133,42 +133,30 @@ class Rollouts:
 
     def _start(self, groups: list[Group]) -> Callable[[], None]:
         """Sample (a part of) what is unfinished in these groups; the returned function waits for it."""
-        samples, call = self._parts(groups) if self.stage.partial_rollout_length else self._wholes(groups)
+        n, part = self.stage.num_generations, self.stage.partial_rollout_length
+        if part is None:
+            samples = [sample for group in groups for sample in group]
+            asked = {group[0].group: group[0] for group in groups}
+        else:  # each completion is a sequence of its own; its noise goes on where it was: it depends on the position
+            numbered = [(i, sample) for group in groups for i, sample in enumerate(group)]
+            asked = {sample.group * n + i: sample for i, sample in numbered if not self._is_finished(sample)}
+            samples = list(asked.values())
+        call = self.sampler.call(
+            [sample.row for sample in asked.values()],
+            n=n if part is None else 1,
+            temperature=self.stage.temperature,
+            seed=self.ctx.seed,
+            sequence_ids=list(asked),
+            prompts=[Prompt(s.prompt_ids + s.completion_ids, s.prefilled) for s in asked.values()],
+            max_tokens=part,
+        )
         wait = self.sampler.start(call)
 
         def finish() -> None:
-            for sample, part in zip(samples, wait(), strict=True):
-                self._extend(sample, part)
+            for sample, found in zip(samples, wait(), strict=True):
+                self._extend(sample, found)
 
         return finish
-
-    def _wholes(self, groups: list[Group]) -> tuple[list[Sample], SamplingCall]:
-        firsts = [group[0] for group in groups]
-        call = self.sampler.call(
-            [sample.row for sample in firsts],
-            n=self.stage.num_generations,
-            temperature=self.stage.temperature,
-            seed=self.ctx.seed,
-            sequence_ids=[sample.group for sample in firsts],
-            prompts=[Prompt(sample.prompt_ids, sample.prefilled) for sample in firsts],
-        )
-        return [sample for group in groups for sample in group], call
-
-    def _parts(self, groups: list[Group]) -> tuple[list[Sample], SamplingCall]:
-        """Each completion is a sequence of its own; its noise goes on where it was, as it depends on the position."""
-        n = self.stage.num_generations
-        numbered = [(i, s) for group in groups for i, s in enumerate(group) if not self._is_finished(s)]
-        samples = [sample for _, sample in numbered]
-        call = self.sampler.call(
-            [sample.row for sample in samples],
-            n=1,
-            temperature=self.stage.temperature,
-            seed=self.ctx.seed,
-            sequence_ids=[sample.group * n + i for i, sample in numbered],
-            prompts=[Prompt(sample.prompt_ids + sample.completion_ids, sample.prefilled) for sample in samples],
-            max_tokens=self.stage.partial_rollout_length,
-        )
-        return samples, call
 
     def _extend(self, sample: Sample, part: Sample) -> None:
         whole = not sample.completion_ids

@@ -13,9 +13,10 @@ from r1fast.models.decoder import Decoder
 from r1fast.parallel.parallelize import generation_phase
 from r1fast.rollout.sampling import Completion, SamplingParams, completion_texts, eos_token_ids
 from r1fast.rollout.vllm import RolloutError
-from r1fast.stages.context import StageContext
+from r1fast.schema import GenerateOptions
+from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.engines import build_engine, share_of
-from r1fast.stages.packed import Prompt, encode_row_prompts
+from r1fast.stages.packed import Prompt, encode_row_prompts, prompt_length_problems
 from r1fast.stopping import Interrupted, Stopped
 
 # By index of the prompt; or why there are none (vLLM gave no answer, logits that are not finite); or the signal that
@@ -66,7 +67,9 @@ class SamplingCall:
 class Sampler:
     """Generates from a sharded model, each rank its share of the prompts."""
 
-    def __init__(self, ctx: StageContext, model: Decoder, tokenizer: Any, *, record: bool = False) -> None:
+    def __init__(
+        self, ctx: StageContext[GenerateOptions], model: Decoder, tokenizer: Tokenizer, *, record: bool = False
+    ) -> None:
         """record: samples of a mixture of experts say which experts each token went to."""
         self.ctx, self.model, self.tokenizer = ctx, model, tokenizer
         self.options = ctx.stage  # prompt_template, response_format, lengths
@@ -74,12 +77,9 @@ class Sampler:
 
     def encode(self, rows: Sequence[dict]) -> list[Prompt]:
         prompts = encode_row_prompts(rows, self.tokenizer, self.options)
-        for row, (ids, _) in zip(rows, prompts):
-            if len(ids) > self.options.max_prompt_length:
-                raise ConfigError(
-                    f"stages.{self.ctx.stage.name}: the prompt {str(row['prompt'])[:60]!r} has {len(ids)} tokens, more "
-                    f"than max_prompt_length = {self.options.max_prompt_length}; raise it or drop the row"
-                )
+        positions = self.model.config.max_position_embeddings
+        for problem in prompt_length_problems([ids for ids, _ in prompts], rows, self.options, positions):
+            raise self.ctx.error(problem)
         return prompts
 
     def call(
@@ -140,7 +140,7 @@ class Sampler:
             if isinstance(share, RolloutError):
                 raise GenerationFailed(f"stages.{self.ctx.stage.name}: {share}")
             if isinstance(share, FloatingPointError):
-                raise ConfigError(f"stages.{self.ctx.stage.name}: {share}")
+                raise self.ctx.error(str(share))
             merged |= share
         return [
             Sample(

@@ -1,13 +1,13 @@
 """Rewards of samples: rule functions in worker processes, routed by domain, and the weighted sum."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from r1fast.config import ConfigError
 from r1fast.rewards.pool import RewardPool, headline
-from r1fast.schema import RewardSpec
+from r1fast.schema import RewardSpec, reward_specs
 from r1fast.stages.context import StageContext
 from r1fast.stages.sampler import Sample, by_group
 
@@ -22,7 +22,7 @@ class Scorer:
     A reward sees the rows of its domains only: one worker pool for each set of domains.
     """
 
-    def __init__(self, ctx: StageContext, rewards: dict[str, Any], response_format: str) -> None:
+    def __init__(self, ctx: StageContext, rewards: Mapping[str, Any], response_format: str) -> None:
         self.ctx, self.response_format = ctx, response_format
         self.specs = reward_specs(rewards)
         self.weights = {name: spec.weight for name, spec in self.specs.items()}
@@ -81,7 +81,7 @@ class Scorer:
             )
             for name, spec in self.specs.items():
                 if tuple(spec.domains) == domains:
-                    function = spec.function or name
+                    function = str(spec.function)
                     values[name][index] = result.values[function]
                     failed[name][index] = result.failed_by[function] | result.exceeded[function]
             failures += result.failures
@@ -104,19 +104,12 @@ class Scorer:
             pool.close()
 
 
-def reward_specs(rewards: dict[str, Any]) -> dict[str, RewardSpec]:
-    return {
-        name: RewardSpec(weight=value) if isinstance(value, (int, float)) else RewardSpec.model_validate(value)
-        for name, value in rewards.items()
-    }
-
-
 def pool_arguments(specs: dict[str, RewardSpec]) -> dict[tuple[str, ...], dict[str, dict[str, Any]]]:
     """What the RewardPool of each set of domains is given: each function once, with its keyword arguments."""
     pools: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for name, spec in specs.items():
         arguments = pools.setdefault(tuple(spec.domains), {})
-        function = spec.function or name
+        function = str(spec.function)
         if function in arguments:
             raise ConfigError(f"reward {name}: the function {function} is used by another reward already; name it once")
         arguments[function] = {"weight": spec.weight, **(spec.model_extra or {})}

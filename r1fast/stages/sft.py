@@ -5,45 +5,44 @@ from typing import Any
 
 from torch import Tensor
 
-from r1fast.config import ConfigError
-from r1fast.data.sources import load_rows
 from r1fast.models.decoder import Decoder
-from r1fast.stages.context import StageContext
+from r1fast.schema import FitOptions, PretrainStage, SFTStage
+from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
 from r1fast.stages.measures import Measures
-from r1fast.stages.packed import Example, PackedBatch, check_lengths, encode_examples
+from r1fast.stages.packed import Example, PackedBatch, encode_examples, length_problems
 from r1fast.stages.training import LossFn, Trainer
 from r1fast_kernels import linear_cross_entropy
 
 
-def run(ctx: StageContext) -> dict[str, Any]:
-    rows = load_rows(ctx.sources(ctx.stage.train_files), "sft")
-    return fine_tune(ctx, rows)
+def run(ctx: StageContext[SFTStage]) -> dict[str, Any]:
+    return fine_tune(ctx, ctx.rows())
 
 
-def fine_tune(ctx: StageContext, rows: Sequence[dict]) -> dict[str, Any]:
+def fine_tune(ctx: StageContext[SFTStage], rows: Sequence[dict]) -> dict[str, Any]:
     """Train the stage's model on rows {prompt, completion}, {messages} or {text}; evaluate before and after; save."""
-    stage = ctx.stage
     model, tokenizer = ctx.load(ctx.model_ref, trainable=True)
     before = evaluate_start(ctx, model, tokenizer)
-    examples = encode_examples(rows, tokenizer, stage)
-    if not examples:
-        raise ConfigError(f"stages.{stage.name}: no rows to train on in {', '.join(stage.train_files)}")
-    check_lengths([[example] for example in examples], rows, stage)
-    batches_per_epoch = -(-len(examples) // stage.batch_size)
-    steps = stage.num_train_epochs * batches_per_epoch
-    train(ctx, model, examples, min(steps, stage.max_steps or steps))
+    train(ctx, model, encode_rows(ctx, rows, tokenizer), ctx.stage.updates_on(len(rows)))
     ctx.save(model, tokenizer)
-    return {
-        "eval_before": before,
-        "eval_after": evaluate_end(ctx, model, tokenizer),
-        "numbers": {"rows": len(examples)},
-    }
+    after = evaluate_end(ctx, model, tokenizer)
+    return {"eval_before": before, "eval_after": after, "numbers": {"rows": len(rows)}}
 
 
-def train(ctx: StageContext, model: Decoder, examples: Sequence[Example], steps: int) -> None:
+def encode_rows(
+    ctx: StageContext[PretrainStage | SFTStage], rows: Sequence[dict], tokenizer: Tokenizer, *, mask_prompt: bool = True
+) -> list[Example]:
+    examples = encode_examples(rows, tokenizer, ctx.stage, mask_prompt=mask_prompt)
+    problems = length_problems([[example] for example in examples], rows, ctx.stage)
+    ctx.refuse(f"train_files: {problem}" for problem in problems)
+    return examples
+
+
+def train(ctx: StageContext[FitOptions], model: Decoder, examples: Sequence[Example], steps: int) -> None:
     units = [[example] for example in examples]
-    Trainer(ctx, model, steps).fit(units, lambda chosen: cross_entropy([example for (example,) in chosen], ctx))
+    Trainer(ctx, model, steps).fit(
+        units, ctx.stage.batch_size, lambda chosen: cross_entropy([example for (example,) in chosen], ctx)
+    )
 
 
 def cross_entropy(examples: Sequence[Example], ctx: StageContext) -> LossFn:

@@ -10,20 +10,18 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from r1fast.config import ConfigError
 from r1fast.data.packing import balance, pack
-from r1fast.models.checks import router_problems
 from r1fast.models.decoder import Decoder
 from r1fast.models.moe import Routing
 from r1fast.parallel import checkpoint
 from r1fast.parallel.optim import build_optimizer, lr_at
 from r1fast.parallel.parallelize import grad_norm_and_clip
+from r1fast.schema import TrainOptions
 from r1fast.stages.context import StageContext
 from r1fast.stages.measures import Mean, Measures, merge, numbers
 from r1fast.stages.packed import Example, PackedBatch, collate, empty_batch
@@ -36,12 +34,11 @@ Unit = Sequence[Example]  # of a row
 class Trainer:
     """A sharded model, its optimizer and schedule, and the count of steps taken."""
 
-    def __init__(self, ctx: StageContext, model: Decoder, total_steps: int) -> None:
+    def __init__(
+        self, ctx: StageContext[TrainOptions], model: Decoder, total_steps: int, *, router_replay: bool = False
+    ) -> None:
         options = ctx.stage
-        for problem in router_problems(options, model.config):
-            raise ConfigError(f"stages.{options.name}.{problem}")
-        self.router_replay = getattr(options, "router_replay", False)
-        self.ctx, self.model, self.total_steps = ctx, model, total_steps
+        self.ctx, self.model, self.total_steps, self.router_replay = ctx, model, total_steps, router_replay
         self.optimizer = build_optimizer(
             model,
             name=options.optimizer,
@@ -54,14 +51,13 @@ class Trainer:
         self.saved: nn.Module = model  # what checkpoints hold; GRPO adds its reference
         self.saved_step = 0  # of the newest checkpoint
 
-    def fit(self, units: Sequence[Unit], loss_of: Callable[[Sequence[Unit]], LossFn]) -> None:
-        """All steps, of stage.batch_size units each, in an order that depends on the seed and the epoch only.
+    def fit(self, units: Sequence[Unit], batch_size: int, loss_of: Callable[[Sequence[Unit]], LossFn]) -> None:
+        """All steps, of batch_size units each, in an order that depends on the seed and the epoch only.
 
         units: of as many examples each, which stay together. loss_of: the loss of a step's units.
         """
         self.restore()
-        stage, order = self.ctx.stage, list[int]()
-        epoch, per_epoch = -1, -(-len(units) // stage.batch_size)
+        epoch, per_epoch, order = -1, -(-len(units) // batch_size), list[int]()
         with self.ctx.log(self.total_steps, self.step) as log:
             while self.step < self.total_steps:
                 start = time.perf_counter()
@@ -69,8 +65,8 @@ class Trainer:
                     epoch = self.step // per_epoch
                     order = list(range(len(units)))
                     random.Random(f"{self.ctx.seed},{epoch}").shuffle(order)
-                first = self.step % per_epoch * stage.batch_size
-                chosen = [units[i] for i in order[first : first + stage.batch_size]]
+                first = self.step % per_epoch * batch_size
+                chosen = [units[i] for i in order[first : first + batch_size]]
                 examples = [example for unit in chosen for example in unit]
                 try:
                     with self.ctx.phase("update"):
@@ -131,13 +127,11 @@ class Trainer:
         try:
             extra = checkpoint.load(path, model=self.saved, optimizer=self.optimizer, dist=ctx.dist)
         except ValueError as error:
-            raise ConfigError(
-                f"stages.{ctx.stage.name}: {error}; put back what was changed, or start a new run"
-            ) from error
+            raise ctx.error(f"{error}; put back what was changed, or start a new run") from error
         self.step, self.saved_step = extra["step"], int(path.name.removeprefix("step_"))
         if self.step > self.total_steps:
-            raise ConfigError(
-                f"stages.{ctx.stage.name}: {path} has taken {self.step} optimizer steps, and the recipe has "
+            raise ctx.error(
+                f"{path} has taken {self.step} optimizer steps, and the recipe has "
                 f"{self.total_steps}: they can become more, or as many as were taken"
             )
         ctx.resume_clock(extra["clock"])
@@ -147,24 +141,22 @@ class Trainer:
         """Whether a checkpoint is; also when the ranks have agreed to stop."""
         return last or bool(self.ctx.stop.agreed) or progress_step % self.ctx.stage.save_steps == 0
 
-    def save(self, progress_step: int, *, last: bool, **extra: Any) -> Path | None:
+    def save(self, progress_step: int, *, last: bool, **extra: Any) -> None:
         """Save a checkpoint where one is due; raises Stopped after it where the ranks have agreed to stop."""
-        if not self.is_due(progress_step, last=last):
-            return None
-        path = self._save(progress_step, extra)
-        self.ctx.stop.end()
-        return path
+        if self.is_due(progress_step, last=last):
+            self._save(progress_step, extra)
+            self.ctx.stop.end()
 
     def save_good(self, progress_step: int, **extra: Any) -> None:
         """Before the stage ends by an error, with weights as that step left them: keep it, unless it is saved."""
         if progress_step > self.saved_step:
             self._save(progress_step, extra)
 
-    def _save(self, progress_step: int, extra: dict[str, Any]) -> Path:
+    def _save(self, progress_step: int, extra: dict[str, Any]) -> None:
         ctx = self.ctx
         with ctx.phase("save"):
             ctx.dist.on_main(self._sync_log)  # a step that is saved is logged
-            path = checkpoint.save(
+            checkpoint.save(
                 ctx.checkpoints,
                 progress_step,
                 model=self.saved,
@@ -173,7 +165,6 @@ class Trainer:
                 dist=ctx.dist,
             )
         self.saved_step = progress_step
-        return path
 
     def _sync_log(self) -> None:
         if self.ctx.stop.problem is not None:
@@ -245,7 +236,9 @@ class Trainer:
         rate = self.ctx.stage.router_bias_update_rate
         if rate > 0:
             for layer, counts_E in zip(self.model.moe_layers(), counts_LE, strict=True):
-                layer.gate.e_score_correction_bias += rate * torch.sign(counts_E.mean() - counts_E)
+                bias_E = layer.gate.e_score_correction_bias
+                assert bias_E is not None, "preflight refuses a rate for a router without a bias"
+                bias_E += rate * torch.sign(counts_E.mean() - counts_E)
         even = float(counts_LE[0].mean())  # as in every layer
         if not even:
             return {}
@@ -265,7 +258,7 @@ def count_experts(expert_ids_TLK: Tensor, num_experts: int) -> Tensor:
     return counts_LE.scatter_add_(1, chosen_LM, torch.ones_like(chosen_LM))  # of integers: any order
 
 
-def share(units: Sequence[Sequence[Example]], ctx: StageContext) -> list[list[int]]:
+def share(units: Sequence[Sequence[Example]], ctx: StageContext[TrainOptions]) -> list[list[int]]:
     """This rank's part of the units, as micro-batches of indices."""
     lengths = [sum(example.num_inputs for example in unit) for unit in units]
     mine = balance(lengths, ctx.dist.world_size)[ctx.dist.rank]
@@ -279,7 +272,7 @@ def _no_loss(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[
 
 @torch.no_grad()
 def map_packed(
-    ctx: StageContext,
+    ctx: StageContext[TrainOptions],
     model: Decoder,
     examples: Sequence[Example],
     head: Callable[[PackedBatch, Tensor, Tensor], Tensor],

@@ -89,7 +89,7 @@ def pairs(dist: Dist, model: str, options: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     lengths = [(3, 9), (5, 2), (12, 4)]
     examples = [Example(ids(4, generator), ids(length, generator)) for pair in lengths for length in pair]
-    return record(numbers(trainer.update(examples, preference_loss(len(lengths), ctx), together=2)), gradients)
+    return record(numbers(trainer.update(examples, preference_loss(len(lengths), ctx), group_size=2)), gradients)
 
 
 def ids(count: int, generator: torch.Generator) -> list[int]:

@@ -113,7 +113,7 @@ def of_preferences(ctx: StageContext, model: str) -> dict[str, Any]:
         examples = [replace(example, values={"label": float(i % 2)}) for i, example in enumerate(examples)]
     units = len(examples) // 2 if pairwise else len(examples)
     trainer = still(Trainer(ctx, decoder, 1))
-    return numbers(trainer.update(examples, preference_loss(units, ctx), together=2 if pairwise else 1))
+    return numbers(trainer.update(examples, preference_loss(units, ctx), group_size=2 if pairwise else 1))
 
 
 def measure(case: str, dist: Dist, models: dict[str, str], cut: dict[str, Any], **sections: Any) -> dict[str, Any]:

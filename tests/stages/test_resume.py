@@ -271,7 +271,7 @@ def test_grpo_without_its_server_loses_no_step(
         file.write("\n\ndef odd(completion_ids, **_):\n    return [float(ids[0] % 4 == 0) for ids in completion_ids]\n")
     assert start("whole", stage) == 0
     # The generation that fails: of a rollout, or of what replaces groups of equal reward.
-    name = "in_place_of" if refills else "take"
+    name = "replacements" if refills else "next_groups"
     method, generate, calls = getattr(Rollouts, name), RolloutEngine.generate, []
 
     def counted(rollouts: Rollouts, *args: Any) -> Any:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from r1fast.config import ConfigError
 from r1fast.parallel.mesh import Dist, init_distributed
 from r1fast.stages.grpo import Learner
 from tests.stages.gradient_cases import GRPO, NoScorer, context
@@ -80,11 +79,3 @@ def test_nothing_changes_between_sampler_and_update(dist: Dist, models: dict[str
     (load,) = metrics["moe/load"]
     assert len(load) == 4 and sum(load) == pytest.approx(4)
     assert metrics["moe/max_violation"] == pytest.approx(max(load) - 1)
-
-
-@pytest.mark.parametrize(
-    "options", [{"router_replay": True}, {"router_aux_loss_coef": 0.1}, {"router_bias_update_rate": 0.1}]
-)
-def test_a_dense_model_has_no_router(dist: Dist, models: dict[str, Path], options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=rf"stages\.grpo\.{next(iter(options))} = .*: qwen2 has no router; drop it"):
-        step(dist, models["dense"], **options)

@@ -1,0 +1,104 @@
+"""What each stage reads, found by the types of its options (schema_types.Reads), and a fingerprint of it.
+
+An artifact is what stages hand on: RUN/<stage>/model, a Hugging Face checkpoint, or RUN/<stage>/data.jsonl. A recipe
+names one as @stage, or something from outside the run.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from r1fast.fingerprints import fingerprint, hub_commit
+from r1fast.schema import PretrainStage, Recipe, StageBase, reward_specs
+from r1fast.schema_types import Reads, RowKind
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One reference: where the recipe has it, what it says, and what it stands for."""
+
+    key: str  # in the stage's settings: "few_shot.examples_files"
+    ref: str
+    kind: str
+    rows: RowKind | None = None  # what data hold
+
+    @property
+    def stage(self) -> str | None:
+        """The stage that it comes from; None: from outside the run."""
+        return self.ref[1:] if self.ref.startswith("@") else None
+
+    @property
+    def file(self) -> str:
+        """Its name in the folder of the stage that makes it."""
+        return "data.jsonl" if self.kind == "data" else "model"
+
+    def place(self, run_dir: Path) -> str:
+        """A path, or what the recipe names from outside the run."""
+        return self.ref if self.stage is None else str(run_dir / self.stage / self.file)
+
+    def fingerprint(self, run_dir: Path) -> str:
+        """Raises OSError."""
+        if self.ref.startswith("task:"):
+            return "of this version of r1fast"
+        if self.ref.startswith("reasoning_gym:"):
+            return f"reasoning-gym {metadata.version('reasoning-gym')}"
+        path = Path(self.place(run_dir)).expanduser()
+        if self.stage is not None or path.exists() or self.kind == "code":
+            return fingerprint(path)
+        repo_id, _, _ = self.ref.partition(":")
+        return f"Hub, commit {hub_commit(repo_id, 'dataset' if self.kind == 'data' else 'model')}"
+
+
+def start_model(recipe: Recipe, stage: StageBase) -> str | None:
+    """The model that a stage starts from, as the recipe names it; a pretrain stage starts from none."""
+    return None if isinstance(stage, PretrainStage) else stage.model or recipe.model.path
+
+
+def inputs_of(recipe: Recipe, stage: StageBase) -> list[Artifact]:
+    """All that a stage's settings name: models first, and of data what is trained on."""
+    stage = stage.model_copy(update={"model": start_model(recipe, stage)})
+    order = {kind: place for place, kind in enumerate(("model", "reward model", "data", "code"))}
+    return sorted(_named_in(stage, stage), key=lambda found: (order[found.kind], found.key != "train_files"))
+
+
+def _named_in(options: BaseModel, stage: StageBase, prefix: str = "") -> Iterator[Artifact]:
+    for name, field in type(options).model_fields.items():
+        key, value = prefix + name, getattr(options, name)
+        nested = {f"{key}.{part}": entry for part, entry in value.items()} if isinstance(value, dict) else {key: value}
+        reads = _marker((*field.metadata, field.annotation))
+        if reads is None:
+            for place, part in nested.items():
+                if isinstance(part, BaseModel):
+                    yield from _named_in(part, stage, f"{place}.")
+        elif reads.kind == "code":
+            yield from _code_of(key, value)
+        elif value:
+            rows = reads.rows(stage) if callable(reads.rows) else reads.rows
+            for ref in value if isinstance(value, list) else [value]:
+                yield Artifact(key, ref, reads.kind, rows)
+
+
+def _code_of(key: str, rewards: dict[str, Any]) -> Iterator[Artifact]:
+    """The files of functions that are named as path/to/file.py:name."""
+    for name, spec in reward_specs(rewards).items():
+        file, separator, _ = str(spec.function).rpartition(".py:")
+        if separator:
+            yield Artifact(f"{key}.{name}", f"{file}.py", "code")
+
+
+def _marker(types: tuple[Any, ...]) -> Reads | None:
+    """The one in these types, however deep."""
+    for part in types:
+        found = part if isinstance(part, Reads) else _marker(get_args(part))
+        if found is not None:
+            return found
+    return None
+
+
+def fingerprints(recipe: Recipe, stage: StageBase, run_dir: Path) -> dict[str, str]:
+    """ "key: reference" -> fingerprint of all that a stage reads. Raises OSError."""
+    return {f"{found.key}: {found.ref}": found.fingerprint(run_dir) for found in inputs_of(recipe, stage)}

@@ -1,0 +1,130 @@
+"""Models before the run: checkpoints and tokenizers, read once each, and architectures that stages are to build."""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from r1fast.artifacts import Artifact, inputs_of, start_model
+from r1fast.models import weights
+from r1fast.models.checks import router_problems
+from r1fast.models.decoder import DecoderLayer
+from r1fast.models.model_config import ModelConfig
+from r1fast.schema import PretrainStage, Recipe, StageBase
+
+
+@cache
+def checkpoint_of(ref: str) -> tuple[ModelConfig, bool]:
+    """(architecture, whether it is a reward model)."""
+    return weights.check_checkpoint(ref)
+
+
+@cache
+def tokenizer_of(ref: str) -> PreTrainedTokenizerBase | None:
+    return weights.load_tokenizer(ref)
+
+
+def forget() -> None:
+    checkpoint_of.cache_clear()
+    tokenizer_of.cache_clear()
+
+
+def origin(recipe: Recipe, stage: StageBase, *, of_tokenizer: bool = False) -> PretrainStage | str:
+    """Where a stage's model (or tokenizer) comes from: the pretrain stage that makes it, or a folder or Hub id."""
+    while True:
+        ref = start_model(recipe, stage)
+        if isinstance(stage, PretrainStage):
+            ref = stage.tokenizer if of_tokenizer else None
+            if ref is None:
+                return stage
+        assert ref is not None, "check_references has asked for one"
+        if not ref.startswith("@"):
+            return ref
+        stage = recipe.stage(ref[1:])
+
+
+def architecture_of(recipe: Recipe, stage: StageBase) -> ModelConfig | None:
+    """The architecture of the model that a stage trains; None where it is wrong, which its own stage reports."""
+    source = origin(recipe, stage)
+    try:
+        if isinstance(source, str):
+            return checkpoint_of(source)[0]
+        return ModelConfig.from_dict({"vocab_size": source.vocab_size, **source.architecture})
+    except (ValueError, TypeError, OSError):
+        return None
+
+
+def model_problems(recipe: Recipe, stage: StageBase) -> Iterator[str]:
+    for found in inputs_of(recipe, stage):
+        if found.stage is None and found.kind in ("model", "reward model") and found.key != "tokenizer":
+            yield from _checkpoint_problems(found, stage)
+    if isinstance(stage, PretrainStage):
+        source = origin(recipe, stage, of_tokenizer=True)
+        if isinstance(source, str) and (problems := list(_tokenizer_problems("tokenizer", source))):
+            yield from problems
+            return
+        num_tokens = len(tokenizer_of(source) or ()) if isinstance(source, str) else source.vocab_size
+        yield from _architecture_problems(stage, num_tokens)
+    if (config := architecture_of(recipe, stage)) is not None:  # through @stages too
+        yield from router_problems(stage, config)
+
+
+def _checkpoint_problems(found: Artifact, stage: StageBase) -> Iterator[str]:
+    try:
+        _, is_reward_model = checkpoint_of(found.ref)
+    except (ValueError, OSError) as error:
+        yield f"{found.key}: {error}"
+        return
+    yield from _tokenizer_problems(found.key, found.ref)
+    if is_reward_model != (found.kind == "reward model") and stage.kind != "reward_model":
+        kinds = ("a language model", "a reward model (a `score` head)")
+        yield f"{found.key}: {found.ref} is {kinds[is_reward_model]}, expected {kinds[not is_reward_model]}"
+
+
+def _tokenizer_problems(key: str, ref: str) -> Iterator[str]:
+    try:
+        if tokenizer_of(ref) is None:
+            yield f"{key}: {ref} has no tokenizer; expected tokenizer.json in it"
+    except ValueError as error:
+        yield f"{key}: {error}"
+
+
+def _architecture_problems(stage: PretrainStage, num_tokens: int) -> Iterator[str]:
+    """num_tokens: the entries of its tokenizer, or their limit."""
+    try:
+        config = ModelConfig.from_dict({"vocab_size": num_tokens, **stage.architecture})
+    except (ValueError, TypeError) as error:
+        yield f"architecture: {error}"
+        return
+    if config.vocab_size < num_tokens:
+        yield f"architecture.vocab_size = {config.vocab_size} is less than the {num_tokens} entries of the tokenizer"
+    positions = config.max_position_embeddings
+    for key in ("max_length", *(("max_completion_length",) if stage.eval_files else ())):
+        if getattr(stage, key) > positions:
+            yield f"{key} = {getattr(stage, key)} is more than architecture.max_position_embeddings = {positions}"
+    try:
+        needed = 4 * num_parameters(config)
+    except RuntimeError as error:  # torch cannot even count them
+        yield f"architecture: is too large to be built ({error})"
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:  # every rank initializes the whole model before it is sharded
+        yield (
+            f"architecture: has {needed // 4:.3g} parameters, {needed / 2**30:.3g} GiB in float32, more than the "
+            f"{memory / 2**30:.3g} GiB of this machine"
+        )
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of the decoder: a layer of each kind is built on meta, so that a huge architecture costs nothing."""
+    total = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) + config.hidden_size
+    is_moe = [config.is_moe_layer(i) for i in range(config.num_hidden_layers)]
+    for kind, count in Counter(is_moe).items():
+        with torch.device("meta"):
+            layer = DecoderLayer(config, is_moe.index(kind))
+        total += count * sum(math.prod(parameter.shape) for parameter in layer.parameters())
+    return total
