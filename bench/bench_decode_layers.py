@@ -18,6 +18,7 @@ from bench.head import can_multiply
 from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.models.model_config import ModelConfig
+from r1fast_kernels import use
 from r1fast_kernels.decode_attention import BLOCK
 
 
@@ -40,8 +41,8 @@ def test_decode_layers(case: Case, compare: Callable[[harness.Problem], None]) -
             buffer.copy_(torch.randn(buffer.shape, generator=harness.generator()))
 
         def run() -> harness.Outputs:
-            model.use_kernels(impl)
-            return [model.decode(ids_B, positions_B, cache, table_BN, **options)]
+            with use(impl):
+                return [model.decode(ids_B, positions_B, cache, table_BN, **options)]
 
         return run
 

@@ -2,10 +2,8 @@
 
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import platform
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +18,6 @@ from r1fast import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "math-verify", "numpy")
 _EXTRAS = ("flash-attn", "vllm", "reasoning-gym", "wandb", "trackio", "tensorboard")
-_CHOICE = re.compile(r"^(?P<op>\S+) runs (?P<impl>\S+) \((?P<reason>.*)\)$", re.DOTALL)
 
 
 def versions() -> list[tuple[str, str]]:
@@ -84,28 +81,14 @@ def _extension() -> str:
 
 
 def op_choices() -> list[tuple[str, str, str, str]]:
-    """(op, implementations that exist, the one used here, why), from a tiny call of each op on this device.
-
-    The ops tell it themselves, in the line that dispatch logs once per outcome: call this before any op has run.
-    """
+    """(op, implementations that exist, the one used here, why), from a tiny call of each op on this device."""
     from r1fast_kernels import dispatch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    dispatch.logger.addHandler(handler)
-    dispatch.logger.setLevel(logging.INFO)
-    try:
-        failures = {op: failure for op, call in tiny_calls(device).items() if (failure := _failure(call))}
-    finally:
-        dispatch.logger.removeHandler(handler)
-    choices = {
-        match["op"]: (match["impl"], match["reason"]) for line in reversed(lines) if (match := _CHOICE.match(line))
-    }
-    choices |= {op: ("fails", failure) for op, failure in failures.items()}
-    unknown = ("unknown", "the op logged no choice")
-    return [(op, ", ".join(exists), *choices.get(op, unknown)) for op, exists in dispatch.IMPLEMENTATIONS.items()]
+    failures = {op: failure for op, call in tiny_calls(device).items() if (failure := _failure(call))}
+    chosen = {op: (impl, reason) for (op, impl), reason in dispatch.choices.items()}
+    chosen |= {op: ("fails", failure) for op, failure in failures.items()}
+    return [(op, ", ".join(exists), *chosen[op]) for op, exists in dispatch.IMPLEMENTATIONS.items()]
 
 
 def _failure(call: Callable[[], Any]) -> str | None:

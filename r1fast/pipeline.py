@@ -25,6 +25,7 @@ from r1fast.run_folder import PARTIAL, remove_leftovers, replace_file, write_rec
 from r1fast.schema import Recipe
 from r1fast.stages.context import StageContext
 from r1fast.stopping import Stop, Stopped
+from r1fast_kernels import use
 
 MAKES_MODEL = {"pretrain", "sft", "grpo", "distill"}
 MAKES_DATA = {"collect", "reject"}
@@ -158,7 +159,8 @@ class Run:
                     progress.finish_stage(stage.name, status="done", seconds=seconds, evaluation=evaluation)
                     continue
                 self.stop.check(self.dist)
-                self._stage(stage, entry, progress, trackers)
+                with use(self.recipe.kernels.impl):
+                    self._stage(stage, entry, progress, trackers)
         for tracker in trackers:
             tracker.close()
 

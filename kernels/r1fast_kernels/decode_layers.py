@@ -136,12 +136,12 @@ class DecodeLayers:
         self.weights = [layer.get(name) for layer in layers for name in NAMES]
         self.tensors = embedding_VD, self.weights, norm_D, head_VD, inv_freq_R
 
-    def can_run(self, impl: str | None) -> bool:
-        """False: run the modules (`impl` says so, or the model is fp64, not on a CPU or not for it). Logged once."""
-        if impl not in (None, "cpp") or self._obstacle is not None:
-            log_choice("decode_layers", "reference", f"impl={impl}" if self._obstacle is None else self._obstacle)
+    def can_run(self) -> bool:
+        """False: run the modules (`use` says so, or the model is fp64, not on a CPU or not for it). Logged once."""
+        if self._obstacle is not None:
+            log_choice("decode_layers", "reference", self._obstacle)
             return False
-        return choose("decode_layers", impl, self.tensors[0]) == "cpp"
+        return choose("decode_layers", None, self.tensors[0])[0] == "cpp"
 
     @cached_property
     def _obstacle(self) -> str | None:

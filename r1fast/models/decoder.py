@@ -16,7 +16,7 @@ from r1fast.models import structure
 from r1fast.models.attention import AttentionPlan
 from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.gqa import GroupedQueryAttention
-from r1fast.models.layers import MLP, Head, HeadFn, Linear, OpModule, RMSNorm
+from r1fast.models.layers import MLP, Head, HeadFn, Linear, RMSNorm
 from r1fast.models.mla import LATENT_NORM_EPS, LatentAttention
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import Experts, Gate, MoE, Routing
@@ -77,7 +77,7 @@ def _of_experts(experts_LTK: Tensor) -> Routing | None:
 logger = logging.getLogger("r1fast")
 
 
-class Decoder(OpModule):
+class Decoder(nn.Module):
     """A causal language model, or with scalar_head=True a reward model: `score` [1, D] in place of `lm_head`.
 
     Parameter names are Hugging Face's without the leading `model.`; experts are stacked. May be built on meta: then
@@ -135,12 +135,6 @@ class Decoder(OpModule):
 
     def moe_layers(self) -> Iterator[MoE]:
         return (layer.mlp for layer in cast(Iterable[DecoderLayer], self.layers) if isinstance(layer.mlp, MoE))
-
-    def use_kernels(self, impl: str | None) -> None:
-        """Which implementation the model's own ops run: "reference", "cpp", "triton", or None for the best."""
-        for module in self.modules():
-            if isinstance(module, OpModule):
-                module.impl = impl
 
     def forward(
         self,
@@ -223,7 +217,7 @@ class Decoder(OpModule):
             else:
                 cache.decode_layers = self._decode_layers()
         fused = cache.decode_layers
-        return fused if fused is not None and fused.can_run(self.impl) else None
+        return fused if fused is not None and fused.can_run() else None
 
     def _decode_layers(self) -> DecodeLayers:
         config, grouped = self.config, self.config.uses_mla

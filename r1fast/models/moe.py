@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from r1fast.models.attention import AttentionPlan
-from r1fast.models.layers import MLP, OpModule
+from r1fast.models.layers import MLP
 from r1fast.models.model_config import ModelConfig
 from r1fast_kernels import moe_experts, route_topk
 from r1fast_kernels.products import linear_fp32
 
 
-class Gate(OpModule):
+class Gate(nn.Module):
     """Chooses K experts per token, in fp32. DeepSeek-V3 selects on sigmoid score + bias, weighs by the score alone."""
 
     e_score_correction_bias: Tensor | None
@@ -37,7 +37,7 @@ class Gate(OpModule):
     def forward(self, x_TD: Tensor, replay_ids_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """expert ids [T, K], weights [T, K] (fp32), tokens per expert [E], and the logits [T, E]."""
         config = self.config
-        logits_TE = linear_fp32(x_TD, self.weight, impl=self.impl)
+        logits_TE = linear_fp32(x_TD, self.weight)
         sigmoid = self.e_score_correction_bias is not None
         routed = route_topk(
             logits_TE,
@@ -49,12 +49,11 @@ class Gate(OpModule):
             routed_scaling_factor=config.routed_scaling_factor if sigmoid else 1.0,
             scoring="sigmoid" if sigmoid else "softmax",
             replay_ids_TK=replay_ids_TK,
-            impl=self.impl,
         )
         return *routed, logits_TE
 
 
-class Experts(OpModule):
+class Experts(nn.Module):
     """All experts' SwiGLU weights, stacked: gate then up [E, 2F, D], down [E, D, F]."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -64,7 +63,7 @@ class Experts(OpModule):
         self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return moe_experts(x_TD, self.gate_up_proj, self.down_proj, expert_ids_TK, weights_TK, impl=self.impl)
+        return moe_experts(x_TD, self.gate_up_proj, self.down_proj, expert_ids_TK, weights_TK)
 
 
 class AddLoss(torch.autograd.Function):
@@ -109,7 +108,7 @@ class Routing(NamedTuple):
     balance: Tensor | None  # 0-d, the balance loss of all sequences, of a model summed over layers; None: off
 
 
-class MoE(OpModule):
+class MoE(nn.Module):
     """Router, routed experts, shared experts."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -20,7 +20,7 @@ from r1fast.models.model_config import ModelConfig
 
 _WRAPPED = "_checkpoint_wrapped_module"
 _METHODS = ("forward", "decode", "_mlp", "_project", "_queries", "_latents", "_cached")
-_STATE = {"training", "impl"}  # change no result
+_STATE = {"training"}  # changes no result
 # Not called, but run by the `forward` alone, past hooks (decoder.py).
 _HOOKS_PASSED_BY = ("embed_tokens", "norm", "lm_head", "score")
 

@@ -18,6 +18,7 @@ from r1fast.rollout.sampling import (
 )
 from r1fast.rollout.scheduler import SampledTokens, Scheduler, SequenceGroup, num_blocks_of
 from r1fast.rollout.tokenization import encode_text_prompts
+from r1fast_kernels.dispatch import in_use
 
 RawPrompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
@@ -32,10 +33,8 @@ class RolloutEngine:
     max_num_batched_tokens: prompt tokens of one prefill; longer prompts are computed in parts.
     kv_cache_memory_bytes: keys and values never take more (fewer rows run instead); default: what max_num_seqs rows
         need. They are held while `generate` runs.
-    impl: which implementation its ops and, meanwhile, the model's run ("reference", "cpp", "triton"); default: what the
-        model is told by use_kernels.
     enable_return_routed_experts: completions say which experts each token went to, for an update to replay them.
-    enforce_eager: no CUDA graphs (graphs.py), which speed up decoding on a GPU; impl "reference" never has them.
+    enforce_eager: no CUDA graphs (graphs.py), which speed up decoding on a GPU; never under `use("reference")`.
     """
 
     def __init__(
@@ -44,7 +43,6 @@ class RolloutEngine:
         tokenizer: PreTrainedTokenizerBase | None,
         max_num_seqs: int = 256,
         max_model_len: int | None = None,
-        impl: str | None = None,
         max_num_batched_tokens: int = 8192,
         kv_cache_memory_bytes: int | None = None,
         enable_return_routed_experts: bool = False,
@@ -65,7 +63,6 @@ class RolloutEngine:
         self.tokenizer = tokenizer
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len or limit
-        self.impl = impl
         self.max_num_batched_tokens = max_num_batched_tokens
         self.kv_cache_memory_bytes = kv_cache_memory_bytes
         if enable_return_routed_experts and not any(True for _ in model.moe_layers()):
@@ -112,11 +109,8 @@ class RolloutEngine:
             if on_progress is not None:
                 on_progress(len(sampled), num_total)
 
-        was_training, model_impl = self.model.training, self.model.impl
+        was_training = self.model.training
         self.model.eval()
-        impl = model_impl if self.impl is None else self.impl
-        if impl != model_impl:
-            self.model.use_kernels(impl)
         try:
             with torch.cuda.device_of(self.model.embed_tokens.weight):
                 Scheduler(
@@ -127,15 +121,12 @@ class RolloutEngine:
                     num_blocks=num_blocks,
                     max_rows=max_rows,
                     max_num_batched_tokens=self.max_num_batched_tokens,
-                    impl=impl,
                     record_experts=self.enable_return_routed_experts,
                     graphs=graphs,
                     finish=finish,
                 ).run()
         finally:
             self.model.train(was_training)
-            if impl != model_impl:
-                self.model.use_kernels(model_impl)
 
         flat = self._completions([sampled[index] for index in range(num_total)], stop_ids)
         outputs = [flat[start : start + params.n] for start in range(0, num_total, params.n)]
@@ -160,7 +151,7 @@ class RolloutEngine:
     def _graphs(self, max_rows: int) -> StepGraphs | None:
         """None: every step runs op by op."""
         capture = CAPTURES.get(self.model.embed_tokens.weight.device.type)
-        if capture is None or self.enforce_eager or (self.impl or self.model.impl) == "reference":
+        if capture is None or self.enforce_eager or in_use() == "reference":
             return None
         return StepGraphs(max_rows, capture())
 

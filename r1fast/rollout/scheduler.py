@@ -94,12 +94,11 @@ class Scheduler:
         num_blocks: int,
         max_rows: int,
         max_num_batched_tokens: int,
-        impl: str | None,
         record_experts: bool,
         graphs: StepGraphs | None,
         finish: Callable[[int, SampledTokens], None],
     ) -> None:
-        self.model, self.params, self.impl, self.finish = model, params, impl, finish
+        self.model, self.params, self.finish = model, params, finish
         self.queue, self.max_rows, self.max_num_batched_tokens = deque(prompts), max_rows, max_num_batched_tokens
         self.graphs = graphs
         weight_VD = model.embed_tokens.weight
@@ -189,7 +188,7 @@ class Scheduler:
             torch.nn.functional.pad(ends_P, (1, 0)).to(self.device, torch.int32),
             cache=self.cache,
             slots_T=torch.cat([self._slots(prompt.blocks, len(ids)) for prompt, ids in zip(prompts, heads)]),
-            head=lambda hidden_TD, weight_VD: linear(hidden_TD[last_P], weight_VD, impl=self.impl),
+            head=lambda hidden_TD, weight_VD: linear(hidden_TD[last_P], weight_VD),
         )
         parts = (
             np.split(experts_TLK.cpu().numpy(), ends_P[:-1].numpy())
@@ -210,7 +209,7 @@ class Scheduler:
             self.cache,
             table_1N.expand(len(positions), -1),
             neighbours=True,
-            head=lambda hidden_TD, weight_VD: linear(hidden_TD[-1:], weight_VD, impl=self.impl),
+            head=lambda hidden_TD, weight_VD: linear(hidden_TD[-1:], weight_VD),
         )
         if prompt.experts_PLK is not None and experts_TLK is not None:
             prompt.experts_PLK = np.concatenate([prompt.experts_PLK, experts_TLK.cpu().numpy()])
@@ -262,7 +261,7 @@ class Scheduler:
         min_tokens = self.params.min_tokens
         banned_BV = (rows.num_sampled_B < min_tokens)[:, None] & self.is_stop_V if min_tokens else None
         seeds_B = fold_in(rows.key_B, rows.next_B)
-        ids_B, logprobs_B = draw(logits_BV, self.params, seeds_B, banned_BV, self.impl)
+        ids_B, logprobs_B = draw(logits_BV, self.params, seeds_B, banned_BV)
         column_B = self._column(rows, rows.num_sampled_B)
         self.ids_RS[rows.line_B, column_B] = ids_B
         self.logprobs_RS[rows.line_B, column_B] = logprobs_B
@@ -322,9 +321,7 @@ def _packs(prompts: list[SequenceGroup], max_tokens: int) -> Iterator[list[Seque
         yield pack
 
 
-def draw(
-    logits_BV: Tensor, params: SamplingParams, seeds_B: Tensor, banned_BV: Tensor | None, impl: str | None
-) -> tuple[Tensor, Tensor]:
+def draw(logits_BV: Tensor, params: SamplingParams, seeds_B: Tensor, banned_BV: Tensor | None) -> tuple[Tensor, Tensor]:
     """One token per row and its log-prob in the untruncated tempered distribution; banned ones are never drawn."""
     sample = partial(
         sample_tokens,
@@ -332,11 +329,10 @@ def draw(
         top_k=params.top_k,
         top_p=params.top_p,
         seeds_B=seeds_B,
-        impl=impl,
     )
     if banned_BV is None:
         return sample(logits_BV)
     ids_B, _ = sample(logits_BV.masked_fill(banned_BV, -torch.inf))
     # The trainer knows nothing of the ban: its log-prob, and so the ratio, is that of the distribution without it.
-    logprobs_B = selective_logprobs(logits_BV, ids_B, temperature=params.temperature or 1.0, impl=impl)
+    logprobs_B = selective_logprobs(logits_BV, ids_B, temperature=params.temperature or 1.0)
     return ids_B, cast(Tensor, logprobs_B)

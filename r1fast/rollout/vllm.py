@@ -163,9 +163,7 @@ class VllmEngine:
             inputs_T, cu_seqlens, head=lambda hidden_TD, weight_VD: hidden_TD[len(prompt) - 1 :] @ weight_VD.T
         )
         target_ids_T = torch.tensor(sampled.token_ids, device=device)
-        logprobs_T = selective_logprobs(
-            logits_TV, target_ids_T, temperature=params.temperature or 1.0, impl=self.model.impl
-        )
+        logprobs_T = selective_logprobs(logits_TV, target_ids_T, temperature=params.temperature or 1.0)
         return logprobs_T.cpu()  # type: ignore[union-attr]
 
     def _sample(self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]) -> list[list[VllmSample]]:
