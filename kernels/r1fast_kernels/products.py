@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import in_use
+from .torch_private import onednn_linear
 
 
 @cache
@@ -30,24 +31,19 @@ def _takes_onednn(x: Tensor) -> bool:
     return onednn_is_faster() and not torch.is_autocast_enabled("cpu")
 
 
-def _onednn(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """x weight^T + bias."""
-    return torch.ops.mkldnn._linear_pointwise(x_TK, weight_NK, bias_N, "none", [], "")
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_TK, weight_NK)
-        return _onednn(x_TK, weight_NK, bias_N)
+        return onednn_linear(x_TK, weight_NK, bias_N)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (grad_TN,), (x_TK, weight_NK) = grads, ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            _onednn(grad_TN, weight_NK.T) if needs_x else None,
-            _onednn(grad_TN.T, x_TK.T) if needs_weight else None,
+            onednn_linear(grad_TN, weight_NK.T) if needs_x else None,
+            onednn_linear(grad_TN.T, x_TK.T) if needs_weight else None,
             grad_TN.sum(0) if needs_bias else None,
         )
 

