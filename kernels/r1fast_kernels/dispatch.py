@@ -3,8 +3,9 @@
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,39 @@ def _obstacle(impl: str, tensor: Tensor) -> str | None:
     if impl == "cpp" and not HAS_EXTENSION:
         return "the C++ extension is not built: pip install --no-build-isolation -e ."
     return None
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    launch: Callable[..., Any] | None = None,
+    device: str | tuple[str, ...] = TRITON_DEVICE,
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Make the operator r1fast::`name`, whose CPU kernel is C++ unless `launch` is on that `device`.
+
+    save, backward: setup_context and backward of torch.library.register_autograd.
+    """
+    op = f"r1fast::{name}"
+    torch.library.define(op, schema)
+    torch.library.register_fake(op, fake)
+    if launch is not None:
+        torch.library.impl(op, device, launch)
+    if backward is not None:
+        torch.library.register_autograd(op, backward, setup_context=save)
+
+
+def empty_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """What a backward operator returns, to be filled: nothing where no gradient is needed."""
+    return tuple(x.new_empty(x.shape if needed else 0) for x, needed in zip(inputs, needs))
+
+
+def wanted(gradients: Iterable[Tensor], needs: Iterable[bool]) -> tuple[Tensor | None, ...]:
+    """What autograd gets of it."""
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs))
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
