@@ -19,10 +19,6 @@ from .moe_dispatch import fake as fake_dispatch
 from .moe_experts_triton import launch_backward, launch_forward
 
 
-def _gather(rows_TD: Tensor, token_M: Tensor) -> Tensor:
-    return rows_TD.index_select(0, token_M)
-
-
 def _gather_sum(rows_MD: Tensor, slot_TK: Tensor) -> Tensor:
     # An embedding bag adds the K rows of a token in order, without a [T, K, D] buffer and without atomics.
     return F.embedding_bag(slot_TK, rows_MD, mode="sum")
@@ -34,7 +30,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, token_M: Tensor, slot_TK: Tensor) -> Tensor:
         ctx.save_for_backward(slot_TK)
-        return _gather(hidden_TD, token_M)
+        return hidden_TD.index_select(0, token_M)
 
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
@@ -51,7 +47,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _gather(grad_TD, *ctx.saved_tensors), None, None
+        return grad_TD.index_select(0, *ctx.saved_tensors), None, None
 
 
 def moe_experts_reference(
