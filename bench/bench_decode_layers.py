@@ -19,6 +19,7 @@ from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.models.model_config import ModelConfig
 from r1fast.rollout.fast_decode import fast_decode
+from r1fast_kernels import use
 from r1fast_kernels.decode_attention import BLOCK
 
 
@@ -43,8 +44,8 @@ def test_decode_layers(case: Case, compare: Callable[[harness.Problem], None]) -
         decoder = (fast_decode(model, impl) if fast else None) or model
 
         def run() -> harness.Outputs:
-            model.use_kernels(impl)
-            return [decoder.decode(ids_B, positions_B, cache, table_BN)]
+            with use(impl):
+                return [decoder.decode(ids_B, positions_B, cache, table_BN)]
 
         return run
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from bench import harness
 from bench.cases import Case
 from r1fast_kernels import linear_logprobs
+from r1fast_kernels.torch_private import multiplies_bf16
 
 # TRL's trainer passes this (trl/trainer/utils.py, _CHUNKED_LOGPROB_CHUNK_SIZE).
 TRL_VOCAB_CHUNK = 32768
@@ -78,7 +79,7 @@ def can_multiply(factor: Tensor) -> bool:
     """Whether torch multiplies its dtype at full rate. On a CPU without instructions for bf16 it takes minutes (ours
     widens to fp32): such contenders are not run, and the floor is that of fp32."""
     on_cpu_in_bf16 = harness.DEVICE == "cpu" and factor.dtype == torch.bfloat16
-    return not on_cpu_in_bf16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return not on_cpu_in_bf16 or multiplies_bf16()
 
 
 def runnable(factor: Tensor, runs: dict[str, harness.Run]) -> dict[str, harness.Run]:

@@ -2,10 +2,8 @@
 
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import platform
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +21,6 @@ from r1fast import __version__
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "math-verify", "numpy")
 _EXTRAS = ("flash-attn", "vllm", "reasoning-gym", "wandb", "trackio", "tensorboard")
 BUILD = "pip install --no-build-isolation -e ."
-_CHOICE = re.compile(r"^(?P<op>\S+) runs (?P<impl>\S+) \((?P<reason>.*)\)$", re.DOTALL)
 
 
 def versions() -> list[tuple[str, str]]:
@@ -47,7 +44,7 @@ def machine() -> list[tuple[str, str]]:
     found = [name for name, available in backends.items() if torch.distributed.is_available() and available()]
     return [
         ("system", f"{platform.system()} {platform.machine()}"),
-        ("cpu", f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"),
+        ("cpu", f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
         ("gpu", _gpus()),
         ("collectives", ", ".join(found) or "none: one process only"),
@@ -55,11 +52,11 @@ def machine() -> list[tuple[str, str]]:
     ]
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    text = info.read_text(errors="replace") if info.exists() else ""
-    found = re.search(r"^model name\s*:(.*)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or "unknown"
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _gpus() -> str:
@@ -84,28 +81,14 @@ def _extension() -> str:
 
 
 def op_choices() -> list[tuple[str, str, str, str]]:
-    """(op, implementations that exist, the one used here, why), from a tiny call of each op on this device.
-
-    The ops tell it themselves, in the line that dispatch logs once per outcome: call this before any op has run.
-    """
+    """(op, implementations that exist, the one used here, why), from a tiny call of each op on this device."""
     from r1fast_kernels import dispatch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    dispatch.logger.addHandler(handler)
-    dispatch.logger.setLevel(logging.INFO)
-    try:
-        failures = {op: failure for op, call in tiny_calls(device).items() if (failure := _failure(call))}
-    finally:
-        dispatch.logger.removeHandler(handler)
-    choices = {
-        match["op"]: (match["impl"], match["reason"]) for line in reversed(lines) if (match := _CHOICE.match(line))
-    }
-    choices |= {op: ("fails", failure) for op, failure in failures.items()}
-    unknown = ("unknown", "the op logged no choice")
-    return [(op, ", ".join(exists), *choices.get(op, unknown)) for op, exists in dispatch.IMPLEMENTATIONS.items()]
+    failures = {op: failure for op, call in tiny_calls(device).items() if (failure := _failure(call))}
+    chosen = {op: (impl, reason) for (op, impl), reason in dispatch.choices.items()}
+    chosen |= {op: ("fails", failure) for op, failure in failures.items()}
+    return [(op, ", ".join(exists), *chosen[op]) for op, exists in dispatch.IMPLEMENTATIONS.items()]
 
 
 def _failure(call: Callable[[], Any]) -> str | None:
@@ -164,7 +147,7 @@ def decode_once(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     model = Decoder(config).to(device, dtype)
     model.init_weights()
     ids_B = torch.zeros(1, dtype=torch.int64, device=device)
-    decoder = fast_decode(model, None) or model
+    decoder = fast_decode(model) or model
     return decoder.decode(ids_B, ids_B, BlockCache(config, 1, dtype, device), ids_B[:, None].int())
 
 

@@ -12,6 +12,7 @@ import torch
 
 from r1fast.artifacts import fingerprints, inputs_of, start_model
 from r1fast.config import ConfigError
+from r1fast.doctor import cpu_name
 from r1fast.observe.progress import ChainProgress
 from r1fast.observe.trackers import Tracker, open_trackers
 from r1fast.parallel.mesh import Dist
@@ -20,6 +21,7 @@ from r1fast.run_folder import PARTIAL, remove_leftovers, replace_file, write_rec
 from r1fast.schema import Recipe, StageBase
 from r1fast.stages.context import StageContext
 from r1fast.stopping import Stop, Stopped
+from r1fast_kernels import use
 
 
 def check_references(recipe: Recipe, selected: list[str], run_dir: Path) -> None:
@@ -136,7 +138,8 @@ class Run:
                     progress.finish_stage(stage.name, status="done", seconds=seconds, evaluation=evaluation)
                     continue
                 self.stop.check(self.dist)
-                self._stage(stage, entry, progress, trackers)
+                with use(self.recipe.kernels.impl):
+                    self._stage(stage, entry, progress, trackers)
         for tracker in trackers:
             tracker.close()
 
@@ -192,12 +195,3 @@ def machine(dist: Dist) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

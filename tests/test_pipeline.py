@@ -17,6 +17,7 @@ from r1fast.pipeline import Run, check_references
 from r1fast.resume import read_run
 from r1fast.run_folder import read_record
 from r1fast.schema import Recipe
+from r1fast_kernels.dispatch import in_use
 from tests.tiny_checkpoint import GRPO, PROMPTS, write_jsonl, write_recipe
 
 STAGES: list[dict[str, Any]] = [
@@ -67,11 +68,12 @@ def chain(tmp_path: Path) -> Callable[[], Run]:
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stubs for stages: `names` of those that ran; `fails` names one that raises; `results` by name."""
-    record = SimpleNamespace(names=[], fails=None, results={}, seen={})
+    record = SimpleNamespace(names=[], fails=None, results={}, seen={}, impls=set())
 
     def run(ctx: Any) -> dict[str, Any]:
         record.names.append(ctx.stage.name)
         record.seen[ctx.stage.name] = dict(ctx.evaluations)
+        record.impls.add(in_use())
         if record.fails == ctx.stage.name:
             raise RuntimeError("out of luck")
         ctx.evaluations[ctx.stage.name] = {"pass@1": 0.5}
@@ -181,6 +183,15 @@ def test_stages_run_in_the_order_of_the_recipe(chain, ran, tmp_path: Path) -> No
     found = statuses(summary_on_disk(tmp_path))
     assert {name for name, status in found.items() if status == "done"} == set(ran.names)
     assert {found[stage["name"]] for stage in STAGES if stage["name"] not in ran.names} == {"pending"}
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_stages_run_the_kernels_of_the_recipe(chain, ran, impl: str | None) -> None:
+    run = chain()
+    run.recipe.kernels.impl = impl
+    run.start()
+    run.execute(["base", "zero"])
+    assert ran.impls == {impl} and in_use() is None
 
 
 def test_summary_says_where_each_stage_comes_from(chain, ran, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Kernels for reinforcement learning of language models; usable without r1fast, in any trainer.
 
 Letters in names: T tokens, V vocabulary, D model width, E experts, K experts per token, F expert width, N samples,
-B sequences that decode. Every op takes `impl=None | "reference" | "cpp" | "triton"`; None picks by device and dtype.
+B sequences that decode. Every op takes `impl=None | "reference" | "cpp" | "triton"`; None picks by device and dtype,
+or takes what is in use: `with r1fast_kernels.use("reference"): ...` asks for it in all ops at once.
 """
 
 from . import hf as hf
 from .decode_attention import decode_attention
+from .dispatch import use as use
 from .group_advantages import group_advantages
 from .grouped_gemm import grouped_gemm
 from .grpo_loss import grpo_loss

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .decode_attention_triton import BLOCK, launch
-from .dispatch import TRITON_DEVICE, choose, compute_dtype, product_dtype
+from .dispatch import choose, compute_dtype, product_dtype, register
 from .ids import check_blocks
 
 
@@ -39,18 +39,12 @@ def decode_attention_reference(
     return torch.einsum("bkgj,bjke->bkge", probs_BKgJ, v_BJKe).flatten(1, 2).to(q_BHd.dtype)
 
 
-torch.library.define(
-    "r1fast::decode_attention",
+register(
+    "decode_attention",
     "(Tensor q_BHd, Tensor k_SKd, Tensor v_SKe, Tensor block_table_BN, Tensor lengths_B, float scale) -> Tensor",
+    fake=lambda q_BHd, _, v_SKe, *others: q_BHd.new_empty(*q_BHd.shape[:2], v_SKe.shape[2]),
+    launch=launch,
 )
-torch.library.impl("r1fast::decode_attention", TRITON_DEVICE, launch)
-
-
-@torch.library.register_fake("r1fast::decode_attention")
-def _fake(
-    q_BHd: Tensor, k_SKd: Tensor, v_SKe: Tensor, block_table_BN: Tensor, lengths_B: Tensor, scale: float
-) -> Tensor:
-    return q_BHd.new_empty(*q_BHd.shape[:2], v_SKe.shape[2])
 
 
 @torch.no_grad()
@@ -94,7 +88,7 @@ def decode_attention(
             f"decode_attention: got block_table in {block_table_BN.dtype}, lengths in {lengths_B.dtype} and {scale=}; "
             "expected int32, int32 and a scale above 0"
         )
-    chosen = choose("decode_attention", impl, q_BHd)
+    chosen, _ = choose("decode_attention", impl, q_BHd)
     if chosen != "cpp":
         check_blocks("decode_attention", block_table_BN, lengths_B, BLOCK, S // BLOCK)
     if chosen == "reference":

@@ -83,12 +83,12 @@ class DecodeLayers:
     norm_topk_prob: bool
     routed_scaling_factor: float
 
-    def can_run(self, impl: str | None) -> bool:
-        """False: run the modules (`impl` says so, or the model is fp64, not on a CPU or not for it). Logged once."""
-        if reason := self._obstacle() if impl in (None, "cpp") else f"impl={impl}":
+    def can_run(self) -> bool:
+        """False: run the modules (`use` says so, or the model is fp64, not on a CPU or not for it). Logged once."""
+        if reason := self._obstacle():
             log_choice("decode_layers", "reference", reason)
             return False
-        return choose("decode_layers", impl, self.embedding_VD) == "cpp"
+        return choose("decode_layers", None, self.embedding_VD)[0] == "cpp"
 
     def _obstacle(self) -> str | None:
         if self.embedding_VD.dtype == torch.float64:

@@ -3,18 +3,22 @@
 import importlib.util
 import logging
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger("r1fast_kernels")
 
+NAMES = ("reference", "cpp", "triton")
 # The implementations that exist, per op. A public function refuses any other name.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("selective_logprobs", "linear_logprobs", "linear_cross_entropy", "group_advantages", "grpo_loss",
      "linear_grpo_loss", "route_topk", "moe_dispatch", "grouped_gemm", "moe_experts", "sample_tokens",
      "decode_attention"),
-    ("reference", "cpp", "triton"),
+    NAMES,
 ) | dict.fromkeys(("rms_norm", "packed_attention", "swiglu", "decode_layers"), ("reference", "cpp"))  # fmt: skip
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -35,34 +39,58 @@ if HAS_EXTENSION:
             "Build it again: pip install --no-build-isolation -e ."
         ) from error
 
-_logged: set[tuple[str, str]] = set()
+# What was chosen so far, (op, implementation) -> reason; each is logged once.
+choices: dict[tuple[str, str], str] = {}
+
+_in_use: str | None = None
 
 
-def choose(op: str, impl: str | None, tensor: Tensor) -> str:
-    """The implementation that this call of `op` on `tensor` runs: `impl`, or the best when it is None.
+@contextmanager
+def use(impl: str | None) -> Iterator[None]:
+    """What every op called inside runs, unless the call says it itself: "reference", "cpp", "triton"; None: the best.
 
-    Logged once per outcome. Raises ValueError when `impl` does not exist for this op, or cannot run here.
+    It holds for the process: ops also run in a sampler's thread, and in those in which autograd recomputes.
     """
-    exists = IMPLEMENTATIONS[op]
-    if impl is not None and impl not in exists:
-        raise ValueError(f"{op}: got impl={impl!r}, expected None or one of {', '.join(exists)}")
+    global _in_use
+    if impl not in (None, *NAMES):
+        raise ValueError(f"use: got {impl!r}, expected None or one of {', '.join(NAMES)}")
+    before, _in_use = _in_use, impl
+    try:
+        yield
+    finally:
+        _in_use = before
+
+
+def in_use() -> str | None:
+    """What `use` asks for."""
+    return _in_use
+
+
+def choose(op: str, impl: str | None, tensor: Tensor) -> tuple[str, str]:
+    """The implementation that this call of `op` on `tensor` runs, and why: `impl`, what is in use, or the best.
+
+    Raises ValueError when what is asked for does not exist for this op, or cannot run here.
+    """
+    asked, exists = impl or _in_use, IMPLEMENTATIONS[op]
+    if asked is not None and asked not in exists:
+        raise ValueError(f"{op}: got impl={asked!r}, expected None or one of {', '.join(exists)}")
     fused = "triton" if tensor.device.type == TRITON_DEVICE else "cpp"
-    obstacle = _obstacle(impl or fused, tensor) if impl or fused in exists else f"no {fused} kernel: torch's own"
-    if impl is not None and obstacle is not None:
-        raise ValueError(f"{op}: impl={impl!r} cannot run here: {obstacle}")
-    if impl is not None:
-        chosen, reason = impl, "asked for"
+    obstacle = _obstacle(asked or fused, tensor) if asked or fused in exists else f"no {fused} kernel: torch's own"
+    if asked is not None and obstacle is not None:
+        raise ValueError(f"{op}: impl={asked!r} cannot run here: {obstacle}")
+    if asked is not None:
+        chosen, reason = asked, "asked for"
     elif obstacle is not None:
         chosen, reason = "reference", obstacle
     else:
         chosen, reason = fused, f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
     log_choice(op, chosen, reason)
-    return chosen
+    return chosen, reason
 
 
 def log_choice(op: str, chosen: str, reason: str) -> None:
-    if (op, chosen) not in _logged and not torch.compiler.is_compiling():
-        _logged.add((op, chosen))
+    if not torch.compiler.is_compiling() and (op, chosen) not in choices:
+        choices[op, chosen] = reason
         logger.info("%s runs %s (%s)", op, chosen, reason)
 
 
@@ -80,6 +108,39 @@ def _obstacle(impl: str, tensor: Tensor) -> str | None:
     if impl == "cpp" and not HAS_EXTENSION:
         return "the C++ extension is not built: pip install --no-build-isolation -e ."
     return None
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    launch: Callable[..., Any] | None = None,
+    device: str | tuple[str, ...] = TRITON_DEVICE,
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Make the operator r1fast::`name`, whose CPU kernel is C++ unless `launch` is on that `device`.
+
+    save, backward: setup_context and backward of torch.library.register_autograd.
+    """
+    op = f"r1fast::{name}"
+    torch.library.define(op, schema)
+    torch.library.register_fake(op, fake)
+    if launch is not None:
+        torch.library.impl(op, device, launch)
+    if backward is not None:
+        torch.library.register_autograd(op, backward, setup_context=save)
+
+
+def empty_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """What a backward operator returns, to be filled: nothing where no gradient is needed."""
+    return tuple(x.new_empty(x.shape if needed else 0) for x, needed in zip(inputs, needs))
+
+
+def wanted(gradients: Iterable[Tensor], needs: Iterable[bool]) -> tuple[Tensor | None, ...]:
+    """What autograd gets of it."""
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs))
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import INTERPRETING, TRITON_DEVICE, choose, product_dtype
+from .dispatch import INTERPRETING, choose, product_dtype, register
 from .ids import check_offsets
 from .moe_dispatch import tile_table
 
@@ -45,6 +45,12 @@ class Blocks:
     k: int
     num_warps: int
     num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of a kernel's launch."""
+        launch = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {"GROUP": GROUP, "BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k} | launch
 
 
 # By rows per expert. Half of an expert's last tile is empty on average: at 128 rows a tile and 512 rows an expert that
@@ -229,9 +235,7 @@ def launch_gemm(
     if num_rows and width:
         _gemm_kernel[(tiles_3I.shape[1] * triton.cdiv(width, blocks.n),)](
             x_MD.contiguous(), weight.contiguous(), out_MN, tiles_3I, len(weight), inner, width,
-            TRANSPOSE=transpose_weight, ZERO_SKIPPED=zero_skipped, EVEN_K=inner % blocks.k == 0, GROUP=GROUP,
-            BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_K=blocks.k, num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
+            TRANSPOSE=transpose_weight, ZERO_SKIPPED=zero_skipped, EVEN_K=inner % blocks.k == 0, **blocks.options,
         )  # fmt: skip
     return out_MN
 
@@ -258,26 +262,7 @@ def _launch(x_MD: Tensor, weight: Tensor, offsets_E: Tensor, transpose_weight: b
     return launch_gemm(x_MD, weight, tiles_3I, transpose_weight, blocks, zero_skipped=True)
 
 
-torch.library.define(
-    "r1fast::grouped_gemm", "(Tensor x_MD, Tensor weight, Tensor offsets_E, bool transpose_weight) -> Tensor"
-)
-# [E, N, D]: y_e^T x_e over the rows of each expert.
-torch.library.define("r1fast::grouped_gemm_weight", "(Tensor x_MD, Tensor y_MN, Tensor offsets_E) -> Tensor")
-torch.library.impl("r1fast::grouped_gemm", TRITON_DEVICE, _launch)
-torch.library.impl("r1fast::grouped_gemm_weight", TRITON_DEVICE, launch_weight)
-
-
-@torch.library.register_fake("r1fast::grouped_gemm")
-def _fake(x_MD: Tensor, weight: Tensor, offsets_E: Tensor, transpose_weight: bool) -> Tensor:
-    return x_MD.new_empty(x_MD.shape[0], weight.shape[1 if transpose_weight else 2])
-
-
-@torch.library.register_fake("r1fast::grouped_gemm_weight")
-def _weight_fake(x_MD: Tensor, y_MN: Tensor, offsets_E: Tensor) -> Tensor:
-    return x_MD.new_empty(offsets_E.shape[0], y_MN.shape[1], x_MD.shape[1])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
     ctx.transpose_weight = inputs[3]
 
@@ -294,7 +279,21 @@ def _backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, Tensor | None, 
     return grad_x, grad_weight, None, None
 
 
-torch.library.register_autograd("r1fast::grouped_gemm", _backward, setup_context=_setup_context)
+register(
+    "grouped_gemm",
+    "(Tensor x_MD, Tensor weight, Tensor offsets_E, bool transpose_weight) -> Tensor",
+    fake=lambda x_MD, weight, _, transpose: x_MD.new_empty(len(x_MD), weight.shape[1 if transpose else 2]),
+    launch=_launch,
+    save=_save,
+    backward=_backward,
+)
+# [E, N, D]: y_e^T x_e over the rows of each expert.
+register(
+    "grouped_gemm_weight",
+    "(Tensor x_MD, Tensor y_MN, Tensor offsets_E) -> Tensor",
+    fake=lambda x_MD, y_MN, offsets_E: x_MD.new_empty(len(offsets_E), y_MN.shape[1], x_MD.shape[1]),
+    launch=launch_weight,
+)
 
 
 def grouped_gemm(
@@ -316,7 +315,7 @@ def grouped_gemm(
         )
     dtype = product_dtype(weight)
     x_MD, weight = x_MD.to(dtype), weight.to(dtype)
-    chosen = choose("grouped_gemm", impl, x_MD)
+    chosen, _ = choose("grouped_gemm", impl, x_MD)
     if chosen != "cpp":
         check_offsets("grouped_gemm", "offsets_E", offsets_E, len(x_MD), whole=False)
     if chosen == "reference":

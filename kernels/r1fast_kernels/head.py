@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import compute_dtype
+from .torch_private import backward_may_repeat, multiplies_bf16
 
 # Bytes of a tile of logits. On a CPU it should stay near the caches; on a GPU it has to be large enough for the product
 # to run at full rate, and goes through memory once each way (4% of the product's time at D = 4096).
@@ -25,7 +26,7 @@ COLUMNS = {"cpu": 1024, "cuda": 1 << 62}
 # Of running values: on a CPU fp64 costs nothing; on a GPU sums over a tile are fp32 already.
 STATE_DTYPE = {"cpu": torch.float64, "cuda": torch.float32}
 # Without instructions for it torch multiplies bf16 5 to 70 times slower than fp32: there products and tiles are fp32.
-WIDENS_BF16 = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+WIDENS_BF16 = not multiplies_bf16()
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
@@ -122,7 +123,7 @@ def may_overwrite(saved: Tensor) -> bool:
 
     Not while it is traced (then the tensor is of a class of its own): a compiled graph must not write over its inputs.
     """
-    return type(saved) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    return type(saved) is Tensor and not backward_may_repeat()
 
 
 def times(saved: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:

@@ -44,12 +44,14 @@ def check_offsets(op: str, name: str, offsets: Tensor, last: int, *, whole: bool
         return
     values = offsets.tolist()
     rising = all(a <= b for a, b in zip([0, *values], values))
-    if whole and (not values or values[0] != 0 or values[-1] != last or not rising):
-        raise ValueError(f"{op}: got {name}={_shown(values)}, expected [N + 1] rising from 0 to {last}")
-    if not whole and (not rising or (values and values[-1] > last)):
-        raise ValueError(
-            f"{op}: got {name}={_shown(values)}, expected ends that do not decrease and are at most {last} rows"
-        )
+    if whole:
+        ok, expected = rising and values[:1] == [0] and values[-1] == last, f"[N + 1] rising from 0 to {last}"
+    else:
+        ok = rising and (not values or values[-1] <= last)
+        expected = f"ends that do not decrease and are at most {last} rows"
+    if not ok:
+        more = f".. ({len(values)})" if len(values) > 8 else ""
+        raise ValueError(f"{op}: got {name}={values[:8]}{more}, expected {expected}")
 
 
 def check_blocks(op: str, block_table_BN: Tensor, lengths_B: Tensor, block: int, num_blocks: int) -> None:
@@ -69,7 +71,3 @@ def check_blocks(op: str, block_table_BN: Tensor, lengths_B: Tensor, block: int,
             f"{op}: got block_table_BN[{b}, {n}] = {int(block_table_BN[b, n])}, expected a block of the cache, 0 to "
             f"{num_blocks - 1}"
         )
-
-
-def _shown(values: list[int]) -> str:
-    return f"{values[:8]}" if len(values) <= 8 else f"{values[:8]}.. ({len(values)})"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import choose, compute_dtype
+from .dispatch import choose, compute_dtype, empty_gradients, register
 from .head import forward_with_gradient, times
 from .ids import check_target_ids
 from .linear_logprobs import check_head, linear_logprobs, linear_logprobs_reference
@@ -50,28 +50,14 @@ def _forward(
     return logprobs_T.sum() * -scale, grad_hidden_TD, grad_weight_VD
 
 
-torch.library.define(
-    "r1fast::linear_cross_entropy",
-    "(Tensor hidden_TD, Tensor weight_VD, Tensor target_ids_T, int? ignore_index, bool mean, bool needs_hidden, "
-    "bool needs_weight) -> (Tensor loss, Tensor grad_hidden_TD, Tensor grad_weight_VD)",
-)
-for _device in ("cpu", "cuda"):
-    torch.library.impl("r1fast::linear_cross_entropy", _device, _forward)
-
-
-@torch.library.register_fake("r1fast::linear_cross_entropy")
-def _fake(hidden_TD: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(hidden_TD: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return hidden_TD.new_empty((), dtype=compute_dtype(hidden_TD)), *fake_gradients(hidden_TD, weight_VD, *others[-2:])
 
 
-def fake_gradients(
-    hidden_TD: Tensor, weight_VD: Tensor, needs_hidden: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """What forward_with_gradient gives; empty where not needed."""
-    return (
-        hidden_TD.new_empty(hidden_TD.shape if needs_hidden else 0),
-        weight_VD.new_empty(weight_VD.shape if needs_weight else 0),
-    )
+def fake_gradients(hidden_TD: Tensor, weight_VD: Tensor, *needs: bool) -> tuple[Tensor, Tensor]:
+    """What forward_with_gradient gives."""
+    grad_hidden_TD, grad_weight_VD = empty_gradients((hidden_TD, weight_VD), needs)
+    return grad_hidden_TD, grad_weight_VD
 
 
 def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -90,7 +76,16 @@ def scale_gradients(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     return *gradients, *([None] * (ctx.num_inputs - 2))
 
 
-torch.library.register_autograd("r1fast::linear_cross_entropy", scale_gradients, setup_context=save_gradients)
+register(
+    "linear_cross_entropy",
+    "(Tensor hidden_TD, Tensor weight_VD, Tensor target_ids_T, int? ignore_index, bool mean, bool needs_hidden, "
+    "bool needs_weight) -> (Tensor loss, Tensor grad_hidden_TD, Tensor grad_weight_VD)",
+    fake=_fake,
+    launch=_forward,
+    device=("cpu", "cuda"),
+    save=save_gradients,
+    backward=scale_gradients,
+)
 
 
 def linear_cross_entropy(
@@ -115,7 +110,7 @@ def linear_cross_entropy(
     hidden_TD, weight_VD = check_head("linear_cross_entropy", hidden_TD, weight_VD, target_ids_T)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy: got reduction={reduction!r}, expected mean, sum or none")
-    chosen = choose("linear_cross_entropy", impl, hidden_TD)
+    chosen, _ = choose("linear_cross_entropy", impl, hidden_TD)
     if reduction != "none" and chosen != "reference":
         learns = torch.is_grad_enabled()
         return torch.ops.r1fast.linear_cross_entropy(

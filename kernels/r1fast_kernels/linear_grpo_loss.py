@@ -154,7 +154,7 @@ def linear_grpo_loss(
     given = LossArguments.of("linear_grpo_loss", {**loss_arguments, "entropy_T": target_ids_T})
     given.check_shapes(hidden_TD.shape[0], cu_seqlens)
     given.check_values("linear_grpo_loss", hidden_TD.shape[0], cu_seqlens)
-    chosen = choose("linear_grpo_loss", impl, hidden_TD)
+    chosen, _ = choose("linear_grpo_loss", impl, hidden_TD)
     hidden_TD, target_ids_T, cu_seqlens, given = _without_masked(hidden_TD, target_ids_T, cu_seqlens, given)
     num_tokens, vocab = hidden_TD.shape[0], weight_VD.shape[0]
     one_tile = num_tokens <= rows_of_tall_tile(hidden_TD, vocab) if chosen != "reference" else False

@@ -237,7 +237,7 @@ def linear_logprobs(
             raise ValueError(f"linear_logprobs: got bias {tuple(bias_V.shape)}, expected {tuple(weight_VD.shape[:1])}")
         bias_V = bias_V.to(weight_VD.dtype)
     entropy_T: Tensor | None
-    if choose("linear_logprobs", impl, hidden_TD) == "reference":
+    if choose("linear_logprobs", impl, hidden_TD)[0] == "reference":
         check_target_ids("linear_logprobs", target_ids_T, weight_VD.shape[0])
         logprobs_T, entropy_T = linear_logprobs_reference(
             hidden_TD, weight_VD, target_ids_T, bias_V, temperature, with_entropy

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import TRITON_DEVICE, choose
+from .dispatch import choose, register
 from .ids import check_ids
 
 
@@ -181,19 +181,17 @@ def tile_table(offsets_E: Tensor, num_rows: int, tile: int) -> Tensor:
     return tiles_3I
 
 
-torch.library.define(
-    "r1fast::moe_dispatch",
-    "(Tensor expert_ids_TK, int num_experts) -> (Tensor order_M, Tensor slot_TK, Tensor offsets_E)",
-)
-torch.library.impl("r1fast::moe_dispatch", TRITON_DEVICE, launch_dispatch)
-
-
-@torch.library.register_fake("r1fast::moe_dispatch")
 def fake(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    def int32(*shape: int) -> Tensor:
-        return expert_ids_TK.new_empty(shape, dtype=torch.int32)
+    ids_TK = torch.empty_like(expert_ids_TK, dtype=torch.int32, memory_format=torch.contiguous_format)
+    return ids_TK.new_empty(ids_TK.numel()), ids_TK, ids_TK.new_empty(num_experts)
 
-    return int32(expert_ids_TK.numel()), int32(*expert_ids_TK.shape), int32(num_experts)
+
+register(
+    "moe_dispatch",
+    "(Tensor expert_ids_TK, int num_experts) -> (Tensor order_M, Tensor slot_TK, Tensor offsets_E)",
+    fake=fake,
+    launch=launch_dispatch,
+)
 
 
 def check_expert_ids(op: str, expert_ids_TK: Tensor, num_experts: int) -> None:
@@ -209,7 +207,7 @@ def moe_dispatch(expert_ids_TK: Tensor, num_experts: int, *, impl: str | None = 
     """
     if expert_ids_TK.dim() != 2:
         raise ValueError(f"moe_dispatch: got expert ids {tuple(expert_ids_TK.shape)}, expected [T, K]")
-    chosen = choose("moe_dispatch", impl, expert_ids_TK)
+    chosen, _ = choose("moe_dispatch", impl, expert_ids_TK)
     if chosen != "cpp":
         check_expert_ids("moe_dispatch", expert_ids_TK, num_experts)
     if chosen == "reference":

@@ -13,14 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import TRITON_DEVICE, choose, compute_dtype, product_dtype
+from .dispatch import choose, compute_dtype, empty_gradients, product_dtype, register, wanted
 from .moe_dispatch import check_expert_ids, moe_dispatch_reference
 from .moe_dispatch import fake as fake_dispatch
 from .moe_experts_triton import launch_backward, launch_forward
-
-
-def _gather(rows_TD: Tensor, token_M: Tensor) -> Tensor:
-    return rows_TD.index_select(0, token_M)
 
 
 def _gather_sum(rows_MD: Tensor, slot_TK: Tensor) -> Tensor:
@@ -34,7 +30,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, token_M: Tensor, slot_TK: Tensor) -> Tensor:
         ctx.save_for_backward(slot_TK)
-        return _gather(hidden_TD, token_M)
+        return hidden_TD.index_select(0, token_M)
 
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
@@ -51,7 +47,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _gather(grad_TD, *ctx.saved_tensors), None, None
+        return grad_TD.index_select(0, *ctx.saved_tensors), None, None
 
 
 def moe_experts_reference(
@@ -74,40 +70,15 @@ def moe_experts_reference(
     return _Combine.apply(out_MD, token_M, slot_TK)
 
 
-torch.library.define(
-    "r1fast::moe_experts",
-    "(Tensor hidden_TD, Tensor gate_up_E2FD, Tensor down_EDF, Tensor expert_ids_TK, Tensor weights_TK, bool keep) "
-    "-> (Tensor out_TD, Tensor order_M, Tensor slot_TK, Tensor offsets_E, Tensor gate_up_M2F)",
-)
-torch.library.define(
-    "r1fast::moe_experts_backward",
-    "(Tensor grad_out_TD, Tensor hidden_TD, Tensor gate_up_E2FD, Tensor down_EDF, Tensor weights_TK, Tensor order_M, "
-    "Tensor slot_TK, Tensor offsets_E, Tensor gate_up_M2F, bool needs_hidden, bool needs_gate_up, bool needs_down, "
-    "bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.impl("r1fast::moe_experts", TRITON_DEVICE, launch_forward)
-torch.library.impl("r1fast::moe_experts_backward", TRITON_DEVICE, launch_backward)
-
-
-@torch.library.register_fake("r1fast::moe_experts")
 def _fake(
-    hidden_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_experts, two_f, _ = gate_up_E2FD.shape
+    hidden_TD: Tensor, gate_up_E2FD: Tensor, _: Tensor, expert_ids_TK: Tensor, __: Tensor, keep: bool
+) -> tuple[Tensor, ...]:
+    num_experts, two_f = gate_up_E2FD.shape[:2]
     kept = (expert_ids_TK.numel(), two_f) if keep else (0,)
     return torch.empty_like(hidden_TD), *fake_dispatch(expert_ids_TK, num_experts), hidden_TD.new_empty(kept)
 
 
-@torch.library.register_fake("r1fast::moe_experts_backward")
-def _backward_fake(
-    grad_out_TD: Tensor, hidden_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weights_TK: Tensor, *others: Any
-) -> tuple[Tensor, ...]:
-    """Empty where not needed."""
-    inputs = hidden_TD, gate_up_E2FD, down_EDF, weights_TK
-    return tuple(x.new_empty(x.shape if needed else 0) for x, needed in zip(inputs, others[-4:]))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden_TD, gate_up_E2FD, down_EDF, _, weights_TK, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(hidden_TD, gate_up_E2FD, down_EDF, weights_TK, *output[1:])
@@ -116,11 +87,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_out_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     found = torch.ops.r1fast.moe_experts_backward(grad_out_TD.contiguous(), *ctx.saved_tensors, *needs)
-    hidden, gate_up, down, weights = (gradient if needed else None for gradient, needed in zip(found, needs))
+    hidden, gate_up, down, weights = wanted(found, needs)
     return hidden, gate_up, down, None, weights, None
 
 
-torch.library.register_autograd("r1fast::moe_experts", _backward, setup_context=_setup_context)
+register(
+    "moe_experts",
+    "(Tensor hidden_TD, Tensor gate_up_E2FD, Tensor down_EDF, Tensor expert_ids_TK, Tensor weights_TK, bool keep) "
+    "-> (Tensor out_TD, Tensor order_M, Tensor slot_TK, Tensor offsets_E, Tensor gate_up_M2F)",
+    fake=_fake,
+    launch=launch_forward,
+    save=_save,
+    backward=_backward,
+)
+register(
+    "moe_experts_backward",
+    "(Tensor grad_out_TD, Tensor hidden_TD, Tensor gate_up_E2FD, Tensor down_EDF, Tensor weights_TK, Tensor order_M, "
+    "Tensor slot_TK, Tensor offsets_E, Tensor gate_up_M2F, bool needs_hidden, bool needs_gate_up, bool needs_down, "
+    "bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda _, *given: empty_gradients(given[:4], given[-4:]),
+    launch=launch_backward,
+)
 
 
 def moe_experts(
@@ -162,7 +149,7 @@ def moe_experts(
     hidden_TD, gate_up_E2FD, down_EDF = (x.to(dtype) for x in (hidden_TD, gate_up_E2FD, down_EDF))
     weights_TK = weights_TK.to(compute_dtype(hidden_TD))
     inputs = hidden_TD, gate_up_E2FD, down_EDF, expert_ids_TK, weights_TK
-    chosen = choose("moe_experts", impl, hidden_TD)
+    chosen, _ = choose("moe_experts", impl, hidden_TD)
     if chosen != "cpp":
         check_expert_ids("moe_experts", expert_ids_TK, num_experts)
     if chosen == "reference":

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grouped_gemm import GROUP, Blocks, gemm_blocks, launch_gemm, launch_weight, multiply, read_tile
+from .dispatch import empty_gradients
+from .grouped_gemm import Blocks, gemm_blocks, launch_gemm, launch_weight, multiply, read_tile
 from .moe_dispatch import launch_dispatch, tile_table
 
 # One program of a sum over the rows of a token: 16 values a thread.
@@ -242,8 +243,7 @@ def _gate_up(
     blocks = gemm_blocks(hidden_TD.dtype, len(order_M), num_experts)
     _gate_up_kernel[(tiles_3I.shape[1] * triton.cdiv(two_f // 2, blocks.n // 2),)](
         hidden_TD, gate_up_E2FD, weights_TK, order_M, tiles_3I, inner_MF, kept_M2F, num_experts, width, two_f // 2,
-        weights_TK.shape[1], EVEN_K=width % blocks.k == 0, GROUP=GROUP, BLOCK_M=blocks.m, BLOCK_N=blocks.n,
-        BLOCK_K=blocks.k, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        weights_TK.shape[1], EVEN_K=width % blocks.k == 0, **blocks.options,
     )  # fmt: skip
 
 
@@ -286,8 +286,7 @@ def _inner_gradient(
     given = (x if needed else None for x, needed in zip((grad_M2F, inner_MF, partials_MJ), needs))
     _inner_gradient_kernel[(tiles_3I.shape[1] * num_columns,)](
         grad_out_TD, down_EDF, gate_up_M2F, weights_TK, order_M, tiles_3I, *given, num_experts, width, width_f,
-        weights_TK.shape[1], EVEN_K=width % blocks.k == 0, GROUP=GROUP, BLOCK_M=blocks.m, BLOCK_N=blocks.n,
-        BLOCK_K=blocks.k, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        weights_TK.shape[1], EVEN_K=width % blocks.k == 0, **blocks.options,
     )  # fmt: skip
     return grad_M2F, inner_MF, partials_MJ
 
@@ -317,14 +316,13 @@ def launch_backward(
     needs_gate_up: bool,
     needs_down: bool,
     needs_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The gradients of hidden, gate_up, down and weights; empty where not needed."""
     needs = needs_hidden, needs_gate_up, needs_down, needs_weights
     inputs = hidden_TD, gate_up_E2FD, down_EDF, weights_TK
     num_rows, (num_experts, two_f, _) = len(order_M), gate_up_E2FD.shape
     if not num_rows or not any(needs):
-        hidden, gate_up, down, weights = (x.new_zeros(x.shape if needed else 0) for x, needed in zip(inputs, needs))
-        return hidden, gate_up, down, weights
+        return tuple(x.zero_() for x in empty_gradients(inputs, needs))
     grad_out_TD, hidden_TD, gate_up_E2FD, down_EDF, weights_TK = (
         x.contiguous() for x in (grad_out_TD, hidden_TD, gate_up_E2FD, down_EDF, weights_TK)
     )

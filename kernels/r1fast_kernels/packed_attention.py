@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import choose, compute_dtype, product_dtype
+from .dispatch import choose, compute_dtype, product_dtype, register, wanted
 from .ids import check_offsets
 
 
@@ -54,34 +54,18 @@ def packed_attention_reference(
     return torch.cat(outs)
 
 
-_INPUTS = "Tensor q_THd, Tensor k_TKd, Tensor v_TKe, Tensor cu_seqlens, Tensor? k_pe_TR, Tensor? cos_Tr, Tensor? sin_Tr"
-torch.library.define(
-    "r1fast::packed_attention", f"({_INPUTS}, float scale, bool interleaved) -> (Tensor out_THe, Tensor lse_TH)"
-)
-torch.library.define(
-    "r1fast::packed_attention_backward",
-    f"(Tensor grad_THe, {_INPUTS}, Tensor out_THe, Tensor lse_TH, float scale, bool interleaved) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.register_fake("r1fast::packed_attention")
-def _fake(q_THd: Tensor, k_TKd: Tensor, v_TKe: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(q_THd: Tensor, _: Tensor, v_TKe: Tensor, *__: Any) -> tuple[Tensor, Tensor]:
     out_THe = q_THd.new_empty(*q_THd.shape[:2], v_TKe.shape[2])
     return out_THe, q_THd.new_empty(q_THd.shape[:2], dtype=compute_dtype(q_THd))
 
 
-@torch.library.register_fake("r1fast::packed_attention_backward")
-def _backward_fake(
-    grad_THe: Tensor, q_THd: Tensor, k_TKd: Tensor, v_TKe: Tensor, cu_seqlens: Tensor, k_pe_TR: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The last one is empty where k_pe_TR is None."""
+def _backward_fake(_: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    q_THd, k_TKd, v_TKe, _, k_pe_TR = given[:5]
     shapes = (q_THd.shape, k_TKd.shape, v_TKe.shape, (0, 0) if k_pe_TR is None else k_pe_TR.shape)
-    q, k, v, k_pe = (q_THd.new_empty(shape) for shape in shapes)
-    return q, k, v, k_pe
+    return tuple(q_THd.new_empty(shape) for shape in shapes)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.scale, ctx.interleaved = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
@@ -89,11 +73,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_THe: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     found = torch.ops.r1fast.packed_attention_backward(grad_THe, *ctx.saved_tensors, ctx.scale, ctx.interleaved)
-    q, k, v, k_pe = (found[i] if ctx.needs_input_grad[j] else None for i, j in enumerate((0, 1, 2, 4)))
+    q, k, v, k_pe = wanted(found, (ctx.needs_input_grad[i] for i in (0, 1, 2, 4)))
     return q, k, v, None, k_pe, None, None, None, None
 
 
-torch.library.register_autograd("r1fast::packed_attention", _backward, setup_context=_setup_context)
+_INPUTS = "Tensor q_THd, Tensor k_TKd, Tensor v_TKe, Tensor cu_seqlens, Tensor? k_pe_TR, Tensor? cos_Tr, Tensor? sin_Tr"
+register(
+    "packed_attention",
+    f"({_INPUTS}, float scale, bool interleaved) -> (Tensor out_THe, Tensor lse_TH)",
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)
+register(
+    "packed_attention_backward",  # the last gradient is empty where k_pe_TR is None
+    f"(Tensor grad_THe, {_INPUTS}, Tensor out_THe, Tensor lse_TH, float scale, bool interleaved) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+)
 
 
 def packed_attention(
@@ -148,7 +145,7 @@ def packed_attention(
         )
     if scale <= 0:
         raise ValueError(f"packed_attention: got {scale=}, expected more than 0")
-    chosen = choose("packed_attention", impl, q_THd)
+    chosen, _ = choose("packed_attention", impl, q_THd)
     if chosen != "cpp":
         check_offsets("packed_attention", "cu_seqlens", cu_seqlens, T)
     if chosen == "reference":

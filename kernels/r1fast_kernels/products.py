@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import in_use
+from .torch_private import onednn_linear
+
 
 @cache
 def onednn_is_faster() -> bool:
@@ -22,40 +25,32 @@ def onednn_is_faster() -> bool:
     return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
 
 
-def _takes_onednn(x: Tensor, impl: str | None) -> bool:
-    if impl == "reference" or x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0:
+def _takes_onednn(x: Tensor) -> bool:
+    if in_use() == "reference" or x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0:
         return False
     return onednn_is_faster() and not torch.is_autocast_enabled("cpu")
-
-
-def _onednn(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """x weight^T + bias."""
-    return torch.ops.mkldnn._linear_pointwise(x_TK, weight_NK, bias_N, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_TK, weight_NK)
-        return _onednn(x_TK, weight_NK, bias_N)
+        return onednn_linear(x_TK, weight_NK, bias_N)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (grad_TN,), (x_TK, weight_NK) = grads, ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            _onednn(grad_TN, weight_NK.T) if needs_x else None,
-            _onednn(grad_TN.T, x_TK.T) if needs_weight else None,
+            onednn_linear(grad_TN, weight_NK.T) if needs_x else None,
+            onednn_linear(grad_TN.T, x_TK.T) if needs_weight else None,
             grad_TN.sum(0) if needs_bias else None,
         )
 
 
-def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, *, impl: str | None = None) -> Tensor:
-    """`torch.nn.functional.linear` of [T, K] and [N, K], and on some CPUs about twice as fast in fp32.
-
-    impl="reference": torch's own, always.
-    """
-    if _takes_onednn(x_TK, impl):
+def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` of [T, K] and [N, K]; but for the reference about twice as fast on some CPUs."""
+    if _takes_onednn(x_TK):
         return _Linear.apply(x_TK, weight_NK, bias_N)
     return F.linear(x_TK, weight_NK, bias_N)
 
@@ -85,10 +80,10 @@ class _LinearFp32(torch.autograd.Function):
         return grad_x, grad_weight
 
 
-def linear_fp32(x_TK: Tensor, weight_NK: Tensor, *, impl: str | None = None) -> Tensor:
+def linear_fp32(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     """fp32 x weight^T of factors of any precision, as routers want it; on a CPU no widened copy of x is kept."""
-    if impl == "reference":
+    if in_use() == "reference":
         return F.linear(x_TK.float(), weight_NK.float())
     if x_TK.device.type == "cpu" and x_TK.dtype in (torch.bfloat16, torch.float16) and len(x_TK):
         return _LinearFp32.apply(x_TK, weight_NK.float())
-    return linear(x_TK.float(), weight_NK.float(), impl=impl)
+    return linear(x_TK.float(), weight_NK.float())

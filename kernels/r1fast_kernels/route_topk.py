@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import TRITON_DEVICE, choose, compute_dtype
+from .dispatch import choose, compute_dtype, register
 from .ids import check_ids
 from .sample_tokens import key_of, value_of
 
@@ -229,16 +229,9 @@ def block_t(block_e: int) -> int:
 
 
 def _launch(
-    logits_TE: Tensor,
-    bias_E: Tensor | None,
-    replay_ids_TK: Tensor | None,
-    top_k: int,
-    n_group: int,
-    topk_group: int,
-    norm_topk_prob: bool,
-    routed_scaling_factor: float,
-    scoring: str,
+    logits_TE: Tensor, bias_E: Tensor | None, replay_ids_TK: Tensor | None, top_k: int, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    n_group, topk_group, norm_topk_prob, routed_scaling_factor, scoring = options
     num_tokens, num_experts = logits_TE.shape
     ids_TK, weights_TK, counts_E = _fake(logits_TE, bias_E, replay_ids_TK, top_k)
     counts_E.zero_()
@@ -257,16 +250,10 @@ def _launch(
     return ids_TK, weights_TK, counts_E
 
 
-def _launch_gradient(
-    logits_TE: Tensor,
-    expert_ids_TK: Tensor,
-    grad_weights_TK: Tensor,
-    norm_topk_prob: bool,
-    routed_scaling_factor: float,
-    scoring: str,
-) -> Tensor:
+def _launch_gradient(logits_TE: Tensor, expert_ids_TK: Tensor, grad_weights_TK: Tensor, *options: Any) -> Tensor:
+    norm_topk_prob, routed_scaling_factor, scoring = options
     (num_tokens, num_experts), top_k = logits_TE.shape, expert_ids_TK.shape[1]
-    grad_TE = torch.empty(logits_TE.shape, dtype=logits_TE.dtype, device=logits_TE.device)
+    grad_TE = logits_TE.new_empty(logits_TE.shape)
     block_e = triton.next_power_of_2(num_experts)
     block = block_t(block_e)
     if num_tokens:
@@ -278,37 +265,13 @@ def _launch_gradient(
     return grad_TE
 
 
-torch.library.define(
-    "r1fast::route_topk",
-    "(Tensor logits_TE, Tensor? bias_E, Tensor? replay_ids_TK, int top_k, int n_group, int topk_group, "
-    "bool norm_topk_prob, float routed_scaling_factor, str scoring) -> (Tensor expert_ids_TK, Tensor weights_TK, "
-    "Tensor tokens_per_expert_E)",
-)
-torch.library.define(
-    "r1fast::route_topk_backward",
-    "(Tensor logits_TE, Tensor expert_ids_TK, Tensor grad_weights_TK, bool norm_topk_prob, "
-    "float routed_scaling_factor, str scoring) -> Tensor",
-)
-torch.library.impl("r1fast::route_topk", TRITON_DEVICE, _launch)
-torch.library.impl("r1fast::route_topk_backward", TRITON_DEVICE, _launch_gradient)
-
-
-@torch.library.register_fake("r1fast::route_topk")
-def _fake(
-    logits_TE: Tensor, bias_E: Tensor | None, replay_ids_TK: Tensor | None, top_k: int, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(logits_TE: Tensor, _: Any, __: Any, top_k: int, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens, num_experts = logits_TE.shape
-    return (
-        logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64),
-        logits_TE.new_empty(num_tokens, top_k, dtype=compute_dtype(logits_TE)),
-        logits_TE.new_empty(num_experts, dtype=torch.int64),
-    )
+    ids_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64)
+    return ids_TK, torch.empty_like(ids_TK, dtype=compute_dtype(logits_TE)), ids_TK.new_empty(num_experts)
 
 
-torch.library.register_fake("r1fast::route_topk_backward", lambda logits_TE, *_: torch.empty_like(logits_TE))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(output[0], output[2])
     ctx.save_for_backward(inputs[0], output[0])
     ctx.options = inputs[6:]
@@ -320,7 +283,23 @@ def _backward(ctx: Any, _: Any, grad_weights_TK: Tensor, *__: Any) -> tuple[Tens
     return gradient, *[None] * 8
 
 
-torch.library.register_autograd("r1fast::route_topk", _backward, setup_context=_setup_context)
+register(
+    "route_topk",
+    "(Tensor logits_TE, Tensor? bias_E, Tensor? replay_ids_TK, int top_k, int n_group, int topk_group, "
+    "bool norm_topk_prob, float routed_scaling_factor, str scoring) -> (Tensor expert_ids_TK, Tensor weights_TK, "
+    "Tensor tokens_per_expert_E)",
+    fake=_fake,
+    launch=_launch,
+    save=_save,
+    backward=_backward,
+)
+register(
+    "route_topk_backward",
+    "(Tensor logits_TE, Tensor expert_ids_TK, Tensor grad_weights_TK, bool norm_topk_prob, "
+    "float routed_scaling_factor, str scoring) -> Tensor",
+    fake=lambda logits_TE, *_: torch.empty_like(logits_TE),
+    launch=_launch_gradient,
+)
 
 
 def route_topk(
@@ -368,7 +347,7 @@ def route_topk(
         router_logits_TE, bias_E, replay_ids_TK, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor,
         scoring,
     )  # fmt: skip
-    chosen = choose("route_topk", impl, router_logits_TE)
+    chosen, _ = choose("route_topk", impl, router_logits_TE)
     if chosen != "cpp" and replay_ids_TK is not None:
         check_ids("route_topk", "replay_ids_TK", replay_ids_TK, num_experts)
     if chosen == "reference":

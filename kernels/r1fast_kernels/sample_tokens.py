@@ -10,13 +10,14 @@ block in which u falls is read again. A cut needs its smallest token and no sort
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import TRITON_DEVICE, choose, compute_dtype
+from .dispatch import choose, compute_dtype, register
 from .selective_logprobs import block_v
 
 
@@ -242,7 +243,7 @@ def _launch(
     if logits_BV.stride(1) != 1:
         logits_BV = logits_BV.contiguous()
     num_rows, vocab = logits_BV.shape
-    ids_B, logprobs_B = _fake(logits_BV, seeds_B, temperature, top_k, top_p)
+    ids_B, logprobs_B = _fake(logits_BV)
     block, greedy = block_v(vocab, BLOCK_V), temperature == 0
     if num_rows:
         _sample_kernel[(num_rows,)](
@@ -254,20 +255,18 @@ def _launch(
     return ids_B, logprobs_B
 
 
-def _fake(
-    logits_BV: Tensor, seeds_B: Tensor | None, temperature: float, top_k: int, top_p: float
-) -> tuple[Tensor, Tensor]:
-    num_rows = logits_BV.shape[0]
-    return logits_BV.new_empty(num_rows, dtype=torch.int64), logits_BV.new_empty(num_rows, dtype=torch.float32)
+def _fake(logits_BV: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    ids_B = logits_BV.new_empty(len(logits_BV), dtype=torch.int64)
+    return ids_B, torch.empty_like(ids_B, dtype=torch.float32)
 
 
-torch.library.define(
-    "r1fast::sample_tokens",
+register(
+    "sample_tokens",
     "(Tensor logits_BV, Tensor? seeds_B, float temperature, int top_k, float top_p) "
     "-> (Tensor ids_B, Tensor logprobs_B)",
+    fake=_fake,
+    launch=_launch,
 )
-torch.library.impl("r1fast::sample_tokens", TRITON_DEVICE, _launch)
-torch.library.register_fake("r1fast::sample_tokens", _fake)
 
 
 @torch.no_grad()
@@ -305,7 +304,6 @@ def sample_tokens(
         )
     if seeds_B is None and temperature > 0:
         seeds_B = torch.randint(1 << 62, logits_BV.shape[:1], device=logits_BV.device)
-    if choose("sample_tokens", impl, logits_BV) == "reference":
+    if choose("sample_tokens", impl, logits_BV)[0] == "reference":
         return sample_tokens_reference(logits_BV, seeds_B, temperature, top_k, top_p)
-    ids_B, logprobs_B = torch.ops.r1fast.sample_tokens(logits_BV, seeds_B, temperature, top_k, top_p)
-    return ids_B, logprobs_B
+    return torch.ops.r1fast.sample_tokens(logits_BV, seeds_B, temperature, top_k, top_p)

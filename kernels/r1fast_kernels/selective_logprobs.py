@@ -311,7 +311,7 @@ def selective_logprobs(
     if temperature <= 0:
         raise ValueError(f"selective_logprobs: got temperature={temperature}, expected > 0; for greedy use 1.0")
     entropy_T: Tensor | None
-    chosen = choose("selective_logprobs", impl, logits_TV)
+    chosen, _ = choose("selective_logprobs", impl, logits_TV)
     if chosen != "cpp":
         check_target_ids("selective_logprobs", target_ids_T, logits_TV.shape[1])
     if chosen == "reference":

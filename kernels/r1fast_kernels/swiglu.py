@@ -55,6 +55,6 @@ def swiglu(gate: Tensor, up: Tensor, *, impl: str | None = None) -> Tensor:
         raise ValueError(f"swiglu: got gate {tuple(gate.shape)} and up {tuple(up.shape)}, expected one shape")
     dtype = torch.promote_types(gate.dtype, up.dtype)
     gate, up = gate.to(dtype), up.to(dtype)
-    if choose("swiglu", impl, gate) == "reference":
+    if choose("swiglu", impl, gate)[0] == "reference":
         return swiglu_reference(gate, up)
     return torch.ops.r1fast.swiglu(gate, up)

@@ -22,7 +22,7 @@ from torch.torch_version import Version
 import r1fast_kernels as kernels
 from r1fast.models.cache import BlockCache
 from r1fast.models.rope import Rope
-from r1fast_kernels.dispatch import choose
+from r1fast_kernels.dispatch import choose, in_use
 
 # A bucket takes sequences down to this share of its longest (or within this many tokens): at most 20% of its
 # rows are padding beyond very short sequences, and lengths 79-383 make seven buckets.
@@ -98,17 +98,16 @@ def packed_attention(
     scale: float,
     *,
     k_pe_TR: Tensor | None = None,
-    impl: str | None = None,
 ) -> Tensor:
     """Causal attention inside each sequence, of queries and keys that are not yet rotated.
 
     As r1fast_kernels.packed_attention, which runs on a CPU and, as "reference", anywhere. Else torch's flash kernels
     do: they take one head dimension only, so that keys and values are made of one width.
     """
-    if impl == "reference" or choose("packed_attention", impl, q_THd) == "cpp":
+    if in_use() == "reference" or choose("packed_attention", None, q_THd)[0] == "cpp":
         return kernels.packed_attention(
             q_THd, k_TKd, v_TKd, plan.cu_seqlens, scale=scale, k_pe_TR=k_pe_TR, rope=rope.angles,
-            interleaved=rope.interleaved, impl=impl,
+            interleaved=rope.interleaved,
         )  # fmt: skip
     q_THd = rope.rotate(q_THd)
     if k_pe_TR is None:

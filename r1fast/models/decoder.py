@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from r1fast.models.attention import AttentionPlan, ForwardPass
 from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.gqa import GroupedQueryAttention
-from r1fast.models.layers import MLP, Head, HeadFn, OpModule, RMSNorm
+from r1fast.models.layers import MLP, Head, HeadFn, RMSNorm
 from r1fast.models.mla import LatentAttention
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import MoE, Routing
@@ -60,7 +60,7 @@ def _of_model(routings: list[Routing]) -> Routing | None:
     return Routing(expert_ids_TLK, torch.stack(balances).sum() if balances else None)
 
 
-class Decoder(OpModule):
+class Decoder(nn.Module):
     """A causal language model, or with scalar_head=True a reward model: `score` [1, D] in place of `lm_head`.
 
     Parameter names are Hugging Face's without the leading `model.`; experts are stacked. May be built on meta: then
@@ -113,12 +113,6 @@ class Decoder(OpModule):
 
     def moe_layers(self) -> Iterator[MoE]:
         return (layer.mlp for layer in cast(Iterable[DecoderLayer], self.layers) if isinstance(layer.mlp, MoE))
-
-    def use_kernels(self, impl: str | None) -> None:
-        """Which implementation the model's own ops run: "reference", "cpp", "triton", or None for the best."""
-        for module in self.modules():
-            if isinstance(module, OpModule):
-                module.impl = impl
 
     def forward(
         self,

@@ -1,16 +1,16 @@
 """Grouped-query attention of Llama, Qwen2, Qwen3 and Qwen3-MoE."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from r1fast.models.attention import ForwardPass, packed_attention
 from r1fast.models.cache import BlockCache, DecodeStep
-from r1fast.models.layers import Linear, OpModule, RMSNorm
+from r1fast.models.layers import Linear, RMSNorm
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.rope import Rope, softmax_scale
 from r1fast_kernels import decode_attention
 
 
-class GroupedQueryAttention(OpModule):
+class GroupedQueryAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
         width, head_dim = config.hidden_size, config.attention_head_dim
@@ -27,15 +27,14 @@ class GroupedQueryAttention(OpModule):
         q_THd, k_TKd, v_TKd = self._project(x_TD)
         if step.cache is not None and step.slots_T is not None:
             step.cache.write(self.layer_idx, step.slots_T, step.rope.rotate(k_TKd), v_TKd)
-        out_THd = packed_attention(q_THd, k_TKd, v_TKd, step.plan, step.rope, self.scale, impl=self.impl)
+        out_THd = packed_attention(q_THd, k_TKd, v_TKd, step.plan, step.rope, self.scale)
         return self.o_proj(out_THd.flatten(1))
 
     def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: BlockCache) -> Tensor:
         q_BHd, k_BKd, v_BKd = self._project(x_BD)
         k_SKd, v_SKd = cache.write(self.layer_idx, step.slots_B, rope.rotate(k_BKd), v_BKd)
         out_BHd = decode_attention(
-            rope.rotate(q_BHd).to(cache.dtype), k_SKd, v_SKd, step.block_table_BN, step.lengths_B, scale=self.scale,
-            impl=self.impl,
+            rope.rotate(q_BHd).to(cache.dtype), k_SKd, v_SKd, step.block_table_BN, step.lengths_B, scale=self.scale
         )  # fmt: skip
         return self.o_proj(out_BHd.flatten(1).to(x_BD.dtype))
 

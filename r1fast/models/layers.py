@@ -12,28 +12,22 @@ from r1fast_kernels.products import linear
 HeadFn = Callable[[Tensor, Tensor], Any]
 
 
-class OpModule(nn.Module):
-    """Runs ops of r1fast_kernels, or products: Decoder.use_kernels says which implementation, in every one of them."""
-
-    impl: str | None = None
-
-
-class RMSNorm(OpModule):
+class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, eps=self.eps, impl=self.impl)
+        return rms_norm(x, self.weight, eps=self.eps)
 
 
-class Linear(nn.Linear, OpModule):
+class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias, impl=self.impl)
+        return linear(input, self.weight, self.bias)
 
 
-class MLP(OpModule):
+class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, hidden_size: int, width: int, bias: bool = False) -> None:
@@ -43,10 +37,10 @@ class MLP(OpModule):
         self.down_proj = Linear(width, hidden_size, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD), impl=self.impl))
+        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
-class Head(OpModule):
+class Head(nn.Module):
     """Vocabulary (or scalar) projection. A loss that fuses the product takes the weight here, inside forward, where a
     sharded weight is whole: `fn(hidden_TD, weight_VD)` runs in place of the product."""
 
@@ -57,4 +51,4 @@ class Head(OpModule):
         self.weight = nn.Parameter(torch.empty(num_outputs, hidden_size))
 
     def forward(self, hidden_TD: Tensor, fn: HeadFn | None = None) -> Any:
-        return fn(hidden_TD, self.weight) if fn is not None else linear(hidden_TD, self.weight, impl=self.impl)
+        return fn(hidden_TD, self.weight) if fn is not None else linear(hidden_TD, self.weight)

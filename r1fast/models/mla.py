@@ -6,11 +6,11 @@ queries are taken to the latent space, attention runs over the cached latents, a
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from r1fast.models.attention import ForwardPass, packed_attention
 from r1fast.models.cache import BlockCache, DecodeStep
-from r1fast.models.layers import Linear, OpModule, RMSNorm
+from r1fast.models.layers import Linear, RMSNorm
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.rope import Rope, softmax_scale
 from r1fast_kernels import decode_attention
@@ -19,7 +19,7 @@ from r1fast_kernels import decode_attention
 LATENT_NORM_EPS = 1e-6
 
 
-class LatentAttention(OpModule):
+class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
         width, bias = config.hidden_size, config.attention_bias
@@ -46,9 +46,7 @@ class LatentAttention(OpModule):
             step.cache.write(self.layer_idx, step.slots_T, self._cached(latent_TC, k_pe_TR, step.rope))
         kv_THd = self.kv_b_proj(latent_TC).unflatten(-1, (self.num_heads, -1))
         k_nope_THd, v_THd = kv_THd.split((self.nope_dim, self.value_dim), dim=-1)
-        out_THd = packed_attention(
-            q_THd, k_nope_THd, v_THd, step.plan, step.rope, self.scale, k_pe_TR=k_pe_TR, impl=self.impl
-        )
+        out_THd = packed_attention(q_THd, k_nope_THd, v_THd, step.plan, step.rope, self.scale, k_pe_TR=k_pe_TR)
         return self.o_proj(out_THd.flatten(1))
 
     def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: BlockCache) -> Tensor:
@@ -63,7 +61,7 @@ class LatentAttention(OpModule):
         (shared_S1C,) = cache.write(self.layer_idx, step.slots_B, self._cached(latent_BC, k_pe_BR, rope))
         out_BHC = decode_attention(
             q_BHC, shared_S1C, shared_S1C[..., : self.latent_dim], step.block_table_BN, step.lengths_B,
-            scale=self.scale, impl=self.impl,
+            scale=self.scale,
         )  # fmt: skip
         out_HBv = torch.bmm(out_BHC.to(x_BD.dtype).transpose(0, 1), up_v_HvC.transpose(1, 2))
         return self.o_proj(out_HBv.transpose(0, 1).flatten(1))

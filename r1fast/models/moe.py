@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from r1fast.models.attention import ForwardPass
-from r1fast.models.layers import MLP, OpModule
+from r1fast.models.layers import MLP
 from r1fast.models.model_config import ModelConfig
 from r1fast_kernels import moe_experts, route_topk
 from r1fast_kernels.products import linear_fp32
 
 
-class Gate(OpModule):
+class Gate(nn.Module):
     """Chooses K experts per token, in fp32. DeepSeek-V3 selects on sigmoid score + bias, weighs by the score alone."""
 
     e_score_correction_bias: Tensor | None
@@ -37,7 +37,7 @@ class Gate(OpModule):
     def forward(self, x_TD: Tensor, replay_ids_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """expert ids [T, K], weights [T, K] (fp32), and the logits [T, E]."""
         config = self.config
-        logits_TE = linear_fp32(x_TD, self.weight, impl=self.impl)
+        logits_TE = linear_fp32(x_TD, self.weight)
         expert_ids_TK, weights_TK, _ = route_topk(
             logits_TE,
             self.e_score_correction_bias,
@@ -48,12 +48,11 @@ class Gate(OpModule):
             routed_scaling_factor=config.routed_scaling_factor,
             scoring=self.scoring,
             replay_ids_TK=replay_ids_TK,
-            impl=self.impl,
         )
         return expert_ids_TK, weights_TK, logits_TE
 
 
-class Experts(OpModule):
+class Experts(nn.Module):
     """All experts' SwiGLU weights, stacked: gate then up [E, 2F, D], down [E, D, F]."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -63,7 +62,7 @@ class Experts(OpModule):
         self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return moe_experts(x_TD, self.gate_up_proj, self.down_proj, expert_ids_TK, weights_TK, impl=self.impl)
+        return moe_experts(x_TD, self.gate_up_proj, self.down_proj, expert_ids_TK, weights_TK)
 
 
 class AddLoss(torch.autograd.Function):
@@ -108,7 +107,7 @@ class Routing(NamedTuple):
     balance: Tensor | None  # 0-d, the balance loss of all sequences, of a model summed over layers; None: off
 
 
-class MoE(OpModule):
+class MoE(nn.Module):
     """Router, routed experts, shared experts."""
 
     def __init__(self, config: ModelConfig) -> None:

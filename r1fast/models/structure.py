@@ -20,13 +20,14 @@ from r1fast.models.mla import LATENT_NORM_EPS
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.rope import softmax_scale
 from r1fast_kernels.decode_layers import DecodeLayers, weights_of
+from r1fast_kernels.torch_private import CHECKPOINT_WRAPPED, forward_hooks, global_forward_hooks
 
 if TYPE_CHECKING:
     from r1fast.models.decoder import Decoder
 
-_WRAPPED = "_checkpoint_wrapped_module"
+
 _METHODS = ("forward", "decode", "_mlp", "_project", "_queries", "_latents", "_cached")
-_STATE = {"training", "impl", "built"}  # change no result
+_STATE = {"training", "built"}  # change no result
 # Not called, but run by the `forward` alone, past hooks (decoder.py).
 _HOOKS_PASSED_BY = ("embed_tokens", "norm", "lm_head", "score")
 _PASSED_BY = re.compile(r"|layers\.\d+(\.self_attn(\.kv_b_proj)?)?")
@@ -42,10 +43,9 @@ def structure_of(decoder: nn.Module) -> Structure:
     found = {
         unwrapped(name): _describe(module)
         for name, module in decoder.named_modules()
-        if _WRAPPED not in module._modules
+        if CHECKPOINT_WRAPPED not in dict(module.named_children())
     }
-    everywhere = nn.modules.module
-    found[""] |= _hooks(everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks)
+    found[""] |= _described(global_forward_hooks())
     return found
 
 
@@ -53,25 +53,24 @@ def _describe(module: nn.Module) -> dict[str, Any]:
     own = vars(module)
     # FSDP makes a class of (FSDPModule, the module's own). Known by its home: model code imports no mesh.
     kind = next(base for base in type(module).__mro__ if not base.__module__.startswith("torch.distributed."))
-    tensors = {**module._parameters, **module._buffers}
+    tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
     return {
         "class": kind,
         **{name: own.get(name, getattr(kind, name, None)) for name in _METHODS},
-        **{f"tensor {name}": tensor.shape for name, tensor in tensors.items() if tensor is not None},
+        **{f"tensor {name}": tensor.shape for name, tensor in tensors.items()},
         **{
             f"attribute {name}": value if isinstance(value, (int, float, str, tuple, ModelConfig)) else None
             for name, value in own.items()
             if name not in _STATE and name not in _METHODS and (name[0] != "_" or isinstance(value, Tensor))
         },
-        **_hooks(module._forward_pre_hooks, module._forward_hooks),
+        **_described(forward_hooks(module)),
     }
 
 
-def _hooks(*hooks: dict[int, Any]) -> dict[str, Any]:
+def _described(hooks: list[Any]) -> dict[str, Any]:
     return {
         f"hook {getattr(hook, '__qualname__', repr(hook))}": hook
-        for some in hooks
-        for hook in some.values()
+        for hook in hooks
         if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp")
     }
 
@@ -119,7 +118,7 @@ def _leaves_out(name: str, changed: list[str], has_decode: bool) -> bool:
 
 
 def unwrapped(name: str) -> str:
-    return ".".join(step for step in name.split(".") if step != _WRAPPED)
+    return ".".join(step for step in name.split(".") if step != CHECKPOINT_WRAPPED)
 
 
 def decode_layers_of(decoder: "Decoder") -> DecodeLayers:

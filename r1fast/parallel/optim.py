@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.adamw import adamw
 
 from r1fast.parallel.parallelize import local_tensor, reshard
+from r1fast_kernels import torch_private
 
 OPTIMIZERS = ("adamw", "muon")
 LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
@@ -90,12 +91,12 @@ class ShardOptimizer(torch.optim.Optimizer):
             weights = [local_tensor(param) for param in bucket]
             grads = [local_tensor(param.grad) for param in bucket]  # type: ignore[arg-type]
             buffers = [local_tensor(self.state[param]["momentum_buffer"]) for param in bucket]
-            torch._foreach_lerp_(buffers, grads, 1.0 - momentum)
-            updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov
+            torch_private.foreach_lerp_(buffers, grads, 1.0 - momentum)
+            updates = torch_private.foreach_lerp(grads, buffers, momentum)  # Nesterov
             directions = _orthogonal_shards(torch.stack(updates), bucket[0])
             scale = 0.2 * math.sqrt(max(shape[-2:]))
-            torch._foreach_mul_(weights, 1.0 - lr * group["weight_decay"])
-            torch._foreach_add_(weights, directions, alpha=-lr * scale)
+            torch_private.foreach_mul_(weights, 1.0 - lr * group["weight_decay"])
+            torch_private.foreach_add_(weights, directions, alpha=-lr * scale)
 
 
 def build_optimizer(

@@ -22,13 +22,13 @@ from typing import cast
 import torch
 import torch.distributed as torch_dist
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from r1fast.parallel.mesh import Dist
+from r1fast_kernels import torch_private
 
 # A smaller model is one FSDP unit: it is bound by the latency of hooks and collectives, not by memory (about 10 bytes
 # per parameter while gathered). MLA + MoE of 3 layers, D 64, 1,024 tokens, one rank, one CPU thread: a whole step takes
@@ -59,7 +59,7 @@ def parallelize(
     if activation_checkpointing:
         for name, layer in list(layers.named_children()):
             # No dropout anywhere, so there is no RNG state to carry into the recomputation.
-            setattr(layers, name, checkpoint_wrapper(layer, preserve_rng_state=False))
+            setattr(layers, name, torch_private.checkpoint_wrapper(layer, preserve_rng_state=False))
     if compile:
         for layer in layers.children():
             layer.compile()
@@ -114,7 +114,7 @@ def generation_phase(model: nn.Module) -> Iterator[nn.Module]:
     if not units:
         raise ValueError(f"generation_phase got a {type(model).__name__} that is not sharded; call parallelize first")
     # Root first: FSDP takes the first module that runs as its root, and decode need not begin at the root's forward.
-    units[0]._get_fsdp_state()._lazy_init()
+    torch_private.initialize_fsdp(units[0])
     reshard(model)
     with torch.no_grad():
         # Any optimizer step or load moves the counters of in-place updates.
@@ -200,5 +200,5 @@ def grad_norm_and_clip(params: Iterable[nn.Parameter], max_norm: float | None = 
         squares.append(square)
     norm = torch.stack(squares).sum().sqrt()
     if max_norm is not None:
-        torch._foreach_mul_([local_tensor(grad) for grad in grads], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch_private.foreach_mul_([local_tensor(grad) for grad in grads], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

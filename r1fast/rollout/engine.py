@@ -19,6 +19,7 @@ from r1fast.rollout.sampling import (
 )
 from r1fast.rollout.scheduler import Limits, Scheduler, SequenceGroup, num_blocks_of
 from r1fast.rollout.tokenization import encode_text_prompts
+from r1fast_kernels.dispatch import in_use
 
 RawPrompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
@@ -33,10 +34,8 @@ class RolloutEngine:
     max_num_batched_tokens: prompt tokens of one prefill; longer prompts are computed in parts.
     kv_cache_memory_bytes: keys and values never take more (fewer rows run instead); default: what max_num_seqs rows
         need. They are held while `generate` runs.
-    impl: which implementation its ops and, meanwhile, the model's run ("reference", "cpp", "triton"); default: what the
-        model is told by use_kernels.
     enable_return_routed_experts: completions say which experts each token went to, for an update to replay them.
-    enforce_eager: no CUDA graphs (graphs.py), which speed up decoding on a GPU; impl "reference" never has them.
+    enforce_eager: no CUDA graphs (graphs.py), which speed up decoding on a GPU; never under `use("reference")`.
     """
 
     def __init__(
@@ -45,7 +44,6 @@ class RolloutEngine:
         tokenizer: PreTrainedTokenizerBase | None,
         max_num_seqs: int = 256,
         max_model_len: int | None = None,
-        impl: str | None = None,
         max_num_batched_tokens: int = 8192,
         kv_cache_memory_bytes: int | None = None,
         enable_return_routed_experts: bool = False,
@@ -64,7 +62,7 @@ class RolloutEngine:
         ):  # fmt: skip
             if not right:
                 raise ValueError(f"{name} is {value}; expected {expected}")
-        self.model, self.tokenizer, self.impl = model, tokenizer, impl
+        self.model, self.tokenizer = model, tokenizer
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len or limit
         self.max_num_batched_tokens, self.kv_cache_memory_bytes = max_num_batched_tokens, kv_cache_memory_bytes
         self.enable_return_routed_experts, self.enforce_eager = enable_return_routed_experts, enforce_eager
@@ -103,24 +101,19 @@ class RolloutEngine:
         num_blocks = self._num_blocks(distinct, max_rows, params.max_tokens, spare=0 if graphs is None else 1)
         limits = Limits(num_blocks, max_rows, self.max_num_batched_tokens)
         sampled: dict[int, SampledTokens] = {}
-        was_training, model_impl = self.model.training, self.model.impl
+        was_training = self.model.training
         self.model.eval()
-        impl = model_impl if self.impl is None else self.impl
-        if impl != model_impl:
-            self.model.use_kernels(impl)
         record = self.enable_return_routed_experts
         try:
             with torch.cuda.device_of(self.model.embed_tokens.weight):
                 for index, sample in Scheduler(
-                    self.model, distinct, params, stop_ids, limits, impl=impl, record_experts=record, graphs=graphs
+                    self.model, distinct, params, stop_ids, limits, record_experts=record, graphs=graphs
                 ).run():
                     sampled[index] = sample
                     if on_progress is not None:
                         on_progress(len(sampled), num_total)
         finally:
             self.model.train(was_training)
-            if impl != model_impl:
-                self.model.use_kernels(model_impl)
         in_order = [sampled[index] for index in range(num_total)]
         flat = completions_of(in_order, stop_ids, self.model.config, self.tokenizer)
         outputs = [flat[start : start + params.n] for start in range(0, num_total, params.n)]
@@ -145,7 +138,7 @@ class RolloutEngine:
     def _graphs(self, max_rows: int) -> StepGraphs | None:
         """None: every step runs op by op."""
         capture = CAPTURES.get(self.model.embed_tokens.weight.device.type)
-        if capture is None or self.enforce_eager or (self.impl or self.model.impl) == "reference":
+        if capture is None or self.enforce_eager or in_use() == "reference":
             return None
         return StepGraphs(max_rows, capture())
 

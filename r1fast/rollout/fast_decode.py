@@ -15,14 +15,14 @@ from r1fast_kernels.decode_layers import MOST_PROMPT_TOKENS, DecodeLayers
 logger = logging.getLogger("r1fast")
 
 
-def fast_decode(model: Decoder, impl: str | None) -> "FastDecode | None":
+def fast_decode(model: Decoder) -> "FastDecode | None":
     """None, with a line that says why: the modules run. Raises ValueError where they would not compute what `forward`
     does."""
     if found := differences(model, model.built):
         logger.warning("decode_layers does not run, the modules do: %s", "; ".join(found[:5]))
         return None
     layers = decode_layers_of(model)
-    return FastDecode(model, layers) if layers.can_run(impl) else None
+    return FastDecode(model, layers) if layers.can_run() else None
 
 
 class FastDecode:

@@ -88,14 +88,13 @@ class Scheduler:
         stop_ids: list[int],
         limits: Limits,
         *,
-        impl: str | None,
         record_experts: bool,
         graphs: StepGraphs | None,
     ) -> None:
-        self.model, self.params, self.limits, self.impl, self.graphs = model, params, limits, impl, graphs
+        self.model, self.params, self.limits, self.graphs = model, params, limits, graphs
         self.queue = deque(prompts)
         # What runs prefills and steps: C++ through all layers where it can, or the modules.
-        self.decoder = fast_decode(model, impl) or model
+        self.decoder = fast_decode(model) or model
         weight_VD = model.embed_tokens.weight
         self.device = weight_VD.device
         self.cache = BlockCache(model.config, limits.num_blocks, weight_VD.dtype, self.device)
@@ -183,7 +182,7 @@ class Scheduler:
             torch.nn.functional.pad(ends_P, (1, 0)).to(self.device, torch.int32),
             cache=self.cache,
             slots_T=torch.cat([self._slots(prompt.blocks, len(ids)) for prompt, ids in zip(prompts, heads)]),
-            head=lambda hidden_TD, weight_VD: linear(hidden_TD[last_P], weight_VD, impl=self.impl),
+            head=lambda hidden_TD, weight_VD: linear(hidden_TD[last_P], weight_VD),
         )
         for p, (prompt, end, ids) in enumerate(zip(prompts, ends_P.tolist(), heads)):
             prompt.logits_1V = logits_PV[p : p + 1]
@@ -201,7 +200,7 @@ class Scheduler:
             torch.arange(start, start + len(ids), device=self.device),
             self.cache,
             table_1N.expand(len(ids), -1),
-            head=lambda hidden_TD, weight_VD: linear(hidden_TD[-1:], weight_VD, impl=self.impl),
+            head=lambda hidden_TD, weight_VD: linear(hidden_TD[-1:], weight_VD),
         )
         if prompt.experts_PLK is not None and experts_TLK is not None:
             prompt.experts_PLK = np.concatenate([prompt.experts_PLK, experts_TLK.cpu().numpy()])
@@ -258,12 +257,11 @@ class Scheduler:
             top_k=params.top_k,
             top_p=params.top_p,
             seeds_B=fold_in(rows.key_B, rows.next_B),
-            impl=self.impl,
         )
         if banned_BV is not None:
             # The trainer knows nothing of the ban: its log-prob, and so the ratio, is that of the distribution without.
             temperature = params.temperature or 1.0
-            logprobs_B = cast(Tensor, selective_logprobs(logits_BV, ids_B, temperature=temperature, impl=self.impl))
+            logprobs_B = cast(Tensor, selective_logprobs(logits_BV, ids_B, temperature=temperature))
         column_B = self._column(rows, rows.num_sampled_B)
         self.ids_RS[rows.line_B, column_B] = ids_B
         self.logprobs_RS[rows.line_B, column_B] = logprobs_B

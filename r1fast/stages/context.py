@@ -109,7 +109,6 @@ class StageContext(Generic[S]):
 
     def shard(self, model: Decoder) -> Decoder:
         trainer = self.recipe.trainer
-        model.use_kernels(self.recipe.kernels.impl)
         return parallelize(  # type: ignore[return-value]
             model,
             self.dist,

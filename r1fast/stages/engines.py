@@ -22,7 +22,6 @@ def build_engine(ctx: StageContext, model: Decoder, tokenizer: Any, *, record: b
             model,
             tokenizer,
             max_num_seqs=rollout.max_num_seqs,
-            impl=ctx.recipe.kernels.impl,
             max_num_batched_tokens=rollout.max_num_batched_tokens,
             kv_cache_memory_bytes=rollout.kv_cache_memory_bytes,
             enable_return_routed_experts=record and any(True for _ in model.moe_layers()),

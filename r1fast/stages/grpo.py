@@ -175,9 +175,7 @@ class Learner:
     def advantage(self, samples: list[Sample]) -> None:
         rewards_N = torch.tensor([sample.reward for sample in samples], dtype=torch.float32)
         groups_N = torch.tensor([sample.group for sample in samples])
-        advantages_N = group_advantages(
-            rewards_N, groups_N, scale=self.stage.scale_rewards, impl=self.ctx.recipe.kernels.impl
-        )
+        advantages_N = group_advantages(rewards_N, groups_N, scale=self.stage.scale_rewards)
         for sample, advantage in zip(samples, advantages_N.tolist()):
             sample.advantage = advantage
 
@@ -206,7 +204,6 @@ class Learner:
                 weight_VD,
                 batch.target_ids_M,
                 temperature=self.stage.temperature,
-                impl=self.ctx.recipe.kernels.impl,
             )
 
         found = map_packed(self.ctx, model, examples, head, per_token=True, router_replay=router_replay)
@@ -277,7 +274,6 @@ def policy_loss(examples: Sequence[Example], ctx: StageContext[GRPOStage]) -> Lo
             max_completion_length=stage.max_completion_length,
             num_items=max(num_items, 1.0),
             num_samples=float(num_samples),
-            impl=ctx.recipe.kernels.impl,
         )
         return loss, policy_measures(metrics, batch, stage)
 

@@ -48,14 +48,11 @@ def train(ctx: StageContext[FitOptions], model: Decoder, examples: Sequence[Exam
 def cross_entropy(examples: Sequence[Example], ctx: StageContext) -> LossFn:
     """Mean negative log-likelihood over the learned tokens of `examples`, however they are cut."""
     total = sum(len(example.completion_ids) for example in examples)
-    impl = ctx.recipe.kernels.impl
 
     def loss_fn(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
         hidden_MD = hidden_TD.index_select(0, batch.loss_index_M)
         # Prompt tokens are gone already, so every target counts.
-        loss = linear_cross_entropy(
-            hidden_MD, weight_VD, batch.target_ids_M, ignore_index=None, reduction="sum", impl=impl
-        )
+        loss = linear_cross_entropy(hidden_MD, weight_VD, batch.target_ids_M, ignore_index=None, reduction="sum")
         return loss / total, {}
 
     return loss_fn

@@ -23,6 +23,7 @@ from r1fast.stages.packed import encode_examples
 from r1fast.stages.sampler import Sample
 from r1fast.stages.sft import train
 from r1fast.stages.training import Trainer
+from r1fast_kernels import use
 from tests import zoo
 
 CURVES = Path(__file__).with_name("curves.json")
@@ -85,9 +86,8 @@ def build(family: str) -> Decoder:
     return decoder
 
 
-def stage_context(stage: dict[str, Any], family: str, impl: str | None, dist: Dist, folder: Path) -> StageContext:
-    sections = {"model": {"path": "-", "dtype": "float32"}, "kernels": {"impl": impl}}
-    recipe = Recipe.model_validate({**sections, "stages": [stage]})
+def stage_context(stage: dict[str, Any], family: str, dist: Dist, folder: Path) -> StageContext:
+    recipe = Recipe.model_validate({"model": {"path": "-", "dtype": "float32"}, "stages": [stage]})
     folder.mkdir(exist_ok=True)
     ctx = StageContext(recipe, recipe.stages[0], dist, folder)
 
@@ -105,8 +105,13 @@ def texts(count: int, shortest: int, longest: int, seed: int) -> list[str]:
 
 def curve(run: str, impl: str | None, dist: Dist, folder: Path, steps: int = STEPS) -> dict[str, list[float]]:
     """loss, grad_norm, kl and reward of each step; of GRPO the first `steps`."""
+    with use(impl):
+        return _curve(run, dist, folder, steps)
+
+
+def _curve(run: str, dist: Dist, folder: Path, steps: int) -> dict[str, list[float]]:
     stage, _, family = run.partition("-")
-    ctx = stage_context(SFT if stage == "sft" else GRPO, family, impl, dist, folder)
+    ctx = stage_context(SFT if stage == "sft" else GRPO, family, dist, folder)
     policy, tokenizer = ctx.load("-", trainable=True)
     if stage == "sft":
         rows = [{"prompt": a, "completion": b} for a, b in zip(texts(20, 2, 12, 1), texts(20, 1, 20, 2))]

@@ -13,6 +13,7 @@ from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import Routing
 from r1fast.rollout.fast_decode import FastDecode, fast_decode
 from r1fast_kernels import decode_layers as op
+from r1fast_kernels import use
 from r1fast_kernels.decode_attention import BLOCK
 from tests.kernels.backends import BF16, FP32, FP64, assert_same_bits, needs_cpp, of_older_processor
 
@@ -121,8 +122,8 @@ def test_equals_the_modules(name: str, num_rows: int, calls: list[int]) -> None:
     other = step.by_modules()
     got, routing = step.logits(with_routing=True)
     assert calls == [num_rows]
-    step.model.use_kernels("reference")
-    want, their_routing = other.logits(with_routing=True)
+    with use("reference"):
+        want, their_routing = other.logits(with_routing=True)
     assert calls == [num_rows] and want.std() > 0.1
     torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
     for ours, theirs in zip(step.cache.buffers, other.cache.buffers):
@@ -138,13 +139,14 @@ def test_bf16_is_as_near_as_the_modules(name: str, calls: list[int]) -> None:
     exact.cache = exact.by_modules().cache
     found = [step.logits(with_routing=True)]
     assert calls == [70]
-    step.model.use_kernels("reference")
-    found.append(modules.logits(with_routing=True))
+    with use("reference"):
+        found.append(modules.logits(with_routing=True))
     exact.model.double()
     exact.cache = BlockCache(step.model.config, step.cache.num_blocks, FP64, "cpu")
     for to, source in zip(exact.cache.buffers, make_step(name, BF16).cache.buffers):
         to.copy_(source)
-    found.append(exact.logits(with_routing=True))
+    with use("reference"):
+        found.append(exact.logits(with_routing=True))
     got, near, want = (logits.to(torch.promote_types(logits.dtype, FP32)).log_softmax(-1) for logits, _ in found)
     ids = [routing.expert_ids for _, routing in found if routing is not None]
     same = torch.ones(70, dtype=torch.bool)
@@ -180,8 +182,8 @@ def test_prefill_equals_the_modules(name: str, monkeypatch: pytest.MonkeyPatch) 
     alone, _ = prefill(step.by_modules(), ids_T[ends[5] : ends[6]], [0, 60], slots_T[ends[5] : ends[6]])
     assert seen == [ends[-1], 60]
     torch.testing.assert_close(alone, got[ends[5] : ends[6]], rtol=1e-6, atol=1e-6)  # the head is a product of torch
-    step.model.use_kernels("reference")
-    want, their_routing = prefill(other, ids_T, ends, slots_T)
+    with use("reference"):
+        want, their_routing = prefill(other, ids_T, ends, slots_T)
     assert len(seen) == 2 and want.std() > 0.1
     torch.testing.assert_close(got, want, rtol=1e-5, atol=3e-5)
     for ours, theirs in zip(step.cache.buffers, other.cache.buffers):
@@ -224,9 +226,10 @@ def test_follows_weights_that_change_in_place() -> None:
     with torch.no_grad():
         step.model.layers[1].mlp.down_proj.weight.mul_(1.5)
     after = step.logits()
-    step.model.use_kernels("reference")
     assert not torch.allclose(after, before)
-    torch.testing.assert_close(after, step.logits(), rtol=1e-5, atol=2e-5)
+    with use("reference"):
+        want = step.logits()
+    torch.testing.assert_close(after, want, rtol=1e-5, atol=2e-5)
 
 
 def test_what_it_cannot_do_runs_by_modules(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

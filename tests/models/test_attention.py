@@ -6,6 +6,7 @@ from torch import Tensor
 
 from r1fast.models.attention import AttentionPlan, packed_attention
 from r1fast.models.rope import Rope
+from r1fast_kernels import use
 
 # N, lengths: one token; a prime; empty sequences between others; alike lengths that share a bucket; far apart.
 LENGTHS = {
@@ -50,8 +51,10 @@ def test_forward_and_gradients(lengths: list[int], shape: tuple[int, int, int, i
     grad = torch.randn(tokens, heads, value_dim, generator=generator, dtype=torch.float64)
     plan = plan_of(lengths)
     if impl == "padded":  # as on a GPU in fp32
-        monkeypatch.setattr("r1fast.models.attention.choose", lambda *args: impl)
-    out = packed_attention(q, k, v, plan, no_rotation(tokens), 0.3, impl=impl)
+        monkeypatch.setattr("r1fast.models.attention.choose", lambda *args: (impl, ""))
+        impl = None
+    with use(impl):
+        out = packed_attention(q, k, v, plan, no_rotation(tokens), 0.3)
     expected = reference(q, k, v, lengths, 0.3)
     torch.testing.assert_close(out, expected)
     got_grads = torch.autograd.grad(out, (q, k, v), grad)
@@ -62,7 +65,8 @@ def test_forward_and_gradients(lengths: list[int], shape: tuple[int, int, int, i
 def test_no_sequence_at_all() -> None:
     plan, empty = plan_of([]), torch.empty(0, 2, 4, dtype=torch.float64)
     for impl in ("reference", "cpp"):
-        assert packed_attention(empty, empty, empty, plan, no_rotation(0), 1.0, impl=impl).shape == (0, 2, 4)
+        with use(impl):
+            assert packed_attention(empty, empty, empty, plan, no_rotation(0), 1.0).shape == (0, 2, 4)
 
 
 def test_plan_positions_and_rows() -> None:

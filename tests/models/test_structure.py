@@ -13,6 +13,7 @@ from r1fast.models.layers import MLP
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams
 from r1fast_kernels import decode_layers as op
+from r1fast_kernels import use
 from tests.kernels.backends import needs_cpp
 from tests.kernels.test_decode_layers import CONFIGS, make_step
 
@@ -34,9 +35,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_tensor_moves_both_paths_alike(name: str, calls: list[int]) -> None:
     step = make_step(name, num_rows=9)
-    step.model.use_kernels("reference")
     modules = step.by_modules()
-    before = modules.logits()
+    with use("reference"):
+        before = modules.logits()
     tensors = dict(step.model.named_parameters()) | dict(step.model.named_buffers())
     assert len(tensors) > 15
     for tensor_name, tensor in tensors.items():
@@ -44,9 +45,8 @@ def test_every_tensor_moves_both_paths_alike(name: str, calls: list[int]) -> Non
         noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             tensor.add_(noise * tensor.abs().mean().clamp(min=0.1))
-        step.model.use_kernels("reference")
-        want = modules.logits()
-        step.model.use_kernels(None)
+        with use("reference"):
+            want = modules.logits()
         got = step.logits()
         with torch.no_grad():
             tensor.copy_(kept)

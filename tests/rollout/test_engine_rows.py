@@ -18,7 +18,7 @@ from r1fast.rollout import graphs as graphs_module
 from r1fast.rollout import scheduler
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams, fold_in, sample_keys
-from r1fast_kernels import sample_tokens
+from r1fast_kernels import sample_tokens, use
 from r1fast_kernels.decode_attention import BLOCK
 
 VOCAB = 23
@@ -58,7 +58,6 @@ class HashDecoder(nn.Module):
     """Stands for Decoder; counts the work that it is given."""
 
     scalar_head = False
-    impl: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,9 +65,6 @@ class HashDecoder(nn.Module):
         self.embed_tokens = nn.Embedding(VOCAB, 1)
         self.prefill_lengths: list[int] = []
         self.decode_rows: list[int] = []
-
-    def use_kernels(self, impl: str | None) -> None:
-        self.impl = impl
 
     def forward(
         self, input_ids_T: Tensor, cu_seqlens: Tensor, *, head: Callable, cache: HashCache, slots_T: Tensor
@@ -293,10 +289,11 @@ def test_padding_has_a_block_of_its_own_within_the_budget(decoder: HashDecoder, 
         RolloutEngine(decoder, None, kv_cache_memory_bytes=3999).generate([[1] * 16], params)
 
 
-@pytest.mark.parametrize("options", [{"enforce_eager": True}, {"impl": "reference"}])
-def test_graphs_are_not_always_wanted(decoder: HashDecoder, graphs: list[str], options: dict) -> None:
+@pytest.mark.parametrize(("impl", "options"), [(None, {"enforce_eager": True}), ("reference", {})])
+def test_graphs_are_not_always_wanted(decoder: HashDecoder, graphs: list[str], impl: str | None, options: dict) -> None:
     params = SamplingParams(n=4, max_tokens=40, ignore_eos=True)
-    (eager,) = RolloutEngine(decoder, None, **options).generate([[1] * 16], params)
+    with use(impl):
+        (eager,) = RolloutEngine(decoder, None, **options).generate([[1] * 16], params)
     assert not graphs
     (replayed,) = RolloutEngine(decoder, None).generate([[1] * 16], params)
     assert [completion.token_ids for completion in replayed] == [completion.token_ids for completion in eager]
@@ -406,17 +403,3 @@ def test_max_model_len_is_the_limit_itself(decoder: HashDecoder) -> None:
     assert engine.generate([[1] * 6], SamplingParams(max_tokens=4))
     with pytest.raises(ValueError, match="max_model_len is 10"):
         engine.generate([[1] * 7], SamplingParams(max_tokens=4))
-
-
-@pytest.mark.parametrize("impl", [None, "reference"])
-def test_ops_run_the_implementation_asked_for(
-    decoder: HashDecoder, monkeypatch: pytest.MonkeyPatch, impl: str | None
-) -> None:
-    asked = []
-    for name in ("sample_tokens", "selective_logprobs"):  # min_tokens brings in the second
-        op = getattr(scheduler, name)
-        monkeypatch.setattr(
-            scheduler, name, lambda *args, op=op, **options: asked.append(options["impl"]) or op(*args, **options)
-        )
-    RolloutEngine(decoder, None, impl=impl).generate([[1]], SamplingParams(max_tokens=2, min_tokens=2))
-    assert asked == [impl] * 4

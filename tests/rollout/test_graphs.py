@@ -6,6 +6,7 @@ import random
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from r1fast.models import moe
 from r1fast.models.decoder import Decoder
 from r1fast.rollout import graphs, scheduler
 from r1fast.rollout.engine import RolloutEngine
@@ -152,8 +154,7 @@ def test_a_tape_of_the_step_samples_the_same(
 def test_a_step_that_waits_for_the_device_is_not_captured(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "fast_decode", lambda *_: None)
     model = random_model("qwen3_moe")
-    for moe in model.moe_layers():
-        moe.experts.impl = "reference"
+    monkeypatch.setattr(moe, "moe_experts", partial(moe.moe_experts, impl="reference"))
     with pytest.raises(AssertionError, match="waits for the device"):
         RolloutEngine(model, None).generate(PROMPTS, SamplingParams(max_tokens=30, ignore_eos=True))
 
