@@ -244,7 +244,9 @@ def verl_policy_loss(batch: Batch, logprobs: Tensor, clip_ratio_c: float) -> Ten
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("loss_type", "mean"), [("grpo", mean_of_samples), ("dapo", mean_of_tokens)], ids=str)
+@pytest.mark.parametrize(
+    ("loss_type", "mean"), [("grpo", mean_of_samples), ("dapo", mean_of_tokens)], ids=["grpo", "dapo"]
+)
 @pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("delta", [1.3, 3.0])
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.03])
