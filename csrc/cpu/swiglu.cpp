@@ -1,5 +1,5 @@
 // silu(gate) * up and its gradients: each tensor is read or written once, and nothing between is rounded.
-#include "../simd.h"
+#include "../operator.h"
 
 namespace r1fast {
 
@@ -33,7 +33,7 @@ void gradient_elements(const SwigluPassArgs& args, int64_t begin, int64_t end) {
   const T* grad = static_cast<const T*>(args.grad) + begin;
   T *grad_gate = static_cast<T*>(args.grad_gate) + begin, *grad_up = static_cast<T*>(args.grad_up) + begin;
   const Vec<acc> one(1);
-  const auto slope = [&](const Vec<acc>& g, const Vec<acc>& s) { return s * at::vec::fmadd(g, one - s, one); };
+  const auto slope = [&](const Vec<acc>& g, const Vec<acc>& s) { return s * fmadd(g, one - s, one); };
   for_parts<acc>(end - begin, [&](int64_t i, int64_t size) {
     const auto [g0, g1] = load_part(gate + i, size);
     const auto [u0, u1] = load_part(up + i, size);
@@ -57,27 +57,16 @@ R1FAST_KERNEL(swiglu_pass, SwigluPassArgs) {
 
 #ifdef R1FAST_BUILD_OPERATOR
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 namespace r1fast {
 namespace {
 
 void check(const at::Tensor& gate, const at::Tensor& up) {
-  const auto dtype = gate.scalar_type();
-  TORCH_CHECK_VALUE(
-      gate.sizes() == up.sizes() && up.scalar_type() == dtype &&
-          (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble),
-      "swiglu: got gate ", gate.sizes(), " in ", dtype, " and up ", up.sizes(), " in ", up.scalar_type(),
-      ", expected one shape and one of float32, bfloat16 and float64");
+  check_floats("swiglu", {gate, up});
+  check_tensor("swiglu", "up", up, gate.scalar_type(), gate.sizes());
 }
 
 void run(const SwigluPassArgs& args, int64_t numel) {
-  at::parallel_for(0, numel, rows_per_task(1), [&](int64_t begin, int64_t end) {
-    R1FAST_PICK(swiglu_pass)(args, begin, end);
-  });
+  run_rows(R1FAST_PICK(swiglu_pass), args, numel, 1);
 }
 
 at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
