@@ -162,7 +162,6 @@ def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
         "packed_attention": lambda: kernels.packed_attention(heads_TKd, heads_TKd, heads_TKd, cu_seqlens, scale=1.0),
         "rms_norm": lambda: kernels.rms_norm(hidden_TD, hidden_TD[0]),
         "sample_tokens": lambda: kernels.sample_tokens(logits_TV),
-        "swiglu": lambda: kernels.swiglu(hidden_TD, hidden_TD),
     }
 
 
