@@ -121,9 +121,6 @@ def _sampling() -> list[Case]:
 
 def _norms() -> list[Case]:
     return [
-        Case("swiglu", "cpu", dtype, "fwd+bwd", {"T": 24576, "F": 256}, (faster("eager", 1),))
-        for dtype in ("fp32", "bf16")
-    ] + [
         Case("rms_norm", "cpu", dtype, "fwd+bwd", {"T": 24576, "D": 128}, (faster("eager", 1),))
         for dtype in ("fp32", "bf16")
     ]

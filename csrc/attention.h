@@ -36,7 +36,7 @@ class StripSoftmax {
     hide(row, visible, size);
     Vec<acc> highest = Vec<acc>::loadu(row);
     for (int64_t j = lanes; j < size; j += lanes) {
-      highest = at::vec::maximum(highest, Vec<acc>::loadu(row + j));
+      highest = maximum(highest, Vec<acc>::loadu(row + j));
     }
     const acc top = std::max(top_[i], static_cast<acc>(scale_) * reduce_max<acc>(highest));
     const Exponential<acc> exponential(scale_, -static_cast<double>(top));

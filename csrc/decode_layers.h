@@ -12,6 +12,7 @@
 #pragma once
 
 #include "decode_attention.h"
+#include "panels.h"
 #include "route.h"
 
 #include <vector>
@@ -67,51 +68,7 @@ struct LayersArgs {
 namespace {
 inline namespace CPU_CAPABILITY {
 
-constexpr int64_t kPanel = 32;
 constexpr int64_t kLogits = 1024;  // at a time: those of a whole vocabulary would leave the cache
-
-struct Panel {
-  int64_t first, width;  // rows
-};
-
-struct Layout {
-  int64_t rows = 0, lanes = 0;
-  std::vector<Panel> panels;
-
-  void set(int64_t num_rows) {
-    rows = num_rows;
-    lanes = 0;
-    panels.clear();
-    while (lanes < rows) {
-      panels.push_back({lanes, rows - lanes > kPanel / 2 ? kPanel : kPanel / 2});
-      lanes += panels.back().width;
-    }
-  }
-};
-
-// Channels of all rows of a layout, panel after panel.
-template <typename Unit>
-struct Sheet {
-  Unit* data = nullptr;
-  int64_t channels = 0;  // units of a row, padded
-
-  Unit* at(const Panel& panel, int64_t channel = 0) const {
-    return data + panel.first * channels + channel * panel.width;
-  }
-};
-
-template <typename Unit>
-class SheetMemory {
- public:
-  // A strip more than asked for: products write whole strips. And a block behind the last panel, which transposes read.
-  Sheet<Unit> get(const Layout& layout, int64_t channels) {
-    const int64_t size = padded(channels + kStrip);
-    return {memory_.get(layout.lanes * size + kBlock * kPanel), size};
-  }
-
- private:
-  Scratch<Unit> memory_;
-};
 
 // Rows of one thread, in bf16 or fp32 (T), multiplied in units of `Unit`.
 template <typename T, typename Unit>
@@ -183,12 +140,10 @@ class RowsWorker {
 
   void turn_heads(const Floats& x, int64_t heads, const void* norm) {
     const int64_t d = args_.head_width;
-    for (int64_t h = 0; h < heads; ++h) {
-      if (norm != nullptr) {
+    if (norm != nullptr) {
+      for (int64_t h = 0; h < heads; ++h) {
         this->norm(x, h * d, x, h * d, d, norm, args_.eps);
       }
-    }
-    if (norm != nullptr) {
       round(x, heads * d, layout_);
     }
     for (int64_t h = 0; h < heads; ++h) {
@@ -306,7 +261,7 @@ class RowsWorker {
           const V a = V::loadu(in + i * step * width + j), b = V::loadu(in + (i * step + second) * width + j);
           const V c = V::loadu(cos + i * width + j), s = V::loadu(sin + i * width + j);
           (a * c - b * s).store(to + i * width + j);
-          at::vec::fmadd(b, c, a * s).store(to + (i + half) * width + j);
+          fmadd(b, c, a * s).store(to + (i + half) * width + j);
         }
       }
     }
@@ -315,18 +270,23 @@ class RowsWorker {
   // ---- MLP and experts ----
 
   Floats mlp(const LayerArgs& layer) {
-    const int64_t inner = layer.gate.outputs;
     const Floats gate = linear(a_, normed_units_, layer.gate), up = linear(b_, normed_units_, layer.up);
-    for (const Panel& panel : layout_.panels) {
+    return linear(c_, activate(gate, up, 0, nullptr, layer.gate.outputs, layout_), layer.down);
+  }
+
+  // silu(gate) up, times the weight of a row, in the place of gate; up begins at its channel `up_at`.
+  Units activate(const Floats& gate, const Floats& up, int64_t up_at, const Floats* weight, int64_t inner,
+                 const Layout& layout) {
+    for (const Panel& panel : layout.panels) {
       float* g = gate.at(panel);
-      const float* u = up.at(panel);
+      const float *u = up.at(panel, up_at), *w = weight == nullptr ? nullptr : weight->at(panel);
       for (int64_t i = 0; i < inner * panel.width; i += kLanes<float>) {
-        const V x = V::loadu(g + i);
-        (x * sigmoid<float>(x) * V::loadu(u + i)).store(g + i);
+        const V x = V::loadu(g + i), y = x * sigmoid<float>(x) * V::loadu(u + i);
+        (w == nullptr ? y : y * V::loadu(w + i % panel.width)).store(g + i);
       }
     }
-    round(gate, inner, layout_);
-    return linear(c_, pack(attended_units_, gate, inner, layout_), layer.down);
+    round(gate, inner, layout);
+    return pack(attended_units_, gate, inner, layout);
   }
 
   Floats experts(const LayerArgs& layer, int64_t moe_layer) {
@@ -401,7 +361,7 @@ class RowsWorker {
     }
     V top = V::loadu(x), total(0);
     for (int64_t e = 1; e < num_experts; ++e) {
-      top = at::vec::maximum(top, V::loadu(x + e * stride));
+      top = maximum(top, V::loadu(x + e * stride));
     }
     for (int64_t e = 0; e < num_experts; ++e) {
       const V exponential = (V::loadu(x + e * stride) - top).exp();
@@ -434,21 +394,9 @@ class RowsWorker {
       transpose(in.at(panel), panel.width, gathered, stride, panel.width, stride);
     }
     const Units in_units = pack(attended_units_, in, width, chosen_);
-    const Floats both = a_.get(chosen_, 2 * inner);
-    project(both, 0, in_units, 0, of_expert(layer.expert_gate_up, e), chosen_);
-    round(both, 2 * inner, chosen_);
-    for (const Panel& panel : chosen_.panels) {
-      float *g = both.at(panel), *w = weight.at(panel);
-      const float* u = both.at(panel, inner);
-      for (int64_t i = 0; i < inner * panel.width; i += kLanes<float>) {
-        const V x = V::loadu(g + i);
-        (x * sigmoid<float>(x) * V::loadu(u + i) * V::loadu(w + i % panel.width)).store(g + i);
-      }
-    }
-    round(both, inner, chosen_);
-    const Floats y = b_.get(chosen_, width);
-    project(y, 0, pack(attended_units_, both, inner, chosen_), 0, of_expert(layer.expert_down, e), chosen_);
-    round(y, width, chosen_);
+    const Floats both = linear(a_, in_units, of_expert(layer.expert_gate_up, e), chosen_);
+    const Units activated = activate(both, both, inner, &weight, inner, chosen_);
+    const Floats y = linear(b_, activated, of_expert(layer.expert_down, e), chosen_);
     to_rows<float>([&](int64_t m) { return out + m * stride; }, y, width, chosen_);
   }
 
@@ -489,7 +437,7 @@ class RowsWorker {
         V sums[4] = {V(0), V(0), V(0), V(0)};
         for (int64_t c = 0; c < channels; ++c) {
           const V value = V::loadu(in + c * panel.width);
-          sums[c % 4] = at::vec::fmadd(value, value, sums[c % 4]);
+          sums[c % 4] = fmadd(value, value, sums[c % 4]);
         }
         const V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
         const V rstd = (sum / V(static_cast<float>(channels)) + V(static_cast<float>(eps))).sqrt().reciprocal();
@@ -501,9 +449,13 @@ class RowsWorker {
   }
 
   Floats linear(SheetMemory<float>& memory, const Units& in, const Projection& projection) {
-    const Floats out = memory.get(layout_, projection.outputs);
-    project(out, 0, in, 0, projection, layout_);
-    round(out, projection.outputs, layout_);
+    return linear(memory, in, projection, layout_);
+  }
+
+  Floats linear(SheetMemory<float>& memory, const Units& in, const Projection& projection, const Layout& layout) {
+    const Floats out = memory.get(layout, projection.outputs);
+    project(out, 0, in, 0, projection, layout);
+    round(out, projection.outputs, layout);
     return out;
   }
 
@@ -571,8 +523,7 @@ class RowsWorker {
       for (const Panel& panel : layout.panels) {
         float* values = x.at(panel);
         for (int64_t i = 0; i < channels * panel.width; i += kPair<float>) {
-          const auto [a, b] = at::vec::convert_to_float<T>(
-              at::vec::convert_from_float<T>(V::loadu(values + i), V::loadu(values + i + kLanes<float>)));
+          const auto [a, b] = rounded_pair<T>(V::loadu(values + i), V::loadu(values + i + kLanes<float>));
           a.store(values + i);
           b.store(values + i + kLanes<float>);
         }

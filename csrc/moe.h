@@ -11,7 +11,7 @@
 // Storage is the dtype of the tensors, inner what is multiplied: fp32 for bf16 where the CPU has no products of bf16.
 #pragma once
 
-#include "simd.h"
+#include "operator.h"
 
 namespace r1fast {
 
@@ -76,11 +76,7 @@ R1FAST_DECLARE(moe_sum, SumArgs);
 
 #ifdef R1FAST_BUILD_OPERATOR
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-
 #include <atomic>
-#include <vector>
 
 namespace r1fast {
 
@@ -114,7 +110,7 @@ struct Matrix {
   bool transposed = false;
 };
 
-// out = a b, or out += a b, on the calling thread.
+// out = a b, or out += a b, on the thread of a slice.
 void multiply(void* out, const Matrix& a, const Matrix& b, at::ScalarType dtype, bool add = false);
 
 // Memory of one thread, allocated when it is first asked for.
@@ -126,7 +122,7 @@ class Buffer {
   at::Tensor memory_;
 };
 
-// The weight of an expert in the inner dtype: the weight itself, or a widened copy.
+// The weights of experts in the inner dtype, one at a time.
 class ExpertWeight {
  public:
   ExpertWeight(const at::Tensor& weight, at::ScalarType inner) : weight_(weight), inner_(inner) {}
@@ -136,6 +132,7 @@ class ExpertWeight {
   at::Tensor weight_;
   at::ScalarType inner_;
   int64_t expert_ = -1;
+  const void* found_ = nullptr;
   Buffer copy_;
 };
 
@@ -149,9 +146,8 @@ class WeightGradient {
   void add_parts(const Slices& slices) const;
 
  private:
-  at::Tensor out_, parts_;
+  at::Tensor out_, parts_;  // [E, ..], and [parts, ..] in the inner dtype
   at::ScalarType inner_;
-  int64_t numel_;
 };
 
 // Runs worker(next) on each thread; next() gives slice after slice, null when none is left.
@@ -171,17 +167,25 @@ void for_slices(const Slices& slices, const Worker& worker) {
   });
 }
 
-inline size_t bytes(int64_t numel, at::ScalarType dtype) {
-  return static_cast<size_t>(numel) * c10::elementSize(dtype);
+// Elements of a row x[i] of a contiguous tensor, and where one begins. Not by strides: torch leaves that of a dimension
+// of size 1 as it was.
+inline int64_t row_numel(const at::Tensor& x) {
+  return x.numel() / std::max<int64_t>(x.size(0), 1);
 }
 
-inline const void* offset(const void* data, int64_t numel, at::ScalarType dtype) {
-  return static_cast<const char*>(data) + bytes(numel, dtype);
+inline const void* const_row(const at::Tensor& x, int64_t row) {
+  return static_cast<const char*>(x.const_data_ptr()) + row * row_numel(x) * x.element_size();
 }
 
-inline void* offset(void* data, int64_t numel, at::ScalarType dtype) {
-  return static_cast<char*>(data) + bytes(numel, dtype);
+inline void* mutable_row(const at::Tensor& x, int64_t row) {
+  return static_cast<char*>(x.mutable_data_ptr()) + row * row_numel(x) * x.element_size();
 }
+
+// Rows begin..end of x in the inner dtype: where they lie, or a widened copy.
+const void* widened(const at::Tensor& x, int64_t begin, int64_t end, at::ScalarType inner, Buffer& buffer);
+
+// Writes `numel` values of the inner dtype to rows of x from `row` on.
+void round_to(const at::Tensor& x, int64_t row, const void* values, int64_t numel, at::ScalarType inner);
 
 }  // namespace r1fast
 

@@ -40,8 +40,13 @@ inline namespace CPU_CAPABILITY {
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Not public in torch (built and tested with 2.13): whatever of at::vec the kernels use has its name from here.
 template <typename acc>
 using Vec = at::vec::Vectorized<acc>;
+using at::vec::fmadd;
+using at::vec::maximum;
+using at::vec::minimum;
+using at::vec::transpose_mxn;
 
 template <typename acc>
 constexpr int64_t kLanes = Vec<acc>::size();
@@ -67,6 +72,17 @@ inline void store_pair(T* x, const Vec<acc_t<T>>& a, const Vec<acc_t<T>>& b) {
   } else {
     a.store(x);
     b.store(x + kLanes<T>);
+  }
+}
+
+// Rounded to what T holds.
+template <typename T>
+inline std::pair<Vec<acc_t<T>>, Vec<acc_t<T>>> rounded_pair(const Vec<acc_t<T>>& a, const Vec<acc_t<T>>& b) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    auto [x, y] = at::vec::convert_to_float<T>(at::vec::convert_from_float<T>(a, b));
+    return {x, y};
+  } else {
+    return {a, b};
   }
 }
 
@@ -230,8 +246,9 @@ inline int64_t rows_per_task(int64_t vocab) {
   return std::max<int64_t>(1, 32768 / std::max<int64_t>(vocab, 1));
 }
 
-inline at::Tensor with_unit_columns(const at::Tensor& logits) {
-  return logits.stride(1) == 1 || logits.size(1) == 1 ? logits : logits.contiguous();
+// The last dimension without gaps.
+inline at::Tensor with_unit_columns(const at::Tensor& x) {
+  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
 }
 }  // namespace r1fast
 

@@ -97,7 +97,7 @@ inline void tile(sum_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Unit*
     R1FAST_UNROLL for (int i = 0; i < rows; ++i) {
       const V left(left_of[i]);
       R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
-        sum[i][v] = at::vec::fmadd(left, right[v], sum[i][v]);
+        sum[i][v] = fmadd(left, right[v], sum[i][v]);
       }
     }
   }
@@ -201,7 +201,7 @@ inline void transpose(Unit* out, int64_t out_row, const Unit* x, int64_t x_row, 
   using Word = std::conditional_t<std::is_same_v<Unit, BF16Pair>, float, Unit>;  // moved, never computed with
   for (int64_t i = 0; i < rows; i += kBlock) {
     for (int64_t j = 0; j < columns; j += kBlock) {
-      at::vec::transpose_mxn<Word, kBlock, kBlock>(
+      transpose_mxn<Word, kBlock, kBlock>(
           reinterpret_cast<const Word*>(x + i * x_row + j), x_row, reinterpret_cast<Word*>(out + j * out_row + i),
           out_row);
     }

@@ -129,7 +129,6 @@ def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
         "packed_attention": lambda op: op(heads_TKd, heads_TKd, heads_TKd, cu_seqlens, scale=1.0),
         "rms_norm": lambda op: op(hidden_TD, hidden_TD[0]),
         "sample_tokens": lambda op: op(logits_TV),
-        "swiglu": lambda op: op(hidden_TD, hidden_TD),
     }
     by_op = {name: partial(call, getattr(kernels, name)) for name, call in calls.items()}
     return {**by_op, "decode_layers": partial(decode_once, device, dtype)}

@@ -1,42 +1,28 @@
 // Attention of one new token per row over keys and values in the blocks of a cache: decode_attention.h for all tasks.
 #include "../decode_attention.h"
+#include "../operator.h"
 
 namespace r1fast {
 
 // Tasks begin..end.
 R1FAST_KERNEL(decode_attention_rows, DecodeArgs) {
-  by_dtype(args.dtype, [&]<typename T>() {
-    DecodeWorker<T>(args).tasks(begin, end);
-  });
+  by_dtype(args.dtype, [&]<typename T>() { DecodeWorker<T>(args).tasks(begin, end); });
 }
 
 }  // namespace r1fast
 
 #ifdef R1FAST_BUILD_OPERATOR
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 namespace r1fast {
 namespace {
-
-at::Tensor unit_channels(const at::Tensor& x) {
-  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
-}
 
 at::Tensor decode_attention(
     const at::Tensor& q_BHd, const at::Tensor& k_SKd, const at::Tensor& v_SKe, const at::Tensor& block_table_BN,
     const at::Tensor& lengths_B, double scale) {
-  const auto dtype = q_BHd.scalar_type();
-  TORCH_CHECK_VALUE(
-      (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble) && k_SKd.scalar_type() == dtype &&
-          v_SKe.scalar_type() == dtype && block_table_BN.scalar_type() == at::kInt && lengths_B.scalar_type() == at::kInt,
-      "decode_attention: got ", dtype, ", ", k_SKd.scalar_type(), ", ", v_SKe.scalar_type(), ", block_table in ",
-      block_table_BN.scalar_type(), " and lengths in ", lengths_B.scalar_type(),
-      ", expected one of float32, bfloat16 and float64, int32 and int32");
-  const at::Tensor q = unit_channels(q_BHd), k = unit_channels(k_SKd), v = unit_channels(v_SKe);
+  check_floats("decode_attention", {q_BHd, k_SKd, v_SKe});
+  check_tensor("decode_attention", "block_table_BN", block_table_BN, at::kInt, {q_BHd.size(0), -1});
+  check_tensor("decode_attention", "lengths_B", lengths_B, at::kInt, {q_BHd.size(0)});
+  const at::Tensor q = with_unit_columns(q_BHd), k = with_unit_columns(k_SKd), v = with_unit_columns(v_SKe);
   const at::Tensor block_table = block_table_BN.contiguous(), lengths = lengths_B.contiguous();
   const int32_t *blocks = block_table.const_data_ptr<int32_t>(), *tokens = lengths.const_data_ptr<int32_t>();
   const int64_t num_rows = q.size(0), table_width = block_table.size(1), num_blocks = k.size(0) / kCacheBlock;
@@ -57,13 +43,11 @@ at::Tensor decode_attention(
   // Few rows: each head by itself, for all threads to have something.
   const int64_t tasks_per_row = num_rows < at::get_num_threads() ? k.size(1) : 1;
   const DecodeArgs args{
-      dtype, q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), q.stride(0), q.stride(1), k.stride(0),
+      q.scalar_type(), q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), q.stride(0), q.stride(1), k.stride(0),
       k.stride(1), v.stride(0), v.stride(1), blocks, tokens, table_width, q.size(1), k.size(1), q.size(2), v.size(2),
       tasks_per_row, scale, out.mutable_data_ptr()};
-  const int64_t grain = rows_per_task(longest * k.size(1) / tasks_per_row * (q.size(2) + v.size(2)));
-  at::parallel_for(0, num_rows * tasks_per_row, grain, [&](int64_t begin, int64_t end) {
-    R1FAST_PICK(decode_attention_rows)(args, begin, end);
-  });
+  const int64_t elements = longest * k.size(1) / tasks_per_row * (q.size(2) + v.size(2));
+  run_rows(R1FAST_PICK(decode_attention_rows), args, num_rows * tasks_per_row, elements);
   return out;
 }
 

@@ -1,5 +1,6 @@
 // The operator of decode_layers.h: which weights a layer has, where rows are in the cache, and how threads share them.
 #include "../decode_layers.h"
+#include "../operator.h"
 
 namespace r1fast {
 
@@ -16,13 +17,6 @@ R1FAST_KERNEL(decode_layers_chunks, LayersArgs) {
 }  // namespace r1fast
 
 #ifdef R1FAST_BUILD_OPERATOR
-
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <optional>
 
 namespace r1fast {
 namespace {
@@ -127,11 +121,8 @@ void check_block(const char* name, int64_t row, int64_t n, int64_t block, int64_
 
 // Each row at the end of a sequence of its own.
 Places decode_places(const at::Tensor& positions_B, const at::Tensor& block_table_BN, int64_t num_blocks) {
-  TORCH_CHECK_VALUE(
-      positions_B.scalar_type() == at::kLong && block_table_BN.scalar_type() == at::kInt && block_table_BN.dim() == 2 &&
-          block_table_BN.size(0) == positions_B.size(0),
-      "decode_layers: got positions ", positions_B.sizes(), " in ", positions_B.scalar_type(), " and a table ",
-      block_table_BN.sizes(), " in ", block_table_BN.scalar_type(), ", expected int64 [B] and int32 [B, N]");
+  check_tensor("decode_layers", "positions_B", positions_B, at::kLong, {-1});
+  check_tensor("decode_layers", "block_table_BN", block_table_BN, at::kInt, {positions_B.size(0), -1});
   const at::Tensor positions = positions_B.contiguous(), table = block_table_BN.contiguous();
   const int64_t num_rows = positions.size(0), width = table.size(1);
   const int32_t* blocks = table.const_data_ptr<int32_t>();
@@ -158,9 +149,8 @@ Places decode_places(const at::Tensor& positions_B, const at::Tensor& block_tabl
 
 // Whole sequences: token p of one is in slot p % 16 of its block p / 16.
 Places prefill_places(const at::Tensor& cu_seqlens, const at::Tensor& slots_T, int64_t num_blocks) {
-  TORCH_CHECK_VALUE(
-      cu_seqlens.scalar_type() == at::kInt && slots_T.scalar_type() == at::kLong, "decode_layers: got cu_seqlens in ",
-      cu_seqlens.scalar_type(), " and slots in ", slots_T.scalar_type(), ", expected int32 and int64");
+  check_tensor("decode_layers", "cu_seqlens", cu_seqlens, at::kInt, {-1});
+  check_tensor("decode_layers", "slots_T", slots_T, at::kLong, {-1});
   const at::Tensor ends = cu_seqlens.contiguous(), slots = slots_T.contiguous();
   const int32_t* end = ends.const_data_ptr<int32_t>();
   const int64_t* slot = slots.const_data_ptr<int64_t>();
@@ -208,16 +198,14 @@ std::tuple<at::Tensor, at::Tensor> decode_layers(
       first_of_places, second_of_places, keys.size(0) / kCacheBlock);
   const auto dtype = embedding_VD.scalar_type();
   const int64_t num_rows = input_ids.size(0), width = embedding_VD.size(1);
+  const int64_t num_places = static_cast<int64_t>(places.slots.size());
   TORCH_CHECK_VALUE(
-      (dtype == at::kFloat || dtype == at::kBFloat16) && norm_D.scalar_type() == dtype &&
-          head_VD.scalar_type() == dtype && head_VD.size(1) == width && inv_freq_R.scalar_type() == at::kFloat,
-      "decode_layers: got an embedding in ", dtype, ", a norm in ", norm_D.scalar_type(), ", a head ", head_VD.sizes(),
-      " in ", head_VD.scalar_type(), " and frequencies in ", inv_freq_R.scalar_type(),
-      ", expected float32 or bfloat16, [V, ", width, "] and float32");
-  TORCH_CHECK_VALUE(
-      input_ids.scalar_type() == at::kLong && static_cast<size_t>(num_rows) == places.slots.size(),
-      "decode_layers: got ids ", input_ids.sizes(), " in ", input_ids.scalar_type(), ", expected int64 [",
-      places.slots.size(), "]");
+      dtype == at::kFloat || dtype == at::kBFloat16, "decode_layers: got an embedding in ", dtype,
+      ", expected float32 or bfloat16");
+  check_tensor("decode_layers", "norm_D", norm_D, dtype, {width});
+  check_tensor("decode_layers", "head_VD", head_VD, dtype, {-1, width});
+  check_tensor("decode_layers", "inv_freq_R", inv_freq_R, at::kFloat, {-1});
+  check_tensor("decode_layers", "input_ids", input_ids, at::kLong, {num_places});
   const at::Tensor ids = input_ids.contiguous(), embedding = embedding_VD.contiguous();
   for (int64_t b = 0; b < num_rows; ++b) {
     const int64_t id = ids.const_data_ptr<int64_t>()[b];

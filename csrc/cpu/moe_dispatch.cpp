@@ -4,9 +4,6 @@
 
 #include "../moe.h"
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <limits>
 
@@ -16,17 +13,14 @@ namespace {
 constexpr int64_t kChunk = 16384;
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_dispatch(const at::Tensor& expert_ids_TK, int64_t num_experts) {
-  Dispatch found = dispatch_by_expert(expert_ids_TK, num_experts);
-  return {found.order_M, found.slot_TK, found.offsets_E};
+  auto [order_M, slot_TK, offsets_E] = dispatch_by_expert(expert_ids_TK, num_experts);
+  return {order_M, slot_TK, offsets_E};
 }
 
 }  // namespace
 
 Dispatch dispatch_by_expert(const at::Tensor& expert_ids_TK, int64_t num_experts) {
-  TORCH_CHECK_VALUE(
-      expert_ids_TK.dim() == 2 && expert_ids_TK.scalar_type() == at::kLong && num_experts >= 0,
-      "moe_dispatch: got expert ids of shape ", expert_ids_TK.sizes(), " and dtype ", expert_ids_TK.scalar_type(),
-      " for ", num_experts, " experts, expected int64 [T, K]");
+  check_tensor("moe_dispatch", "expert_ids_TK", expert_ids_TK, at::kLong, {-1, -1});
   const int64_t num_choices = expert_ids_TK.numel();
   TORCH_CHECK_VALUE(
       num_choices <= std::numeric_limits<int32_t>::max(), "moe_dispatch: got ", num_choices,

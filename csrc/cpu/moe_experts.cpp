@@ -7,19 +7,12 @@
 
 #include "../moe.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <cstring>
-#include <optional>
 
 namespace r1fast {
 namespace {
-
-at::ScalarType acc_dtype(at::ScalarType storage) {
-  return storage == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 struct Layer {
   at::Tensor hidden_TD, gate_up_E2FD, down_EDF, weights_TK;  // contiguous; weights in fp32, or fp64 of fp64
@@ -29,28 +22,19 @@ struct Layer {
   Layer(const at::Tensor& hidden, const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& weights)
       : hidden_TD(hidden.contiguous()), gate_up_E2FD(gate_up.contiguous()), down_EDF(down.contiguous()) {
     storage = hidden.scalar_type();
-    TORCH_CHECK_VALUE(
-        (storage == at::kFloat || storage == at::kBFloat16 || storage == at::kDouble) &&
-            gate_up.scalar_type() == storage && down.scalar_type() == storage,
-        "moe_experts: got hidden in ", storage, ", gate_up in ", gate_up.scalar_type(), " and down in ",
-        down.scalar_type(), ", expected one of float32, bfloat16 and float64");
-    TORCH_CHECK_VALUE(
-        hidden.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3 && gate_up.size(2) == hidden.size(1) &&
-            down.size(0) == gate_up.size(0) && down.size(1) == hidden.size(1) && 2 * down.size(2) == gate_up.size(1),
-        "moe_experts: got hidden ", hidden.sizes(), ", gate_up ", gate_up.sizes(), ", down ", down.sizes(),
-        ", expected [T, D], [E, 2F, D], [E, D, F]");
-    TORCH_CHECK_VALUE(
-        weights.dim() == 2 && weights.size(0) == hidden.size(0), "moe_experts: got weights ", weights.sizes(), " for ",
-        hidden.size(0), " tokens, expected [T, K]");
-    weights_TK = weights.to(acc_dtype(storage)).contiguous();
     inner = inner_dtype(storage);
     num_tokens = hidden.size(0);
     top_k = weights.size(1);
     width = hidden.size(1);
     inner_width = down.size(2);
+    check_floats("moe_experts", {hidden, gate_up, down});
+    check_tensor("moe_experts", "gate_up", gate_up, storage, {down.size(0), 2 * inner_width, width});
+    check_tensor("moe_experts", "down", down, storage, {-1, width, -1});
+    check_tensor("moe_experts", "weights", weights, weights.scalar_type(), {num_tokens, -1});
+    weights_TK = weights.to(computed_in(storage)).contiguous();
   }
 
-  // The gate/up product and the down product of `rows` rows: x [rows, D] -> [rows, 2F], a [rows, F] -> [rows, D].
+  // x [rows, D] -> [rows, 2F]
   void gate_up_product(void* out, const void* x, const void* gate_up, int64_t rows) const {
     multiply(out, {x, rows, width}, {gate_up, 2 * inner_width, width, true}, inner);
   }
@@ -64,9 +48,7 @@ struct Layer {
     const GatherSumArgs args{
         storage, inner, rows_MD.const_data_ptr(), slot_TK.const_data_ptr<int32_t>(), top_k, num_rows, width,
         out_TD.mutable_data_ptr()};
-    at::parallel_for(0, num_tokens, rows_per_task(width * top_k), [&](int64_t begin, int64_t end) {
-      R1FAST_PICK(moe_gather_sum)(args, begin, end);
-    });
+    run_rows(R1FAST_PICK(moe_gather_sum), args, num_tokens, width * top_k);
     return out_TD;
   }
 };
@@ -75,9 +57,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_exper
     const at::Tensor& hidden, const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& expert_ids_TK,
     const at::Tensor& weights, bool keep) {
   const Layer layer(hidden, gate_up, down, weights);
-  TORCH_CHECK_VALUE(
-      expert_ids_TK.sizes() == weights.sizes(), "moe_experts: got expert ids ", expert_ids_TK.sizes(), " and weights ",
-      weights.sizes(), ", expected both [T, K]");
+  check_tensor("moe_experts", "expert_ids_TK", expert_ids_TK, at::kLong, weights.sizes());
   const Dispatch dispatch = dispatch_by_expert(expert_ids_TK, gate_up.size(0));
   const auto storage = layer.storage, inner = layer.inner;
   const int64_t num_choices = expert_ids_TK.numel(), width = layer.width, inner_width = layer.inner_width;
@@ -85,8 +65,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_exper
   at::Tensor gate_up_M2F = at::empty({0}, layer.hidden_TD.options());
   if (keep) {
     gate_up_M2F = at::empty({num_choices, 2 * inner_width}, layer.hidden_TD.options());
-    void* skipped = offset(gate_up_M2F.mutable_data_ptr(), slices.num_rows * 2 * inner_width, storage);
-    std::memset(skipped, 0, bytes((num_choices - slices.num_rows) * 2 * inner_width, storage));
+    const int64_t skipped = num_choices - slices.num_rows;
+    std::memset(mutable_row(gate_up_M2F, slices.num_rows), 0, skipped * 2 * inner_width * gate_up_M2F.element_size());
   }
   const at::Tensor out_MD = at::empty({slices.num_rows, width}, layer.hidden_TD.options().dtype(inner));
   const int32_t* order = dispatch.order_M.const_data_ptr<int32_t>();
@@ -98,7 +78,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_exper
         const int64_t end = std::min(begin + slices.piece, slice->end), rows = end - begin;
         void* x = x_buffer.get(slices.piece * width, inner);
         void* activation = activation_buffer.get(slices.piece * inner_width, inner);
-        void* kept = keep ? offset(gate_up_M2F.mutable_data_ptr(), begin * 2 * inner_width, storage) : nullptr;
+        void* kept = keep ? mutable_row(gate_up_M2F, begin) : nullptr;
         const bool in_place = keep && storage == inner;
         void* gate_up_rows = in_place ? kept : gate_up_buffer.get(slices.piece * 2 * inner_width, inner);
         R1FAST_PICK(moe_gather)(layer.gather(layer.hidden_TD, order, x), begin, end);
@@ -108,7 +88,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_exper
           inner_width, activation},
          begin, end);
         multiply(
-            offset(out_MD.mutable_data_ptr(), begin * width, inner), {activation, rows, inner_width},
+            mutable_row(out_MD, begin), {activation, rows, inner_width},
             {down_weight.of(slice->expert), width, inner_width, true}, inner);
       }
     }
@@ -163,8 +143,7 @@ class BackwardWorker {
       R1FAST_PICK(moe_gather)(layer_.gather(layer_.hidden_TD, order_, gathered), begin, end);
       x = gathered;
     }
-    const void* gate_up = is_kept ? offset(gate_up_M2F_.const_data_ptr(), begin * 2 * inner_width, storage)
-                                  : recompute(slice.expert, x, rows);
+    const void* gate_up = is_kept ? const_row(gate_up_M2F_, begin) : recompute(slice.expert, x, rows);
     void* grad_out = nullptr;
     if (needs_gate_up_rows || down_sum != nullptr || gradients_.weights != nullptr) {
       grad_out = rows_of(grad_out_, width);
@@ -190,7 +169,7 @@ class BackwardWorker {
     }
     if (gradients_.hidden_MD.defined()) {
       multiply(
-          offset(gradients_.hidden_MD.mutable_data_ptr(), begin * width, inner), {grad_gate_up, rows, 2 * inner_width},
+          mutable_row(gradients_.hidden_MD, begin), {grad_gate_up, rows, 2 * inner_width},
           {gate_up_weight_.of(slice.expert), 2 * inner_width, width}, inner);
     }
   }
@@ -222,22 +201,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_experts_backward(
     const at::Tensor& weights, const at::Tensor& order_M, const at::Tensor& slot_TK, const at::Tensor& offsets_E,
     const at::Tensor& gate_up_M2F, bool needs_hidden, bool needs_gate_up, bool needs_down, bool needs_weights) {
   const Layer layer(hidden, gate_up, down, weights);
-  TORCH_CHECK_VALUE(
-      grad_out.sizes() == hidden.sizes() && grad_out.scalar_type() == layer.storage,
-      "moe_experts_backward: got the gradient of an output ", grad_out.sizes(), " in ", grad_out.scalar_type(),
-      ", expected ", hidden.sizes(), " in ", layer.storage);
-  TORCH_CHECK_VALUE(
-      order_M.numel() == weights.numel() && slot_TK.sizes() == weights.sizes() && offsets_E.numel() == gate_up.size(0),
-      "moe_experts_backward: got order ", order_M.sizes(), ", slots ", slot_TK.sizes(), " and offsets ",
-      offsets_E.sizes(), ", expected those that moe_experts returned for weights ", weights.sizes());
+  check_tensor("moe_experts_backward", "grad_out", grad_out, layer.storage, hidden.sizes());
+  check_tensor("moe_experts_backward", "order_M", order_M, at::kInt, {weights.numel()});
+  check_tensor("moe_experts_backward", "slot_TK", slot_TK, at::kInt, weights.sizes());
+  check_tensor("moe_experts_backward", "offsets_E", offsets_E, at::kInt, {gate_up.size(0)});
   const at::Tensor grad_out_TD = grad_out.contiguous(), kept = gate_up_M2F.contiguous();
   const at::Tensor order = order_M.contiguous(), slot = slot_TK.contiguous(), offsets = offsets_E.contiguous();
   const Slices slices("moe_experts_backward", offsets, order.numel(), layer.inner);
   const auto options = layer.hidden_TD.options();
-  const at::Tensor none = at::empty({0}, options);
-  at::Tensor grad_gate_up = needs_gate_up ? at::empty(gate_up.sizes(), options) : none;
-  at::Tensor grad_down = needs_down ? at::empty(down.sizes(), options) : none;
-  at::Tensor grad_weights = at::zeros({0}, layer.weights_TK.options());
+  at::Tensor grad_hidden = at::empty({0}, options);
+  at::Tensor grad_gate_up = at::empty(needs_gate_up ? gate_up.sizes() : at::IntArrayRef{0}, options);
+  at::Tensor grad_down = at::empty(needs_down ? down.sizes() : at::IntArrayRef{0}, options);
+  // 0 where a choice is skipped
+  at::Tensor grad_weights = at::zeros(needs_weights ? weights.sizes() : at::IntArrayRef{0}, layer.weights_TK.options());
   Gradients gradients;
   if (needs_hidden) {
     gradients.hidden_MD = at::empty({slices.num_rows, layer.width}, options.dtype(layer.inner));
@@ -249,7 +225,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_experts_backward(
     gradients.down.emplace(grad_down, slices, layer.inner);
   }
   if (needs_weights) {
-    grad_weights = at::zeros(weights.sizes(), layer.weights_TK.options());  // 0 where a choice is skipped
     gradients.weights = grad_weights.mutable_data_ptr();
   }
   for_slices(slices, [&](const auto& next) {
@@ -263,15 +238,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_experts_backward(
       gradient->add_parts(slices);
     }
   }
-  at::Tensor grad_hidden = none;
   if (needs_hidden) {
     grad_hidden = layer.gather_sum(gradients.hidden_MD, slot, slices.num_rows);
   }
-  // An output of an operator may not be another one of its outputs: a fresh tensor for each that is not needed.
-  const auto or_empty = [&](const at::Tensor& found, bool needed) { return needed ? found : at::empty({0}, options); };
-  return {
-      or_empty(grad_hidden, needs_hidden), or_empty(grad_gate_up, needs_gate_up), or_empty(grad_down, needs_down),
-      grad_weights.to(weights.scalar_type())};
+  return {grad_hidden, grad_gate_up, grad_down, grad_weights.to(weights.scalar_type())};
 }
 
 }  // namespace

@@ -15,40 +15,21 @@ inline void by_dtypes(at::ScalarType storage, at::ScalarType inner, const F& f) 
   }
 }
 
-// The last columns of a row, with zeros behind them up to a pair of vectors.
-template <typename T>
-struct Tail {
-  T values[kPair<acc_t<T>>] = {};
-  Tail(const T* x, int64_t size) { std::copy_n(x, size, values); }
-  Tail() = default;
-};
-
-// f(column, load, store) for each pair of columns: load(x) reads the pair at a pointer, store(x, a, b) writes one.
+// As for_parts, with a constant for whole pairs: rows of experts are short. (Not for all: where the compiler fuses products
+// with sums depends on the loop, and with it the last bit of rms_norm.)
 template <typename acc, typename F>
 inline void for_pairs(int64_t width, const F& f) {
-  const int64_t whole = width - width % kPair<acc>;
-  for (int64_t i = 0; i < whole; i += kPair<acc>) {
-    f(
-        i, [](const auto* x) { return load_pair(x); },
-        [](auto* x, const Vec<acc>& a, const Vec<acc>& b) { store_pair(x, a, b); });
+  int64_t i = 0;
+  for (; i + kPair<acc> <= width; i += kPair<acc>) {
+    f(i, kPair<acc>);
   }
-  if (const int64_t rest = width - whole) {
-    f(
-        whole,
-        [rest]<typename T>(const T* x) {
-          const Tail<T> tail(x, rest);
-          return load_pair(tail.values);
-        },
-        [rest]<typename T>(T* x, const Vec<acc>& a, const Vec<acc>& b) {
-          Tail<T> tail;
-          store_pair(tail.values, a, b);
-          std::copy_n(tail.values, rest, x);
-        });
+  if (i < width) {
+    f(i, width - i);
   }
 }
 
 template <typename From, typename To>
-void gather_rows(const GatherArgs& args, int64_t begin, int64_t end) {
+void pass(const GatherArgs& args, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; ++m) {
     const int64_t row = args.order == nullptr ? m : args.order[m] / args.top_k;
     const From* x = static_cast<const From*>(args.rows) + row * args.width;
@@ -56,16 +37,16 @@ void gather_rows(const GatherArgs& args, int64_t begin, int64_t end) {
     if constexpr (std::is_same_v<From, To>) {
       std::copy_n(x, args.width, out);
     } else {
-      for_pairs<acc_t<To>>(args.width, [&](int64_t i, const auto& load, const auto& store) {
-        const auto [a, b] = load(x + i);
-        store(out + i, a, b);
+      for_pairs<acc_t<To>>(args.width, [&](int64_t i, int64_t size) {
+        const auto [a, b] = load_part(x + i, size);
+        store_part(out + i, size, a, b);
       });
     }
   }
 }
 
 template <typename Storage, typename Inner>
-void swiglu_rows(const SwigluArgs& args, int64_t begin, int64_t end) {
+void pass(const SwigluArgs& args, int64_t begin, int64_t end) {
   using acc = acc_t<Inner>;
   for (int64_t m = begin; m < end; ++m) {
     const Inner* gate = static_cast<const Inner*>(args.gate_up) + (m - begin) * 2 * args.width;
@@ -73,14 +54,14 @@ void swiglu_rows(const SwigluArgs& args, int64_t begin, int64_t end) {
     Inner* out = static_cast<Inner*>(args.out) + (m - begin) * args.width;
     const Vec<acc> weight(static_cast<const acc*>(args.weights)[args.order[m]]);
     const auto swiglu = [&](const Vec<acc>& g, const Vec<acc>& u) { return g * sigmoid<acc>(g) * u * weight; };
-    for_pairs<acc>(args.width, [&](int64_t i, const auto& load, const auto& store) {
-      const auto [g0, g1] = load(gate + i);
-      const auto [u0, u1] = load(up + i);
-      store(out + i, swiglu(g0, u0), swiglu(g1, u1));
+    for_pairs<acc>(args.width, [&](int64_t i, int64_t size) {
+      const auto [g0, g1] = load_part(gate + i, size);
+      const auto [u0, u1] = load_part(up + i, size);
+      store_part(out + i, size, swiglu(g0, u0), swiglu(g1, u1));
       if (args.kept != nullptr) {
         Storage* kept = static_cast<Storage*>(args.kept) + (m - begin) * 2 * args.width + i;
-        store(kept, g0, g1);
-        store(kept + args.width, u0, u1);
+        store_part(kept, size, g0, g1);
+        store_part(kept + args.width, size, u0, u1);
       }
     });
   }
@@ -99,36 +80,36 @@ inline SwigluGradient<acc> swiglu_gradient(
   const Vec<acc> silu = g * s;
   const Vec<acc> h = silu * u;
   const Vec<acc> grad_h = grad_inner * weight;
-  return {h * weight, grad_h * u * s * at::vec::fmadd(g, one - s, one), grad_h * silu, grad_inner * h};
+  return {h * weight, grad_h * u * s * fmadd(g, one - s, one), grad_h * silu, grad_inner * h};
 }
 
 template <typename Storage, typename Inner>
-void swiglu_gradient_rows(const SwigluGradientArgs& args, int64_t begin, int64_t end) {
+void pass(const SwigluGradientArgs& args, int64_t begin, int64_t end) {
   using acc = acc_t<Inner>;
   const int64_t width = args.width;
   for (int64_t m = begin; m < end; ++m) {
-    const int64_t i_m = m - begin;
-    const Storage* gate = static_cast<const Storage*>(args.gate_up) + i_m * 2 * width;
-    const Inner* grad_inner = static_cast<const Inner*>(args.grad_inner) + i_m * width;
-    Inner* activation = static_cast<Inner*>(args.activation) + i_m * width;
-    Inner* grad_gate = static_cast<Inner*>(args.grad_gate_up) + i_m * 2 * width;
+    const int64_t row = m - begin;
+    const Storage* gate = static_cast<const Storage*>(args.gate_up) + row * 2 * width;
+    const Inner* grad_inner = static_cast<const Inner*>(args.grad_inner) + row * width;
+    Inner* activation = static_cast<Inner*>(args.activation) + row * width;
+    Inner* grad_gate = static_cast<Inner*>(args.grad_gate_up) + row * 2 * width;
     const Vec<acc> weight(static_cast<const acc*>(args.weights)[args.order[m]]);
     Vec<acc> sum_a(0), sum_b(0);
-    for_pairs<acc>(width, [&](int64_t i, const auto& load, const auto& store) {
-      const auto [g0, g1] = load(gate + i);
-      const auto [u0, u1] = load(gate + width + i);
+    for_pairs<acc>(width, [&](int64_t i, int64_t size) {
+      const auto [g0, g1] = load_part(gate + i, size);
+      const auto [u0, u1] = load_part(gate + width + i, size);
       Vec<acc> d0(0), d1(0);
       if (args.grad_inner != nullptr) {
-        std::tie(d0, d1) = load(grad_inner + i);
+        std::tie(d0, d1) = load_part(grad_inner + i, size);
       }
       const auto a = swiglu_gradient<acc>(g0, u0, d0, weight);
       const auto b = swiglu_gradient<acc>(g1, u1, d1, weight);
       if (args.activation != nullptr) {
-        store(activation + i, a.activation, b.activation);
+        store_part(activation + i, size, a.activation, b.activation);
       }
       if (args.grad_gate_up != nullptr) {
-        store(grad_gate + i, a.gate, b.gate);
-        store(grad_gate + width + i, a.up, b.up);
+        store_part(grad_gate + i, size, a.gate, b.gate);
+        store_part(grad_gate + width + i, size, a.up, b.up);
       }
       sum_a = sum_a + a.product;
       sum_b = sum_b + b.product;
@@ -140,73 +121,56 @@ void swiglu_gradient_rows(const SwigluGradientArgs& args, int64_t begin, int64_t
 }
 
 template <typename Storage, typename Inner>
-void gather_sum_rows(const GatherSumArgs& args, int64_t begin, int64_t end) {
+void pass(const GatherSumArgs& args, int64_t begin, int64_t end) {
   using acc = acc_t<Inner>;
   const Inner* rows = static_cast<const Inner*>(args.rows);
   for (int64_t t = begin; t < end; ++t) {
     Storage* out = static_cast<Storage*>(args.out) + t * args.width;
     const int32_t* slot = args.slot + t * args.top_k;
-    for_pairs<acc>(args.width, [&](int64_t i, const auto& load, const auto& store) {
+    for_pairs<acc>(args.width, [&](int64_t i, int64_t size) {
       Vec<acc> sum_a(0), sum_b(0);
       for (int64_t k = 0; k < args.top_k; ++k) {
         if (slot[k] < args.num_rows) {
-          const auto [a, b] = load(rows + slot[k] * args.width + i);
+          const auto [a, b] = load_part(rows + slot[k] * args.width + i, size);
           sum_a = sum_a + a;
           sum_b = sum_b + b;
         }
       }
-      store(out + i, sum_a, sum_b);
+      store_part(out + i, size, sum_a, sum_b);
     });
   }
 }
 
 template <typename Storage, typename Inner>
-void sum_parts(const SumArgs& args, int64_t begin, int64_t end) {
+void pass(const SumArgs& args, int64_t begin, int64_t end) {
   using acc = acc_t<Inner>;
   const Inner* parts = static_cast<const Inner*>(args.parts) + begin;
   Storage* out = static_cast<Storage*>(args.out) + begin;
-  for_pairs<acc>(end - begin, [&](int64_t i, const auto& load, const auto& store) {
-    auto [sum_a, sum_b] = load(parts + i);
+  for_pairs<acc>(end - begin, [&](int64_t i, int64_t size) {
+    auto [sum_a, sum_b] = load_part(parts + i, size);
     for (int64_t part = 1; part < args.num_parts; ++part) {
-      const auto [a, b] = load(parts + part * args.part_stride + i);
+      const auto [a, b] = load_part(parts + part * args.part_stride + i, size);
       sum_a = sum_a + a;
       sum_b = sum_b + b;
     }
-    store(out + i, sum_a, sum_b);
+    store_part(out + i, size, sum_a, sum_b);
+  });
+}
+
+template <typename Args>
+void run(const Args& args, int64_t begin, int64_t end) {
+  by_dtypes(args.storage, args.inner, [&]<typename Storage, typename Inner>() {
+    pass<Storage, Inner>(args, begin, end);
   });
 }
 
 }  // namespace CPU_CAPABILITY
 }  // namespace
 
-R1FAST_KERNEL(moe_gather, GatherArgs) {
-  by_dtypes(args.storage, args.inner, [&]<typename Storage, typename Inner>() {
-    gather_rows<Storage, Inner>(args, begin, end);
-  });
-}
-
-R1FAST_KERNEL(moe_swiglu, SwigluArgs) {
-  by_dtypes(args.storage, args.inner, [&]<typename Storage, typename Inner>() {
-    swiglu_rows<Storage, Inner>(args, begin, end);
-  });
-}
-
-R1FAST_KERNEL(moe_swiglu_gradient, SwigluGradientArgs) {
-  by_dtypes(args.storage, args.inner, [&]<typename Storage, typename Inner>() {
-    swiglu_gradient_rows<Storage, Inner>(args, begin, end);
-  });
-}
-
-R1FAST_KERNEL(moe_gather_sum, GatherSumArgs) {
-  by_dtypes(args.storage, args.inner, [&]<typename Storage, typename Inner>() {
-    gather_sum_rows<Storage, Inner>(args, begin, end);
-  });
-}
-
-R1FAST_KERNEL(moe_sum, SumArgs) {
-  by_dtypes(args.storage, args.inner, [&]<typename Storage, typename Inner>() {
-    sum_parts<Storage, Inner>(args, begin, end);
-  });
-}
+R1FAST_KERNEL(moe_gather, GatherArgs) { run(args, begin, end); }
+R1FAST_KERNEL(moe_swiglu, SwigluArgs) { run(args, begin, end); }
+R1FAST_KERNEL(moe_swiglu_gradient, SwigluGradientArgs) { run(args, begin, end); }
+R1FAST_KERNEL(moe_gather_sum, GatherSumArgs) { run(args, begin, end); }
+R1FAST_KERNEL(moe_sum, SumArgs) { run(args, begin, end); }
 
 }  // namespace r1fast

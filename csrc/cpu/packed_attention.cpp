@@ -9,6 +9,7 @@
 //   strip               | s p o    | s p o    .      only as many keys as the strip may see, in steps of 16
 //
 // Every sum of a task is taken in one order by one thread: the same bits for any number of threads.
+#include "../operator.h"
 #include "../packed_attention.h"
 
 namespace r1fast {
@@ -341,13 +342,7 @@ R1FAST_KERNEL(attention_shared_gradient, SharedGradientArgs) {
 
 #ifdef R1FAST_BUILD_OPERATOR
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <optional>
-#include <vector>
+#include <numeric>
 
 namespace r1fast {
 namespace {
@@ -358,18 +353,15 @@ class Call {
   AttentionArgs args{};
   int64_t num_tokens;
 
-  Call(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& k_pe,
-       const std::optional<at::Tensor>& cos, const std::optional<at::Tensor>& sin, const at::Tensor& cu_seqlens,
+  Call(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& k_pe,
+       const OptionalTensor& cos, const OptionalTensor& sin, const at::Tensor& cu_seqlens,
        double scale, bool interleaved)
-      : num_tokens(q.size(0)), q_(with_unit_channels(q)), k_(with_unit_channels(k)), v_(with_unit_channels(v)),
+      : num_tokens(q.size(0)), q_(with_unit_columns(q)), k_(with_unit_columns(k)), v_(with_unit_columns(v)),
         cu_seqlens_(cu_seqlens.contiguous()) {
-    const auto dtype = q.scalar_type();
+    check_floats("packed_attention", {q, k, v});
     TORCH_CHECK_VALUE(
-        (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble) && k.scalar_type() == dtype &&
-            v.scalar_type() == dtype && cu_seqlens.scalar_type() == at::kInt && cu_seqlens.dim() == 1,
-        "packed_attention: got ", dtype, ", ", k.scalar_type(), ", ", v.scalar_type(), " and cu_seqlens in ",
-        cu_seqlens.scalar_type(), ", expected one of float32, bfloat16 and float64, and int32 [N+1]");
-    args.rotary_width = 0;
+        cu_seqlens.scalar_type() == at::kInt && cu_seqlens.dim() == 1, "packed_attention: got cu_seqlens ",
+        cu_seqlens.sizes(), " in ", cu_seqlens.scalar_type(), ", expected int32 [N+1]");
     if (cos.has_value()) {
       cos_ = cos->contiguous();
       sin_ = sin->contiguous();
@@ -378,10 +370,10 @@ class Call {
       args.sin = sin_.const_data_ptr();
     }
     if (k_pe.has_value()) {
-      k_pe_ = with_unit_channels(*k_pe);
+      k_pe_ = with_unit_columns(*k_pe);
       args.k_pe = {k_pe_.const_data_ptr(), k_pe_.stride(0), 0};
     }
-    args.dtype = dtype;
+    args.dtype = q.scalar_type();
     args.q = heads(q_);
     args.k = heads(k_);
     args.v = heads(v_);
@@ -407,27 +399,18 @@ class Call {
   bool has_k_pe() const { return k_pe_.defined(); }
 
  private:
-  static at::Tensor with_unit_channels(const at::Tensor& x) {
-    return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
-  }
-
   static Heads heads(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
 
   // The longest first, so that no thread begins with it when all others are done.
   void set_sequences() {
     const int32_t* ends = cu_seqlens_.const_data_ptr<int32_t>();
     const int64_t count = cu_seqlens_.size(0) - 1;
-    bool rises = count >= 0 && ends[0] == 0 && ends[count] == num_tokens;
-    for (int64_t i = 0; i < count; ++i) {
-      rises = rises && ends[i] <= ends[i + 1];
-    }
     TORCH_CHECK_VALUE(
-        rises, "packed_attention: got cu_seqlens of shape ", cu_seqlens_.sizes(), ", expected [N+1] rising from 0 to ",
+        count >= 0 && ends[0] == 0 && ends[count] == num_tokens && std::is_sorted(ends, ends + count + 1),
+        "packed_attention: got cu_seqlens of shape ", cu_seqlens_.sizes(), ", expected [N+1] rising from 0 to ",
         num_tokens);
     order_.resize(count);
-    for (int64_t i = 0; i < count; ++i) {
-      order_[i] = static_cast<int32_t>(i);
-    }
+    std::iota(order_.begin(), order_.end(), 0);
     std::stable_sort(order_.begin(), order_.end(), [ends](int32_t a, int32_t b) {
       return ends[a + 1] - ends[a] > ends[b + 1] - ends[b];
     });
@@ -441,17 +424,13 @@ class Call {
   std::atomic<int64_t> taken_{0};
 };
 
-at::ScalarType acc_dtype(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 std::tuple<at::Tensor, at::Tensor> packed_attention(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens,
-    const std::optional<at::Tensor>& k_pe, const std::optional<at::Tensor>& cos, const std::optional<at::Tensor>& sin,
+    const OptionalTensor& k_pe, const OptionalTensor& cos, const OptionalTensor& sin,
     double scale, bool interleaved) {
   Call call(q, k, v, k_pe, cos, sin, cu_seqlens, scale, interleaved);
   at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
-  at::Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(acc_dtype(q)));
+  at::Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(computed_in(q.scalar_type())));
   call.args.out = out.mutable_data_ptr();
   call.args.lse = lse.mutable_data_ptr();
   call.run(R1FAST_PICK(attention_forward));
@@ -460,8 +439,8 @@ std::tuple<at::Tensor, at::Tensor> packed_attention(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> packed_attention_backward(
     const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-    const at::Tensor& cu_seqlens, const std::optional<at::Tensor>& k_pe, const std::optional<at::Tensor>& cos,
-    const std::optional<at::Tensor>& sin, const at::Tensor& out, const at::Tensor& lse, double scale,
+    const at::Tensor& cu_seqlens, const OptionalTensor& k_pe, const OptionalTensor& cos,
+    const OptionalTensor& sin, const at::Tensor& out, const at::Tensor& lse, double scale,
     bool interleaved) {
   Call call(q, k, v, k_pe, cos, sin, cu_seqlens, scale, interleaved);
   const at::Tensor grad = grad_out.contiguous();
@@ -475,17 +454,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> packed_attention_back
   call.args.grad_k = grad_k.mutable_data_ptr();
   call.args.grad_v = grad_v.mutable_data_ptr();
   if (call.has_k_pe()) {
-    parts = at::empty({q.size(0), k.size(1), call.args.rotary_width}, q.options().dtype(acc_dtype(q)));
+    parts = at::empty({q.size(0), k.size(1), call.args.rotary_width}, q.options().dtype(computed_in(q.scalar_type())));
     call.args.grad_k_pe = parts.mutable_data_ptr();
   }
   call.run(R1FAST_PICK(attention_backward));
   if (call.has_k_pe()) {
     grad_k_pe = at::empty(k_pe->sizes(), q.options());
     const SharedGradientArgs args = call.shared_gradient(parts, grad_k_pe);
-    at::parallel_for(
-        0, q.size(0), rows_per_task(k.size(1) * call.args.rotary_width), [&](int64_t begin, int64_t end) {
-          R1FAST_PICK(attention_shared_gradient)(args, begin, end);
-        });
+    run_rows(R1FAST_PICK(attention_shared_gradient), args, q.size(0), k.size(1) * call.args.rotary_width);
   }
   return {grad_q, grad_k, grad_v, grad_k_pe};
 }

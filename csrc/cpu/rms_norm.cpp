@@ -2,9 +2,10 @@
 //
 // A row is read by one thread in a fixed order; the weight's gradient is summed over fixed chunks of rows, and the chunks
 // in order: the same bits for any number of threads.
-#include "../simd.h"
+#include "../operator.h"
 
 #include <cmath>
+#include <functional>
 
 namespace r1fast {
 
@@ -47,8 +48,8 @@ void norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
     Vec<acc> sum_a(0), sum_b(0);
     for_parts<acc>(args.width, [&](int64_t i, int64_t size) {
       const auto [a, b] = load_part(x + i, size);
-      sum_a = at::vec::fmadd(a, a, sum_a);
-      sum_b = at::vec::fmadd(b, b, sum_b);
+      sum_a = fmadd(a, a, sum_a);
+      sum_b = fmadd(b, b, sum_b);
     });
     const acc rstd = 1 / std::sqrt(reduce_sum<acc>(sum_a + sum_b) / args.width + static_cast<acc>(args.eps));
     static_cast<acc*>(args.rstd)[t] = rstd;
@@ -82,8 +83,8 @@ void gradient_chunks(const NormGradientArgs& args, int64_t begin, int64_t end) {
         const auto [xa, xb] = load_part(x + i, size);
         const auto [wa, wb] = load_part(weight + i, size);
         const Vec<acc> pa = ga * (xa * scale), pb = gb * (xb * scale);
-        dot_a = at::vec::fmadd(pa, wa, dot_a);
-        dot_b = at::vec::fmadd(pb, wb, dot_b);
+        dot_a = fmadd(pa, wa, dot_a);
+        dot_b = fmadd(pb, wb, dot_b);
         if (partial != nullptr) {
           const auto [sa, sb] = load_part(static_cast<const acc*>(partial + i), size);
           store_part(partial + i, size, sa + pa, sb + pb);
@@ -120,48 +121,22 @@ R1FAST_KERNEL(rms_norm_gradient, NormGradientArgs) {
 
 #ifdef R1FAST_BUILD_OPERATOR
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
+#include <ATen/ops/zeros.h>
 
 namespace r1fast {
 namespace {
 
-at::ScalarType acc_dtype(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x_TD, const at::Tensor& weight_D, double eps) {
-  const auto dtype = x_TD.scalar_type();
-  TORCH_CHECK_VALUE(
-      x_TD.dim() == 2 && weight_D.dim() == 1 && weight_D.size(0) == x_TD.size(1) && weight_D.scalar_type() == dtype &&
-          (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble),
-      "rms_norm: got x ", x_TD.sizes(), " in ", dtype, " and weight ", weight_D.sizes(), " in ", weight_D.scalar_type(),
-      ", expected [T, D] and [D], both float32, bfloat16 or float64");
+  check_floats("rms_norm", {x_TD, weight_D});
+  check_tensor("rms_norm", "x_TD", x_TD, x_TD.scalar_type(), {-1, weight_D.numel()});
   const at::Tensor x = with_unit_columns(x_TD), weight = weight_D.contiguous();
   at::Tensor out = at::empty(x.sizes(), x.options());
-  at::Tensor rstd = at::empty({x.size(0)}, x.options().dtype(acc_dtype(x)));
+  at::Tensor rstd = at::empty({x.size(0)}, x.options().dtype(computed_in(x.scalar_type())));
   const NormArgs args{
-      dtype, x.const_data_ptr(), weight.const_data_ptr(), out.mutable_data_ptr(), rstd.mutable_data_ptr(), x.stride(0),
-      x.size(1), eps};
-  at::parallel_for(0, x.size(0), rows_per_task(x.size(1)), [&](int64_t begin, int64_t end) {
-    R1FAST_PICK(rms_norm_rows)(args, begin, end);
-  });
+      x.scalar_type(), x.const_data_ptr(), weight.const_data_ptr(), out.mutable_data_ptr(), rstd.mutable_data_ptr(),
+      x.stride(0), x.size(1), eps};
+  run_rows(R1FAST_PICK(rms_norm_rows), args, x.size(0), x.size(1));
   return {out, rstd};
-}
-
-template <typename acc>
-void add_chunks(const acc* partials, at::Tensor& sums_D, int64_t num_chunks) {
-  double* sums = sums_D.mutable_data_ptr<double>();
-  const int64_t width = sums_D.size(0);
-  std::fill(sums, sums + width, 0.0);
-  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-    for (int64_t i = 0; i < width; ++i) {
-      sums[i] += partials[chunk * width + i];
-    }
-  }
 }
 
 std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
@@ -172,21 +147,19 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
   const int64_t num_chunks = (x.size(0) + kRowsOfChunk - 1) / kRowsOfChunk;
   at::Tensor grad_x = at::empty({needs_x ? x.size(0) : 0, needs_x ? x.size(1) : 0}, x.options());
   at::Tensor partials =
-      at::empty({needs_weight ? num_chunks : 0, x.size(1)}, x.options().dtype(acc_dtype(x)));
+      at::empty({needs_weight ? num_chunks : 0, x.size(1)}, x.options().dtype(computed_in(x.scalar_type())));
   const NormGradientArgs args{
       x.scalar_type(), grad.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(), rstd.const_data_ptr(),
       needs_x ? grad_x.mutable_data_ptr() : nullptr, needs_weight ? partials.mutable_data_ptr() : nullptr, x.size(0),
       x.stride(0), x.size(1)};
-  const int64_t grain = std::max<int64_t>(1, rows_per_task(x.size(1)) / kRowsOfChunk);
-  at::parallel_for(0, num_chunks, grain, [&](int64_t begin, int64_t end) {
-    R1FAST_PICK(rms_norm_gradient)(args, begin, end);
-  });
-  at::Tensor sums_D = at::empty({needs_weight ? x.size(1) : 0}, x.options().dtype(at::kDouble));
-  by_dtype(acc_dtype(x), [&]<typename T>() {
-    if constexpr (!std::is_same_v<T, at::BFloat16>) {
-      add_chunks(partials.const_data_ptr<T>(), sums_D, num_chunks);
-    }
-  });
+  run_rows(R1FAST_PICK(rms_norm_gradient), args, num_chunks, x.size(1) * kRowsOfChunk);
+  const at::Tensor parts = partials.to(at::kDouble);
+  const at::Tensor sums_D = at::zeros({needs_weight ? x.size(1) : 0}, parts.options());
+  double* sums = sums_D.mutable_data_ptr<double>();
+  const double* part = parts.const_data_ptr<double>();
+  for (int64_t chunk = 0; chunk < parts.size(0); ++chunk, part += x.size(1)) {
+    std::transform(part, part + x.size(1), sums, sums, std::plus<>());
+  }
   return {grad_x, sums_D.to(weight.scalar_type())};
 }
 

@@ -1,8 +1,8 @@
 // Expert selection. The scores are torch's own sigmoid and softmax, to the bit, so that the choice is the reference's
 // wherever two scores are close. A vector holds one expert's score of several tokens: no branch depends on a score.
+#include "../operator.h"
 #include "../route.h"
 
-#include <numeric>
 #include <vector>
 
 namespace r1fast {
@@ -22,8 +22,6 @@ struct RouteGradientArgs {
 namespace {
 inline namespace CPU_CAPABILITY {
 
-// From here on a sort of a token's experts beats lists of the best.
-constexpr int64_t kListed = 64;
 template <typename acc>
 constexpr acc kInf = std::numeric_limits<acc>::infinity();
 
@@ -53,7 +51,7 @@ class Router {
  public:
   explicit Router(const RouteArgs& args)
       : args_(args), group_size_(args.num_experts / args.n_group), choice_(args.num_experts), groups_(args.n_group),
-        best_(std::max(args.top_k, args.topk_group)), best_ids_(best_.size()), order_(args.num_experts) {}
+        best_(std::max(args.top_k, args.topk_group)), best_ids_(best_.size()) {}
 
   void choose(int64_t t, int64_t num_tokens) {
     load(static_cast<const acc*>(args_.scores) + t * args_.num_experts, num_tokens);
@@ -61,12 +59,6 @@ class Router {
       leave_out_groups();
     }
     int64_t* ids = args_.ids + t * args_.top_k;
-    if (args_.top_k > kListed) {
-      for (int64_t lane = 0; lane < num_tokens; ++lane) {
-        sort(lane, ids + lane * args_.top_k);
-      }
-      return;
-    }
     select(choice_, args_.top_k);
     for (int64_t k = 0; k < args_.top_k; ++k) {
       for (int64_t lane = 0; lane < num_tokens; ++lane) {
@@ -133,21 +125,9 @@ class Router {
     }
   }
 
-  void sort(int64_t lane, int64_t* ids) {
-    const acc* values = lanes(choice_) + lane;
-    const auto before = [values](int64_t a, int64_t b) {
-      const acc x = values[a * kLanes<acc>], y = values[b * kLanes<acc>];
-      return x > y || (x != x && y == y) || (a < b && (x == y || (x != x && y != y)));
-    };
-    std::iota(order_.begin(), order_.end(), 0);
-    std::partial_sort(order_.begin(), order_.begin() + args_.top_k, order_.end(), before);
-    std::copy_n(order_.begin(), args_.top_k, ids);
-  }
-
   const RouteArgs& args_;
   int64_t group_size_;
   std::vector<Vec<acc>> choice_, groups_, best_, best_ids_;
-  std::vector<int64_t> order_;
 };
 
 template <typename acc>
@@ -226,35 +206,23 @@ R1FAST_KERNEL(route_gradient, RouteGradientArgs) {
 
 #ifdef R1FAST_BUILD_OPERATOR
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/_softmax.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
-#include <optional>
 
 namespace r1fast {
 namespace {
-
-at::ScalarType acc_dtype(const at::Tensor& logits_TE) {
-  return logits_TE.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 at::Tensor scores_of(const at::Tensor& logits_TE, const std::string& scoring) {
   TORCH_CHECK_VALUE(
       scoring == "sigmoid" || scoring == "softmax", "route_topk: got scoring=", scoring,
       ", expected sigmoid or softmax");
-  const at::Tensor logits = logits_TE.to(acc_dtype(logits_TE)).contiguous();
+  const at::Tensor logits = logits_TE.to(computed_in(logits_TE.scalar_type())).contiguous();
   return (scoring == "sigmoid" ? at::sigmoid(logits) : at::_softmax(logits, 1, false)).contiguous();
 }
 
 void check_ids(const at::Tensor& ids_TK, int64_t num_tokens, int64_t num_experts, const char* name) {
-  TORCH_CHECK_VALUE(
-      ids_TK.dim() == 2 && ids_TK.size(0) == num_tokens && ids_TK.scalar_type() == at::kLong, "route_topk: got ", name,
-      " of shape ", ids_TK.sizes(), " and dtype ", ids_TK.scalar_type(), ", expected int64 [", num_tokens, ", K]");
+  check_tensor("route_topk", name, ids_TK, at::kLong, {num_tokens, -1});
   const int64_t* id = ids_TK.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < ids_TK.numel(); ++i) {
     TORCH_CHECK_VALUE(
@@ -264,8 +232,8 @@ void check_ids(const at::Tensor& ids_TK, int64_t num_tokens, int64_t num_experts
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> route_topk(
-    const at::Tensor& logits_TE, const std::optional<at::Tensor>& bias_E,
-    const std::optional<at::Tensor>& replay_ids_TK, int64_t top_k, int64_t n_group, int64_t topk_group,
+    const at::Tensor& logits_TE, const OptionalTensor& bias_E,
+    const OptionalTensor& replay_ids_TK, int64_t top_k, int64_t n_group, int64_t topk_group,
     bool norm_topk_prob, double routed_scaling_factor, std::string scoring) {
   TORCH_CHECK_VALUE(logits_TE.dim() == 2, "route_topk: got logits ", logits_TE.sizes(), ", expected [T, E]");
   const int64_t num_tokens = logits_TE.size(0), num_experts = logits_TE.size(1);
@@ -274,11 +242,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> route_topk(
           top_k <= num_experts,
       "route_topk: got ", num_experts, " experts, top_k=", top_k, ", n_group=", n_group, ", topk_group=", topk_group,
       ", expected n_group to divide the experts, 1 <= topk_group <= n_group and 1 <= top_k <= experts");
-  TORCH_CHECK_VALUE(
-      !bias_E || bias_E->numel() == num_experts, "route_topk: got a bias of ", bias_E ? bias_E->numel() : 0,
-      " numbers, expected [", num_experts, "]");
   const at::Tensor scores_TE = scores_of(logits_TE, scoring);
-  const at::Tensor bias = bias_E ? bias_E->to(scores_TE.scalar_type()).contiguous() : at::Tensor();
+  const auto dtype = scores_TE.scalar_type();
+  const at::Tensor bias = bias_E ? bias_E->to(dtype).contiguous() : at::empty({num_experts}, scores_TE.options());
+  check_tensor("route_topk", "bias_E", bias, dtype, {num_experts});
   at::Tensor ids_TK = at::empty({num_tokens, top_k}, scores_TE.options().dtype(at::kLong));
   if (replay_ids_TK) {
     ids_TK.copy_(*replay_ids_TK);
@@ -286,12 +253,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> route_topk(
   }
   at::Tensor weights_TK = at::empty({num_tokens, top_k}, scores_TE.options());
   const RouteArgs args{
-      scores_TE.scalar_type(), scores_TE.const_data_ptr(), bias_E ? bias.const_data_ptr() : nullptr, num_experts, top_k,
+      dtype, scores_TE.const_data_ptr(), bias_E ? bias.const_data_ptr() : nullptr, num_experts, top_k,
       n_group, topk_group, norm_topk_prob, routed_scaling_factor, replay_ids_TK.has_value(),
       ids_TK.mutable_data_ptr<int64_t>(), weights_TK.mutable_data_ptr()};
-  at::parallel_for(0, num_tokens, rows_per_task(num_experts), [&](int64_t begin, int64_t end) {
-    R1FAST_PICK(route_tokens)(args, begin, end);
-  });
+  run_rows(R1FAST_PICK(route_tokens), args, num_tokens, num_experts);
   // One thread: integers add to the same in any order, and a million of them take a millisecond.
   at::Tensor counts_E = at::zeros({num_experts}, ids_TK.options());
   int64_t* counts = counts_E.mutable_data_ptr<int64_t>();
@@ -305,14 +270,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> route_topk(
 at::Tensor route_topk_backward(
     const at::Tensor& logits_TE, const at::Tensor& expert_ids_TK, const at::Tensor& grad_weights_TK,
     bool norm_topk_prob, double routed_scaling_factor, std::string scoring) {
-  TORCH_CHECK_VALUE(logits_TE.dim() == 2, "route_topk_backward: got logits ", logits_TE.sizes(), ", expected [T, E]");
   const int64_t num_tokens = logits_TE.size(0), num_experts = logits_TE.size(1);
   const at::Tensor ids_TK = expert_ids_TK.contiguous();
   check_ids(ids_TK, num_tokens, num_experts, "expert_ids_TK");
-  TORCH_CHECK_VALUE(
-      grad_weights_TK.sizes() == ids_TK.sizes(), "route_topk_backward: got gradients ", grad_weights_TK.sizes(),
-      ", expected ", ids_TK.sizes());
-  const auto dtype = acc_dtype(logits_TE);
+  check_tensor(
+      "route_topk_backward", "grad_weights_TK", grad_weights_TK, grad_weights_TK.scalar_type(), ids_TK.sizes());
+  const auto dtype = computed_in(logits_TE.scalar_type());
   // Of a sigmoid only the chosen logits are needed.
   const at::Tensor logits = logits_TE.to(dtype).contiguous();
   const at::Tensor scores_TE = scoring == "sigmoid" ? at::Tensor() : scores_of(logits_TE, scoring);
@@ -322,9 +285,7 @@ at::Tensor route_topk_backward(
       dtype, logits.const_data_ptr(), scores_TE.defined() ? scores_TE.const_data_ptr() : nullptr,
       ids_TK.const_data_ptr<int64_t>(), grad_weights.const_data_ptr(), num_experts, ids_TK.size(1), norm_topk_prob,
       routed_scaling_factor, grad_TE.mutable_data_ptr()};
-  at::parallel_for(0, num_tokens, rows_per_task(num_experts), [&](int64_t begin, int64_t end) {
-    R1FAST_PICK(route_gradient)(args, begin, end);
-  });
+  run_rows(R1FAST_PICK(route_gradient), args, num_tokens, num_experts);
   return grad_TE.to(logits_TE.scalar_type());
 }
 

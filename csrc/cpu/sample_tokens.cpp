@@ -2,7 +2,7 @@
 // A truncated row also finds the smallest token that stays, without sorting, and is drawn from its masked copy.
 //
 // Rows are independent and each is summed in a fixed order: the same bits for any batch and number of threads.
-#include "../simd.h"
+#include "../operator.h"
 
 #include <cmath>
 #include <vector>
@@ -80,10 +80,10 @@ inline BlockSum sum_block(const Block<T>& block, acc_t<T> inverse_temperature) {
   Vec<acc> max_a(-kInf<acc>), max_b(-kInf<acc>), sum_a(0), sum_b(0);
   for (int64_t i = 0; i < block.size; i += kPair<acc>) {
     const auto [a, b] = load_pair(block.x + i);
-    max_a = at::vec::maximum(max_a, a);  // keeps NaN
-    max_b = at::vec::maximum(max_b, b);
+    max_a = maximum(max_a, a);  // keeps NaN
+    max_b = maximum(max_b, b);
   }
-  const acc max = reduce_max<acc>(at::vec::maximum(max_a, max_b));
+  const acc max = reduce_max<acc>(maximum(max_a, max_b));
   if (max == -kInf<acc>) {
     return {max, 0};  // -inf minus -inf would be NaN
   }
@@ -329,40 +329,28 @@ R1FAST_KERNEL(sample_tokens, SampleArgs) {
 
 #ifdef R1FAST_BUILD_OPERATOR
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <optional>
-
 namespace r1fast {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> sample_tokens(
-    const at::Tensor& logits_BV, const std::optional<at::Tensor>& seeds_B, double temperature, int64_t top_k,
+    const at::Tensor& logits_BV, const OptionalTensor& seeds_B, double temperature, int64_t top_k,
     double top_p) {
-  const auto dtype = logits_BV.scalar_type();
-  TORCH_CHECK_VALUE(
-      logits_BV.dim() == 2 && logits_BV.size(1) > 0 &&
-          (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble),
-      "sample_tokens: got logits of shape ", logits_BV.sizes(), " and dtype ", dtype,
-      ", expected float32, bfloat16 or float64 [B, V], V > 0; other dtypes take impl=\"reference\"");
   const int64_t num_rows = logits_BV.size(0);
-  TORCH_CHECK_VALUE(
-      temperature == 0 || (seeds_B && seeds_B->dim() == 1 && seeds_B->size(0) == num_rows &&
-                           seeds_B->scalar_type() == at::kLong),
-      "sample_tokens: got temperature ", temperature, ", expected int64 seeds [", num_rows, "] to draw with");
+  check_floats("sample_tokens", {logits_BV});
+  check_tensor("sample_tokens", "logits_BV", logits_BV, logits_BV.scalar_type(), {-1, -1});
+  TORCH_CHECK_VALUE(temperature == 0 || seeds_B, "sample_tokens: got no seeds_B to draw with");
+  if (seeds_B) {
+    check_tensor("sample_tokens", "seeds_B", *seeds_B, at::kLong, {num_rows});
+  }
   const at::Tensor logits = with_unit_columns(logits_BV);
   const at::Tensor seeds = seeds_B ? seeds_B->contiguous() : at::Tensor();
   at::Tensor ids = at::empty({num_rows}, logits.options().dtype(at::kLong));
   at::Tensor logprobs = at::empty({num_rows}, logits.options().dtype(at::kFloat));
   const SampleArgs args{
-      dtype, logits.const_data_ptr(), seeds_B ? seeds.const_data_ptr<int64_t>() : nullptr,
+      logits.scalar_type(), logits.const_data_ptr(), seeds_B ? seeds.const_data_ptr<int64_t>() : nullptr,
       ids.mutable_data_ptr<int64_t>(), logprobs.mutable_data_ptr<float>(), logits.stride(0), logits.size(1),
       temperature, top_k, top_p};
-  at::parallel_for(0, num_rows, rows_per_task(args.vocab), [&](int64_t begin, int64_t end) {
-    R1FAST_PICK(sample_tokens)(args, begin, end);
-  });
+  run_rows(R1FAST_PICK(sample_tokens), args, num_rows, args.vocab);
   return {ids, logprobs};
 }
 

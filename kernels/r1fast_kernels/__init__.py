@@ -21,7 +21,6 @@ from .rms_norm import rms_norm
 from .route_topk import route_topk
 from .sample_tokens import sample_tokens
 from .selective_logprobs import selective_logprobs
-from .swiglu import swiglu
 
 __all__ = [
     "decode_attention",
@@ -38,5 +37,4 @@ __all__ = [
     "route_topk",
     "sample_tokens",
     "selective_logprobs",
-    "swiglu",
 ]

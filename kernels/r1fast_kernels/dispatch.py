@@ -19,7 +19,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = dict.fromkeys(
      "linear_grpo_loss", "route_topk", "moe_dispatch", "grouped_gemm", "moe_experts", "sample_tokens",
      "decode_attention"),
     NAMES,
-) | dict.fromkeys(("rms_norm", "packed_attention", "swiglu", "decode_layers"), ("reference", "cpp"))  # fmt: skip
+) | dict.fromkeys(("rms_norm", "packed_attention", "decode_layers"), ("reference", "cpp"))  # fmt: skip
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

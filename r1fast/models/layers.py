@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r1fast_kernels import rms_norm, swiglu
+from r1fast_kernels import rms_norm
 from r1fast_kernels.products import linear
 
 HeadFn = Callable[[Tensor, Tensor], Any]
@@ -37,7 +38,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, hidden_size, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
 
 class Head(nn.Module):

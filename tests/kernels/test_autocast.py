@@ -16,7 +16,6 @@ CU_SEQLENS = torch.tensor([0, 3, 8], dtype=torch.int32)
 IDS_TK = torch.tensor([[0, 1], [2, 0], [1, 2], [2, 1], [0, 2], [1, 0], [0, 1], [2, 1]])
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "rms_norm": ((8, 16), (16,)),
-    "swiglu": ((8, 16), (8, 16)),
     "grouped_gemm": ((8, 16), (3, 12, 16)),
     "moe_experts": ((8, 16), (3, 24, 16), (3, 16, 12), (8, 2)),
     "packed_attention": ((8, 4, 16), (8, 2, 16), (8, 2, 16)),
@@ -25,7 +24,6 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 CALLS: dict[str, Callable[..., Tensor]] = {
     "rms_norm": lambda x, weight, impl: kernels.rms_norm(x, weight, impl=impl),
-    "swiglu": lambda gate, up, impl: kernels.swiglu(gate, up, impl=impl),
     "grouped_gemm": lambda x, weight, impl: kernels.grouped_gemm(x, weight, torch.tensor([3, 3, 8]).int(), impl=impl),
     "moe_experts": lambda x, gate_up, down, weights, impl: kernels.moe_experts(
         x, gate_up, down, IDS_TK, weights, impl=impl
@@ -37,7 +35,6 @@ CALLS: dict[str, Callable[..., Tensor]] = {
 # What the op returns of (hidden or first input, weight or second), without and with autocast to bf16. None: an error.
 DTYPES: dict[str, dict[tuple[torch.dtype, torch.dtype], tuple[torch.dtype | None, torch.dtype]]] = {
     "rms_norm": {(FP32, BF16): (FP32, FP32), (BF16, FP32): (BF16, BF16), (FP32, FP32): (FP32, FP32)},
-    "swiglu": {(FP32, BF16): (FP32, FP32), (BF16, FP32): (FP32, FP32), (BF16, BF16): (BF16, BF16)},
     "grouped_gemm": {(FP32, BF16): (BF16, BF16), (BF16, FP32): (FP32, BF16), (FP32, FP32): (FP32, BF16)},
     "moe_experts": {(FP32, BF16): (FP32, FP32), (BF16, FP32): (BF16, BF16), (FP32, FP32): (FP32, FP32)},
     "packed_attention": {(FP32, FP32): (FP32, BF16), (FP32, BF16): (None, BF16)},
@@ -101,7 +98,6 @@ def test_as_torch_has_it() -> None:
         for autocast in (False, True):
             with torch.autocast("cpu", BF16, enabled=autocast):
                 assert kernels.rms_norm(x, weight).dtype == F.rms_norm(x, (16,), weight).dtype
-                assert kernels.swiglu(x, x * 1).dtype == (F.silu(x) * x).dtype
     x, weight = leaves("linear_logprobs", FP64, FP64)
     with torch.autocast("cpu", BF16):  # which leaves fp64 alone
         assert (x @ weight.T).dtype == FP64

@@ -73,11 +73,10 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "rms_norm": ("rms_norm", {"x": normal(5, 6), "weight_D": normal(6)}),
     "sample_tokens": ("sample_tokens", {"logits_BV": normal(5, 11), "seeds_B": ids(5, end=1 << 40)}),
-    "swiglu": ("swiglu", {"gate": normal(5, 6), "up": normal(5, 6)}),
 }  # fmt: skip
 LEAVES = {
     "hidden_TD", "weight_VD", "logits_TV", "logprobs_T", "router_logits_TE", "x_MD", "weight", "gate_up_E2FD",
-    "down_EDF", "weights_TK", "q_THd", "k_TKd", "v_TKe", "x", "weight_D", "gate", "up",
+    "down_EDF", "weights_TK", "q_THd", "k_TKd", "v_TKe", "x", "weight_D",
 }  # fmt: skip
 
 

@@ -1,0 +1,47 @@
+"""The options of the policy loss as fields of a recipe, from the one table in r1fast_kernels/loss_options.py."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from runpy import run_path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from r1fast.schema_types import Reads
+
+_PACKAGE = find_spec("r1fast_kernels")
+assert _PACKAGE is not None and _PACKAGE.submodule_search_locations is not None
+# By its path: to import the package is to import torch, which reads the number of threads when it starts.
+_TABLE = run_path(str(Path(_PACKAGE.submodule_search_locations[0]) / "loss_options.py"))
+OPTIONS = [option for option in _TABLE["OPTIONS"] if not option.about.derived]
+LOSS_TYPES: tuple[str, ...] = _TABLE["LOSS_TYPES"]
+
+# Where a recipe begins otherwise than the op. auto: 2.0 where the sampler is not exactly the policy (grpo.py), else None.
+DEFAULTS = {"beta": 0.001, "sampling_importance_cap": "auto"}
+# A loss of one's own: my_losses.py:name, package.module.name
+OwnLoss = Annotated[str, Field(pattern=r"^(.+\.py:\w+|\w+(\.\w+)+)$", max_length=4096)]
+
+
+def _type_of(option: Any) -> Any:
+    if option.words:
+        kind: Any = Literal[option.words]
+        return Annotated[kind | OwnLoss, Reads("code")] if option.name == "loss_type" else kind
+    least = {"gt" if option.about.is_open else "ge": option.about.least}
+    kind = Annotated[float, Field(**least, le=option.about.most)]
+    if option.key == "sampling_importance_cap":
+        kind = Literal["auto"] | kind
+    return kind | None if option.optional else kind
+
+
+def fields() -> dict[str, tuple[Any, Any]]:
+    """Type and default of each, as pydantic.create_model takes them."""
+    return {option.key: (_type_of(option), DEFAULTS.get(option.key, option.default)) for option in OPTIONS}
+
+
+def unused(loss_type: str, changed: list[str]) -> Iterator[str]:
+    """Of options that are set, those that a built-in loss takes no notice of, in words."""
+    for option in OPTIONS:
+        takers = option.about.loss_types
+        if option.key in changed and takers is not None and loss_type in LOSS_TYPES and loss_type not in takers:
+            yield f"{option.key} does not apply to loss_type {loss_type}, only to {', '.join(takers)}; drop it"
