@@ -16,8 +16,9 @@ _LAZY = {
     "RolloutEngine": "r1fast.rollout.engine",
     "SamplingParams": "r1fast.rollout.sampling",
     "Completion": "r1fast.rollout.sampling",
+    "PolicyLossInputs": "r1fast.policy_loss",
 }
-__all__ = ["Completion", "RolloutEngine", "SamplingParams", "__version__", "load_model"]
+__all__ = ["Completion", "PolicyLossInputs", "RolloutEngine", "SamplingParams", "__version__", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -82,12 +82,14 @@ def _named_in(options: BaseModel, stage: StageBase, prefix: str = "") -> Iterato
                 yield Artifact(key, ref, reads.kind, rows)
 
 
-def _code_of(key: str, rewards: dict[str, Any]) -> Iterator[Artifact]:
-    """The files of functions that are named as path/to/file.py:name."""
-    for name, spec in reward_specs(rewards).items():
-        file, separator, _ = str(spec.function).rpartition(".py:")
+def _code_of(key: str, value: str | dict[str, Any]) -> Iterator[Artifact]:
+    """The files of functions that are named as path/to/file.py:name, of one or of rewards."""
+    specs = {} if isinstance(value, str) else reward_specs(value)
+    named = {key: value} if isinstance(value, str) else {f"{key}.{name}": s.function for name, s in specs.items()}
+    for place, function in named.items():
+        file, separator, _ = str(function).rpartition(".py:")
         if separator:
-            yield Artifact(f"{key}.{name}", f"{file}.py", "code")
+            yield Artifact(place, f"{file}.py", "code")
 
 
 def _marker(types: tuple[Any, ...]) -> Reads | None:

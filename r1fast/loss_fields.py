@@ -15,9 +15,10 @@ assert _PACKAGE is not None and _PACKAGE.submodule_search_locations is not None
 # By its path: to import the package is to import torch, which reads the number of threads when it starts.
 _TABLE = run_path(str(Path(_PACKAGE.submodule_search_locations[0]) / "loss_options.py"))
 OPTIONS = [option for option in _TABLE["OPTIONS"] if not option.about.derived]
+LossOptions = _TABLE["LossOptions"]
 LOSS_TYPES: tuple[str, ...] = _TABLE["LOSS_TYPES"]
 
-# Where a recipe begins otherwise than the op. auto: 2.0 where the sampler is not exactly the policy (grpo.py), else None.
+# Where a recipe begins otherwise than the op. auto: 2.0 where the sampler is not just the policy (grpo.py), else None.
 DEFAULTS = {"beta": 0.001, "sampling_importance_cap": "auto"}
 # A loss of one's own: my_losses.py:name, package.module.name
 OwnLoss = Annotated[str, Field(pattern=r"^(.+\.py:\w+|\w+(\.\w+)+)$", max_length=4096)]
@@ -39,9 +40,10 @@ def fields() -> dict[str, tuple[Any, Any]]:
     return {option.key: (_type_of(option), DEFAULTS.get(option.key, option.default)) for option in OPTIONS}
 
 
-def unused(loss_type: str, changed: list[str]) -> Iterator[str]:
+def unused(loss_type: str, changed: dict[str, Any]) -> Iterator[str]:
     """Of options that are set, those that a built-in loss takes no notice of, in words."""
     for option in OPTIONS:
         takers = option.about.loss_types
         if option.key in changed and takers is not None and loss_type in LOSS_TYPES and loss_type not in takers:
-            yield f"{option.key} does not apply to loss_type {loss_type}, only to {', '.join(takers)}; drop it"
+            known = f"{loss_type}, only to {', '.join(takers)}"
+            yield f"{option.key} = {changed[option.key]} does not apply to loss_type {known}; drop it"

@@ -9,13 +9,14 @@ and entropy act on it as on the built-in ones, and `loss_aggregation` makes one 
 micro-batches nor on ranks. Log-probs come from linear_logprobs: no T x V buffer, the logits are computed twice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from r1fast.user_code import load_function
 from r1fast_kernels import linear_logprobs
 from r1fast_kernels.grpo_loss_reference import Inputs, LossArguments, grpo_loss_reference
 from r1fast_kernels.loss_options import LossOptions
@@ -69,14 +70,14 @@ class PolicyLossInputs:
 PolicyLoss = Callable[[PolicyLossInputs], tuple[Tensor, dict[str, Tensor]]]
 
 
-def custom_loss(
+def own_loss(
     function: PolicyLoss, logprobs_T: Tensor, cu_seqlens: Tensor, *, loss_aggregation: str = "sample", **arguments: Any
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """(loss, metrics as of grpo_loss, the function's own metrics: [T] or [N]). arguments: those of grpo_loss.
 
     Raises ValueError where the function returns something else than it should.
     """
-    given = LossArguments.of("policy loss", arguments | {"loss_type": SAME_MEAN[loss_aggregation]})
+    given = LossArguments.of("loss_type", arguments | {"loss_type": SAME_MEAN[loss_aggregation]})
     given.check_shapes(len(logprobs_T), cu_seqlens)
     own: dict[str, Tensor] = {}
 
@@ -96,15 +97,36 @@ def custom_loss(
     return loss, {name: value for name, value in metrics.items() if not name.startswith("clip_ratio")}, own
 
 
-def linear_custom_loss(
+def linear_own_loss(
     function: PolicyLoss, hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, cu_seqlens: Tensor, *,
     temperature: float, **arguments: Any,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
-    """`custom_loss` from hidden states, as linear_grpo_loss is grpo_loss from them."""
+    """`own_loss` from hidden states, as linear_grpo_loss is grpo_loss from them."""
     logprobs_T, entropy_T = linear_logprobs(
         hidden_TD, weight_VD, target_ids_T, temperature=temperature, with_entropy=True
     )
-    return custom_loss(function, logprobs_T, cu_seqlens, entropy_T=entropy_T, **arguments)
+    return own_loss(function, logprobs_T, cu_seqlens, entropy_T=entropy_T, **arguments)
+
+
+def resolve_loss(name: str) -> PolicyLoss:
+    """By `package.module.function` or `path/to/file.py:function`; ValueError."""
+    return load_function("loss_type", name)
+
+
+def loss_problems(name: str) -> Iterator[str]:
+    """What is wrong with a loss of one's own, seen by a call on five tokens of two samples."""
+    try:
+        function = resolve_loss(name)
+        logprobs_T = torch.linspace(-2.5, -0.5, 5).requires_grad_()
+        others: dict[str, Any] = dict.fromkeys(("ref_logprobs_T", "sampler_logprobs_T"), logprobs_T)
+        loss, _, _ = own_loss(
+            function, logprobs_T, torch.tensor([0, 2, 5], dtype=torch.int32), advantages_N=torch.tensor([1.0, -1.0]),
+            old_logprobs_T=logprobs_T - 0.1, entropy_T=(1 - logprobs_T).detach().requires_grad_(), **others,
+        )  # fmt: skip
+        loss.backward()
+    except Exception as error:
+        text = str(error) if isinstance(error, ValueError) else f"{name} raised {type(error).__name__}: {error}"
+        yield f"loss_type: {' '.join(text.split())}"
 
 
 def _checked(function: PolicyLoss, found: Any, num_tokens: int, num_samples: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -16,6 +16,7 @@ import torch
 from r1fast.artifacts import inputs_of
 from r1fast.config import ConfigError, shown
 from r1fast.data.sources import load_rows
+from r1fast.policy_loss import loss_problems
 from r1fast.preflight_models import forget, model_problems
 from r1fast.preflight_rows import reward_problems, row_problems, text_problems
 from r1fast.recipe_yaml import check_text
@@ -23,7 +24,7 @@ from r1fast.rewards.pool import RewardPool
 from r1fast.rollout.vllm import INSTALL, LOWEST_TEMPERATURE, RolloutError
 from r1fast.rollout.vllm_server import Client, server_problems
 from r1fast.run_folder import holds_nothing
-from r1fast.schema import EvalOptions, GRPOStage, Recipe, StageBase, reward_specs
+from r1fast.schema import EvalOptions, GRPOStage, Recipe, SampleOptions, StageBase, reward_specs
 from r1fast.schema_types import RowKind
 from r1fast.stages.prompt_order import unrewarded_problems
 from r1fast.stages.scoring import pool_arguments
@@ -109,8 +110,12 @@ def _problems(recipe: Recipe, stage: StageBase, notes: list[str]) -> Iterator[st
             rows_of[key] = rows
         yield from text_problems(recipe, stage, key, kind, rows)
     yield from row_problems(recipe, stage, rows_of, notes)
+    if isinstance(stage, GRPOStage) and stage.is_own_loss:
+        yield from loss_problems(stage.loss_name)
     rewards: dict[str, tuple[str, Mapping[str, Any]]] = {}
     if isinstance(stage, GRPOStage):
+        rewards["rewards"] = "train_files", stage.rewards
+    if isinstance(stage, SampleOptions) and stage.changed(["rewards"]):
         rewards["rewards"] = "train_files", stage.rewards
     if isinstance(stage, EvalOptions) and stage.eval_files:
         rewards["eval_rewards"] = "eval_files", stage.eval_rewards

@@ -127,8 +127,8 @@ def row_problems(recipe: Recipe, stage: StageBase, rows_of: Mapping[str, Rows], 
     if rows is not None:
         if isinstance(stage, schema.GRPOStage):
             yield from prompt_problems(stage, rows)
-        if "data" in stage.makes:
-            yield from _sampling_problems(recipe, rows, notes)
+        if isinstance(stage, schema.SampleOptions) and "data" in stage.makes:
+            yield from _sampling_problems(recipe, stage, rows, notes)
         elif isinstance(stage, schema.EpochOptions) and stage.warmup_steps > (steps := stage.updates_on(len(rows))):
             # A reward model holds some rows out, so it may have fewer.
             yield f"warmup_steps: {stage.warmup_steps} is more than the {steps} steps that {len(rows)} rows make"
@@ -159,10 +159,11 @@ def reward_problems(
                 )
 
 
-def _sampling_problems(recipe: Recipe, rows: Rows, notes: list[str]) -> Iterator[str]:
+def _sampling_problems(recipe: Recipe, stage: schema.SampleOptions, rows: Rows, notes: list[str]) -> Iterator[str]:
     """Samples are kept that are right, in the row's language, and written with the row."""
     yield from _language_problems("train_files", rows)
-    yield from _gold_problems(recipe, "train_files", [row for row in rows if row["answer"] is not None], notes)
+    if any(spec.function == "accuracy" for spec in schema.reward_specs(stage.rewards).values()):
+        yield from _gold_problems(recipe, "train_files", [row for row in rows if row["answer"] is not None], notes)
     for i, row in enumerate(rows):
         try:
             json.dumps(row)

@@ -7,11 +7,22 @@ refused, by value, because the recipe that a run saves names every option: one a
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    create_model,
+    field_validator,
+    model_validator,
+)  # fmt: skip
 
+from r1fast import loss_fields
 from r1fast.schema_types import (
     AboveZero,
     Bytes,
@@ -318,6 +329,8 @@ class SampleOptions(GenerateOptions):
     num_prompts: Positive | None = None  # None: every row of train_files
     num_samples: Positive = 4
     temperature: Temperature = 1.0
+    rewards: Rewards = {"accuracy": 1.0}  # of which a sample needs min_reward in all, where any applies
+    min_reward: Weight = 1.0
     max_per_prompt: Positive | None = None  # kept, of the samples that pass
     filters: FilterOptions = FilterOptions()
 
@@ -327,6 +340,8 @@ class SampleOptions(GenerateOptions):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
+        if not any(spec.weight for spec in reward_specs(self.rewards).values()):
+            yield "rewards: none has a weight, so no sample is judged; give one a weight"
         most = self.most_samples()
         if self.temperature == 0 and most > 1:
             yield f"num_samples = {most} with temperature 0 are {most} equal samples: set it to 1"
@@ -334,25 +349,59 @@ class SampleOptions(GenerateOptions):
             yield f"max_per_prompt = {self.max_per_prompt} is more than num_samples = {most}: drop it"
 
 
-class LossOptions(Strict):
-    """The policy's loss."""
+if TYPE_CHECKING:  # what is made from a table is read through `loss`, which is typed
+    from r1fast_kernels.loss_options import LossOptions as Loss
 
-    beta: NonNegative = 0.001
-    epsilon: AboveZero = 0.2
-    epsilon_high: AboveZero | None = None
-    delta: Annotated[float, Field(gt=1, le=1e18)] | None = None
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "grpo"
-    importance_sampling_level: Literal["token", "sequence"] = "token"
-    # Truncated importance sampling; auto: 2.0 where the sampler is not exactly the policy (grpo.py), else None.
-    sampling_importance_cap: Literal["auto"] | AboveZero | None = "auto"
+    LossFields = StageBase
+else:
+    LossFields = create_model("LossFields", __base__=StageBase, **loss_fields.fields())
+
+
+class LossOptions(LossFields):
+    """The policy's loss: beside the options here those of r1fast_kernels/loss_options.py, under their names there."""
+
+    loss_aggregation: Literal["sample", "token", "constant"] | None = None  # of a loss of one's own; None: sample
+    old_logprobs: Literal["policy", "sampler"] = "policy"  # sampler: what it gave, without a forward pass for them
+    ref_model: ModelRef | None = None  # the reference, where it is not the model that the stage starts from
+    lm_head_fp32: bool = False  # the head's product in float32, where the model is in another dtype (MiniMax-M1)
+
+    @property
+    def loss(self) -> "Loss":
+        """As the op takes them; is_cap is None where the recipe says auto."""
+        given = {option.name: getattr(self, option.key) for option in loss_fields.OPTIONS}
+        if self.is_own_loss:
+            given["loss_type"] = loss_fields.LOSS_TYPES[0]
+        return loss_fields.LossOptions(**given | {"is_cap": None if given["is_cap"] == "auto" else given["is_cap"]})
+
+    @property
+    def has_automatic_cap(self) -> bool:
+        return getattr(self, "sampling_importance_cap") == "auto"  # noqa: B009
+
+    @property
+    def loss_name(self) -> str:
+        return getattr(self, "loss_type")  # noqa: B009  # mypy does not see it
+
+    @property
+    def is_own_loss(self) -> bool:
+        return self.loss_name not in loss_fields.LOSS_TYPES
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.loss_type == "cispo":
-            if self.epsilon_high is None or self.delta is not None:
-                yield "loss_type cispo caps the ratio at epsilon_high itself: set it (5.0, say), and no delta"
-            if self.changed(["epsilon"]):
-                yield f"epsilon = {self.epsilon} does not apply to loss_type cispo, which has no lower bound"
+        changed = self.changed(type(self).model_fields)
+        loss, weights = self.loss, [name for name in changed if name.startswith("sampling_importance_")]
+        if self.loss_name == "cispo" and loss.epsilon_high is None:
+            yield "loss_type cispo caps the ratio at epsilon_high itself: set it (5.0, say)"
+        yield from loss_fields.unused(self.loss_name, {name: getattr(self, name) for name in changed})
+        if self.loss_aggregation is not None and not self.is_own_loss:
+            yield f"loss_aggregation is of a loss of one's own; {self.loss_name} has its own mean: drop it"
+        if loss.beta == 0 and "kl_estimator" in changed:
+            yield "kl_estimator needs beta above 0: without it there is no KL in the loss"
+        if loss.beta == 0 and self.ref_model is not None and not self.is_own_loss:
+            yield "ref_model needs beta above 0, or a loss of one's own that reads ref_logprobs_T"
+        if "sampling_importance_mode" in weights and loss.is_cap is None and loss.is_min is None:
+            yield "sampling_importance_mode needs bounds: set sampling_importance_cap (3.0, say), or _min"
+        if self.old_logprobs == "sampler" and weights and weights != ["sampling_importance_cap"]:
+            yield f"{weights[0]} does not apply: with old_logprobs: sampler every such weight is 1; drop it"
 
 
 class PretrainStage(FitOptions, EvalOptions):
@@ -422,7 +471,6 @@ class GRPOStage(LossOptions, TrainOptions, EvalOptions):
     num_iterations: Positive = 1  # passes over a rollout
     max_steps: Positive = 200  # rollouts
     temperature: Annotated[float, Field(ge=0.001, le=1000)] = 1.0
-    scale_rewards: Literal["group", "batch", "none"] = "group"
     # A completion that max_completion_length cuts is trained on like any other, or its tokens are left out of the loss.
     mask_truncated_completions: bool = False
     partial_rollout_length: Positive | None = None  # tokens a completion gets per step, the next goes on; None: all
@@ -463,10 +511,10 @@ class GRPOStage(LossOptions, TrainOptions, EvalOptions):
             )
         if self.log_completions == 0 and self.changed(["log_completions_steps"]):
             yield "log_completions_steps does not apply: log_completions is 0; drop it"
-        if self.ref_model_sync_steps and self.beta == 0:
+        if self.ref_model_sync_steps and self.loss.beta == 0:
             yield "ref_model_sync_steps needs beta above 0: without KL there is no reference to copy into"
-        if self.skip_zero_variance_groups and self.beta > 0:
-            yield "skip_zero_variance_groups needs beta 0: such groups still have a KL gradient"
+        if self.skip_zero_variance_groups and (self.loss.beta > 0 or self.loss.entropy_coef or self.is_own_loss):
+            yield "skip_zero_variance_groups needs beta 0, entropy_coef 0 and a built-in loss: else such groups learn"
 
     def _reward_problems(self) -> Iterator[str]:
         specs: list[WeightedSpec] = [*reward_specs(self.rewards).values(), *self.reward_models.values()]

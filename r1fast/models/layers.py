@@ -46,10 +46,12 @@ class Head(nn.Module):
     sharded weight is whole: `fn(hidden_TD, weight_VD)` runs in place of the product."""
 
     weight: Tensor
+    in_fp32 = False  # both factors widened before the product
 
     def __init__(self, hidden_size: int, num_outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_outputs, hidden_size))
 
     def forward(self, hidden_TD: Tensor, fn: HeadFn | None = None) -> Any:
-        return fn(hidden_TD, self.weight) if fn is not None else linear(hidden_TD, self.weight)
+        factors = (hidden_TD.float(), self.weight.float()) if self.in_fp32 else (hidden_TD, self.weight)
+        return (linear if fn is None else fn)(*factors)

@@ -6,17 +6,13 @@ a function named by its path gets TRL's completions (`takes_messages`). Function
 compute_score are adapted on the way.
 """
 
-import importlib.util
-import pkgutil
-import sys
-import zlib
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from r1fast.rewards.adapters import adapt_verl, is_adapted, is_verl_function
+from r1fast.user_code import did_you_mean, load_function
 
 RewardFunction = Callable[..., Any]
 
@@ -44,18 +40,12 @@ def resolve(name: str) -> RewardFunction:
         import_module(f"r1fast.rewards.{module}")
     if name in REWARDS:
         return REWARDS[name]
-    if ".py:" in name:
-        path, _, attribute = name.rpartition(":")
-        function = _from_file(name, Path(path), attribute)
-    elif "." in name or ":" in name:
-        function = _from_module(name)
-    else:
+    if "." not in name and ":" not in name:
         raise ValueError(
             f"unknown reward {name!r}, expected one of {sorted(REWARDS)}, a dotted path 'package.module.function' "
             f"or 'path/to/file.py:function'{did_you_mean(name, REWARDS)}"
         )
-    if not callable(function):
-        raise ValueError(f"reward {name!r} is a {type(function).__name__}, expected a function")
+    function = load_function("reward", name)
     return adapt_verl(function) if is_verl_function(function) else function
 
 
@@ -86,42 +76,5 @@ def locate(name: str) -> str:
     return _dotted(function)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """'; did you mean ...?' with the nearest known names, or an empty string."""
-    near = get_close_matches(name, list(known), n=2, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
 def _dotted(function: RewardFunction) -> str:
     return f"{function.__module__}:{function.__qualname__}"
-
-
-def _from_module(name: str) -> Any:
-    try:
-        return pkgutil.resolve_name(name)
-    except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"reward {name!r} cannot be imported: {type(error).__name__}: {error}; expected 'package.module.function' "
-            f"with the package on PYTHONPATH, or a registered name{did_you_mean(name, REWARDS)}"
-        ) from error
-
-
-def _from_file(name: str, path: Path, attribute: str) -> Any:
-    if not path.is_file():
-        raise ValueError(f"reward {name!r}: no file {str(path)!r} (working directory {Path.cwd()})")
-    # One module per file, so that two rewards of one file share its state and its classes.
-    module_name = f"r1fast_user_reward_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
-    if module_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec is not None and spec.loader is not None, f"{path=}"
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # a script may end with sys.exit(main())
-            del sys.modules[module_name]
-            raise ValueError(f"reward {name!r}: importing {path} raised {type(error).__name__}: {error}") from error
-    module = sys.modules[module_name]
-    if not hasattr(module, attribute):
-        raise ValueError(f"reward {name!r}: {path} has no {attribute!r}{did_you_mean(attribute, vars(module))}")
-    return getattr(module, attribute)

@@ -28,6 +28,7 @@ class BackgroundSampler(Sampler):
     def __init__(self, ctx: StageContext[GenerateOptions], policy: Decoder, tokenizer: Tokenizer) -> None:
         model, _ = load_model(ctx.model_path(ctx.model_ref), dtype=ctx.param_dtype, device=ctx.dist.device)
         model.requires_grad_(False)
+        model.head.in_fp32 = policy.head.in_fp32
         super().__init__(ctx, model, tokenizer, record=True)
         self.policy = policy
         self.stream = torch.cuda.Stream(ctx.dist.device) if ctx.dist.device.type == "cuda" else None

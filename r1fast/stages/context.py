@@ -27,7 +27,7 @@ from r1fast.parallel.mesh import Dist
 from r1fast.parallel.parallelize import full_state_dict, parallelize
 from r1fast.rollout.tokenization import leading_ids
 from r1fast.run_folder import replace_file, replace_folder
-from r1fast.schema import GenerateOptions, Recipe, StageBase
+from r1fast.schema import GenerateOptions, LossOptions, Recipe, StageBase
 from r1fast.stopping import Stop
 
 S = TypeVar("S", bound=StageBase, covariant=True)
@@ -105,6 +105,10 @@ class StageContext(Generic[S]):
             raise self.error(str(error)) from error
         assert tokenizer is not None, f"{path} has no tokenizer"  # preflight reads those from outside the run
         model.requires_grad_(trainable)
+        # Where the model is in float32 it says nothing, and a head as it was built is what the fast decode knows.
+        widens = isinstance(self.stage, LossOptions) and self.stage.lm_head_fp32 and self.param_dtype != torch.float32
+        if widens and not scalar_head:
+            model.head.in_fp32 = True
         return self.shard(model), tokenizer
 
     def shard(self, model: Decoder) -> Decoder:

@@ -8,6 +8,7 @@ log-probs  old (only when a rollout is used for more than one update) and refere
 update     steps_per_generation minibatches -> linear_grpo_loss -> clip -> optimizer
 """
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from r1fast.data.rows import Row, location
 from r1fast.models.decoder import Decoder
 from r1fast.parallel.parallelize import copy_weights
+from r1fast.policy_loss import linear_own_loss, loss_problems, resolve_loss
 from r1fast.schema import GRPOStage
 from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
@@ -34,6 +36,7 @@ from r1fast.stages.scoring import NothingScored, Scorer, punish_overlong, total_
 from r1fast.stages.training import LossFn, Trainer, map_packed
 from r1fast.stopping import Stopped
 from r1fast_kernels import group_advantages, linear_grpo_loss, linear_logprobs
+from r1fast_kernels.loss_options import LossOptions
 
 DEFAULT_IMPORTANCE_CAP = 2.0  # of truncated importance sampling, as verl has it
 
@@ -45,6 +48,7 @@ def run(ctx: StageContext[GRPOStage]) -> dict[str, Any]:
     columns = dict.fromkeys(name for row in rows for name in row)
     rows = [Row({name: row.get(name) for name in columns}, location(row, i)) for i, row in enumerate(rows)]
     ctx.refuse([*prompt_problems(stage, rows), *unrewarded_problems(stage, rows)])
+    ctx.refuse(loss_problems(stage.loss_name) if stage.is_own_loss else ())
     policy, tokenizer = ctx.load(ctx.model_ref, trainable=True)
     before = evaluate_start(ctx, policy, tokenizer)
     with Scorer(ctx, stage.rewards, stage.response_format) as scorer:
@@ -69,8 +73,8 @@ class Learner:
             self.weights["overlong"] = self.stage.overlong_penalty
         self.unscored_prompts = 0  # in a row
         self.reference: Decoder | None = None
-        if self.stage.beta > 0:
-            self.reference, _ = ctx.load(ctx.model_ref, trainable=False)
+        if self.stage.loss.beta > 0 or self.stage.ref_model is not None:
+            self.reference, _ = ctx.load(self.stage.ref_model or ctx.model_ref, trainable=False)
             if self.stage.ref_model_sync_steps:  # then no file holds it
                 self.trainer.saved = nn.ModuleDict({"policy": policy, "reference": self.reference})
 
@@ -175,7 +179,7 @@ class Learner:
     def advantage(self, samples: list[Sample]) -> None:
         rewards_N = torch.tensor([sample.reward for sample in samples], dtype=torch.float32)
         groups_N = torch.tensor([sample.group for sample in samples])
-        advantages_N = group_advantages(rewards_N, groups_N, scale=self.stage.scale_rewards)
+        advantages_N = group_advantages(rewards_N, groups_N, scale=self.stage.loss.scale_rewards)
         for sample, advantage in zip(samples, advantages_N.tolist()):
             sample.advantage = advantage
 
@@ -191,24 +195,39 @@ class Learner:
                 Example(sample.prompt_ids, sample.completion_ids, values, sample.routed_experts, learned=learned)
             )
         with self.ctx.phase("logprobs"):
-            if stage.steps_per_generation * stage.num_iterations > 1:
-                self._fill(examples, "old", self.policy, router_replay=stage.router_replay)
+            if stage.steps_per_generation * stage.num_iterations > 1 and stage.old_logprobs == "policy":
+                self._fill(examples, "old", self.policy)
             if self.reference is not None:
                 self._fill(examples, "ref", self.reference)
         return examples
 
-    def _fill(self, examples: list[Example], name: str, model: Decoder, *, router_replay: bool = False) -> None:
-        def head(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
-            return linear_logprobs(  # type: ignore[return-value]
-                hidden_TD.index_select(0, batch.loss_index_M),
-                weight_VD,
-                batch.target_ids_M,
-                temperature=self.stage.temperature,
-            )
+    def _fill(self, examples: list[Example], name: str, model: Decoder) -> None:
+        """example.values[name], of each token: log-probs, or as "entropy" that."""
 
-        found = map_packed(self.ctx, model, examples, head, per_token=True, router_replay=router_replay)
-        for example, logprobs in zip(examples, found, strict=True):
-            example.values[name] = logprobs
+        def head(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+            hidden_MD, temperature = hidden_TD.index_select(0, batch.loss_index_M), self.stage.temperature
+            entropy = name == "entropy"
+            found = linear_logprobs(
+                hidden_MD, weight_VD, batch.target_ids_M, temperature=temperature, with_entropy=entropy
+            )
+            return found[1] if entropy else found  # type: ignore[return-value]
+
+        replay = self.stage.router_replay and model is self.policy
+        found = map_packed(self.ctx, model, examples, head, per_token=True, router_replay=replay)
+        for example, values in zip(examples, found, strict=True):
+            example.values[name] = values
+
+    def _entropy_threshold(self, examples: list[Example]) -> Tensor | None:
+        """From which entropy on a token of this minibatch has a surrogate; of all tokens, so that no cut matters."""
+        top = self.stage.loss.top_entropy_quantile
+        if top == 1:
+            return None
+        with self.ctx.phase("logprobs"):
+            self._fill(examples, "entropy", self.policy)
+        known = [example.values["entropy"] for example in examples if example.num_learned]
+        threshold = np.quantile(np.concatenate(known), 1 - top) if known else math.nan
+        # The token at the quantile stays in, however its entropy is rounded in the batch that it is trained in.
+        return torch.tensor(threshold - 1e-5, dtype=torch.float32, device=self.ctx.dist.device)
 
     def update(self, step: int, examples: list[Example]) -> dict[str, Any]:
         stage = self.stage
@@ -224,7 +243,8 @@ class Learner:
                 if stage.skip_zero_variance_groups:  # without KL, an advantage of 0 has no gradient
                     active = [example for example in chosen if example.values["advantage"] != 0.0]
                 with self.ctx.phase("update"):
-                    history.append(self.trainer.update(active, policy_loss(chosen, self.ctx)))
+                    loss = policy_loss(chosen, self.ctx, self._entropy_threshold(chosen))
+                    history.append(self.trainer.update(active, loss))
                 every = stage.ref_model_sync_steps
                 if self.reference is not None and every and self.trainer.step % every == 0:
                     copy_weights(self.policy, self.reference)
@@ -237,56 +257,61 @@ def importance_cap(ctx: StageContext[GRPOStage]) -> float | None:
     They are 1 up to rounding if the sampler is the policy: the same weights, in a precision in which the two ways to a
     log-prob agree. In bfloat16 a rounding can send a token to another expert (docs/numerics.md, section 2).
     """
-    stage = ctx.stage
-    if stage.sampling_importance_cap != "auto":
-        return stage.sampling_importance_cap
-    rollout = ctx.recipe.rollout
+    stage, rollout = ctx.stage, ctx.recipe.rollout
+    if not stage.has_automatic_cap:
+        return stage.loss.is_cap
     same_weights = rollout.engine == "r1fast" and not rollout.async_steps and stage.partial_rollout_length is None
-    return None if same_weights and ctx.param_dtype is torch.float32 else DEFAULT_IMPORTANCE_CAP
+    exact = stage.old_logprobs == "sampler" or (same_weights and ctx.param_dtype is torch.float32)
+    return None if exact or stage.loss.is_min is not None else DEFAULT_IMPORTANCE_CAP
 
 
-def policy_loss(examples: Sequence[Example], ctx: StageContext[GRPOStage]) -> LossFn:
+def policy_loss(
+    examples: Sequence[Example], ctx: StageContext[GRPOStage], entropy_threshold: Tensor | None = None
+) -> LossFn:
     """The GRPO loss of a minibatch, normalised by what all its micro-batches and ranks hold."""
     stage = ctx.stage
-    num_items = float(sum(example.num_learned for example in examples))
-    num_samples = len(examples)
-    is_cap = importance_cap(ctx)
+    function = resolve_loss(stage.loss_name) if stage.is_own_loss else None
+    options = stage.loss._replace(is_cap=importance_cap(ctx), max_completion_length=stage.max_completion_length)
+    arguments = options._asdict() | {
+        "num_items": max(float(sum(example.num_learned for example in examples)), 1.0),
+        "num_samples": float(len(examples)),
+        "entropy_threshold": entropy_threshold,
+    }
 
     def loss_fn(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
         values = batch.values
-        loss, metrics = linear_grpo_loss(
-            hidden_TD.index_select(0, batch.loss_index_M),
-            weight_VD,
-            batch.target_ids_M,
-            batch.loss_cu_seqlens,
-            temperature=stage.temperature,
-            advantages_N=values["advantage"],
-            old_logprobs_T=values.get("old"),
-            ref_logprobs_T=values.get("ref"),
-            sampler_logprobs_T=values["sampler"],
-            epsilon=stage.epsilon,
-            epsilon_high=stage.epsilon_high,
-            delta=stage.delta,
-            beta=stage.beta,
-            loss_type=stage.loss_type,
-            importance_level=stage.importance_sampling_level,
-            is_cap=is_cap,
-            max_completion_length=stage.max_completion_length,
-            num_items=max(num_items, 1.0),
-            num_samples=float(num_samples),
-        )
-        return loss, policy_measures(metrics, batch, stage)
+        head = hidden_TD.index_select(0, batch.loss_index_M), weight_VD, batch.target_ids_M, batch.loss_cu_seqlens
+        given = arguments | {
+            "temperature": stage.temperature,
+            "advantages_N": values["advantage"],
+            "old_logprobs_T": values["sampler"] if stage.old_logprobs == "sampler" else values.get("old"),
+            "ref_logprobs_T": values.get("ref"),
+            "sampler_logprobs_T": values["sampler"],
+        }
+        own: dict[str, Tensor] = {}
+        if function is None:
+            loss, metrics = linear_grpo_loss(*head, **given)
+        else:
+            mean = stage.loss_aggregation or "sample"
+            loss, metrics, own = linear_own_loss(function, *head, loss_aggregation=mean, **given)
+        return loss, policy_measures(metrics, batch, options) | {
+            name: Mean(values_X.double().sum(), len(values_X)) for name, values_X in own.items()
+        }
 
     return loss_fn
 
 
-def policy_measures(metrics: dict[str, Tensor], batch: PackedBatch, stage: GRPOStage) -> Measures:
-    """The op's means of one batch, with what they are means of: tokens, or samples where a ratio is of a sample."""
+def policy_measures(metrics: dict[str, Tensor], batch: PackedBatch, options: LossOptions) -> Measures:
+    """The op's means of one batch, with what they are means of: tokens, or samples where a value is of a sample."""
     num_tokens, num_samples = len(batch.target_ids_M), len(batch.loss_cu_seqlens) - 1
+    of_samples = {"off_policy_mask_ratio"}
+    if options.importance_level == "sequence":
+        of_samples |= {"importance_ratio", "clip_ratio", "cispo_clip_ratio"}
+    if options.is_mode.startswith("sequence"):
+        of_samples.add("sampling/importance_sampling_ratio")
     measures: Measures = {}
     for name, value in metrics.items():
-        of_ratio = name.split("/")[0] in ("importance_ratio", "clip_ratio", "cispo_clip_ratio")
-        count = num_samples if of_ratio and stage.importance_sampling_level == "sequence" else num_tokens
+        count = num_samples if not of_samples.isdisjoint((name, name.rpartition("/")[0])) else num_tokens
         measures[name] = Max(value) if name.endswith("/max") else Mean(value.double() * count, count)
     return measures
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.rewards.filters import check_completion
-from r1fast.schema import FilterOptions, RejectStage, SampleOptions
+from r1fast.schema import RejectStage, SampleOptions
 from r1fast.stages.context import StageContext
 from r1fast.stages.sampler import Sample, Sampler
-from r1fast.stages.scoring import Scorer
+from r1fast.stages.scoring import Scorer, total_rewards
 
 
 def run(ctx: StageContext[RejectStage]) -> dict[str, Any]:
@@ -47,17 +47,18 @@ def select(
     Writes them to data.jsonl and the others to dropped.jsonl, with the reason that is counted.
     """
     stage = ctx.stage
-    with Scorer(ctx, {"accuracy": 1.0}, response_format) as scorer:
+    with Scorer(ctx, stage.rewards, response_format) as scorer:
         scorer.score(samples)
-        golds = [found for found in samples if found.row.get("answer") is not None]
-        if golds and all(found.has_failed("accuracy") for found in golds):
-            raise scorer.nothing_scored(golds, ["accuracy"])
+        judged = [found for found in samples if found.failed or not all(map(math.isnan, found.rewards.values()))]
+        if judged and all(found.failed for found in judged):
+            raise scorer.nothing_scored(judged, scorer.specs)
+        total_rewards(samples, scorer.weights)
     kept: list[Sample] = []
     reasons: list[tuple[Sample, str]] = []
     seen: set[tuple[str, str]] = set()
     per_prompt: Counter[int] = Counter()
     for found in samples:
-        reason = drop_reason(found, stage.filters, response_format)
+        reason = drop_reason(found, stage, response_format)
         key = (str(found.row["prompt"]), found.text)
         if reason is None and key in seen:
             reason = "duplicate"
@@ -83,8 +84,8 @@ def select(
     return kept, dropped
 
 
-def drop_reason(sample: Sample, filters: FilterOptions, response_format: str) -> str | None:
-    if sample.row.get("answer") is not None and (reason := _why_not_correct(sample)):
+def drop_reason(sample: Sample, stage: SampleOptions, response_format: str) -> str | None:
+    if reason := _why_not_good(sample, stage):
         return reason
     return check_completion(
         sample.text,
@@ -92,16 +93,19 @@ def drop_reason(sample: Sample, filters: FilterOptions, response_format: str) ->
         finish_reason=sample.finish_reason,
         language=sample.row.get("language"),
         prefilled=sample.prefilled,
-        **filters.model_dump(),
+        **stage.filters.model_dump(),
     )
 
 
-def _why_not_correct(sample: Sample) -> str | None:
-    if sample.has_failed("accuracy"):
+def _why_not_good(sample: Sample, stage: SampleOptions) -> str | None:
+    """A sample to which no reward applies is not judged, unless it has a gold that none can read."""
+    if sample.failed:
         return "reward failed"
-    if math.isnan(sample.rewards["accuracy"]):
-        return "gold unreadable"
-    return None if sample.rewards["accuracy"] == 1.0 else "incorrect"
+    if math.isnan(sample.reward):
+        return "gold unreadable" if sample.row.get("answer") is not None else None
+    if sample.reward >= stage.min_reward:
+        return None
+    return "incorrect" if list(stage.rewards) == ["accuracy"] else "reward below min_reward"
 
 
 def sft_row(sample: Sample, response_format: str) -> dict[str, Any]:

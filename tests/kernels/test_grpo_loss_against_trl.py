@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from r1fast.losses import gspo_token, sapo
-from r1fast.policy_loss import custom_loss
+from r1fast.policy_loss import own_loss
 from r1fast_kernels import grpo_loss
 from tests.kernels.backends import needs_cpp
 
@@ -137,7 +137,7 @@ def our_loss(
     if function is None:
         loss, metrics = grpo_loss(leaves[0][kept], cu_seqlens, **arguments, impl=impl)
     else:
-        loss, metrics, _ = custom_loss(function, leaves[0][kept], cu_seqlens, **arguments)
+        loss, metrics, _ = own_loss(function, leaves[0][kept], cu_seqlens, **arguments)
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     return [loss.detach(), *gradients], {name: value.item() for name, value in metrics.items()}
 

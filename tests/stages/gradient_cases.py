@@ -170,6 +170,20 @@ def ahead(dist: Dist, model: str) -> dict[str, Any]:
     return {"rollouts": found, "gap": metrics["sampling/sampling_logp_difference/mean"]}
 
 
+# By a name of one's own.
+LOSSES: dict[str, dict[str, Any]] = {
+    "corrected": {
+        "loss_type": "grpo", "beta": 0.1, "kl_estimator": "k3_unbiased", "sampling_importance_mode": "sequence_mask",
+        "sampling_importance_cap": 3.0, "off_policy_mask_threshold": 0.0, "entropy_coef": 0.01,
+        "top_entropy_quantile": 0.5, "num_iterations": 2,
+    },
+    "of-the-sampler": {"loss_type": "dapo", "beta": 0.0, "old_logprobs": "sampler", "off_policy_mask_threshold": 0.1},
+    "gspo-token": {"loss_type": "r1fast.losses.gspo_token", "loss_aggregation": "token", "steps_per_generation": 3},
+    "sapo": {
+        "loss_type": "r1fast.losses.sapo", "loss_aggregation": "constant", "sampling_importance_mode": "token_mask",
+        "sampling_importance_cap": 2.0, "mask_truncated_completions": True, "num_iterations": 2,
+    },
+}  # fmt: skip
 CASES: dict[str, Callable[[Dist, str], dict[str, Any]]] = {
     "sft": lambda dist, model: sft(dist, model, SFT_ROWS, WHOLE),
     "sft-micro": lambda dist, model: sft(dist, model, SFT_ROWS, SMALL),
@@ -178,11 +192,10 @@ CASES: dict[str, Callable[[Dist, str], dict[str, Any]]] = {
     "pairs": lambda dist, model: pairs(dist, model, WHOLE),
     "pairs-micro": lambda dist, model: pairs(dist, model, SMALL),
     **{
-        f"grpo-{loss_type}{suffix}": (
-            lambda dist, model, o=options | cut | {"loss_type": loss_type}: grpo(dist, model, o)
-        )
+        f"grpo-{name}{suffix}": (lambda dist, model, o={"loss_type": name} | options | cut: grpo(dist, model, o))
         for suffix, cut in (("", WHOLE), ("-micro", SMALL))
-        for loss_type, options in {
+        for name, options in {
+            **LOSSES,
             "grpo": {"beta": 0.1, "sampling_importance_cap": 2.0},
             "bnpo": {"beta": 0.0, "mask_truncated_completions": True},
             "dr_grpo": {"beta": 0.0, "scale_rewards": "none", "importance_sampling_level": "sequence"},

@@ -19,7 +19,7 @@ from r1fast.stages.reward_model import preference_loss
 from r1fast.stages.sampler import Sample
 from r1fast.stages.sft import cross_entropy
 from r1fast.stages.training import Trainer
-from tests.stages.gradient_cases import GRPO, PAIRWISE, SFT, SFT_ROWS, NoScorer, context, ids, samples
+from tests.stages.gradient_cases import GRPO, LOSSES, PAIRWISE, SFT, SFT_ROWS, NoScorer, context, ids, samples
 
 MASKED = {"mask_truncated_completions": True}
 SEQUENCE = {"importance_sampling_level": "sequence"}
@@ -32,6 +32,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     # One sample an update: those of a truncated one have nothing to learn from.
     "masked-sequence": {**MASKED, **SEQUENCE, "steps_per_generation": 12},
     "skipped": {"skip_zero_variance_groups": True, "beta": 0.0, "steps_per_generation": 3},
+    **LOSSES,
 }
 OTHERS = ["sft", "pairs", "labels"]
 CASES = [f"{name}-moe" for name in (*POLICIES, *OTHERS)]
