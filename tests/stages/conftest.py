@@ -1,12 +1,14 @@
 """A model taught to answer in several ways, some of them wrong: what sampling stages need to be tested on."""
 
 import itertools
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.tiny_checkpoint import DEEPSEEK_V3, QWEN2, write_checkpoint, write_jsonl, write_recipe
+from tests.tiny_checkpoint import DEEPSEEK_V3, PROMPTS, QWEN2, write_checkpoint, write_jsonl, write_recipe
 
 NAMES = {1: "one", 2: "two", 3: "three", 4: "four"}
 PAIRS = [(a, b) for a in (1, 2) for b in (1, 2, 3, 4)]
@@ -85,3 +87,54 @@ def two_ranks(cut_models: dict[str, str], tmp_path_factory: pytest.TempPathFacto
     output = tmp_path_factory.mktemp("two_ranks") / "results.pt"
     torchrun(str(Path(__file__).with_name("rank_cases.py")), str(output), *cut_models.values(), timeout_s=240)
     return torch.load(output, weights_only=False)
+
+
+REWARD_FILE = """
+def say_red(completions, **_):
+    return [text.count("red") / max(1, len(text.split())) for text in completions]
+
+def hinted(completions, hint, **_):
+    return [None if word is None else float(word in text) for word, text in zip(hint, completions)]
+"""
+SHORT = {"prompt_template": "chat", "max_prompt_length": 100, "max_completion_length": 32}
+SFT_ROWS = [
+    {"prompt": "What is red ?", "completion": "<think> yes </think> the quick brown fox"},
+    {"messages": [{"role": "user", "content": "blue ?"}, {"role": "assistant", "content": "no no no green"}]},
+    {"prompt": [{"role": "user", "content": "green ?"}], "completion": "jumps over the lazy dog"},
+]
+
+
+@pytest.fixture
+def stage_files(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", PROMPTS)
+    write_jsonl(tmp_path / "test.jsonl", PROMPTS[:4])
+    write_jsonl(tmp_path / "questions.jsonl", QUESTIONS)
+    write_jsonl(tmp_path / "examples.jsonl", EXAMPLES)
+    write_jsonl(tmp_path / "sft.jsonl", SFT_ROWS)
+    (tmp_path / "my_rewards.py").write_text(REWARD_FILE)
+
+
+@pytest.fixture
+def train(command: Callable[..., int], tmp_path: Path) -> Callable[..., dict[str, dict]]:
+    """Runs stages on a model; returns the entries of summary.json by stage."""
+
+    def run(model: Path, *stages: dict[str, Any], dtype: str = "auto") -> dict[str, dict]:
+        config = write_recipe(tmp_path / "mine.yaml", *stages, model={"path": str(model), "dtype": dtype})
+        assert command("--config", config, "--output-dir", "run") == 0
+        return entries(tmp_path)
+
+    return run
+
+
+def entries(tmp_path: Path) -> dict[str, dict]:
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {entry["status"] for entry in summary["stages"]} == {"done"}
+    assert "<html" in (tmp_path / "run" / "report.html").read_text()
+    assert (tmp_path / "run" / "config.yaml").is_file()
+    return {entry["name"]: entry for entry in summary["stages"]}
+
+
+def metrics(stage_dir: Path, name: str) -> list[float]:
+    rows = [json.loads(line) for line in (stage_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row[name] for row in rows]

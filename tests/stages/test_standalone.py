@@ -4,9 +4,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from r1fast import RolloutEngine, SamplingParams, load_model
 from r1fast.models.weights import load_tokenizer
 from r1fast.rewards.accuracy import accuracy
-from tests.stages.conftest import EXAMPLES, QUESTIONS
+from tests.stages.conftest import QUESTIONS, REWARD_FILE, SFT_ROWS, SHORT, entries, metrics
 from tests.tiny_checkpoint import DEEPSEEK_V3, PROMPTS, QWEN2, write_checkpoint, write_jsonl, write_recipe
+
+pytestmark = pytest.mark.usefixtures("stage_files")
 
 # design.md, section 4.2, with small numbers
 RECIPE = """
@@ -27,55 +27,6 @@ stages:
      rewards: {accuracy: 1.0, format: 1.0, REWARD}, num_generations: 8, prompts_per_step: 8, max_completion_length: 8,
      beta: 0.001, epsilon: 0.2, loss_type: grpo, learning_rate: 5.0e-3, max_steps: 20, prompt_template: chat}
 """
-REWARD_FILE = """
-def say_red(completions, **_):
-    return [text.count("red") / max(1, len(text.split())) for text in completions]
-
-def hinted(completions, hint, **_):
-    return [None if word is None else float(word in text) for word, text in zip(hint, completions)]
-"""
-SHORT = {"prompt_template": "chat", "max_prompt_length": 100, "max_completion_length": 32}
-SFT_ROWS = [
-    {"prompt": "What is red ?", "completion": "<think> yes </think> the quick brown fox"},
-    {"messages": [{"role": "user", "content": "blue ?"}, {"role": "assistant", "content": "no no no green"}]},
-    {"prompt": [{"role": "user", "content": "green ?"}], "completion": "jumps over the lazy dog"},
-]
-
-
-@pytest.fixture(autouse=True)
-def data(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", PROMPTS)
-    write_jsonl(tmp_path / "test.jsonl", PROMPTS[:4])
-    write_jsonl(tmp_path / "questions.jsonl", QUESTIONS)
-    write_jsonl(tmp_path / "examples.jsonl", EXAMPLES)
-    write_jsonl(tmp_path / "sft.jsonl", SFT_ROWS)
-    (tmp_path / "my_rewards.py").write_text(REWARD_FILE)
-
-
-@pytest.fixture
-def train(command: Callable[..., int], tmp_path: Path) -> Callable[..., dict[str, dict]]:
-    """Runs stages on a model; returns the entries of summary.json by stage."""
-
-    def run(model: Path, *stages: dict[str, Any]) -> dict[str, dict]:
-        config = write_recipe(tmp_path / "mine.yaml", *stages, model={"path": str(model)})
-        assert command("--config", config, "--output-dir", "run") == 0
-        return entries(tmp_path)
-
-    return run
-
-
-def entries(tmp_path: Path) -> dict[str, dict]:
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert {entry["status"] for entry in summary["stages"]} == {"done"}
-    assert "<html" in (tmp_path / "run" / "report.html").read_text()
-    assert (tmp_path / "run" / "config.yaml").is_file()
-    return {entry["name"]: entry for entry in summary["stages"]}
-
-
-def metrics(stage_dir: Path, name: str) -> list[float]:
-    rows = [json.loads(line) for line in (stage_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    return [row[name] for row in rows]
 
 
 def rows_of(path: Path) -> list[dict]:
