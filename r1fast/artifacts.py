@@ -13,7 +13,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from r1fast.fingerprints import fingerprint, hub_commit
-from r1fast.schema import PretrainStage, Recipe, StageBase, reward_specs
+from r1fast.schema import PretrainStage, Recipe
+from r1fast.schema_options import StageBase, reward_specs
 from r1fast.schema_types import Reads, RowKind
 
 

@@ -18,7 +18,8 @@ from r1fast.observe.trackers import Tracker, open_trackers
 from r1fast.parallel.mesh import Dist
 from r1fast.resume import STAGE, SUMMARY, Change, config_text
 from r1fast.run_folder import PARTIAL, remove_leftovers, replace_file, write_record
-from r1fast.schema import Recipe, StageBase
+from r1fast.schema import Recipe
+from r1fast.schema_options import StageBase
 from r1fast.stages.context import StageContext
 from r1fast.stopping import Stop, Stopped
 from r1fast_kernels import use

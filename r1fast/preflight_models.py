@@ -14,7 +14,8 @@ from r1fast.models import weights
 from r1fast.models.checks import router_problems
 from r1fast.models.decoder import DecoderLayer
 from r1fast.models.model_config import ModelConfig
-from r1fast.schema import PretrainStage, Recipe, StageBase
+from r1fast.schema import PretrainStage, Recipe
+from r1fast.schema_options import StageBase
 
 
 @cache

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from r1fast import schema
+from r1fast import schema_options as options
 from r1fast.artifacts import start_model
 from r1fast.config import ConfigError
 from r1fast.data.rows import Row, location, prompt_and_target, shown, texts_of
@@ -17,7 +18,8 @@ from r1fast.preflight_models import architecture_of, checkpoint_of, tokenizer_of
 from r1fast.rewards.accuracy import plain_number
 from r1fast.rewards.language import target_scripts
 from r1fast.rewards.pool import RewardPool
-from r1fast.schema import Recipe, StageBase
+from r1fast.schema import Recipe
+from r1fast.schema_options import StageBase
 from r1fast.schema_types import RowKind
 from r1fast.stages import packed
 from r1fast.stages.collect import few_shot_problems
@@ -36,7 +38,7 @@ Rows = Sequence[dict]
 
 def text_problems(recipe: Recipe, stage: StageBase, key: str, kind: RowKind, rows: Rows) -> Iterator[str]:
     """Rows that the template or the tokenizer cannot take, or too long; without a tokenizer before the run, less."""
-    assert isinstance(stage, schema.GenerateOptions)
+    assert isinstance(stage, options.GenerateOptions)
     if key.startswith("few_shot."):
         return
     ref = stage.tokenizer if isinstance(stage, schema.PretrainStage) else start_model(recipe, stage)
@@ -67,7 +69,7 @@ def _prompts(rows: Rows, kind: RowKind) -> list[Any]:
 
 
 def _encoding_problems(
-    recipe: Recipe, stage: schema.GenerateOptions, key: str, kind: RowKind, rows: Rows, ref: str
+    recipe: Recipe, stage: options.GenerateOptions, key: str, kind: RowKind, rows: Rows, ref: str
 ) -> Iterator[str]:
     tokenizer = tokenizer_of(ref)
     model = architecture_of(recipe, stage) if isinstance(stage, schema.PretrainStage) else checkpoint_of(ref)[0]
@@ -77,7 +79,7 @@ def _encoding_problems(
         yield f"{key}: the tokenizer of {ref} has no EOS token, which every answer ends with; set eos_token in it"
         return
     vocabulary = tokenizer.get_vocab()
-    limit = stage.max_length if kind != "prompts" and isinstance(stage, schema.FitOptions) else stage.max_prompt_length
+    limit = stage.max_length if kind != "prompts" and isinstance(stage, options.FitOptions) else stage.max_prompt_length
     # Encoding a file of one line takes minutes. Normalisation may shorten a text, hence the factor.
     _refuse_endless(rows, kind, 4 * limit * max(map(len, vocabulary)), limit)
     if kind == "prompts":
@@ -85,7 +87,7 @@ def _encoding_problems(
         problems = packed.prompt_length_problems(prompts, rows, stage, model.max_position_embeddings)
         encoded = [[ids] for ids in prompts]
     else:
-        assert isinstance(stage, schema.FitOptions)
+        assert isinstance(stage, options.FitOptions)
         units = _units(stage, rows, tokenizer)
         problems = packed.length_problems(units, rows, stage)
         encoded = [[ids for example in unit for ids in (example.prompt_ids, example.completion_ids)] for unit in units]
@@ -102,7 +104,7 @@ def _encoding_problems(
             return
 
 
-def _units(stage: schema.GenerateOptions, rows: Rows, tokenizer: Tokenizer) -> Sequence[Sequence[Example]]:
+def _units(stage: options.GenerateOptions, rows: Rows, tokenizer: Tokenizer) -> Sequence[Sequence[Example]]:
     if isinstance(stage, schema.RewardModelStage):
         return encode_units(rows, tokenizer, stage)
     mask = not isinstance(stage, schema.PretrainStage) or stage.mask_prompt
@@ -127,9 +129,9 @@ def row_problems(recipe: Recipe, stage: StageBase, rows_of: Mapping[str, Rows], 
     if rows is not None:
         if isinstance(stage, schema.GRPOStage):
             yield from prompt_problems(stage, rows)
-        if isinstance(stage, schema.SampleOptions) and "data" in stage.makes:
+        if isinstance(stage, options.SampleOptions) and "data" in stage.makes:
             yield from _sampling_problems(recipe, stage, rows, notes)
-        elif isinstance(stage, schema.EpochOptions) and stage.warmup_steps > (steps := stage.updates_on(len(rows))):
+        elif isinstance(stage, options.EpochOptions) and stage.warmup_steps > (steps := stage.updates_on(len(rows))):
             # A reward model holds some rows out, so it may have fewer.
             yield f"warmup_steps: {stage.warmup_steps} is more than the {steps} steps that {len(rows)} rows make"
     if isinstance(stage, schema.CollectStage) and stage.few_shot and "few_shot.examples_files" in rows_of:
@@ -137,7 +139,7 @@ def row_problems(recipe: Recipe, stage: StageBase, rows_of: Mapping[str, Rows], 
 
 
 def reward_problems(
-    recipe: Recipe, key: str, files: str, specs: Mapping[str, schema.RewardSpec], rows: Rows, notes: list[str]
+    recipe: Recipe, key: str, files: str, specs: Mapping[str, options.RewardSpec], rows: Rows, notes: list[str]
 ) -> Iterator[str]:
     """Rewards that no row is for, or that cannot read what rows hold."""
     for name, spec in specs.items():
@@ -159,10 +161,10 @@ def reward_problems(
                 )
 
 
-def _sampling_problems(recipe: Recipe, stage: schema.SampleOptions, rows: Rows, notes: list[str]) -> Iterator[str]:
+def _sampling_problems(recipe: Recipe, stage: options.SampleOptions, rows: Rows, notes: list[str]) -> Iterator[str]:
     """Samples are kept that are right, in the row's language, and written with the row."""
     yield from _language_problems("train_files", rows)
-    if any(spec.function == "accuracy" for spec in schema.reward_specs(stage.rewards).values()):
+    if any(spec.function == "accuracy" for spec in options.reward_specs(stage.rewards).values()):
         yield from _gold_problems(recipe, "train_files", [row for row in rows if row["answer"] is not None], notes)
     for i, row in enumerate(rows):
         try:

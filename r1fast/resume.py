@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from r1fast.artifacts import fingerprints, inputs_of
 from r1fast.config import ConfigError, apply_overrides, dump_recipe, load_recipe, shown, validate
 from r1fast.run_folder import read_record
-from r1fast.schema import GenerateOptions, Recipe, SampleOptions
+from r1fast.schema import Recipe
+from r1fast.schema_options import GenerateOptions, SampleOptions
 
 CONFIG, SUMMARY, STAGE = "config.yaml", "summary.json", "stage.json"
 _OF_A_STAGE = (STAGE, "checkpoints", "metrics.jsonl", "model", "data.jsonl")  # stage.json comes before all others

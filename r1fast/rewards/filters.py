@@ -6,41 +6,30 @@ thresholds are not published; the defaults here are ours.
 
 import re
 
-from r1fast.data.templates import get_response_format
-from r1fast.rewards.accuracy import final_answer, last_box, score_answer
+from r1fast.data.templates import Parsed
+from r1fast.rewards.accuracy import last_box
 from r1fast.rewards.language import language_ratio
 from r1fast.rewards.repetition import repetition_ratio
 
-DROP_REASONS = ("incorrect", "truncated", "malformed", "mixed_language", "repetitive", "long_paragraph", "code_block")
+DROP_REASONS = ("truncated", "malformed", "mixed_language", "repetitive", "long_paragraph", "code_block")
 _NGRAM = 10  # words; long enough that a careful re-check of a step is no repetition, while a loop is
 _PARAGRAPH_BREAK = re.compile(r"\n[ \t]*\n")
 
 
 def check_completion(
-    text: str,
+    parsed: Parsed,
     *,
-    response_format: str,
     finish_reason: str | None,
-    answer: object = None,
     language: str | None = None,
     min_language: float = 1.0,
     max_repetition: float = 0.2,
     max_paragraph_chars: int = 2000,
     allow_code: bool = False,
-    prefilled: bool = False,
 ) -> str | None:
-    """The first of DROP_REASONS that applies, or None for a sample worth keeping.
+    """The first of DROP_REASONS that applies, or None for a sample worth keeping, if it is right.
 
-    answer: the gold; None skips the comparison, which is right where the worker pool has scored accuracy already: a
-    formula compared here runs in this process without a time limit. An unreadable gold drops the sample.
     language: None skips the language check. max_repetition: share of repeated 10-grams of words.
     """
-    layout = get_response_format(response_format)
-    parsed = layout.parse(text, prefilled=prefilled)
-    if answer is not None:
-        final = final_answer(text, layout, truncated=finish_reason == "length", prefilled=prefilled)
-        if score_answer(final, answer) != 1.0:
-            return "incorrect"
     if finish_reason != "stop":
         return "truncated"
     if not parsed.well_formed or parsed.reasoning is None or not last_box(parsed.answer or "").closed:

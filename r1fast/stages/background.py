@@ -17,7 +17,7 @@ import torch
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model
 from r1fast.parallel.parallelize import copy_weights
-from r1fast.schema import GenerateOptions
+from r1fast.schema_options import GenerateOptions
 from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.sampler import Sample, Sampler, SamplingCall, Share
 

@@ -27,7 +27,8 @@ from r1fast.parallel.mesh import Dist
 from r1fast.parallel.parallelize import full_state_dict, parallelize
 from r1fast.rollout.tokenization import leading_ids
 from r1fast.run_folder import replace_file, replace_folder
-from r1fast.schema import GenerateOptions, LossOptions, Recipe, StageBase
+from r1fast.schema import Recipe
+from r1fast.schema_options import GenerateOptions, LossOptions, StageBase
 from r1fast.stopping import Stop
 
 S = TypeVar("S", bound=StageBase, covariant=True)

@@ -18,7 +18,7 @@ from r1fast.config import ConfigError
 from r1fast.data.rows import location, prompt_and_target
 from r1fast.data.templates import RESPONSE_FORMATS, Messages, render_prompt, target_text, without_opening
 from r1fast.rollout.tokenization import encode_text_prompts, encode_texts
-from r1fast.schema import FitOptions, GenerateOptions
+from r1fast.schema_options import FitOptions, GenerateOptions
 
 T = TypeVar("T")
 Text = str | Messages

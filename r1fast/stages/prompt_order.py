@@ -4,7 +4,8 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from r1fast.data.rows import location, shown
-from r1fast.schema import GRPOStage, WeightedSpec, reward_specs
+from r1fast.schema import GRPOStage
+from r1fast.schema_options import WeightedSpec, reward_specs
 
 
 class PromptOrder:

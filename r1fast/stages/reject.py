@@ -11,7 +11,8 @@ from typing import Any
 
 from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.rewards.filters import check_completion
-from r1fast.schema import RejectStage, SampleOptions
+from r1fast.schema import RejectStage
+from r1fast.schema_options import SampleOptions
 from r1fast.stages.context import StageContext
 from r1fast.stages.sampler import Sample, Sampler
 from r1fast.stages.scoring import Scorer, total_rewards
@@ -87,14 +88,9 @@ def select(
 def drop_reason(sample: Sample, stage: SampleOptions, response_format: str) -> str | None:
     if reason := _why_not_good(sample, stage):
         return reason
-    return check_completion(
-        sample.text,
-        response_format=response_format,
-        finish_reason=sample.finish_reason,
-        language=sample.row.get("language"),
-        prefilled=sample.prefilled,
-        **stage.filters.model_dump(),
-    )
+    parsed = RESPONSE_FORMATS[response_format].parse(sample.text, prefilled=sample.prefilled)
+    language = sample.row.get("language")
+    return check_completion(parsed, finish_reason=sample.finish_reason, language=language, **stage.filters.model_dump())
 
 
 def _why_not_good(sample: Sample, stage: SampleOptions) -> str | None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from r1fast.data.templates import RESPONSE_FORMATS, target_text
 from r1fast.models.decoder import Decoder
-from r1fast.schema import GenerateOptions, GRPOStage, RewardModelStage
+from r1fast.schema import GRPOStage, RewardModelStage
+from r1fast.schema_options import GenerateOptions
 from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.measures import Mean, Measures
 from r1fast.stages.packed import Example, PackedBatch, Text, encode_with_targets, length_problems, of_rows

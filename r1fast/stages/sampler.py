@@ -13,7 +13,7 @@ from r1fast.models.decoder import Decoder
 from r1fast.parallel.parallelize import generation_phase
 from r1fast.rollout.sampling import Completion, SamplingParams, completion_texts, eos_token_ids
 from r1fast.rollout.vllm import RolloutError
-from r1fast.schema import GenerateOptions
+from r1fast.schema_options import GenerateOptions
 from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.engines import build_engine, share_of
 from r1fast.stages.packed import Prompt, encode_row_prompts, prompt_length_problems

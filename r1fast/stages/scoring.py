@@ -7,7 +7,7 @@ import numpy as np
 
 from r1fast.config import ConfigError
 from r1fast.rewards.pool import RewardPool, headline
-from r1fast.schema import RewardSpec, reward_specs
+from r1fast.schema_options import RewardSpec, reward_specs
 from r1fast.stages.context import StageContext
 from r1fast.stages.sampler import Sample, by_group
 

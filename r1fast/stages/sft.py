@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from r1fast.models.decoder import Decoder
-from r1fast.schema import FitOptions, PretrainStage, SFTStage
+from r1fast.schema import PretrainStage, SFTStage
+from r1fast.schema_options import FitOptions
 from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
 from r1fast.stages.measures import Measures

@@ -21,7 +21,7 @@ from r1fast.models.moe import Routing
 from r1fast.parallel import checkpoint
 from r1fast.parallel.optim import build_optimizer, lr_at
 from r1fast.parallel.parallelize import grad_norm_and_clip
-from r1fast.schema import TrainOptions
+from r1fast.schema_options import TrainOptions
 from r1fast.stages.context import StageContext
 from r1fast.stages.measures import Mean, Measures, merge, numbers
 from r1fast.stages.packed import Example, PackedBatch, collate, empty_batch

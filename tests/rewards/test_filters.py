@@ -2,25 +2,25 @@
 
 import pytest
 
+from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.rewards.filters import DROP_REASONS, check_completion
 
 THOUGHT = "first multiply 3 by 4, that is 12, then add 2"
 
 
 def check(reasoning=THOUGHT, answer_part="14", **changes):
-    settings = {"response_format": "think_answer", "finish_reason": "stop", "answer": "14", "language": "en"} | changes
-    return check_completion(f"<think>{reasoning}</think><answer>{answer_part}</answer>", **settings)
+    parsed = RESPONSE_FORMATS["think_answer"].parse(f"<think>{reasoning}</think><answer>{answer_part}</answer>")
+    return check_completion(parsed, **{"finish_reason": "stop", "language": "en"} | changes)
 
 
 def test_a_good_sample_is_kept():
     assert check() is None
-    assert check(answer=None, language=None) is None
-    assert check(answer_part="print it:\n```python\nprint(14)\n```", answer=None) is None, "code in the answer is fine"
+    assert check(language=None) is None
+    assert check(answer_part="print it:\n```python\nprint(14)\n```") is None, "code in the answer is fine"
 
 
 LOOP = "then we add two to the twelve that we have and "
 DEFECTS = {
-    "incorrect": {"answer_part": "13"},
     "truncated": {"finish_reason": "length"},
     "malformed": {"reasoning": " "},
     "mixed_language": {"reasoning": THOUGHT + " 再加二"},
@@ -36,9 +36,8 @@ def test_each_reason_alone(reason):
 
 
 def test_first_reason_wins_and_thresholds_move():
-    assert check(reasoning=THOUGHT + " 再加二", answer_part="13") == "incorrect"
-    assert check(answer_part="\\boxed{14", answer=None) == "malformed"
-    assert check(answer="?") == "incorrect", "an unreadable gold proves nothing"
+    assert check(reasoning=THOUGHT + " 再加二", finish_reason="length") == "truncated"
+    assert check(answer_part="\\boxed{14") == "malformed"
     assert check(**DEFECTS["mixed_language"], min_language=0.5) is None
     assert check(**DEFECTS["repetitive"], max_repetition=1.0) is None
     assert check(**DEFECTS["long_paragraph"], max_paragraph_chars=10_000) is None
@@ -47,7 +46,7 @@ def test_first_reason_wins_and_thresholds_move():
 
 
 def test_prefilled_and_other_formats():
-    text = THOUGHT + "\n</think>\n\n14"
-    settings = {"response_format": "think_summary", "finish_reason": "stop", "answer": 14, "language": "en"}
-    assert check_completion(text, prefilled=True, **settings) is None
-    assert check_completion(text, **settings) == "malformed"
+    text, layout = THOUGHT + "\n</think>\n\n14", RESPONSE_FORMATS["think_summary"]
+    settings = {"finish_reason": "stop", "language": "en"}
+    assert check_completion(layout.parse(text, prefilled=True), **settings) is None
+    assert check_completion(layout.parse(text), **settings) == "malformed"

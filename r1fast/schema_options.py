@@ -1,0 +1,398 @@
+"""What stages of a recipe have in common: the sections beside them, rewards, and groups of options.
+
+Types are strict: a number in quotes is text, true is no number, 10.0 no integer. An option that changes nothing is
+refused, by value, because the recipe that a run saves names every option: one at its default counts as not set.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    create_model,
+    model_validator,
+)  # fmt: skip
+
+from r1fast import loss_fields
+from r1fast.schema_types import (
+    AboveZero,
+    Bytes,
+    Count,
+    LearningRate,
+    Made,
+    ModelRef,
+    NonNegative,
+    Plain,
+    Positive,
+    Prompts,
+    Reads,
+    Ref,
+    RewardModelRef,
+    RewardName,
+    Seconds,
+    Seed,
+    Share,
+    StageName,
+    Temperature,
+    Weight,
+)  # fmt: skip
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+PromptTemplate = Literal["r1_zero", "chat", "plain", "few_shot", "tokenizer"]
+ResponseFormatName = Literal["think_answer", "special_token", "think_summary"]
+Schedule = Literal["constant", "linear", "cosine", "wsd"]
+ScoredPart = Literal["summary", "response"]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
+
+    def changed(self, names: Iterable[str]) -> list[str]:
+        """Those of the options that have not their default value."""
+        options = type(self).model_fields
+        return [name for name in names if getattr(self, name) != options[name].get_default(call_default_factory=True)]
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with options beside each other; a class adds its own to those of its bases."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for problem in self.problems():
+            raise ValueError(problem)
+        return self
+
+
+class ModelSection(Strict):
+    """The model that a stage starts from when it names none."""
+
+    path: Ref | None = None  # a folder, a Hub id, or @stage
+    dtype: Dtype = "auto"  # of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU. Master weights are float32.
+
+
+class TrainerSection(Strict):
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradient reduction over ranks
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+class KernelsSection(Strict):
+    impl: Literal["reference"] | None = None  # None: the best that an op has on this device
+
+
+class VllmOptions(Strict):
+    """Generation by vLLM: in every training process, or by a running server (docs/rollout.md)."""
+
+    server_base_url: Ref | None = None  # of a server; None: in every training process
+    server_timeout: Seconds = 240.0  # how long a request to the server is tried again after it got no answer
+    request_timeout: Seconds = 600.0  # for one answer of the server: n samples of one prompt, waiting included
+    # To the server. folder: through the run directory, which it must see under the same path. nccl: two CUDA devices.
+    weight_transfer: Literal["folder", "nccl"] = "folder"
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.3  # in process: vLLM's share of the device's memory
+    max_model_length: Positive | None = None  # in process; None: the model's max_position_embeddings
+
+    def problems(self) -> Iterator[str]:
+        url = self.server_base_url
+        if url is None:
+            others, advice = ["server_timeout", "request_timeout", "weight_transfer"], "needs server_base_url: set that"
+        else:
+            others, advice = ["gpu_memory_utilization", "max_model_length"], "is a setting of the server: start it so"
+        for name in self.changed(others):
+            yield f"{name} {advice}, or drop it"
+        if url is not None and not _is_url(url):
+            yield f"server_base_url is {url!r}; expected http://host:port"
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        is_address = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        return is_address and re.fullmatch("[!-~]+", text) is not None
+    except ValueError:  # a port that is no number
+        return False
+
+
+class RolloutSection(Strict):
+    engine: Literal["r1fast", "vllm"] = "r1fast"
+    max_num_seqs: Positive = 512  # samples that are decoded at the same time
+    # Of engine r1fast: prompt tokens of one prefill, and the most that keys and values may take (bytes; default: what
+    # max_num_seqs samples need). With less, fewer samples are decoded at a time; one that does not fit is an error.
+    max_num_batched_tokens: Positive = 8192
+    kv_cache_memory_bytes: Bytes | None = None
+    enforce_eager: bool = False  # decode without CUDA graphs
+    # 1: GRPO samples a step ahead, while it updates, from a copy of the weights (a whole model more on every rank).
+    async_steps: Annotated[int, Field(ge=0, le=1)] = 0
+    vllm: VllmOptions = VllmOptions()
+
+    def problems(self) -> Iterator[str]:
+        if self.engine != "vllm":
+            if self.changed(["vllm"]):
+                yield f"vllm has options, but engine is {self.engine!r}: set engine: vllm, or drop them"
+            return
+        if self.changed(["max_num_batched_tokens", "kv_cache_memory_bytes"]):
+            yield (
+                "max_num_batched_tokens and kv_cache_memory_bytes are of engine: r1fast; vLLM's memory is "
+                "vllm.gpu_memory_utilization: drop them"
+            )
+        if self.vllm.server_base_url is not None and self.enforce_eager:
+            yield "enforce_eager is a setting of the server: start it so, or drop it"
+        if self.vllm.server_base_url is None and self.async_steps:
+            yield (
+                f"async_steps = {self.async_steps} does not apply to vLLM in process, which takes turns with training: "
+                "name a server in vllm.server_base_url, or drop it"
+            )
+
+
+class RewardWorkers(Strict):
+    num_workers: Annotated[int, Field(gt=0, le=1024)] = 1
+    timeout_s: Seconds = 30.0
+    memory_limit_gb: Annotated[float, Field(gt=0, le=1e6)] | None = None  # of one; None: its part of half the machine's
+
+
+class WeightedSpec(Strict):
+    weight: Weight = 1.0
+    domains: list[str] = []  # that it applies to; all when empty
+
+    def applies_to(self, row: Mapping[str, Any]) -> bool:
+        return not self.domains or row.get("domain") in self.domains
+
+
+class RewardSpec(WeightedSpec):
+    """What a rule pays; other keys are keyword arguments of the function."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Plain] = Field(init=False)
+    function: Ref | None = None  # registry name or dotted path; None: the name of the reward
+
+
+class RewardModelSpec(WeightedSpec):
+    """A reward model's part in the reward: sigmoid(score) * weight."""
+
+    model: RewardModelRef
+    prompt_template: PromptTemplate = "chat"  # that it was trained with
+    score_on: ScoredPart = "response"
+
+
+def _reward_kind(value: Any) -> str:
+    return "options" if isinstance(value, (dict, RewardSpec)) else "number"
+
+
+# A weight alone, or options; the tags are never shown.
+Reward = Annotated[
+    Annotated[Weight, Tag("number")] | Annotated[RewardSpec, Tag("options")], Discriminator(_reward_kind)
+]
+
+
+def _measured(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a reward that is measured and not learned from."""
+    if "weight" in options:
+        raise ValueError("weight does not apply to a reward that is only measured; drop it")
+    RewardSpec.model_validate(options)
+    return options
+
+
+Rewards = Annotated[dict[RewardName, Reward], Reads("code")]
+EvalRewards = Annotated[
+    dict[RewardName, Annotated[dict[str, Any], AfterValidator(_measured)]], Field(min_length=1), Reads("code")
+]
+
+
+def reward_specs(rewards: Mapping[str, float | RewardSpec | dict[str, Any]]) -> dict[str, RewardSpec]:
+    """Rewards as a recipe may write them, each with all options and the name of its function."""
+    specs = {}
+    for name, value in rewards.items():
+        spec = RewardSpec(weight=value) if isinstance(value, (int, float)) else RewardSpec.model_validate(value)
+        specs[name] = spec.model_copy(update={"function": spec.function or name})
+    return specs
+
+
+class StageBase(Strict):
+    makes: ClassVar[tuple[Made, ...]] = ()  # what other stages may name of it, as @name
+    name: StageName  # of a folder in the run directory
+    kind: str
+    model: ModelRef | None = None  # @stage, folder or Hub id; None: the recipe's model.path
+    seed: Seed | None = None  # None: the recipe's seed
+
+
+class GenerateOptions(StageBase):
+    prompt_template: PromptTemplate = "r1_zero"
+    response_format: ResponseFormatName = "think_answer"
+    prefill_think: bool = False  # end the prompt with <think>
+    max_prompt_length: Positive = 512
+    max_completion_length: Positive = 512
+
+    def unused_lengths(self, why: str) -> Iterator[str]:
+        """Lengths of sampling that are set in a stage that does not sample."""
+        for name in self.changed(("max_prompt_length", "max_completion_length")):
+            yield f"{name} = {getattr(self, name)} does not apply: {why}; drop it"
+
+
+class EvalOptions(GenerateOptions):
+    """What is measured before and after a stage, on samples at `eval_temperature`."""
+
+    eval_files: list[Prompts] = []
+    eval_rewards: EvalRewards = {"accuracy": {}, "format": {}}
+    eval_num_samples: Positive = 4  # k of pass@1 over k samples, and of cons@k
+    eval_temperature: Temperature = 1.0
+    eval_greedy: bool = True
+    eval_limit: Positive | None = None  # rows of eval_files
+    eval_before: bool = True  # of stages that train
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        others = [name for name in EvalOptions.model_fields if name.startswith("eval_") and name != "eval_files"]
+        for name in self.changed(others) if not self.eval_files else ():
+            yield f"{name} applies to eval_files, and there are none: name some, or drop it"
+        if self.eval_files and self.eval_temperature == 0 and self.eval_num_samples > 1:
+            yield (
+                f"eval_num_samples = {self.eval_num_samples} with eval_temperature 0 are {self.eval_num_samples} equal "
+                "samples: set eval_num_samples: 1, or raise eval_temperature"
+            )
+
+
+class TrainOptions(StageBase):
+    learning_rate: LearningRate = 1e-6
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr_scheduler_type: Schedule = "constant"
+    warmup_steps: Count = 0
+    min_lr_ratio: Share = 0.0  # of learning_rate, at the end of a decaying schedule
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.4  # share of the steps that decay (wsd)
+    weight_decay: NonNegative = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    max_grad_norm: AboveZero = 1.0
+    max_tokens_per_microbatch: Positive = 16384
+    # DeepSeek-V3's balance rule. 0 freezes the bias, as V3's last phase does and RL should: a few hundred prompts load
+    # experts unevenly for good reasons, and a bias that moves between sampling and update re-routes the same tokens.
+    router_bias_update_rate: NonNegative = 0.0
+    router_aux_loss_coef: NonNegative = 0.0  # factor of the balance loss within each sequence (V3: 1e-4)
+    save_steps: Positive = 100  # the last step is always saved
+
+    def num_updates(self) -> int | None:
+        """Optimizer steps of the stage, or the most that they can be; None where only the data tell."""
+        return getattr(self, "max_steps", None)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        updates, schedule = self.num_updates(), self.lr_scheduler_type
+        if updates is not None and self.warmup_steps > updates:
+            yield f"warmup_steps = {self.warmup_steps} is longer than the stage's {updates} optimizer steps"
+        if schedule != "wsd" and self.changed(["decay_ratio"]):
+            yield f"decay_ratio applies to lr_scheduler_type wsd, got {schedule}: drop it"
+        if schedule == "constant" and self.changed(["min_lr_ratio"]):
+            yield "min_lr_ratio applies to a schedule that decays, and constant does not: drop it"
+
+
+class FitOptions(TrainOptions):
+    """Of stages that learn from the rows of files."""
+
+    batch_size: Positive  # rows per step
+    max_length: Positive
+
+
+class EpochOptions(FitOptions):
+    """Of those that take every row as often."""
+
+    num_train_epochs: Positive
+
+    def updates_on(self, num_rows: int) -> int:
+        """Optimizer steps on so many rows."""
+        steps = self.num_train_epochs * -(-num_rows // self.batch_size)
+        return min(steps, self.num_updates() or steps)
+
+
+class FilterOptions(Strict):
+    """What keeps a sampled response out of a data set; the first reason that applies is recorded."""
+
+    min_language: Share = 1.0
+    max_repetition: Share = 0.2  # share of repeated 10-grams of words
+    max_paragraph_chars: Positive = 2000
+    allow_code: bool = False
+
+
+class SampleOptions(GenerateOptions):
+    """Sampling by a model as it is; what passes the filters is kept."""
+
+    num_prompts: Positive | None = None  # None: every row of train_files
+    num_samples: Positive = 4
+    temperature: Temperature = 1.0
+    rewards: Rewards = {"accuracy": 1.0}  # of which a sample needs min_reward in all, where any applies
+    min_reward: Weight = 1.0
+    max_per_prompt: Positive | None = None  # kept, of the samples that pass
+    filters: FilterOptions = FilterOptions()
+
+    def most_samples(self) -> int:
+        """Of a prompt."""
+        return self.num_samples
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if not any(spec.weight for spec in reward_specs(self.rewards).values()):
+            yield "rewards: none has a weight, so no sample is judged; give one a weight"
+        most = self.most_samples()
+        if self.temperature == 0 and most > 1:
+            yield f"num_samples = {most} with temperature 0 are {most} equal samples: set it to 1"
+        if self.max_per_prompt is not None and self.max_per_prompt > most:
+            yield f"max_per_prompt = {self.max_per_prompt} is more than num_samples = {most}: drop it"
+
+
+if TYPE_CHECKING:  # what is made from a table is read through `loss`, which is typed
+    from r1fast_kernels.loss_options import LossOptions as Loss
+
+    LossFields = StageBase
+else:
+    LossFields = create_model("LossFields", __base__=StageBase, **loss_fields.fields())
+
+
+class LossOptions(LossFields):
+    """The policy's loss: beside the options here those of r1fast_kernels/loss_options.py, under their names there."""
+
+    loss_aggregation: Literal["sample", "token", "constant"] | None = None  # of a loss of one's own; None: sample
+    old_logprobs: Literal["policy", "sampler"] = "policy"  # sampler: what it gave, without a forward pass for them
+    ref_model: ModelRef | None = None  # the reference, where it is not the model that the stage starts from
+    lm_head_fp32: bool = False  # the head's product in float32, where the model is in another dtype (MiniMax-M1)
+
+    @property
+    def loss(self) -> "Loss":
+        """As the op takes them; is_cap is None where the recipe says auto."""
+        given = {option.name: getattr(self, option.key) for option in loss_fields.OPTIONS}
+        if self.is_own_loss:
+            given["loss_type"] = loss_fields.LOSS_TYPES[0]
+        return loss_fields.LossOptions(**given | {"is_cap": None if given["is_cap"] == "auto" else given["is_cap"]})
+
+    @property
+    def has_automatic_cap(self) -> bool:
+        return getattr(self, "sampling_importance_cap") == "auto"  # noqa: B009
+
+    @property
+    def loss_name(self) -> str:
+        return getattr(self, "loss_type")  # noqa: B009  # mypy does not see it
+
+    @property
+    def is_own_loss(self) -> bool:
+        return self.loss_name not in loss_fields.LOSS_TYPES
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        changed = self.changed(type(self).model_fields)
+        loss, weights = self.loss, [name for name in changed if name.startswith("sampling_importance_")]
+        if self.loss_name == "cispo" and loss.epsilon_high is None:
+            yield "loss_type cispo caps the ratio at epsilon_high itself: set it (5.0, say)"
+        yield from loss_fields.unused(self.loss_name, {name: getattr(self, name) for name in changed})
+        if self.loss_aggregation is not None and not self.is_own_loss:
+            yield f"loss_aggregation is of a loss of one's own; {self.loss_name} has its own mean: drop it"
+        if loss.beta == 0 and "kl_estimator" in changed:
+            yield "kl_estimator needs beta above 0: without it there is no KL in the loss"
+        if loss.beta == 0 and self.ref_model is not None and not self.is_own_loss:
+            yield "ref_model needs beta above 0, or a loss of one's own that reads ref_logprobs_T"
+        if "sampling_importance_mode" in weights and loss.is_cap is None and loss.is_min is None:
+            yield "sampling_importance_mode needs bounds: set sampling_importance_cap (3.0, say), or _min"
+        if self.old_logprobs == "sampler" and weights and weights != ["sampling_importance_cap"]:
+            yield f"{weights[0]} does not apply: with old_logprobs: sampler every such weight is 1; drop it"
