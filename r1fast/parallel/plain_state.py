@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from r1fast.run_folder import write_synced
+from r1fast_kernels.torch_private import storage_info
 
 CONTENTS = "contents.json"
 _ARRAY = "__array__"
@@ -72,7 +72,7 @@ class Reader(dcp.FileSystemReader):
                         raise ValueError(f"{name} lies in {chunk['file']!r}, outside the checkpoint")
                     offsets = torch.Size(chunk["offsets"])
                     chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk["sizes"])))
-                    places[MetadataIndex(name, offsets)] = _StorageInfo(chunk["file"], chunk["offset"], chunk["length"])
+                    places[MetadataIndex(name, offsets)] = storage_info(chunk["file"], chunk["offset"], chunk["length"])
                 tensors[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(entry["size"]), chunks)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{CONTENTS} is not one of ours ({type(error).__name__}: {error})") from error

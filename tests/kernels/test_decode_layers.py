@@ -67,8 +67,8 @@ class Step:
 
 
 def decoder_of(model: Decoder) -> Decoder | FastDecode:
-    """What generates; the modules after use_kernels("reference")."""
-    return fast_decode(model, model.impl) or model
+    """What generates; the modules inside use("reference")."""
+    return fast_decode(model) or model
 
 
 def make_step(name: str, dtype: torch.dtype = FP32, num_rows: int = 70) -> Step:

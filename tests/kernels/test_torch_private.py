@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.fsdp import FSDPModule
 
 from r1fast_kernels import torch_private as private
@@ -20,6 +21,7 @@ NEEDED = {
     nn.modules.module: ["_global_forward_pre_hooks", "_global_forward_hooks"],
     FSDPModule: ["_get_fsdp_state"],
     checkpoint_wrapper: ["checkpoint_wrapper"],
+    filesystem: ["_StorageInfo"],
 }
 PRIVATE = re.compile(
     r"\btorch(\.\w+)*\._[a-z]\w*|from torch[\w.]*\._|from torch[\w.]* import _"

@@ -115,7 +115,7 @@ class HashDecoder(nn.Module):
 def decoder(monkeypatch: pytest.MonkeyPatch) -> HashDecoder:
     monkeypatch.setattr(scheduler, "BlockCache", HashCache)
     monkeypatch.setattr(engine_module, "BlockCache", HashCache)
-    monkeypatch.setattr(scheduler, "fast_decode", lambda model, impl: None)
+    monkeypatch.setattr(scheduler, "fast_decode", lambda model: None)
     HashCache.made.clear()
     return HashDecoder()
 

@@ -126,7 +126,7 @@ def point(name: str, module: Any) -> tuple[Any, str, int]:
     where, number = POINTS[name]
     owners = {
         "update": (Trainer, "update"),
-        "publish": (checkpoint, "_publish"),
+        "publish": (checkpoint, "_commit"),
         "save": (StageContext, "save"),
         "end": (module, "evaluate_end"),
     }
