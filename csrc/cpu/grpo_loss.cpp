@@ -190,10 +190,12 @@ class Sample {
         const int64_t size = std::min(kLanes<acc>, end - t), i = t - begin;
         const V keep = live(t, size);
         const V logprob = read(args_.logprobs, t, size, keep), old = read(old_values, t, size, keep);
-        const V sampler = read(sampler_values, t, size, keep);
         log_ratios = log_ratios + (logprob - old);
-        log_weights = log_weights + (old - sampler);
-        distances = distances + (sampler - logprob);
+        if (args_.sample_weights || args_.off_policy()) {
+          const V sampler = read(sampler_values, t, size, keep);
+          log_weights = log_weights + (old - sampler);
+          distances = distances + (sampler - logprob);
+        }
         if (weighs_kl) {
           kls = kls + (V::loadu(odds_of + i) - (read(args_.ref, t, size, keep) - logprob) - V(1));
         }
