@@ -102,7 +102,8 @@ class Sample {
  public:
   Sample(const GrpoArgs& args, int64_t n)
       : args_(args), begin_(args.starts[n]), end_(args.starts[n + 1]), row_(args.partials + n * kColumns),
-        advantage_(static_cast<acc>(args.advantages[n])) {
+        advantage_(static_cast<acc>(args.advantages[n]) *
+                   static_cast<acc>(args.advantages[n] > 0 ? args.options.positive_advantage_weight : 1)) {
     std::fill(row_, row_ + kColumns, 0.0);
     const int64_t live = args.mask == nullptr ? end_ - begin_ : std::count(args.mask + begin_, args.mask + end_, true);
     row_[kLive] = static_cast<double>(live);

@@ -183,6 +183,7 @@ def _grpo_kernel(
         advantage = advantage_of(
             rewards_ptr, group_ids_ptr, n, num_samples, advantage_eps, SCALE, BLOCK_T
         ).to(tl.float32)  # fmt: skip
+    advantage *= tl.where(advantage > 0, o.positive_advantage_weight, 1.0)
     if threshold_ptr is not None:
         threshold = tl.load(threshold_ptr).to(tl.float32)
 

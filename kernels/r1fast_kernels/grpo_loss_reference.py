@@ -322,6 +322,9 @@ def read_inputs(logprobs_T: Tensor, cu_seqlens: Tensor, given: LossArguments) ->
             given.rewards_N, given.group_ids_N, scale=given.options.scale_rewards, impl="reference"
         )
     dtype = compute_dtype(logprobs_T)
+    advantages_N = advantages_N.detach().to(dtype)
+    positive_N = advantages_N * given.options.positive_advantage_weight
+    advantages_N = torch.where(advantages_N > 0, positive_N, advantages_N)
     packing = Packing.build(cu_seqlens, given.loss_mask_T, given.counts_N, len(logprobs_T))
 
     def read(values_T: Tensor | None) -> Tensor | None:
@@ -334,7 +337,7 @@ def read_inputs(logprobs_T: Tensor, cu_seqlens: Tensor, given: LossArguments) ->
     )
     return Inputs(
         logprobs_T, logprobs_T.detach() if old_T is None else old_T, ref_T, sampler_T, read(given.entropy_T),
-        given.threshold(), advantages_N.detach().to(dtype), packing, given.clip_high, given.options,
+        given.threshold(), advantages_N, packing, given.clip_high, given.options,
     )  # fmt: skip
 
 

@@ -55,6 +55,10 @@ class LossOptions(NamedTuple):
         float | None,
         About("dual clip (1912.09729): the ratio never counts for more", "verl clip_ratio_c", "", CLIPPED, least=0),
     ] = None
+    positive_advantage_weight: Annotated[
+        float,
+        About("factor of advantages above 0; below 1 wrong samples teach more (W-REINFORCE, 2506.01347)", least=0),
+    ] = 1.0
     beta: Annotated[float, About("factor of the KL to the reference", "verl kl_loss_coef", least=0)] = 0.0
     kl_estimator: Annotated[
         Literal["k1", "k2", "k3", "k3_unbiased"],

@@ -12,6 +12,7 @@ VALUES: dict[str, tuple[float | None, ...]] = {
     "epsilon": (0.2, 0.0, 0.1),
     "epsilon_high": (None, 0.28),
     "delta": (None, 1.1, 1.4),
+    "positive_advantage_weight": (1.0, 0.1, 0.0),
     "beta": (0.0, 0.1),
     "is_cap": (None, 1.2, 3.0),
     "is_min": (None, 0.7),
