@@ -64,14 +64,14 @@ clean:
 	  echo "r1fast: pip could not install the dependencies; the reason stands above (no network? run make again when there is)"; exit 1; }
 	@touch $@
 
-.venv/built: .venv/installed pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*.h csrc/*/*.h)
+.venv/built: .venv/installed pyproject.toml setup.py kernels/r1fast_kernels/loss_options.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*.h csrc/*/*.h)
 	@echo "r1fast: building the C++ extension"
 	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . || { \
 	  echo "r1fast: the C++ extension did not build; the compiler's message stands above (Debian: apt-get install g++ python3-dev)"; exit 1; }
 	@touch $@
 
 # The extension in kernels/ is shared with .venv, which has the same torch where there is no GPU.
-.venv-vllm/built: setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*.h csrc/*/*.h)
+.venv-vllm/built: setup.py kernels/r1fast_kernels/loss_options.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*.h csrc/*/*.h)
 	@! command -v nvidia-smi > /dev/null || { \
 	  echo "r1fast: test-vllm is for vLLM's CPU build, whose torch is not the CUDA build of .venv"; exit 1; }
 	@echo "r1fast: installing vLLM's CPU build into .venv-vllm (a few minutes and 3 GB, once)"

@@ -35,6 +35,7 @@ FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-std=c++20"]
 OPTIONS = "kernels/r1fast_kernels/loss_options.py"
 OPTIONS_HEADER = """#pragma once
 #define R1FAST_LOSS_NUMBERS(X) {numbers}
+#define R1FAST_LOSS_TABLE "{table}"
 enum class LossWord {{ {words} }};
 """
 
@@ -51,7 +52,7 @@ class Build(BuildExtension):
         numbers, words = " ".join(f"X({name})" for name in table["NUMBERS"]), ", ".join(table["WORDS"])
         header = Path(self.build_temp) / "loss_options.h"
         header.parent.mkdir(parents=True, exist_ok=True)
-        header.write_text(OPTIONS_HEADER.format(numbers=numbers, words=words))
+        header.write_text(OPTIONS_HEADER.format(numbers=numbers, words=words, table=table["TABLE"]))
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:

@@ -476,12 +476,16 @@ std::tuple<at::Tensor, at::Tensor> add_up(
   return {loss.to(options.dtype()), result.to(options.dtype())};
 }
 
+// What this was built with; Python compares it with its table.
+std::string table() {
+  return R1FAST_LOSS_TABLE;
+}
+
 LossOptions read_options(at::ArrayRef<double> numbers) {
   LossOptions options;
   TORCH_CHECK_VALUE(
       numbers.size() * sizeof(double) == sizeof options,
-      "grpo_loss: got ", numbers.size(), " options, expected ", sizeof options / sizeof(double),
-      ": the extension is of another version; build it again");
+      "grpo_loss: got ", numbers.size(), " numbers, expected ", sizeof options / sizeof(double));
   std::copy(numbers.begin(), numbers.end(), reinterpret_cast<double*>(&options));
   return options;
 }
@@ -555,6 +559,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grpo_loss(
 }
 
 }  // namespace
+
+TORCH_LIBRARY_FRAGMENT(r1fast, m) {
+  m.def("grpo_loss_table() -> str", &table);
+}
 
 TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
   m.impl("grpo_loss", &grpo_loss);

@@ -39,11 +39,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import TRITON_DEVICE, choose, compute_dtype
+from .dispatch import HAS_EXTENSION, TRITON_DEVICE, choose, compute_dtype
 from .group_advantages import advantage_of
 from .grpo_loss_reference import TENSORS, LossArguments, grpo_loss_reference
 from .head import times
-from .loss_options import NUMBERS, OPTIONS, WORDS, LossOptions
+from .loss_options import NUMBERS, OPTIONS, TABLE, WORDS, LossOptions
 
 # Columns 2.. of the partial sums of a sample, after its loss and its tokens that count; csrc/cpu/grpo_loss.cpp has them
 # in the same order. For cispo "high" is "cispo_clip_ratio".
@@ -437,6 +437,11 @@ torch.library.define(
     f"(Tensor logprobs_T, {LOSS_SCHEMA}) -> (Tensor loss, Tensor grad_T, Tensor grad_entropy_T, Tensor metrics_M)",
 )
 torch.library.impl("r1fast::grpo_loss", TRITON_DEVICE, _launch)
+if HAS_EXTENSION and torch.ops.r1fast.grpo_loss_table() != TABLE:
+    raise ImportError(
+        "r1fast_kernels._C was built with other options of the loss than loss_options.py has. Build it again: "
+        "pip install --no-build-isolation -e ."
+    )
 
 
 @torch.library.register_fake("r1fast::grpo_loss")

@@ -153,3 +153,4 @@ def _options() -> tuple[Option, ...]:
 OPTIONS = _options()
 NUMBERS = tuple(option.name for option in OPTIONS if not option.words)
 WORDS = tuple(option.name for option in OPTIONS if option.words)
+TABLE = f"{' '.join(NUMBERS)} {' '.join(WORDS)}"  # what the extension must have been built with
