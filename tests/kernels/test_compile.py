@@ -25,9 +25,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
+import r1fast_kernels as kernels
 from r1fast_kernels import dispatch
 from tests.kernels.launch_cases import CASES
 from tests.kernels.launches import Launch, covering, recording
+from tests.kernels.loss_settings import random_batch, random_settings
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a block may have
 
@@ -145,6 +147,19 @@ def test_any_three_options_are_typed(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_any_two_options_compile_without_spills(kernel: str, arch: int) -> None:
     assert_compiled(launches(2)[kernel], arch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_random_settings_of_the_loss_compile_without_spills() -> None:
+    with recording() as seen:
+        for seed in range(200):
+            batch = random_batch(seed)
+            tensors = {name: x.float() if x is not None and x.is_floating_point() else x for name, x in batch.items()}
+            kernels.grpo_loss(**tensors | random_settings(seed))
+    found = [launch for launch in seen.launches.values() if launch.function.__name__ == "_grpo_kernel"]
+    assert len(found) > 100
+    assert_compiled(found, 90)
 
 
 def test_every_kernel_is_launched() -> None:
