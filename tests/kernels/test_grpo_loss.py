@@ -466,6 +466,38 @@ def test_metrics_by_hand(backend: Backend) -> None:
         assert list(grpo_loss(**bare, loss_type="cispo")[1]) == [*list(expected)[:2], "cispo_clip_ratio"]
 
 
+def test_corrections_by_hand(backend: Backend) -> None:
+    """Two samples of 2 and 3 tokens: weights 2 and 1/2 a token, 1 and 1/8 a sample; the second has moved by ln 2."""
+    log2 = math.log(2)
+    case = {
+        "logprobs_T": torch.tensor([-1.0, -1.0, -1 - log2, -1 - log2, -1 - log2]),
+        "cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32),
+        "advantages_N": torch.tensor([1.0, -1.0]),
+        "sampler_logprobs_T": torch.tensor([-1 - log2, -1 + log2, -1.0, -1.0, -1.0]),
+        "entropy_T": torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]),
+    }
+    case = backend.to(cast(case, widest(backend)))
+    weight, dropped = "sampling/importance_sampling_ratio/mean", "off_policy_mask_ratio"
+    expected: list[tuple[dict[str, Any], float, dict[str, float]]] = [
+        ({"is_mode": "token_truncate", "is_cap": 1.5}, (-1.5 - 0.5 + 3 * 0.5) / 5, {weight: (1.5 + 4 * 0.5) / 5}),
+        ({"is_mode": "token_mask", "is_cap": 1.5}, (-0.5 + 3 * 0.5) / 5, {weight: 4 * 0.5 / 5}),
+        ({"is_mode": "token_truncate", "is_min": 1.0}, (-2 - 1 + 3) / 5, {weight: 6 / 5}),
+        ({"is_mode": "sequence_truncate", "is_cap": 2.0}, (-2 + 3 / 8) / 5, {weight: (1 + 1 / 8) / 2}),
+        ({"is_mode": "sequence_mask", "is_min": 0.5}, -2 / 5, {weight: 1 / 2}),
+        ({"off_policy_mask_threshold": 0.5}, -2 / 5, {dropped: 1 / 2}),
+        ({"off_policy_mask_threshold": 0.7}, 1 / 5, {dropped: 0.0}),
+        ({"entropy_coef": 0.1}, (1 - 0.1 * 15) / 5, {"entropy": 3.0}),
+        ({"top_entropy_quantile": 0.4}, 2 / 5, {"entropy": 3.0}),  # the two of highest entropy
+        ({"top_entropy_quantile": 0.4, "entropy_coef": 0.1}, (2 - 0.1 * 9) / 5, {}),
+        ({"positive_advantage_weight": 0.5}, (-1 + 3) / 5, {}),
+    ]
+    for options, value, metrics in expected:
+        for impl in ("reference", backend.impl):
+            loss, found = grpo_loss(**case, **options, loss_type="dapo", impl=impl)
+            assert loss.item() == pytest.approx(value, abs=1e-6), options
+            assert {name: found[name].item() for name in metrics} == pytest.approx(metrics, abs=1e-6), options
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("kept", [0, 4], ids=["T0", "all-masked"])
 def test_nothing_to_learn_from_is_zero_not_nan(backend: Backend, loss_type: str, kept: int) -> None:
