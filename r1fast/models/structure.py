@@ -137,9 +137,5 @@ def decode_layers_of(decoder: "Decoder") -> DecodeLayers:
         scale=softmax_scale(config),
         eps=config.rms_norm_eps,
         latent_eps=LATENT_NORM_EPS,
-        top_k=config.num_experts_per_tok,
-        n_group=config.n_group,
-        topk_group=config.topk_group,
-        norm_topk_prob=config.norm_topk_prob,
-        routed_scaling_factor=config.routed_scaling_factor,
+        **config.routing,
     )
