@@ -156,7 +156,7 @@ class ModelConfig:
         """The transformers config of this architecture, with the family's own fields only."""
         values = dataclasses.asdict(self) | {"mlp_only_layers": list(self.mlp_only_layers)}
         named = {self.family.hf_names.get(name, name): values[name] for name in self.family.fields}
-        named |= self.family.written | {"dtype": dtype} | ({"num_labels": 1} if scalar_head else {})
+        named |= {**self.family.written, "dtype": dtype, **({"num_labels": 1} if scalar_head else {})}
         del named["model_type"]
         config = AutoConfig.for_model(self.model_type, **named)
         suffix = "ForSequenceClassification" if scalar_head else "ForCausalLM"

@@ -317,11 +317,11 @@ def _resolve_dtype(dtype: torch.dtype | str, folder: Path, state: StateDict) -> 
         values = _read_json(folder / "config.json")
         dtype = values.get("dtype") or values.get("torch_dtype") or state["embed_tokens.weight"].dtype
         said_by = f"{folder / 'config.json'}: dtype"
-    resolved = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if resolved not in _FLOATS.values():
+    by_name = {str(known).removeprefix("torch."): known for known in _FLOATS.values()}
+    if (name := str(dtype).removeprefix("torch.")) not in by_name:
         expected = "a torch.dtype, its name (bfloat16, float16, float32), or 'auto'"
         raise ValueError(f"{said_by}={str(dtype)!r}, expected {expected}")
-    return resolved
+    return by_name[name]
 
 
 def _own_storage(tensor: Tensor) -> Tensor:

@@ -175,7 +175,7 @@ def _write_payload(tmp: Path, state: dict[str, Any], own_values: dict[str, Any],
         # In any case, as it is collective. On a full disk torch.save raises RuntimeError, not OSError.
         dcp.save(state, storage_writer=Writer(tmp))
         names += [path.name for path in tmp.glob(f"__{rank}_*.distcp")]
-        return problems, {name: {"size": (tmp / name).stat().st_size, "crc32": _crc32(tmp / name)} for name in names}
+        return problems, {name: _entry(tmp / name) for name in names}
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         return [*problems, f"rank {rank}: {_cause(error)}"], {}
 
@@ -191,12 +191,13 @@ def _rank_name(rank: int) -> str:
     return f"rank_{rank:05d}"
 
 
-def _crc32(path: Path) -> int:
+def _entry(path: Path) -> dict[str, int]:
+    """Size and crc32 of a file, read back from where it was written."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             crc = zlib.crc32(block, crc)
-    return crc
+    return {"size": path.stat().st_size, "crc32": crc}
 
 
 def _prepare(tmp: Path) -> None:
@@ -271,7 +272,7 @@ def _problem(path: Path, rank: int, world_size: int, *, checksums: bool = True) 
                 return f"{name} is missing"
             if (size := found[name].st_size) != files[name]["size"]:
                 return f"{name} has {size} bytes, expected {files[name]['size']}"
-            if checksums and _crc32(path / name) != files[name]["crc32"]:
+            if checksums and _entry(path / name)["crc32"] != files[name]["crc32"]:
                 return f"{name} has another crc32 than when it was written"
     except (OSError, ValueError) as error:
         return str(error)
