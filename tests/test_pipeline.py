@@ -61,7 +61,7 @@ def recipe_of(stages: list[dict[str, Any]], **sections: Any) -> Recipe:
 @pytest.fixture
 def chain(tmp_path: Path) -> Callable[[], Run]:
     """A new Run of STAGES in the same directory each time."""
-    dist = Dist(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), mesh=None)  # type: ignore[arg-type]
+    dist = Dist(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)  # type: ignore[arg-type]
     return lambda: Run(recipe_of(STAGES), tmp_path / "run", dist)
 
 

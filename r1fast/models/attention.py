@@ -48,13 +48,12 @@ class AttentionPlan:
                 f"{num_tokens} packed tokens"
             )
         rows = torch.repeat_interleave(self.lengths_cpu_N)
-        self.starts_cpu_N = ends[:-1]
         self.device = device
         self.num_sequences = len(ends) - 1
         self.max_length = int(self.lengths_cpu_N.max()) if self.num_sequences else 0
         self.cu_seqlens = cu_seqlens.to(device, torch.int32)
         self.rows_T = rows.to(device)
-        self.positions_T = (torch.arange(num_tokens) - self.starts_cpu_N[rows]).to(device)
+        self.positions_T = (torch.arange(num_tokens) - ends[rows]).to(device)
 
     @cached_property
     def padded(self) -> "PaddedLayout":
@@ -141,13 +140,9 @@ def _bucketed(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float, layout:
         x_P = x_T.new_zeros(layout.num_slots, *x_T.shape[1:]).index_copy(0, layout.slot_T, x_T)
         return x_P.split([count * width for count, width in layout.buckets])
 
-    parts = zip(layout.buckets, padded(q_THd), padded(k_TKd), padded(v_TKd), strict=True)
-    outs = [_attend(q_PHd, k_PKd, v_PKd, bucket, scale) for bucket, q_PHd, k_PKd, v_PKd in parts]
+    outs, enable_gqa = [], q_THd.shape[1] != k_TKd.shape[1]
+    for bucket, *slots in zip(layout.buckets, padded(q_THd), padded(k_TKd), padded(v_TKd), strict=True):
+        q, k, v = (x_P.unflatten(0, bucket).transpose(1, 2) for x_P in slots)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs).index_select(0, layout.slot_T) if outs else q_THd
-
-
-def _attend(q_PHd: Tensor, k_PKd: Tensor, v_PKd: Tensor, bucket: tuple[int, int], scale: float) -> Tensor:
-    """The slots of one bucket, as rows x padded length."""
-    q, k, v = (x.unflatten(0, bucket).transpose(1, 2) for x in (q_PHd, k_PKd, v_PKd))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2).flatten(0, 1)

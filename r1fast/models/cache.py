@@ -5,36 +5,20 @@ compressed kv beside the rotated shared key. For DeepSeek-V3 that is 576 values 
 16 b + i is token i of block b. Which blocks a sequence has is the caller's (rollout/blocks.py).
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from r1fast.models.model_config import ModelConfig
+from r1fast.models.rope import Rope
 from r1fast_kernels.decode_attention import BLOCK
-
-
-@dataclass(frozen=True)
-class DecodeStep:
-    """What every layer of one decode step shares."""
-
-    slots_B: Tensor  # where the new token is written
-    block_table_BN: Tensor  # int32, of the sequence that the token belongs to
-    lengths_B: Tensor  # int32, tokens of it, the new one included
-
-    @classmethod
-    def at(cls, positions_B: Tensor, block_table_BN: Tensor) -> "DecodeStep":
-        blocks_B = block_table_BN.gather(1, (positions_B // BLOCK)[:, None]).squeeze(1)
-        return cls(blocks_B.long() * BLOCK + positions_B % BLOCK, block_table_BN, (positions_B + 1).int())
 
 
 class BlockCache:
     """`num_blocks` blocks for every layer. Nothing is cleared: a slot is read only after it was written."""
 
-    def __init__(
-        self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device | str | None
-    ) -> None:
+    def __init__(self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.num_blocks, self.dtype = num_blocks, dtype
         # Per layer (latent,) or (keys, values).
         self.layers = [
@@ -60,6 +44,20 @@ class BlockCache:
         for buffer in self.buffers:
             blocks = buffer.unflatten(0, (-1, BLOCK))
             blocks.index_copy_(0, targets, blocks.index_select(0, sources))
+
+
+class DecodeStep:
+    """What every layer of one decode step shares.
+
+    slots_B: where the new token is written. block_table_BN, lengths_B: int32, of the sequence that it belongs to: its
+    blocks, and its tokens, the new one included.
+    """
+
+    def __init__(self, positions_B: Tensor, block_table_BN: Tensor, rope: Rope, cache: BlockCache) -> None:
+        blocks_B = block_table_BN.gather(1, (positions_B // BLOCK)[:, None]).squeeze(1)
+        self.slots_B = blocks_B.long() * BLOCK + positions_B % BLOCK
+        self.block_table_BN, self.lengths_B = block_table_BN, (positions_B + 1).int()
+        self.rope, self.cache = rope, cache
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -47,12 +47,10 @@ TOKEN = whole(-1, MAX_SIZE, "the id of a token").or_null()  # -1: some checkpoin
 TOKENS = Values(lambda ids: all(map(TOKEN.accepts, ids if isinstance(ids, list) else [ids])), TOKEN.expected)
 
 _ABOVE_0 = number(1e-30, 1e6, "a number above 0")
-_ROPE_VALUES = {
+_ROPE_VALUES = {  # any other is a number above 0
     "factor": number(1, 1e6, "a number, 1 or more"),
     "original_max_position_embeddings": SIZE,
     "truncate": FLAG,
-    **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_slow", "beta_fast"), _ABOVE_0),
-    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), _ABOVE_0),
 }
 _ROPE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # rope_type -> (required, optional)
     "default": ((), ()),
@@ -84,8 +82,8 @@ def normal_rope(given: Mapping[str, Any], max_position_embeddings: int) -> dict[
     names = ("rope_type", "rope_theta", *required, *optional)
     for name, value in rope.items():
         require(value is None or name in names, f"rope_parameters.{name}", value, f"only {', '.join(names)} for {kind}")
-        if value is not None and name in _ROPE_VALUES:
-            _ROPE_VALUES[name].check(f"rope_parameters.{name}", value)
+        if value is not None and name not in ("rope_type", "rope_theta"):
+            _ROPE_VALUES.get(name, _ABOVE_0).check(f"rope_parameters.{name}", value)
     for low, high, low_default, high_default in (
         ("low_freq_factor", "high_freq_factor", 1, 4), ("beta_slow", "beta_fast", 1, 32)
     ):  # fmt: skip
@@ -100,8 +98,8 @@ def check_parts(config: Any) -> None:
     require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
     if config.uses_mla:
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            expected = f"a positive number for {config.model_type}"
-            require(getattr(config, name) > 0, name, getattr(config, name), expected)
+            value = getattr(config, name)
+            require(value > 0, name, value, f"a positive number for {config.model_type}")
     elif config.model_type == "llama":  # transformers refuses it, whatever head_dim says
         width = config.hidden_size
         require(width % heads == 0, "hidden_size", width, f"a multiple of num_attention_heads={heads} for llama")
@@ -135,9 +133,8 @@ def check_from_scratch(config: Any, given: Mapping[str, Any]) -> None:
         kv_heads, heads = given.get("num_key_value_heads"), config.num_attention_heads
         expected = f"num_attention_heads={heads}: latent attention has as many; drop it"
         require(kv_heads is None or kv_heads == heads, "num_key_value_heads", kv_heads, expected)
-    experts = given.get("n_routed_experts")
-    has_effect = not experts or config.has_router
-    require(has_effect, "n_routed_experts", experts, f"a layer with experts among the {layers}")
+    experts, expected = given.get("n_routed_experts"), f"a layer with experts among the {layers}"
+    require(not experts or config.has_router, "n_routed_experts", experts, expected)
     if config.model_type == "qwen3_moe":
         require(config.n_routed_experts > 0, "num_experts", config.n_routed_experts, "a whole number above 0")
 

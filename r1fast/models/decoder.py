@@ -18,7 +18,7 @@ from r1fast.models.layers import MLP, Head, HeadFn, RMSNorm
 from r1fast.models.mla import LatentAttention
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import MoE, Routing
-from r1fast.models.rope import Rope, Rotary
+from r1fast.models.rope import Rotary
 from r1fast.models.structure import structure_of
 
 _ATTENTION: dict[str, Callable[[ModelConfig, int], Any]] = {"grouped": GroupedQueryAttention, "latent": LatentAttention}
@@ -30,18 +30,16 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = _ATTENTION[config.family.attention](config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if config.is_moe_layer(layer_idx):
-            self.mlp: MoE | MLP = MoE(config)
-        else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        dense = (config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.mlp: MoE | MLP = MoE(config) if config.is_moe_layer(layer_idx) else MLP(*dense)
 
     def forward(
         self, x_TD: Tensor, step: ForwardPass, replay_ids_TK: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
         return self._mlp(x_TD + self.self_attn(self.input_layernorm(x_TD), step), step, replay_ids_TK)
 
-    def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: BlockCache) -> tuple[Tensor, Routing | None]:
-        return self._mlp(x_BD + self.self_attn.decode(self.input_layernorm(x_BD), rope, step, cache))
+    def decode(self, x_BD: Tensor, step: DecodeStep) -> tuple[Tensor, Routing | None]:
+        return self._mlp(x_BD + self.self_attn.decode(self.input_layernorm(x_BD), step))
 
     def _mlp(self, x_TD: Tensor, *routing_args: Any) -> tuple[Tensor, Routing | None]:
         normed_TD = self.post_attention_layernorm(x_TD)
@@ -131,7 +129,7 @@ class Decoder(nn.Module):
         head: `fn(hidden_TD, weight_VD)`, run inside the head's own forward; default logits_TV.
         cache: also keeps the keys of every token in its slot (int64 slots_T), for decode to go on from; a sequence
             begins with a block, and token p of it is in place p % 16 of one.
-        replay_ids_TLK: the experts that each token takes in each MoE layer, instead of what the routers choose.
+        replay_ids_TLK: the experts of each token in each MoE layer, in place of the routers' choice.
         balance_scale: 0-d; this times the balance loss of every layer and sequence is added to what is minimised.
         with_routing: return (result, Routing), or (result, None) without experts.
         """
@@ -163,13 +161,12 @@ class Decoder(nn.Module):
         block_table_BN: int32, the blocks of each row's sequence. Rows may be of one sequence: all are written before
         any is read. with_routing: as in forward.
         """
-        step = DecodeStep.at(positions_B, block_table_BN)
         # `forward` itself, past hooks: FSDP's make its streams wait for this one, which would break a graph's capture.
         x_BD = self.embed_tokens.forward(input_ids_B)
-        rope = self.rotary(positions_B, x_BD.dtype)
+        step = DecodeStep(positions_B, block_table_BN, self.rotary(positions_B, x_BD.dtype), cache)
         routings: list[Routing] = []
         for layer in cast(Iterable[DecoderLayer], self.layers):
-            x_BD, routing = layer.decode(x_BD, rope, step, cache)
+            x_BD, routing = layer.decode(x_BD, step)
             routings += [routing] if routing is not None else []
         result = self.head.forward(self.norm.forward(x_BD), head)
         return (result, _of_model(routings)) if with_routing else result

@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from r1fast.models.attention import ForwardPass, packed_attention
-from r1fast.models.cache import BlockCache, DecodeStep
+from r1fast.models.cache import DecodeStep
 from r1fast.models.layers import Linear, RMSNorm
 from r1fast.models.model_config import ModelConfig
-from r1fast.models.rope import Rope, softmax_scale
+from r1fast.models.rope import softmax_scale
 from r1fast_kernels import decode_attention
 
 
@@ -30,12 +30,11 @@ class GroupedQueryAttention(nn.Module):
         out_THd = packed_attention(q_THd, k_TKd, v_TKd, step.plan, step.rope, self.scale)
         return self.o_proj(out_THd.flatten(1))
 
-    def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: BlockCache) -> Tensor:
+    def decode(self, x_BD: Tensor, step: DecodeStep) -> Tensor:
         q_BHd, k_BKd, v_BKd = self._project(x_BD)
-        k_SKd, v_SKd = cache.write(self.layer_idx, step.slots_B, rope.rotate(k_BKd), v_BKd)
-        out_BHd = decode_attention(
-            rope.rotate(q_BHd).to(cache.dtype), k_SKd, v_SKd, step.block_table_BN, step.lengths_B, scale=self.scale
-        )  # fmt: skip
+        k_SKd, v_SKd = step.cache.write(self.layer_idx, step.slots_B, step.rope.rotate(k_BKd), v_BKd)
+        q_BHd = step.rope.rotate(q_BHd).to(step.cache.dtype)
+        out_BHd = decode_attention(q_BHd, k_SKd, v_SKd, step.block_table_BN, step.lengths_B, scale=self.scale)
         return self.o_proj(out_BHd.flatten(1).to(x_BD.dtype))
 
     def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

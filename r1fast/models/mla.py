@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from r1fast.models.attention import ForwardPass, packed_attention
-from r1fast.models.cache import BlockCache, DecodeStep
+from r1fast.models.cache import DecodeStep
 from r1fast.models.layers import Linear, RMSNorm
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.rope import Rope, softmax_scale
@@ -49,20 +49,17 @@ class LatentAttention(nn.Module):
         out_THd = packed_attention(q_THd, k_nope_THd, v_THd, step.plan, step.rope, self.scale, k_pe_TR=k_pe_TR)
         return self.o_proj(out_THd.flatten(1))
 
-    def decode(self, x_BD: Tensor, rope: Rope, step: DecodeStep, cache: BlockCache) -> Tensor:
-        q_BHd, (latent_BC, k_pe_BR) = rope.rotate(self._queries(x_BD)), self._latents(x_BD)
+    def decode(self, x_BD: Tensor, step: DecodeStep) -> Tensor:
+        q_BHd, (latent_BC, k_pe_BR) = step.rope.rotate(self._queries(x_BD)), self._latents(x_BD)
         q_nope_BHn, q_pe_BHR = q_BHd.split((self.nope_dim, self.rope_dim), dim=-1)
         # Both factors are strided views of the live weight: a copy would go stale at the next optimizer step.
-        up_k_HnC, up_v_HvC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
-            (self.nope_dim, self.value_dim), dim=1
-        )
+        up_HdC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
+        up_k_HnC, up_v_HvC = up_HdC.split((self.nope_dim, self.value_dim), dim=1)
         q_latent_BHC = torch.bmm(q_nope_BHn.transpose(0, 1), up_k_HnC).transpose(0, 1)
-        q_BHC = torch.cat((q_latent_BHC, q_pe_BHR), dim=-1).to(cache.dtype)
-        (shared_S1C,) = cache.write(self.layer_idx, step.slots_B, self._cached(latent_BC, k_pe_BR, rope))
-        out_BHC = decode_attention(
-            q_BHC, shared_S1C, shared_S1C[..., : self.latent_dim], step.block_table_BN, step.lengths_B,
-            scale=self.scale,
-        )  # fmt: skip
+        q_BHC = torch.cat((q_latent_BHC, q_pe_BHR), dim=-1).to(step.cache.dtype)
+        (k_S1C,) = step.cache.write(self.layer_idx, step.slots_B, self._cached(latent_BC, k_pe_BR, step.rope))
+        v_S1C = k_S1C[..., : self.latent_dim]
+        out_BHC = decode_attention(q_BHC, k_S1C, v_S1C, step.block_table_BN, step.lengths_B, scale=self.scale)
         out_HBv = torch.bmm(out_BHC.to(x_BD.dtype).transpose(0, 1), up_v_HvC.transpose(1, 2))
         return self.o_proj(out_HBv.transpose(0, 1).flatten(1))
 

@@ -114,6 +114,12 @@ class ModelConfig:
     def has_router_bias(self) -> bool:
         return self.family.router == "sigmoid"
 
+    @property
+    def routing(self) -> dict[str, Any]:
+        """Options of route_topk."""
+        names = ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
+        return {"top_k": self.num_experts_per_tok, **{name: getattr(self, name) for name in names}}
+
     def is_moe_layer(self, layer_idx: int) -> bool:
         return self.family.is_moe_layer(self, layer_idx)
 
@@ -146,12 +152,16 @@ class ModelConfig:
         check_keys(values)
         return cls(**{name: values[name] for name in FAMILIES[values["model_type"]].fields if name in values})
 
-    def to_hf(self, **overrides: Any) -> PretrainedConfig:
+    def to_hf(self, dtype: Any = None, *, scalar_head: bool = False) -> PretrainedConfig:
         """The transformers config of this architecture, with the family's own fields only."""
         values = dataclasses.asdict(self) | {"mlp_only_layers": list(self.mlp_only_layers)}
         named = {self.family.hf_names.get(name, name): values[name] for name in self.family.fields}
+        named |= {**self.family.written, "dtype": dtype, **({"num_labels": 1} if scalar_head else {})}
         del named["model_type"]
-        return AutoConfig.for_model(self.model_type, **{**named, **overrides, **self.family.written})
+        config = AutoConfig.for_model(self.model_type, **named)
+        suffix = "ForSequenceClassification" if scalar_head else "ForCausalLM"
+        config.architectures = [type(config).__name__.removesuffix("Config") + suffix]
+        return config
 
 
 @cache
@@ -165,10 +175,10 @@ def _check_family(model_type: Any) -> None:
 
 
 def _layers(given: Any, last: int) -> tuple[int, ...]:
-    is_list = isinstance(given, (list, tuple))
-    for layer in given if is_list else [] if given is None else [given]:
-        right = is_list and type(layer) is int and 0 <= layer <= last
-        require(right, "mlp_only_layers", layer, f"a list of layers, 0 to {last}")
+    expected = f"a list of layers, 0 to {last}"
+    require(given is None or isinstance(given, list | tuple), "mlp_only_layers", given, expected)
+    for layer in given or ():
+        require(type(layer) is int and 0 <= layer <= last, "mlp_only_layers", layer, expected)
     return tuple(given or ())
 
 
@@ -192,13 +202,11 @@ def _one_name_each(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_names(named: dict[str, Any], known: list[str]) -> None:
     """One that is unknown, or not of its family, is an error."""
+    family = FAMILIES.get(str(named.get("model_type")))  # none: that is said elsewhere
     for name in named:
         if name not in known:
             nearest = difflib.get_close_matches(name[:80], known, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"model config: unknown key {name[:80]!r}{hint}")
-    family = named.get("model_type")
-    if isinstance(family, str) and family in FAMILIES:  # else that is said elsewhere
-        for name in named:
-            if name not in FAMILIES[family].fields:
-                raise ValueError(f"model config: {name} does not apply to model_type {family!r}; drop it")
+        if family is not None and name not in family.fields:
+            raise ValueError(f"model config: {name} does not apply to model_type {named['model_type']!r}; drop it")

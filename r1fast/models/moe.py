@@ -1,6 +1,5 @@
 """Mixture of experts: the router (sigmoid with bias and groups, or softmax), routed experts, shared experts."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ class Gate(nn.Module):
         bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.has_router_bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
+    def _apply(self, fn: Any, recurse: bool = True) -> "Gate":
         # The bias moves in steps of 1e-3: it stays fp32 when the model is cast.
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
@@ -36,19 +35,9 @@ class Gate(nn.Module):
 
     def forward(self, x_TD: Tensor, replay_ids_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """expert ids [T, K], weights [T, K] (fp32), and the logits [T, E]."""
-        config = self.config
         logits_TE = linear_fp32(x_TD, self.weight)
-        expert_ids_TK, weights_TK, _ = route_topk(
-            logits_TE,
-            self.e_score_correction_bias,
-            top_k=config.num_experts_per_tok,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-            norm_topk_prob=config.norm_topk_prob,
-            routed_scaling_factor=config.routed_scaling_factor,
-            scoring=self.scoring,
-            replay_ids_TK=replay_ids_TK,
-        )
+        options = {"scoring": self.scoring, "replay_ids_TK": replay_ids_TK, **self.config.routing}
+        expert_ids_TK, weights_TK, _ = route_topk(logits_TE, self.e_score_correction_bias, **options)
         return expert_ids_TK, weights_TK, logits_TE
 
 

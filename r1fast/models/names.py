@@ -58,13 +58,10 @@ def from_hf_names(stored: StateDict, *, source: Path) -> StateDict:
 
 def _split_experts(name: str, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
     prefix, _, proj = name.rpartition(".")
+    names = ("down_proj",) if proj == "down_proj" else ("gate_proj", "up_proj")
     for expert, weight in enumerate(stacked):
-        if proj == "down_proj":
-            yield f"{prefix}.{expert}.down_proj.weight", weight
-        else:
-            gate, up = weight.chunk(2)
-            yield f"{prefix}.{expert}.gate_proj.weight", gate
-            yield f"{prefix}.{expert}.up_proj.weight", up
+        for name, part in zip(names, weight.chunk(len(names)), strict=True):
+            yield f"{prefix}.{expert}.{name}.weight", part
 
 
 def _stack_experts(layer_name: str, parts: dict[tuple[str, int], Tensor], source: Path) -> StateDict:

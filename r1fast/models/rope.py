@@ -92,7 +92,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     if rope["rope_type"] == "llama3":
         return _llama3(inv_freq, rope), 1.0
     if rope["rope_type"] == "yarn":
-        return _yarn(inv_freq, rope, dim), _yarn_attention_factor(rope)
+        return _yarn(inv_freq, rope, dim)
     return inv_freq, 1.0
 
 
@@ -114,7 +114,7 @@ def _llama3(inv_freq: Tensor, rope: dict[str, Any]) -> Tensor:
     return (1 - smooth) * inv_freq / rope["factor"] + smooth * inv_freq
 
 
-def _yarn(inv_freq: Tensor, rope: dict[str, Any], dim: int) -> Tensor:
+def _yarn(inv_freq: Tensor, rope: dict[str, Any], dim: int) -> tuple[Tensor, float]:
     """YaRN (arXiv:2309.00071): interpolate the channels that turn less than beta_slow times, keep the fast ones."""
 
     def channel(rotations: float) -> float:
@@ -127,15 +127,13 @@ def _yarn(inv_freq: Tensor, rope: dict[str, Any], dim: int) -> Tensor:
     low, high = max(low, 0), min(high, dim - 1)
     span = (high - low) or 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / span).clamp(0, 1)
-    return inv_freq / rope["factor"] * ramp + inv_freq * (1 - ramp)
-
-
-def _yarn_attention_factor(rope: dict[str, Any]) -> float:
-    if rope.get("attention_factor") is not None:
-        return rope["attention_factor"]
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return _yarn_mscale(rope["factor"], rope["mscale"]) / _yarn_mscale(rope["factor"], rope["mscale_all_dim"])
-    return _yarn_mscale(rope["factor"])
+    factor = rope["factor"]
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        attention_factor = _yarn_mscale(factor, rope["mscale"]) / _yarn_mscale(factor, rope["mscale_all_dim"])
+    elif attention_factor is None:
+        attention_factor = _yarn_mscale(factor)
+    return inv_freq / factor * ramp + inv_freq * (1 - ramp), attention_factor
 
 
 def _yarn_mscale(factor: float, mscale: float = 1.0) -> float:

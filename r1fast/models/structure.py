@@ -11,20 +11,13 @@ decode_layers, which runs none and reads weights by name. What somebody added to
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from r1fast.models.mla import LATENT_NORM_EPS
 from r1fast.models.model_config import ModelConfig
-from r1fast.models.rope import softmax_scale
-from r1fast_kernels.decode_layers import DecodeLayers, weights_of
 from r1fast_kernels.torch_private import CHECKPOINT_WRAPPED, forward_hooks, global_forward_hooks
-
-if TYPE_CHECKING:
-    from r1fast.models.decoder import Decoder
-
 
 _METHODS = ("forward", "decode", "_mlp", "_project", "_queries", "_latents", "_cached")
 _STATE = {"training", "built"}  # change no result
@@ -119,27 +112,3 @@ def _leaves_out(name: str, changed: list[str], has_decode: bool) -> bool:
 
 def unwrapped(name: str) -> str:
     return ".".join(step for step in name.split(".") if step != CHECKPOINT_WRAPPED)
-
-
-def decode_layers_of(decoder: "Decoder") -> DecodeLayers:
-    """The weights of a decoder that is as it was built, and what they do not say."""
-    config = decoder.config
-    named = [[*layer.named_parameters(), *layer.named_buffers()] for layer in decoder.layers]
-    return DecodeLayers(
-        embedding_VD=decoder.embed_tokens.weight,
-        weights=weights_of([{unwrapped(name): tensor for name, tensor in layer} for layer in named]),
-        norm_D=decoder.norm.weight,
-        head_VD=decoder.head.weight,
-        inv_freq_R=decoder.rotary.inv_freq,
-        rotary_scale=decoder.rotary.attention_factor,
-        interleaved=decoder.rotary.interleaved,
-        num_heads=config.num_attention_heads,
-        scale=softmax_scale(config),
-        eps=config.rms_norm_eps,
-        latent_eps=LATENT_NORM_EPS,
-        top_k=config.num_experts_per_tok,
-        n_group=config.n_group,
-        topk_group=config.topk_group,
-        norm_topk_prob=config.norm_topk_prob,
-        routed_scaling_factor=config.routed_scaling_factor,
-    )

@@ -31,8 +31,7 @@ _INDEX_NAME = "model.safetensors.index.json"
 _ROUTER_BIAS = "e_score_correction_bias"  # is fp32 whatever the dtype of the model
 _AGAIN = "copy or download it again"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-# What a Hub repository may keep a tokenizer and its chat template in.
-_TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]  # of a Hub repository
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -46,8 +45,7 @@ def load_model(
     """Any checkpoint of the supported families -> (decoder in eval mode, tokenizer or None if it has none).
 
     path: folder or Hub id. dtype: torch.dtype, its name, or "auto" (what the checkpoint says).
-    scalar_head: None follows the checkpoint; True turns a language model into a reward model whose `score` starts at
-    zero, so that its first reward is 0 for everything.
+    scalar_head: None follows the checkpoint; True turns a language model into a reward model whose `score` starts at 0.
     Raises ValueError naming the path and the key for anything missing, unexpected or unsupported.
     """
     folder = _resolve(path, ["*.safetensors", *_TOKENIZER_PATTERNS])
@@ -59,8 +57,8 @@ def load_model(
         raise ValueError(f"{folder}: is a reward model (`score`), expected a language model with an lm_head")
     decoder = _decoder_that_fits(config, is_scalar or bool(scalar_head), state, folder)
     target = _resolve_dtype(dtype, folder, state)
-    dtypes = {name: torch.float32 if name.endswith(_ROUTER_BIAS) else target for name in state}
-    state = {name: tensor.to(device, dtypes[name]) for name, tensor in state.items()}
+    for name, tensor in state.items():
+        state[name] = tensor.to(device, torch.float32 if name.endswith(_ROUTER_BIAS) else target)
     decoder.load_state_dict(state, assign=True)
     decoder.tie_weights()
     decoder.rotary.to_empty(device=device or "cpu")
@@ -68,10 +66,9 @@ def load_model(
 
 
 def check_checkpoint(path: str | Path) -> tuple[ModelConfig, bool]:
-    """The errors of load_model, without reading a weight: config, tensor names and shapes of a folder.
+    """The architecture, and whether it is a reward model, or an error of load_model; no weight is read.
 
-    Returns the architecture, and whether it is a reward model. A Hub id is checked by its config.json alone, the only
-    file that is fetched.
+    A Hub id is checked by its config.json alone, the only file that is fetched.
     """
     folder = _resolve(path, ["config.json"])
     if not _is_local(path):
@@ -82,10 +79,7 @@ def check_checkpoint(path: str | Path) -> tuple[ModelConfig, bool]:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a checkpoint folder or Hub id, None if it has none.
-
-    Raises ValueError naming the folder for files that are damaged, or that need code of their own.
-    """
+    """None if it has none; ValueError naming the folder for files that are damaged, or need code of their own."""
     folder = _resolve(path, _TOKENIZER_PATTERNS)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
@@ -112,13 +106,11 @@ def save_model(
 ) -> None:
     """Write a checkpoint that AutoModelForCausalLM (or ...ForSequenceClassification) and AutoTokenizer load.
 
-    One exception, which nothing that is written here can mend: AutoTokenizer gives every qwen2 checkpoint the splitting
-    of Qwen2's tokenizer (transformers 5.23). One of another kind, such as that of recipe `tiny`, is read right by
-    load_tokenizer and PreTrainedTokenizerFast alone.
+    But AutoTokenizer gives every qwen2 checkpoint the splitting of Qwen2's tokenizer (transformers 5.23): another one,
+    such as that of recipe `tiny`, is read right by load_tokenizer and PreTrainedTokenizerFast alone.
 
-    state_dict: our names, whole tensors on any device.
-    source: the checkpoint that training started from; its generation_config is kept (temperature, top_p, ...), but for
-    the token ids, which are the model's and end with the tokenizer's own end-of-sequence token.
+    state_dict: our names, whole tensors on any device. source: the checkpoint that training started from, whose
+    generation_config is kept (temperature, ..), but for the ids: the model's, and the tokenizer's end of sequence.
     Raises ValueError if the directory holds weights already and overwrite is False.
     """
     directory = Path(directory)
@@ -134,10 +126,7 @@ def save_model(
 
     eos = _eos_ids(decoder_config.eos_token_id, getattr(tokenizer, "eos_token_id", None))
     decoder_config = dataclasses.replace(decoder_config, eos_token_id=eos)
-    suffix, extra = ("ForSequenceClassification", {"num_labels": 1}) if scalar_head else ("ForCausalLM", {})
-    hf_config = decoder_config.to_hf(dtype=state["model.embed_tokens.weight"].dtype, **extra)
-    hf_config.architectures = [type(hf_config).__name__.removesuffix("Config") + suffix]
-    hf_config.save_pretrained(directory)
+    decoder_config.to_hf(state["model.embed_tokens.weight"].dtype, scalar_head=scalar_head).save_pretrained(directory)
     if not scalar_head:
         _write_generation_config(directory, source, decoder_config)
     if tokenizer is not None:
@@ -170,10 +159,8 @@ def _resolve(path: str | Path, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"{path}: neither a folder nor a Hub repository that can be reached ({type(error).__name__}); "
-            "check the spelling, the network, and HF_TOKEN for gated models"
-        ) from error
+        text = f"neither a folder nor a Hub repository that can be reached ({type(error).__name__})"
+        raise ValueError(f"{path}: {text}; check the spelling, the network, and HF_TOKEN for gated models") from error
 
 
 def _read(folder: Path, *, shapes_only: bool = False) -> tuple[ModelConfig, bool, StateDict]:
@@ -218,7 +205,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_generation_config(folder: Path) -> dict[str, Any]:
-    """Its values, {} where there is no such file."""
+    """{} where there is no such file."""
     file = folder / _GENERATION_NAME
     values = _read_json(file) if file.is_file() else {}
     eos = values.get("eos_token_id")
@@ -229,8 +216,7 @@ def _read_generation_config(folder: Path) -> dict[str, Any]:
 
 def _eos_ids(*found: int | list[int] | None) -> int | list[int] | None:
     """All of them: chat models end a turn with a token that only generation_config.json, or the tokenizer, knows."""
-    ids = [i for eos in found if eos is not None for i in (eos if isinstance(eos, list) else [eos])]
-    ids = list(dict.fromkeys(ids))
+    ids = list(dict.fromkeys(i for eos in found for i in (eos if isinstance(eos, list) else [eos]) if i is not None))
     return ids if len(ids) > 1 else ids[0] if ids else None
 
 
@@ -331,11 +317,11 @@ def _resolve_dtype(dtype: torch.dtype | str, folder: Path, state: StateDict) -> 
         values = _read_json(folder / "config.json")
         dtype = values.get("dtype") or values.get("torch_dtype") or state["embed_tokens.weight"].dtype
         said_by = f"{folder / 'config.json'}: dtype"
-    for resolved in _FLOATS.values():
-        if str(dtype).removeprefix("torch.") == str(resolved).removeprefix("torch."):
-            return resolved
-    expected = "a torch.dtype, its name (bfloat16, float16, float32), or 'auto'"
-    raise ValueError(f"{said_by}={str(dtype)!r}, expected {expected}")
+    by_name = {str(known).removeprefix("torch."): known for known in _FLOATS.values()}
+    if (name := str(dtype).removeprefix("torch.")) not in by_name:
+        expected = "a torch.dtype, its name (bfloat16, float16, float32), or 'auto'"
+        raise ValueError(f"{said_by}={str(dtype)!r}, expected {expected}")
+    return by_name[name]
 
 
 def _own_storage(tensor: Tensor) -> Tensor:

@@ -23,9 +23,7 @@ def format_number(value: Any) -> str:
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     if size < 10_000:
         return f"{value:.3g}" if size < 999.5 else f"{value:.0f}"
-    scale, suffix = next(
-        (scale, suffix) for scale, suffix in ((1e3, "k"), (1e6, "M"), (1e9, "G")) if size < 1e3 * scale
-    )
+    scale, suffix = (1e3, "k") if size < 1e6 else (1e6, "M") if size < 1e9 else (1e9, "G")
     return f"{value / scale:.3g}{suffix}" if size < 999.5 * scale else f"{value / scale:.0f}{suffix}"
 
 

@@ -6,8 +6,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from r1fast.observe.progress import active_progress
@@ -17,54 +18,44 @@ from r1fast.run_folder import replace_file
 TABLE_STEPS = 10  # a table may be large: 58 layers of 256 experts are 90 kB
 
 
-class StageLog:
+@dataclass
+class StageLog(AbstractContextManager["StageLog"]):
     """Writes what one stage reports, on the main rank; on the others every call does nothing.
 
     with StageLog(run_dir / "zero", total_steps=60, trackers=trackers, is_main=dist.rank == 0) as log:
         log.log(1, {"reward": 0.2, "loss": 0.01})
-
-    stage_dir: its name is the stage's name. total_steps: for the progress bar.
-    trackers: from `open_trackers`; a tracker sees the metrics as `<stage>/<metric>`.
-    resume_step: a resumed stage drops lines and samples after this step, which the killed run left, and says which
-    lines before it are damaged or gone: the curves then lack them, the training does not. None appends.
-    on_failure: gets the OSError of a line or samples that cannot be written, after which nothing more is; by default
-    it is raised.
     """
 
-    def __init__(
-        self,
-        stage_dir: Path,
-        *,
-        total_steps: int | None = None,
-        trackers: Sequence[Tracker] = (),
-        is_main: bool = True,
-        resume_step: int | None = None,
-        on_failure: Callable[[OSError], None] | None = None,
-    ) -> None:
-        self.stage_dir = Path(stage_dir)
-        self.total_steps = total_steps
-        self.trackers = tuple(trackers)
-        self.is_main = is_main
+    stage_dir: Path  # its name is the stage's
+    _: KW_ONLY
+    total_steps: int | None = None  # for the progress bar
+    trackers: Sequence[Tracker] = ()  # they see the metrics as `<stage>/<metric>`
+    is_main: bool = True
+    # A resumed stage drops lines and samples after this step, which the killed run left, and says which lines before it
+    # are damaged or gone: the curves then lack them, the training does not. None appends.
+    resume_step: int | None = None
+    # Gets the OSError of a line or samples that cannot be written, after which nothing more is. None: it is raised.
+    on_failure: Callable[[OSError], None] | None = None
+
+    def __post_init__(self) -> None:
         self._progress = active_progress()
-        self._on_failure = on_failure
         self._broken = False
         self._file: io.FileIO | None = None
-        if is_main:
-            self._try(lambda: self._open(resume_step))
+        if self.is_main:
+            self._try(self._open)
             if self._progress is not None:
-                self._progress.begin_steps(total_steps, done=resume_step or 0)
+                self._progress.begin_steps(self.total_steps, done=self.resume_step or 0)
 
-    def _open(self, resume_step: int | None) -> None:
+    def _open(self) -> None:
         self.stage_dir.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not made again
         path = self.stage_dir / "metrics.jsonl"
-        for problem in _repair(path, resume_step):
+        for problem in _repair(path, self.resume_step):
             if self._progress is not None:
                 self._progress.message(problem)
-        if resume_step is not None:
-            for samples in self.stage_dir.glob("samples/step_*.parquet"):
-                step = samples.stem.removeprefix("step_")
-                if step.isdecimal() and int(step) > resume_step:
-                    samples.unlink()
+        for samples in self.stage_dir.glob("samples/step_*.parquet"):
+            step = samples.stem.removeprefix("step_")
+            if self.resume_step is not None and step.isdecimal() and int(step) > self.resume_step:
+                samples.unlink()
         # Unbuffered: what a full disk did not take must not be tried again when the file is closed.
         self._file = io.FileIO(path, "a")
 
@@ -125,18 +116,15 @@ class StageLog:
             write()
         except OSError as error:
             self._broken = True
-            if self._on_failure is None:
+            if self.on_failure is None:
                 raise
-            self._on_failure(error)
+            self.on_failure(error)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
 
-    def __enter__(self) -> "StageLog":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -150,11 +138,8 @@ def _repair(path: Path, resume_step: int | None) -> list[str]:
     content = path.read_bytes() if path.exists() else b""
     lines = content.splitlines(keepends=True)
     steps = [_step_of(line) for line in lines]
-    rows = {
-        step: line
-        for step, line in zip(steps, lines)
-        if step is not None and (resume_step is None or step <= resume_step)
-    }
+    last = math.inf if resume_step is None else resume_step
+    rows = {step: line for step, line in zip(steps, lines) if step is not None and step <= last}
     kept = b"".join(rows.values())
     if kept != content:
         replace_file(path, kept)

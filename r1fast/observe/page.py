@@ -19,9 +19,8 @@ from r1fast.observe.formats import format_number, format_percent, format_seconds
 from r1fast.run_folder import replace_file
 
 # The colour of each phase of a step, in the order of a step; other names get what is left.
-PHASES = {
-    "generate": "c1", "reward": "c2", "logprobs": "c3", "update": "c4", "evaluate": "c5", "save": "c6", "other": "c0",
-}  # fmt: skip
+PHASES = {"generate": "c1", "reward": "c2", "logprobs": "c3", "update": "c4", "evaluate": "c5", "save": "c6"}
+PHASES["other"] = "c0"
 SHARES = ("pass@1", "cons@k", "greedy", "format", "language", "helpful", "harmless")
 # Curves a person looks at first, in this order; the rest is one click away.
 FIRST_CURVES = (
@@ -98,11 +97,11 @@ class StageData(BaseModel):
     @property
     def score_rows(self) -> list[tuple[str, list[str], str]]:
         """(score, what is written of it per evaluation, the change)."""
-        rows = []
+        rows, evaluations = [], list(self.evaluations.values())
         for key in (*SHARES, "length", "failures", "unscorable"):
-            values = [score(evaluation, key) for evaluation in self.evaluations.values()]
+            values = [score(evaluation, key) for evaluation in evaluations]
             if any(values) or (key in SHARES and any(value is not None for value in values)):
-                texts = [_written(key, evaluation) for evaluation in self.evaluations.values()]
+                texts = [_written(key, evaluation) for evaluation in evaluations]
                 rows.append((key, texts, _change(key, *values) if len(values) == 2 else ""))
         return rows
 
@@ -152,11 +151,7 @@ class RunData(BaseModel):
 
 
 def build_report(run_dir: Path) -> Path:
-    """Write RUN/report.html from RUN/config.yaml, summary.json, */metrics.jsonl and */samples/*.parquet.
-
-    Returns the page's path; an older page is replaced whole. A directory without any of these is a ValueError; one
-    that cannot be written an OSError.
-    """
+    """Write RUN/report.html, whole, and return its path; ValueError as of load_run, OSError where it cannot be."""
     path = Path(run_dir) / "report.html"
     replace_file(path, render(load_run(Path(run_dir))).encode(errors="replace"))
     return path
@@ -164,9 +159,8 @@ def build_report(run_dir: Path) -> Path:
 
 def render(run: RunData) -> str:
     """The page as text. Jinja escapes whatever the run says, in the JSON too."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": format_number, "percent": format_percent, "seconds": format_seconds}
     environment.filters |= {"short": short_name, "losses": losses, "flat": flat, "pieces": pieces, "chips": chips}
     names = {name for stage in run.stages for name in stage.phases}
@@ -252,16 +246,13 @@ def chips(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if is_number(row.get(name)):
             yield name, f"{row[name]:+.2f}" if name == "advantage" else format_number(row[name])
     for name, value in row.items():
-        is_own = name in ("step", "prompt", "completion", "reward", "advantage", "finish_reason")
-        if (not is_own and (is_number(value) or isinstance(value, str))) or (name, value) == (
-            "finish_reason",
-            "length",
-        ):
+        is_shown = name not in ("step", "prompt", "completion", "reward", "advantage")
+        if is_shown and (is_number(value) or isinstance(value, str)) and (name != "finish_reason" or value == "length"):
             yield name.removesuffix("_reason"), format_number(value)[:40]
 
 
 def load_run(run_dir: Path) -> RunData:
-    """Read config.yaml, summary.json, */metrics.jsonl and */samples/*.parquet of a run directory."""
+    """From config.yaml, summary.json, */metrics.jsonl and */samples/*.parquet; ValueError where there is none."""
     if not run_dir.is_dir():
         raise ValueError(f"run directory: got {str(run_dir)!r}, which is no directory; give the --output-dir of a run")
     try:
@@ -269,10 +260,8 @@ def load_run(run_dir: Path) -> RunData:
     except (ValueError, RecursionError):  # cut short by a full disk or a kill: the stages' own records still tell
         run = RunData(stages=_records(run_dir))
     if not run.stages:
-        raise ValueError(
-            f"run directory {str(run_dir)!r}: no summary.json and no <stage>/metrics.jsonl in it; "
-            "give the --output-dir of a run that has started"
-        )
+        text = "no summary.json and no <stage>/metrics.jsonl in it; give the --output-dir of a run that has started"
+        raise ValueError(f"run directory {str(run_dir)!r}: {text}")
     run.recipe = run.recipe or run_dir.resolve().name
     run.config_text = _read(run_dir / "config.yaml")
     for stage in run.stages:

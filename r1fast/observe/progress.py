@@ -4,7 +4,6 @@ On a terminal it is one live block at the bottom; elsewhere (a log file, CI) it 
 """
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -29,10 +28,8 @@ KEY_METRICS = {
     "tok/s": ("tokens_per_second",),
 }
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_MARKS = {
-    "done": ("✓", "green"), "running": ("●", "cyan"), "failed": ("✗", "red"), "stopped": ("■", "yellow"),
-    "pending": ("·", "dim"),
-}  # fmt: skip
+_MARKS = {"done": ("✓", "green"), "running": ("●", "cyan"), "failed": ("✗", "red"), "stopped": ("■", "yellow")}
+_MARKS["pending"] = ("·", "dim")
 _active: list["ChainProgress"] = []
 
 
@@ -43,9 +40,8 @@ def active_progress() -> "ChainProgress | None":
 
 def key_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The key metrics that are present, by label."""
-    found = {
-        label: [metrics[name] for name in names if is_number(metrics.get(name))] for label, names in KEY_METRICS.items()
-    }
+    present = {name: value for name, value in metrics.items() if is_number(value)}
+    found = {label: [present[name] for name in names if name in present] for label, names in KEY_METRICS.items()}
     return {label: values[0] for label, values in found.items() if values}
 
 
@@ -67,20 +63,17 @@ class _Clock(ProgressColumn):
 
 
 class ChainProgress:
-    """The display of one chain.
+    """The display of one chain, on stderr by default.
 
     with ChainProgress(["base", "zero"], title="tiny", is_main=dist.rank == 0) as progress:
         progress.start_stage("base", "pretrain")        # then StageLog feeds the steps
         progress.finish_stage("base", seconds=57.0, evaluation={"pass@1": 0.08})
-
-    console: where to draw; stderr by default.
     """
 
     def __init__(
         self, stages: Sequence[str], *, title: str = "", is_main: bool = True, console: Console | None = None
     ) -> None:
-        self.title = title
-        self.is_main = is_main
+        self.title, self.is_main = title, is_main
         self.console = console or Console(stderr=True, highlight=False)
         self.status = dict.fromkeys(stages, "pending")
         self.label = ""  # of the stage that runs
@@ -111,8 +104,7 @@ class ChainProgress:
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One step is done."""
         self.numbers = key_numbers(metrics)
-        main = next((self.numbers[label] for label in ("reward", "loss") if label in self.numbers), None)
-        self.curve += [] if main is None else [main]
+        self.curve += [self.numbers[label] for label in ("reward", "loss") if label in self.numbers][:1]
         if self._steps is not None:
             self._bars.update(self._steps, completed=step)
         count = f"{step}/{self._total_steps}" if self._total_steps else str(step)
@@ -140,8 +132,8 @@ class ChainProgress:
         if seconds is not None:
             line.append(f"  {format_seconds(seconds)}", "dim")
         for key in ("pass@1", "language", "format"):
-            if score(evaluation, key) is not None:
-                line.append(f"  {key} ").append(format_percent(score(evaluation, key)), "bold")
+            if (value := score(evaluation, key)) is not None:
+                line.append(f"  {key} ").append(format_percent(value), "bold")
         for loss in losses(evaluation):
             line.append(f"  {loss}", "red")
         self.console.print(line, soft_wrap=True)
@@ -157,7 +149,7 @@ class ChainProgress:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._live is not None:
             self._live.stop()
         _active.remove(self)
@@ -168,14 +160,12 @@ class ChainProgress:
 
     def __rich__(self) -> RenderableType:
         """Drawn four times a second by rich's own thread."""
-        done = sum(status == "done" for status in self.status.values())
-        self._bars.update(self._chain, completed=done)
+        self._bars.update(self._chain, completed=list(self.status.values()).count("done"))
         marks = Text(f"{self.title}  " if self.title else "", "bold")
         for name, status in self.status.items():
             mark, colour = _MARKS[status]
             marks.append(f"{mark} {name}  ", "bold cyan" if status == "running" else f"not bold {colour}")
-        line = Text()
-        numbers, curve = dict(self.numbers), list(self.curve)
+        line, numbers, curve = Text(), dict(self.numbers), list(self.curve)
         main = "reward" if "reward" in numbers else "loss"
         if curve and main in numbers:
             line.append(f"{main} ", "dim").append(sparkline(curve), "cyan")
@@ -186,6 +176,7 @@ class ChainProgress:
 
 
 _SCORES = ("pass@1", "CI", "cons@k", "language", "format", "helpful", "harmless")
+_CHANGING = ("pass@1", "language")  # of which the score before stands there too
 _LOSSES = ("failures", "unscorable")  # counts, where there are any
 
 
@@ -230,10 +221,9 @@ def _summary_row(stage: Mapping[str, Any]) -> dict[str, str | Text]:
     seconds = format_seconds(stage["seconds"]) if stage.get("seconds") is not None else ""
     row: dict[str, str | Text] = {"stage": name, "kind": stage["kind"], "time": seconds}
     for key in _SCORES:
-        old, new = score(before, key) if key in ("pass@1", "language") else None, score(after, key)
-        row[key] = (
-            " → ".join(format_percent(value) for value in (old, new) if value is not None) if new is not None else ""
-        )
+        shown = [score(evaluation, key) for evaluation in ((before, after) if key in _CHANGING else (after,))]
+        texts = [format_percent(value) for value in shown if value is not None]
+        row[key] = " → ".join(texts) if shown[-1] is not None else ""
     bounds = interval(after)
     row["CI"] = "–".join(map(format_percent, bounds)) if bounds else ""
     return row | {key: format_number(int(count)) if (count := score(after, key)) else "" for key in _LOSSES}

@@ -63,11 +63,7 @@ class TensorboardTracker:
         self.writer.close()
 
 
-TRACKERS: dict[str, type[WandbTracker] | type[TrackioTracker] | type[TensorboardTracker]] = {
-    "wandb": WandbTracker,
-    "trackio": TrackioTracker,
-    "tensorboard": TensorboardTracker,
-}
+TRACKERS: dict[str, Any] = {"wandb": WandbTracker, "trackio": TrackioTracker, "tensorboard": TensorboardTracker}
 
 
 def open_trackers(
@@ -86,6 +82,5 @@ def _import(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         name = module.rpartition(".")[2]
-        raise ValueError(
-            f"report_to: {name} cannot be imported ({error}); pip install {name}, or take it out of report_to"
-        ) from error
+        text = f"cannot be imported ({error}); pip install {name}, or take it out of report_to"
+        raise ValueError(f"report_to: {name} {text}") from error

@@ -32,6 +32,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.optim import Optimizer
 
 from r1fast.parallel.mesh import Dist
 from r1fast.parallel.parallelize import reshard, tied_names
@@ -46,13 +47,7 @@ _PAYLOAD = re.compile(r"__\d+_\d+\.distcp|shared\.npz|rank_\d{5}\.npz")  # besid
 
 
 def save(
-    directory: Path,
-    step: int,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    extra: dict[str, Any],
-    dist: Dist,
+    directory: Path, step: int, *, model: nn.Module, optimizer: Optimizer, extra: dict[str, Any], dist: Dist
 ) -> Path:
     """Write directory/step_N and keep the newest KEEP checkpoints. Collective.
 
@@ -61,7 +56,7 @@ def save(
     and the same to load. If any rank cannot write, every rank raises OSError and the older checkpoints stay.
     """
     tmp, final = directory / f"tmp_step_{step}", directory / f"step_{step}"
-    own_values: dict[str, Any] = {_rank_name(dist.rank): {"rng": rng_state(), "rank_state": {}}}
+    own_values: dict[str, Any] = {_rank_name(dist.rank): {"rng": rng_state()}}
     if dist.is_main:
         own_values[SHARED] = extra
     try:
@@ -69,9 +64,8 @@ def save(
         reshard(model)
         written = _write_payload(tmp, _distributed_state(model, optimizer), own_values, dist.rank)
         reports = dist.all_gather_objects(written)
-        manifest = {"step": step, "world_size": dist.world_size, "files": {}}
-        for _, entries in reports:
-            manifest["files"] |= entries
+        files = {name: entry for _, entries in reports for name, entry in entries.items()}
+        manifest = {"step": step, "world_size": dist.world_size, "files": files}
         dist.on_main(lambda: _commit(tmp, final, manifest, [text for problems, _ in reports for text in problems]))
     except OSError as error:
         raise OSError(f"checkpoint {final} was not written, earlier ones are untouched: {error}") from error
@@ -104,14 +98,12 @@ def tidy(directory: Path, verified: Path | None) -> None:
     _remove_leftovers(directory)
 
 
-def load(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, dist: Dist) -> dict[str, Any]:
+def load(path: Path, *, model: nn.Module, optimizer: Optimizer, dist: Dist) -> dict[str, Any]:
     """Load a checkpoint in place, on any number of ranks; returns `extra`. Collective.
 
-    Random-number states come last and only on the number of ranks that wrote them. A torn checkpoint: ValueError,
-    before anything changes.
+    Random-number states: only on the number of ranks that wrote them. A torn checkpoint: ValueError before any change.
     """
-    problem = verify(path, dist)
-    if problem is not None:
+    if problem := verify(path, dist):
         raise ValueError(f"checkpoint {path} is not usable: {problem}; resume from latest({path.parent}) instead")
     reshard(model)
     state = _distributed_state(model, optimizer)
@@ -159,7 +151,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(torch.from_numpy(state["cuda"]))
 
 
-def _distributed_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+def _distributed_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     """The tensors of model and optimizer by name, themselves and no copies; a tied weight under its first name."""
     weights = get_model_state_dict(model)
     for _, *aliases in tied_names(model):
@@ -173,7 +165,7 @@ def _distributed_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _write_payload(tmp: Path, state: dict[str, Any], own_values: dict[str, Any], rank: int) -> tuple[list[str], dict]:
     """(what went wrong, manifest entries of this rank's files). Never raises: the other ranks would wait."""
     problems: list[str] = []
-    names: list[str] = []
+    names = [CONTENTS] if rank == 0 else []
     try:
         for name, value in own_values.items():
             names += write_plain(tmp / name, value)
@@ -182,7 +174,7 @@ def _write_payload(tmp: Path, state: dict[str, Any], own_values: dict[str, Any],
     try:
         # In any case, as it is collective. On a full disk torch.save raises RuntimeError, not OSError.
         dcp.save(state, storage_writer=Writer(tmp))
-        names += [*sorted(path.name for path in tmp.glob(f"__{rank}_*.distcp")), *([CONTENTS] if rank == 0 else [])]
+        names += [path.name for path in tmp.glob(f"__{rank}_*.distcp")]
         return problems, {name: _entry(tmp / name) for name in names}
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         return [*problems, f"rank {rank}: {_cause(error)}"], {}
@@ -201,15 +193,14 @@ def _rank_name(rank: int) -> str:
 
 def _entry(path: Path) -> dict[str, int]:
     """Size and crc32 of a file, read back from where it was written."""
-    crc, size = 0, 0
+    crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return {"size": size, "crc32": crc}
+            crc = zlib.crc32(block, crc)
+    return {"size": path.stat().st_size, "crc32": crc}
 
 
 def _prepare(tmp: Path) -> None:
-    """An empty folder to write into."""
     tmp.parent.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not made again
     _remove_leftovers(tmp.parent)
     tmp.mkdir()

@@ -22,7 +22,6 @@ class Dist:
     """Who this process is, and the few collectives that a stage calls itself."""
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
     mesh: DeviceMesh  # one axis, "dp"
@@ -57,7 +56,7 @@ class Dist:
             result = write() if self.is_main else None
         except OSError as error:
             failure = error
-        problem, result = self.all_gather_objects((None if failure is None else str(failure), result))[0]
+        problem, result = self.all_gather_objects((failure and str(failure), result))[0]
         if problem is not None:
             raise failure or OSError(problem)
         return result
@@ -82,9 +81,8 @@ def init_distributed(device: str | torch.device | None = None) -> Dist:
     alone needs no launcher and opens no port that another run could hold.
     """
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if kind.type == "cuda":
-        kind = torch.device("cuda", local_rank if kind.index is None else kind.index)
+        kind = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if kind.index is None else kind.index)
         torch.cuda.set_device(kind)
     owns_group = not torch_dist.is_initialized()
     if owns_group:
@@ -95,4 +93,4 @@ def init_distributed(device: str | torch.device | None = None) -> Dist:
         torch_dist.init_process_group(backend, timeout=_TIMEOUT, **alone)
     world_size = torch_dist.get_world_size()
     mesh = init_device_mesh(kind.type, (world_size,), mesh_dim_names=("dp",))
-    return Dist(torch_dist.get_rank(), local_rank, world_size, kind, mesh, owns_group)
+    return Dist(torch_dist.get_rank(), world_size, kind, mesh, owns_group)

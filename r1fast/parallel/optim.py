@@ -23,7 +23,7 @@ from torch.optim.adamw import adamw
 from r1fast.parallel.parallelize import local_tensor, reshard
 from r1fast_kernels import torch_private
 
-OPTIMIZERS = ("adamw", "muon")
+_STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
 # Lookup tables and outputs have no "matrix" geometry, and the router is small and sensitive: AdamW.
 _NEVER_MUON = frozenset({"embed_tokens", "lm_head", "score", "gate"})
@@ -38,9 +38,8 @@ class ShardOptimizer(torch.optim.Optimizer):
         self._model = model
         # Created now and not at the first step: a checkpoint taken or loaded at any time has the same keys.
         for group in self.param_groups:
-            names = ("momentum_buffer",) if group["algorithm"] == "muon" else ("exp_avg", "exp_avg_sq")
             for param in group["params"]:
-                self.state[param] = {name: torch.zeros_like(param.detach()) for name in names}
+                self.state[param] = {name: torch.zeros_like(param.detach()) for name in _STATE[group["algorithm"]]}
                 if group["algorithm"] == "adamw":
                     self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
 
@@ -61,23 +60,14 @@ class ShardOptimizer(torch.optim.Optimizer):
         reshard(self._model)
 
     def _step_adamw(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
-        states = [self.state[param] for param in params]
-        beta1, beta2 = group["betas"]
-        weights = [local_tensor(param) for param in params]
-        adamw(
-            weights,
-            [local_tensor(param.grad) for param in params],  # type: ignore[arg-type]
-            [local_tensor(state["exp_avg"]) for state in states],
-            [local_tensor(state["exp_avg_sq"]) for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,  # one fixed implementation: fused and foreach differ in the last bits
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            maximize=False,
-            **{name: group[name] for name in ("lr", "weight_decay", "eps")},
-        )
+        weights, (beta1, beta2) = [local_tensor(param) for param in params], group["betas"]
+        grads = [local_tensor(param.grad) for param in params]  # type: ignore[arg-type]
+        means, squares = ([local_tensor(self.state[param][name]) for param in params] for name in _STATE["adamw"])
+        steps = [self.state[param]["step"] for param in params]
+        settings = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        # fused: one fixed implementation, as fused and foreach differ in the last bits.
+        flags = {"fused": True, "amsgrad": False, "maximize": False}
+        adamw(weights, grads, means, squares, [], steps, beta1=beta1, beta2=beta2, **settings, **flags)  # type: ignore[arg-type]
         # The fused kernel does not count as an in-place update; generation_phase relies on the count.
         torch.autograd.graph.increment_version(weights)
 
@@ -109,13 +99,13 @@ def build_optimizer(
     weight_decay: float = 0.0,
     momentum: float = 0.95,
 ) -> ShardOptimizer:
-    """The optimizer of a parallelized model's trainable parameters.
+    """The optimizer of a parallelized model's trainable parameters. Weight decay is decoupled and spares vectors.
 
-    name "adamw", or "muon": matrices of the blocks (also stacked [E, rows, cols] experts) by Muon with `momentum`;
-    embedding, heads, norms, biases and router by AdamW. Weight decay is decoupled and spares vectors.
+    name "muon": matrices of the blocks (also stacked [E, rows, cols] experts) by Muon with `momentum`; embedding,
+    heads, norms, biases and router by AdamW, as all parameters by name "adamw".
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}; expected one of {', '.join(OPTIMIZERS)}")
+    if name not in _STATE:
+        raise ValueError(f"unknown optimizer {name!r}; expected one of {', '.join(_STATE)}")
     reshard(model)  # while gathered, parameters() are other objects than those that get the gradients
     groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
     for path, param in model.named_parameters():
@@ -182,9 +172,8 @@ def lr_at(
         return (step + 1) / warmup_steps
     if lr_scheduler_type == "constant":
         return 1.0
-    start = warmup_steps
-    if lr_scheduler_type == "wsd":
-        start = max(warmup_steps, max_steps - round(decay_ratio * max_steps))
+    decay_steps = round(decay_ratio * max_steps) if lr_scheduler_type == "wsd" else max_steps
+    start = max(warmup_steps, max_steps - decay_steps)
     progress = min(max(step - start, 0) / max(max_steps - start, 1), 1.0)
     shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if lr_scheduler_type == "cosine" else 1.0 - progress
     return min_lr_ratio + (1.0 - min_lr_ratio) * shape

@@ -138,10 +138,7 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def full_state_dict(model: nn.Module, dist: Dist) -> dict[str, torch.Tensor]:
-    """The whole model on the CPU of rank 0, under the names of the single-device model; {} on other ranks.
-
-    Collective. This is what models/weights.py:save_model takes for a Hugging Face export.
-    """
+    """For save_model: the whole model on the CPU of rank 0, by its plain names; {} on other ranks. Collective."""
     reshard(model)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return cast(dict[str, torch.Tensor], state) if dist.is_main else {}
@@ -157,11 +154,10 @@ def tied_names(model: nn.Module) -> list[list[str]]:
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copy parameters and persistent buffers of a parallelized model into another one. The target keeps its dtype.
+    """Copy parameters and persistent buffers of a parallelized model into another one, which keeps its dtype.
 
-    Between two models parallelized alike (reference refresh) shard by shard, without communication; the target's
-    gathered copies are dropped, so that its next forward sees the new weights. Into a plain model, whole on every rank,
-    collective: rounded to param_dtype, the weights are those that generation_phase would gather.
+    Between two models parallelized alike (reference refresh) shard by shard, without communication. Into a plain model,
+    whole on every rank, collective: rounded to param_dtype, the weights are those that generation_phase would gather.
     """
     reshard(source)
     reshard(target)
@@ -171,24 +167,21 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         names = sorted(sources.keys() ^ targets.keys())
         raise ValueError(f"the models have different parameters: {names[:5]} ({len(names)}) are in one of them only")
     for name, tensor in sources.items():
-        copy = targets[name]
-        whole = isinstance(tensor, DTensor) and not isinstance(copy, DTensor)
-        local_tensor(copy).copy_(tensor.full_tensor() if whole else local_tensor(tensor))
+        whole = isinstance(tensor, DTensor) and not isinstance(targets[name], DTensor)
+        local_tensor(targets[name]).copy_(tensor.full_tensor() if whole else local_tensor(tensor))
 
 
 @torch.no_grad()
 def grad_norm_and_clip(params: Iterable[nn.Parameter], max_norm: float | None = None) -> torch.Tensor:
     """Global L2 norm of the gradients before clipping (0-d, the same on every rank), and clip to max_norm in place.
 
-    Every rank holds a disjoint part of each DTensor gradient, so the squares are summed over its mesh: the norm of the
-    local parts is not the norm. max_norm None only measures. A non-finite norm clips to non-finite gradients: check it
-    before the optimizer step.
+    Every rank holds a disjoint part of each DTensor gradient, so the squares are summed over its mesh. max_norm None
+    only measures. A non-finite norm clips to non-finite gradients: check it before the optimizer step.
     """
     grads = [param.grad for param in params if param.grad is not None]
     if not grads:
-        raise ValueError(
-            "grad_norm_and_clip got no gradient; call backward first, and take parameters() outside generation_phase"
-        )
+        text = "call backward first, and take parameters() outside generation_phase"
+        raise ValueError(f"grad_norm_and_clip got no gradient; {text}")
     by_mesh: dict[DeviceMesh | None, list[torch.Tensor]] = defaultdict(list)
     for grad in grads:
         by_mesh[grad.device_mesh if isinstance(grad, DTensor) else None].append(local_tensor(grad))

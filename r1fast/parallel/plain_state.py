@@ -15,14 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from r1fast.run_folder import write_synced
@@ -37,7 +31,6 @@ class Writer(dcp.FileSystemWriter):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, thread_count=1)
-        self.folder = folder
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         places = {(r.index.fqn, tuple(r.index.offset or ())): r.storage_data for part in results for r in part}
@@ -51,18 +44,14 @@ class Writer(dcp.FileSystemWriter):
                 chunks.append({"offsets": list(chunk.offsets), "sizes": list(chunk.sizes), **where})
             dtype = str(tensor.properties.dtype).removeprefix("torch.")
             contents[name] = {"dtype": dtype, "size": list(tensor.size), "chunks": chunks}
-        write_synced(self.folder / CONTENTS, json.dumps(contents).encode())
+        write_synced(Path(self.path) / CONTENTS, json.dumps(contents).encode())
 
 
 class Reader(dcp.FileSystemReader):
     """Reads what Writer wrote. Raises ValueError for a table of contents that is none, or names a file elsewhere."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.folder = folder
-
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        contents = json.loads((self.folder / CONTENTS).read_bytes())
+        contents = json.loads((Path(self.path) / CONTENTS).read_bytes())
         tensors, places = {}, {}
         try:
             for name, entry in contents.items():
@@ -71,12 +60,17 @@ class Reader(dcp.FileSystemReader):
                     if Path(chunk["file"]).name != chunk["file"]:
                         raise ValueError(f"{name} lies in {chunk['file']!r}, outside the checkpoint")
                     offsets = torch.Size(chunk["offsets"])
-                    chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk["sizes"])))
-                    places[MetadataIndex(name, offsets)] = storage_info(chunk["file"], chunk["offset"], chunk["length"])
-                tensors[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(entry["size"]), chunks)
+                    chunks.append(dcp_metadata.ChunkStorageMetadata(offsets, torch.Size(chunk["sizes"])))
+                    places[dcp_metadata.MetadataIndex(name, offsets)] = storage_info(
+                        chunk["file"], chunk["offset"], chunk["length"]
+                    )
+                tensors[name] = TensorStorageMetadata(
+                    dcp_metadata.TensorProperties(dtype), torch.Size(entry["size"]), chunks
+                )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{CONTENTS} is not one of ours ({type(error).__name__}: {error})") from error
-        return Metadata(tensors, planner_data=None, storage_data=places, storage_meta=StorageMeta(load_id=self.load_id))  # type: ignore[arg-type]
+        loaded = dcp_metadata.StorageMeta(load_id=self.load_id)
+        return Metadata(tensors, planner_data=None, storage_data=places, storage_meta=loaded)  # type: ignore[arg-type]
 
 
 def check_fit(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -96,20 +90,20 @@ def check_fit(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def write_plain(path: Path, value: Any) -> list[str]:
     """Write a plain value as path.json, and path.npz if it holds arrays; returns the names of the files."""
     _check_keys(value)
-    arrays: list[np.ndarray] = []
+    arrays: dict[str, Any] = {}
     json_file, npz = path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.npz")
 
     def apart(array: Any) -> dict[str, int]:
         if not isinstance(array, np.ndarray):
             raise TypeError(f"state with a {type(array).__name__}: it is no plain value")
-        arrays.append(array)
+        arrays[str(len(arrays))] = array
         return {_ARRAY: len(arrays) - 1}
 
     write_synced(json_file, json.dumps(value, default=apart).encode())
     if not arrays:
         return [json_file.name]
     with npz.open("wb") as file:
-        np.savez(file, allow_pickle=False, **{str(i): array for i, array in enumerate(arrays)})  # type: ignore[arg-type]
+        np.savez(file, allow_pickle=False, **arrays)
     return [json_file.name, npz.name]
 
 

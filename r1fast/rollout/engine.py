@@ -1,6 +1,7 @@
 """Generation with the trainer's own weights: the engine that callers see. How rows decode together: scheduler.py."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -8,15 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from r1fast.models.cache import BlockCache, free_memory
 from r1fast.models.decoder import Decoder
 from r1fast.rollout.graphs import CAPTURES, StepGraphs
-from r1fast.rollout.sampling import (
-    Completion,
-    SampledTokens,
-    SamplingParams,
-    check_finite,
-    completions_of,
-    sample_keys,
-    stop_ids_of,
-)
+from r1fast.rollout.sampling import Completion, SampledTokens, SamplingParams, completions_of, sample_keys, stop_ids_of
 from r1fast.rollout.scheduler import Limits, Scheduler, SequenceGroup, num_blocks_of
 from r1fast.rollout.tokenization import encode_text_prompts
 from r1fast_kernels.dispatch import in_use
@@ -25,47 +18,35 @@ RawPrompt = str | Sequence[int]
 Progress = Callable[[int, int], None]
 
 
+@dataclass(eq=False, repr=False)
 class RolloutEngine:
-    """Samples completions from `model`, a Decoder whose parameters are plain tensors while `generate` runs.
+    """Samples completions from `model`, a Decoder whose parameters are plain tensors while `generate` runs."""
 
-    tokenizer: encodes string prompts and decodes texts; None if prompts are token ids and texts are not needed.
-    max_num_seqs: rows decoded at the same time; a step reads the weights once for all of them, so decode wide.
-    max_model_len: longest prompt + completion in tokens; default: the model's max_position_embeddings.
-    max_num_batched_tokens: prompt tokens of one prefill; longer prompts are computed in parts.
-    kv_cache_memory_bytes: keys and values never take more (fewer rows run instead); default: what max_num_seqs rows
-        need. They are held while `generate` runs.
-    enable_return_routed_experts: completions say which experts each token went to, for an update to replay them.
-    enforce_eager: no CUDA graphs (graphs.py), which speed up decoding on a GPU; never under `use("reference")`.
-    """
+    model: Decoder
+    tokenizer: PreTrainedTokenizerBase | None  # None: prompts are token ids, and texts are not needed
+    max_num_seqs: int = 256  # rows decoded at the same time; a step reads the weights once for all: decode wide
+    max_model_len: int | None = None  # longest prompt + completion; None: the model's max_position_embeddings
+    max_num_batched_tokens: int = 8192  # prompt tokens of one prefill; longer prompts are computed in parts
+    # Keys and values never take more (fewer rows run instead), while `generate` runs; None: what the rows need.
+    kv_cache_memory_bytes: int | None = None
+    enable_return_routed_experts: bool = False  # completions say where each token went, for an update to replay
+    enforce_eager: bool = False  # no CUDA graphs (graphs.py); never under `use("reference")`
 
-    def __init__(
-        self,
-        model: Decoder,
-        tokenizer: PreTrainedTokenizerBase | None,
-        max_num_seqs: int = 256,
-        max_model_len: int | None = None,
-        max_num_batched_tokens: int = 8192,
-        kv_cache_memory_bytes: int | None = None,
-        enable_return_routed_experts: bool = False,
-        enforce_eager: bool = False,
-    ) -> None:
-        if model.scalar_head:
+    def __post_init__(self) -> None:
+        if self.model.scalar_head:
             raise ValueError("the model is a reward model (a `score` head); expected a language model")
-        if enable_return_routed_experts and not any(True for _ in model.moe_layers()):
+        if self.enable_return_routed_experts and not any(True for _ in self.model.moe_layers()):
             raise ValueError("enable_return_routed_experts: the model has no mixture-of-experts layer")
-        limit = model.config.max_position_embeddings
-        for name, value, right, expected in (
-            ("max_num_seqs", max_num_seqs, max_num_seqs >= 1, "at least 1 row"),
-            ("max_num_batched_tokens", max_num_batched_tokens, max_num_batched_tokens >= 1, "at least 1 token"),
-            ("max_model_len", max_model_len, max_model_len is None or 1 < max_model_len <= limit,
-             f"2 to {limit}, the model's max_position_embeddings"),
-        ):  # fmt: skip
+        limit = self.model.config.max_position_embeddings
+        length = limit if self.max_model_len is None else self.max_model_len
+        for name, right, expected in (
+            ("max_num_seqs", self.max_num_seqs >= 1, "at least 1 row"),
+            ("max_num_batched_tokens", self.max_num_batched_tokens >= 1, "at least 1 token"),
+            ("max_model_len", 1 < length <= limit, f"2 to {limit}, the model's max_position_embeddings"),
+        ):
             if not right:
-                raise ValueError(f"{name} is {value}; expected {expected}")
-        self.model, self.tokenizer = model, tokenizer
-        self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len or limit
-        self.max_num_batched_tokens, self.kv_cache_memory_bytes = max_num_batched_tokens, kv_cache_memory_bytes
-        self.enable_return_routed_experts, self.enforce_eager = enable_return_routed_experts, enforce_eager
+                raise ValueError(f"{name} is {getattr(self, name)}; expected {expected}")
+        self.longest = length
 
     @torch.no_grad()  # not inference_mode: its tensors may not take part in autograd later, and FSDP keeps some
     def generate(
@@ -78,57 +59,47 @@ class RolloutEngine:
     ) -> list[list[Completion]]:
         """`params.n` completions for each prompt, in order.
 
-        prompts: strings (encoded like training's, tokenization.py) or lists of token ids. sequence_ids: one integer
-        per prompt that stands for it in the noise (default: its index), so that a prompt gets the same completions in
-        whichever call or rank it is sampled. on_progress(num_finished, num_total) counts completions.
+        sequence_ids: one integer per prompt that stands for it in the noise (default: its index), so that it gets the
+        same completions in whichever call or rank it is sampled. on_progress(num_finished, num_total): of completions.
         Raises ValueError, before any work, for a prompt that is empty, too long or not of the vocabulary; and
         FloatingPointError when the model's logits are not finite.
         """
         prompt_ids = self._encode(prompts)
         self._check_prompts(prompt_ids, params.max_tokens)
-        if sequence_ids is None:
-            sequence_ids = range(len(prompt_ids))
+        sequence_ids = range(len(prompt_ids)) if sequence_ids is None else sequence_ids
         if len(sequence_ids) != len(prompt_ids):
             raise ValueError(f"got {len(sequence_ids)} sequence_ids for {len(prompt_ids)} prompts; expected one each")
 
         num_total = len(prompt_ids) * params.n
         if not num_total:
             return []
-        stop_ids = stop_ids_of(params, self.model.config, self.tokenizer)
+        config = self.model.config
         distinct = self._distinct(prompt_ids, sequence_ids, params)
         max_rows = min(self.max_num_seqs, num_total)
         graphs = self._graphs(max_rows)
         num_blocks = self._num_blocks(distinct, max_rows, params.max_tokens, spare=0 if graphs is None else 1)
         limits = Limits(num_blocks, max_rows, self.max_num_batched_tokens)
+        stop_ids, record = stop_ids_of(params, config, self.tokenizer), self.enable_return_routed_experts
+        samples = Scheduler(self.model, distinct, params, stop_ids, limits, record_experts=record, graphs=graphs).run()
         sampled: dict[int, SampledTokens] = {}
         was_training = self.model.training
         self.model.eval()
-        record = self.enable_return_routed_experts
         try:
             with torch.cuda.device_of(self.model.embed_tokens.weight):
-                for index, sample in Scheduler(
-                    self.model, distinct, params, stop_ids, limits, record_experts=record, graphs=graphs
-                ).run():
+                for index, sample in samples:
                     sampled[index] = sample
                     if on_progress is not None:
                         on_progress(len(sampled), num_total)
         finally:
             self.model.train(was_training)
-        in_order = [sampled[index] for index in range(num_total)]
-        flat = completions_of(in_order, stop_ids, self.model.config, self.tokenizer)
-        outputs = [flat[start : start + params.n] for start in range(0, num_total, params.n)]
-        check_finite(outputs)
-        return outputs
+        return completions_of([sampled[index] for index in range(num_total)], params, config, self.tokenizer)
 
     def _distinct(
         self, prompt_ids: list[list[int]], sequence_ids: Sequence[int], params: SamplingParams
     ) -> list[SequenceGroup]:
         """A prompt given twice is computed once, and its samples enter together."""
-        keys = sample_keys(
-            params.seed,
-            torch.tensor(sequence_ids, dtype=torch.int64).repeat_interleave(params.n),
-            torch.arange(params.n).repeat(len(prompt_ids)),
-        ).tolist()
+        ids_N = torch.tensor(sequence_ids, dtype=torch.int64).repeat_interleave(params.n)
+        keys = sample_keys(params.seed, ids_N, torch.arange(params.n).repeat(len(prompt_ids))).tolist()
         distinct: dict[tuple[int, ...], SequenceGroup] = {}
         for p, ids in enumerate(prompt_ids):
             prompt = distinct.setdefault(tuple(ids), SequenceGroup(ids))
@@ -176,18 +147,15 @@ class RolloutEngine:
         return [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
 
     def _check_prompts(self, prompt_ids: list[list[int]], max_tokens: int) -> None:
-        vocab_size = self.model.config.vocab_size
+        last = self.model.config.vocab_size - 1
         for index, ids in enumerate(prompt_ids):
             if not ids:
                 raise ValueError(f"prompt {index} has no tokens; expected at least one (a bos token will do)")
-            if (total := len(ids) + max_tokens) > self.max_model_len:
+            if (total := len(ids) + max_tokens) > self.longest:
                 raise ValueError(
                     f"prompt {index} has {len(ids)} tokens, with max_tokens {max_tokens} that makes {total}; "
-                    f"max_model_len is {self.max_model_len}: shorten the prompt, lower max_tokens or "
-                    "raise max_model_len"
+                    f"max_model_len is {self.longest}: shorten the prompt, lower max_tokens or raise max_model_len"
                 )
-            if min(ids) < 0 or max(ids) >= vocab_size:
-                raise ValueError(
-                    f"prompt {index} has token ids from {min(ids)} to {max(ids)}; expected 0 to {vocab_size - 1}, "
-                    "the model's vocabulary"
-                )
+            if min(ids) < 0 or max(ids) > last:
+                found = f"token ids from {min(ids)} to {max(ids)}"
+                raise ValueError(f"prompt {index} has {found}; expected 0 to {last}, the model's vocabulary")

@@ -8,9 +8,11 @@ from torch import Tensor
 from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.models.layers import HeadFn
+from r1fast.models.mla import LATENT_NORM_EPS
 from r1fast.models.moe import Routing
-from r1fast.models.structure import decode_layers_of, differences
-from r1fast_kernels.decode_layers import MOST_PROMPT_TOKENS, DecodeLayers
+from r1fast.models.rope import softmax_scale
+from r1fast.models.structure import differences, unwrapped
+from r1fast_kernels.decode_layers import MOST_PROMPT_TOKENS, DecodeLayers, weights_of
 
 logger = logging.getLogger("r1fast")
 
@@ -21,7 +23,22 @@ def fast_decode(model: Decoder) -> "FastDecode | None":
     if found := differences(model, model.built):
         logger.warning("decode_layers does not run, the modules do: %s", "; ".join(found[:5]))
         return None
-    layers = decode_layers_of(model)
+    config = model.config
+    named = [[*layer.named_parameters(), *layer.named_buffers()] for layer in model.layers]
+    layers = DecodeLayers(
+        embedding_VD=model.embed_tokens.weight,
+        weights=weights_of([{unwrapped(name): tensor for name, tensor in layer} for layer in named]),
+        norm_D=model.norm.weight,
+        head_VD=model.head.weight,
+        inv_freq_R=model.rotary.inv_freq,
+        rotary_scale=model.rotary.attention_factor,
+        interleaved=model.rotary.interleaved,
+        num_heads=config.num_attention_heads,
+        scale=softmax_scale(config),
+        eps=config.rms_norm_eps,
+        latent_eps=LATENT_NORM_EPS,
+        **config.routing,
+    )
     return FastDecode(model, layers) if layers.can_run() else None
 
 

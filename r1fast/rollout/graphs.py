@@ -88,12 +88,10 @@ class CudaCapture:
             step()  # a token like any other; and kernels are compiled and loaded, which a capture could not do
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do, the watchdog of NCCL for one, does not end the capture.
+        capture = torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local")
         try:
-            # thread_local: what other threads do, the watchdog of NCCL for one, does not end the capture.
-            with (
-                _one_at_a_time,
-                torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"),
-            ):
+            with _one_at_a_time, capture:
                 step()
         except RuntimeError as error:
             # Where an op broke the capture, ending it raises in its turn and says less. There is no going on without a

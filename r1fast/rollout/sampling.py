@@ -6,7 +6,7 @@ over calls and ranks. The four integers are folded into one 64-bit seed per row,
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,7 +87,7 @@ def stop_ids_of(params: SamplingParams, config: ModelConfig, tokenizer: PreTrain
     asked = set(params.stop_token_ids or ())
     if asked and max(asked) >= config.vocab_size:
         raise ValueError(
-            f"stop_token_ids has {max(asked)}; expected ids below {config.vocab_size}, the vocabulary size"
+            f"stop_token_ids has {max(asked)}; expected ids below the vocabulary size, {config.vocab_size}"
         )
     eos_ids = set() if params.ignore_eos else eos_token_ids(config, tokenizer)
     return sorted(i for i in asked | eos_ids if i < config.vocab_size)
@@ -95,26 +95,25 @@ def stop_ids_of(params: SamplingParams, config: ModelConfig, tokenizer: PreTrain
 
 def completions_of(
     sampled: Sequence[SampledTokens],
-    stop_ids: Collection[int],
+    params: SamplingParams,
     config: ModelConfig,
     tokenizer: PreTrainedTokenizerBase | None,
-) -> list[Completion]:
-    stopped = [sample.token_ids[-1] in stop_ids for sample in sampled]
-    shown = [x.token_ids[:-1] if end else x.token_ids for x, end in zip(sampled, stopped)]
-    return [
-        Completion(text, x.token_ids, x.logprobs, "stop" if end else "length", x.routed_experts)
-        for text, x, end in zip(completion_texts(tokenizer, eos_token_ids(config, tokenizer), shown), sampled, stopped)
-    ]
+) -> list[list[Completion]]:
+    """Of each prompt, whose samples follow each other.
 
-
-def check_finite(outputs: Sequence[Sequence[Completion]]) -> None:
-    """FloatingPointError when a log-prob is NaN or infinite: then so were the logits, and the tokens mean nothing."""
-    bad = sum(not math.isfinite(sum(sample.logprobs)) for samples in outputs for sample in samples)
-    if bad:
+    FloatingPointError when a log-prob is NaN or infinite: then so were the logits, and the tokens mean nothing.
+    """
+    if bad := sum(not math.isfinite(sum(sample.logprobs)) for sample in sampled):
         raise FloatingPointError(
-            f"the model's logits are not finite in {bad} of {sum(map(len, outputs))} completions: its weights hold NaN "
-            "or Inf, or overflow in its dtype; take an earlier checkpoint, or another dtype"
+            f"the model's logits are not finite in {bad} of {len(sampled)} completions: its weights hold NaN or Inf, "
+            "or overflow in its dtype; take an earlier checkpoint, or another dtype"
         )
+    stop_ids, completions = stop_ids_of(params, config, tokenizer), []
+    for x in sampled:
+        stopped = x.token_ids[-1] in stop_ids
+        text = completion_text(x.token_ids[:-1] if stopped else x.token_ids, config, tokenizer)
+        completions.append(Completion(text, x.token_ids, x.logprobs, "stop" if stopped else "length", x.routed_experts))
+    return [completions[start : start + params.n] for start in range(0, len(completions), params.n)]
 
 
 def eos_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
@@ -124,16 +123,14 @@ def eos_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None
     return {i for i in found if i is not None}
 
 
-def completion_texts(
-    tokenizer: PreTrainedTokenizerBase | None, eos_ids: set[int], token_ids: Sequence[list[int]]
-) -> list[str]:
-    """The texts of completions whose stop token is left out already; see Completion."""
+def completion_text(ids: Sequence[int], config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Of a completion whose stop token is left out already; see Completion."""
     if tokenizer is None:
-        return [""] * len(token_ids)
+        return ""
     # Not skip_special_tokens: tags such as <think> are special tokens in some vocabularies, and rewards read them.
-    dropped = eos_ids | {tokenizer.pad_token_id, tokenizer.bos_token_id}
-    shown = [[i for i in ids if i not in dropped] for ids in token_ids]
-    return tokenizer.batch_decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    dropped = eos_token_ids(config, tokenizer) | {tokenizer.pad_token_id, tokenizer.bos_token_id}
+    shown = [i for i in ids if i not in dropped]
+    return tokenizer.batch_decode([shown], skip_special_tokens=False, clean_up_tokenization_spaces=False)[0]
 
 
 def sample_keys(seed: int, sequence_ids_N: Tensor, sample_ids_N: Tensor) -> Tensor:

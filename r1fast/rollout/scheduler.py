@@ -93,8 +93,7 @@ class Scheduler:
     ) -> None:
         self.model, self.params, self.limits, self.graphs = model, params, limits, graphs
         self.queue = deque(prompts)
-        # What runs prefills and steps: C++ through all layers where it can, or the modules.
-        self.decoder = fast_decode(model) or model
+        self.decoder = fast_decode(model) or model  # in C++ where it can, or the modules
         weight_VD = model.embed_tokens.weight
         self.device = weight_VD.device
         self.cache = BlockCache(model.config, limits.num_blocks, weight_VD.dtype, self.device)
@@ -106,8 +105,8 @@ class Scheduler:
         self.logprobs_RS = torch.zeros(self.ids_RS.shape, device=self.device)
         self.experts_RSLK: Tensor | None = None
         if record_experts:
-            routed_LK = sum(1 for _ in model.moe_layers()), model.config.num_experts_per_tok
-            self.experts_RSLK = torch.zeros(*self.ids_RS.shape, *routed_LK, dtype=torch.int16, device=self.device)
+            shape = (*self.ids_RS.shape, sum(1 for _ in model.moe_layers()), model.config.num_experts_per_tok)
+            self.experts_RSLK = torch.zeros(shape, dtype=torch.int16, device=self.device)
         self.free_lines = list(range(limits.max_rows - 1, -1, -1))
         self.members: list[_Sequence] = []
         table_width = max(prompt.num_full + prompt.num_own(params.max_tokens) for prompt in prompts)
@@ -214,14 +213,10 @@ class Scheduler:
 
     def _copy_tails(self, members: list[_Sequence]) -> None:
         """The last block of a prompt, unless it is full, goes on differently in each sample."""
-        pairs = [
-            (member.prompt.blocks[n], member.blocks[n])
-            for member in members
-            if len(member.prompt.ids) % BLOCK and member.blocks[n := member.prompt.num_full] != member.prompt.blocks[n]
-        ]
-        if pairs:
-            sources, targets = zip(*pairs)
-            self.cache.copy_blocks(self._int64(sources), self._int64(targets))
+        partial = [member for member in members if len(member.prompt.ids) % BLOCK]
+        pairs = [(x.prompt.blocks[x.prompt.num_full], x.blocks[x.prompt.num_full]) for x in partial]
+        if copied := [(source, target) for source, target in pairs if source != target]:
+            self.cache.copy_blocks(*map(self._int64, zip(*copied)))
 
     def _sample_first(self, members: list[_Sequence]) -> None:
         width, more = self.rows.block_table_RN.shape[1], self.params.max_tokens - 2
@@ -243,8 +238,7 @@ class Scheduler:
         position_B = torch.minimum(rows.next_B - 1, rows.last_B)
         logits_BV, experts_BLK = self._run(self.decoder.decode, rows.id_B, position_B, self.cache, rows.block_table_BN)
         if self.experts_RSLK is not None and experts_BLK is not None:
-            column_B = self._column(rows, rows.num_sampled_B - 1)
-            self.experts_RSLK[rows.line_B, column_B] = experts_BLK
+            self.experts_RSLK[rows.line_B, self._column(rows, rows.num_sampled_B - 1)] = experts_BLK
         self._sample(rows, logits_BV)
 
     def _sample(self, rows: RowViews, logits_BV: Tensor) -> None:
@@ -281,12 +275,12 @@ class Scheduler:
         live = rows.live_B.tolist()
         if all(live):
             return
-        leaving = [member for member, lives in zip(self.members, live) if not lives]
-        counts = [count for count, lives in zip(rows.num_sampled_B.tolist(), live) if not lives]
-        lines_B = self._int64([member.line for member in leaving])
-        ids, logprobs = (x_RS[lines_B, : max(counts)].tolist() for x_RS in (self.ids_RS, self.logprobs_RS))
-        routed_BSLK = None if self.experts_RSLK is None else self.experts_RSLK[lines_B, : max(counts)].cpu().numpy()
-        for b, (member, count) in enumerate(zip(leaving, counts)):
+        counts = rows.num_sampled_B.tolist()
+        leaving = [(member, count) for member, count, lives in zip(self.members, counts, live) if not lives]
+        lines_B, most = self._int64([member.line for member, _ in leaving]), max(count for _, count in leaving)
+        ids, logprobs = (x_RS[lines_B, :most].tolist() for x_RS in (self.ids_RS, self.logprobs_RS))
+        routed_BSLK = None if self.experts_RSLK is None else self.experts_RSLK[lines_B, :most].cpu().numpy()
+        for b, (member, count) in enumerate(leaving):
             experts = member.prompt.experts_PLK
             if experts is not None and routed_BSLK is not None:
                 experts = np.concatenate([experts, routed_BSLK[b, : count - 1]])
@@ -307,15 +301,14 @@ class Scheduler:
         return (self._int64(blocks)[:, None] * BLOCK + torch.arange(BLOCK, device=self.device)).flatten()[:num_tokens]
 
 
-def _packs(prompts: list[SequenceGroup], max_tokens: int) -> Iterator[list[SequenceGroup]]:
+def _packs(prompts: list[SequenceGroup], max_tokens: int) -> list[list[SequenceGroup]]:
     """In order, as many as fit into max_tokens together, at least one."""
-    pack: list[SequenceGroup] = []
-    num_tokens = 0
+    packs: list[list[SequenceGroup]] = []
+    room = 0
     for prompt in prompts:
-        if pack and num_tokens + len(prompt.ids) > max_tokens:
-            yield pack
-            pack, num_tokens = [], 0
-        pack.append(prompt)
-        num_tokens += len(prompt.ids)
-    if pack:
-        yield pack
+        if not packs or len(prompt.ids) > room:
+            packs.append([])
+            room = max_tokens
+        packs[-1].append(prompt)
+        room -= len(prompt.ids)
+    return packs

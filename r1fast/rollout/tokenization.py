@@ -11,9 +11,7 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     for start in range(len(whole) - len(inside) + 1):
         if whole[start : start + len(inside)] == inside:
             return list(whole[:start])
-    raise ValueError(
-        f"the tokenizer encodes 'a' as {inside}, and with its special tokens as {whole}, without the former"
-    )
+    raise ValueError(f"the tokenizer encodes 'a' as {inside}, and with its special tokens as {whole}, without those")
 
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -14,6 +14,7 @@ Written against vLLM 0.32. Names: vLLM's.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,16 +26,8 @@ from r1fast.models.decoder import Decoder
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.structure import unwrapped
 from r1fast.models.weights import StateDict
-from r1fast.rollout.sampling import (
-    Completion,
-    SampledTokens,
-    SamplingParams,
-    check_finite,
-    completions_of,
-    fold_in,
-    sample_keys,
-    stop_ids_of,
-)
+from r1fast.rollout import sampling
+from r1fast.rollout.sampling import Completion, SampledTokens, SamplingParams, completions_of, stop_ids_of
 from r1fast_kernels import selective_logprobs
 from r1fast_kernels.torch_private import persistent_buffers
 
@@ -45,6 +38,9 @@ CHECK_TEMPERATURES = (0.0, 0.5)
 # Mean absolute difference. fp32: 1e-6 measured; bf16: 0.011 measured, 0.01 to 0.02 published, with stale weights 0.2.
 LOGPROB_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 LOWEST_TEMPERATURE = 0.01  # vLLM raises what is below, but for 0
+# What a checkpoint's generation_config.json could change.
+NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+NEUTRAL |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 MAX_PUSHES = 3  # of one generate, when a server loses its weights
 
 
@@ -69,30 +65,21 @@ class Backend(Protocol):
         """Called after sampling; the next call is `load`."""
 
 
+@dataclass(eq=False, repr=False)
 class VllmEngine:
-    """Samples completions as RolloutEngine does, by vLLM.
+    """Samples completions as RolloutEngine does, by vLLM."""
 
-    model: its parameters must be whole, plain tensors while `generate` runs. tokenizer: decodes texts; None if they are
-    not needed. routed_experts: completions say which experts each token went to; the backend must have been told too.
-    """
-
-    def __init__(
-        self,
-        model: Decoder,
-        tokenizer: PreTrainedTokenizerBase | None,
-        backend: Backend,
-        *,
-        routed_experts: bool = False,
-    ) -> None:
-        self.model, self.tokenizer, self.backend, self.routed_experts = model, tokenizer, backend, routed_experts
-        self.num_pushes = 0
+    model: Decoder  # whole, plain tensors while `generate` runs
+    tokenizer: PreTrainedTokenizerBase | None  # decodes texts; None: not needed
+    backend: Backend
+    routed_experts: bool = False  # completions say where each token went; the backend must have been told too
+    num_pushes = 0
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, sequence_ids: Sequence[int] | None = None
     ) -> list[list[Completion]]:
-        """`params.n` completions for each prompt (token ids), in order, from the model's weights of now.
+        """As RolloutEngine.generate, from token ids and the model's weights of now.
 
-        sequence_ids: one integer per prompt that stands for it in the seeds; default: its index.
         Raises ValueError for parameters under which vLLM's log-probs would not be the trainer's, RolloutError when vLLM
         gives no answer, or log-probs that are not the trainer's, FloatingPointError when those are not finite.
         """
@@ -101,9 +88,9 @@ class VllmEngine:
             return []
         prompt_ids = [list(prompt) for prompt in prompts]
         ids_N = torch.tensor(range(len(prompts)) if sequence_ids is None else sequence_ids)
-        keys_N = sample_keys(params.seed, ids_N, torch.zeros_like(ids_N))
+        keys_N = sampling.sample_keys(params.seed, ids_N, torch.zeros_like(ids_N))
         # With the length: a completion that goes on from where it was cut must not meet the noise of its first part.
-        seeds = fold_in(keys_N, torch.tensor([len(prompt) for prompt in prompt_ids])).tolist()
+        seeds = sampling.fold_in(keys_N, torch.tensor([len(prompt) for prompt in prompt_ids])).tolist()
         for attempt in range(MAX_PUSHES):
             try:
                 self.backend.load(self.model, zero_first=self.num_pushes == 0)
@@ -117,13 +104,13 @@ class VllmEngine:
                     raise
                 self.num_pushes = 0  # another server: zeros and the check again
         self.backend.rest()
-        config, stop_ids = self.model.config, stop_ids_of(params, self.model.config, self.tokenizer)
-        outputs = [completions_of(samples, stop_ids, config, self.tokenizer) for samples in sampled]
-        for prompt, completions in zip(prompt_ids, outputs, strict=True):
-            for completion in completions:
-                completion.routed_experts = moe_rows(completion, len(prompt), config) if self.routed_experts else None
-        check_finite(outputs)
-        return outputs
+        config = self.model.config
+        in_order = [
+            replace(sample, routed_experts=moe_rows(sample, len(prompt), config) if self.routed_experts else None)
+            for prompt, samples in zip(prompt_ids, sampled, strict=True)
+            for sample in samples
+        ]
+        return completions_of(in_order, params, config, self.tokenizer)
 
     def check(self, prompts: list[list[int]], max_tokens: int) -> float:
         """The mean difference of log-probs between vLLM and the trainer; RolloutError above LOGPROB_LIMITS."""
@@ -145,14 +132,13 @@ class VllmEngine:
 
     @torch.no_grad()
     def _trainer_logprobs(self, prompt: list[int], sampled: SampledTokens, params: SamplingParams) -> Tensor:
-        device = self.model.embed_tokens.weight.device
-        inputs_T = torch.tensor([*prompt, *sampled.token_ids[:-1]], device=device)
-        cu_seqlens = torch.tensor([0, len(inputs_T)], dtype=torch.int32, device=device)
+        ids_T = torch.tensor([*prompt, *sampled.token_ids], device=self.model.embed_tokens.weight.device)
+        start, end = len(prompt) - 1, len(ids_T) - 1
+        cu_seqlens = torch.tensor([0, end], dtype=torch.int32, device=ids_T.device)
         logits_TV = self.model(
-            inputs_T, cu_seqlens, head=lambda hidden_TD, weight_VD: hidden_TD[len(prompt) - 1 :] @ weight_VD.T
+            ids_T[:-1], cu_seqlens, head=lambda hidden_TD, weight_VD: hidden_TD[start:] @ weight_VD.T
         )
-        target_ids_T = torch.tensor(sampled.token_ids, device=device)
-        logprobs_T = selective_logprobs(logits_TV, target_ids_T, temperature=params.temperature or 1.0)
+        logprobs_T = selective_logprobs(logits_TV, ids_T[start + 1 :], temperature=params.temperature or 1.0)
         return logprobs_T.cpu()  # type: ignore[union-attr]
 
     def _sample(self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]) -> list[list[SampledTokens]]:
@@ -182,11 +168,10 @@ def check_params(params: SamplingParams) -> None:
 def check_lengths(prompt: list[int], samples: list[SampledTokens], max_tokens: int) -> None:
     """vLLM ends completions at its max_model_len without a word; the trainer would take them for whole."""
     for sample in samples:
-        if sample.finish_reason != "stop" and len(sample.token_ids) < max_tokens:
-            raise RolloutError(
-                f"vLLM ended a completion after {len(sample.token_ids)} of {max_tokens} tokens, of a prompt of "
-                f"{len(prompt)}, with finish reason {sample.finish_reason!r}: is its max_model_len too small?"
-            )
+        count, reason = len(sample.token_ids), sample.finish_reason
+        if reason != "stop" and count < max_tokens:
+            text = f"{count} of {max_tokens} tokens, of a prompt of {len(prompt)}, with finish reason {reason!r}"
+            raise RolloutError(f"vLLM ended a completion after {text}: is its max_model_len too small?")
 
 
 def request(params: SamplingParams, seed: int, stop_ids: list[int]) -> dict[str, Any]:
@@ -199,25 +184,17 @@ def request(params: SamplingParams, seed: int, stop_ids: list[int]) -> dict[str,
         "logprobs": 0,  # of the sampled token alone
         "ignore_eos": True,  # stop_ids hold the end-of-sequence tokens
         "stop_token_ids": stop_ids,
-        # What a checkpoint's generation_config.json could change.
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
+        **NEUTRAL,
     }
 
 
-def moe_rows(sample: Completion | SampledTokens, prompt_length: int, config: ModelConfig) -> np.ndarray:
+def moe_rows(sample: SampledTokens, prompt_length: int, config: ModelConfig) -> np.ndarray:
     """int16 [prompt + completion - 1, L, K] of the MoE layers, from rows of every layer."""
     expected = (prompt_length + len(sample.token_ids) - 1, config.num_hidden_layers, config.num_experts_per_tok)
     found = None if sample.routed_experts is None else sample.routed_experts.shape
     if sample.routed_experts is None or found != expected:
-        raise RolloutError(
-            f"vLLM returned routed experts of shape {found}, expected {expected} (tokens but the last, layers, experts "
-            "per token); was it started with --enable-return-routed-experts?"
-        )
+        text = f"routed experts of shape {found}, expected {expected} (tokens but the last, layers, experts per token)"
+        raise RolloutError(f"vLLM returned {text}; was it started with --enable-return-routed-experts?")
     layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
     return sample.routed_experts[:, layers].astype(np.int16)
 
@@ -227,10 +204,7 @@ def whole_state(model: nn.Module) -> StateDict:
 
     Not state_dict: its hooks would put FSDP's shards back in place of the gathered weights.
     """
-    buffers = [
-        (f"{prefix}.{name}", buffer)
-        for prefix, module in model.named_modules()
-        for name, buffer in persistent_buffers(module)
-    ]
-    named = [*model.named_parameters(remove_duplicate=False), *buffers]
-    return {unwrapped(name): tensor.detach() for name, tensor in named}
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules():
+        named |= {f"{prefix}.{name}": buffer for name, buffer in persistent_buffers(module)}
+    return {unwrapped(name): tensor.detach() for name, tensor in named.items()}

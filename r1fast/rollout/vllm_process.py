@@ -13,7 +13,8 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,15 +26,17 @@ from r1fast.rollout.sampling import SampledTokens
 from r1fast.rollout.vllm import RolloutError, whole_state
 
 
+@dataclass
 class InProcess:
     """The one `LLM` of this process. Dropping it would end the trainer's process group: it is made once, for one
     architecture, and kept until `release`."""
 
-    _kept: "InProcess | None" = None
-
-    def __init__(self, llm: Any, key: str, *, sleeps: bool, tied: bool) -> None:
-        self.llm, self.key, self.sleeps, self.tied = llm, key, sleeps, tied
-        self.asleep = False
+    _kept: ClassVar["InProcess | None"] = None
+    llm: Any
+    key: str  # of the model and the options
+    sleeps: bool
+    tied: bool
+    asleep: bool = False
 
     @classmethod
     def get(cls, config: ModelConfig, dtype: torch.dtype, device: torch.device, **options: Any) -> "InProcess":
@@ -51,10 +54,9 @@ class InProcess:
             cls._kept = cls(llm, key, sleeps=not on_cpu, tied=config.tie_word_embeddings)
             cls._kept.rest()
         if cls._kept.key != key:
-            raise RolloutError(
-                "vLLM runs in this process already for a model of another architecture, and can hold one only; run the "
-                "stages of each architecture by themselves (--stages), or set rollout.engine: r1fast"
-            )
+            advice = "run the stages of each architecture by themselves (--stages), or set rollout.engine: r1fast"
+            text = "vLLM runs in this process already for a model of another architecture, and can hold one only"
+            raise RolloutError(f"{text}; {advice}")
         return cls._kept
 
     @classmethod
@@ -83,28 +85,20 @@ class InProcess:
     def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[SampledTokens]]:
         from vllm import SamplingParams as VllmParams
 
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            [VllmParams(**parameters, detokenize=False) for parameters in requests],
-            use_tqdm=False,
-        )
-        return [
-            [
-                SampledTokens(
-                    list(sample.token_ids),
-                    [found[i].logprob for found, i in zip(sample.logprobs, sample.token_ids, strict=True)],
-                    sample.routed_experts,
-                    sample.finish_reason,
-                )
-                for sample in sorted(output.outputs, key=lambda sample: sample.index)
-            ]
-            for output in outputs
-        ]
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        params = [VllmParams(**parameters, detokenize=False) for parameters in requests]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        return [[_sampled(sample) for sample in sorted(output.outputs, key=lambda x: x.index)] for output in outputs]
 
     def rest(self) -> None:
         if self.sleeps:
             self.llm.sleep(level=2)  # the next push brings the weights again
             self.asleep = True
+
+
+def _sampled(sample: Any) -> SampledTokens:
+    logprobs = [found[i].logprob for found, i in zip(sample.logprobs, sample.token_ids, strict=True)]
+    return SampledTokens(list(sample.token_ids), logprobs, sample.routed_experts, sample.finish_reason)
 
 
 def _forget_packed_experts(vllm_model: nn.Module) -> None:
@@ -116,26 +110,23 @@ def _forget_packed_experts(vllm_model: nn.Module) -> None:
             module.quant_method.moe_kernel = None
 
 
-def _make_llm(
-    config: ModelConfig, dtype: torch.dtype, *, on_cpu: bool, enforce_eager: bool = False, **options: Any
-) -> Any:
+def _make_llm(config: ModelConfig, dtype: torch.dtype, *, on_cpu: bool, **options: Any) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at every push
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it pins the trainer's threads
     from vllm import LLM
 
+    if on_cpu:
+        options["enforce_eager"] = True  # compiling takes longer than most runs there
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     with tempfile.TemporaryDirectory() as folder:
-        hf_config = config.to_hf(dtype=dtype)
-        hf_config.architectures = [type(hf_config).__name__.removesuffix("Config") + "ForCausalLM"]
-        hf_config.save_pretrained(folder)
+        config.to_hf(dtype).save_pretrained(folder)
         return LLM(
             model=folder,
             load_format="dummy",
             skip_tokenizer_init=True,
             dtype=str(dtype).removeprefix("torch."),
             logprobs_mode="processed_logprobs",
-            enforce_eager=enforce_eager or on_cpu,  # compiling for a CPU takes longer than most runs there
             enable_sleep_mode=not on_cpu,
             distributed_executor_backend="external_launcher" if many else None,
             disable_log_stats=True,

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from time import monotonic, sleep
@@ -97,29 +98,24 @@ def server_problems(client: Client, *, routed_experts: bool) -> Iterator[str]:
     settings = client.get("/server_info?config_format=json")["vllm_config"]
     mode = settings["model_config"]["logprobs_mode"]
     if mode != "processed_logprobs":
-        yield (
-            f"{client.url} returns {mode}, expected processed_logprobs, those of the tempered distribution; start it "
-            "with --logprobs-mode processed_logprobs"
-        )
+        expected = "expected processed_logprobs, those of the tempered distribution"
+        yield f"{client.url} returns {mode}, {expected}; start it with --logprobs-mode processed_logprobs"
     if settings.get("speculative_config") is not None:
         yield f"{client.url} decodes speculatively, with a draft model that never gets new weights; start it without"
     if routed_experts and not settings["aux_output_config"]["enable_return_routed_experts"]:
-        yield (
-            f"{client.url} does not return routed experts, which router_replay needs; start it with "
-            "--enable-return-routed-experts"
-        )
+        text = "does not return routed experts, which router_replay needs; start it with --enable-return-routed-experts"
+        yield f"{client.url} {text}"
 
 
+@dataclass
 class Server:
-    """Backend of VllmEngine, for one process: the requests of all ranks go through it.
+    """Backend of VllmEngine, for one process: the requests of all ranks go through it."""
 
-    folder: where weights are put for the server to read; None sends them by NCCL.
-    """
-
-    def __init__(self, client: Client, *, folder: Path | None, max_num_seqs: int) -> None:
-        self.client, self.folder, self.max_num_seqs = client, folder, max_num_seqs
-        self.version = ""
-        self._sender: Any = None  # of NCCL
+    client: Client
+    folder: Path | None  # where weights are put for the server to read; None sends them by NCCL
+    max_num_seqs: int
+    version: str = ""
+    _sender: Any = None  # of NCCL
 
     def load(self, model: Decoder, *, zero_first: bool) -> None:
         if self._sender is not None and not self._has_version():
@@ -135,9 +131,8 @@ class Server:
             save_model(model.config, whole_state(model), self.folder, overwrite=True)
             self.client.post(RPC, {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder.absolute())}})
         if not self.client.post("/reset_prefix_cache")["success"]:
-            raise RolloutError(
-                f"vLLM server {self.client.url} did not drop its prefix cache: requests of another client run in it"
-            )
+            text = "did not drop its prefix cache: requests of another client run in it"
+            raise RolloutError(f"vLLM server {self.client.url} {text}")
 
     def complete(self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[SampledTokens]]:
         pool = ThreadPoolExecutor(max(1, self.max_num_seqs // requests[0]["n"]))
@@ -161,19 +156,13 @@ class Server:
     def _one(self, prompt: list[int], parameters: dict[str, Any]) -> list[SampledTokens]:
         ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}  # texts are decoded here
         answer = self.client.post("/v1/completions", {"prompt": prompt, **parameters, **ids})
-        return [
-            SampledTokens(
-                choice["token_ids"],
-                choice["logprobs"]["token_logprobs"],
-                _array(choice.get("routed_experts")),
-                choice["finish_reason"],
-            )
-            for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
-        ]
+        return [_sampled(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
 
 
-def _array(encoded: str | None) -> np.ndarray | None:
-    return None if encoded is None else np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
+def _sampled(choice: dict[str, Any]) -> SampledTokens:
+    encoded = choice.get("routed_experts")
+    experts = None if encoded is None else np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
+    return SampledTokens(choice["token_ids"], choice["logprobs"]["token_logprobs"], experts, choice["finish_reason"])
 
 
 def _nccl_sender(client: Client, model: Decoder) -> Any:
@@ -193,13 +182,7 @@ def _nccl_sender(client: Client, model: Decoder) -> Any:
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             return iter(to_hf_names(whole_state(model), tied=model.config.tie_word_embeddings).items())
 
-    return WeightTransferTrainerFactory.trainer_init(
-        NCCLTrainerInitInfo(
-            master_address=get_ip(),
-            master_port=get_open_port(),
-            world_size=1 + client.get("/get_world_size")["world_size"],
-            rank=0,
-        ),
-        client=HTTPVLLMWeightSyncClient(client.url, timeout=client.request_timeout_s),
-        source=Source(),
-    )
+    size = 1 + client.get("/get_world_size")["world_size"]
+    here = NCCLTrainerInitInfo(master_address=get_ip(), master_port=get_open_port(), world_size=size, rank=0)
+    remote = HTTPVLLMWeightSyncClient(client.url, timeout=client.request_timeout_s)
+    return WeightTransferTrainerFactory.trainer_init(here, client=remote, source=Source())

@@ -11,7 +11,7 @@ from r1fast.config import ConfigError
 from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.models.decoder import Decoder
 from r1fast.parallel.parallelize import generation_phase
-from r1fast.rollout.sampling import Completion, SamplingParams, completion_texts, eos_token_ids
+from r1fast.rollout.sampling import Completion, SamplingParams, completion_text
 from r1fast.rollout.vllm import RolloutError
 from r1fast.schema_options import GenerateOptions
 from r1fast.stages.context import StageContext, Tokenizer
@@ -160,8 +160,7 @@ class Sampler:
 
     def text_of(self, completion_ids: Sequence[int]) -> str:
         """The text that the engine would give these tokens, had it sampled them at once."""
-        eos_ids = eos_token_ids(self.model.config, self.tokenizer)
-        return completion_texts(self.tokenizer, eos_ids, [list(completion_ids)])[0]
+        return completion_text(completion_ids, self.model.config, self.tokenizer)
 
 
 def by_group(samples: Iterable[Sample]) -> list[list[Sample]]:

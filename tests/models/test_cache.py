@@ -4,6 +4,7 @@ import torch
 
 from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.model_config import ModelConfig
+from r1fast.models.rope import Rotary
 
 GQA = ModelConfig("llama", 11, 16, 8, 2, 4, num_key_value_heads=2)
 MLA = ModelConfig(
@@ -22,7 +23,8 @@ def test_memory_per_token() -> None:
 
 def test_a_token_goes_into_the_block_of_its_place() -> None:
     table = torch.tensor([[4, 2], [0, 1]], dtype=torch.int32)
-    step = DecodeStep.at(torch.tensor([17, 3]), table)
+    cache = BlockCache(MLA, 5, torch.float32, "cpu")
+    step = DecodeStep(torch.tensor([17, 3]), table, Rotary(MLA)(torch.tensor([17, 3]), torch.float32), cache)
     assert step.slots_B.tolist() == [2 * 16 + 1, 3] and step.lengths_B.tolist() == [18, 4]
 
 

@@ -120,7 +120,7 @@ def folder_for_manifest(path: Path) -> None:
 
 def flip_a_digit_of_the_manifest(path: Path) -> None:
     content = (path / "manifest.json").read_text()
-    digit = re.search(r'"size": (\d)', content)
+    digit = re.search(r'"size": \d*(\d)', content)
     assert digit is not None
     at = digit.start(1)
     (path / "manifest.json").write_text(content[:at] + str(int(digit[1]) ^ 1) + content[at + 1 :])

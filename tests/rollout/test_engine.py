@@ -165,7 +165,7 @@ def test_string_prompts_are_encoded(llama: RolloutEngine) -> None:
 def test_text_keeps_tags_and_drops_eos_pad_bos(llama: RolloutEngine) -> None:
     tag, two = 3, llama.tokenizer.convert_tokens_to_ids("2")
     sampled = [SampledTokens(ids, [0.0] * len(ids)) for ids in ([two, tag, 0, two, 1, 2], [two, 2, two], [two, tag])]
-    completions = completions_of(sampled, [2], llama.model.config, llama.tokenizer)
+    (completions,) = completions_of(sampled, SamplingParams(n=3), llama.model.config, llama.tokenizer)
     joined = [completion.text.replace(" ", "") for completion in completions]
     assert joined == [f"2{TAG}2", "22", f"2{TAG}"]
     assert [completion.finish_reason for completion in completions] == ["stop", "length", "length"]

@@ -243,7 +243,7 @@ def test_vllm_in_process_ends_before_the_process_group(
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: events.append("group"))
     vllm = SimpleNamespace(server_base_url=None, max_model_length=None, gpu_memory_utilization=0.5)
     rollout = SimpleNamespace(max_num_seqs=8, enforce_eager=False, vllm=vllm)
-    dist = Dist(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), mesh=None)  # type: ignore[arg-type]
+    dist = Dist(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)  # type: ignore[arg-type]
     recipe = SimpleNamespace(rollout=rollout, stages=[])
     vllm_backend(SimpleNamespace(recipe=recipe, param_dtype=torch.float32, dist=dist), loaded[0])  # type: ignore[arg-type]
     assert events == ["get"]
