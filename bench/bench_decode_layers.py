@@ -41,7 +41,7 @@ def test_decode_layers(case: Case, compare: Callable[[harness.Problem], None]) -
         for buffer in cache.buffers:
             buffer.copy_(torch.randn(buffer.shape, generator=harness.generator()))
 
-        decoder = (fast_decode(model, impl) if fast else None) or model
+        decoder = (fast_decode(model) if fast else None) or model
 
         def run() -> harness.Outputs:
             with use(impl):
