@@ -75,22 +75,17 @@ def _named_in(options: BaseModel, stage: StageBase, prefix: str = "") -> Iterato
             for place, part in nested.items():
                 if isinstance(part, BaseModel):
                     yield from _named_in(part, stage, f"{place}.")
-        elif reads.kind == "code":
-            yield from _code_of(key, value)
+        elif reads.kind == "code":  # functions that are named as path/to/file.py:name: one, or those of rewards
+            specs = reward_specs(value) if isinstance(value, dict) else {}
+            functions = {f"{key}.{name}": str(spec.function) for name, spec in specs.items()} or {key: str(value)}
+            for place, function in functions.items():
+                file, separator, _ = function.rpartition(".py:")
+                if separator:
+                    yield Artifact(place, f"{file}.py", "code")
         elif value:
             rows = reads.rows(stage) if callable(reads.rows) else reads.rows
             for ref in value if isinstance(value, list) else [value]:
                 yield Artifact(key, ref, reads.kind, rows)
-
-
-def _code_of(key: str, value: str | dict[str, Any]) -> Iterator[Artifact]:
-    """The files of functions that are named as path/to/file.py:name, of one or of rewards."""
-    specs = {} if isinstance(value, str) else reward_specs(value)
-    named = {key: value} if isinstance(value, str) else {f"{key}.{name}": s.function for name, s in specs.items()}
-    for place, function in named.items():
-        file, separator, _ = str(function).rpartition(".py:")
-        if separator:
-            yield Artifact(place, f"{file}.py", "code")
 
 
 def _marker(types: tuple[Any, ...]) -> Reads | None:

@@ -26,14 +26,12 @@ def fingerprint(path: Path) -> str:
 
 
 def _of_file(path: Path) -> str:
-    total = hashlib.blake2b(digest_size=16)
     size = path.stat().st_size
-    total.update(str(size).encode())
+    total = hashlib.blake2b(str(size).encode(), digest_size=16)
     with path.open("rb") as file:
         if size <= WHOLE_BYTES:
             total.update(file.read())
-            return total.hexdigest()
-        for block in range(NUM_BLOCKS):
+        for block in range(NUM_BLOCKS) if size > WHOLE_BYTES else ():
             file.seek((size - BLOCK_BYTES) * block // (NUM_BLOCKS - 1))
             total.update(file.read(BLOCK_BYTES))
     return total.hexdigest()

@@ -40,22 +40,14 @@ def choose_threads(resumed: Path | None) -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if "OMP_NUM_THREADS" in os.environ:
         return
-    threads = _recorded_threads(resumed) if resumed else None
-    if threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        threads = max(1, min(cores, round(cores - busy + 0.5)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, min(cores, round(cores - os.getloadavg()[0] + 0.5)))
+    # As summary.json says, or where it is damaged any stage's record; what is wrong with them, resume.py says.
+    for path in (resumed / "summary.json", *resumed.glob("*/stage.json")) if resumed else ():
+        with suppress(ValueError):
+            threads = int(read_record(path)["machine"]["threads"])
+            break
     os.environ["OMP_NUM_THREADS"] = str(threads)
-
-
-def _recorded_threads(run_dir: Path) -> int | None:
-    """As summary.json says, or where it is damaged any stage's record; what is wrong with them, resume.py says."""
-    for path in (run_dir / "summary.json", *run_dir.glob("*/stage.json")):
-        try:
-            return int(read_record(path)["machine"]["threads"])
-        except ValueError:
-            continue
-    return None
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,7 +10,7 @@ On a GPU it has a stream of its own.
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -40,12 +40,13 @@ class BackgroundSampler(Sampler):
             if self.stream is not None:
                 self.stream.wait_stream(torch.cuda.current_stream())
         future = self.thread.submit(self.run, call)
-        return lambda: self._finish(call, future)
+
+        def finish() -> list[Sample]:
+            with self.ctx.phase("generate"):  # what of it the training did not hide
+                return self.gather(call, future.result())
+
+        return finish
 
     def run(self, call: SamplingCall) -> Share:
         with torch.cuda.stream(self.stream):  # None: nothing. A new thread has neither the stream nor the device
             return super().run(call)
-
-    def _finish(self, call: SamplingCall, future: Future[Share]) -> list[Sample]:
-        with self.ctx.phase("generate"):  # what of it the training did not hide
-            return self.gather(call, future.result())

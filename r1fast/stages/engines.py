@@ -18,15 +18,9 @@ def build_engine(ctx: StageContext, model: Decoder, tokenizer: Any, *, record: b
     """record: completions of a mixture of experts say which experts each token went to (vLLM's: for router_replay)."""
     rollout = ctx.recipe.rollout
     if rollout.engine == "r1fast":
-        return RolloutEngine(
-            model,
-            tokenizer,
-            max_num_seqs=rollout.max_num_seqs,
-            max_num_batched_tokens=rollout.max_num_batched_tokens,
-            kv_cache_memory_bytes=rollout.kv_cache_memory_bytes,
-            enable_return_routed_experts=record and any(True for _ in model.moe_layers()),
-            enforce_eager=rollout.enforce_eager,
-        )
+        own = rollout.model_dump(exclude={"engine", "async_steps", "vllm"})
+        routed = record and any(True for _ in model.moe_layers())
+        return RolloutEngine(model, tokenizer, enable_return_routed_experts=routed, **own)
     try:
         backend = vllm_backend(ctx, model)
     except RolloutError as error:
@@ -42,15 +36,11 @@ def vllm_backend(ctx: StageContext, model: Decoder) -> Backend:
         return Server(client, folder=folder, max_num_seqs=rollout.max_num_seqs)
     ctx.dist.before_close.callback(InProcess.release)
     return InProcess.get(
-        model.config,
-        ctx.param_dtype,
-        ctx.dist.device,
-        max_num_seqs=rollout.max_num_seqs,
-        max_model_len=options.max_model_length,
-        gpu_memory_utilization=options.gpu_memory_utilization,
+        model.config, ctx.param_dtype, ctx.dist.device, max_num_seqs=rollout.max_num_seqs,
+        max_model_len=options.max_model_length, gpu_memory_utilization=options.gpu_memory_utilization,
         enforce_eager=rollout.enforce_eager,
         enable_return_routed_experts=any(getattr(stage, "router_replay", False) for stage in ctx.recipe.stages),
-    )
+    )  # fmt: skip
 
 
 def share_of(engine: RolloutEngine | VllmEngine, num_rows: int, dist: Dist) -> range:

@@ -1,11 +1,11 @@
 """Which prompts a GRPO stage draws next."""
 
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from r1fast.data.rows import location, shown
 from r1fast.schema import GRPOStage
 from r1fast.schema_options import WeightedSpec, reward_specs
+from r1fast.stages.packed import permutation
 
 
 class PromptOrder:
@@ -18,12 +18,10 @@ class PromptOrder:
     def __init__(self, rows: list[dict], stage: GRPOStage, seed: int) -> None:
         self.seed = f"{seed},{stage.name}"
         weights = self.weights = stage.domain_weights
-        self.pools = (
-            {name: [row for row in rows if row.get("domain") == name] for name in weights} if weights else {"": rows}
-        )
+        by_domain = {name: [row for row in rows if row.get("domain") == name] for name in weights}
+        self.pools = by_domain or {"": rows}
         self.shares = _shares(stage.prompts_per_step, weights or {"": 1.0})
         self.positions = dict.fromkeys(self.pools, 0)
-        self.orders: dict[tuple[str, int], list[int]] = {}
 
     @property
     def num_drawn(self) -> int:
@@ -40,15 +38,8 @@ class PromptOrder:
             self.positions[name] += counts.get(name, 0)
             for position in range(first, self.positions[name]):
                 epoch, index = divmod(position, len(pool))
-                chosen.append(pool[self._order(name, epoch)[index]])
+                chosen.append(pool[permutation(len(pool), f"{self.seed},{name},{epoch}")[index]])
         return chosen
-
-    def _order(self, name: str, epoch: int) -> list[int]:
-        if (name, epoch) not in self.orders:
-            order = list(range(len(self.pools[name])))
-            random.Random(f"{self.seed},{name},{epoch}").shuffle(order)
-            self.orders[name, epoch] = order
-        return self.orders[name, epoch]
 
 
 def prompt_problems(stage: GRPOStage, rows: Sequence[dict]) -> Iterator[str]:

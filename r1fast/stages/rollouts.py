@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from r1fast.config import ConfigError
 from r1fast.models.decoder import Decoder
 from r1fast.schema import GRPOStage
 from r1fast.stages.background import BackgroundSampler
@@ -41,10 +40,10 @@ class Rollouts:
         self.rows = rows
         self.index_of = {id(row): index for index, row in enumerate(rows)}
         self.prompts = PromptOrder(rows, self.stage, ctx.seed)
-        ahead = ctx.recipe.rollout.async_steps > 0
-        self.sampler = (
-            BackgroundSampler(ctx, policy, tokenizer) if ahead else Sampler(ctx, policy, tokenizer, record=True)
-        )
+        if ctx.recipe.rollout.async_steps:
+            self.sampler: Sampler = BackgroundSampler(ctx, policy, tokenizer)
+        else:
+            self.sampler = Sampler(ctx, policy, tokenizer, record=True)
         self.groups: list[Group] = []  # under way: drawn, and not handed on yet
         self.sampled = False  # they have had their part for the next step
         self.running: Callable[[], None] | None = None
@@ -114,21 +113,17 @@ class Rollouts:
     def _sample(self, values: dict[str, Any]) -> Sample:
         index, checksum = values["row"]
         if index >= len(self.rows) or _checksum(self.rows[index]) != checksum:
-            raise ConfigError(
-                f"stages.{self.stage.name}.train_files: the checkpoint holds completions of row {index + 1}, which has "
-                "changed; put the files back, or start a new run"
-            )
+            what = f"the checkpoint holds completions of row {index + 1}, which has changed"
+            self.ctx.refuse([f"train_files: {what}; put the files back, or start a new run"])
         return Sample(**values | {"row": self.rows[index]})
 
     def _draw(self, counts: Mapping[str, int]) -> list[Group]:
-        first = self.prompts.num_drawn
+        first, n = self.prompts.num_drawn, self.stage.num_generations
         rows = self.prompts.draw(counts)
+        drawn = enumerate(zip(rows, self.sampler.encode(rows), strict=True), first)
         return [
-            [
-                Sample(row, first + i, prompt.ids, [], [], "length", "", prompt.prefilled)
-                for _ in range(self.stage.num_generations)
-            ]
-            for i, (row, prompt) in enumerate(zip(rows, self.sampler.encode(rows), strict=True))
+            [Sample(row, number, prompt.ids, [], [], "length", "", prompt.prefilled) for _ in range(n)]
+            for number, (row, prompt) in drawn
         ]
 
     def _start(self, groups: list[Group]) -> Callable[[], None]:
@@ -141,15 +136,12 @@ class Rollouts:
             numbered = [(i, sample) for group in groups for i, sample in enumerate(group)]
             asked = {sample.group * n + i: sample for i, sample in numbered if not self._is_finished(sample)}
             samples = list(asked.values())
+        rows = [sample.row for sample in asked.values()]
+        prompts = [Prompt(s.prompt_ids + s.completion_ids, s.prefilled) for s in asked.values()]
         call = self.sampler.call(
-            [sample.row for sample in asked.values()],
-            n=n if part is None else 1,
-            temperature=self.stage.temperature,
-            seed=self.ctx.seed,
-            sequence_ids=list(asked),
-            prompts=[Prompt(s.prompt_ids + s.completion_ids, s.prefilled) for s in asked.values()],
-            max_tokens=part,
-        )
+            rows, n=n if part is None else 1, temperature=self.stage.temperature, seed=self.ctx.seed,
+            sequence_ids=list(asked), prompts=prompts, max_tokens=part,
+        )  # fmt: skip
         wait = self.sampler.start(call)
 
         def finish() -> None:

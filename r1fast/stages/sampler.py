@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,8 +54,7 @@ class Sample:
         return name in self.failed_rewards
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingCall:
+class SamplingCall(NamedTuple):
     """What to sample: a prompt and an integer that stands for it in the noise for each row."""
 
     rows: Sequence[dict]
@@ -94,14 +93,10 @@ class Sampler:
         max_tokens: int | None = None,
     ) -> SamplingCall:
         """n samples of every row. Row i draws its noise from (seed, sequence_ids[i]), by default (seed, i)."""
-        return SamplingCall(
-            rows,
-            self.encode(rows) if prompts is None else prompts,
-            range(len(rows)) if sequence_ids is None else sequence_ids,
-            SamplingParams(
-                n=n, max_tokens=max_tokens or self.options.max_completion_length, temperature=temperature, seed=seed
-            ),
-        )
+        most = max_tokens or self.options.max_completion_length
+        params = SamplingParams(n=n, max_tokens=most, temperature=temperature, seed=seed)
+        prompts = self.encode(rows) if prompts is None else prompts
+        return SamplingCall(rows, prompts, range(len(rows)) if sequence_ids is None else sequence_ids, params)
 
     def generate(self, rows: Sequence[dict], **options: Any) -> list[Sample]:
         """The samples of `call` with these arguments, group-contiguous, on every rank."""
@@ -109,12 +104,13 @@ class Sampler:
 
     def start(self, call: SamplingCall) -> Callable[[], list[Sample]]:
         """A function that returns the samples; here it is what makes them, too."""
-        return lambda: self._generate(call)
 
-    def _generate(self, call: SamplingCall) -> list[Sample]:
-        with self.ctx.phase("generate"), generation_phase(self.model):
-            mine = self.run(call)
-        return self.gather(call, mine)
+        def finish() -> list[Sample]:
+            with self.ctx.phase("generate"), generation_phase(self.model):
+                mine = self.run(call)
+            return self.gather(call, mine)
+
+        return finish
 
     def run(self, call: SamplingCall) -> Share:
         """This rank's share of the prompts; no collective."""
@@ -133,30 +129,20 @@ class Sampler:
     def gather(self, call: SamplingCall, mine: Share) -> list[Sample]:
         merged: dict[int, list[Completion]] = {}
         shares = self.ctx.dist.all_gather_objects(mine)
-        for share in shares:
+        for share in sorted(shares, key=lambda share: not isinstance(share, int)):  # a signal before what failed
             if isinstance(share, int):
                 raise Stopped(share)
-        for share in shares:
             if isinstance(share, RolloutError):
                 raise GenerationFailed(f"stages.{self.ctx.stage.name}: {share}")
             if isinstance(share, FloatingPointError):
                 raise self.ctx.error(str(share))
             merged |= share
-        return [
-            Sample(
-                call.rows[i],
-                i,
-                prompt.ids,
-                completion.token_ids,
-                completion.logprobs,
-                completion.finish_reason,
-                completion.text,
-                prompt.prefilled,
-                routed_experts=completion.routed_experts,
-            )
-            for i, prompt in enumerate(call.prompts)
-            for completion in merged[i]
-        ]
+        samples = []
+        for i, (row, (ids, prefilled)) in enumerate(zip(call.rows, call.prompts, strict=True)):
+            for found in merged[i]:
+                made = (found.token_ids, found.logprobs, found.finish_reason, found.text)
+                samples.append(Sample(row, i, ids, *made, prefilled, routed_experts=found.routed_experts))
+        return samples
 
     def text_of(self, completion_ids: Sequence[int]) -> str:
         """The text that the engine would give these tokens, had it sampled them at once."""
