@@ -53,15 +53,10 @@ class Run:
     def __init__(self, recipe: Recipe, run_dir: Path, dist: Dist, stop: Stop | None = None) -> None:
         self.recipe, self.run_dir, self.dist, self.stop = recipe, run_dir, dist, stop or Stop()
         self.summary: dict[str, Any] = {
-            "recipe": recipe.name,
-            "started": now(),
-            "machine": machine(dist),
-            "seed": recipe.seed,
-            "seconds": 0.0,
-            "stages": [self._new_entry(stage) for stage in recipe.stages],
-            "changes": [],
+            "recipe": recipe.name, "started": now(), "machine": machine(dist), "seed": recipe.seed, "seconds": 0.0,
+            "stages": [self._new_entry(stage) for stage in recipe.stages], "changes": [],
             "settings": recipe.model_dump(mode="json"),
-        }
+        }  # fmt: skip
         self.evaluations: dict[str, dict] = {}
 
     def _new_entry(self, stage: StageBase) -> dict[str, Any]:
@@ -135,10 +130,9 @@ class Run:
         def write_entry() -> None:
             self.dist.on_main(lambda: self.write_entry(entry))
 
-        earlier: dict[str, Any] = {key: entry[key] for key in ("seconds", "phases") if key in entry}
         ctx = StageContext(
             self.recipe, stage, self.dist, self.run_dir, trackers, self.evaluations,
-            stop=self.stop, entry=entry, write_entry=write_entry, earlier=earlier,
+            stop=self.stop, entry=entry, write_entry=write_entry,
         )  # fmt: skip
         progress.start_stage(stage.name, stage.kind)
         entry |= {"status": "running", "model": (start_model(self.recipe, stage) or "").removeprefix("@")}
@@ -176,10 +170,5 @@ def point_latest(run_dir: Path) -> None:
 
 def machine(dist: Dist) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if dist.device.type == "cuda" else cpu_name()
-    return {
-        "device": device,
-        "processes": dist.world_size,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"device": device, "processes": dist.world_size, "threads": torch.get_num_threads(), **versions}

@@ -28,7 +28,7 @@ from r1fast.run_folder import holds_nothing
 from r1fast.schema import GRPOStage, Recipe
 from r1fast.schema_options import EvalOptions, SampleOptions, StageBase, reward_specs
 from r1fast.schema_types import RowKind
-from r1fast.stages.prompt_order import unrewarded_problems
+from r1fast.stages.rollouts import unrewarded_problems
 from r1fast.stages.scoring import pool_arguments
 
 

@@ -24,8 +24,8 @@ from r1fast.schema_types import RowKind
 from r1fast.stages import packed
 from r1fast.stages.collect import few_shot_problems
 from r1fast.stages.packed import of_rows, render_prompts
-from r1fast.stages.prompt_order import domain_problems, prompt_problems
 from r1fast.stages.reward_model import encode_units
+from r1fast.stages.rollouts import domain_problems, prompt_problems
 
 GOLD_TIMEOUT_S = 10.0  # for 64 of them
 MAX_GOLDS = 500  # different ones that are tried, formulas among them at some milliseconds each

@@ -13,11 +13,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from r1fast.artifacts import inputs_of, start_model
+from r1fast.artifacts import fingerprint, inputs_of, start_model
 from r1fast.config import ConfigError
 from r1fast.data.chat_templates import chat_template
 from r1fast.data.sources import load_rows
-from r1fast.fingerprints import fingerprint
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model, save_model
 from r1fast.observe.metrics import StageLog
@@ -49,9 +48,11 @@ class StageContext(Generic[S]):
     stop: Stop = field(default_factory=Stop)
     entry: dict[str, Any] = field(default_factory=dict)  # what summary.json says of this stage
     write_entry: Callable[[], None] = lambda: None
-    earlier: dict[str, Any] = field(default_factory=dict)  # `clock` when this process took the stage up
     stage_log: StageLog | None = None
     _in_phase: bool = False
+
+    def __post_init__(self) -> None:
+        self.earlier = dict(self.entry)  # `clock` when this process took the stage up
 
     @property
     def stage_dir(self) -> Path:

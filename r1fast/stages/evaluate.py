@@ -41,8 +41,7 @@ def evaluate_start(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: To
 def evaluate_end(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Tokenizer) -> dict[str, Any] | None:
     if not ctx.stage.eval_files:
         return None
-    result = evaluate(ctx, model, tokenizer)
-    ctx.evaluations[_key(ctx, f"@{ctx.stage.name}")] = result
+    ctx.evaluations[_key(ctx, f"@{ctx.stage.name}")] = result = evaluate(ctx, model, tokenizer)
     return result
 
 
@@ -109,8 +108,8 @@ def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
             result[name] = _mean(_scores(samples, name))
     result["failures"] = sum(sample.failed for sample in samples)
     if samples and "accuracy" in samples[0].rewards:
-        golds = sum(group[0].row.get("answer") is not None for group in groups)
-        result["unscorable"] = golds - sum(group[0].row.get("answer") is not None for group in scored)
+        golds = [sum(group[0].row.get("answer") is not None for group in part) for part in (groups, scored)]
+        result["unscorable"] = golds[0] - golds[1]
     return result | {"length": _mean([len(sample.completion_ids) for sample in samples])}
 
 

@@ -27,9 +27,8 @@ from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
 from r1fast.stages.measures import Max, Mean, Measures, merge, numbers
 from r1fast.stages.packed import Example, PackedBatch, permutation
-from r1fast.stages.prompt_order import prompt_problems, unrewarded_problems
 from r1fast.stages.reward_model import RewardModels
-from r1fast.stages.rollouts import Rollouts
+from r1fast.stages.rollouts import Rollouts, prompt_problems, unrewarded_problems
 from r1fast.stages.sampler import GenerationFailed, Sample, by_group
 from r1fast.stages.scoring import NothingScored, Scorer, punish_overlong, total_rewards
 from r1fast.stages.training import LossFn, Trainer, map_packed
@@ -281,15 +280,13 @@ def policy_loss(
             "ref_logprobs_T": values.get("ref"),
             "sampler_logprobs_T": values["sampler"],
         }
-        own: dict[str, Tensor] = {}
         if function is None:
             loss, metrics = linear_grpo_loss(*head, **given)
-        else:
-            mean = stage.loss_aggregation or "sample"
-            loss, metrics, own = linear_own_loss(function, *head, loss_aggregation=mean, **given)
-        return loss, policy_measures(metrics, batch, options) | {
-            name: Mean(values_X.double().sum(), len(values_X)) for name, values_X in own.items()
-        }
+            return loss, policy_measures(metrics, batch, options)
+        mean = stage.loss_aggregation or "sample"
+        loss, metrics, own = linear_own_loss(function, *head, loss_aggregation=mean, **given)
+        measured = {name: Mean(values_X.double().sum(), len(values_X)) for name, values_X in own.items()}
+        return loss, policy_measures(metrics, batch, options) | measured
 
     return loss_fn
 
@@ -341,14 +338,9 @@ def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
 def sample_rows(samples: list[Sample], stage: GRPOStage) -> list[dict[str, Any]]:
     """The first completions of evenly spread prompts, for samples/*.parquet."""
     stride = max(1, len(samples) // stage.log_completions)
-    return [
-        {
-            "prompt": sample.row["prompt"],
-            "completion": sample.text,
-            "finish_reason": sample.finish_reason,
-            **{name: None if np.isnan(value) else value for name, value in sample.rewards.items()},
-            "reward": sample.reward,
-            "advantage": sample.advantage,
-        }
-        for sample in samples[::stride][: stage.log_completions]
-    ]
+    rows = []
+    for sample in samples[::stride][: stage.log_completions]:
+        row = {"prompt": sample.row["prompt"], "completion": sample.text, "finish_reason": sample.finish_reason}
+        row |= {name: None if np.isnan(value) else value for name, value in sample.rewards.items()}
+        rows.append(row | {"reward": sample.reward, "advantage": sample.advantage})
+    return rows

@@ -84,7 +84,7 @@ def collate(examples: Sequence[Example], device: torch.device) -> PackedBatch:
     return PackedBatch(inputs_T, cu_seqlens, index_M, targets_M, loss_cu_seqlens, values, routed_TLK)
 
 
-@lru_cache
+@lru_cache(maxsize=32)  # an epoch of each domain, or of all rows
 def permutation(size: int, seed: str) -> tuple[int, ...]:
     """Numbers below size in an order that depends on the seed alone."""
     order = list(range(size))

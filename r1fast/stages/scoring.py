@@ -54,10 +54,8 @@ class Scorer(AbstractContextManager["Scorer"]):
         empty = [name for name in names if all(np.isnan(sample.rewards[name]) for sample in samples)]
         silent = [name for name in empty if not any(sample.has_failed(name) for sample in samples)]
         reasons = self.failures[:3] + [f"reward {name!r} gave None for every sample" for name in silent]
-        return NothingScored(
-            f"stages.{self.ctx.stage.name}: none of {len(samples)} samples could be scored: {'; '.join(reasons)}; "
-            "correct the reward, or the columns that it reads"
-        )
+        what = f"stages.{self.ctx.stage.name}: none of {len(samples)} samples could be scored: {'; '.join(reasons)}"
+        return NothingScored(f"{what}; correct the reward, or the columns that it reads")
 
     def _score(self, samples: Sequence[Sample]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[str]]:
         values = {name: np.full(len(samples), np.nan) for name in self.specs}
