@@ -36,8 +36,9 @@ def load_yaml(text: str) -> Any:
     try:
         return _Loader(text).load()
     except yaml.MarkedYAMLError as error:
-        what = " ".join(str(part) for part in (error.context, error.problem) if part)
-        raise ValueError(_at(error.problem_mark or error.context_mark) + " ".join(what.split())) from None
+        what, mark = f"{error.context or ''} {error.problem or ''}", error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise ValueError(where + " ".join(what.split())) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ValueError(f"line {line}: holds the character U+{int(error.character):04X}; drop it") from None
@@ -56,10 +57,6 @@ def check_text(text: str) -> str:
     if found:
         raise ValueError(f"{text[:60]!r} holds the character U+{ord(found[0]):04X}; expected text without it")
     return text
-
-
-def _at(mark: yaml.Mark | None) -> str:
-    return f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
 
 
 def _wrong(where: Any, problem: str) -> yaml.MarkedYAMLError:

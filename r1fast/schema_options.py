@@ -80,17 +80,13 @@ class VllmOptions(Strict):
             others, advice = ["gpu_memory_utilization", "max_model_length"], "is a setting of the server: start it so"
         for name in self.changed(others):
             yield f"{name} {advice}, or drop it"
-        if url is not None and not _is_url(url):
+        try:
+            parts = urlsplit(url or "http://localhost")
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a port that is no number
+            is_address = False
+        if url is not None and not (is_address and re.fullmatch("[!-~]+", url)):
             yield f"server_base_url is {url!r}; expected http://host:port"
-
-
-def _is_url(text: str) -> bool:
-    try:
-        url = urlsplit(text)
-        is_address = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        return is_address and re.fullmatch("[!-~]+", text) is not None
-    except ValueError:  # a port that is no number
-        return False
 
 
 class RolloutSection(Strict):
