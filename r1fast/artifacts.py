@@ -4,6 +4,7 @@ An artifact is what stages hand on: RUN/<stage>/model, a Hugging Face checkpoint
 names one as @stage, or something from outside the run.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -12,10 +13,12 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from r1fast.fingerprints import fingerprint, hub_commit
 from r1fast.schema import PretrainStage, Recipe
 from r1fast.schema_options import StageBase, reward_specs
 from r1fast.schema_types import Reads, RowKind
+
+WHOLE_BYTES = 64 << 20
+NUM_BLOCKS, BLOCK_BYTES = 64, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -75,22 +78,17 @@ def _named_in(options: BaseModel, stage: StageBase, prefix: str = "") -> Iterato
             for place, part in nested.items():
                 if isinstance(part, BaseModel):
                     yield from _named_in(part, stage, f"{place}.")
-        elif reads.kind == "code":
-            yield from _code_of(key, value)
+        elif reads.kind == "code":  # functions that are named as path/to/file.py:name: one, or those of rewards
+            specs = reward_specs(value) if isinstance(value, dict) else {}
+            functions = {f"{key}.{name}": str(spec.function) for name, spec in specs.items()} or {key: str(value)}
+            for place, function in functions.items():
+                file, separator, _ = function.rpartition(".py:")
+                if separator:
+                    yield Artifact(place, f"{file}.py", "code")
         elif value:
             rows = reads.rows(stage) if callable(reads.rows) else reads.rows
             for ref in value if isinstance(value, list) else [value]:
                 yield Artifact(key, ref, reads.kind, rows)
-
-
-def _code_of(key: str, value: str | dict[str, Any]) -> Iterator[Artifact]:
-    """The files of functions that are named as path/to/file.py:name, of one or of rewards."""
-    specs = {} if isinstance(value, str) else reward_specs(value)
-    named = {key: value} if isinstance(value, str) else {f"{key}.{name}": s.function for name, s in specs.items()}
-    for place, function in named.items():
-        file, separator, _ = str(function).rpartition(".py:")
-        if separator:
-            yield Artifact(place, f"{file}.py", "code")
 
 
 def _marker(types: tuple[Any, ...]) -> Reads | None:
@@ -105,3 +103,41 @@ def _marker(types: tuple[Any, ...]) -> Reads | None:
 def fingerprints(recipe: Recipe, stage: StageBase, run_dir: Path) -> dict[str, str]:
     """ "key: reference" -> fingerprint of all that a stage reads. Raises OSError."""
     return {f"{found.key}: {found.ref}": found.fingerprint(run_dir) for found in inputs_of(recipe, stage)}
+
+
+def fingerprint(path: Path) -> str:
+    """Of a file, or of all files in a folder with their names; "missing" where nothing is. Raises OSError.
+
+    A file of up to 64 MiB counts whole. Of a larger one count its size and 64 blocks of 1 MiB, evenly spread from the
+    first to the last: a file that was exchanged, cut short or trained on shows, single bits between the blocks need
+    not. Times of change count for nothing: a copy is the same file.
+    """
+    if not path.exists():
+        return "missing"
+    if not path.is_dir():
+        return _of_file(path)
+    total = hashlib.blake2b(digest_size=16)
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            total.update(f"{file.relative_to(path)}\0{_of_file(file)}\0".encode(errors="surrogateescape"))
+    return total.hexdigest()
+
+
+def _of_file(path: Path) -> str:
+    size = path.stat().st_size
+    total = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as file:
+        if size <= WHOLE_BYTES:
+            total.update(file.read())
+        for block in range(NUM_BLOCKS) if size > WHOLE_BYTES else ():
+            file.seek((size - BLOCK_BYTES) * block // (NUM_BLOCKS - 1))
+            total.update(file.read(BLOCK_BYTES))
+    return total.hexdigest()
+
+
+def hub_commit(repo_id: str, kind: str) -> str:
+    """The commit of a Hub repository ("model" or "dataset") that the local cache holds, or "unknown"."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    ref = Path(HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "refs" / "main"
+    return ref.read_text().strip() if ref.is_file() else "unknown"

@@ -6,6 +6,7 @@ and an override addresses a stage by its name: `stages.zero.max_steps=20`. Names
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -98,7 +99,10 @@ def _read(config: str, seen: tuple[str, ...] = (), done: dict[str, dict[str, Any
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(raw).__name__}")
     raw = {key: value for key, value in raw.items() if not key.startswith("x-")}  # a place for YAML anchors
-    _check_names(raw, path)
+    stages = raw["stages"] if isinstance(raw.get("stages"), list) else []
+    for name, count in Counter(map(_name_of, stages)).items():  # before a merge by name would drop one of two
+        if name is not None and count > 1:
+            raise ConfigError(f"{path}: stages: two stages are named {shown(repr(name))}; names must differ")
     parents = raw.pop("defaults", None)
     parents = [] if parents is None else [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
@@ -114,11 +118,9 @@ def _read(config: str, seen: tuple[str, ...] = (), done: dict[str, dict[str, Any
 def _read_text(path: Path, config: str) -> str:
     """The text of a recipe file; only regular files of a sane size are read."""
     try:
-        is_file = stat.S_ISREG(path.stat().st_mode)
-        content = b""
-        if is_file:
-            with path.open("rb") as file:
-                content = file.read(MAX_BYTES + 1)
+        status = path.stat()
+        is_file, is_large = stat.S_ISREG(status.st_mode), status.st_size > MAX_BYTES
+        content = path.read_bytes() if is_file and not is_large else b""
     except (FileNotFoundError, NotADirectoryError):
         names = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
         raise ConfigError(
@@ -129,7 +131,7 @@ def _read_text(path: Path, config: str) -> str:
         raise ConfigError(f"recipe {shown(config, 300)!r}: cannot be read ({why})") from None
     if not is_file:
         raise ConfigError(f"{path}: is a folder, a device or a pipe; expected a YAML file")
-    if len(content) > MAX_BYTES:
+    if is_large:
         raise ConfigError(f"{path}: is larger than {MAX_BYTES} bytes; expected a recipe")
     try:
         return content.decode("utf-8-sig")
@@ -143,38 +145,18 @@ def _near(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _check_names(raw: dict[str, Any], path: Path) -> None:
-    """Names within one file, before a merge by name would drop one of two."""
-    names: list[Any] = []
-    for stage in raw["stages"] if isinstance(raw.get("stages"), list) else []:
-        name = stage.get("name") if isinstance(stage, dict) else None
-        if name is not None and name in names:
-            raise ConfigError(f"{path}: stages: two stages are named {shown(repr(name))}; names must differ")
-        names.append(name)
-
-
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[Any, Any], top: dict[Any, Any]) -> dict[Any, Any]:
     out = dict(base)
     for key, value in top.items():
-        if isinstance(value, dict) and isinstance(out.get(key), dict):
-            out[key] = _merge(out[key], value)
-        elif key == "stages" and isinstance(out.get(key), list) and isinstance(value, list):
-            out[key] = _merge_stages(out[key], value)
+        old = out.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            out[key] = _merge(old, value)
+        elif key == "stages" and isinstance(value, list) and isinstance(old, list):
+            by_name = ({_name_of(stage) or id(stage): stage for stage in side} for side in (old, value))
+            out[key] = list(_merge(*by_name).values())
         else:
             out[key] = value
     return out
-
-
-def _merge_stages(base: list[Any], top: list[Any]) -> list[Any]:
-    merged = list(base)
-    places = {name: i for i, stage in enumerate(base) if (name := _name_of(stage)) is not None}
-    for stage in top:
-        place = places.get(_name_of(stage) or "")
-        if place is None:
-            merged.append(stage)
-        else:
-            merged[place] = _merge(merged[place], stage)
-    return merged
 
 
 def _name_of(stage: Any) -> str | None:

@@ -40,8 +40,8 @@ def _version(package: str) -> str | None:
 
 def machine() -> list[tuple[str, str]]:
     """Processor, threads, accelerator, distributed backends, and the C++ extension."""
-    backends = {"gloo": torch.distributed.is_gloo_available, "nccl": torch.distributed.is_nccl_available}
-    found = [name for name, available in backends.items() if torch.distributed.is_available() and available()]
+    is_available = getattr(torch.distributed, "is_backend_available", lambda _: False)  # of a build without: none
+    found = [name for name in ("gloo", "nccl") if is_available(name)]
     return [
         ("system", f"{platform.system()} {platform.machine()}"),
         ("cpu", f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"),
@@ -63,7 +63,7 @@ def _gpus() -> str:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         return f"none seen (torch is built for {built})" if built else "none (torch is a CPU build)"
-    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return "\n".join(
         f"{index}: {device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"
         for index, device in enumerate(devices)
@@ -85,19 +85,14 @@ def op_choices() -> list[tuple[str, str, str, str]]:
     from r1fast_kernels import dispatch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    failures = {op: failure for op, call in tiny_calls(device).items() if (failure := _failure(call))}
-    chosen = {op: (impl, reason) for (op, impl), reason in dispatch.choices.items()}
-    chosen |= {op: ("fails", failure) for op, failure in failures.items()}
+    chosen: dict[str, tuple[str, str]] = {}
+    for op, call in tiny_calls(device).items():
+        try:
+            call()
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # what the doctor is asked to find
+            chosen[op] = "fails", f"{type(error).__name__}: {error}"
+    chosen = {op: (impl, reason) for (op, impl), reason in dispatch.choices.items()} | chosen
     return [(op, ", ".join(exists), *chosen[op]) for op, exists in dispatch.IMPLEMENTATIONS.items()]
-
-
-def _failure(call: Callable[[], Any]) -> str | None:
-    """Run one op; a kernel that cannot run here is what the doctor is asked to find."""
-    try:
-        call()
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
@@ -151,9 +146,8 @@ def decode_once(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _table(title: str, rows: Sequence[tuple[str, ...]], headings: tuple[str, ...] = ()) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_header=bool(headings)
-    )
+    style: Any = {"box": box.SIMPLE_HEAD, "title_justify": "left", "title_style": "bold"}
+    table = Table(title=title, show_header=bool(headings), **style)
     for i, heading in enumerate(headings or ("", "")):
         table.add_column(heading, style="cyan" if i == 0 else "", no_wrap=i == 0)
     for row in rows:

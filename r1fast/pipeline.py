@@ -36,23 +36,15 @@ def check_references(recipe: Recipe, selected: list[str], run_dir: Path) -> None
             if name not in earlier:
                 raise ConfigError(f"{where} names no earlier stage; earlier stages: {', '.join(earlier) or 'none'}")
             if found.kind not in earlier[name].makes:
-                made = " and ".join(earlier[name].makes) or "nothing"
-                raise ConfigError(
-                    f"{where} makes {made} (kind {earlier[name].kind}), expected a stage that makes {found.kind}"
-                )
+                made = f"{' and '.join(earlier[name].makes) or 'nothing'} (kind {earlier[name].kind})"
+                raise ConfigError(f"{where} makes {made}, expected a stage that makes {found.kind}")
             path = Path(found.place(run_dir))
             if stage.name in selected and name not in selected and not path.exists():
-                raise ConfigError(
-                    f"{where}: {path} does not exist, and {name} is not among the stages to run; put it back, "
-                    "or run that stage first"
-                )
+                problem = f"{path} does not exist, and {name} is not among the stages to run"
+                raise ConfigError(f"{where}: {problem}; put it back, or run that stage first")
         if stage.kind != "pretrain" and start_model(recipe, stage) is None:
             raise ConfigError(f"stages.{stage.name}.model: missing, and the recipe has no model.path; name one")
         earlier[stage.name] = stage
-
-
-def stages_read(recipe: Recipe, stage: StageBase) -> list[str]:
-    return list(dict.fromkeys(found.stage for found in inputs_of(recipe, stage) if found.stage is not None))
 
 
 class Run:
@@ -61,19 +53,15 @@ class Run:
     def __init__(self, recipe: Recipe, run_dir: Path, dist: Dist, stop: Stop | None = None) -> None:
         self.recipe, self.run_dir, self.dist, self.stop = recipe, run_dir, dist, stop or Stop()
         self.summary: dict[str, Any] = {
-            "recipe": recipe.name,
-            "started": now(),
-            "machine": machine(dist),
-            "seed": recipe.seed,
-            "seconds": 0.0,
-            "stages": [
-                {"name": stage.name, "kind": stage.kind, "status": "pending", "inputs": stages_read(recipe, stage)}
-                for stage in recipe.stages
-            ],
-            "changes": [],
+            "recipe": recipe.name, "started": now(), "machine": machine(dist), "seed": recipe.seed, "seconds": 0.0,
+            "stages": [self._new_entry(stage) for stage in recipe.stages], "changes": [],
             "settings": recipe.model_dump(mode="json"),
-        }
+        }  # fmt: skip
         self.evaluations: dict[str, dict] = {}
+
+    def _new_entry(self, stage: StageBase) -> dict[str, Any]:
+        read = [found.stage for found in inputs_of(self.recipe, stage) if found.stage is not None]
+        return {"name": stage.name, "kind": stage.kind, "status": "pending", "inputs": list(dict.fromkeys(read))}
 
     def start(self) -> None:
         """Make the folder, or take up the one there is: files that say the same are left alone."""
@@ -97,10 +85,7 @@ class Run:
         for entry in self.summary["stages"]:
             found = by_name.get(entry["name"], {})
             entry |= found if found.get("status") == "done" else {**found, "inputs": entry["inputs"]}
-        self.summary["changes"] = [
-            *self.summary["changes"],
-            *({"time": now(), **change.record()} for change in changes),
-        ]
+        self.summary["changes"] += [{"time": now(), **change.record()} for change in changes]
         self.evaluations = saved.get("evaluations", {})
 
     def entry(self, name: str) -> dict[str, Any]:
@@ -122,12 +107,9 @@ class Run:
     def execute(self, selected: list[str]) -> None:
         """Run the selected stages that are not done, in the recipe's order."""
         trackers = open_trackers(
-            self.recipe.report_to,
-            run_dir=self.run_dir,
-            run_name=self.recipe.name,
-            config=self.recipe.model_dump(mode="json"),
-            is_main=self.dist.is_main,
-        )
+            self.recipe.report_to, run_dir=self.run_dir, run_name=self.recipe.name,
+            config=self.recipe.model_dump(mode="json"), is_main=self.dist.is_main,
+        )  # fmt: skip
         names = [stage.name for stage in self.recipe.stages if stage.name in selected]
         with ChainProgress(names, title=self.recipe.name, is_main=self.dist.is_main) as progress:
             for stage in self.recipe.stages:
@@ -148,10 +130,9 @@ class Run:
         def write_entry() -> None:
             self.dist.on_main(lambda: self.write_entry(entry))
 
-        earlier: dict[str, Any] = {key: entry[key] for key in ("seconds", "phases") if key in entry}
         ctx = StageContext(
             self.recipe, stage, self.dist, self.run_dir, trackers, self.evaluations,
-            stop=self.stop, entry=entry, write_entry=write_entry, earlier=earlier,
+            stop=self.stop, entry=entry, write_entry=write_entry,
         )  # fmt: skip
         progress.start_stage(stage.name, stage.kind)
         entry |= {"status": "running", "model": (start_model(self.recipe, stage) or "").removeprefix("@")}
@@ -189,10 +170,5 @@ def point_latest(run_dir: Path) -> None:
 
 def machine(dist: Dist) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if dist.device.type == "cuda" else cpu_name()
-    return {
-        "device": device,
-        "processes": dist.world_size,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"device": device, "processes": dist.world_size, "threads": torch.get_num_threads(), **versions}

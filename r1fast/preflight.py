@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from r1fast.artifacts import inputs_of
 from r1fast.config import ConfigError, shown
 from r1fast.data.sources import load_rows
 from r1fast.policy_loss import loss_problems
-from r1fast.preflight_models import forget, model_problems
+from r1fast.preflight_models import checkpoint_of, model_problems, tokenizer_of
 from r1fast.preflight_rows import reward_problems, row_problems, text_problems
 from r1fast.recipe_yaml import check_text
 from r1fast.rewards.pool import RewardPool
@@ -27,7 +28,7 @@ from r1fast.run_folder import holds_nothing
 from r1fast.schema import GRPOStage, Recipe
 from r1fast.schema_options import EvalOptions, SampleOptions, StageBase, reward_specs
 from r1fast.schema_types import RowKind
-from r1fast.stages.prompt_order import unrewarded_problems
+from r1fast.stages.rollouts import unrewarded_problems
 from r1fast.stages.scoring import pool_arguments
 
 
@@ -55,11 +56,10 @@ def _output_problems(run_dir: Path, resume: bool, stages: Sequence[str]) -> Iter
         fits, kind = (path.is_dir(), "folder") if path in folders else (path.is_file(), "file")
         if not fits and os.path.lexists(path):
             yield f"{run_dir}: {path} is no {kind}; move it away"
-    if run_dir.exists() and not resume:
-        if not run_dir.is_dir():
-            yield f"{run_dir}: is a file, expected a folder"
-        elif not holds_nothing(run_dir):
-            yield f"{run_dir}: holds files already; choose another, or continue that run with --resume"
+    if run_dir.exists() and not run_dir.is_dir() and not resume:
+        yield f"{run_dir}: is a file, expected a folder"
+    elif run_dir.exists() and not resume and not holds_nothing(run_dir):
+        yield f"{run_dir}: holds files already; choose another, or continue that run with --resume"
     parent = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=parent):
@@ -87,23 +87,20 @@ def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> list[str
                 raise ConfigError(f"stages.{stage.name}.{' '.join(problem.splitlines())}")
             notes += [f"stages.{stage.name}.{' '.join(note.splitlines())}" for note in found]
     finally:
-        _rows.cache_clear()
-        forget()
+        for cached in (_rows, checkpoint_of, tokenizer_of):
+            cached.cache_clear()
     return notes
 
 
 def _problems(recipe: Recipe, stage: StageBase, notes: list[str]) -> Iterator[str]:
     """What is wrong, the first thing first; a caller that goes on after one may see what follows from it."""
     yield from model_problems(recipe, stage)
-    sources: dict[tuple[str, RowKind], list[str | None]] = {}
-    for found in inputs_of(recipe, stage):
-        if found.rows is not None:
-            sources.setdefault((found.key, found.rows), []).append(found.ref if found.stage is None else None)
     rows_of: dict[str, Sequence[dict]] = {}  # not of files that earlier stages write
-    for (key, kind), refs in sources.items():
-        outside = tuple(ref for ref in refs if ref is not None)
+    data = [found for found in inputs_of(recipe, stage) if found.rows is not None]
+    for (key, kind), named in groupby(data, lambda found: (found.key, found.rows)):
+        refs = [found.ref if found.stage is None else None for found in named]
         try:
-            rows = _rows(outside, kind)
+            rows = _rows(tuple(ref for ref in refs if ref is not None), kind)
         except (ValueError, OSError) as error:  # a name that no file system takes, a folder that may not be read
             yield f"{key}: {error}"
             continue
@@ -112,11 +109,9 @@ def _problems(recipe: Recipe, stage: StageBase, notes: list[str]) -> Iterator[st
         yield from text_problems(recipe, stage, key, kind, rows)
     yield from row_problems(recipe, stage, rows_of, notes)
     if isinstance(stage, GRPOStage) and stage.is_own_loss:
-        yield from loss_problems(stage.loss_name)
+        yield from loss_problems(stage.loss_type)
     rewards: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    if isinstance(stage, GRPOStage):
-        rewards["rewards"] = "train_files", stage.rewards
-    if isinstance(stage, SampleOptions) and stage.changed(["rewards"]):
+    if isinstance(stage, GRPOStage) or (isinstance(stage, SampleOptions) and stage.changed(["rewards"])):
         rewards["rewards"] = "train_files", stage.rewards
     if isinstance(stage, EvalOptions) and stage.eval_files:
         rewards["eval_rewards"] = "eval_files", stage.eval_rewards

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from r1fast.artifacts import Artifact, inputs_of, start_model
+from r1fast.artifacts import inputs_of, start_model
 from r1fast.models import weights
 from r1fast.models.checks import router_problems
 from r1fast.models.decoder import DecoderLayer
@@ -27,11 +27,6 @@ def checkpoint_of(ref: str) -> tuple[ModelConfig, bool]:
 @cache
 def tokenizer_of(ref: str) -> PreTrainedTokenizerBase | None:
     return weights.load_tokenizer(ref)
-
-
-def forget() -> None:
-    checkpoint_of.cache_clear()
-    tokenizer_of.cache_clear()
 
 
 def origin(recipe: Recipe, stage: StageBase, *, of_tokenizer: bool = False) -> PretrainStage | str:
@@ -61,8 +56,17 @@ def architecture_of(recipe: Recipe, stage: StageBase) -> ModelConfig | None:
 
 def model_problems(recipe: Recipe, stage: StageBase) -> Iterator[str]:
     for found in inputs_of(recipe, stage):
-        if found.stage is None and found.kind in ("model", "reward model") and found.key != "tokenizer":
-            yield from _checkpoint_problems(found, stage)
+        if found.stage is not None or found.kind not in ("model", "reward model") or found.key == "tokenizer":
+            continue
+        try:
+            _, is_reward_model = checkpoint_of(found.ref)
+        except (ValueError, OSError) as error:
+            yield f"{found.key}: {error}"
+            continue
+        yield from _tokenizer_problems(found.key, found.ref)
+        if is_reward_model != (found.kind == "reward model") and stage.kind != "reward_model":
+            kinds = ("a language model", "a reward model (a `score` head)")
+            yield f"{found.key}: {found.ref} is {kinds[is_reward_model]}, expected {kinds[not is_reward_model]}"
     if isinstance(stage, PretrainStage):
         source = origin(recipe, stage, of_tokenizer=True)
         if isinstance(source, str) and (problems := list(_tokenizer_problems("tokenizer", source))):
@@ -72,18 +76,6 @@ def model_problems(recipe: Recipe, stage: StageBase) -> Iterator[str]:
         yield from _architecture_problems(stage, num_tokens)
     if (config := architecture_of(recipe, stage)) is not None:  # through @stages too
         yield from router_problems(stage, config)
-
-
-def _checkpoint_problems(found: Artifact, stage: StageBase) -> Iterator[str]:
-    try:
-        _, is_reward_model = checkpoint_of(found.ref)
-    except (ValueError, OSError) as error:
-        yield f"{found.key}: {error}"
-        return
-    yield from _tokenizer_problems(found.key, found.ref)
-    if is_reward_model != (found.kind == "reward model") and stage.kind != "reward_model":
-        kinds = ("a language model", "a reward model (a `score` head)")
-        yield f"{found.key}: {found.ref} is {kinds[is_reward_model]}, expected {kinds[not is_reward_model]}"
 
 
 def _tokenizer_problems(key: str, ref: str) -> Iterator[str]:
@@ -114,10 +106,8 @@ def _architecture_problems(stage: PretrainStage, num_tokens: int) -> Iterator[st
         return
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:  # every rank initializes the whole model before it is sharded
-        yield (
-            f"architecture: has {needed // 4:.3g} parameters, {needed / 2**30:.3g} GiB in float32, more than the "
-            f"{memory / 2**30:.3g} GiB of this machine"
-        )
+        size, room = f"{needed / 2**30:.3g} GiB in float32", f"{memory / 2**30:.3g} GiB of this machine"
+        yield f"architecture: has {needed // 4:.3g} parameters, {size}, more than the {room}"
 
 
 def num_parameters(config: ModelConfig) -> int:

@@ -23,17 +23,14 @@ from r1fast.schema_options import StageBase
 from r1fast.schema_types import RowKind
 from r1fast.stages import packed
 from r1fast.stages.collect import few_shot_problems
-from r1fast.stages.packed import Example, Tokenizer, of_rows, render_prompts
-from r1fast.stages.prompt_order import domain_problems, prompt_problems
+from r1fast.stages.packed import of_rows, render_prompts
 from r1fast.stages.reward_model import encode_units
+from r1fast.stages.rollouts import domain_problems, prompt_problems
 
 GOLD_TIMEOUT_S = 10.0  # for 64 of them
 MAX_GOLDS = 500  # different ones that are tried, formulas among them at some milliseconds each
 
 Rows = Sequence[dict]
-
-
-# Texts
 
 
 def text_problems(recipe: Recipe, stage: StageBase, key: str, kind: RowKind, rows: Rows) -> Iterator[str]:
@@ -81,14 +78,22 @@ def _encoding_problems(
     vocabulary = tokenizer.get_vocab()
     limit = stage.max_length if kind != "prompts" and isinstance(stage, options.FitOptions) else stage.max_prompt_length
     # Encoding a file of one line takes minutes. Normalisation may shorten a text, hence the factor.
-    _refuse_endless(rows, kind, 4 * limit * max(map(len, vocabulary)), limit)
+    most = 4 * limit * max(map(len, vocabulary))
+    for i, row in enumerate(rows):
+        if (size := max(sum(map(len, texts_of(value))) for value in _read(row, kind))) > most:
+            text = f"a text of {size} characters cannot be {limit} tokens or less"
+            raise ConfigError(f"{location(row, i)}: {text}; shorten the row")
     if kind == "prompts":
         prompts = [ids for ids, _ in packed.encode_row_prompts(rows, tokenizer, stage)]
         problems = packed.prompt_length_problems(prompts, rows, stage, model.max_position_embeddings)
         encoded = [[ids] for ids in prompts]
     else:
         assert isinstance(stage, options.FitOptions)
-        units = _units(stage, rows, tokenizer)
+        if isinstance(stage, schema.RewardModelStage):
+            units = encode_units(rows, tokenizer, stage)
+        else:
+            mask = not isinstance(stage, schema.PretrainStage) or stage.mask_prompt
+            units = [[example] for example in packed.encode_examples(rows, tokenizer, stage, mask_prompt=mask)]
         problems = packed.length_problems(units, rows, stage)
         encoded = [[ids for example in unit for ids in (example.prompt_ids, example.completion_ids)] for unit in units]
     yield from (f"{key}: {problem}" for problem in problems)
@@ -96,31 +101,10 @@ def _encoding_problems(
         return
     for i, lists in enumerate(encoded):
         if (largest := max(max(ids, default=0) for ids in lists)) >= model.vocab_size:
-            token = tokenizer.convert_ids_to_tokens(largest)
-            yield (
-                f"{key}: {location(rows[i], i)}: token {largest} ({token!r}) is beyond the {model.vocab_size} entries "
-                "of the model's vocabulary; use the tokenizer that it was trained with"
-            )
+            token = f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r})"
+            beyond = f"is beyond the {model.vocab_size} entries of the model's vocabulary"
+            yield f"{key}: {location(rows[i], i)}: {token} {beyond}; use the tokenizer that it was trained with"
             return
-
-
-def _units(stage: options.GenerateOptions, rows: Rows, tokenizer: Tokenizer) -> Sequence[Sequence[Example]]:
-    if isinstance(stage, schema.RewardModelStage):
-        return encode_units(rows, tokenizer, stage)
-    mask = not isinstance(stage, schema.PretrainStage) or stage.mask_prompt
-    return [[example] for example in packed.encode_examples(rows, tokenizer, stage, mask_prompt=mask)]
-
-
-def _refuse_endless(rows: Rows, kind: RowKind, most: int, limit: int) -> None:
-    for i, row in enumerate(rows):
-        size = max(sum(map(len, texts_of(value))) for value in _read(row, kind))
-        if size > most:
-            raise ConfigError(
-                f"{location(row, i)}: a text of {size} characters cannot be {limit} tokens or less; shorten the row"
-            )
-
-
-# What settings ask of columns
 
 
 def row_problems(recipe: Recipe, stage: StageBase, rows_of: Mapping[str, Rows], notes: list[str]) -> Iterator[str]:
@@ -155,10 +139,8 @@ def reward_problems(
         if spec.function == "accuracy":
             yield from _gold_problems(recipe, f"{key}.{name}", chosen, notes)
             if any(row.get("reasoning_gym") for row in chosen):
-                notes.append(
-                    f"{key}.{name}: rows of {files} are of reasoning_gym, whose tasks have verifiers of their own; "
-                    "use the reward reasoning_gym"
-                )
+                what = f"rows of {files} are of reasoning_gym, whose tasks have verifiers of their own"
+                notes.append(f"{key}.{name}: {what}; use the reward reasoning_gym")
 
 
 def _sampling_problems(recipe: Recipe, stage: options.SampleOptions, rows: Rows, notes: list[str]) -> Iterator[str]:
@@ -191,9 +173,6 @@ def _language_problems(key: str, rows: Rows) -> Iterator[str]:
         known.add(language)
 
 
-# Golds
-
-
 def _gold_problems(recipe: Recipe, key: str, rows: Rows, notes: list[str]) -> Iterator[str]:
     """A note on the rows whose gold the accuracy reward cannot read; a problem if there are no others."""
     golds = {_spelled(row.get("answer")): row.get("answer") for row in rows}
@@ -212,10 +191,8 @@ def _gold_problems(recipe: Recipe, key: str, rows: Rows, notes: list[str]) -> It
         yield f"{key}: accuracy can read the answer of no row, so it would score none; {first}"
         return
     among = "" if len(tried) == len(golds) else f" ({len(tried)} of {len(golds)} different answers were tried)"
-    notes.append(
-        f"{key}: accuracy cannot read the answer of {len(wrong)} of {len(rows)} rows{among} and will not score them; "
-        f"{first}"
-    )
+    rows_read = f"accuracy cannot read the answer of {len(wrong)} of {len(rows)} rows{among}"
+    notes.append(f"{key}: {rows_read} and will not score them; {first}")
 
 
 def _spelled(gold: Any) -> str:

@@ -7,6 +7,8 @@ memory. `<<` merges as in YAML 1.1.
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -32,11 +34,11 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 def load_yaml(text: str) -> Any:
     """What the text says, every alias a copy. Raises ValueError that begins with line and column."""
     try:
-        node = _Loader(text).get_single_node()
-        return None if node is None else _Builder().build(node)
+        return _Loader(text).load()
     except yaml.MarkedYAMLError as error:
-        what = " ".join(str(part) for part in (error.context, error.problem) if part)
-        raise ValueError(_at(error.problem_mark or error.context_mark) + " ".join(what.split())) from None
+        what, mark = f"{error.context or ''} {error.problem or ''}", error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise ValueError(where + " ".join(what.split())) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ValueError(f"line {line}: holds the character U+{int(error.character):04X}; drop it") from None
@@ -57,32 +59,77 @@ def check_text(text: str) -> str:
     return text
 
 
-def _at(mark: yaml.Mark | None) -> str:
-    return f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-
-
 def _wrong(where: Any, problem: str) -> yaml.MarkedYAMLError:
     """where: a node or an event."""
     return yaml.MarkedYAMLError(None, None, problem, where.start_mark)
 
 
 class _Loader(yaml.SafeLoader):
-    """Text -> nodes."""
+    """Text -> nodes -> values."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self.depth = self.count = 0
+        self.open: list[Any] = []  # from the root to the event that is read, or to the node that is built
+        self.count = 0
+
+    def load(self) -> Any:
+        node = self.get_single_node()
+        self.count = 0
+        return None if node is None else self.build(node)
+
+    @contextmanager
+    def entered(self, where: yaml.Node | yaml.Event) -> Iterator[None]:
+        self.open.append(where)
+        self.count += 1
+        if len(self.open) > MAX_DEPTH:
+            raise _wrong(where, f"nested deeper than {MAX_DEPTH} levels")
+        if self.count > MAX_NODES:
+            raise _wrong(where, f"more than {MAX_NODES} values, aliases expanded")
+        yield
+        self.open.pop()
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
             tag = event.tag.replace(_TAG, "!!")[:60]
             raise _wrong(event, f"got the tag {tag}; a recipe has none: write the value alone")
-        self.depth, self.count = self.depth + 1, self.count + 1
-        _check_size(event, self.depth, self.count)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+        with self.entered(event):
+            return super().compose_node(parent, index)
+
+    def build(self, node: yaml.Node) -> Any:
+        if node in self.open:
+            raise _wrong(node, "an anchor that contains itself")
+        with self.entered(node):
+            if isinstance(node, yaml.ScalarNode):
+                return _scalar(node)
+            if isinstance(node, yaml.SequenceNode):
+                return [self.build(item) for item in node.value]
+            assert isinstance(node, yaml.MappingNode)
+            return self.build_mapping(node)
+
+    def build_mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
+        lines: dict[str, int] = {}
+        merged: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = _key(key_node)
+            if key in lines:
+                raise _wrong(key_node, f"key {key[:60]!r} is given twice, first in line {lines[key]}; drop one")
+            lines[key] = key_node.start_mark.line + 1
+            if key == "<<" and key_node.style is None:
+                merged = self.build_merged(value_node)
+            else:
+                own[key] = self.build(value_node)
+        return merged | own
+
+    def build_merged(self, node: yaml.Node) -> dict[str, Any]:
+        """What `<<` brings: of a list the first mapping wins."""
+        merged: dict[str, Any] = {}
+        for part in reversed(node.value if isinstance(node, yaml.SequenceNode) else [node]):
+            if not isinstance(part, yaml.MappingNode):
+                raise _wrong(part, "<< expects an alias of a mapping, or a list of such")
+            merged |= self.build(part)
+        return merged
 
 
 class _Dumper(yaml.SafeDumper):
@@ -95,61 +142,6 @@ for _tag, _pattern in _RESOLVERS:
     _Loader.add_implicit_resolver(_tag, _pattern, None)
     # Text that either version would read as something else is quoted.
     _Dumper.add_implicit_resolver(_tag, _pattern, None)
-
-
-class _Builder:
-    """Nodes -> values."""
-
-    def __init__(self) -> None:
-        self.open: list[yaml.Node] = []  # from the root to the node being built
-        self.count = 0
-
-    def build(self, node: yaml.Node) -> Any:
-        if node in self.open:
-            raise _wrong(node, "an anchor that contains itself")
-        self.count += 1
-        _check_size(node, len(self.open) + 1, self.count)
-        self.open.append(node)
-        try:
-            if isinstance(node, yaml.ScalarNode):
-                return _scalar(node)
-            if isinstance(node, yaml.SequenceNode):
-                return [self.build(item) for item in node.value]
-            assert isinstance(node, yaml.MappingNode)
-            return self._mapping(node)
-        finally:
-            self.open.pop()
-
-    def _mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
-        lines: dict[str, int] = {}
-        merged: dict[str, Any] = {}
-        own: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = _key(key_node)
-            if key in lines:
-                raise _wrong(key_node, f"key {key[:60]!r} is given twice, first in line {lines[key]}; drop one")
-            lines[key] = key_node.start_mark.line + 1
-            if key == "<<" and key_node.style is None:
-                merged = self._merged(value_node)
-            else:
-                own[key] = self.build(value_node)
-        return merged | own
-
-    def _merged(self, node: yaml.Node) -> dict[str, Any]:
-        """What `<<` brings: of a list the first mapping wins."""
-        merged: dict[str, Any] = {}
-        for part in reversed(node.value if isinstance(node, yaml.SequenceNode) else [node]):
-            if not isinstance(part, yaml.MappingNode):
-                raise _wrong(part, "<< expects an alias of a mapping, or a list of such")
-            merged |= self.build(part)
-        return merged
-
-
-def _check_size(where: yaml.Node | yaml.Event, depth: int, count: int) -> None:
-    if depth > MAX_DEPTH:
-        raise _wrong(where, f"nested deeper than {MAX_DEPTH} levels")
-    if count > MAX_NODES:
-        raise _wrong(where, f"more than {MAX_NODES} values, aliases expanded")
 
 
 def _key(node: yaml.Node) -> str:

@@ -134,7 +134,7 @@ def read_run(run_dir: Path, config: str | None = None) -> Saved:
                 f"delete {CONFIG}; to give them anew, add --config FILE"
             ) from None
         if "settings" in summary:
-            recipe = apply_overrides(summary["settings"], [], SUMMARY)
+            recipe = validate(summary["settings"], SUMMARY)
         elif config is not None:
             recipe = load_recipe(config, [])
         else:
@@ -176,53 +176,41 @@ def _read_summary(run_dir: Path, notes: list[str]) -> dict[str, Any]:
     listed = ", ".join(f"{entry['name']} {entry['status']}" for entry in stages)
     notes.append(f"{run_dir}: {problem}; it is made again from the stages' own records: {listed}")
     newest = max(records, key=lambda record: len(record["evaluations"]))
-    return {
-        "started": min(record["started"] for record in records),
-        "machine": newest["machine"],
-        "stages": stages,
-        "changes": max((record["changes"] for record in records), key=len),
-        "evaluations": newest["evaluations"],
-    }
+    started = min(record["started"] for record in records)
+    changed = max((record["changes"] for record in records), key=len)
+    return newest | {"started": started, "stages": stages, "changes": changed}
 
 
 def changes(saved: Saved, recipe: Recipe) -> list[Change]:
     """What `recipe` changes of the run's; ConfigError naming every key that cannot be changed any more."""
-    old, new = _settings(saved), recipe.model_dump(mode="json")
-    old_stages, new_stages = ({stage["name"]: stage for stage in side.pop("stages")} for side in (old, new))
-    found = [change for key in old if key != "name" for change in _differences(key, old[key], new[key])]
-    refused = [f"{change} ({why})" for change in found if (why := _why_not_for_all(change.key, saved, recipe))]
-    for name in dict.fromkeys([*old_stages, *new_stages]):
-        entry = saved.entry(name)
-        for change in _differences(f"stages.{name}", old_stages.get(name), new_stages.get(name)):
-            if why := _why_not(change.key.removeprefix(f"stages.{name}").lstrip(".").split(".")[0], entry, saved):
-                refused.append(f"{change} ({why})")
-            found.append(change)
+    raw = saved.summary.get("settings") or saved.recipe.model_dump(mode="json")
+    # Of each stage what it began with, and the defaults of options that are newer.
+    stages = [saved.entry(stage["name"]).get("settings", stage) for stage in raw["stages"]]
+    began = validate({**raw, "stages": stages, "name": recipe.name}, str(saved.run_dir / SUMMARY))
+    old, new = (side.model_dump(mode="json") for side in (began, recipe))
+    for side in (old, new):
+        side["stages"] = {stage["name"]: stage for stage in side["stages"]}
+    found = list(_differences((), old, new))
+    refused = [f"{change} ({why})" for path, change in found if (why := _why_not(path, saved, recipe))]
     if refused:
         raise ConfigError(f"--resume cannot change {'; '.join(refused)}; leave it, or start a new run")
-    return found
+    return [change for _, change in found]
 
 
-def _settings(saved: Saved) -> dict[str, Any]:
-    """What the run has used, of each stage what it began with; with the defaults of options that are newer."""
-    raw = saved.summary.get("settings") or saved.recipe.model_dump(mode="json")
-    stages = [saved.entry(stage["name"]).get("settings", stage) for stage in raw["stages"]]
-    return validate({**raw, "stages": stages}, str(saved.run_dir / SUMMARY)).model_dump(mode="json")
-
-
-def _why_not_for_all(key: str, saved: Saved, recipe: Recipe) -> str:
+def _why_not(path: tuple[str, ...], saved: Saved, recipe: Recipe) -> str:
     """Settings outside `stages` hold from now on; the model that a stage began with cannot."""
-    for stage in recipe.stages if key == "model.path" else ():
+    for stage in recipe.stages if path == ("model", "path") else ():
         began = saved.is_done(stage.name) or _has_checkpoint(saved, stage.name)
         if began and stage.kind != "pretrain" and stage.model is None:
             return f"stage {stage.name} began with it"
-    return ""
-
-
-def _why_not(key: str, entry: dict[str, Any], saved: Saved) -> str:
-    name, has_sampled = entry["name"], entry.get("kind") == "distill" and "data.jsonl" in entry.get("files", {})
+    if path[0] != "stages":
+        return ""
+    name, key = path[1], path[2] if len(path) > 2 else None
+    entry = saved.entry(name)
+    has_sampled = entry.get("kind") == "distill" and "data.jsonl" in entry.get("files", {})
     if entry["status"] == "done":
         return f"stage {name} is finished"
-    if entry["status"] != "pending" and not key:
+    if entry["status"] != "pending" and key is None:
         return f"stage {name} has begun"
     if key in _IN_THE_CHECKPOINT and _has_checkpoint(saved, name):
         return f"the checkpoint of stage {name} holds it"
@@ -233,12 +221,12 @@ def _has_checkpoint(saved: Saved, name: str) -> bool:
     return any((saved.run_dir / name / "checkpoints").glob("step_*"))
 
 
-def _differences(key: str, old: Any, new: Any) -> Iterator[Change]:
+def _differences(path: tuple[str, ...], old: Any, new: Any) -> Iterator[tuple[tuple[str, ...], Change]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for part in dict.fromkeys([*old, *new]):
-            yield from _differences(f"{key}.{part}", old.get(part), new.get(part))
+            yield from _differences((*path, part), old.get(part), new.get(part))
     elif old != new:
-        yield Change(key, old, new)
+        yield path, Change(".".join(path), old, new)
 
 
 def changed_inputs(saved: Saved, recipe: Recipe, selected: list[str]) -> tuple[list[str], list[Change]]:
@@ -253,8 +241,10 @@ def changed_inputs(saved: Saved, recipe: Recipe, selected: list[str]) -> tuple[l
         if "fingerprints" not in entry and stage.name not in selected:
             continue
         before = dict(entry.get("fingerprints", {}))
-        if entry["status"] != "done":
-            before |= _as_written(saved, recipe, stage)
+        for read in inputs_of(recipe, stage) if entry["status"] != "done" else ():
+            if read.stage is not None and saved.is_done(read.stage):
+                written = saved.entry(read.stage).get("files", {})
+                before |= {f"{read.key}: {read.ref}": written[read.file]} if read.file in written else {}
         after = fingerprints(recipe, stage, saved.run_dir) if before else {}
         for key in before:
             if key in after and not _same(before[key], after[key]):
@@ -269,13 +259,3 @@ def changed_inputs(saved: Saved, recipe: Recipe, selected: list[str]) -> tuple[l
 def _same(before: str, after: str) -> bool:
     both_hub = before.startswith("Hub") and after.startswith("Hub")
     return before == after or (both_hub and "Hub, commit unknown" in (before, after))
-
-
-def _as_written(saved: Saved, recipe: Recipe, stage: Any) -> dict[str, str]:
-    written = {}
-    for found in inputs_of(recipe, stage):
-        if found.stage is not None:
-            noted = saved.entry(found.stage).get("files", {}).get(found.file)
-            if noted is not None and saved.is_done(found.stage):
-                written[f"{found.key}: {found.ref}"] = noted
-    return written

@@ -147,9 +147,8 @@ def locked(run_dir: Path) -> Iterator[None]:
     try:
         file = _lock(path)
     except BlockingIOError as error:
-        raise ConfigError(
-            f"--output-dir {run_dir}: {error.strerror} is at work in it; wait for that run, stop it, or choose another"
-        ) from None
+        problem = f"{error.strerror} is at work in it; wait for that run, stop it, or choose another"
+        raise ConfigError(f"--output-dir {run_dir}: {problem}") from None
     except OSError as error:
         raise ConfigError(f"--output-dir {run_dir}: cannot be locked for writing ({error.strerror})") from None
     with file:

@@ -4,55 +4,16 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)  # fmt: skip
+from pydantic import Field, field_validator, model_validator
 
-from r1fast.schema_options import (
-    EpochOptions,
-    EvalOptions,
-    FitOptions,
-    GenerateOptions,
-    KernelsSection,
-    LossOptions,
-    ModelSection,
-    PromptTemplate,
-    ResponseFormatName,
-    RewardModelSpec,
-    Rewards,
-    RewardWorkers,
-    RolloutSection,
-    SampleOptions,
-    Schedule,
-    ScoredPart,
-    StageBase,
-    Strict,
-    TrainerSection,
-    TrainOptions,
-    WeightedSpec,
-    reward_specs,
-)
-from r1fast.schema_types import (
-    AboveZero,
-    Count,
-    Files,
-    FolderName,
-    LearningRate,
-    Made,
-    ModelRef,
-    NonNegative,
-    Plain,
-    Positive,
-    Prompts,
-    Reads,
-    Ref,
-    RewardName,
-    RowKind,
-    Seed,
-    SFTRows,
-    Share,
+from r1fast.schema_options import (  # isort: skip
+    EpochOptions, EvalOptions, FitOptions, GenerateOptions, KernelsSection, LossOptions, ModelSection, PromptTemplate,
+    ResponseFormatName, RewardModelSpec, Rewards, RewardWorkers, RolloutSection, SampleOptions, Schedule, ScoredPart,
+    StageBase, Strict, TrainerSection, TrainOptions, WeightedSpec, reward_specs,
+)  # fmt: skip
+from r1fast.schema_types import (  # isort: skip
+    AboveZero, Count, Files, FolderName, LearningRate, Made, ModelRef, NonNegative, Plain, Positive, Prompts, Reads,
+    Ref, RewardName, RowKind, Seed, SFTRows, Share,
 )  # fmt: skip
 
 
@@ -143,10 +104,9 @@ class GRPOStage(LossOptions, TrainOptions, EvalOptions):
     def _samples_from_the_policy(cls, raw: Any) -> Any:
         for name in ("top_p", "top_k", "min_p", "min_tokens", "repetition_penalty"):
             if isinstance(raw, dict) and name in raw:
-                raise ValueError(
-                    f"{name} = {raw[name]!r} does not apply: what is trained on is sampled from the policy's whole "
-                    "distribution, because any other would bias the importance ratio; drop it"
-                )
+                why = "what is trained on is sampled from the policy's whole distribution"
+                bias = "because any other would bias the importance ratio; drop it"
+                raise ValueError(f"{name} = {raw[name]!r} does not apply: {why}, {bias}")
         return raw
 
     def problems(self) -> Iterator[str]:
@@ -156,11 +116,9 @@ class GRPOStage(LossOptions, TrainOptions, EvalOptions):
         num_samples = self.prompts_per_step * self.num_generations
         if num_samples >= 2**31:
             yield f"prompts_per_step * num_generations = {num_samples}; expected less than {2**31}"
-        if num_samples % self.steps_per_generation:
-            yield (
-                f"prompts_per_step * num_generations = {num_samples} is not a "
-                f"multiple of steps_per_generation = {self.steps_per_generation}"
-            )
+        if num_samples % (parts := self.steps_per_generation):
+            divisor = f"steps_per_generation = {parts}"
+            yield f"prompts_per_step * num_generations = {num_samples} is not a multiple of {divisor}"
         if self.log_completions == 0 and self.changed(["log_completions_steps"]):
             yield "log_completions_steps does not apply: log_completions is 0; drop it"
         if self.ref_model_sync_steps and self.loss.beta == 0:
@@ -184,26 +142,19 @@ class GRPOStage(LossOptions, TrainOptions, EvalOptions):
             yield "overlong_penalty needs overlong_buffer_length: without it nothing is punished"
 
     def _length_problems(self) -> Iterator[str]:
-        longest, part = self.max_completion_length, self.partial_rollout_length
-        if self.max_prompt_length + longest >= self.max_tokens_per_microbatch:
-            yield (
-                f"max_prompt_length + max_completion_length = {self.max_prompt_length + longest} does not fit into "
-                f"max_tokens_per_microbatch = {self.max_tokens_per_microbatch}; raise the latter"
-            )
+        longest, part, buffer = self.max_completion_length, self.partial_rollout_length, self.overlong_buffer_length
+        if (whole := self.max_prompt_length + longest) >= (room := self.max_tokens_per_microbatch):
+            into = f"max_tokens_per_microbatch = {room}; raise the latter"
+            yield f"max_prompt_length + max_completion_length = {whole} does not fit into {into}"
         if part is not None and (part >= longest or longest % part):
-            yield (
-                f"partial_rollout_length = {part} does not cut max_completion_length = {longest} into equal parts; "
-                "choose a divisor"
-            )
+            what = f"partial_rollout_length = {part} does not cut max_completion_length = {longest}"
+            yield f"{what} into equal parts; choose a divisor"
         if part is not None and self.steps_per_generation > self.num_generations:
-            yield (
-                f"steps_per_generation = {self.steps_per_generation} is more than num_generations = "
-                f"{self.num_generations}: with partial_rollout_length a step may have no more samples than one group"
-            )
-        if self.overlong_buffer_length is not None and self.overlong_buffer_length > longest:
-            yield (
-                f"overlong_buffer_length = {self.overlong_buffer_length} is more than max_completion_length = {longest}"
-            )
+            most = f"num_generations = {self.num_generations}"
+            what = f"steps_per_generation = {self.steps_per_generation} is more than {most}"
+            yield f"{what}: with partial_rollout_length a step may have no more samples than one group"
+        if buffer is not None and buffer > longest:
+            yield f"overlong_buffer_length = {buffer} is more than max_completion_length = {longest}"
 
 
 class FewShotOptions(Strict):
@@ -293,12 +244,14 @@ class DistillStage(SFTStage, SampleOptions):
         yield from super().problems()
         for name in self.changed(SampleOptions.__annotations__) if self.teacher is None else ():
             yield f"{name} applies to a teacher's samples: name a teacher, or drop it"
-        longest, room = self.max_prompt_length + self.max_completion_length, self.max_length
-        if self.teacher is not None and longest > min(room, self.max_tokens_per_microbatch):
-            yield (
-                f"max_prompt_length + max_completion_length = {longest} does not fit into max_length = {room} and "
-                f"max_tokens_per_microbatch = {self.max_tokens_per_microbatch}: a sample might not be learned from"
-            )
+        longest, rooms = (
+            self.max_prompt_length + self.max_completion_length,
+            ("max_length", "max_tokens_per_microbatch"),
+        )
+        if self.teacher is not None and longest > min(getattr(self, room) for room in rooms):
+            into = " and ".join(f"{room} = {getattr(self, room)}" for room in rooms)
+            what = f"max_prompt_length + max_completion_length = {longest} does not fit into {into}"
+            yield f"{what}: a sample might not be learned from"
 
 
 class EvaluateStage(EvalOptions):

@@ -9,39 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    create_model,
-    model_validator,
-)  # fmt: skip
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, create_model, model_validator
 
 from r1fast import loss_fields
-from r1fast.schema_types import (
-    AboveZero,
-    Bytes,
-    Count,
-    LearningRate,
-    Made,
-    ModelRef,
-    NonNegative,
-    Plain,
-    Positive,
-    Prompts,
-    Reads,
-    Ref,
-    RewardModelRef,
-    RewardName,
-    Seconds,
-    Seed,
-    Share,
-    StageName,
-    Temperature,
-    Weight,
+
+from r1fast.schema_types import (  # isort: skip
+    AboveZero, Bytes, Count, LearningRate, Made, ModelRef, NonNegative, Plain, Positive, Prompts, Reads, Ref,
+    RewardModelRef, RewardName, Seconds, Seed, Share, StageName, Temperature, Weight,
 )  # fmt: skip
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -106,17 +80,13 @@ class VllmOptions(Strict):
             others, advice = ["gpu_memory_utilization", "max_model_length"], "is a setting of the server: start it so"
         for name in self.changed(others):
             yield f"{name} {advice}, or drop it"
-        if url is not None and not _is_url(url):
+        try:
+            parts = urlsplit(url or "http://localhost")
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a port that is no number
+            is_address = False
+        if url is not None and not (is_address and re.fullmatch("[!-~]+", url)):
             yield f"server_base_url is {url!r}; expected http://host:port"
-
-
-def _is_url(text: str) -> bool:
-    try:
-        url = urlsplit(text)
-        is_address = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        return is_address and re.fullmatch("[!-~]+", text) is not None
-    except ValueError:  # a port that is no number
-        return False
 
 
 class RolloutSection(Strict):
@@ -137,17 +107,13 @@ class RolloutSection(Strict):
                 yield f"vllm has options, but engine is {self.engine!r}: set engine: vllm, or drop them"
             return
         if self.changed(["max_num_batched_tokens", "kv_cache_memory_bytes"]):
-            yield (
-                "max_num_batched_tokens and kv_cache_memory_bytes are of engine: r1fast; vLLM's memory is "
-                "vllm.gpu_memory_utilization: drop them"
-            )
+            own = "max_num_batched_tokens and kv_cache_memory_bytes are of engine: r1fast"
+            yield f"{own}; vLLM's memory is vllm.gpu_memory_utilization: drop them"
         if self.vllm.server_base_url is not None and self.enforce_eager:
             yield "enforce_eager is a setting of the server: start it so, or drop it"
         if self.vllm.server_base_url is None and self.async_steps:
-            yield (
-                f"async_steps = {self.async_steps} does not apply to vLLM in process, which takes turns with training: "
-                "name a server in vllm.server_base_url, or drop it"
-            )
+            why = "does not apply to vLLM in process, which takes turns with training"
+            yield f"async_steps = {self.async_steps} {why}: name a server in vllm.server_base_url, or drop it"
 
 
 class RewardWorkers(Strict):
@@ -250,11 +216,9 @@ class EvalOptions(GenerateOptions):
         others = [name for name in EvalOptions.model_fields if name.startswith("eval_") and name != "eval_files"]
         for name in self.changed(others) if not self.eval_files else ():
             yield f"{name} applies to eval_files, and there are none: name some, or drop it"
-        if self.eval_files and self.eval_temperature == 0 and self.eval_num_samples > 1:
-            yield (
-                f"eval_num_samples = {self.eval_num_samples} with eval_temperature 0 are {self.eval_num_samples} equal "
-                "samples: set eval_num_samples: 1, or raise eval_temperature"
-            )
+        if self.eval_files and self.eval_temperature == 0 and (k := self.eval_num_samples) > 1:
+            what = f"eval_num_samples = {k} with eval_temperature 0 are {k} equal samples"
+            yield f"{what}: set eval_num_samples: 1, or raise eval_temperature"
 
 
 class TrainOptions(StageBase):
@@ -346,7 +310,9 @@ class SampleOptions(GenerateOptions):
 if TYPE_CHECKING:  # what is made from a table is read through `loss`, which is typed
     from r1fast_kernels.loss_options import LossOptions as Loss
 
-    LossFields = StageBase
+    class LossFields(StageBase):
+        loss_type: str
+        sampling_importance_cap: float | Literal["auto"] | None
 else:
     LossFields = create_model("LossFields", __base__=StageBase, **loss_fields.fields())
 
@@ -368,26 +334,18 @@ class LossOptions(LossFields):
         return loss_fields.LossOptions(**given | {"is_cap": None if given["is_cap"] == "auto" else given["is_cap"]})
 
     @property
-    def has_automatic_cap(self) -> bool:
-        return getattr(self, "sampling_importance_cap") == "auto"  # noqa: B009
-
-    @property
-    def loss_name(self) -> str:
-        return getattr(self, "loss_type")  # noqa: B009  # mypy does not see it
-
-    @property
     def is_own_loss(self) -> bool:
-        return self.loss_name not in loss_fields.LOSS_TYPES
+        return self.loss_type not in loss_fields.LOSS_TYPES
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         changed = self.changed(type(self).model_fields)
         loss, weights = self.loss, [name for name in changed if name.startswith("sampling_importance_")]
-        if self.loss_name == "cispo" and loss.epsilon_high is None:
+        if self.loss_type == "cispo" and loss.epsilon_high is None:
             yield "loss_type cispo caps the ratio at epsilon_high itself: set it (5.0, say)"
-        yield from loss_fields.unused(self.loss_name, {name: getattr(self, name) for name in changed})
+        yield from loss_fields.unused(self.loss_type, {name: getattr(self, name) for name in changed})
         if self.loss_aggregation is not None and not self.is_own_loss:
-            yield f"loss_aggregation is of a loss of one's own; {self.loss_name} has its own mean: drop it"
+            yield f"loss_aggregation is of a loss of one's own; {self.loss_type} has its own mean: drop it"
         if loss.beta == 0 and "kl_estimator" in changed:
             yield "kl_estimator needs beta above 0: without it there is no KL in the loss"
         if loss.beta == 0 and self.ref_model is not None and not self.is_own_loss:

@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -40,22 +41,14 @@ def choose_threads(resumed: Path | None) -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if "OMP_NUM_THREADS" in os.environ:
         return
-    threads = _recorded_threads(resumed) if resumed else None
-    if threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        threads = max(1, min(cores, round(cores - busy + 0.5)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, min(cores, round(cores - os.getloadavg()[0] + 0.5)))
+    # As summary.json says, or where it is damaged any stage's record; what is wrong with them, resume.py says.
+    for path in (resumed / "summary.json", *resumed.glob("*/stage.json")) if resumed else ():
+        with suppress(ValueError):
+            threads = int(read_record(path)["machine"]["threads"])
+            break
     os.environ["OMP_NUM_THREADS"] = str(threads)
-
-
-def _recorded_threads(run_dir: Path) -> int | None:
-    """As summary.json says, or where it is damaged any stage's record; what is wrong with them, resume.py says."""
-    for path in (run_dir / "summary.json", *run_dir.glob("*/stage.json")):
-        try:
-            return int(read_record(path)["machine"]["threads"])
-        except ValueError:
-            continue
-    return None
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,20 +76,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "stages.",
         allow_abbrev=False,
     )
-    valued = {
-        "--config": ("NAME_OR_FILE", "a recipe of r1fast/recipes or a YAML file (default: tiny)"),
-        "--output-dir": ("DIR", "run directory (default: runs/<recipe>-<time>)"),
-        "--stages": ("A,B", "run only these stages of the recipe"),
-    }
-    flags = {
-        "--resume": "continue the run in --output-dir (default: runs/latest)",
-        "--accept-changes": "with --resume: go on though files or models were changed",
-        "--dry-run": "check everything, print the resolved recipe, and stop",
-    }
-    for name, (metavar, text) in valued.items():
-        parser.add_argument(name, action=Once, metavar=metavar, help=text)
-    for name, text in flags.items():
-        parser.add_argument(name, action="store_true", help=text)
+    valued, flag = partial(parser.add_argument, action=Once), partial(parser.add_argument, action="store_true")
+    valued("--config", metavar="NAME_OR_FILE", help="a recipe of r1fast/recipes or a YAML file (default: tiny)")
+    valued("--output-dir", metavar="DIR", help="run directory (default: runs/<recipe>-<time>)")
+    valued("--stages", metavar="A,B", help="run only these stages of the recipe")
+    flag("--resume", help="continue the run in --output-dir (default: runs/latest)")
+    flag("--accept-changes", help="with --resume: go on though files or models were changed")
+    flag("--dry-run", help="check everything, print the resolved recipe, and stop")
     args, overrides = parser.parse_known_args(argv)
     for override in overrides:
         if "=" not in override:
@@ -190,10 +176,8 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> CommandLine:
     if saved is not None:
         reports, found = changed_inputs(saved, recipe, left)
         if found and not args.accept_changes:
-            raise ConfigError(
-                f"--resume: not what the run began with: {'; '.join(change.key for change in found)}; put it back, or "
-                "add --accept-changes"
-            )
+            what = f"not what the run began with: {'; '.join(change.key for change in found)}"
+            raise ConfigError(f"--resume: {what}; put it back, or add --accept-changes")
         changed += found
         notes = [*reports, *saved.notes, *map(str, changed), *notes]
     for note in notes:

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -375,7 +376,7 @@ def test_what_is_no_recipe_file_is_not_read(tmp_path: Path, monkeypatch: pytest.
     assert "secret.yaml': cannot be read (Permission denied)" in message_of(str(tmp_path / "secret.yaml"))
 
 
-def refuse_to_open(path: Path, *mode: str) -> None:
+def refuse_to_open(path: Path, *mode: Any, **options: Any) -> None:
     raise PermissionError(13, "Permission denied")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from r1fast.artifacts import fingerprint, hub_commit
 from r1fast.config import ConfigError
-from r1fast.fingerprints import fingerprint, hub_commit
 from r1fast.resume import read_run
 from r1fast.run_folder import (
     locked,
@@ -453,8 +453,8 @@ def test_fingerprints_see_contents_and_names(tmp_path: Path, monkeypatch: pytest
     assert fingerprint(path.parent) != folder and fingerprint(path.with_name("y")) == whole
     assert fingerprint(path) == "missing"
     # A large file: its ends, its size, and a block in the middle.
-    monkeypatch.setattr("r1fast.fingerprints.WHOLE_BYTES", 1000)
-    monkeypatch.setattr("r1fast.fingerprints.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("r1fast.artifacts.WHOLE_BYTES", 1000)
+    monkeypatch.setattr("r1fast.artifacts.BLOCK_BYTES", 1000)
     large = tmp_path / "large"
     content = bytearray(100_000)
     large.write_bytes(content)

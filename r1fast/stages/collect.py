@@ -48,14 +48,11 @@ def few_shot_samples(
         same = [example for example in examples if example.get("language") == row.get("language")]
         chosen = rng.sample(same, few_shot.num_examples)
         texts.append(render_prompt(row["prompt"], "few_shot", examples=chosen, prefill_think=True))
+    prompts = [Prompt(ids, True) for ids in encode_text_prompts(texts, tokenizer)]
     samples = Sampler(ctx, model, tokenizer).generate(
-        rows,
-        n=few_shot.num_samples,
-        temperature=ctx.stage.temperature,
-        seed=ctx.seed,
+        rows, n=few_shot.num_samples, temperature=ctx.stage.temperature, seed=ctx.seed, prompts=prompts,
         sequence_ids=range(first_group, first_group + len(rows)),
-        prompts=[Prompt(ids, True) for ids in encode_text_prompts(texts, tokenizer)],
-    )
+    )  # fmt: skip
     for found in samples:
         found.group += first_group
         found.text, stop, _ = found.text.partition(FEW_SHOT_STOP)
@@ -77,11 +74,9 @@ def few_shot_problems(few_shot: FewShotOptions, examples: Sequence[dict], rows: 
                 return
     found = Counter(row.get("language") for row in examples)
     for language in dict.fromkeys(row.get("language") for row in rows):
-        if found[language] < few_shot.num_examples:
-            yield (
-                f"{key}: {found[language]} examples in language {language!r}, expected at least num_examples = "
-                f"{few_shot.num_examples}"
-            )
+        if found[language] < (least := few_shot.num_examples):
+            expected = f"expected at least num_examples = {least}"
+            yield f"{key}: {found[language]} examples in language {language!r}, {expected}"
 
 
 def _reformat(sample: Sample, written: str, wanted: str) -> None:

@@ -13,11 +13,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from r1fast.artifacts import inputs_of, start_model
+from r1fast.artifacts import fingerprint, inputs_of, start_model
 from r1fast.config import ConfigError
 from r1fast.data.chat_templates import chat_template
 from r1fast.data.sources import load_rows
-from r1fast.fingerprints import fingerprint
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import load_model, save_model
 from r1fast.observe.metrics import StageLog
@@ -49,17 +48,15 @@ class StageContext(Generic[S]):
     stop: Stop = field(default_factory=Stop)
     entry: dict[str, Any] = field(default_factory=dict)  # what summary.json says of this stage
     write_entry: Callable[[], None] = lambda: None
-    earlier: dict[str, Any] = field(default_factory=dict)  # `clock` when this process took the stage up
     stage_log: StageLog | None = None
     _in_phase: bool = False
+
+    def __post_init__(self) -> None:
+        self.earlier = dict(self.entry)  # `clock` when this process took the stage up
 
     @property
     def stage_dir(self) -> Path:
         return self.run_dir / self.stage.name
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.stage_dir / "checkpoints"
 
     @property
     def seed(self) -> int:
@@ -107,93 +104,75 @@ class StageContext(Generic[S]):
         assert tokenizer is not None, f"{path} has no tokenizer"  # preflight reads those from outside the run
         model.requires_grad_(trainable)
         # Where the model is in float32 it says nothing, and a head as it was built is what the fast decode knows.
-        widens = isinstance(self.stage, LossOptions) and self.stage.lm_head_fp32 and self.param_dtype != torch.float32
-        if widens and not scalar_head:
-            model.head.in_fp32 = True
+        if isinstance(self.stage, LossOptions) and self.stage.lm_head_fp32 and not scalar_head:
+            model.head.in_fp32 = self.param_dtype != torch.float32
         return self.shard(model), tokenizer
 
     def shard(self, model: Decoder) -> Decoder:
         trainer = self.recipe.trainer
         return parallelize(  # type: ignore[return-value]
-            model,
-            self.dist,
-            param_dtype=self.param_dtype,
-            reduce_dtype=getattr(torch, trainer.reduce_dtype),
-            activation_checkpointing=trainer.activation_checkpointing,
-            compile=trainer.compile,
-        )
+            model, self.dist, param_dtype=self.param_dtype, reduce_dtype=getattr(torch, trainer.reduce_dtype),
+            activation_checkpointing=trainer.activation_checkpointing, compile=trainer.compile,
+        )  # fmt: skip
 
     def save(self: "StageContext[GenerateOptions]", model: Decoder, tokenizer: Tokenizer) -> None:
         """Write <stage>/model as a Hugging Face checkpoint, complete or not at all."""
-        target = self.stage_dir / "model"
         with self.phase("save"):
             state = full_state_dict(model, self.dist)
 
-            def write() -> None:
-                self.stage_dir.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not made again
+            def write(target: Path) -> None:
+                exported = exported_tokenizer(self, tokenizer)
+                source = None if self.stage.kind == "pretrain" else self.model_path(self.model_ref)
                 with replace_folder(target) as folder, _as_os_error(target):
                     save_model(
-                        model.config,
-                        state,
-                        folder,
-                        tokenizer=exported_tokenizer(self, tokenizer),
-                        scalar_head=model.scalar_head,
-                        source=None if self.stage.kind == "pretrain" else self.model_path(self.model_ref),
+                        model.config, state, folder, tokenizer=exported, scalar_head=model.scalar_head, source=source
                     )
 
-            self._write_artifact(target, write)
+            self._write_artifact("model", write)
 
     def write_rows(self, name: str, rows: list[dict]) -> None:
         """Write <stage>/<name> as JSON lines, complete or not at all."""
-        target = self.stage_dir / name
 
-        def write() -> None:
-            self.stage_dir.mkdir(exist_ok=True)
+        def write(target: Path) -> None:
             replace_file(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
-        self._write_artifact(target, write)
+        self._write_artifact(name, write)
 
-    def _write_artifact(self, target: Path, write: Callable[[], None]) -> None:
+    def _write_artifact(self, name: str, write: Callable[[Path], None]) -> None:
         """Rank 0 writes; what it wrote is noted in summary.json, so that a later reader can tell damage."""
 
         def write_and_note() -> str:
             if self.stop.problem is not None:
                 raise self.stop.problem
-            write()
-            return fingerprint(target)
+            self.stage_dir.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not made again
+            write(self.stage_dir / name)
+            return fingerprint(self.stage_dir / name)
 
-        self.entry.setdefault("files", {})[target.name] = self.dist.on_main(write_and_note)
+        self.entry.setdefault("files", {})[name] = self.dist.on_main(write_and_note)
         self.write_entry()
 
     def is_intact(self, name: str) -> bool:
         """Whether <stage>/<name> is there as this stage wrote it, in this process or before it was stopped."""
         noted = self.entry.get("files", {}).get(name)
         path = self.stage_dir / name
-        if noted is None or not path.exists():
-            return False
-        if intact := fingerprint(path) == noted:
-            return intact
-        self.message(f"{path} is damaged, and made again")
-        return False
+        intact = noted is not None and path.exists() and fingerprint(path) == noted
+        if not intact and noted is not None and path.exists():
+            self.message(f"{path} is damaged, and made again")
+        return intact
 
     def log(self, total_steps: int, resume_step: int = 0) -> StageLog:
         self.stage_log = StageLog(
-            self.stage_dir,
-            total_steps=total_steps,
-            trackers=self.trackers,
-            is_main=self.dist.is_main,
-            resume_step=resume_step,
-            on_failure=lambda error: setattr(self.stop, "problem", error),
-        )
+            self.stage_dir, total_steps=total_steps, trackers=self.trackers, is_main=self.dist.is_main,
+            resume_step=resume_step, on_failure=lambda error: setattr(self.stop, "problem", error),
+        )  # fmt: skip
         return self.stage_log
 
     def clock(self) -> dict[str, Any]:
         """Seconds that the stage took, in all and by phase, with those of the processes before this one."""
-        phases = dict(self.earlier.get("phases", {}))
-        for name, seconds in self.phases.items():
-            phases[name] = phases.get(name, 0.0) + seconds
         seconds = self.earlier.get("seconds", 0.0) + time.monotonic() - self.started
-        return {"seconds": round(seconds, 2), "phases": {name: round(value, 2) for name, value in phases.items()}}
+        before, here = self.earlier.get("phases", {}), self.phases
+        phases = {name: round(before.get(name, 0.0) + here.get(name, 0.0), 2) for name in {**before, **here}}
+        return {"seconds": round(seconds, 2), "phases": phases}
 
     def resume_clock(self, saved: dict[str, Any]) -> None:
         """A checkpoint's clock counts where it is ahead of summary.json's, which a kill left behind."""
@@ -201,8 +180,7 @@ class StageContext(Generic[S]):
             self.earlier = saved
 
     def message(self, text: str) -> None:
-        progress = active_progress()
-        if progress is not None:
+        if (progress := active_progress()) is not None:
             progress.message(text)
 
     @contextmanager
@@ -225,16 +203,13 @@ def exported_tokenizer(ctx: StageContext[GenerateOptions], tokenizer: Tokenizer)
     if stage.prompt_template == "few_shot":
         ctx.message(f"{stage.name}: few_shot prompts are no chat: the saved model keeps the tokenizer's chat template")
     template = chat_template(
-        stage.prompt_template,
-        tokenizer=tokenizer,
-        response_format=stage.response_format,
+        stage.prompt_template, tokenizer=tokenizer, response_format=stage.response_format,
         prefill_think=stage.prefill_think,
         leading=str(tokenizer.decode(leading_ids(tokenizer), skip_special_tokens=False)),
-    )
-    if template is None:
-        return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = template
+    )  # fmt: skip
+    if template is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = template
     return tokenizer
 
 
@@ -243,9 +218,7 @@ def _as_os_error(target: Path) -> Iterator[None]:
     """What the libraries raise on a full disk that is no OSError: safetensors its own, tokenizers a bare Exception."""
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(f"{target}: {error}") from error
     except Exception as error:
-        if type(error) is not Exception:
+        if type(error) not in (Exception, SafetensorError):
             raise
         raise OSError(f"{target}: {error}") from error

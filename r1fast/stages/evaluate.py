@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -41,8 +41,7 @@ def evaluate_start(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: To
 def evaluate_end(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Tokenizer) -> dict[str, Any] | None:
     if not ctx.stage.eval_files:
         return None
-    result = evaluate(ctx, model, tokenizer)
-    ctx.evaluations[_key(ctx, f"@{ctx.stage.name}")] = result
+    ctx.evaluations[_key(ctx, f"@{ctx.stage.name}")] = result = evaluate(ctx, model, tokenizer)
     return result
 
 
@@ -62,14 +61,12 @@ def evaluate(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Tokenize
     check_weights(ctx, model)
     sampler = Sampler(ctx, model, tokenizer)
     with ctx.phase("evaluate"), Scorer(ctx, stage.eval_rewards, stage.response_format) as scorer:
-        prompts = sampler.encode(rows)
-        samples = sampler.generate(
-            rows, n=stage.eval_num_samples, temperature=stage.eval_temperature, seed=EVAL_SEED, prompts=prompts
-        )
+        how: dict[str, Any] = {"seed": EVAL_SEED, "prompts": sampler.encode(rows)}
+        samples = sampler.generate(rows, n=stage.eval_num_samples, temperature=stage.eval_temperature, **how)
         scorer.score(samples)
         result = summarize(samples, stage.response_format)
         if stage.eval_greedy:
-            greedy = sampler.generate(rows, n=1, temperature=0.0, seed=EVAL_SEED, prompts=prompts)
+            greedy = sampler.generate(rows, n=1, temperature=0.0, **how)
             scorer.score(greedy)
             result["greedy"] = _mean(_scores(greedy, "accuracy"))
             result["failures"] += sum(sample.failed for sample in greedy)
@@ -85,10 +82,8 @@ def check_weights(ctx: StageContext, model: Decoder) -> None:
     sums = torch.stack([t.sum(dtype=torch.float32) for t in local.values()]).tolist()
     bad = [name for name, total in zip(local, sums) if not math.isfinite(total) and not local[name].isfinite().all()]
     if found := sorted({name for names in ctx.dist.all_gather_objects(bad) for name in names}):
-        raise ctx.error(
-            f"the model holds NaN or Inf in {some(found)}, so it is not evaluated; take an "
-            "earlier checkpoint, or lower learning_rate"
-        )
+        advice = "take an earlier checkpoint, or lower learning_rate"
+        raise ctx.error(f"the model holds NaN or Inf in {some(found)}, so it is not evaluated; {advice}")
 
 
 def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
@@ -102,7 +97,9 @@ def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if scored:
         means = np.array([_mean(_scores(group, "accuracy")) for group in scored])
-        problems = [_problem(group[0]) for group in scored]
+        # Prompts of one `problem` ask the same; one without it is a problem of its own.
+        asked = {first.group: first.row.get("problem") for first, *_ in scored}
+        problems = [f"prompt {i}" if problem is None else str(problem) for i, problem in asked.items()]
         result["pass@1"], result["pass@1_ci"] = float(means.mean()), _half_width(means, problems)
         result["n"] = len(scored)
         result["cons@k"] = _mean([_majority(group, response_format) for group in scored])
@@ -111,15 +108,9 @@ def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
             result[name] = _mean(_scores(samples, name))
     result["failures"] = sum(sample.failed for sample in samples)
     if samples and "accuracy" in samples[0].rewards:
-        golds = sum(group[0].row.get("answer") is not None for group in groups)
-        result["unscorable"] = golds - sum(group[0].row.get("answer") is not None for group in scored)
+        golds = [sum(group[0].row.get("answer") is not None for group in part) for part in (groups, scored)]
+        result["unscorable"] = golds[0] - golds[1]
     return result | {"length": _mean([len(sample.completion_ids) for sample in samples])}
-
-
-def _problem(sample: Sample) -> str:
-    """What is the same for prompts that ask the same; a prompt without a `problem` is one of its own."""
-    problem = sample.row.get("problem")
-    return f"prompt {sample.group}" if problem is None else str(problem)
 
 
 def _half_width(means: np.ndarray, problems: list[str]) -> float:
@@ -128,9 +119,9 @@ def _half_width(means: np.ndarray, problems: list[str]) -> float:
     Prompts that ask the same problem (column `problem`: in another language, say) are not independent: their deviations
     are added up before they are squared.
     """
-    sums: dict[str, float] = {}
+    sums: dict[str, float] = defaultdict(float)
     for problem, deviation in zip(problems, means - means.mean()):
-        sums[problem] = sums.get(problem, 0.0) + float(deviation)
+        sums[problem] += float(deviation)
     count = len(sums)
     if count < 2:
         return 0.0
@@ -146,11 +137,8 @@ def _scores(samples: list[Sample], name: str) -> list[float]:
 def _majority(group: list[Sample], response_format: str) -> float:
     """Accuracy of the most frequent answer of a group (ties: the one that came first)."""
     answers = [_answer_key(summary_of(s.text, response_format, s.prefilled)) for s in group]
-    given = Counter(answer for answer in answers if answer)
-    if not given:
-        return 0.0
-    winner = given.most_common(1)[0][0]
-    return _scores(group, "accuracy")[answers.index(winner)]
+    winners = Counter(answer for answer in answers if answer).most_common(1)
+    return _scores(group, "accuracy")[answers.index(winners[0][0])] if winners else 0.0
 
 
 def _answer_key(summary: str) -> str:

@@ -9,7 +9,6 @@ update     steps_per_generation minibatches -> linear_grpo_loss -> clip -> optim
 """
 
 import math
-import random
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -27,10 +26,9 @@ from r1fast.schema import GRPOStage
 from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
 from r1fast.stages.measures import Max, Mean, Measures, merge, numbers
-from r1fast.stages.packed import Example, PackedBatch
-from r1fast.stages.prompt_order import prompt_problems, unrewarded_problems
+from r1fast.stages.packed import Example, PackedBatch, permutation
 from r1fast.stages.reward_model import RewardModels
-from r1fast.stages.rollouts import Rollouts
+from r1fast.stages.rollouts import Rollouts, prompt_problems, unrewarded_problems
 from r1fast.stages.sampler import GenerationFailed, Sample, by_group
 from r1fast.stages.scoring import NothingScored, Scorer, punish_overlong, total_rewards
 from r1fast.stages.training import LossFn, Trainer, map_packed
@@ -48,7 +46,7 @@ def run(ctx: StageContext[GRPOStage]) -> dict[str, Any]:
     columns = dict.fromkeys(name for row in rows for name in row)
     rows = [Row({name: row.get(name) for name in columns}, location(row, i)) for i, row in enumerate(rows)]
     ctx.refuse([*prompt_problems(stage, rows), *unrewarded_problems(stage, rows)])
-    ctx.refuse(loss_problems(stage.loss_name) if stage.is_own_loss else ())
+    ctx.refuse(loss_problems(stage.loss_type) if stage.is_own_loss else ())
     policy, tokenizer = ctx.load(ctx.model_ref, trainable=True)
     before = evaluate_start(ctx, policy, tokenizer)
     with Scorer(ctx, stage.rewards, stage.response_format) as scorer:
@@ -67,6 +65,7 @@ class Learner:
         self.stage = ctx.stage
         self.rollouts = Rollouts(ctx, policy, tokenizer, rows)
         self.trainer = Trainer(ctx, policy, self.stage.num_updates(), router_replay=self.stage.router_replay)
+        self.trainer.state_at = lambda step: {"rollouts": step, "sampling": self.rollouts.state()}
         self.reward_models = RewardModels(ctx)
         self.weights = scorer.weights | self.reward_models.weights
         if self.stage.overlong_buffer_length:
@@ -90,17 +89,14 @@ class Learner:
                 try:
                     samples, metrics = self.train_step(step)
                 except (GenerationFailed, NothingScored, Stopped):
-                    self.trainer.save_good(step, rollouts=step, sampling=self.rollouts.state())
+                    self.trainer.save_good(step)
                     raise
                 seconds = time.perf_counter() - start
-                log.log(
-                    step + 1, metrics | {"step_time": seconds, "tokens_per_second": metrics["num_tokens"] / seconds}
-                )
+                metrics |= {"step_time": seconds, "tokens_per_second": metrics["num_tokens"] / seconds}
+                log.log(step + 1, metrics)
                 if stage.log_completions and (step == 0 or (step + 1) % stage.log_completions_steps == 0):
                     log.samples(step + 1, sample_rows(samples, stage))
-                last = step + 1 == stage.max_steps
-                if self.trainer.is_due(step + 1, last=last):
-                    self.trainer.save(step + 1, last=last, rollouts=step + 1, sampling=self.rollouts.state())
+                self.trainer.save(step + 1, last=step + 1 == stage.max_steps)
 
     def train_step(self, step: int) -> tuple[list[Sample], dict[str, float]]:
         samples = self.rollout(step)
@@ -118,7 +114,7 @@ class Learner:
             # then the last checkpoint is what there is.
             if self.trainer.step == updates and not self.ctx.recipe.rollout.async_steps:
                 self.rollouts.put_back(by_group(samples))
-                self.trainer.save_good(step, rollouts=step, sampling=self.rollouts.state())
+                self.trainer.save_good(step)
             raise
         if self.stage.partial_rollout_length:
             metrics |= {"partial_rollouts/carried_groups": self.rollouts.num_carried()}
@@ -136,11 +132,10 @@ class Learner:
             self.rollouts.begin()
 
     def reward(self, samples: list[Sample]) -> int:
-        stage = self.stage
         failures = self.scorer.score(samples)
         self.reward_models.score(samples)
-        if stage.overlong_buffer_length:
-            punish_overlong(samples, stage.max_completion_length, stage.overlong_buffer_length)
+        if self.stage.overlong_buffer_length:
+            punish_overlong(samples, self.stage.max_completion_length, self.stage.overlong_buffer_length)
         total_rewards(samples, self.weights)
         return failures
 
@@ -191,9 +186,8 @@ class Learner:
             masked = stage.mask_truncated_completions and sample.finish_reason == "length"
             learned = bool(sample.completion_ids) and not masked
             values = {"advantage": sample.advantage, "sampler": sample.sampler_logprobs}
-            examples.append(
-                Example(sample.prompt_ids, sample.completion_ids, values, sample.routed_experts, learned=learned)
-            )
+            tokens = sample.prompt_ids, sample.completion_ids
+            examples.append(Example(*tokens, values, sample.routed_experts, learned=learned))
         with self.ctx.phase("logprobs"):
             if stage.steps_per_generation * stage.num_iterations > 1 and stage.old_logprobs == "policy":
                 self._fill(examples, "old", self.policy)
@@ -205,11 +199,9 @@ class Learner:
         """example.values[name], of each token: log-probs, or as "entropy" that."""
 
         def head(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
-            hidden_MD, temperature = hidden_TD.index_select(0, batch.loss_index_M), self.stage.temperature
+            inputs = hidden_TD.index_select(0, batch.loss_index_M), weight_VD, batch.target_ids_M
             entropy = name == "entropy"
-            found = linear_logprobs(
-                hidden_MD, weight_VD, batch.target_ids_M, temperature=temperature, with_entropy=entropy
-            )
+            found = linear_logprobs(*inputs, temperature=self.stage.temperature, with_entropy=entropy)
             return found[1] if entropy else found  # type: ignore[return-value]
 
         replay = self.stage.router_replay and model is self.policy
@@ -233,10 +225,9 @@ class Learner:
         stage = self.stage
         history: list[Measures] = []
         for iteration in range(stage.num_iterations):
-            order = list(range(len(examples)))
             count = stage.steps_per_generation
-            if count > 1:
-                random.Random(f"{self.ctx.seed},{step},{iteration}").shuffle(order)
+            seed = f"{self.ctx.seed},{step},{iteration}"
+            order = permutation(len(examples), seed) if count > 1 else range(len(examples))
             for first, end in pairwise(len(order) * i // count for i in range(count + 1)):
                 chosen = [examples[i] for i in order[first:end]]
                 active = chosen
@@ -258,7 +249,7 @@ def importance_cap(ctx: StageContext[GRPOStage]) -> float | None:
     log-prob agree. In bfloat16 a rounding can send a token to another expert (docs/numerics.md, section 2).
     """
     stage, rollout = ctx.stage, ctx.recipe.rollout
-    if not stage.has_automatic_cap:
+    if stage.sampling_importance_cap != "auto":
         return stage.loss.is_cap
     same_weights = rollout.engine == "r1fast" and not rollout.async_steps and stage.partial_rollout_length is None
     exact = stage.old_logprobs == "sampler" or (same_weights and ctx.param_dtype is torch.float32)
@@ -270,33 +261,32 @@ def policy_loss(
 ) -> LossFn:
     """The GRPO loss of a minibatch, normalised by what all its micro-batches and ranks hold."""
     stage = ctx.stage
-    function = resolve_loss(stage.loss_name) if stage.is_own_loss else None
+    function = resolve_loss(stage.loss_type) if stage.is_own_loss else None
     options = stage.loss._replace(is_cap=importance_cap(ctx), max_completion_length=stage.max_completion_length)
-    arguments = options._asdict() | {
-        "num_items": max(float(sum(example.num_learned for example in examples)), 1.0),
+    num_items = max(float(sum(example.num_learned for example in examples)), 1.0)
+    sizes: dict[str, Any] = {
+        "num_items": num_items,
         "num_samples": float(len(examples)),
         "entropy_threshold": entropy_threshold,
     }
+    arguments = options._asdict() | sizes | {"temperature": stage.temperature}
 
     def loss_fn(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
         values = batch.values
         head = hidden_TD.index_select(0, batch.loss_index_M), weight_VD, batch.target_ids_M, batch.loss_cu_seqlens
         given = arguments | {
-            "temperature": stage.temperature,
             "advantages_N": values["advantage"],
             "old_logprobs_T": values["sampler"] if stage.old_logprobs == "sampler" else values.get("old"),
             "ref_logprobs_T": values.get("ref"),
             "sampler_logprobs_T": values["sampler"],
         }
-        own: dict[str, Tensor] = {}
         if function is None:
             loss, metrics = linear_grpo_loss(*head, **given)
-        else:
-            mean = stage.loss_aggregation or "sample"
-            loss, metrics, own = linear_own_loss(function, *head, loss_aggregation=mean, **given)
-        return loss, policy_measures(metrics, batch, options) | {
-            name: Mean(values_X.double().sum(), len(values_X)) for name, values_X in own.items()
-        }
+            return loss, policy_measures(metrics, batch, options)
+        mean = stage.loss_aggregation or "sample"
+        loss, metrics, own = linear_own_loss(function, *head, loss_aggregation=mean, **given)
+        measured = {name: Mean(values_X.double().sum(), len(values_X)) for name, values_X in own.items()}
+        return loss, policy_measures(metrics, batch, options) | measured
 
     return loss_fn
 
@@ -328,13 +318,12 @@ def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
     groups = by_group(samples)
     scored = [[sample.reward for sample in group if not np.isnan(sample.reward)] for group in groups]
     spreads = [float(np.std(group, ddof=1)) for group in scored if len(group) > 1]
-    equal = [not has_spread(group) for group in groups]
     lengths = np.array([len(sample.completion_ids) for sample in samples])
     metrics = {
-        "reward": float(np.nanmean(rewards)) if any(scored) else float("nan"),
+        "reward": float(np.nanmean(rewards)) if any(scored) else math.nan,
         "frac_unscorable": float(np.mean(np.isnan(rewards))),
-        "reward_std": float(np.mean(spreads)) if spreads else float("nan"),
-        "frac_reward_zero_std": float(np.mean(equal)),
+        "reward_std": float(np.mean(spreads)) if spreads else math.nan,
+        "frac_reward_zero_std": float(np.mean([not has_spread(group) for group in groups])),
         "completions/mean_length": float(lengths.mean()),
         "completions/clipped_ratio": float(np.mean([sample.finish_reason == "length" for sample in samples])),
         "num_tokens": float(lengths.sum() + sum(len(sample.prompt_ids) for sample in samples)),
@@ -349,14 +338,9 @@ def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
 def sample_rows(samples: list[Sample], stage: GRPOStage) -> list[dict[str, Any]]:
     """The first completions of evenly spread prompts, for samples/*.parquet."""
     stride = max(1, len(samples) // stage.log_completions)
-    return [
-        {
-            "prompt": sample.row["prompt"],
-            "completion": sample.text,
-            "finish_reason": sample.finish_reason,
-            **{name: None if np.isnan(value) else value for name, value in sample.rewards.items()},
-            "reward": sample.reward,
-            "advantage": sample.advantage,
-        }
-        for sample in samples[::stride][: stage.log_completions]
-    ]
+    rows = []
+    for sample in samples[::stride][: stage.log_completions]:
+        row = {"prompt": sample.row["prompt"], "completion": sample.text, "finish_reason": sample.finish_reason}
+        row |= {name: None if np.isnan(value) else value for name, value in sample.rewards.items()}
+        rows.append(row | {"reward": sample.reward, "advantage": sample.advantage})
+    return rows

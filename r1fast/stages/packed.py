@@ -5,8 +5,10 @@ p p p c c c (c) | p p c c (c) | p p p p c (c)    inputs: every token but the las
 cu_seqlens [0, 6, 10, 15]   loss_cu_seqlens [0, 4, 7, 9]
 """
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -59,9 +61,7 @@ class PackedBatch:
 
 def collate(examples: Sequence[Example], device: torch.device) -> PackedBatch:
     """Pack examples; every prompt has at least one token."""
-    inputs: list[int] = []
-    targets: list[int] = []
-    index: list[int] = []
+    inputs, targets, index = list[int](), list[int](), list[int]()
     ends, loss_ends = [0], [0]
     for example in examples:
         if example.learned:
@@ -69,8 +69,7 @@ def collate(examples: Sequence[Example], device: torch.device) -> PackedBatch:
             index.extend(range(first, first + len(example.completion_ids)))
             targets.extend(example.completion_ids)
             loss_ends.append(len(targets))
-        inputs.extend(example.prompt_ids)
-        inputs.extend(example.completion_ids[:-1])
+        inputs += example.prompt_ids + example.completion_ids[:-1]
         ends.append(len(inputs))
     values: dict[str, Tensor] = {}
     learned = [example for example in examples if example.learned]
@@ -79,15 +78,18 @@ def collate(examples: Sequence[Example], device: torch.device) -> PackedBatch:
         flat = [x for xs in column for x in xs] if isinstance(column[0], list) else column
         values[name] = torch.tensor(flat, dtype=torch.float32, device=device)
     routed = [example.routed_experts for example in examples if example.routed_experts is not None]
-    return PackedBatch(
-        torch.tensor(inputs, dtype=torch.long, device=device),
-        torch.tensor(ends, dtype=torch.int32, device=device),
-        torch.tensor(index, dtype=torch.long, device=device),
-        torch.tensor(targets, dtype=torch.long, device=device),
-        torch.tensor(loss_ends, dtype=torch.int32, device=device),
-        values,
-        torch.from_numpy(np.concatenate(routed)).to(device, torch.int64) if routed else None,
-    )
+    inputs_T, index_M, targets_M = (torch.tensor(x, dtype=torch.long, device=device) for x in (inputs, index, targets))
+    cu_seqlens, loss_cu_seqlens = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, loss_ends))
+    routed_TLK = torch.from_numpy(np.concatenate(routed)).to(device, torch.int64) if routed else None
+    return PackedBatch(inputs_T, cu_seqlens, index_M, targets_M, loss_cu_seqlens, values, routed_TLK)
+
+
+@lru_cache(maxsize=32)  # an epoch of each domain, or of all rows
+def permutation(size: int, seed: str) -> tuple[int, ...]:
+    """Numbers below size in an order that depends on the seed alone."""
+    order = list(range(size))
+    random.Random(seed).shuffle(order)
+    return tuple(order)
 
 
 def empty_batch(device: torch.device) -> PackedBatch:
@@ -115,16 +117,8 @@ def encode_row_prompts(rows: Sequence[dict], tokenizer: Tokenizer, options: Gene
 
 
 def render_prompts(prompts: Sequence[Text], tokenizer: Tokenizer | None, options: GenerateOptions) -> list[str]:
-    return [
-        render_prompt(
-            prompt,
-            options.prompt_template,
-            tokenizer=tokenizer,
-            response_format=options.response_format,
-            prefill_think=options.prefill_think,
-        )
-        for prompt in prompts
-    ]
+    how: dict[str, Any] = {"response_format": options.response_format, "prefill_think": options.prefill_think}
+    return [render_prompt(prompt, options.prompt_template, tokenizer=tokenizer, **how) for prompt in prompts]
 
 
 def encode_rendered(texts: Sequence[str], tokenizer: Tokenizer, options: GenerateOptions) -> list[Prompt]:
@@ -149,9 +143,8 @@ def encode_examples(
         prompts, targets = zip(*map(prompt_and_target, part), strict=True) if part else ((), ())
         prompt_ids, target_ids = encode_with_targets(prompts, targets, tokenizer, options)
         if [] in target_ids:
-            raise ValueError(
-                "without its end token, and what the prompt holds already, nothing is left to learn; drop the row"
-            )
+            gone = "without its end token, and what the prompt holds already"
+            raise ValueError(f"{gone}, nothing is left to learn; drop the row")
         return [
             Example(p, [*c, eos]) if mask_prompt and prompt is not None else Example(p[:1], [*p[1:], *c, eos])
             for prompt, p, c in zip(prompts, prompt_ids, target_ids, strict=True)
@@ -169,18 +162,13 @@ def encode_with_targets(
     A target loses what is there already or will be: the opening of the reasoning if the prompt ends with it, and EOS.
     """
     layout = RESPONSE_FORMATS[options.response_format]
-    rendered = render_prompts([prompt for prompt in prompts if prompt is not None], tokenizer, options)
     texts = [_without_eos(target_text(target, layout), tokenizer) for target in targets]
-    start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
-    encoded = zip(rendered, encode_rendered(rendered, tokenizer, options), strict=True)
-    prompt_ids = []
-    for i, prompt in enumerate(prompts):
-        if prompt is None:
-            prompt_ids.append(start)
-            continue
-        prompt_text, (ids, _) = next(encoded)
-        prompt_ids.append(ids)
-        texts[i] = without_opening(texts[i], prompt_text, layout)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    prompt_ids = [[start] for _ in prompts]
+    index = [i for i, prompt in enumerate(prompts) if prompt is not None]
+    rendered = render_prompts([prompt for prompt in prompts if prompt is not None], tokenizer, options)
+    for i, text, (ids, _) in zip(index, rendered, encode_rendered(rendered, tokenizer, options), strict=True):
+        prompt_ids[i], texts[i] = ids, without_opening(texts[i], text, layout)
     return prompt_ids, encode_texts(texts, tokenizer)
 
 
@@ -218,10 +206,8 @@ def length_problems(units: Sequence[Sequence[Example]], rows: Sequence[dict], st
         begin = repr(next((str(row[name]) for name in ("prompt", "messages", "text") if row.get(name)), ""))[:60]
         for name, length in (("max_length", longest), ("max_tokens_per_microbatch", total)):
             if length > (limit := getattr(stage, name)):
-                yield (
-                    f"{location(row, i)}: the row {begin} has {length} tokens, more than {name} = {limit}; raise it or "
-                    "shorten the row"
-                )
+                problem = f"the row {begin} has {length} tokens, more than {name} = {limit}"
+                yield f"{location(row, i)}: {problem}; raise it or shorten the row"
 
 
 def prompt_length_problems(
@@ -231,11 +217,9 @@ def prompt_length_problems(
     for i, (ids, row) in enumerate(zip(prompts, rows, strict=True)):
         if len(ids) > stage.max_prompt_length:
             problem = f"more than max_prompt_length = {stage.max_prompt_length}"
-        elif len(ids) + stage.max_completion_length > positions:
-            problem = (
-                f"with max_completion_length = {stage.max_completion_length} more than the {positions} positions of "
-                "the model (max_position_embeddings)"
-            )
+        elif len(ids) + (longest := stage.max_completion_length) > positions:
+            room = f"the {positions} positions of the model (max_position_embeddings)"
+            problem = f"with max_completion_length = {longest} more than {room}"
         else:
             continue
         yield f"{location(row, i)} ({str(row['prompt'])[:60]!r}) has {len(ids)} prompt tokens, {problem}"

@@ -55,12 +55,12 @@ def select(
             raise scorer.nothing_scored(judged, scorer.specs)
         total_rewards(samples, scorer.weights)
     kept: list[Sample] = []
-    reasons: list[tuple[Sample, str]] = []
+    rows: list[dict[str, str]] = []
     seen: set[tuple[str, str]] = set()
     per_prompt: Counter[int] = Counter()
     for found in samples:
-        reason = drop_reason(found, stage, response_format)
         key = (str(found.row["prompt"]), found.text)
+        reason = drop_reason(found, stage, response_format)
         if reason is None and key in seen:
             reason = "duplicate"
         if reason is None and stage.max_per_prompt and per_prompt[found.group] >= stage.max_per_prompt:
@@ -72,36 +72,27 @@ def select(
             seen.add(key)
             per_prompt[found.group] += 1
         else:
-            reasons.append((found, reason))
-    ctx.write_rows(
-        "dropped.jsonl", [{"prompt": s.row["prompt"], "completion": s.text, "reason": reason} for s, reason in reasons]
-    )
-    dropped = Counter(reason for _, reason in reasons)
+            rows.append({"prompt": found.row["prompt"], "completion": found.text, "reason": reason})
+    ctx.write_rows("dropped.jsonl", rows)
+    dropped = Counter(row["reason"] for row in rows)
     if not kept:
-        raise ctx.error(
-            f"none of {len(samples)} samples passed: {dict(dropped)}; look at {ctx.stage_dir}/dropped.jsonl"
-        )
+        where = f"look at {ctx.stage_dir}/dropped.jsonl"
+        raise ctx.error(f"none of {len(samples)} samples passed: {dict(dropped)}; {where}")
     ctx.write_rows("data.jsonl", [sft_row(found, response_format) for found in kept])
     return kept, dropped
 
 
 def drop_reason(sample: Sample, stage: SampleOptions, response_format: str) -> str | None:
-    if reason := _why_not_good(sample, stage):
-        return reason
-    parsed = RESPONSE_FORMATS[response_format].parse(sample.text, prefilled=sample.prefilled)
-    language = sample.row.get("language")
-    return check_completion(parsed, finish_reason=sample.finish_reason, language=language, **stage.filters.model_dump())
-
-
-def _why_not_good(sample: Sample, stage: SampleOptions) -> str | None:
     """A sample to which no reward applies is not judged, unless it has a gold that none can read."""
     if sample.failed:
         return "reward failed"
-    if math.isnan(sample.reward):
-        return "gold unreadable" if sample.row.get("answer") is not None else None
-    if sample.reward >= stage.min_reward:
-        return None
-    return "incorrect" if list(stage.rewards) == ["accuracy"] else "reward below min_reward"
+    if math.isnan(sample.reward) and sample.row.get("answer") is not None:
+        return "gold unreadable"
+    if sample.reward < stage.min_reward:  # not where it is nan
+        return "incorrect" if list(stage.rewards) == ["accuracy"] else "reward below min_reward"
+    parsed = RESPONSE_FORMATS[response_format].parse(sample.text, prefilled=sample.prefilled)
+    language = sample.row.get("language")
+    return check_completion(parsed, finish_reason=sample.finish_reason, language=language, **stage.filters.model_dump())
 
 
 def sft_row(sample: Sample, response_format: str) -> dict[str, Any]:

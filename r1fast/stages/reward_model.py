@@ -6,6 +6,7 @@ response (2501.12948, section 2.3.4). As a reward the score is squashed by a sig
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,12 +61,9 @@ def _scored(rows: Sequence[dict], column: str, stage: RewardModelStage) -> list[
     if stage.score_on == "response":
         return texts
     summaries = [summary_of(text, layout.name) for text in texts]
-    for text, summary in zip(texts, summaries):
-        if text.strip() and not summary:
-            raise ValueError(
-                f"score_on: summary, but {column} has none in response_format {layout.name}: {text[:60]!r}; "
-                "use score_on: response, or name the format of the data"
-            )
+    if bad := [text for text, summary in zip(texts, summaries) if text.strip() and not summary]:
+        what = f"score_on: summary, but {column} has none in response_format {layout.name}: {bad[0][:60]!r}"
+        raise ValueError(f"{what}; use score_on: response, or name the format of the data")
     return summaries
 
 
@@ -123,12 +121,12 @@ class RewardModels:
     def __init__(self, ctx: StageContext[GRPOStage]) -> None:
         self.ctx, self.specs = ctx, ctx.stage.reward_models
         self.weights = {name: spec.weight for name, spec in self.specs.items()}
-        self.models = {
-            name: ctx.load(spec.model, trainable=False, scalar_head=True) for name, spec in self.specs.items()
-        }
+        load = partial(ctx.load, trainable=False, scalar_head=True)
+        self.models = {name: load(spec.model) for name, spec in self.specs.items()}
 
     def score(self, samples: Sequence[Sample]) -> None:
         """Fill sample.rewards[name] with sigmoid(score); nan off the model's domains."""
+        stage = self.ctx.stage
         for name, spec in self.specs.items():
             model, tokenizer = self.models[name]
             chosen = [s for s in samples if spec.applies_to(s.row)]
@@ -136,13 +134,12 @@ class RewardModels:
                 sample.rewards[name] = float("nan")
             if not chosen:
                 continue
+            texts = [s.text for s in chosen]
+            if spec.score_on == "summary":
+                texts = [summary_of(s.text, stage.response_format, s.prefilled) for s in chosen]
+            # The policy's prompts may be rendered otherwise than those that the reward model learned from.
+            options = stage.model_copy(update={"prompt_template": spec.prompt_template, "prefill_think": False})
             with self.ctx.phase("reward"):
-                texts = [s.text for s in chosen]
-                if spec.score_on == "summary":
-                    texts = [summary_of(s.text, self.ctx.stage.response_format, s.prefilled) for s in chosen]
-                # The policy's prompts may be rendered otherwise than those that the reward model learned from.
-                how = {"prompt_template": spec.prompt_template, "prefill_think": False}
-                options = self.ctx.stage.model_copy(update=how)
                 examples = score_examples(tokenizer, [s.row for s in chosen], texts, options)
                 scores = map_packed(self.ctx, model, examples, score_head, per_token=False)
             for sample, score in zip(chosen, torch.tensor(scores).sigmoid().tolist()):

@@ -13,20 +13,19 @@ compare whole groups:
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
-from r1fast.config import ConfigError
+from r1fast.data.rows import location, shown
 from r1fast.models.decoder import Decoder
 from r1fast.schema import GRPOStage
-from r1fast.stages.background import BackgroundSampler
+from r1fast.schema_options import WeightedSpec, reward_specs
 from r1fast.stages.context import StageContext, Tokenizer
-from r1fast.stages.packed import Prompt
-from r1fast.stages.prompt_order import PromptOrder
-from r1fast.stages.sampler import GenerationFailed, Sample, Sampler
+from r1fast.stages.packed import Prompt, permutation
+from r1fast.stages.sampler import BackgroundSampler, GenerationFailed, Sample, Sampler
 from r1fast.stopping import Stopped
 
 Group = list[Sample]  # of one prompt; sample.group is the number of prompts that were drawn before it
@@ -41,10 +40,10 @@ class Rollouts:
         self.rows = rows
         self.index_of = {id(row): index for index, row in enumerate(rows)}
         self.prompts = PromptOrder(rows, self.stage, ctx.seed)
-        ahead = ctx.recipe.rollout.async_steps > 0
-        self.sampler = (
-            BackgroundSampler(ctx, policy, tokenizer) if ahead else Sampler(ctx, policy, tokenizer, record=True)
-        )
+        if ctx.recipe.rollout.async_steps:
+            self.sampler: Sampler = BackgroundSampler(ctx, policy, tokenizer)
+        else:
+            self.sampler = Sampler(ctx, policy, tokenizer, record=True)
         self.groups: list[Group] = []  # under way: drawn, and not handed on yet
         self.sampled = False  # they have had their part for the next step
         self.running: Callable[[], None] | None = None
@@ -114,21 +113,17 @@ class Rollouts:
     def _sample(self, values: dict[str, Any]) -> Sample:
         index, checksum = values["row"]
         if index >= len(self.rows) or _checksum(self.rows[index]) != checksum:
-            raise ConfigError(
-                f"stages.{self.stage.name}.train_files: the checkpoint holds completions of row {index + 1}, which has "
-                "changed; put the files back, or start a new run"
-            )
+            what = f"the checkpoint holds completions of row {index + 1}, which has changed"
+            self.ctx.refuse([f"train_files: {what}; put the files back, or start a new run"])
         return Sample(**values | {"row": self.rows[index]})
 
     def _draw(self, counts: Mapping[str, int]) -> list[Group]:
-        first = self.prompts.num_drawn
+        first, n = self.prompts.num_drawn, self.stage.num_generations
         rows = self.prompts.draw(counts)
+        drawn = enumerate(zip(rows, self.sampler.encode(rows), strict=True), first)
         return [
-            [
-                Sample(row, first + i, prompt.ids, [], [], "length", "", prompt.prefilled)
-                for _ in range(self.stage.num_generations)
-            ]
-            for i, (row, prompt) in enumerate(zip(rows, self.sampler.encode(rows), strict=True))
+            [Sample(row, number, prompt.ids, [], [], "length", "", prompt.prefilled) for _ in range(n)]
+            for number, (row, prompt) in drawn
         ]
 
     def _start(self, groups: list[Group]) -> Callable[[], None]:
@@ -141,15 +136,12 @@ class Rollouts:
             numbered = [(i, sample) for group in groups for i, sample in enumerate(group)]
             asked = {sample.group * n + i: sample for i, sample in numbered if not self._is_finished(sample)}
             samples = list(asked.values())
+        rows = [sample.row for sample in asked.values()]
+        prompts = [Prompt(s.prompt_ids + s.completion_ids, s.prefilled) for s in asked.values()]
         call = self.sampler.call(
-            [sample.row for sample in asked.values()],
-            n=n if part is None else 1,
-            temperature=self.stage.temperature,
-            seed=self.ctx.seed,
-            sequence_ids=list(asked),
-            prompts=[Prompt(s.prompt_ids + s.completion_ids, s.prefilled) for s in asked.values()],
-            max_tokens=part,
-        )
+            rows, n=n if part is None else 1, temperature=self.stage.temperature, seed=self.ctx.seed,
+            sequence_ids=list(asked), prompts=prompts, max_tokens=part,
+        )  # fmt: skip
         wait = self.sampler.start(call)
 
         def finish() -> None:
@@ -179,3 +171,84 @@ class Rollouts:
 
 def _checksum(row: dict) -> int:
     return zlib.crc32(repr(row).encode(errors="surrogatepass"))
+
+
+class PromptOrder:
+    """An endless row of prompts for each domain (one, if no weights are given), in a fresh order every epoch.
+
+    The orders are a function of the seed, so that `positions`, how many prompts of each domain were drawn, is all there
+    is to save.
+    """
+
+    def __init__(self, rows: list[dict], stage: GRPOStage, seed: int) -> None:
+        self.seed = f"{seed},{stage.name}"
+        weights = self.weights = stage.domain_weights
+        by_domain = {name: [row for row in rows if row.get("domain") == name] for name in weights}
+        self.pools = by_domain or {"": rows}
+        self.shares = _shares(stage.prompts_per_step, weights or {"": 1.0})
+        self.positions = dict.fromkeys(self.pools, 0)
+
+    @property
+    def num_drawn(self) -> int:
+        return sum(self.positions.values())
+
+    def domain_of(self, row: dict) -> str:
+        return row["domain"] if self.weights else ""
+
+    def draw(self, counts: Mapping[str, int]) -> list[dict]:
+        """The next so many prompts of each domain, domain by domain."""
+        chosen = []
+        for name, pool in self.pools.items():
+            first = self.positions[name]
+            self.positions[name] += counts.get(name, 0)
+            for position in range(first, self.positions[name]):
+                epoch, index = divmod(position, len(pool))
+                chosen.append(pool[permutation(len(pool), f"{self.seed},{name},{epoch}")[index]])
+        return chosen
+
+
+def prompt_problems(stage: GRPOStage, rows: Sequence[dict]) -> Iterator[str]:
+    """Too few prompts for a step, and domains without a weight or a prompt."""
+    if len(rows) < stage.prompts_per_step:
+        yield f"train_files: {len(rows)} prompts, fewer than prompts_per_step = {stage.prompts_per_step}"
+    weights = stage.domain_weights
+    yield from (problems := list(domain_problems("domain_weights", "train_files", weights, rows)))
+    for name in sorted({str(row.get("domain")) for row in rows} - weights.keys()) if weights and not problems else ():
+        yield f"domain_weights: rows of train_files have domain {name!r}; give it a weight (0 leaves it out)"
+    for name, spec in stage.reward_models.items():
+        yield from domain_problems(f"reward_models.{name}.domains", "train_files", spec.domains, rows)
+
+
+def unrewarded_problems(stage: GRPOStage, rows: Sequence[dict]) -> Iterator[str]:
+    """Rows of a domain that no reward is for: nothing can be learned from them."""
+    specs: list[WeightedSpec] = [*reward_specs(stage.rewards).values(), *stage.reward_models.values()]
+    if not all(spec.domains for spec in specs):
+        return  # one is for all
+    rewarded = {name for spec in specs for name in spec.domains}
+    for name in dict.fromkeys(str(row.get("domain")) for row in rows):
+        if name not in rewarded and (not stage.domain_weights or stage.domain_weights.get(name, 0) > 0):
+            yield f"rewards: none applies to the rows of train_files with domain {name!r}; name one, or drop the rows"
+
+
+def domain_problems(key: str, files: str, names: Iterable[str], rows: Sequence[dict]) -> Iterator[str]:
+    """Domains that an option names, and no row has."""
+    if not names:
+        return
+    for i, row in enumerate(rows):
+        if not isinstance(row.get("domain"), str | None):
+            yield f"{files}: {location(row, i)}: column 'domain' is {shown(row['domain'])}, expected a string ({key})"
+            return
+    domains = {row.get("domain") for row in rows}
+    for name in names:
+        if name not in domains:
+            yield f"{key}: no row of {files} has domain {name!r}; domains: {sorted(map(str, domains))}"
+
+
+def _shares(total: int, weights: dict[str, float]) -> dict[str, int]:
+    """Whole numbers that add up to total, as near to the weights as they can be (largest remainder)."""
+    exact = {name: total * weight / sum(weights.values()) for name, weight in weights.items()}
+    shares = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: shares[name] - exact[name])
+    for name in by_remainder[: total - sum(shares.values())]:
+        shares[name] += 1
+    return shares

@@ -1,24 +1,31 @@
-"""Sampling from the model of a stage: rows in, scored samples out, the same on every rank."""
+"""Sampling from the model of a stage, by our engine or vLLM: rows in, samples out, the same on every rank."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from r1fast.config import ConfigError
 from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.models.decoder import Decoder
-from r1fast.parallel.parallelize import generation_phase
+from r1fast.models.weights import load_model
+from r1fast.parallel.mesh import Dist
+from r1fast.parallel.parallelize import copy_weights, generation_phase
+from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import Completion, SamplingParams, completion_text
-from r1fast.rollout.vllm import RolloutError
+from r1fast.rollout.vllm import Backend, RolloutError, VllmEngine
+from r1fast.rollout.vllm_process import InProcess
+from r1fast.rollout.vllm_server import Client, Server
 from r1fast.schema_options import GenerateOptions
 from r1fast.stages.context import StageContext, Tokenizer
-from r1fast.stages.engines import build_engine, share_of
 from r1fast.stages.packed import Prompt, encode_row_prompts, prompt_length_problems
 from r1fast.stopping import Interrupted, Stopped
 
+WEIGHTS = "rollout_weights"  # folder of the run directory, written anew at every push to a server
 # By index of the prompt; or why there are none (vLLM gave no answer, logits that are not finite); or the signal that
 # ended it.
 Share = dict[int, list[Completion]] | RolloutError | FloatingPointError | int
@@ -54,8 +61,7 @@ class Sample:
         return name in self.failed_rewards
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingCall:
+class SamplingCall(NamedTuple):
     """What to sample: a prompt and an integer that stands for it in the noise for each row."""
 
     rows: Sequence[dict]
@@ -94,14 +100,10 @@ class Sampler:
         max_tokens: int | None = None,
     ) -> SamplingCall:
         """n samples of every row. Row i draws its noise from (seed, sequence_ids[i]), by default (seed, i)."""
-        return SamplingCall(
-            rows,
-            self.encode(rows) if prompts is None else prompts,
-            range(len(rows)) if sequence_ids is None else sequence_ids,
-            SamplingParams(
-                n=n, max_tokens=max_tokens or self.options.max_completion_length, temperature=temperature, seed=seed
-            ),
-        )
+        most = max_tokens or self.options.max_completion_length
+        params = SamplingParams(n=n, max_tokens=most, temperature=temperature, seed=seed)
+        prompts = self.encode(rows) if prompts is None else prompts
+        return SamplingCall(rows, prompts, range(len(rows)) if sequence_ids is None else sequence_ids, params)
 
     def generate(self, rows: Sequence[dict], **options: Any) -> list[Sample]:
         """The samples of `call` with these arguments, group-contiguous, on every rank."""
@@ -109,12 +111,13 @@ class Sampler:
 
     def start(self, call: SamplingCall) -> Callable[[], list[Sample]]:
         """A function that returns the samples; here it is what makes them, too."""
-        return lambda: self._generate(call)
 
-    def _generate(self, call: SamplingCall) -> list[Sample]:
-        with self.ctx.phase("generate"), generation_phase(self.model):
-            mine = self.run(call)
-        return self.gather(call, mine)
+        def finish() -> list[Sample]:
+            with self.ctx.phase("generate"), generation_phase(self.model):
+                mine = self.run(call)
+            return self.gather(call, mine)
+
+        return finish
 
     def run(self, call: SamplingCall) -> Share:
         """This rank's share of the prompts; no collective."""
@@ -133,34 +136,63 @@ class Sampler:
     def gather(self, call: SamplingCall, mine: Share) -> list[Sample]:
         merged: dict[int, list[Completion]] = {}
         shares = self.ctx.dist.all_gather_objects(mine)
-        for share in shares:
+        for share in sorted(shares, key=lambda share: not isinstance(share, int)):  # a signal before what failed
             if isinstance(share, int):
                 raise Stopped(share)
-        for share in shares:
             if isinstance(share, RolloutError):
                 raise GenerationFailed(f"stages.{self.ctx.stage.name}: {share}")
             if isinstance(share, FloatingPointError):
                 raise self.ctx.error(str(share))
             merged |= share
-        return [
-            Sample(
-                call.rows[i],
-                i,
-                prompt.ids,
-                completion.token_ids,
-                completion.logprobs,
-                completion.finish_reason,
-                completion.text,
-                prompt.prefilled,
-                routed_experts=completion.routed_experts,
-            )
-            for i, prompt in enumerate(call.prompts)
-            for completion in merged[i]
-        ]
+        samples = []
+        for i, (row, (ids, prefilled)) in enumerate(zip(call.rows, call.prompts, strict=True)):
+            for found in merged[i]:
+                made = (found.token_ids, found.logprobs, found.finish_reason, found.text)
+                samples.append(Sample(row, i, ids, *made, prefilled, routed_experts=found.routed_experts))
+        return samples
 
     def text_of(self, completion_ids: Sequence[int]) -> str:
         """The text that the engine would give these tokens, had it sampled them at once."""
         return completion_text(completion_ids, self.model.config, self.tokenizer)
+
+
+class BackgroundSampler(Sampler):
+    """Sampling in a thread while the policy is trained (`rollout.async_steps: 1`).
+
+    main thread   | reward .. update 0 |w| reward .. update 1 |w| ...     w: the weights are copied
+    the thread    | sample 1           | | sample 2           | |
+
+    What step n + 1 learns from is sampled with the weights that step n began with. The trainer's tensors change under
+    way, so the thread reads a copy, whole on every rank: the bytes of the model in the compute dtype, for as long as
+    the stage trains, and one gather of all weights a step. The thread takes part in no collective: ranks would meet in
+    another order. On a GPU it has a stream of its own.
+    """
+
+    def __init__(self, ctx: StageContext[GenerateOptions], policy: Decoder, tokenizer: Tokenizer) -> None:
+        model, _ = load_model(ctx.model_path(ctx.model_ref), dtype=ctx.param_dtype, device=ctx.dist.device)
+        model.requires_grad_(False)
+        model.head.in_fp32 = policy.head.in_fp32
+        super().__init__(ctx, model, tokenizer, record=True)
+        self.policy = policy
+        self.stream = torch.cuda.Stream(ctx.dist.device) if ctx.dist.device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout")
+
+    def start(self, call: SamplingCall) -> Callable[[], list[Sample]]:
+        with self.ctx.phase("generate"):
+            copy_weights(self.policy, self.model)
+            if self.stream is not None:
+                self.stream.wait_stream(torch.cuda.current_stream())
+        future = self.thread.submit(self.run, call)
+
+        def finish() -> list[Sample]:
+            with self.ctx.phase("generate"):  # what of it the training did not hide
+                return self.gather(call, future.result())
+
+        return finish
+
+    def run(self, call: SamplingCall) -> Share:
+        with torch.cuda.stream(self.stream):  # None: nothing. A new thread has neither the stream nor the device
+            return super().run(call)
 
 
 def by_group(samples: Iterable[Sample]) -> list[list[Sample]]:
@@ -174,3 +206,41 @@ def summary_of(text: str, response_format: str, prefilled: bool = False) -> str:
     """The part of a response that the user reads: what follows the reasoning."""
     parsed = RESPONSE_FORMATS[response_format].parse(text, prefilled=prefilled)
     return (parsed.answer if parsed else None) or ""
+
+
+def build_engine(
+    ctx: StageContext, model: Decoder, tokenizer: Tokenizer, *, record: bool
+) -> RolloutEngine | VllmEngine:
+    """record: completions of a mixture of experts say which experts each token went to (vLLM's: for router_replay)."""
+    rollout = ctx.recipe.rollout
+    if rollout.engine == "r1fast":
+        own = rollout.model_dump(exclude={"engine", "async_steps", "vllm"})
+        routed = record and any(True for _ in model.moe_layers())
+        return RolloutEngine(model, tokenizer, enable_return_routed_experts=routed, **own)
+    try:
+        backend = vllm_backend(ctx, model)
+    except RolloutError as error:
+        raise ConfigError(f"stages.{ctx.stage.name}: {error}") from error
+    return VllmEngine(model, tokenizer, backend, routed_experts=record and ctx.stage.router_replay)
+
+
+def vllm_backend(ctx: StageContext, model: Decoder) -> Backend:
+    rollout, options = ctx.recipe.rollout, ctx.recipe.rollout.vllm
+    if (url := options.server_base_url) is not None:
+        client = Client(url, timeout_s=options.server_timeout, request_timeout_s=options.request_timeout)
+        folder = ctx.run_dir / WEIGHTS if options.weight_transfer == "folder" else None
+        return Server(client, folder=folder, max_num_seqs=rollout.max_num_seqs)
+    ctx.dist.before_close.callback(InProcess.release)
+    return InProcess.get(
+        model.config, ctx.param_dtype, ctx.dist.device, max_num_seqs=rollout.max_num_seqs,
+        max_model_len=options.max_model_length, gpu_memory_utilization=options.gpu_memory_utilization,
+        enforce_eager=rollout.enforce_eager,
+        enable_return_routed_experts=any(getattr(stage, "router_replay", False) for stage in ctx.recipe.stages),
+    )  # fmt: skip
+
+
+def share_of(engine: RolloutEngine | VllmEngine, num_rows: int, dist: Dist) -> range:
+    """This rank's rows; where one server samples for every rank, rank 0 alone talks to it."""
+    if isinstance(engine, VllmEngine) and isinstance(engine.backend, Server):
+        return range(num_rows if dist.is_main else 0)
+    return range(dist.rank, num_rows, dist.world_size)

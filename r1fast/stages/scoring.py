@@ -1,6 +1,7 @@
 """Rewards of samples: rule functions in worker processes, routed by domain, and the weighted sum."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ class NothingScored(ConfigError):
     """No reward gave any sample a value: going on would cost time and teach nothing. Raised on every rank."""
 
 
-class Scorer:
+class Scorer(AbstractContextManager["Scorer"]):
     """The rule rewards of a stage. Rank 0 scores; every rank gets the numbers.
 
     A reward sees the rows of its domains only: one worker pool for each set of domains.
@@ -26,15 +27,9 @@ class Scorer:
         self.ctx, self.response_format = ctx, response_format
         self.specs = reward_specs(rewards)
         self.weights = {name: spec.weight for name, spec in self.specs.items()}
-        workers = ctx.recipe.reward_workers
-        self.pools: dict[tuple[str, ...], RewardPool] = {}
-        for domains, arguments in pool_arguments(self.specs).items() if ctx.dist.is_main else ():
-            self.pools[domains] = RewardPool(
-                arguments,
-                num_workers=workers.num_workers,
-                timeout_s=workers.timeout_s,
-                memory_limit_gb=workers.memory_limit_gb,
-            )
+        by_domains = pool_arguments(self.specs) if ctx.dist.is_main else {}
+        workers = ctx.recipe.reward_workers.model_dump()
+        self.pools = {domains: RewardPool(arguments, **workers) for domains, arguments in by_domains.items()}
         self.failures: list[str] = []  # of the last call of `score`, one line each
 
     def score(self, samples: Sequence[Sample]) -> int:
@@ -59,10 +54,8 @@ class Scorer:
         empty = [name for name in names if all(np.isnan(sample.rewards[name]) for sample in samples)]
         silent = [name for name in empty if not any(sample.has_failed(name) for sample in samples)]
         reasons = self.failures[:3] + [f"reward {name!r} gave None for every sample" for name in silent]
-        return NothingScored(
-            f"stages.{self.ctx.stage.name}: none of {len(samples)} samples could be scored: {'; '.join(reasons)}; "
-            "correct the reward, or the columns that it reads"
-        )
+        what = f"stages.{self.ctx.stage.name}: none of {len(samples)} samples could be scored: {'; '.join(reasons)}"
+        return NothingScored(f"{what}; correct the reward, or the columns that it reads")
 
     def _score(self, samples: Sequence[Sample]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[str]]:
         values = {name: np.full(len(samples), np.nan) for name in self.specs}
@@ -73,12 +66,8 @@ class Scorer:
             if not index:
                 continue
             chosen = [samples[i] for i in index]
-            result = pool.score(
-                [sample.row["prompt"] for sample in chosen],
-                [sample.text for sample in chosen],
-                [sample.completion_ids for sample in chosen],
-                self._columns(chosen),
-            )
+            prompts, texts = [sample.row["prompt"] for sample in chosen], [sample.text for sample in chosen]
+            result = pool.score(prompts, texts, [s.completion_ids for s in chosen], self._columns(chosen))
             for name, spec in self.specs.items():
                 if tuple(spec.domains) == domains:
                     function = str(spec.function)
@@ -90,14 +79,11 @@ class Scorer:
     def _columns(self, samples: Sequence[Sample]) -> dict[str, list]:
         ours = ("prompt", "completion", "completion_ids")
         names = dict.fromkeys(name for sample in samples for name in sample.row if name not in ours)
-        columns: dict[str, list] = {name: [sample.row.get(name) for sample in samples] for name in names}
-        columns["response_format"] = [self.response_format] * len(samples)
-        columns["finish_reason"] = [sample.finish_reason for sample in samples]
-        columns["prefilled"] = [sample.prefilled for sample in samples]
-        return columns
-
-    def __enter__(self) -> "Scorer":
-        return self
+        return {name: [sample.row.get(name) for sample in samples] for name in names} | {
+            "response_format": [self.response_format] * len(samples),
+            "finish_reason": [sample.finish_reason for sample in samples],
+            "prefilled": [sample.prefilled for sample in samples],
+        }
 
     def __exit__(self, *error: object) -> None:
         for pool in self.pools.values():

@@ -40,10 +40,10 @@ def encode_rows(
 
 
 def train(ctx: StageContext[FitOptions], model: Decoder, examples: Sequence[Example], steps: int) -> None:
-    units = [[example] for example in examples]
-    Trainer(ctx, model, steps).fit(
-        units, ctx.stage.batch_size, lambda chosen: cross_entropy([example for (example,) in chosen], ctx)
-    )
+    def loss_of(chosen: Sequence[Sequence[Example]]) -> LossFn:
+        return cross_entropy([example for (example,) in chosen], ctx)
+
+    Trainer(ctx, model, steps).fit([[example] for example in examples], ctx.stage.batch_size, loss_of)
 
 
 def cross_entropy(examples: Sequence[Example], ctx: StageContext) -> LossFn:

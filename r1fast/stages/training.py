@@ -5,7 +5,6 @@ by the global count before backward and gradients are summed over ranks, so the 
 """
 
 import math
-import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from r1fast.parallel.parallelize import grad_norm_and_clip
 from r1fast.schema_options import TrainOptions
 from r1fast.stages.context import StageContext
 from r1fast.stages.measures import Mean, Measures, merge, numbers
-from r1fast.stages.packed import Example, PackedBatch, collate, empty_batch
+from r1fast.stages.packed import Example, PackedBatch, collate, empty_batch, permutation
 
 # (batch, hidden_TD, weight_VD) -> (loss already divided by the global count, this batch's part of the metrics)
 LossFn = Callable[[PackedBatch, Tensor, Tensor], tuple[Tensor, Measures]]
@@ -40,15 +39,12 @@ class Trainer:
         options = ctx.stage
         self.ctx, self.model, self.total_steps, self.router_replay = ctx, model, total_steps, router_replay
         self.optimizer = build_optimizer(
-            model,
-            name=options.optimizer,
-            learning_rate=options.learning_rate,
-            betas=(options.adam_beta1, options.adam_beta2),
-            eps=1e-8,
-            weight_decay=options.weight_decay,
-        )
+            model, name=options.optimizer, learning_rate=options.learning_rate,
+            betas=(options.adam_beta1, options.adam_beta2), eps=1e-8, weight_decay=options.weight_decay,
+        )  # fmt: skip
         self.step = 0
         self.saved: nn.Module = model  # what checkpoints hold; GRPO adds its reference
+        self.state_at: Callable[[int], dict[str, Any]] = lambda step: {}  # what they hold beside it
         self.saved_step = 0  # of the newest checkpoint
 
     def fit(self, units: Sequence[Unit], batch_size: int, loss_of: Callable[[Sequence[Unit]], LossFn]) -> None:
@@ -57,16 +53,13 @@ class Trainer:
         units: of as many examples each, which stay together. loss_of: the loss of a step's units.
         """
         self.restore()
-        epoch, per_epoch, order = -1, -(-len(units) // batch_size), list[int]()
+        per_epoch = -(-len(units) // batch_size)
         with self.ctx.log(self.total_steps, self.step) as log:
             while self.step < self.total_steps:
                 start = time.perf_counter()
-                if self.step // per_epoch != epoch:
-                    epoch = self.step // per_epoch
-                    order = list(range(len(units)))
-                    random.Random(f"{self.ctx.seed},{epoch}").shuffle(order)
-                first = self.step % per_epoch * batch_size
-                chosen = [units[i] for i in order[first : first + batch_size]]
+                epoch, place = divmod(self.step, per_epoch)
+                order = permutation(len(units), f"{self.ctx.seed},{epoch}")
+                chosen = [units[i] for i in order[place * batch_size :][:batch_size]]
                 examples = [example for unit in chosen for example in unit]
                 try:
                     with self.ctx.phase("update"):
@@ -90,7 +83,8 @@ class Trainer:
         coefficient, device = self.ctx.stage.router_aux_loss_coef, self.ctx.dist.device
         # The balance loss is a mean over the sequences of the step, as every loss is, and a sum over layers.
         scale = torch.tensor(coefficient / max(len(examples), 1), device=device) if coefficient > 0 else None
-        counts_LE = self._no_counts()
+        shape = sum(1 for _ in self.model.moe_layers()), self.model.config.n_routed_experts
+        counts_LE = torch.zeros(shape, dtype=torch.int64, device=device)
         parts: list[Measures] = []
         for batch in batches:
             loss, found, routing = self._forward(batch, loss_fn, scale)
@@ -103,14 +97,13 @@ class Trainer:
         totals = merge(self.ctx.dist.all_gather_objects(merge(parts)))
         loss_sum = totals["loss"].total  # type: ignore[union-attr]
         if not (math.isfinite(grad_norm) and math.isfinite(loss_sum)):
-            raise FloatingPointError(
-                f"stage {self.ctx.stage.name}, step {self.step + 1}: loss {loss_sum}, gradient norm {grad_norm}; "
-                "the weights were not changed. Lower the learning rate or look at the batch"
-            )
+            what = f"stage {self.ctx.stage.name}, step {self.step + 1}: loss {loss_sum}, gradient norm {grad_norm}"
+            advice = "the weights were not changed. Lower the learning rate or look at the batch"
+            raise FloatingPointError(f"{what}; {advice}")
         # Of an update that learned from nothing there is neither.
         learned = float(any(example.num_learned for example in examples))
-        totals["loss"] = Mean(loss_sum, learned)
-        totals |= {"grad_norm": Mean(grad_norm * learned, learned), "learning_rate": Mean(self._set_lr(), 1.0)}
+        totals |= {"loss": Mean(loss_sum, learned), "grad_norm": Mean(grad_norm * learned, learned)}
+        totals["learning_rate"] = Mean(self._set_lr(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -118,10 +111,10 @@ class Trainer:
 
     def restore(self) -> dict[str, Any]:
         """Load the newest complete checkpoint of the stage, if any; returns what was saved beside the model."""
-        ctx = self.ctx
-        path = checkpoint.latest(ctx.checkpoints, ctx.dist)
+        ctx, folder = self.ctx, self.ctx.stage_dir / "checkpoints"
+        path = checkpoint.latest(folder, ctx.dist)
         if ctx.dist.is_main:
-            checkpoint.tidy(ctx.checkpoints, path)
+            checkpoint.tidy(folder, path)
         if path is None:
             return {}
         try:
@@ -130,47 +123,40 @@ class Trainer:
             raise ctx.error(f"{error}; put back what was changed, or start a new run") from error
         self.step, self.saved_step = extra["step"], int(path.name.removeprefix("step_"))
         if self.step > self.total_steps:
+            advice = "they can become more, or as many as were taken"
             raise ctx.error(
-                f"{path} has taken {self.step} optimizer steps, and the recipe has "
-                f"{self.total_steps}: they can become more, or as many as were taken"
+                f"{path} has taken {self.step} optimizer steps, and the recipe has {self.total_steps}: {advice}"
             )
         ctx.resume_clock(extra["clock"])
         return extra
 
-    def is_due(self, progress_step: int, *, last: bool) -> bool:
-        """Whether a checkpoint is; also when the ranks have agreed to stop."""
-        return last or bool(self.ctx.stop.agreed) or progress_step % self.ctx.stage.save_steps == 0
-
-    def save(self, progress_step: int, *, last: bool, **extra: Any) -> None:
+    def save(self, progress_step: int, *, last: bool) -> None:
         """Save a checkpoint where one is due; raises Stopped after it where the ranks have agreed to stop."""
-        if self.is_due(progress_step, last=last):
-            self._save(progress_step, extra)
+        if last or self.ctx.stop.agreed or progress_step % self.ctx.stage.save_steps == 0:
+            self._save(progress_step)
             self.ctx.stop.end()
 
-    def save_good(self, progress_step: int, **extra: Any) -> None:
+    def save_good(self, progress_step: int) -> None:
         """Before the stage ends by an error, with weights as that step left them: keep it, unless it is saved."""
         if progress_step > self.saved_step:
-            self._save(progress_step, extra)
+            self._save(progress_step)
 
-    def _save(self, progress_step: int, extra: dict[str, Any]) -> None:
-        ctx = self.ctx
+    def _save(self, progress_step: int) -> None:
+        ctx, state = self.ctx, self.state_at(progress_step)
+
+        def sync_log() -> None:  # a step that is saved is logged
+            if ctx.stop.problem is not None:
+                raise ctx.stop.problem
+            if ctx.stage_log is not None:
+                ctx.stage_log.sync()
+
         with ctx.phase("save"):
-            ctx.dist.on_main(self._sync_log)  # a step that is saved is logged
+            ctx.dist.on_main(sync_log)
+            folder, extra = ctx.stage_dir / "checkpoints", {"step": self.step, "clock": ctx.clock(), **state}
             checkpoint.save(
-                ctx.checkpoints,
-                progress_step,
-                model=self.saved,
-                optimizer=self.optimizer,
-                extra={"step": self.step, "clock": ctx.clock(), **extra},
-                dist=ctx.dist,
+                folder, progress_step, model=self.saved, optimizer=self.optimizer, extra=extra, dist=ctx.dist
             )
         self.saved_step = progress_step
-
-    def _sync_log(self) -> None:
-        if self.ctx.stop.problem is not None:
-            raise self.ctx.stop.problem
-        if self.ctx.stage_log is not None:
-            self.ctx.stage_log.sync()
 
     def _my_batches(self, units: list[Sequence[Example]]) -> list[PackedBatch | None]:
         """Of each rank as many, at least one. None: no work is left, but the rank takes part in every collective."""
@@ -185,15 +171,9 @@ class Trainer:
     ) -> tuple[Tensor, Measures, Routing | None]:
         if batch is None:
             batch, balance_scale = empty_batch(self.ctx.dist.device), None
-        fn = loss_fn if batch.target_ids_M.numel() else _no_loss
-        (loss, found), routing = self.model(
-            batch.input_ids_T,
-            batch.cu_seqlens,
-            head=partial(fn, batch),
-            replay_ids_TLK=batch.routed_TLK if self.router_replay else None,
-            balance_scale=balance_scale,
-            with_routing=True,
-        )
+        head = partial(loss_fn if batch.target_ids_M.numel() else _no_loss, batch)
+        how = {"replay_ids_TLK": batch.routed_TLK if self.router_replay else None, "balance_scale": balance_scale}
+        (loss, found), routing = self.model(batch.input_ids_T, batch.cu_seqlens, head=head, with_routing=True, **how)
         return loss, found, routing
 
     def _routing_measures(self, batch: PackedBatch, routing: Routing) -> Measures:
@@ -208,21 +188,10 @@ class Trainer:
 
     def _set_lr(self) -> float:
         """Of the next optimizer step; returns it."""
-        options = self.ctx.stage
-        scale = lr_at(
-            self.step,
-            max_steps=self.total_steps,
-            warmup_steps=options.warmup_steps,
-            lr_scheduler_type=options.lr_scheduler_type,
-            min_lr_ratio=options.min_lr_ratio,
-            decay_ratio=options.decay_ratio,
-        )
+        schedule = {"warmup_steps", "lr_scheduler_type", "min_lr_ratio", "decay_ratio"}
+        scale = lr_at(self.step, max_steps=self.total_steps, **self.ctx.stage.model_dump(include=schedule))
         self.optimizer.set_lr(scale)
-        return scale * options.learning_rate
-
-    def _no_counts(self) -> Tensor:
-        layers = sum(1 for _ in self.model.moe_layers())
-        return torch.zeros(layers, self.model.config.n_routed_experts, dtype=torch.int64, device=self.ctx.dist.device)
+        return scale * self.ctx.stage.learning_rate
 
     @torch.no_grad()
     def _end_balance(self, counts_LE: Tensor) -> Measures:
@@ -290,8 +259,7 @@ def map_packed(
     groups = share([[example] for example in examples], ctx)
     most = int(dist.all_reduce_max(torch.tensor(len(groups))))
     results: dict[int, Any] = {}
-    for turn in range(most):
-        group = groups[turn] if turn < len(groups) else []
+    for group in [*groups, *[[]] * (most - len(groups))]:
         batch = collate([examples[i] for i in group], dist.device) if group else empty_batch(dist.device)
         replayed = batch.routed_TLK if router_replay else None
         found = model(batch.input_ids_T, batch.cu_seqlens, head=partial(head, batch), replay_ids_TLK=replayed)

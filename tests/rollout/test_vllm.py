@@ -28,7 +28,7 @@ from r1fast.rollout.vllm import (
     whole_state,
 )
 from r1fast.rollout.vllm_process import InProcess
-from r1fast.stages.engines import vllm_backend
+from r1fast.stages.sampler import vllm_backend
 from tests.tiny_checkpoint import DEEPSEEK_V3, write_checkpoint
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14]]

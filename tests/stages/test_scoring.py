@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from r1fast.schema_options import FilterOptions, RewardSpec
 from r1fast.stages import reject
 from r1fast.stages.evaluate import summarize
 from r1fast.stages.grpo import Learner, rollout_metrics
@@ -102,23 +103,24 @@ def test_other_rewards_that_failed_lower_their_mean() -> None:
     ],
 )
 def test_why_a_sample_is_dropped(failed: tuple[str, ...], accuracy: float, row: Any, reason: str) -> None:
-    filters = SimpleNamespace(
-        model_dump=lambda: {"min_language": 1.0, "max_repetition": 0.2, "max_paragraph_chars": 100, "allow_code": True}
-    )
-    assert drop_reason(sample(0, failed, accuracy=accuracy, row=row, text="no tags"), filters, "think_answer") == reason
+    stage: Any = SimpleNamespace(filters=FilterOptions(), min_reward=1.0, rewards={"accuracy": 1.0})
+    made = sample(0, failed, accuracy=accuracy, row=row, text="no tags")
+    made.reward = accuracy
+    assert drop_reason(made, stage, "think_answer") == reason
 
 
 def test_a_verifier_that_fails_on_everything_ends_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing(Scorer):
         def __init__(self, ctx: Any, *_: Any) -> None:
-            self.ctx, self.pools, self.failures = ctx, {}, ["reward 'accuracy', rows 0-1: MemoryError"]
+            self.ctx, self.pools, self.specs = ctx, {}, {"accuracy": RewardSpec()}
+            self.failures = ["reward 'accuracy', rows 0-1: MemoryError"]
 
         def score(self, samples: Any) -> int:
             return len(samples)
 
     monkeypatch.setattr(reject, "Scorer", Failing)
     samples = [sample(group, ("accuracy",), accuracy=NAN) for group in (0, 1)]
-    ctx: Any = SimpleNamespace(stage=SimpleNamespace(name="kept"))
+    ctx: Any = SimpleNamespace(stage=SimpleNamespace(name="kept", rewards={}))
     with pytest.raises(NothingScored, match=r"stages\.kept: none of 2 samples could be scored: .* MemoryError"):
         reject.select(ctx, samples, "think_answer")
 
