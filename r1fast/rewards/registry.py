@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from r1fast.rewards.adapters import adapt_verl, is_adapted, is_verl_function
-from r1fast.user_code import did_you_mean, load_function
+from r1fast.user_code import load_function
+from r1fast.wording import did_you_mean
 
 RewardFunction = Callable[..., Any]
 
 REWARDS: dict[str, RewardFunction] = {}
-_BUILTIN_MODULES = ("accuracy", "format", "language", "completeness", "repetition", "reasoning_gym")
+_BUILTIN_MODULES = ("accuracy", "format", "language", "repetition", "reasoning_gym")
 
 
 def reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
@@ -26,8 +27,9 @@ def reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
     def register(function: RewardFunction) -> RewardFunction:
         known = REWARDS.get(name)
         if known is not None and _dotted(known) != _dotted(function):
-            both = f"{_dotted(known)} and {_dotted(function)}"
-            raise ValueError(f"reward {name!r} is registered twice: {both}; rename one")
+            raise ValueError(
+                f"reward {name!r} is registered twice: {_dotted(known)} and {_dotted(function)}; rename one"
+            )
         REWARDS[name] = function
         return function
 
