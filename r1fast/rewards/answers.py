@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 OPENING, CLOSING = r"\\\{|\\langle(?![A-Za-z])|[(\[{]", r"\\\}|\\rangle(?![A-Za-z])|[)\]}]"
@@ -15,6 +16,7 @@ BRACKET, _BRACE = re.compile(rf"({OPENING})|({CLOSING})"), re.compile(r"(\{)|(\}
 _SEPARATOR = r"[,;、，]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|和|或"
 _GROUPS, _GROUP = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})*$"), re.compile(r"[0-9]{3}(?![0-9])")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|min|max|gcd|lcm|pi|infty"
 _DIGITS = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 NUMBER = rf"(?:{_DIGITS})(?:[eE][+-]?[0-9]{{1,3}}(?![0-9a-zA-Z]))?"
 _PLAIN = re.compile(rf"[+-]?{NUMBER}(?:\s*/\s*[0-9]+(?:\.[0-9]+)?)?")
@@ -36,10 +38,8 @@ _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
 class Box(NamedTuple):
-    """The last \\boxed{} of a text: its content (None where there is none), and False if it never closes."""
-
-    content: str | None
-    closed: bool
+    content: str | None  # None where there is none
+    closed: bool  # False if it never closes
 
 
 def last_box(text: str) -> Box:
@@ -78,15 +78,12 @@ def last_boxes(text: str) -> list[str] | None:
     """
     contents: list[str] = []
     next_begin = 0
-    for begin, end, content in _boxes(text):
+    for begin, end, content in islice(_boxes(text), _MAX_BOXES):
         if content is None or end is None:
-            if not contents:
-                return None
+            return list(dict.fromkeys(reversed(contents))) or None
+        between = text[end:next_begin] if next_begin - end < _MAX_BETWEEN else "..."
+        if contents and not _BETWEEN_BOXES.fullmatch(typeset_words(between)):
             break
-        if contents:
-            between = text[end:next_begin] if next_begin - end < _MAX_BETWEEN else "..."
-            if len(contents) == _MAX_BOXES or not _BETWEEN_BOXES.fullmatch(typeset_words(between)):
-                break
         contents.append(content)
         next_begin = begin
     return list(dict.fromkeys(reversed(contents)))
@@ -145,11 +142,16 @@ def typeset(text: str) -> str:
         text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).replace("\u2044", "/").translate(_SIGNS)
         text = re.sub(r"([√∛])\s*([0-9]+(?:\.[0-9]+)?|[A-Za-z])", r"\1{\2}", text)
         text = text.replace("√", "\\sqrt").replace("∛", "\\sqrt[3]")
-    if "\\" in text or "!" in text or "=" in text or "p" in text or "~" in text:
-        if "\\begin" not in text:  # where a row ends with two backslashes
-            text = _ESCAPED_TWICE.sub(r"\\", text)
-        for pattern, replacement in _ONE_SPELLING:
-            text = re.sub(pattern, replacement, text)
+    if not re.search(r"[\\!=p~]", text):
+        return text
+    if "\\begin" not in text:  # where a row ends with two backslashes
+        text = _ESCAPED_TWICE.sub(r"\\", text)
+    return substituted(text, _ONE_SPELLING)
+
+
+def substituted(text: str, table: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in table:
+        text = re.sub(pattern, replacement, text)
     return text
 
 

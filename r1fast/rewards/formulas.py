@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from r1fast.rewards.answers import closing_end
+from r1fast.rewards.answers import FUNCTIONS, closing_end, substituted
 
 _MAX_CHARS = 500  # the parser takes seconds for more
 MAX_DEPTH = 16  # the parser's time grows steeply with nested brackets
@@ -21,11 +21,10 @@ _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 # Two numbers with a space between are no product; what dots stand for is open; the parser drops primes and bases.
 _UNREADABLE = re.compile(r"[0-9]\s+[0-9]|\\[lcvd]?dots(?![a-z])|\.\.|'|\\prime|(?<![\^{A-Za-z0-9])[0-9]+\s*_")
 _BRACED, _PARENTHESES = re.compile(r"(?:\^|\\sqrt(?:\[[^\[\]]{0,9}\])?)\("), re.compile(r"(\()|(\))")
-_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|min|max|gcd|lcm|pi|infty"
 # What is written as in a programming language, as LaTeX: 7*y**2 - sqrt(3) is 7 \cdot y^{2} - \sqrt{3}.
 _NAMES: tuple[tuple[str, str], ...] = (
     (r"\*\*", "^"),
-    (rf"(?<![A-Za-z\\])({_FUNCTIONS})(?![A-Za-z])", r"\\\1"),
+    (rf"(?<![A-Za-z\\])({FUNCTIONS})(?![A-Za-z])", r"\\\1"),
     (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty"),
     (r"\\(sin|cos|tan|cot|sec|csc)\s*\^\s*\{?\s*-1\s*\}?", r"\\arc\1 "),
     (r"(\^|\\sqrt(?:\[[^\[\]]*\])?)\s*(?=\()", r"\1"),
@@ -89,15 +88,11 @@ def parse(text: str) -> Any | None:
 
 
 def _latex(text: str) -> str:
-    for pattern, replacement in _NAMES:
-        text = re.sub(pattern, replacement, text)
+    text = substituted(text, _NAMES)
     chain = re.split(r"(>|\\ge(?![A-Za-z]))", text)
     if len(chain) == 5:  # 3 > x > 1
         text = " ".join(reversed(chain)).replace(">", "<").replace("\\ge", "\\le ")
-    text = _braced(text)
-    for pattern, replacement in _OPERATORS:
-        text = re.sub(pattern, replacement, text)
-    return text.strip()
+    return substituted(_braced(text), _OPERATORS).strip()
 
 
 def _braced(text: str) -> str:
