@@ -45,7 +45,7 @@ def same_formula(gold: str, answer: str, *, digits: int | None = None) -> bool:
     """Whether two formulas are equal; spellings that cannot be read are equal only if they are the same text."""
     gold_tree, answer_tree = parse(gold), parse(answer)
     if gold_tree is None or answer_tree is None:
-        return squeezed(gold) == squeezed(answer)
+        return same_text(gold, answer)
     from r1fast.rewards.trees import same
 
     return same(gold_tree, answer_tree, max(map(literal_digits, (gold, answer))) if digits is None else digits)
@@ -61,7 +61,12 @@ def is_readable(text: str) -> bool:
     return not braces and bool(re.search(r"\w", re.sub(r"\\(?![lc]?dots)[A-Za-z]+", "", text)))
 
 
-def squeezed(text: str) -> str:
+def same_text(gold: str, answer: str) -> bool:
+    """Whether two values are written alike."""
+    return _squeezed(gold) == _squeezed(answer)
+
+
+def _squeezed(text: str) -> str:
     """The text without spaces and markup that mean nothing; 3 1/2, \\frac{1}{23} and 2^{n-1} keep theirs."""
     text = re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}|\$", r"\1", text)
     text = re.sub(r"(?<![0-9,])\s+|\s+(?![0-9])", "", text)
