@@ -11,8 +11,9 @@ from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 
-OPENING, CLOSING = r"\\\{|\\langle(?![A-Za-z])|[(\[{]", r"\\\}|\\rangle(?![A-Za-z])|[)\]}]"
-BRACKET, _BRACE = re.compile(rf"({OPENING})|({CLOSING})"), re.compile(r"(\{)|(\})|\\.", re.DOTALL)
+_OPENING, _CLOSING = r"\\\{|\\langle(?![A-Za-z])|[(\[{]", r"\\\}|\\rangle(?![A-Za-z])|[)\]}]"
+_BRACKETED = re.compile(rf"({_OPENING})(.*?)({_CLOSING})", re.DOTALL)
+_BRACKET, _BRACE = re.compile(rf"({_OPENING})|({_CLOSING})"), re.compile(r"(\{)|(\})|\\.", re.DOTALL)
 _SEPARATOR = r"[,;、，]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|和|或"
 _GROUPS, _GROUP = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})*$"), re.compile(r"[0-9]{3}(?![0-9])")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -209,12 +210,6 @@ def any_number(text: str) -> Fraction | None:
     return None if number is None else number * 10 ** _SCALES[scale.lower()]
 
 
-def decimals(text: str) -> int:
-    """Digits after the decimal point of a plain decimal; 0 for other numbers."""
-    match = re.fullmatch(r"[+-]?[0-9,]*\.([0-9]+)", text.strip())
-    return len(match[1]) if match else 0
-
-
 _UNIT_NAMES = {
     "mm": "mm millimeter millimetre", "cm": "cm centimeter centimetre", "m": "m meter metre", "dm": "dm",
     "km": "km kilometer kilometre", "in": "in inch inche", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile",
@@ -310,9 +305,17 @@ def split_list(text: str) -> list[str]:
     return _between(text, [cut for cut in cuts if cut[0] == ";"] or cuts) if cuts else [text.strip()]
 
 
-def split_items(text: str) -> list[str]:
-    """The parts of what stands between brackets, where every comma separates."""
-    return _between(text, list(top_level(text, "[,;、]")))
+def bracketed(text: str) -> tuple[str, str, list[str]] | None:
+    """(brackets, what they hold, its parts at every comma) of a text that one pair of brackets holds as a whole."""
+    whole = _BRACKETED.fullmatch(text)
+    if whole is None or (whole[1] == "{" and whole[3] != "}"):
+        return None
+    if closing_end(text, whole.end(1), _BRACKET) not in (None, len(text)):
+        return None
+    opening, inner, closing = whole.groups()
+    parts = _between(inner, list(top_level(inner, "[,;、]")))
+    is_single = len(parts) == 1 and opening == "[" and _BRACKET.search(inner) is None
+    return opening + ("]" if is_single else closing), inner, parts
 
 
 def _between(text: str, cuts: list[re.Match[str]]) -> list[str]:
@@ -324,7 +327,7 @@ def _between(text: str, cuts: list[re.Match[str]]) -> list[str]:
 def top_level(text: str, tokens: str) -> Iterator[re.Match[str]]:
     """The matches of a pattern outside all brackets; a half-open interval's brackets close each other."""
     depth = 0
-    for match in re.finditer(rf"{BRACKET.pattern}|({tokens})|\\[a-zA-Z]+|\\.", text):
+    for match in re.finditer(rf"{_BRACKET.pattern}|({tokens})|\\[a-zA-Z]+|\\.", text):
         if match[3] is None:
             depth = max(0, depth + bool(match[1]) - bool(match[2]))
         elif depth == 0:

@@ -50,7 +50,7 @@ def _exact(tree: Any, is_complex: bool) -> Any:
     if isinstance(tree, sympy.Symbol):
         constants = {"e": sympy.E, "i": sympy.I if is_complex else tree}
         return constants.get(tree.name, tree)
-    arguments = getattr(tree, "_unsorted_args", None) or getattr(tree, "args", ())
+    arguments: tuple[Any, ...] = getattr(tree, "_unsorted_args", None) or getattr(tree, "args", ())
     exact = [_exact(argument, is_complex) for argument in arguments]
     if all(new is old for new, old in zip(exact, arguments)):
         return tree
@@ -223,7 +223,7 @@ def _rational(tree: Any) -> Any | None:
     return value if isinstance(value, sympy.Rational) else None
 
 
-def _at_points(gold: Any, answer: Any, count: int) -> Iterator[tuple[Any | None, Any | None]]:
+def _at_points(gold: Any, answer: Any, count: int) -> Iterator[tuple[Any, Any]]:
     """The values of both at fixed points of their variables; None where there is none: at poles, ..."""
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     for shift in range(count):

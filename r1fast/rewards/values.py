@@ -13,20 +13,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from r1fast.rewards.answers import (
-    BRACKET,
-    CLOSING,
-    OPENING,
-    any_number,
-    bare,
-    closing_end,
-    decimals,
-    plain_number,
-    split_items,
-    split_list,
-    split_unit,
-    top_level,
-)
+from r1fast.rewards.answers import any_number, bare, bracketed, plain_number, split_list, split_unit, top_level
 from r1fast.rewards.formulas import MAX_DEPTH, literal_digits, nesting, same_formula, same_text
 from r1fast.rewards.formulas import is_readable as is_readable_formula
 
@@ -37,7 +24,6 @@ _NAME = re.compile(r"(?!.*\\(?:le|ge|ne|sqrt|pi|infty)(?![A-Za-z]))[^0-9=<>+^]*[
 _MATRIX = re.compile(
     r"\\begin\{([pbvBV]?matrix|array|cases)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*)\\end\{\1\}", re.DOTALL
 )
-_BRACKETED = re.compile(rf"({OPENING})(.*?)({CLOSING})", re.DOTALL)
 _ARITHMETIC = re.compile(r"(?:[0-9.\s+*/()^{}-]|\\(?:cdot|times|frac)(?![A-Za-z]))+")
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne)(?![A-Za-z])")
 
@@ -134,21 +120,14 @@ def _split_name(text: str) -> tuple[str, str]:
 
 
 def _bracketed(text: str) -> Value | None:
-    whole = _BRACKETED.fullmatch(text)
-    if whole is None or (whole[1] == "{" and whole[3] != "}"):
+    if (found := bracketed(text)) is None:
         return None
-    if closing_end(text, whole.end(1), BRACKET) not in (None, len(text)):
-        return None
-    opening, inner, closing = whole.groups()
-    parts = split_items(inner)
-    is_single = len(parts) == 1
-    if is_single and (inner.lstrip().startswith("\\begin") or opening + closing == "()"):
+    brackets, inner, parts = found
+    if len(parts) == 1 and (brackets == "()" or inner.lstrip().startswith("\\begin")):
         return read_value(inner)
-    if opening in ("\\{", "{"):
+    if brackets.startswith(("{", "\\{")):
         return Value("set", text, _spread(parts))
-    if is_single and opening == "[" and BRACKET.search(inner) is None:
-        return Value("tuple", text, (read_value(inner),), "[]")
-    return Value("tuple", text, tuple(read_value(part) for part in parts), opening + closing)
+    return Value("tuple", text, tuple(map(read_value, parts)), brackets)
 
 
 def _matrix(environment: str, body: str, text: str) -> Value:
@@ -242,8 +221,14 @@ def _same_quantity(gold: str, answer: str, gold_divisor: int = 1, answer_divisor
         return same_formula(*scaled, digits=digits)
     difference = abs(first / gold_divisor - second / answer_divisor)
     # A decimal of six or more places may be what rounds the other, a fraction.
-    places = [decimals(text) for text, other in ((gold, answer), (answer, gold)) if "/" in other]
+    places = [_decimals(text) for text, other in ((gold, answer), (answer, gold)) if "/" in other]
     return not difference or any(count >= _ROUNDED and difference * 2 <= Fraction(1, 10**count) for count in places)
+
+
+def _decimals(text: str) -> int:
+    """Digits after the decimal point of a plain decimal; 0 for other numbers."""
+    match = re.fullmatch(r"[+-]?[0-9,]*\.([0-9]+)", text.strip())
+    return len(match[1]) if match else 0
 
 
 def _scaled(text: str, number: Fraction | None, divisor: int) -> str:
