@@ -31,18 +31,15 @@ class Parsed:
 
 @dataclass(frozen=True)
 class ResponseFormat:
-    """Layout of a completion: think_open, R, think_close, answer_open, A, answer_close.
-
-    inner: whitespace rendered on both sides of the reasoning; outer: whitespace rendered before the answer part.
-    """
+    """Layout of a completion: think_open, R, think_close, answer_open, A, answer_close."""
 
     name: str
     think_open: str
     think_close: str
     answer_open: str = ""
     answer_close: str = ""
-    inner: str = ""
-    outer: str = ""
+    inner: str = ""  # whitespace on both sides of the reasoning
+    outer: str = ""  # whitespace before the answer part
 
     @property
     def prefill(self) -> str:
@@ -174,15 +171,10 @@ FEW_SHOT_EXAMPLES: tuple[dict[str, str], ...] = (
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """`response_format`: what the prefill, and the examples of few_shot, use when the caller names none.
-
-    Templates that take one question write `before`, the question, `after`; all of them `gap` before a prefill.
-    """
-
-    response_format: str
-    before: str = ""
+    response_format: str  # of the prefill, and of the examples of few_shot, when the caller names none
+    before: str = ""  # a single question
     after: str = ""
-    gap: str = ""
+    gap: str = ""  # before a prefill
 
 
 PROMPT_TEMPLATES: dict[str, PromptTemplate] = {

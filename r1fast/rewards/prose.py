@@ -1,8 +1,7 @@
 """Where an answer's text says it: in a box, after ####, after "the answer is", or as the last expression of its prose.
 
-The text is cut into runs: maximal stretches of mathematics between words. What is one run as a whole is an expression
-and is read as such, boxed or not; only prose is searched, and there a run counts whole: `2^10`, `[0,9)` or `C6H6` is
-never searched for a number inside it.
+The text is cut into runs: maximal stretches of mathematics between words. Only what is not one run as a whole is
+searched, and there a run counts whole: `2^10`, `[0,9)` or `C6H6` is never searched for a number inside it.
 """
 
 import re

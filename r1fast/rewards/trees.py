@@ -50,7 +50,7 @@ def _exact(tree: Any, is_complex: bool) -> Any:
     if isinstance(tree, sympy.Symbol):
         constants = {"e": sympy.E, "i": sympy.I if is_complex else tree}
         return constants.get(tree.name, tree)
-    arguments: tuple[Any, ...] = getattr(tree, "_unsorted_args", None) or getattr(tree, "args", ())
+    arguments: Any = getattr(tree, "_unsorted_args", None) or getattr(tree, "args", ())
     exact = [_exact(argument, is_complex) for argument in arguments]
     if all(new is old for new, old in zip(exact, arguments)):
         return tree
