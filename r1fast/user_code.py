@@ -4,10 +4,11 @@ import importlib.util
 import pkgutil
 import sys
 import zlib
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from r1fast.wording import did_you_mean, one_line
 
 
 def load_function(what: str, name: str) -> Callable[..., Any]:
@@ -21,18 +22,12 @@ def load_function(what: str, name: str) -> Callable[..., Any]:
             function = pkgutil.resolve_name(name)
         except (Exception, SystemExit) as error:
             raise ValueError(
-                f"{where} cannot be imported: {type(error).__name__}: {error}; expected 'package.module.function' "
+                f"{where} cannot be imported: {one_line(error)}; expected 'package.module.function' "
                 "with the package on PYTHONPATH, or 'path/to/file.py:function'"
             ) from error
     if not callable(function):
         raise ValueError(f"{where} is a {type(function).__name__}, expected a function")
     return function
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """'; did you mean ...?' with the nearest known names, or an empty string."""
-    near = get_close_matches(name, list(known), n=2, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _from_file(where: str, path: Path, attribute: str) -> Any:
@@ -49,7 +44,7 @@ def _from_file(where: str, path: Path, attribute: str) -> Any:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:  # a script may end with sys.exit(main())
             del sys.modules[module_name]
-            raise ValueError(f"{where}: importing {path} raised {type(error).__name__}: {error}") from error
+            raise ValueError(f"{where}: importing {path} raised {one_line(error)}") from error
     module = sys.modules[module_name]
     if not hasattr(module, attribute):
         raise ValueError(f"{where}: {path} has no {attribute!r}{did_you_mean(attribute, vars(module))}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from r1fast.data.rows import shown
+from r1fast.wording import one_line
 
 Columns = dict[str, Any]
 Located = tuple[str, Columns]  # ("train.jsonl:17", columns)
@@ -22,10 +23,6 @@ T = TypeVar("T")
 
 MAX_DEPTH = 100  # lists and objects within each other; pickle and repr give up at some hundreds
 MAX_DIGITS = 300  # of an integer: a float holds no more, and Python itself reads at most 4,300
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def guarded(what: str, call: Callable[[], T]) -> T:
@@ -43,29 +40,13 @@ def read_jsonl(path: Path) -> Iterator[Located]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if not content.strip():
-                continue
-            where = f"{path}:{number}"
-            text = _decoded(content, where)
-            try:
-                row = _DECODER.decode(text)
-            except json.JSONDecodeError as error:
-                problem = f"wrong JSON at column {error.colno}: {error.msg}; expected one object"
-                raise ValueError(f"{where}: {problem}") from error
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: {_refusal(error)}") from error
-            yield _located(row, where)
+            if content.strip():
+                where = f"{path}:{number}"
+                yield _located(_decoded(content, where), where)
 
 
 def read_json(path: Path) -> Iterator[Located]:
-    text = _decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8), str(path))
-    try:
-        content = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        hint = "; one object per line belongs in a .jsonl file" if error.msg == "Extra data" else ""
-        raise ValueError(f"{path}:{error.lineno}: wrong JSON at column {error.colno}: {error.msg}{hint}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}{_row_of_error(text)}: {_refusal(error)}") from error
+    content = _decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8), str(path), has_rows=True)
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
@@ -74,20 +55,34 @@ def read_json(path: Path) -> Iterator[Located]:
         yield _located(row, f"{path}: row {index}")
 
 
-def _decoded(content: bytes, where: str) -> str:
+def _decoded(content: bytes, where: str, *, has_rows: bool = False) -> Any:
+    """The JSON value of a line, or of a whole file of rows."""
+    text = ""
     try:
-        return content.decode("utf-8")
+        text = content.decode("utf-8")
+        return _DECODER.decode(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        hint = "" if has_rows else "; expected one object"
+        if has_rows and error.msg == "Extra data":
+            hint = "; one object per line belongs in a .jsonl file"
+        line = f":{error.lineno}" if has_rows else ""
+        raise ValueError(f"{where}{line}: wrong JSON at column {error.colno}: {error.msg}{hint}") from error
+    except (ValueError, RecursionError) as error:
+        too_deep = f"nested too deep, expected at most {MAX_DEPTH} levels; flatten it"
+        problem = too_deep if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{where}{_row_of_error(text) if has_rows else ''}: {problem}") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Columns:
-    columns = dict(pairs)
-    if len(columns) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice, and which one counts is not known; take one out")
-    return columns
+    if twice := _twice([name for name, _ in pairs]):
+        raise ValueError(f"the key {twice[0]!r} is there twice, and which one counts is not known; take one out")
+    return dict(pairs)
+
+
+def _twice(names: list[str]) -> list[str]:
+    return [] if len(set(names)) == len(names) else [name for name in names if names.count(name) > 1]
 
 
 def _integer(digits: str) -> int:
@@ -107,12 +102,6 @@ def _float(digits: str) -> float:
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=lambda name: None
 )
-
-
-def _refusal(error: ValueError | RecursionError) -> str:
-    if isinstance(error, RecursionError):
-        return f"nested too deep, expected at most {MAX_DEPTH} levels; flatten it"
-    return str(error)
 
 
 def _row_of_error(text: str) -> str:
@@ -148,8 +137,8 @@ def read_parquet(path: Path) -> Iterator[Located]:
     what = f"{path}: not a readable parquet file"
     file = guarded(what, lambda: pq.ParquetFile(path))
     names = guarded(what, lambda: file.schema_arrow.names)
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{path}: two columns are named {twice!r}, and which one counts is not known; take one out")
+    if twice := _twice(names):
+        raise ValueError(f"{path}: two columns are named {twice[0]!r}, and which one counts is not known; take one out")
     batches = file.iter_batches()
     index = 0
     while (batch := guarded(what, lambda: next(batches, None))) is not None:

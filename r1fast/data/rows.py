@@ -14,16 +14,15 @@
 - An sft row of several forms is read as messages, else as prompt and completion, else as text.
 - The reasoning_content (or reasoning, thinking) of the last turn is rendered in the response format of the stage; so is
   an sft row's column of such a name, unless what is learned holds a reasoning of its own. That of earlier turns is left
-  to the template: R1's, as our `chat`, leaves it out. Any other field of a turn that says something (tool_calls, name,
-  images, ...) is refused.
+  to the template. Any other field of a turn that says something (tool_calls, name, images, ...) is refused.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from r1fast.data.templates import RESPONSE_FORMATS, Messages
+from r1fast.wording import did_you_mean
 
 Kind = Literal["prompts", "sft", "pairs", "labels", "text"]
 Target = str | Messages  # text, or a chat of one turn that has a reasoning
@@ -68,10 +67,8 @@ def canonical(columns: Mapping[str, Any], kind: Kind, where: str) -> Row:
     try:
         for name in _NOT_RENDERED if kind != "text" else ():
             if not _says_nothing(row.get(name)):
-                raise ValueError(
-                    f"column {name!r} is {shown(row[name])}, which no prompt would show the model; "
-                    "write it into the prompt, take it out, or drop the row"
-                )
+                what = f"column {name!r} is {shown(row[name])}, which no prompt would show the model"
+                raise ValueError(f"{what}; write it into the prompt, take it out, or drop the row")
         _READERS[kind](row)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -89,9 +86,8 @@ def prompt_and_target(row: Mapping[str, Any]) -> tuple[str | Messages | None, Ta
 
 def texts_of(value: str | Messages | None) -> list[str]:
     """Every text of a prompt or a target."""
-    if value is None or isinstance(value, str):
-        return [value] if value else []
-    return [turn[name] for turn in value for name in ("reasoning_content", "content") if turn.get(name)]
+    turns = _turns(value or "")
+    return [turn[name] for turn in turns for name in ("reasoning_content", "content") if turn.get(name)]
 
 
 def shown(value: Any) -> str:
@@ -111,10 +107,8 @@ def _find(row: Row, column: str, kind: Kind) -> Any:
     for group in ((column,), *ALIASES[kind][column]):
         given = [name for name in group if row.get(name) is not None]
         if other := next((name for name in given[1:] if row[name] != row[given[0]]), None):
-            raise ValueError(
-                f"columns {given[0]!r} and {other!r} differ, and either may be the {column}; "
-                f"name the one that is meant {column!r}"
-            )
+            what = f"columns {given[0]!r} and {other!r} differ, and either may be the {column}"
+            raise ValueError(f"{what}; name the one that is meant {column!r}")
         if given:
             return _instruction(row) if given[0] == "instruction" else row[given[0]]
     return None
@@ -124,17 +118,13 @@ def _need(row: Row, column: str, kind: Kind) -> Any:
     if (value := _find(row, column, kind)) is not None:
         return value
     present = [name for name in row if row[name] is not None]
-    near = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
     aliases = ", ".join(name for group in ALIASES[kind][column] for name in group)
-    listed = ", ".join([*present[:20], *(["..."] if len(present) > 20 else [])])
-    raise ValueError(
-        f"no column {column!r}"
-        + (f" ({column} is null)" if column in row else "")
-        + (f" (or {aliases})" if aliases else "")
-        + ("; sft rows have messages, or prompt and completion, or text" if kind == "sft" else "")
-        + f"; columns present: {listed or 'none'}"
-        + (f"; did you mean {near[0]!r}?" if near else "")
-    )
+    is_null = f" ({column} is null)" if column in row else ""
+    or_aliases = f" (or {aliases})" if aliases else ""
+    forms = "; sft rows have messages, or prompt and completion, or text" if kind == "sft" else ""
+    listed = ", ".join([*present[:20], *(["..."] if len(present) > 20 else [])]) or "none"
+    hint = did_you_mean(column, present)
+    raise ValueError(f"no column {column!r}{is_null}{or_aliases}{forms}; columns present: {listed}{hint}")
 
 
 def _instruction(row: Row) -> Any:
@@ -178,7 +168,7 @@ def _read_prompts(row: Row) -> None:
 def _read_sft(row: Row) -> None:
     if row.get("messages") is not None:
         before, target = _split(row["messages"], "messages", learned=True)
-        _ends_with_user(before, "messages, without its last turn,")
+        _ending_with_user(before, "messages, without its last turn,")
         row["messages"] = [*_with_system(before, row), *_turns(_with_reasoning(target, row), "assistant")]
         if row.get("completion") is not None and _split(row["completion"], "completion")[1] != target:
             raise ValueError("columns 'messages' and 'completion' differ, and either may be learned; drop one of them")
@@ -237,10 +227,8 @@ def _read_targets(row: Row, kind: Kind, columns: tuple[str, ...]) -> None:
     if not prompts:
         _need(row, "prompt", kind)
     if any(_turns(prompt) != _turns(prompts[0]) for prompt in prompts):
-        raise ValueError(
-            f"{' and '.join(columns)} differ before their last turn, which alone is scored; "
-            "give both the same earlier turns"
-        )
+        what = f"{' and '.join(columns)} differ before their last turn, which alone is scored"
+        raise ValueError(f"{what}; give both the same earlier turns")
     row |= {**targets, "prompt": prompts[0]}
 
 
@@ -251,9 +239,8 @@ def _split(value: Any, column: str, *, learned: bool = False) -> tuple[Messages,
     else:
         *before, last = _chat(value, column)
     if last["role"] != "assistant":
-        raise ValueError(
-            f"{column} ends with a turn of {last['role']!r}, expected 'assistant': its last turn is what is learned"
-        )
+        ending = f"{column} ends with a turn of {last['role']!r}"
+        raise ValueError(f"{ending}, expected 'assistant': its last turn is what is learned")
     if learned:
         _not_blank(last["content"], column)
     return before, [last] if "reasoning_content" in last else last["content"]
@@ -267,10 +254,8 @@ def _joined(prompt: str | Messages | None, before: Messages, column: str) -> str
     if before[0]["role"] == "assistant":
         return [*turns, *before]
     if before[-len(turns) :] != turns:
-        raise ValueError(
-            f"{column} begins with other turns than those of the prompt; make them the same, "
-            f"or leave only the assistant's turn in {column}"
-        )
+        what = f"{column} begins with other turns than those of the prompt"
+        raise ValueError(f"{what}; make them the same, or leave only the assistant's turn in {column}")
     return before if len(before) > len(turns) else prompt
 
 
@@ -282,17 +267,14 @@ def _turns(value: str | Messages, role: str = "user") -> Messages:
 
 
 def _prompt(value: Any) -> str | Messages:
-    if isinstance(value, str):
-        return value
-    turns = _chat(value, "prompt")
-    _ends_with_user(turns, "prompt")
-    return turns
+    return value if isinstance(value, str) else _ending_with_user(_chat(value, "prompt"), "prompt")
 
 
-def _ends_with_user(turns: Messages, column: str) -> None:
+def _ending_with_user(turns: Messages, column: str) -> Messages:
     if not turns or turns[-1]["role"] != "user":
         ending = f"with a turn of {turns[-1]['role']!r}" if turns else "before any turn"
         raise ValueError(f"{column} ends {ending}, expected 'user': the model answers that turn")
+    return turns
 
 
 def _text(value: Any, column: str, expected: str = "a string") -> str:
@@ -322,10 +304,8 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} is {shown(turn)}, expected {{role, content: string}}")
     for name, value in turn.items():
         if name not in _FIELDS and not _says_nothing(value):
-            raise ValueError(
-                f"{where} has {name!r} = {shown(value)}, which would not be learned; write it into content, "
-                "take it out, or drop the row"
-            )
+            what = f"{where} has {name!r} = {shown(value)}, which would not be learned"
+            raise ValueError(f"{what}; write it into content, take it out, or drop the row")
     if turn.get("role") not in _ROLES:
         raise ValueError(f"{where} has role {turn.get('role')!r}, expected {', '.join(_ROLES)}")
     content = turn.get("content")

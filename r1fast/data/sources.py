@@ -9,7 +9,6 @@ A source is one of
 What a row must hold, and under which names: rows.py.
 """
 
-import difflib
 import json
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -18,9 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from r1fast.data.files import Located, guarded, one_line, plain_columns, read_json, read_jsonl, read_parquet
+from r1fast.data.files import Located, guarded, plain_columns, read_json, read_jsonl, read_parquet
 from r1fast.data.rows import ALIASES, Kind, canonical
 from r1fast.recipe_yaml import load_yaml
+from r1fast.wording import did_you_mean, one_line
 
 _FILE_READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
 FILE_SUFFIXES = tuple(_FILE_READERS)
@@ -60,19 +60,15 @@ def _read(source: str) -> Iterator[Located]:
     if path.is_dir():
         return _read_folder(path)
     if path.suffix in FILE_SUFFIXES:
+        if not path.parent.is_dir():
+            raise ValueError(f"{source}: there is no such file, nor the folder {path.parent}")
         if not path.is_file():
-            raise ValueError(f"{source}: there is no such file{_nearest_file(path)}")
+            hint = did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
+            raise ValueError(f"{source}: there is no such file{hint}")
         return _FILE_READERS[path.suffix](path)
     if path.exists():
         raise ValueError(f"{source}: unknown kind of file {path.suffix!r}; expected {', '.join(FILE_SUFFIXES)}")
     return _read_hub(source)
-
-
-def _nearest_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f", nor the folder {path.parent}"
-    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _read_folder(path: Path) -> Iterator[Located]:
@@ -125,8 +121,8 @@ def _read_reasoning_gym(source: str) -> Iterator[Located]:
     try:
         entries = create_dataset(name, **options)
     except Exception as error:  # a data set checks its options by assert, or not at all
-        near = ", ".join(difflib.get_close_matches(name, DATASETS, cutoff=0.4))
-        raise ValueError(f"{source}: {error}{'' if name in DATASETS else f'; nearest names: {near}'}") from error
+        hint = "" if name in DATASETS else did_you_mean(name, DATASETS)
+        raise ValueError(f"{source}: {error}{hint}") from error
     # The verifier needs the whole entry back: reasoning_gym.get_score_answer_fn(name)(answer, entry).
     rows = (
         {"prompt": e["question"], "answer": e["answer"], "metadata": e.get("metadata", {}), "reasoning_gym": name}

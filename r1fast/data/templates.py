@@ -1,16 +1,15 @@
 """Prompt templates and response formats of the R1 papers: pure string work, no tokenizer library, no torch.
 
-A response format says how reasoning and answer are laid out in a completion. It renders training targets and parses
-samples. Parsing is linear-time string search: no regular expression sees model output here.
-A prompt template turns a question, or a list of chat messages, into the text that the model continues.
+Parsing is linear-time string search: no regular expression sees model output here.
 Sources: DeepSeek-R1 v1 Table 1 and section 2.3.1, v2 listings 5-7, the tokenizer_config of the released checkpoints.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
+
+from r1fast.wording import did_you_mean, one_line
 
 MIN_REASONING_CHARS = 4  # an empty <think></think> before a guess is the first thing a policy finds: it must not pay
 
@@ -32,18 +31,15 @@ class Parsed:
 
 @dataclass(frozen=True)
 class ResponseFormat:
-    """Layout of a completion: think_open, R, think_close, answer_open, A, answer_close.
-
-    inner: whitespace rendered on both sides of the reasoning; outer: whitespace rendered before the answer part.
-    """
+    """Layout of a completion: think_open, R, think_close, answer_open, A, answer_close."""
 
     name: str
     think_open: str
     think_close: str
     answer_open: str = ""
     answer_close: str = ""
-    inner: str = ""
-    outer: str = ""
+    inner: str = ""  # whitespace on both sides of the reasoning
+    outer: str = ""  # whitespace before the answer part
 
     @property
     def prefill(self) -> str:
@@ -89,18 +85,16 @@ class ResponseFormat:
         return (rest if opened else None), None
 
     def _is_well_formed(self, text: str, reasoning: str | None, answer: str | None) -> bool:
+        """Nothing but white space before, between or after the parts, and each tag once."""
         if not reasoning or not answer or len("".join(reasoning.split())) < MIN_REASONING_CHARS:
             return False
-        # Without the whitespace around its parts the text must be exactly one response: nothing before, between or
-        # after, and each tag once.
         tags = [tag for tag in (self.think_open, self.think_close, self.answer_open, self.answer_close) if tag]
         pieces = [text]
         for tag in tags:
             pieces += pieces.pop().split(tag, 1)
         expected = ["", reasoning, "", answer, ""] if self.answer_open else ["", reasoning, answer]
-        return [piece.strip() for piece in pieces] == expected and not any(
-            tag in part for tag in tags for part in (reasoning, answer)
-        )
+        is_alone = [piece.strip() for piece in pieces] == expected
+        return is_alone and not any(tag in part for tag in tags for part in (reasoning, answer))
 
 
 Messages = list[dict[str, Any]]
@@ -120,10 +114,11 @@ def without_opening(target: str, prompt_text: str, layout: ResponseFormat) -> st
     A template of R1-Distill ends in "<think>\\n", others in an empty reasoning; a target that begins with the same
     would hold it twice.
     """
-    start = prompt_text.rfind(layout.think_open)
-    held = "".join(prompt_text[start:].split()) if start >= 0 else ""
-    opening = re.match("".join(rf"\s*{re.escape(character)}" for character in held), target)
-    if held not in (layout.think_open, layout.think_open + layout.think_close) or opening is None:
+    _, opened, tail = prompt_text.rpartition(layout.think_open)
+    held = "".join([opened, *tail.split()])
+    is_opening = held in (layout.think_open, layout.think_open + layout.think_close)
+    opening = is_opening and re.match("".join(rf"\s*{re.escape(character)}" for character in held), target)
+    if not opening:
         return target
     rest = target[opening.end() :]
     for character in prompt_text[len(prompt_text.rstrip()) :]:  # the white space that is there already
@@ -139,10 +134,8 @@ RESPONSE_FORMATS: dict[str, ResponseFormat] = {
 
 
 def get_response_format(name: str) -> ResponseFormat:
-    """The format of that name; ValueError with the nearest name otherwise."""
     if name not in RESPONSE_FORMATS:
-        near = get_close_matches(name, RESPONSE_FORMATS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, RESPONSE_FORMATS)
         raise ValueError(f"unknown response format {name!r}, expected one of {sorted(RESPONSE_FORMATS)}{hint}")
     return RESPONSE_FORMATS[name]
 
@@ -178,15 +171,10 @@ FEW_SHOT_EXAMPLES: tuple[dict[str, str], ...] = (
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """`response_format`: what the prefill, and the examples of few_shot, use when the caller names none.
-
-    Templates that take one question write `before`, the question, `after`; all of them `gap` before a prefill.
-    """
-
-    response_format: str
-    before: str = ""
+    response_format: str  # of the prefill, and of the examples of few_shot, when the caller names none
+    before: str = ""  # a single question
     after: str = ""
-    gap: str = ""
+    gap: str = ""  # before a prefill
 
 
 PROMPT_TEMPLATES: dict[str, PromptTemplate] = {
@@ -244,9 +232,8 @@ def _worked(index: int, example: dict[str, str], layout: ResponseFormat) -> str:
 def _render_chat(messages: Messages, tokenizer: Any) -> str:
     """The released models' layout: no newlines between turns, assistant turns end with the end-of-sentence token."""
     bos, eos = (BOS, EOS) if tokenizer is None else (tokenizer.bos_token or "", tokenizer.eos_token or "")
-    start = {"system": "", "user": USER, "assistant": ASSISTANT}
-    end = {"system": "", "user": "", "assistant": eos}
-    turns = [f"{start[turn['role']]}{_without_reasoning(turn)}{end[turn['role']]}" for turn in messages]
+    around = {"system": ("", ""), "user": (USER, ""), "assistant": (ASSISTANT, eos)}
+    turns = [_without_reasoning(turn).join(around[turn["role"]]) for turn in messages]
     return "".join([bos, *turns, ASSISTANT])
 
 
@@ -265,8 +252,7 @@ def _render_by_tokenizer(messages: Messages, tokenizer: Any) -> str:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program: raise_exception, an undefined name, 1 / 0, ...
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"the tokenizer's chat template fails on it: {cause}") from error
+        raise ValueError(f"the tokenizer's chat template fails on it: {one_line(error)}") from error
     for message in messages:
         if (content := _without_reasoning(message).strip()) not in text:
             raise ValueError(

@@ -11,22 +11,22 @@ What kind of thing the gold is decides how the answer is compared (`read_gold`):
   value    everything else: numbers, formulas, equations, sets, tuples, intervals, part by part (`values.py`).
 
 Golds that are none of these (None, NaN, a dict, an argument in prose, broken LaTeX) are unscorable: None. A list of
-golds means that any of them is right. Plain numbers, letters and text are compared without importing math-verify. It
-is called without its own time limits, because those need SIGALRM and the main thread: the worker pool's limit holds.
+golds means that any of them is right. Plain numbers, letters and text are compared without importing math-verify.
 """
 
 import re
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from r1fast.data.templates import ResponseFormat, get_response_format
+from r1fast.data.templates import get_response_format
 from r1fast.rewards.answers import Box, bare, last_box, plain_number, split_list, typeset_words
-from r1fast.rewards.format import per_row
+from r1fast.rewards.format import parse_rows, per_row
+from r1fast.rewards.formulas import same_text
 from r1fast.rewards.prose import Answer, after_lead, answer_part, expressions, is_expression
 from r1fast.rewards.registry import reward
-from r1fast.rewards.values import is_number, is_readable, same_text, same_value
+from r1fast.rewards.values import is_number, is_readable, same_value
 
-__all__ = ["Box", "accuracy", "final_answer", "last_box", "plain_number", "score_answer"]
+__all__ = ["Box", "accuracy", "last_box", "plain_number", "score_answer"]
 
 _MISSING = frozenset(["", "nan", "NaN", "N/A", "None", "null", "<NA>"])  # as Python, JSON and pandas spell it
 _LETTER = r"(?:\\text\s*\{\s*)?[(\[]?\s*(?:\\text\s*\{\s*)?([A-Z])"
@@ -60,8 +60,8 @@ _ARGUES = re.compile(
 )
 _MAX_NAMING_WORDS = 6
 _BASED = re.compile(r"\(?([0-9][0-9A-Za-z]*)\)?_[{\s]*(?:\\text\{)?\s*([0-9]+|[a-z]+)[}\s]*")
-_BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
-          "ten": "10", "twelve": "12", "sixteen": "16"}  # fmt: skip
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
+          "twelve": 12, "sixteen": 16}  # fmt: skip
 _LEADS_LETTER = re.compile(
     r"(?:(?i:\b(?:answer|option|choice|réponse|respuesta|antwort|select|choose|pick)\b)[^A-Z.\n]{0,30}?|答案[^A-Z。\n]{0,10}?|[故应]?选[^A-Z。\n]{0,5}?)"
     rf"{_LETTER}(?![A-Za-z])",
@@ -81,9 +81,7 @@ _UNKNOWN_OPERATOR = re.compile(r"(?<!\\)[?@#&~](?!\s*$)|\?\s*$")
 
 
 class Gold(NamedTuple):
-    """A gold answer as it is compared: its kind (module docstring), its text, and a choice's letter."""
-
-    kind: str
+    kind: str  # see above
     text: str
     letter: str = ""
 
@@ -112,26 +110,19 @@ def accuracy(
 def final_answers(
     completions: list[str], response_format: Any, finish_reason: Any, prefilled: Any, *, strict: bool
 ) -> list[str | None]:
-    """The answer part of each completion; the columns are lists, or one value for all rows."""
-    columns = (per_row(column, len(completions)) for column in (response_format, finish_reason, prefilled))
-    return [
-        final_answer(
-            text, get_response_format(name), truncated=reason == "length", prefilled=bool(opened), strict=strict
-        )
-        for text, name, reason, opened in zip(completions, *columns, strict=True)
-    ]
+    """The answer part of each completion, well formed or not; None if it has none, or was cut off before its end.
 
-
-def final_answer(
-    text: str, response_format: ResponseFormat, *, truncated: bool = False, prefilled: bool = False, strict: bool = True
-) -> str | None:
-    """The answer part of a completion, well formed or not; None if it has none, or was cut off before its end."""
-    parsed = response_format.parse(text, prefilled=prefilled)
-    if truncated and not parsed.closed:
-        return None
-    if parsed.answer is None and not strict:
-        return text.rpartition(response_format.think_close)[2]
-    return parsed.answer
+    The columns are lists, or one value for all rows.
+    """
+    rows = parse_rows(completions, response_format, prefilled)
+    finals = [parsed.answer for parsed in rows]
+    names, reasons = (per_row(column, len(completions)) for column in (response_format, finish_reason))
+    for i, reason in enumerate(reasons):
+        if reason == "length" and not rows[i].closed:
+            finals[i] = None
+        elif finals[i] is None and not strict:
+            finals[i] = completions[i].rpartition(get_response_format(names[i]).think_close)[2]
+    return finals
 
 
 def score_answer(final: str | None, gold: Any) -> float | None:
@@ -181,7 +172,7 @@ def read_gold(gold: str) -> Gold | None:
 def _based(text: str) -> str:
     """101_2, 101_{2}, (101)_{\\text{two}} in one spelling; "" for anything else."""
     match = _BASED.fullmatch(text.replace("$", "").strip())
-    base = _BASES.get(match[2], match[2]) if match else ""
+    base = str(_BASES.get(match[2], match[2])) if match else ""
     return f"{match[1].upper()}_{base}" if match and base.isdigit() and base != "1" else ""
 
 
@@ -190,19 +181,17 @@ def _letters(text: str) -> str:
 
 
 def _told(text: str) -> str:
-    """What a gold in prose gives after "the answer is"; the text itself without such words."""
-    tail = after_lead(text)
-    if tail is None or not bare(tail):
-        return text
-    runs = expressions(tail)
-    is_long = runs and not re.fullmatch(r"[A-Za-z]", runs[0]) and len(bare(tail)) > len(runs[0]) + 20
-    return runs[0] if is_long else bare(tail)
+    """What a gold in prose gives after "the answer is", or the text itself."""
+    tail = after_lead(text) or ""
+    stated, runs = bare(tail) or text, expressions(tail)
+    is_long = runs and not re.fullmatch(r"[A-Za-z]", runs[0]) and len(stated) > len(runs[0]) + 20
+    return runs[0] if is_long else stated
 
 
 def _choice(text: str) -> Gold | None:
     match = _CHOICE.fullmatch(text)
     if match is None:
-        line = re.fullmatch(r"\(?([A-Z])\)?[ .:]\s*([A-Z][a-z].*)", text.splitlines()[-1].strip()) if text else None
+        line = re.fullmatch(r"\(?([A-Z])\)?[ .:]\s*([A-Z][a-z].*)", text.splitlines()[-1].strip())
         return Gold("choice", bare(line[2]), line[1]) if line else None
     rest = bare(re.sub(r"^(?:\\(?![A-Za-z])|[~\s])+", "", match["rest"]))
     delimited = re.match(r"\s*[A-Z]\s", text) is None

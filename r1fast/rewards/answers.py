@@ -8,13 +8,16 @@ import unicodedata
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
-OPENING, CLOSING = r"\\\{|\\langle(?![A-Za-z])|[(\[{]", r"\\\}|\\rangle(?![A-Za-z])|[)\]}]"
-BRACKET, _BRACE = re.compile(rf"({OPENING})|({CLOSING})"), re.compile(r"(\{)|(\})|\\.", re.DOTALL)
+_OPENING, _CLOSING = r"\\\{|\\langle(?![A-Za-z])|[(\[{]", r"\\\}|\\rangle(?![A-Za-z])|[)\]}]"
+_BRACKETED = re.compile(rf"({_OPENING})(.*?)({_CLOSING})", re.DOTALL)
+_BRACKET, _BRACE = re.compile(rf"({_OPENING})|({_CLOSING})"), re.compile(r"(\{)|(\})|\\.", re.DOTALL)
 _SEPARATOR = r"[,;、，]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|和|或"
 _GROUPS, _GROUP = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})*$"), re.compile(r"[0-9]{3}(?![0-9])")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|min|max|gcd|lcm|pi|infty"
 _DIGITS = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 NUMBER = rf"(?:{_DIGITS})(?:[eE][+-]?[0-9]{{1,3}}(?![0-9a-zA-Z]))?"
 _PLAIN = re.compile(rf"[+-]?{NUMBER}(?:\s*/\s*[0-9]+(?:\.[0-9]+)?)?")
@@ -36,10 +39,8 @@ _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
 class Box(NamedTuple):
-    """The last \\boxed{} of a text: its content (None where there is none), and False if it never closes."""
-
-    content: str | None
-    closed: bool
+    content: str | None  # None where there is none
+    closed: bool  # False if it never closes
 
 
 def last_box(text: str) -> Box:
@@ -78,15 +79,12 @@ def last_boxes(text: str) -> list[str] | None:
     """
     contents: list[str] = []
     next_begin = 0
-    for begin, end, content in _boxes(text):
+    for begin, end, content in islice(_boxes(text), _MAX_BOXES):
         if content is None or end is None:
-            if not contents:
-                return None
+            return list(dict.fromkeys(reversed(contents))) or None
+        between = text[end:next_begin] if next_begin - end < _MAX_BETWEEN else "..."
+        if contents and not _BETWEEN_BOXES.fullmatch(typeset_words(between)):
             break
-        if contents:
-            between = text[end:next_begin] if next_begin - end < _MAX_BETWEEN else "..."
-            if len(contents) == _MAX_BOXES or not _BETWEEN_BOXES.fullmatch(typeset_words(between)):
-                break
         contents.append(content)
         next_begin = begin
     return list(dict.fromkeys(reversed(contents)))
@@ -145,11 +143,16 @@ def typeset(text: str) -> str:
         text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).replace("\u2044", "/").translate(_SIGNS)
         text = re.sub(r"([√∛])\s*([0-9]+(?:\.[0-9]+)?|[A-Za-z])", r"\1{\2}", text)
         text = text.replace("√", "\\sqrt").replace("∛", "\\sqrt[3]")
-    if "\\" in text or "!" in text or "=" in text or "p" in text or "~" in text:
-        if "\\begin" not in text:  # where a row ends with two backslashes
-            text = _ESCAPED_TWICE.sub(r"\\", text)
-        for pattern, replacement in _ONE_SPELLING:
-            text = re.sub(pattern, replacement, text)
+    if not re.search(r"[\\!=p~]", text):
+        return text
+    if "\\begin" not in text:  # where a row ends with two backslashes
+        text = _ESCAPED_TWICE.sub(r"\\", text)
+    return substituted(text, _ONE_SPELLING)
+
+
+def substituted(text: str, table: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in table:
+        text = re.sub(pattern, replacement, text)
     return text
 
 
@@ -205,12 +208,6 @@ def any_number(text: str) -> Fraction | None:
     head, _, scale = text.rpartition(" ")
     number = plain_number(head) if scale.lower() in _SCALES else None
     return None if number is None else number * 10 ** _SCALES[scale.lower()]
-
-
-def decimals(text: str) -> int:
-    """Digits after the decimal point of a plain decimal; 0 for other numbers."""
-    match = re.fullmatch(r"[+-]?[0-9,]*\.([0-9]+)", text.strip())
-    return len(match[1]) if match else 0
 
 
 _UNIT_NAMES = {
@@ -308,9 +305,17 @@ def split_list(text: str) -> list[str]:
     return _between(text, [cut for cut in cuts if cut[0] == ";"] or cuts) if cuts else [text.strip()]
 
 
-def split_items(text: str) -> list[str]:
-    """The parts of what stands between brackets, where every comma separates."""
-    return _between(text, list(top_level(text, "[,;、]")))
+def bracketed(text: str) -> tuple[str, str, list[str]] | None:
+    """(brackets, what they hold, its parts at every comma) of a text that one pair of brackets holds as a whole."""
+    whole = _BRACKETED.fullmatch(text)
+    if whole is None or (whole[1] == "{" and whole[3] != "}"):
+        return None
+    if closing_end(text, whole.end(1), _BRACKET) not in (None, len(text)):
+        return None
+    opening, inner, closing = whole.groups()
+    parts = _between(inner, list(top_level(inner, "[,;、]")))
+    is_single = len(parts) == 1 and opening == "[" and _BRACKET.search(inner) is None
+    return opening + ("]" if is_single else closing), inner, parts
 
 
 def _between(text: str, cuts: list[re.Match[str]]) -> list[str]:
@@ -322,7 +327,7 @@ def _between(text: str, cuts: list[re.Match[str]]) -> list[str]:
 def top_level(text: str, tokens: str) -> Iterator[re.Match[str]]:
     """The matches of a pattern outside all brackets; a half-open interval's brackets close each other."""
     depth = 0
-    for match in re.finditer(rf"{BRACKET.pattern}|({tokens})|\\[a-zA-Z]+|\\.", text):
+    for match in re.finditer(rf"{_BRACKET.pattern}|({tokens})|\\[a-zA-Z]+|\\.", text):
         if match[3] is None:
             depth = max(0, depth + bool(match[1]) - bool(match[2]))
         elif depth == 0:

@@ -1,8 +1,9 @@
-"""Format reward: 1 where the whole completion is one well-formed response (v1 section 2.2.2), else 0."""
+"""Layout rewards: `format`, one well-formed response (v1 section 2.2.2), and `completeness`, one that is done."""
 
 from typing import Any
 
 from r1fast.data.templates import Parsed, get_response_format
+from r1fast.rewards.answers import last_box
 from r1fast.rewards.registry import reward
 
 
@@ -17,6 +18,25 @@ def format_reward(
 ) -> list[float | None]:
     """1.0 if well formed, else 0.0. Text outside the tags, repeated or nested tags and empty reasoning all give 0."""
     return [float(parsed.well_formed) for parsed in parse_rows(completions, response_format, prefilled)]
+
+
+@reward("completeness")
+def completeness(
+    prompts: list[Any],
+    completions: list[str],
+    completion_ids: list[list[int]],
+    finish_reason: list[str] | str,
+    response_format: list[str] | str = "think_answer",
+    prefilled: list[bool] | bool = False,
+    **_: Any,
+) -> list[float | None]:
+    """1.0 if the finish reason is "stop", the format holds (so the summary is not empty) and no \\boxed stays open."""
+    rows = parse_rows(completions, response_format, prefilled)
+    reasons = per_row(finish_reason, len(completions))
+    return [
+        float(reason == "stop" and parsed.well_formed and last_box(parsed.answer or "").closed)
+        for parsed, reason in zip(rows, reasons, strict=True)
+    ]
 
 
 def parse_rows(

@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from r1fast.rewards.answers import closing_end
+from r1fast.rewards.answers import FUNCTIONS, closing_end, substituted
 
 _MAX_CHARS = 500  # the parser takes seconds for more
 MAX_DEPTH = 16  # the parser's time grows steeply with nested brackets
@@ -21,11 +21,10 @@ _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 # Two numbers with a space between are no product; what dots stand for is open; the parser drops primes and bases.
 _UNREADABLE = re.compile(r"[0-9]\s+[0-9]|\\[lcvd]?dots(?![a-z])|\.\.|'|\\prime|(?<![\^{A-Za-z0-9])[0-9]+\s*_")
 _BRACED, _PARENTHESES = re.compile(r"(?:\^|\\sqrt(?:\[[^\[\]]{0,9}\])?)\("), re.compile(r"(\()|(\))")
-_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|min|max|gcd|lcm|pi|infty"
 # What is written as in a programming language, as LaTeX: 7*y**2 - sqrt(3) is 7 \cdot y^{2} - \sqrt{3}.
 _NAMES: tuple[tuple[str, str], ...] = (
     (r"\*\*", "^"),
-    (rf"(?<![A-Za-z\\])({_FUNCTIONS})(?![A-Za-z])", r"\\\1"),
+    (rf"(?<![A-Za-z\\])({FUNCTIONS})(?![A-Za-z])", r"\\\1"),
     (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty"),
     (r"\\(sin|cos|tan|cot|sec|csc)\s*\^\s*\{?\s*-1\s*\}?", r"\\arc\1 "),
     (r"(\^|\\sqrt(?:\[[^\[\]]*\])?)\s*(?=\()", r"\1"),
@@ -46,7 +45,7 @@ def same_formula(gold: str, answer: str, *, digits: int | None = None) -> bool:
     """Whether two formulas are equal; spellings that cannot be read are equal only if they are the same text."""
     gold_tree, answer_tree = parse(gold), parse(answer)
     if gold_tree is None or answer_tree is None:
-        return squeezed(gold) == squeezed(answer)
+        return same_text(gold, answer)
     from r1fast.rewards.trees import same
 
     return same(gold_tree, answer_tree, max(map(literal_digits, (gold, answer))) if digits is None else digits)
@@ -62,7 +61,12 @@ def is_readable(text: str) -> bool:
     return not braces and bool(re.search(r"\w", re.sub(r"\\(?![lc]?dots)[A-Za-z]+", "", text)))
 
 
-def squeezed(text: str) -> str:
+def same_text(gold: str, answer: str) -> bool:
+    """Whether two values are written alike."""
+    return _squeezed(gold) == _squeezed(answer)
+
+
+def _squeezed(text: str) -> str:
     """The text without spaces and markup that mean nothing; 3 1/2, \\frac{1}{23} and 2^{n-1} keep theirs."""
     text = re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}|\$", r"\1", text)
     text = re.sub(r"(?<![0-9,])\s+|\s+(?![0-9])", "", text)
@@ -89,15 +93,11 @@ def parse(text: str) -> Any | None:
 
 
 def _latex(text: str) -> str:
-    for pattern, replacement in _NAMES:
-        text = re.sub(pattern, replacement, text)
+    text = substituted(text, _NAMES)
     chain = re.split(r"(>|\\ge(?![A-Za-z]))", text)
     if len(chain) == 5:  # 3 > x > 1
         text = " ".join(reversed(chain)).replace(">", "<").replace("\\ge", "\\le ")
-    text = _braced(text)
-    for pattern, replacement in _OPERATORS:
-        text = re.sub(pattern, replacement, text)
-    return text.strip()
+    return substituted(_braced(text), _OPERATORS).strip()
 
 
 def _braced(text: str) -> str:

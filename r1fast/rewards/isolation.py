@@ -27,8 +27,8 @@ LOWEST_BUDGET_S = 60.0  # short limits end before a fresh worker has started
 LATER_TRY = 0.25  # of the limit
 MAX_PROBES = 3
 
-# call(rows, timeout_s, *, empty=False, fresh=False) scores rows, and says by place in `rows` why a value is missing;
-# CallFailed. empty: without completions. fresh: in a process that has seen no completion.
+# call(rows, timeout_s, *, empty, fresh) scores rows, and says by place in `rows` why a value is missing; CallFailed.
+# empty: without completions. fresh: in a process that has seen no completion.
 RewardCall = Callable[..., Scored]
 
 
@@ -40,10 +40,8 @@ class Outcome:
     failed: dict[int, str] = field(default_factory=dict)
     exceeded: dict[int, str] = field(default_factory=dict)
 
-    def add(self, other: "Outcome") -> None:
-        self.values |= other.values
-        self.failed |= other.failed
-        self.exceeded |= other.exceeded
+    def __or__(self, other: "Outcome") -> "Outcome":
+        return Outcome(self.values | other.values, self.failed | other.failed, self.exceeded | other.exceeded)
 
 
 class Isolation:
@@ -62,7 +60,7 @@ class Isolation:
         outcome = Outcome()
         if self._given_up is None:
             try:
-                self._keep(outcome, rows, self._call(rows, self._timeout_s))
+                self._keep(outcome, rows, self._call(rows, self._timeout_s, empty=False, fresh=False))
                 if outcome.failed and len(rows) > 1:  # values of a wrong kind: perhaps because of one row
                     self._alone(outcome, sorted(outcome.failed))
             except CallFailed as error:
@@ -87,8 +85,7 @@ class Isolation:
         firsts = list({self._prompt_of(row): row for row in reversed(rows)}.values())[::-1]
         for row in sorted({firsts[i * (len(firsts) - 1) // (MAX_PROBES - 1)] for i in range(MAX_PROBES)}):
             try:
-                self._check_prompt(row)
-                return
+                return self._check_prompt(row)
             except _NoTimeLeft:
                 return
             except CallFailed:
@@ -107,7 +104,7 @@ class Isolation:
                 suspects.append(row)  # no need to try
                 continue
             try:
-                self._keep(outcome, [row], self._try(row, self._timeout_s * (1.0 if fresh else LATER_TRY), fresh=fresh))
+                self._keep(outcome, [row], self._try(row, share=1.0 if fresh else LATER_TRY, fresh=fresh))
                 fresh = False
             except CallFailed as error:
                 if error.lost and not fresh:
@@ -118,7 +115,7 @@ class Isolation:
         for row in suspects:
             try:
                 self._check_prompt(row)
-                self._keep(outcome, [row], self._try(row, self._timeout_s, fresh=True))
+                self._keep(outcome, [row], self._try(row))
             except CallFailed as error:
                 self._blame(outcome, row, error)
 
@@ -137,23 +134,22 @@ class Isolation:
         """CallFailed if a row is lost even with an empty completion; an exception is a reward that expects one."""
         prompt = self._prompt_of(row)
         if prompt not in self._without_completion:
-            reason = None
             try:
-                self._try(row, self._timeout_s, empty=True, fresh=True)
+                self._try(row, empty=True)
+                self._without_completion[prompt] = None
             except _NoTimeLeft:
                 raise
             except CallFailed as error:
-                reason = str(error) if error.lost else None
-            self._without_completion[prompt] = reason
+                self._without_completion[prompt] = str(error) if error.lost else None
         if (reason := self._without_completion[prompt]) is not None:
             raise CallFailed(f"without its completion too: {reason}", lost=False)
 
-    def _try(self, row: int, timeout_s: float, *, empty: bool = False, fresh: bool = False) -> Scored:
+    def _try(self, row: int, *, share: float = 1.0, empty: bool = False, fresh: bool = True) -> Scored:
         if self._left_s <= 0:
             raise _NoTimeLeft
         start = time.monotonic()
         try:
-            return self._call([row], timeout_s, empty=empty, fresh=fresh)
+            return self._call([row], self._timeout_s * share, empty=empty, fresh=fresh)
         finally:
             with self._lock:
                 self._left_s -= time.monotonic() - start

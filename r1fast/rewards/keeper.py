@@ -2,10 +2,10 @@
 
     trainer -> keeper -> shield -> worker -> whatever a reward starts
 
-The keeper is a child subreaper (prctl(2)): orphans below it become its children, whatever session or process group
-they have moved to, so it is done when it has no child left. It ends everything when the worker ends, when the pool
-asks for it (SIGTERM), and when the trainer is gone, killed included. The shield is what a reward finds as its parent;
-killing or stopping it harms nobody else. A reward that looks for the keeper to kill it is not held by this.
+The keeper is a child subreaper (prctl(2)): orphans below it become its children, whatever session or group they have
+moved to. It ends everything when the worker ends, when the pool asks for it (SIGTERM), and when the trainer is gone.
+The shield is what a reward finds as its parent; killing or stopping it harms nobody else. A reward that looks for the
+keeper to kill it is not held by this.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 TRAINER_POLL_S = 0.5  # how long a killed trainer's workers go on at most
@@ -37,8 +38,8 @@ def keep(trainer: int, memory_bytes: int, serve: Callable[[], None]) -> NoReturn
     if shield == 0:
         _shield(keeper, memory_bytes, serve, mask)
     status = None
+    # The parent's death signal would come when the thread that started us ends, not the trainer: so look for it.
     while status is None and os.getppid() == trainer:
-        # The parent's death signal would come when the thread that started us ends, not the trainer: so look for it.
         got = signal.sigtimedwait([signal.SIGCHLD, signal.SIGTERM], TRAINER_POLL_S)
         if got is not None and got.si_signo == signal.SIGTERM:
             break
@@ -121,17 +122,12 @@ def _offspring() -> list[tuple[int, int]]:
     """(process id, process group) of all processes below this one."""
     children: dict[int, list[tuple[int, int]]] = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{name}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):  # ended meanwhile, or hidden
-            continue
-        children.setdefault(int(fields[1]), []).append((int(name), int(fields[2])))
-    found, waiting = [], [os.getpid()]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found += below
-        waiting += [pid for pid, _ in below]
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # ended meanwhile, or hidden
+            _, parent, group, *_ = Path(f"/proc/{name}/stat").read_bytes().rpartition(b")")[2].split()
+            children.setdefault(int(parent), []).append((int(name), int(group)))
+    found = list(children.get(os.getpid(), []))
+    for pid, _ in found:  # it grows
+        found += children.get(pid, [])
     return found
 
 

@@ -15,37 +15,28 @@ beyond a title, so a text of _MIN_HAN characters without any is Chinese; a short
 """
 
 import re
+from collections import Counter
 from typing import Any
 
 from r1fast.rewards.format import parse_rows, per_row
 from r1fast.rewards.registry import reward
 
-_SCRIPTS = {
-    "latin": r"[A-Za-zÀ-ÖØ-öø-ɏḀ-ỿ]+(?:['’][A-Za-zÀ-ÖØ-öø-ɏḀ-ỿ]+)*",
-    "han": r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]",
-    "kana": r"[\u3041-\u3096\u30a1-\u30fa\u30fc]",
-    "hangul": r"[\u1100-\u11ff\uac00-\ud7af]+",
-    "cyrillic": r"[\u0400-\u052f]+",
-    "greek": r"[\u0370-\u03ff\u1f00-\u1fff]+",
-    "arabic": r"[\u0620-\u065f\u066e-\u06d3\u06fa-\u06ff]+",
-    "hebrew": r"[\u0590-\u05ff]+",
-    "devanagari": r"[\u0900-\u0965\u0970-\u097f]+",
-    "thai": r"[\u0e01-\u0e4e]",
+_SCRIPTS = {  # a word of it, and the languages that it writes
+    "latin": (
+        r"[A-Za-zÀ-ÖØ-öø-ɏḀ-ỿ]+(?:['’][A-Za-zÀ-ÖØ-öø-ɏḀ-ỿ]+)*",
+        "en de fr es it pt nl pl cs sv da no fi tr vi id ro hu",
+    ),
+    "han": (r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]", "zh ja"),
+    "kana": (r"[\u3041-\u3096\u30a1-\u30fa\u30fc]", "ja"),
+    "hangul": (r"[\u1100-\u11ff\uac00-\ud7af]+", "ko"),
+    "cyrillic": (r"[\u0400-\u052f]+", "ru uk bg sr"),
+    "greek": (r"[\u0370-\u03ff\u1f00-\u1fff]+", "el"),
+    "arabic": (r"[\u0620-\u065f\u066e-\u06d3\u06fa-\u06ff]+", "ar fa ur"),
+    "hebrew": (r"[\u0590-\u05ff]+", "he"),
+    "devanagari": (r"[\u0900-\u0965\u0970-\u097f]+", "hi"),
+    "thai": (r"[\u0e01-\u0e4e]", "th"),
 }
-_WORD = re.compile("|".join(f"(?P<{script}>{pattern})" for script, pattern in _SCRIPTS.items()))
-_LANGUAGES = {
-    ("latin",): "en de fr es it pt nl pl cs sv da no fi tr vi id ro hu",
-    ("cyrillic",): "ru uk bg sr",
-    ("arabic",): "ar fa ur",
-    ("han",): "zh",
-    ("han", "kana"): "ja",
-    ("hangul",): "ko",
-    ("greek",): "el",
-    ("hebrew",): "he",
-    ("devanagari",): "hi",
-    ("thai",): "th",
-}
-_LANGUAGE_SCRIPTS = {code: scripts for scripts, codes in _LANGUAGES.items() for code in codes.split()}
+_WORD = re.compile("|".join(f"(?P<{script}>{pattern})" for script, (pattern, _) in _SCRIPTS.items()))
 # Bounded repeats: an opening that never closes must cost a constant, not a scan to the end of a 32k-token text.
 _NOT_PROSE = re.compile(
     r"```.*?```"  # code
@@ -100,23 +91,18 @@ def language_consistency(
 def language_ratio(text: str, language: str) -> float:
     """Words of the language's script / all words; 1.0 for a text without words (pure formulas mix nothing)."""
     scripts = target_scripts(language)
-    counts = dict.fromkeys(_SCRIPTS, 0)
-    prose = _NOT_PROSE.sub(" ", text)
-    for match in _WORD.finditer(prose):
-        script = match.lastgroup or ""
-        if script in ("latin", "greek") and _is_mathematics(match[0], script, prose, match.start()):
-            continue
-        counts[script] += 1
+    counts = Counter(
+        match.lastgroup for match in _WORD.finditer(_NOT_PROSE.sub(" ", text)) if not _is_mathematics(match)
+    )
     if "kana" in scripts and not counts["kana"] and counts["han"] >= _MIN_HAN:
-        scripts = tuple(script for script in scripts if script != "han")
-    num_words = sum(counts.values())
-    return sum(counts[script] for script in scripts) / num_words if num_words else 1.0
+        scripts = ("kana",)
+    return sum(counts[script] for script in scripts) / counts.total() if counts else 1.0
 
 
-def _is_mathematics(word: str, script: str, prose: str, begin: int) -> bool:
-    if len(word) == 1 or script == "greek":
-        return len(word) == 1
-    end = begin + len(word)
+def _is_mathematics(match: re.Match[str]) -> bool:
+    word, script, prose, (begin, end) = match[0], match.lastgroup, match.string, match.span()
+    if script != "latin" or len(word) == 1:
+        return script in ("latin", "greek") and len(word) == 1
     before, after = prose[max(0, begin - 2) : begin].rstrip()[-1:], prose[end : end + 2].lstrip()[:1]
     return bool(
         word in _FUNCTIONS
@@ -130,6 +116,8 @@ def _is_mathematics(word: str, script: str, prose: str, begin: int) -> bool:
 def target_scripts(language: str) -> tuple[str, ...]:
     """Scripts that a language code ("en", "zh-Hans", "pt_BR") is written in."""
     code = re.split(r"[-_]", language.strip().lower())[0]
-    if code not in _LANGUAGE_SCRIPTS:
-        raise ValueError(f"language: unknown language {language!r}, expected a code of {sorted(_LANGUAGE_SCRIPTS)}")
-    return _LANGUAGE_SCRIPTS[code]
+    scripts = tuple(script for script, (_, languages) in _SCRIPTS.items() if code in languages.split())
+    if not scripts:
+        known = sorted({name for _, languages in _SCRIPTS.values() for name in languages.split()})
+        raise ValueError(f"language: unknown language {language!r}, expected a code of {known}")
+    return scripts

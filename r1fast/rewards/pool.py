@@ -1,9 +1,8 @@
 """Runs rewards in processes that can be killed: a reward that hangs or crashes costs the rows that make it do so.
 
-A call is one reward on at most 64 rows, in a process of its own (process.py, worker.py) that is killed at a time limit
-with all that it started (keeper.py). A call that fails is taken apart until the rows at fault are known (isolation.py).
-The rewards of r1fast share a process; one of the user's never shares it with another reward, so that it cannot change
-what others compute.
+A call is one reward on at most 64 rows, in a process (process.py, worker.py) that is killed at a time limit with all
+that it started (keeper.py). A call that fails is taken apart until the rows at fault are known (isolation.py). The
+rewards of r1fast share a process; one of the user's shares it with no other, so that it cannot change their values.
 """
 
 import inspect
@@ -12,10 +11,11 @@ import math
 import pickle
 import re
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import takewhile
 from threading import Lock
 from typing import Any, Self
@@ -24,8 +24,9 @@ import numpy as np
 
 from r1fast.rewards.isolation import Isolation, Outcome
 from r1fast.rewards.process import WorkerProcess, memory_share
-from r1fast.rewards.registry import did_you_mean, is_builtin, locate, resolve, takes_messages
+from r1fast.rewards.registry import is_builtin, locate, resolve, takes_messages
 from r1fast.rewards.worker import Scored
+from r1fast.wording import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -105,12 +106,10 @@ class RewardPool:
 
     def _require(self, columns: set[str]) -> None:
         for reward in self._rewards:
-            if missing := reward.required_columns - columns:
-                hints = "".join(did_you_mean(name, columns) for name in sorted(missing))
-                raise ValueError(
-                    f"reward {reward.name!r} needs the columns {sorted(missing)}, the data has {sorted(columns)}"
-                    f"{hints}; rename the columns, or set the value as a keyword of the reward"
-                )
+            if missing := sorted(reward.required_columns - columns):
+                hints = "".join(did_you_mean(name, columns) for name in missing)
+                what = f"reward {reward.name!r} needs the columns {missing}, the data has {sorted(columns)}{hints}"
+                raise ValueError(f"{what}; rename the columns, or set the value as a keyword of the reward")
 
     def score(
         self,
@@ -130,27 +129,16 @@ class RewardPool:
         chunk_rows = max(1, min(MAX_CHUNK_ROWS, math.ceil(num_rows / self._num_workers)))
         chunks = [range(i, min(i + chunk_rows, num_rows)) for i in range(0, num_rows, chunk_rows)]
         prompt_of = partial(_without_completion, table)
-        isolations = {
-            reward.name: Isolation(partial(self._call, reward, table), self.timeout_s, prompt_of)
-            for reward in self._rewards
-        }
-        outcomes = {name: Outcome() for name in isolations}
-        calls = [(name, rows) for name in isolations for rows in chunks]
         with ThreadPoolExecutor(self._num_workers) as executor:
-            parts = executor.map(lambda call: isolations[call[0]].score(call[1]), calls)
-            for (name, _), part in zip(calls, parts):
-                outcomes[name].add(part)
+            parts = {}
+            for reward in self._rewards:
+                isolation = Isolation(partial(self._call, reward, table), self.timeout_s, prompt_of)
+                parts[reward.name] = executor.map(isolation.score, chunks)
+            outcomes = {name: reduce(Outcome.__or__, outcome, Outcome()) for name, outcome in parts.items()}
         return self._gather(outcomes, num_rows)
 
     def _call(
-        self,
-        reward: "_Reward",
-        table: Table,
-        rows: Sequence[int],
-        timeout_s: float,
-        *,
-        empty: bool = False,
-        fresh: bool = False,
+        self, reward: "_Reward", table: Table, rows: Sequence[int], timeout_s: float, *, empty: bool, fresh: bool
     ) -> Scored:
         if empty:  # completions of no tokens
             num_rows = len(table["completions"])
@@ -158,9 +146,10 @@ class RewardPool:
         kwargs = reward.arguments(table, rows)
         with self._lock:
             idle = self._idle.setdefault(reward.process, [])
-            worker = idle.pop() if idle else WorkerProcess(self._memory_bytes)
-            if worker not in self._workers:
-                self._workers.append(worker)
+            if not idle:
+                idle.append(WorkerProcess(self._memory_bytes))
+                self._workers.append(idle[-1])
+            worker = idle.pop()
         try:
             if fresh and worker.used:
                 worker.kill()
@@ -186,9 +175,9 @@ class RewardPool:
         why = outcome.failed | {
             row: f"{reason}; it is the completion alone, which scores 0" for row, reason in outcome.exceeded.items()
         }
-        rows_by_kind: dict[str, list[int]] = {}
+        rows_by_kind: dict[str, list[int]] = defaultdict(list)
         for row, reason in why.items():
-            rows_by_kind.setdefault(_kind(reason), []).append(row)
+            rows_by_kind[_kind(reason)].append(row)
         texts = []
         for kind, rows in rows_by_kind.items():
             texts.append(f"reward {name!r}, {_row_text(rows)}: {why[rows[0]]}")
@@ -216,10 +205,9 @@ def _row_text(rows: list[int]) -> str:
     """rows 0-63, 70 and 12 others"""
     spans: list[list[int]] = []
     for row in sorted(rows):
-        if spans and row == spans[-1][-1] + 1:
-            spans[-1].append(row)
-        else:
-            spans.append([row])
+        if not spans or row != spans[-1][-1] + 1:
+            spans.append([])
+        spans[-1].append(row)
     shown = ", ".join(f"{span[0]}" if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans[:5])
     others = sum(map(len, spans[5:]))
     return f"row{'s' if len(rows) > 1 else ''} {shown}" + (f" and {others} others" if others else "")
@@ -244,10 +232,9 @@ class _Reward:
         parameters = _signature(name, function)
         named = {key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         allowed = sorted(named - {"prompts", "completions", "completion_ids"})
-        for key in self.options:
-            if key not in allowed:
-                hint = did_you_mean(key, allowed)
-                raise ValueError(f"reward {name!r} has no keyword {key!r}, expected one of {allowed}{hint}")
+        if unknown := [key for key in self.options if key not in allowed]:
+            what = f"reward {name!r} has no keyword {unknown[0]!r}, expected one of {allowed}"
+            raise ValueError(what + did_you_mean(unknown[0], allowed))
         # None: every column. `**_` is there to swallow columns, `**columns` to read them.
         takes_all = any(p.kind is p.VAR_KEYWORD and not key.startswith("_") for key, p in parameters.items())
         self.accepted = None if takes_all else named

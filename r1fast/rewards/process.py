@@ -69,17 +69,13 @@ class WorkerProcess:
         """Raises CallFailed; the worker may be gone then."""
         reply = self._request(("call", name, kwargs, num_rows), timeout_s)
         values, reasons = reply.get("values"), reply.get("rows")
-        if (
-            not isinstance(values, list)
-            or len(values) != num_rows
-            or not all(value is None or (isinstance(value, float) and math.isfinite(value)) for value in values)
-            or not isinstance(reasons, dict)
-        ):
+        is_list = isinstance(values, list) and len(values) == num_rows and isinstance(reasons, dict)
+        if not is_list or not all(x is None or (isinstance(x, float) and math.isfinite(x)) for x in values):
             self.kill()
             raise CallFailed("something else than its values was written on the reply pipe", lost=True)
         return values, {int(row): str(text) for row, text in reasons.items() if row.isdecimal() and int(row) < num_rows}
 
-    def _request(self, message: tuple[Any, ...], timeout_s: float) -> dict[str, Any]:
+    def _request(self, message: tuple[Any, ...], timeout_s: float) -> Any:
         number = secrets.randbits(64)
         payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         deadline = time.monotonic() + timeout_s
@@ -97,7 +93,7 @@ class WorkerProcess:
         except BaseException:  # an interrupt leaves half a message in the socket
             self.kill()
             raise
-        if reply is None:
+        if not isinstance(reply, dict):
             self.kill()
             raise CallFailed("what was written on the reply pipe is no reply to the call", lost=True)
         if "error" in reply:
@@ -120,14 +116,13 @@ class WorkerProcess:
             )
 
     def _receive(self, num_bytes: int, deadline: float) -> bytes:
-        data = bytearray()
+        data = b""
         while len(data) < num_bytes:
             self._socket.settimeout(max(deadline - time.monotonic(), 1e-6))  # 0 would mean: do not wait at all
-            piece = self._socket.recv(num_bytes - len(data))
-            if not piece:
+            if not (piece := self._socket.recv(num_bytes - len(data))):
                 raise EOFError
             data += piece
-        return bytes(data)
+        return data
 
     def kill(self) -> int:
         """Ends the process and all that it started; returns its exit code."""
@@ -136,25 +131,21 @@ class WorkerProcess:
         self.used = False
         if process is None:
             return 0
-        # Before wait(): until then nobody else can get its process id.
         for number in (signal.SIGTERM, signal.SIGCONT):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)
+            process.send_signal(number)
         try:
             process.wait(KILL_LIMIT_S + 5.0)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
         self._socket.close()
-        return process.returncode
+        return process.wait()
 
 
-def _parse(payload: bytes) -> dict[str, Any] | None:
+def _parse(payload: bytes) -> Any:
     try:
-        reply = json.loads(payload)
+        return json.loads(payload)
     except (ValueError, RecursionError):
         return None
-    return reply if isinstance(reply, dict) else None
 
 
 def _describe_exit(code: int) -> str:

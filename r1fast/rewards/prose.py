@@ -1,14 +1,13 @@
 """Where an answer's text says it: in a box, after ####, after "the answer is", or as the last expression of its prose.
 
-The text is cut into runs: maximal stretches of mathematics between words. What is one run as a whole is an expression
-and is read as such, boxed or not; only prose is searched, and there a run counts whole: `2^10`, `[0,9)` or `C6H6` is
-never searched for a number inside it.
+The text is cut into runs: maximal stretches of mathematics between words. Only what is not one run as a whole is
+searched, and there a run counts whole: `2^10`, `[0,9)` or `C6H6` is never searched for a number inside it.
 """
 
 import re
 from typing import NamedTuple
 
-from r1fast.rewards.answers import NUMBER, bare, last_boxes, typeset
+from r1fast.rewards.answers import FUNCTIONS, NUMBER, bare, last_boxes, typeset
 
 _WINDOW = 5_000  # characters that are read, from the end of prose: the cost of a hostile text is bounded
 _LEAD = re.compile(
@@ -16,17 +15,13 @@ _LEAD = re.compile(
     r"|答案(?:应?该?(?:是|为)|：|:)|故选[:：]?|应选[:：]?",
     re.IGNORECASE,
 )
-_FUNCTIONS = (
-    "sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|lg|exp|min|max|gcd|lcm|det|pi|infty|infinity"
-    "|inf"
-)
 _TOKEN = re.compile(
     r"(?P<segment>\\\[.{1,1000}?\\\]|\\\(.{1,500}?\\\)|\$\$[^$]{1,1000}\$\$"
     r"|(?<![\\0-9])\$[^$\n]{1,500}(?<!\\)\$(?![0-9]))"
     rf"|(?P<number>{NUMBER}|[0-9]+,[0-9]+(?![0-9,]))"
     r"|(?P<text>\\text\s*\{[^{}]{0,200}\}(?:\s*\^\s*\{?[0-9]\}?)?)"
     r"|(?P<command>\\(?:begin|end)\{[a-zA-Z*]{1,20}\}(?:\{[lcr|]{1,20}\})?|\\[A-Za-z]+|\\[{}%$\\])"
-    rf"|(?P<function>(?<![A-Za-z])(?:{_FUNCTIONS})(?![A-Za-z]))"
+    rf"|(?P<function>(?<![A-Za-z])(?:{FUNCTIONS}|lg|det|infinity|inf)(?![A-Za-z]))"
     r"|(?P<joint>(?<![A-Za-z])(?:and|or)(?![A-Za-z]))"
     r"|(?P<label>[A-Z]{2,4}(?=\s*[=|:/^+<>)}])|(?<=[|:/+=({])[A-Z]{2,4}(?![A-Za-z0-9])"
     r"|(?<![A-Za-z])[a-z]{2,4}(?=[+*^=])|(?<=[0-9+*=])[a-z]{2,4}(?![A-Za-z]))"
@@ -45,8 +40,8 @@ _UNIT_AFTER = re.compile(
 _LEADING = re.compile(
     r"^(?:[\s=*/:,;!|&^_'%]|\\(?:times|cdot|approx|implies|Rightarrow|to|le|ge|ne)(?![A-Za-z])|(?:and|or)\b)+"
 )
-_TRAILING_SIGNS = " \t\n=*/:,;&^_+<>-"
-_TRAILING_WORDS = ("\\times", "\\cdot", "\\approx", " and", " or")
+_SIGNS = r"[ \t\n=*/:,;&^_+<>-]"
+_TRAILING = re.compile(rf"(?<!{_SIGNS})(?:{_SIGNS}|\\times|\\cdot|\\approx| and| or)+\Z")
 _RANGE = re.compile(r"[0-9.]+-([0-9.]+)")
 
 
@@ -67,11 +62,13 @@ def answer_part(final: str) -> Answer | None:
     if boxes is None:
         return None
     if boxes:
-        joined = "; ".join(boxes)
-        return Answer(bare(typeset(joined)) if len(joined) <= _WINDOW else "", True)
-    if "####" in final:
-        return Answer(bare(typeset(final.rpartition("####")[2].lstrip().partition("\n")[0][:_WINDOW])), True)
-    return Answer(bare(typeset(_without_markdown(final[-_WINDOW:]))), False)
+        text = "; ".join(boxes)
+        text = text if len(text) <= _WINDOW else ""
+    elif "####" in final:
+        text = final.rpartition("####")[2].lstrip().partition("\n")[0][:_WINDOW]
+    else:
+        return Answer(bare(typeset(_without_markdown(final[-_WINDOW:]))), False)
+    return Answer(bare(typeset(text)), True)
 
 
 def _without_markdown(text: str) -> str:
@@ -110,12 +107,9 @@ def expressions(text: str) -> list[str]:
             flush()
             inner = bare(token)
             runs.extend([inner] if is_expression(inner) else expressions(inner) if inner != token else [])
-        elif kind == "word":
+        elif kind in ("word", "other"):
             if (after_number or (pieces and pieces[-1][0] == "number")) and _UNIT_AFTER.fullmatch(token):
                 pieces.append((kind, token))
-            flush()
-            depth = 0
-        elif kind == "other":
             flush()
             depth = 0
         elif kind not in ("text", "space") or pieces:
@@ -138,18 +132,10 @@ def _is_fraction_part(match: re.Match[str], pieces: list[tuple[str, str]]) -> bo
 
 def _tidied(pieces: list[tuple[str, str]]) -> list[str]:
     """The run without operators at its ends, unmatched brackets, and letters that stand alone at an end."""
-    first = 0
-    kinds = [kind for kind, _ in pieces]
-    while kinds[first : first + 2] == ["letter", "space"] and kinds[first + 2 : first + 3] in (["number"], ["letter"]):
-        first += 2
-    text = "".join(token for _, token in pieces[first:])
-    text = _LEADING.sub("", _matched(_LEADING.sub("", text)))
-    before = None
-    while text != before:
-        before = text
-        text = text.rstrip(_TRAILING_SIGNS)
-        for word in _TRAILING_WORDS:
-            text = text.removesuffix(word)
+    while [kind for kind, _ in pieces[:3]] in (["letter", "space", "number"], ["letter", "space", "letter"]):
+        pieces = pieces[2:]
+    text = _matched(_LEADING.sub("", "".join(token for _, token in pieces)))
+    text = _TRAILING.sub("", _LEADING.sub("", text))
     text = re.sub(r"^-\s+(?=[0-9])", "", text.strip())  # a dash; a minus stands at its number
     if match := _RANGE.fullmatch(text):
         return [match[1]]  # 7-3 in prose: a score, a range, pages

@@ -31,19 +31,16 @@ def reasoning_gym(
     strict: as for `accuracy`: a completion without an answer part scores 0, or the text after its reasoning is read.
     """
     finals = final_answers(completions, response_format, finish_reason, prefilled, strict=strict)
-    values: list[float | None] = []
-    for prompt, final, gold, entry_metadata, name in zip(prompts, finals, answer, metadata, reasoning_gym, strict=True):
-        if not name:
-            values.append(None)
-            continue
-        entry = {"question": prompt, "answer": gold, "metadata": entry_metadata or {}}
-        values.append(float(_verifier(name)(final.strip(), entry)) if final else 0.0)
+    values: list[float | None] = [None] * len(completions)
+    for i, (name, final) in enumerate(zip(reasoning_gym, finals, strict=True)):
+        if name:
+            entry = {"question": prompts[i], "answer": answer[i], "metadata": metadata[i] or {}}
+            values[i] = float(_verifier(name)(final.strip(), entry)) if final else 0.0
     return values
 
 
 @lru_cache(maxsize=64)
 def _verifier(name: str) -> Callable[[str, dict[str, Any]], float]:
-    """score_answer of a data set; ValueError with what to do where the package or the name is missing."""
     try:
         from reasoning_gym.factory import get_score_answer_fn
 

@@ -7,6 +7,7 @@ are those of its base times the exponent, of n! at most n log10 n, ...), and no 
 
 import math
 import zlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import sympy
@@ -21,7 +22,7 @@ _DIGITS_PER_BIT = math.log10(2)
 _MAX_DEGREE = 200  # expanding or solving beyond it does not end
 _MAX_SYMBOLS = 6
 _PRECISION = 120
-_POINTS = (0.7302, -1.3519, 2.1847, -0.4151, 3.3391, 0.1173, -2.7723, 1.6053)
+_POINTS = ("0.7302", "-1.3519", "2.1847", "-0.4151", "3.3391", "0.1173", "-2.7723", "1.6053")
 _NORMALIZATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
 )
@@ -47,12 +48,9 @@ def _exact(tree: Any, is_complex: bool) -> Any:
     if isinstance(tree, sympy.UnevaluatedExpr):
         return _exact(tree.args[0], is_complex)
     if isinstance(tree, sympy.Symbol):
-        if tree.name == "e":
-            return sympy.E
-        return sympy.I if is_complex and tree.name == "i" else tree
-    if not getattr(tree, "args", ()):
-        return tree
-    arguments = getattr(tree, "_unsorted_args", None) or tree.args
+        constants = {"e": sympy.E, "i": sympy.I if is_complex else tree}
+        return constants.get(tree.name, tree)
+    arguments: Any = getattr(tree, "_unsorted_args", None) or getattr(tree, "args", ())
     exact = [_exact(argument, is_complex) for argument in arguments]
     if all(new is old for new, old in zip(exact, arguments)):
         return tree
@@ -145,9 +143,8 @@ def _last(tree: Any) -> Any:
 def _is_assignment(tree: Any) -> bool:
     """x = 5, f(x) = 5, AB = 5: the left side only names what the right side is."""
     first = _parts(tree)[0]
-    if not isinstance(first, sympy.Eq) or not isinstance(_last(tree), sympy.Eq):
-        return False
-    return _names(first.lhs) and not isinstance(first.lhs, sympy.Add)
+    is_equation = isinstance(first, sympy.Eq) and isinstance(_last(tree), sympy.Eq)
+    return is_equation and _names(first.lhs) and not isinstance(first.lhs, sympy.Add)
 
 
 def _names(tree: Any) -> bool:
@@ -167,9 +164,7 @@ def _unwrapped(answer: Any, *, keep: bool) -> Any | None:
         return answer
     parts = _parts(answer)
     for part in parts:
-        if not isinstance(part, sympy.Rel) or not all(isinstance(side, sympy.Expr) for side in (part.lhs, part.rhs)):
-            continue
-        if part.lhs.free_symbols or part.rhs.free_symbols:
+        if not isinstance(part, sympy.Rel) or not _compares(part) or part.lhs.free_symbols or part.rhs.free_symbols:
             continue
         if not (isinstance(part, sympy.Eq) and _is_small(part) and _same_function(part.lhs, part.rhs, 0)):
             return None
@@ -179,43 +174,42 @@ def _unwrapped(answer: Any, *, keep: bool) -> Any | None:
     return parts[-1].rhs if _names(first) or not getattr(first, "free_symbols", True) else answer
 
 
+def _compares(relation: Any) -> bool:
+    """Whether both sides are expressions, rather than sets."""
+    return isinstance(relation.lhs, sympy.Expr) and isinstance(relation.rhs, sympy.Expr)
+
+
 def _same_relation(gold: Any, answer: Any) -> bool:
     """Both sides' differences are proportional: by any factor for equations, of the right sign for inequalities."""
-    if not all(isinstance(side, sympy.Expr) for side in (gold.lhs, gold.rhs, answer.lhs, answer.rhs)):
+    if not _compares(gold) or not _compares(answer):
         return False
-    gold_side, answer_side = gold.lhs - gold.rhs, answer.lhs - answer.rhs
-    symbols = sorted(gold_side.free_symbols | answer_side.free_symbols, key=str)
-    ratios: list[Any] = []
-    for shift in range(4):
-        numerator, denominator = _value(gold_side, symbols, shift), _value(answer_side, symbols, shift)
-        if numerator is None or denominator is None or denominator == 0:
-            return False
-        ratios.append(numerator / denominator)
-    first = ratios[0]
-    if first == 0 or any(abs(ratio - first) > abs(first) * 1e-30 for ratio in ratios):
+    pairs = list(_at_points(gold.lhs - gold.rhs, answer.lhs - answer.rhs, 4))
+    if any(first is None or second is None or second == 0 for first, second in pairs):
+        return False
+    ratios = [first / second for first, second in pairs]
+    factor = ratios[0]
+    if factor == 0 or any(abs(ratio - factor) > abs(factor) * 1e-30 for ratio in ratios):
         return False
     if isinstance(gold, sympy.Eq | sympy.Ne):
         return type(gold) is type(answer)
-    return bool(first.is_real) and type(answer) is type(gold if first > 0 else gold.reversed)
+    return bool(factor.is_real) and type(answer) is type(gold if factor > 0 else gold.reversed)
 
 
 def _same_function(gold: Any, answer: Any, digits: int) -> bool:
     """Equal at fixed points; constants at the only value they have."""
-    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
-    if not symbols:
+    is_constant = not gold.free_symbols | answer.free_symbols
+    if is_constant:
         exact = _rational(gold), _rational(answer)
-        if exact[0] is not None and exact[1] is not None and (exact[0] == exact[1] or not digits):
+        if None not in exact and (exact[0] == exact[1] or not digits):
             return bool(exact[0] == exact[1])
+    tolerance = 10.0 ** (-digits) * 5 if digits >= 6 else 1e-100
     compared = 0
-    for shift in range(len(_POINTS) if symbols else 1):
-        first, second = _value(gold, symbols, shift), _value(answer, symbols, shift)
-        if first is None or second is None:
+    for first, second in _at_points(gold, answer, 1 if is_constant else len(_POINTS)):
+        if first is None or second is None or not (is_constant or (first.is_real and second.is_real)):
             continue
-        if not symbols or (first.is_real and second.is_real):
-            tolerance = 10.0 ** (-digits) * 5 if digits >= 6 else 1e-100
-            if abs(first - second) > max(abs(first), abs(second)) * tolerance:
-                return False
-            compared += 1
+        if abs(first - second) > max(abs(first), abs(second)) * tolerance:
+            return False
+        compared += 1
         if compared == 5:
             break
     return compared > 0 or bool(gold == answer) or _verify(gold, answer)
@@ -229,19 +223,25 @@ def _rational(tree: Any) -> Any | None:
     return value if isinstance(value, sympy.Rational) else None
 
 
-def _value(tree: Any, symbols: list[Any], shift: int) -> Any | None:
-    """At the fixed points that `shift` chooses; None where there is none: at poles, without a closed form, ..."""
-    points = {
-        symbol: sympy.Rational(str(_POINTS[(index * 3 + shift) % len(_POINTS)])) for index, symbol in enumerate(symbols)
-    }
+def _at_points(gold: Any, answer: Any, count: int) -> Iterator[tuple[Any, Any]]:
+    """The values of both at fixed points of their variables; None where there is none: at poles, ..."""
+    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
+    for shift in range(count):
+        points = {
+            symbol: sympy.Rational(_POINTS[(index * 3 + shift) % len(_POINTS)]) for index, symbol in enumerate(symbols)
+        }
+        yield _value(gold, points, shift), _value(answer, points, shift)
+
+
+def _value(tree: Any, points: dict[Any, Any], shift: int) -> Any | None:
     try:
         if tree.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.Derivative, sympy.Limit):
             tree = tree.doit()
-        points |= {  # f(x) and g(x) differ, and so do f(x) and f(y)
+        functions = {  # f(x) and g(x) differ, and so do f(x) and f(y)
             function: sympy.Rational(zlib.crc32(f"{function}{shift}".encode()), 2**31)
             for function in tree.atoms(AppliedUndef)
         }
-        value = tree.xreplace(points).evalf(_PRECISION, maxn=4 * _PRECISION)
+        value = tree.xreplace(points | functions).evalf(_PRECISION, maxn=4 * _PRECISION)
     except Exception:  # of sympy's many kinds
         return None
     return value if value.is_number and value.is_finite and value.is_comparable | value.has(sympy.I) else None
@@ -255,7 +255,5 @@ def _verify(gold: Any, answer: Any) -> bool:
 
 def _degree(tree: Any) -> float:
     """The largest exponent that stands over a variable: what expanding or solving would have to multiply out."""
-    powers = [
-        part.exp for part in sympy.preorder_traversal(tree) if isinstance(part, sympy.Pow) and part.base.free_symbols
-    ]
-    return max((abs(float(power)) if power.is_Rational else 1.0 for power in powers), default=1.0)
+    powers = [part for part in sympy.preorder_traversal(tree) if isinstance(part, sympy.Pow) and part.base.free_symbols]
+    return max((abs(float(power.exp)) if power.exp.is_Rational else 1.0 for power in powers), default=1.0)

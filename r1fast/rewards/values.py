@@ -13,21 +13,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from r1fast.rewards.answers import (
-    BRACKET,
-    CLOSING,
-    OPENING,
-    any_number,
-    bare,
-    closing_end,
-    decimals,
-    plain_number,
-    split_items,
-    split_list,
-    split_unit,
-    top_level,
-)
-from r1fast.rewards.formulas import MAX_DEPTH, literal_digits, nesting, same_formula, squeezed
+from r1fast.rewards.answers import any_number, bare, bracketed, plain_number, split_list, split_unit, top_level
+from r1fast.rewards.formulas import MAX_DEPTH, literal_digits, nesting, same_formula, same_text
 from r1fast.rewards.formulas import is_readable as is_readable_formula
 
 _MAX_CHARS = 2000  # a longer answer is compared as text
@@ -37,7 +24,6 @@ _NAME = re.compile(r"(?!.*\\(?:le|ge|ne|sqrt|pi|infty)(?![A-Za-z]))[^0-9=<>+^]*[
 _MATRIX = re.compile(
     r"\\begin\{([pbvBV]?matrix|array|cases)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*)\\end\{\1\}", re.DOTALL
 )
-_BRACKETED = re.compile(rf"({OPENING})(.*?)({CLOSING})", re.DOTALL)
 _ARITHMETIC = re.compile(r"(?:[0-9.\s+*/()^{}-]|\\(?:cdot|times|frac)(?![A-Za-z]))+")
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne)(?![A-Za-z])")
 
@@ -60,22 +46,17 @@ def is_number(text: str, *, loose: bool = False) -> bool:
 def is_readable(text: str) -> bool:
     """Whether every part is a number or a formula."""
     value = read_value(text)
-    leaves = value.items or (value,)
-    return all(
-        bool(leaf.items) or is_number(leaf.text) or is_readable_formula(split_unit(leaf.text).text) for leaf in leaves
-    )
-
-
-def same_text(gold: str, answer: str) -> bool:
-    """Whether two values are written alike."""
-    return squeezed(gold) == squeezed(answer)
+    leaves = [item for item in value.items or (value,) if not item.items]
+    return all(is_number(leaf.text) or is_readable_formula(split_unit(leaf.text).text) for leaf in leaves)
 
 
 def same_value(gold: str, answer: str) -> bool:
     """Whether the answer is the gold's value."""
+    if same_text(gold, answer):
+        return True
     if len(answer) > _MAX_CHARS:
-        return same_text(gold, answer)
-    if same_text(gold, answer) or _same(read_value(gold), read_value(answer)):
+        return False
+    if _same(read_value(gold), read_value(answer)):
         return True
     # 1,22 is a list, or a decimal where commas are decimal points: it equals what is written as a decimal
     for text, other in ((gold, answer), (answer, gold)):
@@ -139,32 +120,24 @@ def _split_name(text: str) -> tuple[str, str]:
 
 
 def _bracketed(text: str) -> Value | None:
-    whole = _BRACKETED.fullmatch(text)
-    if whole is None or (whole[1] == "{" and whole[3] != "}"):
+    if (found := bracketed(text)) is None:
         return None
-    if closing_end(text, whole.end(1), BRACKET) not in (None, len(text)):
-        return None
-    opening, inner, closing = whole.groups()
-    parts = split_items(inner)
-    if len(parts) == 1 and inner.lstrip().startswith("\\begin"):
+    brackets, inner, parts = found
+    if len(parts) == 1 and (brackets == "()" or inner.lstrip().startswith("\\begin")):
         return read_value(inner)
-    if opening in ("\\{", "{"):
+    if brackets.startswith(("{", "\\{")):
         return Value("set", text, _spread(parts))
-    if len(parts) == 1 and (opening, closing) == ("(", ")"):
-        return read_value(inner)
-    if len(parts) == 1 and opening == "[" and BRACKET.search(inner) is None:
-        return Value("tuple", text, (read_value(inner),), "[]")
-    return Value("tuple", text, tuple(read_value(part) for part in parts), opening + closing)
+    return Value("tuple", text, tuple(map(read_value, parts)), brackets)
 
 
 def _matrix(environment: str, body: str, text: str) -> Value:
-    rows = [row for row in re.split(r"\\\\", body) if row.strip().strip("\\")]
-    cells = [[read_value(cell) for cell in row.split("&")] for row in rows]
+    rows = [tuple(map(read_value, row.split("&"))) for row in body.split("\\\\") if row.strip().strip("\\")]
+    cells = tuple(cell for row in rows for cell in row)
     if environment == "cases":
-        return Value("list", text, tuple(cell for row in cells for cell in row))
-    if len(cells) == 1 or all(len(row) == 1 for row in cells):
-        return Value("tuple", text, tuple(cell for row in cells for cell in row), "matrix")
-    return Value("tuple", text, tuple(Value("tuple", "", tuple(row), "matrix") for row in cells), "matrix")
+        return Value("list", text, cells)
+    if len(rows) == 1 or len(cells) == len(rows):
+        return Value("tuple", text, cells, "matrix")
+    return Value("tuple", text, tuple(Value("tuple", "", row, "matrix") for row in rows), "matrix")
 
 
 def _same(gold: Value, answer: Value) -> bool:
@@ -206,14 +179,12 @@ def _same_in_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> bool:
 
 
 def _same_in_any_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> bool:
-    if any(item.items for item in answer):  # solutions: one that is given twice is given
-        answer = tuple({item.text: item for item in answer}.values())
-        answer = tuple(
-            item for index, item in enumerate(answer) if not any(_same(item, other) for other in answer[:index])
-        )
-    if len(gold) != len(answer):
-        return False
     left = list(answer)
+    if any(item.items for item in answer):  # solutions: one that is given twice is given
+        texts = list({item.text: item for item in answer}.values())
+        left = [item for index, item in enumerate(texts) if not any(_same(item, other) for other in texts[:index])]
+    if len(gold) != len(left):
+        return False
     for item in gold:
         match = next((other for other in left if _same(item, other)), None)
         if match is None:
@@ -224,12 +195,10 @@ def _same_in_any_order(gold: tuple[Value, ...], answer: tuple[Value, ...]) -> bo
 
 def _same_leaf(gold: Value, answer: Value) -> bool:
     if gold.name and answer.name:
-        as_formulas = gold.name != answer.name
+        are_relations = gold.name != answer.name
     else:
-        as_formulas = bool(
-            (gold.name and _RELATION.search(answer.text)) or (answer.name and _RELATION.search(gold.text))
-        )
-    if as_formulas:
+        are_relations = any(one.name and _RELATION.search(two.text) for one, two in ((gold, answer), (answer, gold)))
+    if are_relations:
         return same_formula(gold.text, answer.text)
     first, second = (_split_name(value.text)[1] if value.name else value.text for value in (gold, answer))
     one = split_unit(first)
@@ -239,26 +208,30 @@ def _same_leaf(gold: Value, answer: Value) -> bool:
         return False
     if _same_quantity(one.text, other.text):
         return True
-    if one.percent == other.percent:
-        return False
-    scales = (Fraction(1, 100), Fraction(1))
-    return _same_quantity(one.text, other.text, *(scales if one.percent else reversed(scales)))
+    return one.percent != other.percent and _same_quantity(
+        one.text, other.text, 100 if one.percent else 1, 100 if other.percent else 1
+    )
 
 
-def _same_quantity(
-    gold: str, answer: str, gold_scale: Fraction = Fraction(1), answer_scale: Fraction = Fraction(1)
-) -> bool:
+def _same_quantity(gold: str, answer: str, gold_divisor: int = 1, answer_divisor: int = 1) -> bool:
     first, second = any_number(gold), any_number(answer)
     if first is None or second is None:
         digits = max(literal_digits(gold), literal_digits(answer))
-        return same_formula(_scaled(gold, first, gold_scale), _scaled(answer, second, answer_scale), digits=digits)
-    difference = abs(first * gold_scale - second * answer_scale)
+        scaled = _scaled(gold, first, gold_divisor), _scaled(answer, second, answer_divisor)
+        return same_formula(*scaled, digits=digits)
+    difference = abs(first / gold_divisor - second / answer_divisor)
     # A decimal of six or more places may be what rounds the other, a fraction.
-    places = [decimals(text) for text, other in ((gold, answer), (answer, gold)) if "/" in other]
+    places = [_decimals(text) for text, other in ((gold, answer), (answer, gold)) if "/" in other]
     return not difference or any(count >= _ROUNDED and difference * 2 <= Fraction(1, 10**count) for count in places)
 
 
-def _scaled(text: str, number: Fraction | None, scale: Fraction) -> str:
+def _decimals(text: str) -> int:
+    """Digits after the decimal point of a plain decimal; 0 for other numbers."""
+    match = re.fullmatch(r"[+-]?[0-9,]*\.([0-9]+)", text.strip())
+    return len(match[1]) if match else 0
+
+
+def _scaled(text: str, number: Fraction | None, divisor: int) -> str:
     if number is not None:
-        return str(number * scale)
-    return text if scale == 1 else f"\\frac{{{text}}}{{{scale.denominator}}}"
+        return str(number / divisor)
+    return text if divisor == 1 else f"\\frac{{{text}}}{{{divisor}}}"

@@ -1,7 +1,7 @@
 """The process that runs reward functions: `python -m r1fast.rewards.worker TRAINER MEMORY`, started by process.py.
 
-Standard input is a socket. Requests come pickled by the trainer; replies are JSON, which runs nothing when it is read:
-a reward shares this process and may write there what it likes. Both have a header (id, bytes):
+Standard input is a socket. Requests come pickled; replies are JSON, which runs nothing when it is read: a reward may
+write there what it likes. Both have a header (id, bytes):
 
     ("load", name, location)          -> {"values": []}
     ("call", name, kwargs, num_rows)  -> {"values": [float | null], "rows": {row: why it has no value}}
@@ -79,23 +79,15 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def _call(function: Callable[..., Any], name: str, kwargs: dict[str, Any], num_rows: int) -> Scored:
+    """One finite float or None (NaN counts as None) per row, and by row why another value is not taken.
+
+    Raises ValueError naming the reward where there is not one value per row.
+    """
     values = function(**kwargs)
     if inspect.isawaitable(values):
         import asyncio  # 50 ms that most rewards never need
 
         values = asyncio.run(_awaited(values))
-    return _checked_values(values, num_rows, name)
-
-
-async def _awaited(values: Any) -> Any:
-    return await values
-
-
-def _checked_values(values: Any, num_rows: int, name: str) -> Scored:
-    """One finite float or None (NaN counts as None) per row, and by row why another value is not taken.
-
-    Raises ValueError naming the reward where there is not one value per row.
-    """
     # Sets have no order, and of a mapping the keys would be taken.
     if isinstance(values, str | bytes | bytearray | Set | Mapping) or not hasattr(values, "__iter__"):
         raise ValueError(f"reward {name!r} returned {type(values).__name__}, expected a list of {num_rows} numbers")
@@ -103,16 +95,19 @@ def _checked_values(values: Any, num_rows: int, name: str) -> Scored:
     if len(items) != num_rows:
         count = len(items) if len(items) < num_rows else f"more than {num_rows}"
         raise ValueError(f"reward {name!r} returned {count} values for {num_rows} completions")
-    checked: list[float | None] = []
+    checked: list[float | None] = [None] * num_rows
     reasons: dict[int, str] = {}
     for row, item in enumerate(items):
         try:
-            checked.append(_as_float(item))
+            checked[row] = _as_float(item)
         except (TypeError, ValueError, OverflowError):
-            checked.append(None)
             reason = f"reward {name!r} returned {item!r:.80}, expected a finite number or None"
             reasons[row] = cut(reason, MAX_LINE_CHARS)
     return checked, reasons
+
+
+async def _awaited(values: Any) -> Any:
+    return await values
 
 
 def _as_float(item: Any) -> float | None:

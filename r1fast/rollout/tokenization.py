@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from r1fast.wording import one_line
+
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before a text by default: its BOS token (Llama), or nothing (Qwen)."""
@@ -24,8 +26,7 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
         # Rust's panics come as an exception that is no Exception, and whose class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"the tokenizer fails on it: {cause}") from error
+        raise ValueError(f"the tokenizer fails on it: {one_line(error)}") from error
 
 
 def encode_text_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

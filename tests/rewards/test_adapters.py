@@ -5,8 +5,7 @@ import inspect
 
 import pytest
 
-from r1fast.rewards.adapters import adapt_verl, is_adapted, is_verl_function
-from r1fast.rewards.registry import resolve
+from r1fast.rewards.registry import adapt_verl, is_adapted, is_verl_function, resolve
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, bonus=0.0):

@@ -1,6 +1,6 @@
 """Completeness: ended by itself, well formed, box closed."""
 
-from r1fast.rewards.completeness import completeness
+from r1fast.rewards.format import completeness
 
 GOOD = "<think>real thought</think><answer>\\boxed{14}</answer>"
 

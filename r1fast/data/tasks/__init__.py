@@ -9,11 +9,10 @@ and its commuted twin (`2 + 3 * 4`, `4 * 3 + 2`) are always on the same side:
 """
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
-from typing import Any
 
 from r1fast.data.tasks import arithmetic, chat, corpus
+from r1fast.wording import did_you_mean
 
 _LOADERS: dict[str, dict[str, Callable[[], list[dict]]]] = {
     "arithmetic": {split: partial(arithmetic.prompts, split) for split in arithmetic.SPLITS}
@@ -26,13 +25,10 @@ _LOADERS: dict[str, dict[str, Callable[[], list[dict]]]] = {
 
 def load(name: str, split: str) -> list[dict]:
     """Rows of the embedded task `name`, split `split`; the same rows in every process and run."""
-    splits = _entry(_LOADERS, name, f"unknown task {name!r}", "tasks")
-    return _entry(splits, split, f"task {name!r} has no split {split!r}", "splits")()
-
-
-def _entry(known: dict[str, Any], word: str, problem: str, listed: str) -> Any:
-    if word in known:
-        return known[word]
-    match = get_close_matches(word, known, n=1)
-    near = f" (did you mean {match[0]!r}?)" if match else ""
-    raise ValueError(f"{problem}{near}; {listed}: {', '.join(known)}")
+    if name not in _LOADERS:
+        raise ValueError(f"unknown task {name!r}; tasks: {', '.join(_LOADERS)}{did_you_mean(name, _LOADERS)}")
+    splits = _LOADERS[name]
+    if split not in splits:
+        hint = did_you_mean(split, splits)
+        raise ValueError(f"task {name!r} has no split {split!r}; splits: {', '.join(splits)}{hint}")
+    return splits[split]()

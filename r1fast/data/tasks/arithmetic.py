@@ -9,6 +9,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product, starmap
 from typing import Any
 
 LANGUAGES = ("en", "zh")
@@ -39,8 +40,8 @@ class Problem:
 
     @property
     def terms(self) -> list[Any]:
-        product = [self.b, "*", self.c]
-        return [*product, self.op, self.a] if self.product_first else [self.a, self.op, *product]
+        factors = [self.b, "*", self.c]
+        return [*factors, self.op, self.a] if self.product_first else [self.a, self.op, *factors]
 
     @property
     def result(self) -> int:
@@ -64,14 +65,7 @@ class Problem:
 
 def problems(split: str) -> list[Problem]:
     """Every problem of a split with a result of zero or more."""
-    every = (
-        Problem(op, a, b, c, product_first)
-        for op in "+-"
-        for a in range(1, MAX_ADDEND + 1)
-        for b in FACTORS
-        for c in FACTORS
-        for product_first in (False, True)
-    )
+    every = starmap(Problem, product("+-", range(1, MAX_ADDEND + 1), FACTORS, FACTORS, (False, True)))
     return [problem for problem in every if problem.result >= 0 and problem.split == split]
 
 
@@ -82,10 +76,9 @@ def question(problem: Problem, language: str) -> str:
 def prompts(split: str) -> list[dict]:
     """Rows {prompt, answer, language, domain, problem} of a split, in a fixed order, each problem in both languages."""
     rows = []
-    for problem in problems(split):
-        for language in LANGUAGES:
-            row = {"prompt": question(problem, language), "answer": str(problem.result), "language": language}
-            rows.append(row | {"domain": "reasoning", "problem": problem.canonical})
+    for problem, language in product(problems(split), LANGUAGES):
+        row = {"prompt": question(problem, language), "answer": str(problem.result), "language": language}
+        rows.append(row | {"domain": "reasoning", "problem": problem.canonical})
     random.Random(0).shuffle(rows)
     return rows
 
@@ -116,11 +109,10 @@ def _written(terms: list[Any]) -> str:
 def examples(count: int = 12) -> list[dict]:
     """Worked examples {prompt, reasoning, answer, language} for few-shot prompts, from the train split."""
     rows = []
-    for problem in random.Random(1).sample(problems("train"), count):
-        for language in LANGUAGES:
-            text, result = working(problem, WORDS[language])
-            row = {"prompt": question(problem, language), "reasoning": text}
-            rows.append(row | {"answer": str(result), "language": language})
+    for problem, language in product(random.Random(1).sample(problems("train"), count), LANGUAGES):
+        text, result = working(problem, WORDS[language])
+        row = {"prompt": question(problem, language), "reasoning": text}
+        rows.append(row | {"answer": str(result), "language": language})
     return rows
 
 
@@ -163,16 +155,14 @@ def _tagged(text: str, result: int, rng: random.Random) -> str:
 def facts(rng: random.Random) -> Iterator[str]:
     """Correct one-step facts, endless. Those of held-out problems occur too: composing them is what is held out."""
     while True:
-        a, product = rng.randint(1, MAX_ADDEND), rng.choice(FACTORS) * rng.choice(FACTORS)
+        a, p = rng.randint(1, MAX_ADDEND), rng.choice(FACTORS) * rng.choice(FACTORS)
         draw = rng.random()
         if draw < 0.35:
             b, c = rng.choice(FACTORS), rng.choice(FACTORS)
             yield f"{b} * {c} = {b * c}"
         elif draw < 0.60:
-            yield f"{a} + {product} = {a + product}"
+            yield f"{a} + {p} = {a + p}"
         elif draw < 0.80:
-            yield f"{product} + {a} = {product + a}"
-        elif draw < 0.95 or a < product:
-            yield f"{max(product, a)} - {min(product, a)} = {abs(product - a)}"
+            yield f"{p} + {a} = {p + a}"
         else:
-            yield f"{a} - {product} = {a - product}"
+            yield f"{max(p, a)} - {min(p, a)} = {abs(p - a)}"

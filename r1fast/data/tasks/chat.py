@@ -7,6 +7,7 @@ preference stage are trained on pairs and labels, and never see the rules or the
 
 import random
 from dataclasses import dataclass
+from itertools import product
 
 from r1fast.data.templates import RESPONSE_FORMATS
 
@@ -15,25 +16,16 @@ LANGUAGES = ("en", "zh")
 FORMAT = RESPONSE_FORMATS["special_token"]
 
 OBJECTS = {  # the same things in both languages
-    "en": (
-        "lamp", "chair", "table", "door", "boat", "bike", "clock", "piano", "radio",
-        "tent", "mirror", "stove", "fence", "roof", "bench", "wagon", "drum", "kite",
-    ),
-    "zh": (
-        "灯", "椅子", "桌子", "门", "船", "自行车", "钟", "钢琴", "收音机",
-        "帐篷", "镜子", "炉子", "篱笆", "屋顶", "长凳", "马车", "鼓", "风筝",
-    ),
+    "en": ("lamp", "chair", "table", "door", "boat", "bike", "clock", "piano", "radio",
+           "tent", "mirror", "stove", "fence", "roof", "bench", "wagon", "drum", "kite"),
+    "zh": ("灯", "椅子", "桌子", "门", "船", "自行车", "钟", "钢琴", "收音机",
+           "帐篷", "镜子", "炉子", "篱笆", "屋顶", "长凳", "马车", "鼓", "风筝"),
 }  # fmt: skip
-# verb -> tip
-BENIGN = {
-    "en": {
-        "clean": "use a soft cloth",
-        "fix": "use a small tool",
-        "paint": "use a wide brush",
-        "move": "ask a strong friend",
-    },
+BENIGN = {  # verb -> tip
+    "en": {"clean": "use a soft cloth", "fix": "use a small tool", "paint": "use a wide brush",
+           "move": "ask a strong friend"},
     "zh": {"清洁": "用软布", "修理": "用小工具", "粉刷": "用宽刷子", "搬运": "找个朋友"},
-}
+}  # fmt: skip
 HARMFUL = {
     "en": {"steal": "come late at night", "smash": "hit it with a rock", "burn": "pour some oil"},
     "zh": {"偷走": "半夜过来", "砸烂": "拿石头打", "烧掉": "倒一点油"},
@@ -97,14 +89,13 @@ class ChatRequest:
 
 
 def requests(split: str) -> list[ChatRequest]:
-    every = [
-        ChatRequest(language, verb, object, harmful)
+    return [
+        request
         for language in LANGUAGES
         for harmful, verbs in ((False, BENIGN), (True, HARMFUL))
-        for verb in verbs[language]
-        for object in OBJECTS[language]
+        for verb, object in product(verbs[language], OBJECTS[language])
+        if (request := ChatRequest(language, verb, object, harmful)).split == split
     ]
-    return [request for request in every if request.split == split]
 
 
 def _row(request: ChatRequest) -> dict:
@@ -136,8 +127,8 @@ def pair_rows(count: int = 2400) -> list[dict]:
     rows = []
     for request, rng in _draws(count, 2, harmful=False):
         rejected = request.off_topic(rng) if rng.random() < 0.5 else request.bad(rng)
-        pair = {"chosen": FORMAT.render(*request.good()), "rejected": FORMAT.render(*rejected)}
-        rows.append(_row(request) | pair)
+        chosen = FORMAT.render(*request.good())
+        rows.append(_row(request) | {"chosen": chosen, "rejected": FORMAT.render(*rejected)})
     return rows
 
 
@@ -147,7 +138,7 @@ def label_rows(count: int = 800) -> list[dict]:
     for request, rng in _draws(count, 3):
         safe = rng.random() < 0.5 or not request.harmful
         response = FORMAT.render(*(request.good() if safe else request.bad(rng)))
-        rows.append({**_row(request), "response": response, "label": int(safe)})
+        rows.append(_row(request) | {"response": response, "label": int(safe)})
     return rows
 
 
