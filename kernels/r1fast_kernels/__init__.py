@@ -23,18 +23,7 @@ from .sample_tokens import sample_tokens
 from .selective_logprobs import selective_logprobs
 
 __all__ = [
-    "decode_attention",
-    "group_advantages",
-    "grouped_gemm",
-    "grpo_loss",
-    "linear_cross_entropy",
-    "linear_grpo_loss",
-    "linear_logprobs",
-    "moe_dispatch",
-    "moe_experts",
-    "packed_attention",
-    "rms_norm",
-    "route_topk",
-    "sample_tokens",
+    "decode_attention", "group_advantages", "grouped_gemm", "grpo_loss", "linear_cross_entropy", "linear_grpo_loss",
+    "linear_logprobs", "moe_dispatch", "moe_experts", "packed_attention", "rms_norm", "route_topk", "sample_tokens",
     "selective_logprobs",
-]
+]  # fmt: skip

@@ -27,36 +27,14 @@ MERGE_WARPS = 4
 
 @triton.jit
 def _attend_kernel(
-    q_ptr,  # [B, H, d]
-    k_ptr,  # [S, K, d]
-    v_ptr,  # [S, K, e]
-    table_ptr,  # [B, N]
-    lengths_ptr,  # [B]
+    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr,  # [B, H, d], [S, K, d], [S, K, e], [B, N], [B]
     out_ptr,  # [B, H, spans, e], or [B, H, e] for one span
-    lse_ptr,  # [B, H, spans], of scores times log2(e)
-    stride_qb,
-    stride_qh,
-    stride_ks,
-    stride_kh,
-    stride_vs,
-    stride_vh,
-    table_width,
-    num_heads,
-    group,
-    width,
-    value_width,
-    num_spans,
-    scale,
-    SHARED: tl.constexpr,
-    ONE_SPAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    lse_ptr,  # [B, H, spans], of scores times log2(e); None for one span
+    stride_qb, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh,
+    table_width, num_heads, group, width, value_width, num_spans, scale,
+    SHARED: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(group, BLOCK_H)
     kv_head = tl.program_id(1) // tiles
@@ -104,7 +82,7 @@ def _attend_kernel(
     out = sums / total[:, None]
     row = b * num_heads + heads
     mask_out = mask_h[:, None] & (offs_e < value_width)
-    if ONE_SPAN:
+    if lse_ptr is None:
         tl.store(out_ptr + row[:, None] * value_width + offs_e, out.to(out_ptr.dtype.element_ty), mask=mask_out)
     else:
         line = row * num_spans + span
@@ -114,16 +92,9 @@ def _attend_kernel(
 
 @triton.jit
 def _merge_kernel(
-    parts_ptr,  # [B, H, spans, e]
-    lse_ptr,  # [B, H, spans]
-    lengths_ptr,  # [B]
-    out_ptr,  # [B, H, e]
-    num_heads,
-    value_width,
-    num_spans,
-    SPAN: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    parts_ptr, lse_ptr, lengths_ptr, out_ptr,  # [B, H, spans, e], [B, H, spans], [B], [B, H, e]
+    num_heads, value_width, num_spans, SPAN: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     live = tl.cdiv(tl.load(lengths_ptr + row // num_heads), SPAN)
     offs_e = tl.arange(0, BLOCK_E)
@@ -169,7 +140,7 @@ def launch(
     sizes = WIDE_BLOCK_T if block_d >= 512 else BLOCK_T
     _attend_kernel[(B, K * triton.cdiv(H // K, BLOCK_H), num_spans)](
         q, k, v, table, lengths, parts, lse, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], table.shape[1], H,
-        H // K, d, e, num_spans, scale * 1.4426950408889634, SHARED=shared, ONE_SPAN=one, BLOCK=BLOCK, SPAN=SPAN,
+        H // K, d, e, num_spans, scale * 1.4426950408889634, SHARED=shared, BLOCK=BLOCK, SPAN=SPAN,
         BLOCK_H=BLOCK_H, BLOCK_T=sizes[q.element_size()], BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_E=block_e,
         num_warps=WIDE_WARPS if block_d >= 512 else NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip

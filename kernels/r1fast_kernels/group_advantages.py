@@ -49,20 +49,7 @@ BLOCK_N, NUM_WARPS = 1024, 4
 
 
 @triton.jit
-def _std(squares_N, size):
-    return tl.sqrt(tl.sum(squares_N, axis=0) / tl.maximum(size - 1, 1.0))
-
-
-@triton.jit
-def advantage_of(
-    rewards_ptr,  # [N]
-    group_ids_ptr,  # [N]
-    n,
-    num_samples,
-    eps,
-    SCALE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def advantage_of(rewards_ptr, group_ids_ptr, n, num_samples, eps, SCALE: tl.constexpr, BLOCK_N: tl.constexpr):
     """The advantage of sample n, fp64. Rewards are measured from its own, so that equal ones give exactly 0."""
     own = tl.load(rewards_ptr + n).to(tl.float64)
     group = tl.load(group_ids_ptr + n)
@@ -98,20 +85,16 @@ def advantage_of(
             if SCALE == "group":
                 counts = counts & (tl.load(group_ids_ptr + offs_n, mask=mask_n, other=0) == group)
             squares += tl.where(counts, (above - center) * (above - center), 0.0)
-        advantage = advantage / (_std(squares, size) + eps)
+        std = tl.sqrt(tl.sum(squares, axis=0) / tl.maximum(size - 1, 1.0))
+        advantage = advantage / (std + eps)
     return tl.where(own == own, advantage, 0.0)
 
 
 @triton.jit(do_not_specialize=["num_samples"])
 def _advantages_kernel(
-    rewards_ptr,  # [N]
-    group_ids_ptr,  # [N]
-    out_ptr,  # [N]
-    num_samples,
-    eps,
-    SCALE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    rewards_ptr, group_ids_ptr, out_ptr,  # [N] each
+    num_samples, eps, SCALE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0)
     advantage = advantage_of(rewards_ptr, group_ids_ptr, n, num_samples, eps, SCALE, BLOCK_N)
     tl.store(out_ptr + n, advantage.to(tl.float32))

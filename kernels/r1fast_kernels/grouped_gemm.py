@@ -55,13 +55,10 @@ class Blocks:
 
 # By rows per expert. Half of an expert's last tile is empty on average: at 128 rows a tile and 512 rows an expert that
 # is one product in eight, hence 64 below. A few rows an expert (sampling) only wait for weights.
-BLOCKS_16_BIT = {
-    16: Blocks(16, 128, 128, 4, 4),
-    511: Blocks(64, 128, 64, 4, 4),
-    1 << 62: Blocks(128, 128, 64, 8, 3),
-}
+BLOCKS_16_BIT = {16: Blocks(16, 128, 128, 4, 4), 511: Blocks(64, 128, 64, 4, 4), 1 << 62: Blocks(128, 128, 64, 8, 3)}
 BLOCKS_FP32 = {16: Blocks(16, 64, 32, 4, 3), 1 << 62: Blocks(64, 64, 16, 4, 2)}
-# By bytes a number. Of 5 stages, those that wait for an index to gather by leave 3 (sm_80: 2) tiles on their way.
+# A tile [N, D] of a dW, k rows at a time, by bytes a number. Of 5 stages, those that wait for an index to gather by
+# leave 3 (sm_80: 2) tiles on their way.
 WEIGHT_BLOCKS = {2: Blocks(128, 128, 64, 8, 5), 4: Blocks(64, 64, 16, 8, 3)}
 BLOCKS_INTERPRETED = Blocks(16, 16, 16, 1, 1)  # small shapes have edges too
 GROUP = 8
@@ -73,11 +70,6 @@ def gemm_blocks(dtype: torch.dtype, num_rows: int, num_experts: int) -> Blocks:
         return BLOCKS_INTERPRETED
     table = BLOCKS_FP32 if dtype == torch.float32 else BLOCKS_16_BIT
     return next(blocks for most, blocks in table.items() if num_rows <= most * num_experts)
-
-
-def weight_blocks(dtype: torch.dtype) -> Blocks:
-    """The tile [N, D] of a dW, k rows at a time."""
-    return BLOCKS_INTERPRETED if INTERPRETING else WEIGHT_BLOCKS[dtype.itemsize]
 
 
 # The interpreter multiplies bf16 by their bits: it gets fp32.
@@ -116,14 +108,9 @@ def multiply(
     row_ptr,  # [BLOCK_M] where each row of x begins
     weight_ptr,  # of one expert: [N, D] with TRANSPOSE, else [D, N]
     columns,  # [BLOCK_N] int64; with TRANSPOSE all < N
-    inner,
-    width,
-    TRANSPOSE: tl.constexpr,
-    EVEN_K: tl.constexpr,  # BLOCK_K divides D
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    inner, width, TRANSPOSE: tl.constexpr, EVEN_K: tl.constexpr,  # BLOCK_K divides D
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """The tile of x W, fp32."""
     offs_k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -142,21 +129,10 @@ def multiply(
 
 @triton.jit
 def _gemm_kernel(
-    x_ptr,  # [M, D]
-    weight_ptr,  # [E, N, D] or [E, D, N]
-    out_ptr,  # [M, N]
-    tiles_ptr,  # [3, I]
-    num_experts,
-    inner,
-    width,
-    TRANSPOSE: tl.constexpr,
-    ZERO_SKIPPED: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_ptr, weight_ptr, out_ptr, tiles_ptr,  # [M, D], [E, N, D] or [E, D, N], [M, N], [3, I]
+    num_experts, inner, width, TRANSPOSE: tl.constexpr, ZERO_SKIPPED: tl.constexpr,
+    EVEN_K: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     expert, first, end, column = read_tile(tiles_ptr, tl.cdiv(width, BLOCK_N), GROUP, BLOCK_M)
     if expert < 0:
         return
@@ -180,21 +156,12 @@ def _gemm_kernel(
 
 @triton.jit
 def _weight_kernel(
-    x_ptr,  # [M, D], or [T, D] with GATHER_X
-    y_ptr,  # [M, N], or [T, N] with GATHER_Y
+    x_ptr, y_ptr,  # [M, D] and [M, N], with GATHER_X or GATHER_Y [T, ..]
     order_ptr,  # [M] choice of a row, of token choice // top_k
-    offsets_ptr,  # [E]
-    out_ptr,  # [E, N, D]
-    width_x,
-    width_y,
-    top_k,
-    GATHER_X: tl.constexpr,
-    GATHER_Y: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    offsets_ptr, out_ptr,  # [E], [E, N, D]
+    width_x, width_y, top_k, GATHER_X: tl.constexpr, GATHER_Y: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     num_n = tl.cdiv(width_y, BLOCK_N)
     num_d = tl.cdiv(width_x, BLOCK_D)
     expert = tl.program_id(0) // (num_n * num_d)
@@ -207,14 +174,9 @@ def _weight_kernel(
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         mask_m = rows < end
-        rows_x = rows
-        rows_y = rows
-        if GATHER_X or GATHER_Y:
-            tokens = tl.load(order_ptr + rows, mask=mask_m, other=0) // top_k
-            if GATHER_X:
-                rows_x = tokens
-            if GATHER_Y:
-                rows_y = tokens
+        tokens = tl.load(order_ptr + rows, mask=mask_m, other=0) // top_k if GATHER_X or GATHER_Y else rows
+        rows_x = tokens if GATHER_X else rows
+        rows_y = tokens if GATHER_Y else rows
         tile_ptr = x_ptr + rows_x.to(tl.int64)[:, None] * width_x + offs_d[None, :]
         x = tl.load(tile_ptr, mask=mask_m[:, None] & (offs_d < width_x)[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
         tile_ptr = y_ptr + rows_y.to(tl.int64)[None, :] * width_y + offs_n[:, None]
@@ -244,7 +206,8 @@ def launch_weight(
     x_MD: Tensor, y_MN: Tensor, offsets_E: Tensor, order_M: Tensor | None = None, top_k: int = 1, gather: str = ""
 ) -> Tensor:
     """[E, N, D]. gather: which of "x" and "y" has a row per token; a row of the other is choice order_M[row]."""
-    blocks, width_x, width_y = weight_blocks(x_MD.dtype), x_MD.shape[1], y_MN.shape[1]
+    blocks = BLOCKS_INTERPRETED if INTERPRETING else WEIGHT_BLOCKS[x_MD.dtype.itemsize]
+    width_x, width_y = x_MD.shape[1], y_MN.shape[1]
     out_END = x_MD.new_empty(len(offsets_E), width_y, width_x)
     if out_END.numel():
         num_tiles = triton.cdiv(width_y, blocks.m) * triton.cdiv(width_x, blocks.n)
@@ -283,10 +246,8 @@ register(
     "grouped_gemm",
     "(Tensor x_MD, Tensor weight, Tensor offsets_E, bool transpose_weight) -> Tensor",
     fake=lambda x_MD, weight, _, transpose: x_MD.new_empty(len(x_MD), weight.shape[1 if transpose else 2]),
-    launch=_launch,
-    save=_save,
-    backward=_backward,
-)
+    launch=_launch, save=_save, backward=_backward,
+)  # fmt: skip
 # [E, N, D]: y_e^T x_e over the rows of each expert.
 register(
     "grouped_gemm_weight",

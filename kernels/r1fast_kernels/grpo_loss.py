@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import HAS_EXTENSION, TRITON_DEVICE, choose, compute_dtype
+from .dispatch import HAS_EXTENSION, choose, compute_dtype, register
 from .group_advantages import advantage_of
 from .grpo_loss_reference import TENSORS, LossArguments, grpo_loss_reference
 from .head import times
@@ -137,53 +137,29 @@ def _read(values_ptr, offs_t, live):
 
 @triton.jit(do_not_specialize=["default_count", "num_samples"])
 def _grpo_kernel(
-    logprobs_ptr,  # [T], as old to entropy
-    cu_seqlens_ptr,  # [N + 1]
-    advantages_ptr,  # [N], or None: from rewards and group_ids [N]
-    rewards_ptr,
-    group_ids_ptr,
-    old_ptr,
-    ref_ptr,
-    sampler_ptr,
-    mask_ptr,
-    entropy_ptr,
-    threshold_ptr,  # [], of the entropy
-    counts_ptr,  # [N]
+    logprobs_ptr, cu_seqlens_ptr,  # [T], [N + 1]
+    advantages_ptr, rewards_ptr, group_ids_ptr,  # [N]; advantages None: from the other two
+    old_ptr, ref_ptr, sampler_ptr, mask_ptr, entropy_ptr,  # [T] or None
+    threshold_ptr, counts_ptr,  # [] of the entropy, [N]; or None
     total_count_ptr,  # [], num_items or num_samples; None: default_count
-    loss_ptr,  # []
-    grad_ptr,  # [T]
-    grad_entropy_ptr,  # [T], or None: entropy_coef is 0
-    metrics_ptr,  # [11]
-    partials_ptr,  # [13, N] fp64
-    finished_ptr,  # [1] int32, 0
-    default_count,
-    num_samples,
-    advantage_eps,
-    clip_low,
-    clip_high,
+    loss_ptr, grad_ptr, grad_entropy_ptr, metrics_ptr,  # [], [T], [T] or None where entropy_coef is 0, [11]
+    partials_ptr, finished_ptr,  # [13, N] fp64, [1] int32 of 0
+    default_count, num_samples, advantage_eps, clip_low, clip_high,
     divisor_factor,  # max_completion_length of dr_grpo, else 1
     o,  # Numbers
-    SCALE: tl.constexpr,
-    CISPO: tl.constexpr,
-    SAMPLE_MEAN: tl.constexpr,  # loss type grpo: divided by the tokens of the sample too
-    SEQUENCE: tl.constexpr,
-    TOKEN_WEIGHTS: tl.constexpr,
-    SAMPLE_WEIGHTS: tl.constexpr,
-    MASKS: tl.constexpr,
-    KL: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    SCALE: tl.constexpr, CISPO: tl.constexpr, SAMPLE_MEAN: tl.constexpr,  # of grpo: by the sample's tokens too
+    SEQUENCE: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr, SAMPLE_WEIGHTS: tl.constexpr, MASKS: tl.constexpr,
+    KL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0)
     begin = tl.load(cu_seqlens_ptr + n).to(tl.int64)
     end = tl.load(cu_seqlens_ptr + n + 1).to(tl.int64)
     length = (end - begin).to(tl.int32)
     if advantages_ptr is not None:
-        advantage = tl.load(advantages_ptr + n).to(tl.float32)
+        advantage = tl.load(advantages_ptr + n)
     else:
-        advantage = advantage_of(
-            rewards_ptr, group_ids_ptr, n, num_samples, advantage_eps, SCALE, BLOCK_T
-        ).to(tl.float32)  # fmt: skip
+        advantage = advantage_of(rewards_ptr, group_ids_ptr, n, num_samples, advantage_eps, SCALE, BLOCK_T)
+    advantage = advantage.to(tl.float32)
     advantage *= tl.where(advantage > 0, o.positive_advantage_weight, 1.0)
     if threshold_ptr is not None:
         threshold = tl.load(threshold_ptr).to(tl.float32)
@@ -191,34 +167,23 @@ def _grpo_kernel(
     # What the terms of a token need to know of its whole sample.
     OFF_POLICY: tl.constexpr = o.off_policy_mask_threshold is not None
     WEIGHS_KL: tl.constexpr = SEQUENCE and KL == "k3_unbiased" and ref_ptr is not None
-    count = length.to(tl.float32)
-    if counts_ptr is not None:
-        count = tl.load(counts_ptr + n).to(tl.float32)
+    count = length.to(tl.float32) if counts_ptr is None else tl.load(counts_ptr + n).to(tl.float32)
+    none_T = tl.zeros([BLOCK_T], tl.float32)
     if SEQUENCE or SAMPLE_WEIGHTS or OFF_POLICY or (SAMPLE_MEAN and mask_ptr is not None and counts_ptr is None):
-        kept_T = tl.zeros([BLOCK_T], tl.float32)
-        log_ratio_T = tl.zeros([BLOCK_T], tl.float32)
-        log_weight_T = tl.zeros([BLOCK_T], tl.float32)
-        distance_T = tl.zeros([BLOCK_T], tl.float32)
-        factor_T = tl.zeros([BLOCK_T], tl.float32)
-        kl_T = tl.zeros([BLOCK_T], tl.float32)
+        kept_T, factor_T, kl_T = none_T, none_T, none_T
+        log_ratio_T, log_weight_T, distance_T = none_T, none_T, none_T
         for start in range(0, length, BLOCK_T):
             offs_t = begin + start + tl.arange(0, BLOCK_T)
             live = _live(mask_ptr, offs_t, end)
             kept_T += tl.where(live, 1.0, 0.0)
             logprob = _read(logprobs_ptr, offs_t, live)  # [BLOCK_T]
-            old = logprob
-            if old_ptr is not None:
-                old = _read(old_ptr, offs_t, live)  # [BLOCK_T]
-            sampler = old
-            if sampler_ptr is not None:
-                sampler = _read(sampler_ptr, offs_t, live)  # [BLOCK_T]
+            old = logprob if old_ptr is None else _read(old_ptr, offs_t, live)  # [BLOCK_T]
+            sampler = old if sampler_ptr is None else _read(sampler_ptr, offs_t, live)  # [BLOCK_T]
             log_ratio_T += logprob - old
             log_weight_T += old - sampler
             distance_T += sampler - logprob
             if SEQUENCE:
-                factor = tl.where(live, 1.0, 0.0)
-                if TOKEN_WEIGHTS:
-                    factor = tl.where(live, _importance(old - sampler, o, MASKS), 0.0)
+                factor = tl.where(live, _importance(old - sampler, o, MASKS) if TOKEN_WEIGHTS else 1.0, 0.0)
                 if threshold_ptr is not None:
                     factor = tl.where(_read(entropy_ptr, offs_t, live) >= threshold, factor, 0.0)
                 factor_T += factor
@@ -227,9 +192,7 @@ def _grpo_kernel(
         if counts_ptr is None:
             count = tl.sum(kept_T, axis=0)
     count = tl.maximum(count, 1.0)
-    sample_factor = 1.0
-    sample_weight = 1.0
-    dropped = 0.0
+    sample_factor, sample_weight, dropped = 1.0, 1.0, 0.0
     if SAMPLE_WEIGHTS:
         sample_weight = _importance(tl.sum(log_weight_T, axis=0), o, MASKS)
         sample_factor = sample_weight
@@ -248,32 +211,19 @@ def _grpo_kernel(
         if WEIGHS_KL:
             sample_kl_slope = sample_ratio * tl.sum(kl_T, axis=0) / count
 
-    divisor = default_count.to(tl.float32)
-    if total_count_ptr is not None:
-        divisor = tl.load(total_count_ptr).to(tl.float32)
+    divisor = default_count.to(tl.float32) if total_count_ptr is None else tl.load(total_count_ptr).to(tl.float32)
     scale = 1.0 / (tl.maximum(divisor, 1.0) * divisor_factor)
     if SAMPLE_MEAN:
         scale /= count
 
-    loss_T = tl.zeros([BLOCK_T], tl.float32)
-    live_T = tl.zeros([BLOCK_T], tl.float32)
-    ratio_T = tl.zeros([BLOCK_T], tl.float32)
-    ratio_max_T = tl.zeros([BLOCK_T], tl.float32)
-    below_T = tl.zeros([BLOCK_T], tl.float32)
-    above_T = tl.zeros([BLOCK_T], tl.float32)
-    kl_T = tl.zeros([BLOCK_T], tl.float32)
-    gap_T = tl.zeros([BLOCK_T], tl.float32)
-    gap_max_T = tl.zeros([BLOCK_T], tl.float32)
-    entropy_T = tl.zeros([BLOCK_T], tl.float32)
-    weight_T = tl.zeros([BLOCK_T], tl.float32)
+    loss_T, live_T, kl_T, entropy_T, weight_T = none_T, none_T, none_T, none_T, none_T
+    ratio_T, ratio_max_T, below_T, above_T, gap_T, gap_max_T = none_T, none_T, none_T, none_T, none_T, none_T
     for start in range(0, length, BLOCK_T):
         offs_t = begin + start + tl.arange(0, BLOCK_T)
         live = _live(mask_ptr, offs_t, end)
         live_T += tl.where(live, 1.0, 0.0)
         logprob = _read(logprobs_ptr, offs_t, live)  # [BLOCK_T]
-        old = logprob
-        if old_ptr is not None:
-            old = _read(old_ptr, offs_t, live)  # [BLOCK_T]
+        old = logprob if old_ptr is None else _read(old_ptr, offs_t, live)  # [BLOCK_T]
         if SEQUENCE:
             ratio = sample_ratio
         elif old_ptr is not None:
@@ -281,7 +231,7 @@ def _grpo_kernel(
         else:
             ratio = 1.0 + (logprob - old)  # 1, or NaN where the log-prob is
         loss, slope, below, above = _surrogate(ratio, advantage, logprob, clip_low, clip_high, o, CISPO)
-        factor = tl.zeros([BLOCK_T], tl.float32) + sample_factor
+        factor = none_T + sample_factor
         if sampler_ptr is not None:
             sampler = _read(sampler_ptr, offs_t, live)  # [BLOCK_T]
             if TOKEN_WEIGHTS:
@@ -300,10 +250,7 @@ def _grpo_kernel(
                 factor = tl.where(entropy >= threshold, factor, 0.0)
                 bonus = tl.where(entropy >= threshold, bonus, 0.0)
         loss = tl.where(factor == 0, 0.0, loss * factor)
-        if SEQUENCE and not CISPO:
-            slope = sample_slope
-        else:
-            slope = tl.where(factor == 0, 0.0, slope * factor)
+        slope = sample_slope if SEQUENCE and not CISPO else tl.where(factor == 0, 0.0, slope * factor)
         if ref_ptr is not None:
             kl, kl_slope = _kl(_read(ref_ptr, offs_t, live) - logprob, ratio, KL, SEQUENCE)  # [BLOCK_T]
             if WEIGHS_KL:
@@ -323,34 +270,23 @@ def _grpo_kernel(
         loss_T += tl.where(live, loss, 0.0)
         tl.store(grad_ptr + offs_t, tl.where(live, slope * scale, 0.0), mask=offs_t < end)
 
-    ratio_sum = tl.sum(ratio_T, axis=0)
-    ratio_max = tl.max(ratio_max_T, axis=0)
-    num_below = tl.sum(below_T, axis=0)
-    num_above = tl.sum(above_T, axis=0)
     if SEQUENCE:
-        ratio_sum = sample_ratio
-        ratio_max = sample_ratio
-        num_below = tl.where(sample_below, 1.0, 0.0)
-        num_above = tl.where(sample_above, 1.0, 0.0)
-    weight_sum = tl.sum(weight_T, axis=0)
-    if SAMPLE_WEIGHTS:
-        weight_sum = sample_weight
+        ratio_sum, ratio_max = sample_ratio, sample_ratio
+        num_below, num_above = tl.where(sample_below, 1.0, 0.0), tl.where(sample_above, 1.0, 0.0)
+    else:
+        ratio_sum, ratio_max = tl.sum(ratio_T, axis=0), tl.max(ratio_max_T, axis=0)
+        num_below, num_above = tl.sum(below_T, axis=0), tl.sum(above_T, axis=0)
     gap_sum = tl.sum(gap_T, axis=0)
-    column_ptr = partials_ptr + n
-    tl.store(column_ptr, tl.sum(loss_T, axis=0).to(tl.float64) * scale)
-    tl.store(column_ptr + num_samples, tl.sum(live_T, axis=0))
-    tl.store(column_ptr + 2 * num_samples, ratio_sum)
     # tl.max drops NaN; of values that are not negative, the sum is NaN exactly when one of them is.
-    tl.store(column_ptr + 3 * num_samples, tl.where(ratio_sum != ratio_sum, ratio_sum, ratio_max))
-    tl.store(column_ptr + 4 * num_samples, num_below)
-    tl.store(column_ptr + 5 * num_samples, num_above)
-    tl.store(column_ptr + 6 * num_samples, num_below + num_above)
-    tl.store(column_ptr + 7 * num_samples, tl.sum(kl_T, axis=0))
-    tl.store(column_ptr + 8 * num_samples, gap_sum)
-    tl.store(column_ptr + 9 * num_samples, tl.where(gap_sum != gap_sum, gap_sum, tl.max(gap_max_T, axis=0)))
-    tl.store(column_ptr + 10 * num_samples, tl.sum(entropy_T, axis=0))
-    tl.store(column_ptr + 11 * num_samples, weight_sum)
-    tl.store(column_ptr + 12 * num_samples, dropped)
+    partials = (
+        tl.sum(loss_T, axis=0).to(tl.float64) * scale, tl.sum(live_T, axis=0),
+        ratio_sum, tl.where(ratio_sum != ratio_sum, ratio_sum, ratio_max),
+        num_below, num_above, num_below + num_above, tl.sum(kl_T, axis=0),
+        gap_sum, tl.where(gap_sum != gap_sum, gap_sum, tl.max(gap_max_T, axis=0)),
+        tl.sum(entropy_T, axis=0), sample_weight if SAMPLE_WEIGHTS else tl.sum(weight_T, axis=0), dropped,
+    )  # fmt: skip
+    for column in tl.static_range(13):
+        tl.store(partials_ptr + n + column * num_samples, partials[column])
 
     # The last program to come here finds the partial sums of all others, and adds them in the order of the samples.
     tl.debug_barrier()
@@ -433,11 +369,6 @@ LOSS_SCHEMA = (
     "Tensor? num_items, Tensor? num_samples, float[] numbers, str[] words"
 )
 ENTROPY = 9  # its place among the arguments of grpo_loss
-torch.library.define(
-    "r1fast::grpo_loss",
-    f"(Tensor logprobs_T, {LOSS_SCHEMA}) -> (Tensor loss, Tensor grad_T, Tensor grad_entropy_T, Tensor metrics_M)",
-)
-torch.library.impl("r1fast::grpo_loss", TRITON_DEVICE, _launch)
 if HAS_EXTENSION and torch.ops.r1fast.grpo_loss_table() != TABLE:
     raise ImportError(
         "r1fast_kernels._C was built with other options of the loss than loss_options.py has. Build it again: "
@@ -445,7 +376,6 @@ if HAS_EXTENSION and torch.ops.r1fast.grpo_loss_table() != TABLE:
     )
 
 
-@torch.library.register_fake("r1fast::grpo_loss")
 def _fake(logprobs_T: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The entropy's gradient is empty where entropy_coef is 0."""
     new = partial(logprobs_T.new_empty, dtype=compute_dtype(logprobs_T))
@@ -453,7 +383,7 @@ def _fake(logprobs_T: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     return new(()), new(logprobs_T.shape), new(logprobs_T.shape if has_bonus else 0), new(len(METRICS))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, grad_T, grad_entropy_T, metrics_M = output
     ctx.mark_non_differentiable(grad_T, grad_entropy_T, metrics_M)
     ctx.save_for_backward(grad_T, grad_entropy_T)
@@ -470,7 +400,11 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     return tuple(gradients)
 
 
-torch.library.register_autograd("r1fast::grpo_loss", _backward, setup_context=_setup_context)
+register(
+    "grpo_loss",
+    f"(Tensor logprobs_T, {LOSS_SCHEMA}) -> (Tensor loss, Tensor grad_T, Tensor grad_entropy_T, Tensor metrics_M)",
+    fake=_fake, launch=_launch, save=_save, backward=_backward,
+)  # fmt: skip
 
 
 def named_metrics(metrics_M: Tensor, given: LossArguments) -> dict[str, Tensor]:

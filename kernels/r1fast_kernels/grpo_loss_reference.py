@@ -13,7 +13,7 @@ from torch import Tensor
 from .dispatch import compute_dtype
 from .group_advantages import group_advantages
 from .ids import check_ids, check_offsets
-from .loss_options import OPTIONS, LossOptions
+from .loss_options import LOSS_TYPES, OPTIONS, LossOptions
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,8 @@ class LossArguments:
             value = getattr(o, option.name)
             if problem := option.check(value):
                 raise ValueError(f"grpo_loss: got {option.name}={value!r}, {problem}")
-            takers = option.about.loss_types
-            if (
-                takers is not None
-                and o.loss_type not in takers
-                and not option.about.derived
-                and value != option.default
-            ):
+            applies = option.about.derived or o.loss_type in (option.about.loss_types or LOSS_TYPES)
+            if not applies and value != option.default:
                 raise ValueError(f"grpo_loss: {option.name} does not apply to loss_type={o.loss_type!r}; leave it out")
         if o.loss_type == "dr_grpo" and not o.max_completion_length:
             raise ValueError("grpo_loss: loss_type='dr_grpo' divides by max_completion_length; pass it")

@@ -107,9 +107,7 @@ def new_state(num_tokens: int, device: torch.device) -> Tensor:
     return state_T4
 
 
-def finish(
-    state_T4: Tensor, temperature: float, with_entropy: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def finish(state_T4: Tensor, temperature: float, with_entropy: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """(logprobs_T, entropy_T or empty, stats_T2 for the backward pass) of rows whose logits are all folded."""
     max_T, sum_T, weighted_T, target_T = state_T4.unbind(1)
     log_sum_T = sum_T.log()
@@ -159,9 +157,8 @@ def forward_with_gradient(
     grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else hidden_TD.new_empty(0)
     # One tile rounds the weight's gradient once whatever it is kept in; sums over tiles in bf16 would drift.
     sum_dtype = weight_VD.dtype if num_tiles <= 1 else compute_dtype(weight_VD)
-    grad_weight_VD = weight_VD.new_zeros(weight_VD.shape if needs_weight and not num_tokens else 0)
-    if needs_weight and num_tokens:
-        grad_weight_VD = torch.empty(weight_VD.shape, dtype=sum_dtype, device=weight_VD.device)
+    new = weight_VD.new_empty if num_tokens else weight_VD.new_zeros
+    grad_weight_VD = new(weight_VD.shape if needs_weight else 0, dtype=sum_dtype)
     pieces = list(column_pieces(vocab, hidden_TD))
     sum_RD = hidden_TD.new_empty(0)
     if needs_hidden:

@@ -24,13 +24,7 @@ def linear_cross_entropy_reference(hidden_TD: Tensor, weight_VD: Tensor, target_
 
 
 def _forward(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_ids_T: Tensor,
-    ignore_index: int | None,
-    mean: bool,
-    needs_hidden: bool,
-    needs_weight: bool,
+    hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, ignore_index: int | None, mean: bool, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, kept_M = hidden_TD.shape, None
     if ignore_index is not None:
@@ -43,21 +37,16 @@ def _forward(
     scale = 1 / max(len(target_ids_T), 1) if mean else 1.0
     logprobs_T, _, grad_hidden_TD, grad_weight_VD = forward_with_gradient(
         hidden_TD, weight_VD, target_ids_T, 1.0, False,
-        lambda _, logprobs_R, __: (torch.full_like(logprobs_R, -scale), None), needs_hidden, needs_weight,
+        lambda _, logprobs_R, __: (torch.full_like(logprobs_R, -scale), None), *needs,
     )  # fmt: skip
-    if needs_hidden and kept_M is not None:
+    if needs[0] and kept_M is not None:
         grad_hidden_TD = grad_hidden_TD.new_zeros(shape).index_copy_(0, kept_M, grad_hidden_TD)
     return logprobs_T.sum() * -scale, grad_hidden_TD, grad_weight_VD
 
 
 def _fake(hidden_TD: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return hidden_TD.new_empty((), dtype=compute_dtype(hidden_TD)), *fake_gradients(hidden_TD, weight_VD, *others[-2:])
-
-
-def fake_gradients(hidden_TD: Tensor, weight_VD: Tensor, *needs: bool) -> tuple[Tensor, Tensor]:
-    """What forward_with_gradient gives."""
-    grad_hidden_TD, grad_weight_VD = empty_gradients((hidden_TD, weight_VD), needs)
-    return grad_hidden_TD, grad_weight_VD
+    loss = hidden_TD.new_empty((), dtype=compute_dtype(hidden_TD))
+    return loss, *empty_gradients((hidden_TD, weight_VD), others[-2:])
 
 
 def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -80,12 +69,8 @@ register(
     "linear_cross_entropy",
     "(Tensor hidden_TD, Tensor weight_VD, Tensor target_ids_T, int? ignore_index, bool mean, bool needs_hidden, "
     "bool needs_weight) -> (Tensor loss, Tensor grad_hidden_TD, Tensor grad_weight_VD)",
-    fake=_fake,
-    launch=_forward,
-    device=("cpu", "cuda"),
-    save=save_gradients,
-    backward=scale_gradients,
-)
+    fake=_fake, launch=_forward, device=("cpu", "cuda"), save=save_gradients, backward=scale_gradients,
+)  # fmt: skip
 
 
 def linear_cross_entropy(

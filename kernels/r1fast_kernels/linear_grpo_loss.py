@@ -19,43 +19,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import choose, compute_dtype
+from .dispatch import choose, compute_dtype, empty_gradients, register
 from .group_advantages import group_advantages
 from .grpo_loss import LOSS_SCHEMA, METRICS, grpo_loss, named_metrics, op_arguments
 from .grpo_loss_reference import TENSORS, LossArguments
 from .head import forward_with_gradient, rows_of_tall_tile
 from .ids import check_target_ids
-from .linear_cross_entropy import fake_gradients, save_gradients, scale_gradients
+from .linear_cross_entropy import save_gradients, scale_gradients
 from .linear_logprobs import check_head, linear_logprobs
 
 
 def linear_grpo_loss_reference(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_ids_T: Tensor,
-    cu_seqlens: Tensor,
-    temperature: float,
-    given: LossArguments,
-    impl: str | None,
+    head: tuple[Tensor, Tensor, Tensor], cu_seqlens: Tensor, temperature: float, given: LossArguments, impl: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The specification, with impl="reference": the two ops one after the other."""
-    logprobs_T, entropy_T = linear_logprobs(
-        hidden_TD, weight_VD, target_ids_T, temperature=temperature, with_entropy=True, impl=impl
-    )
+    """The specification, with impl="reference": the two ops one after the other. head: hidden, weight, target ids."""
+    logprobs_T, entropy_T = linear_logprobs(*head, temperature=temperature, with_entropy=True, impl=impl)
     arguments = {name: getattr(given, name) for name in TENSORS} | given.options._asdict() | {"entropy_T": entropy_T}
     return grpo_loss(logprobs_T, cu_seqlens, impl=impl, **arguments)
 
 
 def _forward(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_ids_T: Tensor,
-    temperature: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    cu_seqlens: Tensor,
-    *given: Any,
+    hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, temperature: float, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs, cu_seqlens, given = others[:2], others[2], others[3:]
     *advantages, old_T, ref_T, sampler_T, mask_T, _ = given[:8]
     num_tokens = hidden_TD.shape[0]
     check_target_ids("linear_grpo_loss", target_ids_T, weight_VD.shape[0])
@@ -73,30 +59,24 @@ def _forward(
         return grad_R, grad_entropy_R if grad_entropy_R.shape == grad_R.shape else None
 
     logprobs_T, entropy_T, grad_hidden_TD, grad_weight_VD = forward_with_gradient(
-        hidden_TD, weight_VD, target_ids_T, temperature, True, token_gradient, needs_hidden, needs_weight
+        hidden_TD, weight_VD, target_ids_T, temperature, True, token_gradient, *needs
     )
     loss, *_, metrics_M = found.get((0, num_tokens)) or loss_of(slice(0, num_tokens), logprobs_T, entropy_T)
     return loss, metrics_M, grad_hidden_TD, grad_weight_VD
 
 
-torch.library.define(
-    "r1fast::linear_grpo_loss",
+def _fake(hidden_TD: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    loss, metrics_M = (hidden_TD.new_empty(size, dtype=compute_dtype(hidden_TD)) for size in ((), len(METRICS)))
+    return loss, metrics_M, *empty_gradients((hidden_TD, weight_VD), others[2:4])
+
+
+register(
+    "linear_grpo_loss",
     "(Tensor hidden_TD, Tensor weight_VD, Tensor target_ids_T, float temperature, bool needs_hidden, "
     f"bool needs_weight, {LOSS_SCHEMA}) "
     "-> (Tensor loss, Tensor metrics_M, Tensor grad_hidden_TD, Tensor grad_weight_VD)",
-)
-for _device in ("cpu", "cuda"):
-    torch.library.impl("r1fast::linear_grpo_loss", _device, _forward)
-
-
-@torch.library.register_fake("r1fast::linear_grpo_loss")
-def _fake(hidden_TD: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype, needs = compute_dtype(hidden_TD), others[2:4]
-    loss, metrics_M = hidden_TD.new_empty((), dtype=dtype), hidden_TD.new_empty(len(METRICS), dtype=dtype)
-    return loss, metrics_M, *fake_gradients(hidden_TD, weight_VD, *needs)
-
-
-torch.library.register_autograd("r1fast::linear_grpo_loss", scale_gradients, setup_context=save_gradients)
+    fake=_fake, launch=_forward, device=("cpu", "cuda"), save=save_gradients, backward=scale_gradients,
+)  # fmt: skip
 
 
 def _without_masked(
@@ -147,9 +127,7 @@ def linear_grpo_loss(
     """
     if found := [name for name in ("entropy_T", "counts_N") if name in loss_arguments]:
         raise TypeError(f"linear_grpo_loss: got {', '.join(found)}, which it finds itself; leave it out")
-    hidden_TD, weight_VD = check_head("linear_grpo_loss", hidden_TD, weight_VD, target_ids_T)
-    if temperature <= 0:
-        raise ValueError(f"linear_grpo_loss: got temperature={temperature}, expected > 0; for greedy use 1.0")
+    hidden_TD, weight_VD = check_head("linear_grpo_loss", hidden_TD, weight_VD, target_ids_T, temperature)
     # The entropy is always there: any tensor in its place stands for it.
     given = LossArguments.of("linear_grpo_loss", {**loss_arguments, "entropy_T": target_ids_T})
     given.check_shapes(hidden_TD.shape[0], cu_seqlens)
@@ -160,9 +138,8 @@ def linear_grpo_loss(
     one_tile = num_tokens <= rows_of_tall_tile(hidden_TD, vocab) if chosen != "reference" else False
     lacks_threshold = given.options.top_entropy_quantile < 1 and given.entropy_threshold is None
     if chosen == "reference" or lacks_threshold or (given.needs_whole_samples and not one_tile):
-        return linear_grpo_loss_reference(
-            hidden_TD, weight_VD, target_ids_T, cu_seqlens, temperature, given, impl=chosen
-        )
+        head = hidden_TD, weight_VD, target_ids_T
+        return linear_grpo_loss_reference(head, cu_seqlens, temperature, given, chosen)
     if given.num_items is None:  # which a tile cannot know by itself
         given = replace(given, num_items=num_tokens if given.loss_mask_T is None else given.loss_mask_T.sum())
     if given.rewards_N is not None and given.group_ids_N is not None and not one_tile:

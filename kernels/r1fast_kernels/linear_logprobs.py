@@ -14,104 +14,74 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import choose, compute_dtype, product_dtype
-from .head import (
-    column_pieces,
-    finish,
-    fits_wide_tile,
-    may_overwrite,
-    multiply_into,
-    new_state,
-    new_tile,
-    project,
-    tile_dtype,
-    wide_tiles,
-)  # fmt: skip
+from . import head
+from .dispatch import choose, compute_dtype, empty_gradients, product_dtype, register, wanted
 from .ids import check_target_ids
-from .selective_logprobs import selective_logprobs_reference
+from .selective_logprobs import check_temperature, new_outputs, selective_logprobs_reference
 
 
 def linear_logprobs_reference(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_ids_T: Tensor,
-    bias_V: Tensor | None,
-    temperature: float,
-    with_entropy: bool,
+    hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, bias_V: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The specification: all logits at once."""
-    return selective_logprobs_reference(F.linear(hidden_TD, weight_VD, bias_V), target_ids_T, temperature, with_entropy)
+    """The specification: all logits at once. options: temperature, with_entropy."""
+    return selective_logprobs_reference(F.linear(hidden_TD, weight_VD, bias_V), target_ids_T, *options)
 
 
 def _forward(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    target_ids_T: Tensor,
-    temperature: float,
-    with_entropy: bool,
-    keep_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_tokens = hidden_TD.shape[0]
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_ids_T: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    (temperature, with_entropy, keep_logits), num_tokens = options, hidden_TD.shape[0]
     check_target_ids("linear_logprobs", target_ids_T, weight_VD.shape[0])
-    if fits_wide_tile(hidden_TD, weight_VD.shape[0]):
-        logits_TV = project(hidden_TD, weight_VD, bias_V, new_tile(hidden_TD, num_tokens * weight_VD.shape[0]))
+    if head.fits_wide_tile(hidden_TD, weight_VD.shape[0]):
+        buffer = head.new_tile(hidden_TD, num_tokens * len(weight_VD))
+        logits_TV = head.project(hidden_TD, weight_VD, bias_V, buffer)
         found = torch.ops.r1fast.selective_logprobs(logits_TV, target_ids_T, temperature, with_entropy, False)
         return *found, logits_TV if keep_logits else logits_TV.new_empty(0)
-    state_T4 = new_state(num_tokens, hidden_TD.device)
-    token_pieces, vocab_pieces, buffer = wide_tiles(hidden_TD, weight_VD)
+    state_T4 = head.new_state(num_tokens, hidden_TD.device)
+    token_pieces, vocab_pieces, buffer = head.wide_tiles(hidden_TD, weight_VD)
     for rows in token_pieces:
         for columns in vocab_pieces:
             bias = None if bias_V is None else bias_V[columns]
-            tile = project(hidden_TD[rows], weight_VD[columns], bias, buffer)
+            tile = head.project(hidden_TD[rows], weight_VD[columns], bias, buffer)
             torch.ops.r1fast.fold_logits_(
                 state_T4[rows], tile, target_ids_T[rows], temperature, columns.start, with_entropy
             )
-    return *finish(state_T4, temperature, with_entropy, compute_dtype(hidden_TD)), new_tile(hidden_TD, 0)
+    return *head.finish(state_T4, temperature, with_entropy, compute_dtype(hidden_TD)), head.new_tile(hidden_TD, 0)
 
 
 def _backward_kernel(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    target_ids_T: Tensor,
-    entropy_T: Tensor,
-    stats_T2: Tensor,
-    kept_logits_TV: Tensor,
-    grad_logprobs_T: Tensor,
-    grad_entropy_T: Tensor | None,
-    temperature: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_ids_T: Tensor, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty where not needed. Kept logits are written over."""
+    entropy_T, stats_T2, kept_logits_TV, grad_logprobs_T, grad_entropy_T, temperature = given[:6]
+    needs_hidden, needs_weight, needs_bias = given[6:]
     vocab = weight_VD.shape[0]
     sum_dtype = compute_dtype(weight_VD)
     if kept_logits_TV.numel():
-        token_pieces, vocab_pieces = [slice(0, len(hidden_TD))], list(column_pieces(vocab, hidden_TD))
+        token_pieces, vocab_pieces = [slice(0, len(hidden_TD))], list(head.column_pieces(vocab, hidden_TD))
     else:
-        token_pieces, vocab_pieces, buffer = wide_tiles(hidden_TD, weight_VD)
+        token_pieces, vocab_pieces, buffer = head.wide_tiles(hidden_TD, weight_VD)
     hidden_dtype = hidden_TD.dtype if len(vocab_pieces) == 1 else sum_dtype
     weight_dtype = weight_VD.dtype if len(token_pieces) == 1 else sum_dtype
     grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=hidden_dtype) if needs_hidden else hidden_TD.new_empty(0)
     grad_weight_VD = torch.zeros_like(weight_VD) if needs_weight else weight_VD.new_empty(0)
     grad_bias_V = weight_VD.new_zeros(vocab if needs_bias else 0, dtype=sum_dtype)
     for columns in vocab_pieces:
+        bias = None if bias_V is None else bias_V[columns]
         sum_CD = grad_weight_VD[columns].to(weight_dtype)  # the gradient itself where there is one piece of tokens
         for rows in token_pieces:
             if kept_logits_TV.numel():
                 tile = kept_logits_TV[:, columns]
             else:
-                tile = project(hidden_TD[rows], weight_VD[columns], None if bias_V is None else bias_V[columns], buffer)
+                tile = head.project(hidden_TD[rows], weight_VD[columns], bias, buffer)
             torch.ops.r1fast.selective_logprobs_backward_(
                 tile, target_ids_T[rows], entropy_T[rows], stats_T2[rows], grad_logprobs_T[rows],
                 None if grad_entropy_T is None else grad_entropy_T[rows], temperature, first_id=columns.start,
             )  # fmt: skip
             if needs_hidden:
-                multiply_into(grad_hidden_TD[rows], tile, weight_VD[columns], add=columns.start > 0)
+                head.multiply_into(grad_hidden_TD[rows], tile, weight_VD[columns], add=columns.start > 0)
             if needs_weight:
-                multiply_into(sum_CD, tile.T, hidden_TD[rows], add=rows.start > 0)
+                head.multiply_into(sum_CD, tile.T, hidden_TD[rows], add=rows.start > 0)
             if needs_bias:
                 grad_bias_V[columns] += tile.sum(0, dtype=sum_dtype)
         if needs_weight and sum_CD.dtype != grad_weight_VD.dtype:
@@ -119,53 +89,17 @@ def _backward_kernel(
     return grad_hidden_TD.to(hidden_TD.dtype), grad_weight_VD, grad_bias_V.to(weight_VD.dtype)
 
 
-torch.library.define(
-    "r1fast::linear_logprobs",
-    "(Tensor hidden_TD, Tensor weight_VD, Tensor? bias_V, Tensor target_ids_T, float temperature, bool with_entropy, "
-    "bool keep_logits) -> (Tensor logprobs_T, Tensor entropy_T, Tensor stats_T2, Tensor logits_TV)",
-)
-torch.library.define(
-    "r1fast::linear_logprobs_backward",
-    "(Tensor hidden_TD, Tensor weight_VD, Tensor? bias_V, Tensor target_ids_T, Tensor entropy_T, Tensor stats_T2, "
-    "Tensor(a!) logits_TV, Tensor grad_logprobs_T, Tensor? grad_entropy_T, float temperature, bool needs_hidden, "
-    "bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
-)
-for _device in ("cpu", "cuda"):
-    torch.library.impl("r1fast::linear_logprobs", _device, _forward)
-    torch.library.impl("r1fast::linear_logprobs_backward", _device, _backward_kernel)
+def _fake(hidden_TD: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    with_entropy, keep_logits = others[-2:]
+    kept = (hidden_TD.shape[0], weight_VD.shape[0]) if keep_logits else (0,)
+    return *new_outputs(hidden_TD, with_entropy), hidden_TD.new_empty(kept, dtype=head.tile_dtype(hidden_TD))
 
 
-@torch.library.register_fake("r1fast::linear_logprobs")
-def _forward_fake(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    target_ids_T: Tensor,
-    temperature: float,
-    with_entropy: bool,
-    keep_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_tokens, dtype = hidden_TD.shape[0], compute_dtype(hidden_TD)
-    kept = (num_tokens, weight_VD.shape[0]) if keep_logits else (0,)
-    return (
-        hidden_TD.new_empty(num_tokens, dtype=dtype),
-        hidden_TD.new_empty(num_tokens if with_entropy else 0, dtype=dtype),
-        hidden_TD.new_empty(num_tokens, 2, dtype=dtype),
-        hidden_TD.new_empty(kept, dtype=tile_dtype(hidden_TD)),
-    )
+def _backward_fake(hidden_TD: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return empty_gradients((hidden_TD, weight_VD, weight_VD.new_empty(weight_VD.shape[0])), others[-3:])
 
 
-@torch.library.register_fake("r1fast::linear_logprobs_backward")
-def _backward_fake(hidden_TD: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    needs_hidden, needs_weight, needs_bias = others[-3:]
-    return (
-        hidden_TD.new_empty(hidden_TD.shape if needs_hidden else 0),
-        weight_VD.new_empty(weight_VD.shape if needs_weight else 0),
-        weight_VD.new_empty(weight_VD.shape[0] if needs_bias else 0),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden_TD, weight_VD, bias_V, target_ids_T, ctx.temperature, _, _ = inputs
     _, entropy_T, stats_T2, logits_TV = output
     ctx.mark_non_differentiable(stats_T2, logits_TV)
@@ -177,26 +111,37 @@ def _backward(ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor |
     *saved, stats_T2, logits_TV = ctx.saved_tensors
     if grad_logprobs_T is None:
         grad_logprobs_T = torch.zeros_like(stats_T2[:, 0])
-    if not may_overwrite(logits_TV):
+    if not head.may_overwrite(logits_TV):
         logits_TV = logits_TV.clone()
     needs = ctx.needs_input_grad[:3]
     gradients = torch.ops.r1fast.linear_logprobs_backward(
         *saved, stats_T2, logits_TV, grad_logprobs_T, grad_entropy_T, ctx.temperature, *needs
     )
-    return *(gradient if needed else None for gradient, needed in zip(gradients, needs)), None, None, None, None
+    return *wanted(gradients, needs), None, None, None, None
 
 
-torch.library.register_autograd("r1fast::linear_logprobs", _backward, setup_context=_setup_context)
+register(
+    "linear_logprobs",
+    "(Tensor hidden_TD, Tensor weight_VD, Tensor? bias_V, Tensor target_ids_T, float temperature, bool with_entropy, "
+    "bool keep_logits) -> (Tensor logprobs_T, Tensor entropy_T, Tensor stats_T2, Tensor logits_TV)",
+    fake=_fake, launch=_forward, device=("cpu", "cuda"), save=_save, backward=_backward,
+)  # fmt: skip
+register(
+    "linear_logprobs_backward",
+    "(Tensor hidden_TD, Tensor weight_VD, Tensor? bias_V, Tensor target_ids_T, Tensor entropy_T, Tensor stats_T2, "
+    "Tensor(a!) logits_TV, Tensor grad_logprobs_T, Tensor? grad_entropy_T, float temperature, bool needs_hidden, "
+    "bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake, launch=_backward_kernel, device=("cpu", "cuda"),
+)  # fmt: skip
 
 
-def check_head(op: str, hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor) -> tuple[Tensor, Tensor]:
+def check_head(
+    op: str, hidden_TD: Tensor, weight_VD: Tensor, target_ids_T: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Hidden and weight as the op takes them: in autocast's dtype where autocast is on. Raises ValueError."""
-    if (
-        hidden_TD.dim() != 2
-        or weight_VD.dim() != 2
-        or hidden_TD.shape[1] != weight_VD.shape[1]
-        or target_ids_T.shape != hidden_TD.shape[:1]
-    ):
+    check_temperature(op, temperature)
+    fits = hidden_TD.dim() == weight_VD.dim() == 2 and hidden_TD.shape[1] == weight_VD.shape[1]
+    if not fits or target_ids_T.shape != hidden_TD.shape[:1]:
         raise ValueError(
             f"{op}: got hidden {tuple(hidden_TD.shape)}, weight {tuple(weight_VD.shape)} and target ids "
             f"{tuple(target_ids_T.shape)}, expected [T, D], [V, D] and [T]"
@@ -229,28 +174,17 @@ def linear_logprobs(
     target_ids_T   [T] int64, 0 <= id < V (on a GPU, where ids are not looked at, another id gives NaN)
     Returns logprobs_T fp32 (fp64 for fp64), or (logprobs_T, entropy_T) in nats. Both carry gradients.
     """
-    hidden_TD, weight_VD = check_head("linear_logprobs", hidden_TD, weight_VD, target_ids_T)
-    if temperature <= 0:
-        raise ValueError(f"linear_logprobs: got temperature={temperature}, expected > 0; for greedy use 1.0")
+    hidden_TD, weight_VD = check_head("linear_logprobs", hidden_TD, weight_VD, target_ids_T, temperature)
     if bias_V is not None:
         if bias_V.shape != weight_VD.shape[:1]:
             raise ValueError(f"linear_logprobs: got bias {tuple(bias_V.shape)}, expected {tuple(weight_VD.shape[:1])}")
         bias_V = bias_V.to(weight_VD.dtype)
-    entropy_T: Tensor | None
     if choose("linear_logprobs", impl, hidden_TD)[0] == "reference":
         check_target_ids("linear_logprobs", target_ids_T, weight_VD.shape[0])
-        logprobs_T, entropy_T = linear_logprobs_reference(
-            hidden_TD, weight_VD, target_ids_T, bias_V, temperature, with_entropy
-        )
+        found: Any = linear_logprobs_reference(hidden_TD, weight_VD, target_ids_T, bias_V, temperature, with_entropy)
     else:
-        learns = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (hidden_TD, weight_VD, bias_V)
-        )
-        keep_logits = learns and fits_wide_tile(hidden_TD, weight_VD.shape[0])
-        logprobs_T, entropy_T, _, _ = torch.ops.r1fast.linear_logprobs(
-            hidden_TD, weight_VD, bias_V, target_ids_T, temperature, with_entropy, keep_logits
-        )
-    if not with_entropy:
-        return logprobs_T
-    assert entropy_T is not None
-    return logprobs_T, entropy_T
+        inputs = hidden_TD, weight_VD, bias_V
+        learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+        keep_logits = learns and head.fits_wide_tile(hidden_TD, weight_VD.shape[0])
+        found = torch.ops.r1fast.linear_logprobs(*inputs, target_ids_T, temperature, with_entropy, keep_logits)
+    return found[:2] if with_entropy else found[0]

@@ -40,73 +40,45 @@ class LossOptions(NamedTuple):
         Literal["group", "batch", "none"], About("standard deviation that advantages are divided by")
     ] = "group"
     epsilon: Annotated[
-        float,
-        About("clips the ratio below, at 1 - epsilon", "verl clip_ratio_low", "", CLIPPED, least=0),
+        float, About("clips the ratio below, at 1 - epsilon", "verl clip_ratio_low", "", CLIPPED, least=0)
     ] = 0.2
-    epsilon_high: Annotated[
-        float | None,
-        About(
-            "clips the ratio above, at 1 + epsilon_high (None: epsilon); cispo: the cap",
-            "verl clip_ratio_high",
-            least=0,
-        ),
-    ] = None
-    delta: Annotated[
-        float | None,
-        About("dual clip (1912.09729): the ratio never counts for more", "verl clip_ratio_c", "", CLIPPED, least=0),
-    ] = None
-    positive_advantage_weight: Annotated[
-        float,
-        About("factor of advantages above 0; below 1 wrong samples teach more (W-REINFORCE, 2506.01347)", least=0),
-    ] = 1.0
+    epsilon_high: Annotated[float | None, About(
+        "clips the ratio above, at 1 + epsilon_high (None: epsilon); cispo: the cap", "verl clip_ratio_high", least=0
+    )] = None  # fmt: skip
+    delta: Annotated[float | None, About(
+        "dual clip (1912.09729): the ratio never counts for more", "verl clip_ratio_c", "", CLIPPED, least=0
+    )] = None  # fmt: skip
+    positive_advantage_weight: Annotated[float, About(
+        "factor of advantages above 0; below 1 wrong samples teach more (W-REINFORCE, 2506.01347)", least=0
+    )] = 1.0  # fmt: skip
     beta: Annotated[float, About("factor of the KL to the reference", "verl kl_loss_coef", least=0)] = 0.0
-    kl_estimator: Annotated[
-        Literal["k1", "k2", "k3", "k3_unbiased"],
-        About(
-            "estimate of that KL; k3_unbiased weighs k3 by the ratio (DeepSeek-V3.2)",
-            "TRL use_bias_correction_kl, verl kl_loss_type",
-        ),
-    ] = "k3"
-    is_mode: Annotated[
-        Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
-        About(
-            "what becomes of a weight exp(old - sampler log-prob), of a token or a whole sample, outside is_min to "
-            "is_cap: clamped, or 0 (token_mask with both: IcePop)",
-            "TRL vllm_importance_sampling_mode, verl rollout_is and rollout_rs",
-            "sampling_importance_mode",
-        ),
-    ] = "token_truncate"
-    is_cap: Annotated[
-        float | None,
-        About(
-            "the most of such a weight; with is_min None too: no weights",
-            "TRL vllm_importance_sampling_clip_max, verl rollout_is_threshold",
-            "sampling_importance_cap",
-            least=0,
-            is_open=True,
-        ),
-    ] = None
+    kl_estimator: Annotated[Literal["k1", "k2", "k3", "k3_unbiased"], About(
+        "estimate of that KL; k3_unbiased weighs k3 by the ratio (DeepSeek-V3.2)",
+        "TRL use_bias_correction_kl, verl kl_loss_type",
+    )] = "k3"  # fmt: skip
+    is_mode: Annotated[Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"], About(
+        "what becomes of a weight exp(old - sampler log-prob), of a token or a whole sample, outside is_min to "
+        "is_cap: clamped, or 0 (token_mask with both: IcePop)",
+        "TRL vllm_importance_sampling_mode, verl rollout_is and rollout_rs", "sampling_importance_mode",
+    )] = "token_truncate"  # fmt: skip
+    is_cap: Annotated[float | None, About(
+        "the most of such a weight; with is_min None too: no weights",
+        "TRL vllm_importance_sampling_clip_max, verl rollout_is_threshold", "sampling_importance_cap",
+        least=0, is_open=True,
+    )] = None  # fmt: skip
     is_min: Annotated[
         float | None,
         About("the least of it", "TRL vllm_importance_sampling_clip_min", "sampling_importance_min", least=0),
     ] = None
-    off_policy_mask_threshold: Annotated[
-        float | None,
-        About(
-            "a sample of negative advantage whose mean of sampler - new log-prob is above leaves the loss, not its KL "
-            "(DeepSeek-V3.2)"
-        ),
-    ] = None
+    off_policy_mask_threshold: Annotated[float | None, About(
+        "a sample of negative advantage whose mean of sampler - new log-prob is above leaves the loss, not its KL "
+        "(DeepSeek-V3.2)"
+    )] = None  # fmt: skip
     entropy_coef: Annotated[float, About("factor of the entropy, which the loss rewards", "verl entropy_coeff")] = 0.0
-    top_entropy_quantile: Annotated[
-        float,
-        About(
-            "only this share of the tokens, those of highest entropy, has a surrogate (2506.01939)",
-            least=0,
-            most=1,
-            is_open=True,
-        ),
-    ] = 1.0
+    top_entropy_quantile: Annotated[float, About(
+        "only this share of the tokens, those of highest entropy, has a surrogate (2506.01939)",
+        least=0, most=1, is_open=True,
+    )] = 1.0  # fmt: skip
     max_completion_length: Annotated[
         float | None, About("divisor of dr_grpo", "verl loss_scale_factor", "", ("dr_grpo",), least=0, derived=True)
     ] = None

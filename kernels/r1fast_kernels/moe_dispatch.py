@@ -52,13 +52,9 @@ def _experts_of(ids_ptr, offs_m, num_choices, num_experts):
 
 @triton.jit(do_not_specialize=["num_choices"])
 def _count_kernel(
-    ids_ptr,  # [M]
-    counts_ptr,  # [B, E + 1]
-    num_choices,
-    num_experts,
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    ids_ptr, counts_ptr,  # [M], [B, E + 1]
+    num_choices, num_experts, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     offs_e = tl.arange(0, BLOCK_E)
     experts = _experts_of(ids_ptr, block * BLOCK_M + tl.arange(0, BLOCK_M), num_choices, num_experts)
@@ -70,11 +66,8 @@ def _count_kernel(
 def _prefix_kernel(
     counts_ptr,  # [B, E + 1], becomes the exclusive prefix over B
     totals_ptr,  # [E + 1]
-    num_blocks,
-    num_experts,
-    BLOCK_B: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    num_blocks, num_experts, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask_e = offs_e <= num_experts
     before = tl.zeros([BLOCK_E], tl.int32)
@@ -90,17 +83,10 @@ def _prefix_kernel(
 
 @triton.jit(do_not_specialize=["num_choices"])
 def _order_kernel(
-    ids_ptr,  # [M]
-    counts_ptr,  # [B, E + 1]
-    totals_ptr,  # [E + 1]
-    order_ptr,  # [M]
-    slot_ptr,  # [M]
-    offsets_ptr,  # [E]
-    num_choices,
-    num_experts,
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    ids_ptr, counts_ptr, totals_ptr,  # [M], [B, E + 1], [E + 1]
+    order_ptr, slot_ptr, offsets_ptr,  # [M], [M], [E]
+    num_choices, num_experts, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     place = tl.arange(0, BLOCK_M)
     offs_m = block * BLOCK_M + place
@@ -121,15 +107,9 @@ def _order_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def _tile_kernel(
-    offsets_ptr,  # [E]
-    tiles_ptr,  # [3, I]
-    num_rows,
-    num_tiles,
-    num_experts,
-    TILE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+    offsets_ptr, tiles_ptr,  # [E], [3, I]
+    num_rows, num_tiles, num_experts, TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
     offs_e = tl.arange(0, BLOCK_E)
     ends = tl.load(offsets_ptr + offs_e, mask=offs_e < num_experts, other=num_rows)
     begins = tl.load(offsets_ptr + offs_e - 1, mask=(offs_e > 0) & (offs_e <= num_experts), other=0)
@@ -189,9 +169,8 @@ def fake(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
 register(
     "moe_dispatch",
     "(Tensor expert_ids_TK, int num_experts) -> (Tensor order_M, Tensor slot_TK, Tensor offsets_E)",
-    fake=fake,
-    launch=launch_dispatch,
-)
+    fake=fake, launch=launch_dispatch,
+)  # fmt: skip
 
 
 def check_expert_ids(op: str, expert_ids_TK: Tensor, num_experts: int) -> None:

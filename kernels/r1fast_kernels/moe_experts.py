@@ -19,35 +19,19 @@ from .moe_dispatch import fake as fake_dispatch
 from .moe_experts_triton import launch_backward, launch_forward
 
 
-def _gather_sum(rows_MD: Tensor, slot_TK: Tensor) -> Tensor:
-    # An embedding bag adds the K rows of a token in order, without a [T, K, D] buffer and without atomics.
-    return F.embedding_bag(slot_TK, rows_MD, mode="sum")
-
-
-class _Dispatch(torch.autograd.Function):
-    """Copy each token to its K slots; the gradient is `_Combine`, where autograd would scatter-add."""
+class _Move(torch.autograd.Function):
+    """Copy each token to its K slots, or sum each token's K slots: either is the gradient of the other."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, token_M: Tensor, slot_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(slot_TK)
-        return hidden_TD.index_select(0, token_M)
+    def forward(ctx: Any, x: Tensor, token_M: Tensor, slot_TK: Tensor, to_slots: bool) -> Tensor:
+        ctx.save_for_backward(token_M, slot_TK)
+        ctx.to_slots = to_slots
+        # An embedding bag adds the K rows of a token in order, without a [T, K, D] buffer and without atomics.
+        return x.index_select(0, token_M) if to_slots else F.embedding_bag(slot_TK, x, mode="sum")
 
     @staticmethod
-    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _gather_sum(grad_MD, *ctx.saved_tensors), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Sum each token's K slots; the gradient is `_Dispatch`."""
-
-    @staticmethod
-    def forward(ctx: Any, out_MD: Tensor, token_M: Tensor, slot_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(token_M)
-        return _gather_sum(out_MD, slot_TK)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return grad_TD.index_select(0, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _Move.apply(grad, *ctx.saved_tensors, not ctx.to_slots), None, None, None
 
 
 def moe_experts_reference(
@@ -60,14 +44,14 @@ def moe_experts_reference(
     *sizes, skipped = (end - start for start, end in zip([0, *ends], [*ends, len(order_M)]))
 
     # unbind and split: their gradients are one stack and one cat, where indexing would fill E tensors with zeros.
-    rows = _Dispatch.apply(hidden_TD, token_M, slot_TK).split([*sizes, skipped])
+    rows = _Move.apply(hidden_TD, token_M, slot_TK, True).split([*sizes, skipped])
     gate_MF, up_MF = torch.cat([x_mD @ w_2FD.T for x_mD, w_2FD in zip(rows, gate_up_E2FD.unbind())]).chunk(2, dim=-1)
     # Weighted here and not after `down`: the same sum, over F numbers a row and not D.
     weights_M = weights_TK.flatten().index_select(0, order_M[: len(gate_MF)])
     inner_MF = (F.silu(gate_MF) * up_MF * weights_M[:, None]).to(hidden_TD.dtype)
     out = [h_mF @ w_DF.T for h_mF, w_DF in zip(inner_MF.split(sizes), down_EDF.unbind())]
     out_MD = torch.cat([*out, hidden_TD.new_zeros(skipped, hidden_TD.shape[1])]) if skipped else torch.cat(out)
-    return _Combine.apply(out_MD, token_M, slot_TK)
+    return _Move.apply(out_MD, token_M, slot_TK, False)
 
 
 def _fake(
@@ -95,11 +79,8 @@ register(
     "moe_experts",
     "(Tensor hidden_TD, Tensor gate_up_E2FD, Tensor down_EDF, Tensor expert_ids_TK, Tensor weights_TK, bool keep) "
     "-> (Tensor out_TD, Tensor order_M, Tensor slot_TK, Tensor offsets_E, Tensor gate_up_M2F)",
-    fake=_fake,
-    launch=launch_forward,
-    save=_save,
-    backward=_backward,
-)
+    fake=_fake, launch=launch_forward, save=_save, backward=_backward,
+)  # fmt: skip
 register(
     "moe_experts_backward",
     "(Tensor grad_out_TD, Tensor hidden_TD, Tensor gate_up_E2FD, Tensor down_EDF, Tensor weights_TK, Tensor order_M, "
@@ -117,7 +98,6 @@ def moe_experts(
     expert_ids_TK: Tensor,
     weights_TK: Tensor,
     *,
-    recompute: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     """Apply each token's experts and sum what they return.
@@ -127,7 +107,6 @@ def moe_experts(
                     where that is on, whatever the dtype of hidden
     expert_ids_TK   [T, K] int64 >= 0; an id >= E is skipped (padding, or an expert that lives on another rank)
     weights_TK      [T, K] fp32 (fp64 for fp64)
-    recompute       keep no activation for the backward pass, which computes the gate/up product again: 4 T K D F FLOPs
     Returns out_TD in the dtype of hidden. Gradients flow to hidden, both weights and `weights_TK`.
     """
     num_experts, two_f, width = gate_up_E2FD.shape
@@ -155,4 +134,4 @@ def moe_experts(
     if chosen == "reference":
         return moe_experts_reference(*inputs).to(out_dtype)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return torch.ops.r1fast.moe_experts(*inputs, learns and not recompute)[0].to(out_dtype)
+    return torch.ops.r1fast.moe_experts(*inputs, learns)[0].to(out_dtype)

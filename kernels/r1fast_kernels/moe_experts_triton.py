@@ -8,7 +8,7 @@
                d x_t    = sum_k (gate_up_e^T d [gate; up])[slot_tk]               grouped_gemm, then the sum above
                d gate_up_e = sum d [gate; up] x[token]^T,  d down_e = sum d out[token] inner^T           gathered
 
-M = T K: 6 M D F FLOPs forward and 12 backward, 4 more where [gate; up] was not kept. With s bytes a number, buffers of
+M = T K: 6 M D F FLOPs forward and 12 backward. With s bytes a number, buffers of
 M (F + D) s are written and read forward, M 2F s more with [gate; up] kept, and M (2F + F + D) s backward. x and d out
 are never copied per choice: their rows come from L2.
 
@@ -17,13 +17,15 @@ A row of gate and its row of up stand side by side in the tile of a product, whi
     columns of the tile   gate 0 | up 0 | gate 1 | up 1 ..      a tensor core leaves pairs of columns in one thread
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .dispatch import empty_gradients
-from .grouped_gemm import Blocks, gemm_blocks, launch_gemm, launch_weight, multiply, read_tile
+from .grouped_gemm import gemm_blocks, launch_gemm, launch_weight, multiply, read_tile
 from .moe_dispatch import launch_dispatch, tile_table
 
 # One program of a sum over the rows of a token: 16 values a thread.
@@ -33,23 +35,11 @@ BLOCK_CHOICES, CHOICES_WARPS = 128, 4
 
 @triton.jit
 def _gate_up_kernel(
-    hidden_ptr,  # [T, D]
-    gate_up_ptr,  # [E, 2F, D]
-    weights_ptr,  # [T K]
-    order_ptr,  # [M]
-    tiles_ptr,  # [3, I]
-    inner_ptr,  # [M, F]
-    kept_ptr,  # [M, 2F]
-    num_experts,
-    width,
-    width_f,
-    top_k,
-    EVEN_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    hidden_ptr, gate_up_ptr, weights_ptr, order_ptr, tiles_ptr,  # [T, D], [E, 2F, D], [T K], [M], [3, I]
+    inner_ptr, kept_ptr,  # [M, F], [M, 2F] or None
+    num_experts, width, width_f, top_k,
+    EVEN_K: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     PAIRS: tl.constexpr = BLOCK_N // 2
     expert, first, end, column = read_tile(tiles_ptr, tl.cdiv(width_f, PAIRS), GROUP, BLOCK_M)
     if (expert < 0) | (expert == num_experts):
@@ -72,10 +62,9 @@ def _gate_up_kernel(
         tile_ptr = kept_ptr + wide_m * 2 * width_f + offs_f[None, :]
         tl.store(tile_ptr, gate.to(kept_ptr.dtype.element_ty), mask=mask)
         tl.store(tile_ptr + width_f, up.to(kept_ptr.dtype.element_ty), mask=mask)
-    if inner_ptr is not None:
-        weight = tl.load(weights_ptr + choices).to(tl.float32)
-        inner = gate * tl.sigmoid(gate) * up * weight[:, None]
-        tl.store(inner_ptr + wide_m * width_f + offs_f[None, :], inner.to(inner_ptr.dtype.element_ty), mask=mask)
+    weight = tl.load(weights_ptr + choices).to(tl.float32)
+    inner = gate * tl.sigmoid(gate) * up * weight[:, None]
+    tl.store(inner_ptr + wide_m * width_f + offs_f[None, :], inner.to(inner_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -89,16 +78,9 @@ def _quarters(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _swiglu_gradient(
-    grad,  # [BLOCK_M, columns] before the weight
-    weight,  # [BLOCK_M]
-    wide_m,  # [BLOCK_M] int64
-    offs_f,
-    mask_m,
-    width_f,
-    kept_ptr,
-    grad_gate_up_ptr,
-    inner_ptr,
-):
+    grad, weight, wide_m, offs_f, mask_m,  # [BLOCK_M, columns] before the weight, [BLOCK_M], [BLOCK_M] int64
+    width_f, kept_ptr, grad_gate_up_ptr, inner_ptr,
+):  # fmt: skip
     """Stores d gate, d up and inner where they are wanted; returns the columns' share of d w."""
     mask = mask_m[:, None] & (offs_f < width_f)[None, :]
     offs_gate = wide_m[:, None] * 2 * width_f + offs_f[None, :]
@@ -119,25 +101,12 @@ def _swiglu_gradient(
 
 @triton.jit
 def _inner_gradient_kernel(
-    grad_out_ptr,  # [T, D]
-    down_ptr,  # [E, D, F]
-    kept_ptr,  # [M, 2F]
-    weights_ptr,  # [T K]
-    order_ptr,  # [M]
-    tiles_ptr,  # [3, I]
-    grad_gate_up_ptr,  # [M, 2F]
-    inner_ptr,  # [M, F]
-    partials_ptr,  # [M, tiles of F]: shares of d w
-    num_experts,
-    width,
-    width_f,
-    top_k,
-    EVEN_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    grad_out_ptr, down_ptr, kept_ptr,  # [T, D], [E, D, F], [M, 2F]
+    weights_ptr, order_ptr, tiles_ptr,  # [T K], [M], [3, I]
+    grad_gate_up_ptr, inner_ptr, partials_ptr,  # [M, 2F], [M, F], [M, tiles of F]: shares of d w; or None
+    num_experts, width, width_f, top_k,
+    EVEN_K: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     num_columns = tl.cdiv(width_f, BLOCK_N)
     expert, first, end, column = read_tile(tiles_ptr, num_columns, GROUP, BLOCK_M)
     if (expert < 0) | (expert == num_experts):
@@ -168,17 +137,9 @@ def _inner_gradient_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _combine_kernel(
-    rows_ptr,  # [M, D]
-    slot_ptr,  # [T, K]
-    offsets_ptr,  # [E]
-    out_ptr,  # [T, D]
-    num_tokens,
-    num_experts,
-    width,
-    top_k,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    rows_ptr, slot_ptr, offsets_ptr, out_ptr,  # [M, D], [T, K], [E], [T, D]
+    num_tokens, num_experts, width, top_k, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t = offs_t < num_tokens
@@ -196,15 +157,9 @@ def _combine_kernel(
 
 @triton.jit(do_not_specialize=["num_choices"])
 def _weights_gradient_kernel(
-    partials_ptr,  # [M, J]
-    slot_ptr,  # [T K]
-    offsets_ptr,  # [E]
-    out_ptr,  # [T K]
-    num_choices,
-    num_experts,
-    num_partials,
-    BLOCK: tl.constexpr,
-):
+    partials_ptr, slot_ptr, offsets_ptr, out_ptr,  # [M, J], [T K], [E], [T K]
+    num_choices, num_experts, num_partials, BLOCK: tl.constexpr,
+):  # fmt: skip
     choices = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = choices < num_choices
     slot = tl.load(slot_ptr + choices, mask=mask, other=0)
@@ -229,30 +184,12 @@ def _combine(rows_MD: Tensor, slot_TK: Tensor, offsets_E: Tensor) -> Tensor:
     return out_TD
 
 
-def _gate_up(
-    hidden_TD: Tensor,
-    gate_up_E2FD: Tensor,
-    weights_TK: Tensor,
-    order_M: Tensor,
-    tiles_3I: Tensor,
-    inner_MF: Tensor | None,
-    kept_M2F: Tensor | None,
-) -> None:
-    """Fills what is given."""
-    num_experts, two_f, width = gate_up_E2FD.shape
-    blocks = gemm_blocks(hidden_TD.dtype, len(order_M), num_experts)
-    _gate_up_kernel[(tiles_3I.shape[1] * triton.cdiv(two_f // 2, blocks.n // 2),)](
-        hidden_TD, gate_up_E2FD, weights_TK, order_M, tiles_3I, inner_MF, kept_M2F, num_experts, width, two_f // 2,
-        weights_TK.shape[1], EVEN_K=width % blocks.k == 0, **blocks.options,
-    )  # fmt: skip
-
-
 def launch_forward(
     hidden_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out_TD, order_M, slot_TK, offsets_E, gate_up_M2F."""
     hidden_TD, gate_up_E2FD, weights_TK = hidden_TD.contiguous(), gate_up_E2FD.contiguous(), weights_TK.contiguous()
-    num_experts, two_f, _ = gate_up_E2FD.shape
+    num_experts, two_f, width = gate_up_E2FD.shape
     order_M, slot_TK, offsets_E = launch_dispatch(expert_ids_TK, num_experts)
     num_rows = len(order_M)
     kept_M2F = hidden_TD.new_empty((num_rows, two_f) if keep else (0,))
@@ -261,89 +198,44 @@ def launch_forward(
     blocks = gemm_blocks(hidden_TD.dtype, num_rows, num_experts)
     tiles_3I = tile_table(offsets_E, num_rows, blocks.m)
     inner_MF = hidden_TD.new_empty(num_rows, two_f // 2)
-    _gate_up(hidden_TD, gate_up_E2FD, weights_TK, order_M, tiles_3I, inner_MF, kept_M2F if keep else None)
+    _gate_up_kernel[(tiles_3I.shape[1] * triton.cdiv(two_f // 2, blocks.n // 2),)](
+        hidden_TD, gate_up_E2FD, weights_TK, order_M, tiles_3I, inner_MF, kept_M2F if keep else None, num_experts,
+        width, two_f // 2, weights_TK.shape[1], EVEN_K=width % blocks.k == 0, **blocks.options,
+    )  # fmt: skip
     rows_MD = launch_gemm(inner_MF, down_EDF, tiles_3I, True, blocks, zero_skipped=False)
     return _combine(rows_MD, slot_TK, offsets_E), order_M, slot_TK, offsets_E, kept_M2F
 
 
-def _inner_gradient(
-    grad_out_TD: Tensor,
-    down_EDF: Tensor,
-    gate_up_M2F: Tensor,
-    weights_TK: Tensor,
-    order_M: Tensor,
-    tiles_3I: Tensor,
-    blocks: Blocks,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """d [gate; up] [M, 2F], inner [M, F], and the shares of d w [M, tiles of F]; empty where `needs` says no."""
-    (num_rows, two_f), (num_experts, width, width_f) = gate_up_M2F.shape, down_EDF.shape
-    num_columns = triton.cdiv(width_f, blocks.n)
-    grad_M2F, inner_MF, partials_MJ = (
-        gate_up_M2F.new_empty((num_rows, columns) if needed else (0,), dtype=dtype)
-        for columns, dtype, needed in zip((two_f, width_f, num_columns), (None, None, torch.float32), needs)
-    )
-    given = (x if needed else None for x, needed in zip((grad_M2F, inner_MF, partials_MJ), needs))
-    _inner_gradient_kernel[(tiles_3I.shape[1] * num_columns,)](
-        grad_out_TD, down_EDF, gate_up_M2F, weights_TK, order_M, tiles_3I, *given, num_experts, width, width_f,
-        weights_TK.shape[1], EVEN_K=width % blocks.k == 0, **blocks.options,
-    )  # fmt: skip
-    return grad_M2F, inner_MF, partials_MJ
-
-
-def _weights_gradient(partials_MJ: Tensor, slot_TK: Tensor, offsets_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """[T, K]"""
-    out_TK = torch.empty(slot_TK.shape, dtype=dtype, device=slot_TK.device)
-    num_choices, num_partials = slot_TK.numel(), partials_MJ.shape[1]
-    _weights_gradient_kernel[(triton.cdiv(num_choices, BLOCK_CHOICES),)](
-        partials_MJ, slot_TK, offsets_E, out_TK, num_choices, len(offsets_E), num_partials, BLOCK=BLOCK_CHOICES,
-        num_warps=CHOICES_WARPS,
-    )  # fmt: skip
-    return out_TK
-
-
-def launch_backward(
-    grad_out_TD: Tensor,
-    hidden_TD: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
-    weights_TK: Tensor,
-    order_M: Tensor,
-    slot_TK: Tensor,
-    offsets_E: Tensor,
-    gate_up_M2F: Tensor,
-    needs_hidden: bool,
-    needs_gate_up: bool,
-    needs_down: bool,
-    needs_weights: bool,
-) -> tuple[Tensor, ...]:
+def launch_backward(grad_out_TD: Tensor, *given: Any) -> tuple[Tensor, ...]:
     """The gradients of hidden, gate_up, down and weights; empty where not needed."""
-    needs = needs_hidden, needs_gate_up, needs_down, needs_weights
-    inputs = hidden_TD, gate_up_E2FD, down_EDF, weights_TK
-    num_rows, (num_experts, two_f, _) = len(order_M), gate_up_E2FD.shape
+    inputs, (order_M, slot_TK, offsets_E, gate_up_M2F), needs = given[:4], given[4:8], given[8:]
+    num_rows, needs_hidden, needs_gate_up, needs_down, needs_weights = len(order_M), *needs
     if not num_rows or not any(needs):
         return tuple(x.zero_() for x in empty_gradients(inputs, needs))
-    grad_out_TD, hidden_TD, gate_up_E2FD, down_EDF, weights_TK = (
-        x.contiguous() for x in (grad_out_TD, hidden_TD, gate_up_E2FD, down_EDF, weights_TK)
-    )
-    top_k, blocks = weights_TK.shape[1], gemm_blocks(hidden_TD.dtype, num_rows, num_experts)
-    tiles_3I = tile_table(offsets_E, num_rows, blocks.m)
-    if not gate_up_M2F.numel():
-        gate_up_M2F = hidden_TD.new_empty(num_rows, two_f)
-        _gate_up(hidden_TD, gate_up_E2FD, weights_TK, order_M, tiles_3I, None, gate_up_M2F)
-    grad_M2F, inner_MF, partials_MJ = _inner_gradient(
-        grad_out_TD, down_EDF, gate_up_M2F, weights_TK, order_M, tiles_3I, blocks,
-        (needs_hidden or needs_gate_up, needs_down, needs_weights),
+    grad_out_TD, hidden_TD, gate_up_E2FD, down_EDF, weights_TK = (x.contiguous() for x in (grad_out_TD, *inputs))
+    (num_experts, width, width_f), top_k = down_EDF.shape, weights_TK.shape[1]
+    blocks = gemm_blocks(hidden_TD.dtype, num_rows, num_experts)
+    tiles_3I, num_columns = tile_table(offsets_E, num_rows, blocks.m), triton.cdiv(width_f, blocks.n)
+    grad_M2F = torch.empty_like(gate_up_M2F) if needs_hidden or needs_gate_up else None
+    inner_MF = hidden_TD.new_empty(num_rows, width_f) if needs_down else None
+    partials_MJ = hidden_TD.new_empty(num_rows, num_columns, dtype=torch.float32) if needs_weights else None
+    _inner_gradient_kernel[(tiles_3I.shape[1] * num_columns,)](
+        grad_out_TD, down_EDF, gate_up_M2F, weights_TK, order_M, tiles_3I, grad_M2F, inner_MF, partials_MJ, num_experts,
+        width, width_f, top_k, EVEN_K=width % blocks.k == 0, **blocks.options,
     )  # fmt: skip
 
     hidden, gate_up, down, weights = (x.new_empty(0) for x in inputs)
-    if needs_hidden:
+    if needs_hidden and grad_M2F is not None:
         rows_MD = launch_gemm(grad_M2F, gate_up_E2FD, tiles_3I, False, blocks, zero_skipped=False)
         hidden = _combine(rows_MD, slot_TK, offsets_E)
-    if needs_gate_up:
+    if needs_gate_up and grad_M2F is not None:
         gate_up = launch_weight(hidden_TD, grad_M2F, offsets_E, order_M, top_k, gather="x")
-    if needs_down:
+    if inner_MF is not None:
         down = launch_weight(inner_MF, grad_out_TD, offsets_E, order_M, top_k, gather="y")
-    if needs_weights:
-        weights = _weights_gradient(partials_MJ, slot_TK, offsets_E, weights_TK.dtype)
+    if partials_MJ is not None:
+        weights = torch.empty_like(weights_TK)
+        _weights_gradient_kernel[(triton.cdiv(num_rows, BLOCK_CHOICES),)](
+            partials_MJ, slot_TK, offsets_E, weights, num_rows, num_experts, num_columns, BLOCK=BLOCK_CHOICES,
+            num_warps=CHOICES_WARPS,
+        )  # fmt: skip
     return hidden, gate_up, down, weights

@@ -81,10 +81,8 @@ _INPUTS = "Tensor q_THd, Tensor k_TKd, Tensor v_TKe, Tensor cu_seqlens, Tensor? 
 register(
     "packed_attention",
     f"({_INPUTS}, float scale, bool interleaved) -> (Tensor out_THe, Tensor lse_TH)",
-    fake=_fake,
-    save=_save,
-    backward=_backward,
-)
+    fake=_fake, save=_save, backward=_backward,
+)  # fmt: skip
 register(
     "packed_attention_backward",  # the last gradient is empty where k_pe_TR is None
     f"(Tensor grad_THe, {_INPUTS}, Tensor out_THe, Tensor lse_TH, float scale, bool interleaved) "

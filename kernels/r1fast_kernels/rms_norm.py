@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import choose, compute_dtype
+from .dispatch import choose, compute_dtype, register, wanted
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -23,40 +23,37 @@ def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight_D.shape, weight_D, eps)
 
 
-torch.library.define("r1fast::rms_norm", "(Tensor x_TD, Tensor weight_D, float eps) -> (Tensor out_TD, Tensor rstd_T)")
-torch.library.define(
-    "r1fast::rms_norm_backward",
-    "(Tensor grad_TD, Tensor x_TD, Tensor weight_D, Tensor rstd_T, bool needs_x, bool needs_weight) "
-    "-> (Tensor, Tensor)",
-)
-
-
-@torch.library.register_fake("r1fast::rms_norm")
-def _fake(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _fake(x_TD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(x_TD.shape[0], dtype=compute_dtype(x_TD))
 
 
-@torch.library.register_fake("r1fast::rms_norm_backward")
-def _backward_fake(
-    grad_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """Empty where not needed."""
+def _backward_fake(_: Tensor, x_TD: Tensor, weight_D: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    needs_x, needs_weight = others[-2:]
     return x_TD.new_empty(x_TD.shape if needs_x else (0, 0)), weight_D.new_empty(weight_D.shape if needs_weight else 0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs[:2], output[1])
 
 
 def _backward(ctx: Any, grad_TD: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None]:
     needs = ctx.needs_input_grad[:2]
-    found = torch.ops.r1fast.rms_norm_backward(grad_TD, *ctx.saved_tensors, *needs)
-    grad_x, grad_weight = (gradient if needed else None for gradient, needed in zip(found, needs))
+    grad_x, grad_weight = wanted(torch.ops.r1fast.rms_norm_backward(grad_TD, *ctx.saved_tensors, *needs), needs)
     return grad_x, grad_weight, None
 
 
-torch.library.register_autograd("r1fast::rms_norm", _backward, setup_context=_setup_context)
+register(
+    "rms_norm",
+    "(Tensor x_TD, Tensor weight_D, float eps) -> (Tensor out_TD, Tensor rstd_T)",
+    fake=_fake, save=_save, backward=_backward,
+)  # fmt: skip
+register(
+    "rms_norm_backward",
+    "(Tensor grad_TD, Tensor x_TD, Tensor weight_D, Tensor rstd_T, bool needs_x, bool needs_weight) "
+    "-> (Tensor, Tensor)",
+    fake=_backward_fake,
+)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float = 1e-6, impl: str | None = None) -> Tensor:

@@ -102,28 +102,19 @@ def _softmax_of(x, mask):
     return m, tl.sum(tl.where(mask, tl.exp(x - m[:, None]), 0.0), axis=1)
 
 
+@triton.jit
+def _score_of(x, m, l, SOFTMAX: tl.constexpr):
+    return tl.exp(x - m[:, None]) / l[:, None] if SOFTMAX else tl.sigmoid(x)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _route_kernel(
-    logits_ptr,  # [T, E]
-    bias_ptr,  # [E]
-    replay_ptr,  # [T, K]
-    ids_ptr,  # [T, K]
-    weights_ptr,  # [T, K]
-    counts_ptr,  # [E], 0
-    num_tokens,
-    num_experts,
-    n_group,
-    topk_group,
-    top_k,
-    scale,
-    SOFTMAX: tl.constexpr,
-    NORM: tl.constexpr,
-    LIMITED: tl.constexpr,
-    NUM_GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
+    logits_ptr, bias_ptr, replay_ptr,  # [T, E], [E], [T, K]
+    ids_ptr, weights_ptr, counts_ptr,  # [T, K], [T, K], [E] of 0
+    num_tokens, num_experts, n_group, topk_group, top_k, scale,
+    SOFTMAX: tl.constexpr, NORM: tl.constexpr, LIMITED: tl.constexpr,
+    NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
     row_ptr = logits_ptr + offs_t[:, None] * num_experts
@@ -139,10 +130,9 @@ def _route_kernel(
 
     if SOFTMAX or replay_ptr is None:
         x = tl.load(row_ptr + offs_e, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, NUM_GROUPS * GROUP]
-    if SOFTMAX:
-        m, l = _softmax_of(x, mask_e)
+    m, l = _softmax_of(x, mask_e) if SOFTMAX else (None, None)
     if replay_ptr is None:
-        choice = tl.exp(x - m[:, None]) / l[:, None] if SOFTMAX else tl.sigmoid(x)
+        choice = _score_of(x, m, l, SOFTMAX)
         if bias_ptr is not None:
             choice += tl.load(bias_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
         wide_e = offs_e.to(tl.int64)
@@ -161,7 +151,7 @@ def _route_kernel(
     # Read again instead of picked from registers. An id that is no expert gives NaN and is not counted.
     exists = mask_k & (ids >= 0) & (ids < num_experts)
     chosen = tl.load(row_ptr + ids, mask=exists, other=float("nan")).to(tl.float32)  # [BLOCK_T, BLOCK_K]
-    weights = tl.exp(chosen - m[:, None]) / l[:, None] if SOFTMAX else tl.sigmoid(chosen)
+    weights = _score_of(chosen, m, l, SOFTMAX)
     if NORM:
         weights /= tl.sum(tl.where(offs_k < top_k, weights, 0.0), axis=1)[:, None] + 1e-20
     tl.store(weights_ptr + choice_ptr, weights * scale, mask=mask_k)
@@ -170,31 +160,18 @@ def _route_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _route_gradient_kernel(
-    logits_ptr,  # [T, E]
-    ids_ptr,  # [T, K]
-    grad_weights_ptr,  # [T, K]
-    grad_ptr,  # [T, E]
-    num_tokens,
-    num_experts,
-    top_k,
-    scale,
-    SOFTMAX: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
+    logits_ptr, ids_ptr, grad_weights_ptr, grad_ptr,  # [T, E], [T, K], [T, K], [T, E]
+    num_tokens, num_experts, top_k, scale, SOFTMAX: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
     offs_e = tl.arange(0, BLOCK_E)[None, :]
     mask_e = offs_e < num_experts
     row_ptr = logits_ptr + offs_t[:, None] * num_experts
     x = tl.load(row_ptr + offs_e, mask=mask_t[:, None] & mask_e, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_E]
-    if SOFTMAX:
-        m, l = _softmax_of(x, mask_e)
-        score = tl.exp(x - m[:, None]) / l[:, None]
-    else:
-        score = tl.sigmoid(x)
+    m, l = _softmax_of(x, mask_e) if SOFTMAX else (None, None)
+    score = _score_of(x, m, l, SOFTMAX)
 
     if NORM:  # w = s / total:  d s = (d w - sum d w w) / total
         offs_k = tl.arange(0, BLOCK_K)[None, :]
@@ -202,8 +179,7 @@ def _route_gradient_kernel(
         ids = tl.load(ids_ptr + offs_t[:, None] * top_k + offs_k, mask=mask_k, other=0)
         grad_w = tl.load(grad_weights_ptr + offs_t[:, None] * top_k + offs_k, mask=mask_k, other=0.0)
         chosen = tl.load(row_ptr + ids, mask=mask_k, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_K]
-        chosen = tl.exp(chosen - m[:, None]) / l[:, None] if SOFTMAX else tl.sigmoid(chosen)
-        chosen = tl.where(offs_k < top_k, chosen, 0.0)
+        chosen = tl.where(offs_k < top_k, _score_of(chosen, m, l, SOFTMAX), 0.0)
         total = tl.sum(chosen, axis=1) + 1e-20
         shared = tl.sum(grad_w.to(tl.float32) * (chosen / total[:, None]), axis=1)
 
@@ -223,11 +199,6 @@ def _route_gradient_kernel(
     tl.store(out_ptr, grad.to(grad_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_e)
 
 
-def block_t(block_e: int) -> int:
-    """Tokens of one program."""
-    return max(1, BLOCK_SCORES // block_e)
-
-
 def _launch(
     logits_TE: Tensor, bias_E: Tensor | None, replay_ids_TK: Tensor | None, top_k: int, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,7 +209,7 @@ def _launch(
     limited = topk_group < n_group
     n_group = n_group if limited else 1
     num_groups, group = triton.next_power_of_2(n_group), triton.next_power_of_2(num_experts // n_group)
-    block = block_t(num_groups * group)
+    block = max(1, BLOCK_SCORES // (num_groups * group))
     if num_tokens:
         _route_kernel[(triton.cdiv(num_tokens, block),)](
             logits_TE.contiguous(), None if bias_E is None else bias_E.contiguous(),
@@ -255,7 +226,7 @@ def _launch_gradient(logits_TE: Tensor, expert_ids_TK: Tensor, grad_weights_TK: 
     (num_tokens, num_experts), top_k = logits_TE.shape, expert_ids_TK.shape[1]
     grad_TE = logits_TE.new_empty(logits_TE.shape)
     block_e = triton.next_power_of_2(num_experts)
-    block = block_t(block_e)
+    block = max(1, BLOCK_SCORES // block_e)
     if num_tokens:
         _route_gradient_kernel[(triton.cdiv(num_tokens, block),)](
             logits_TE.contiguous(), expert_ids_TK.contiguous(), grad_weights_TK.contiguous(), grad_TE, num_tokens,
@@ -288,11 +259,8 @@ register(
     "(Tensor logits_TE, Tensor? bias_E, Tensor? replay_ids_TK, int top_k, int n_group, int topk_group, "
     "bool norm_topk_prob, float routed_scaling_factor, str scoring) -> (Tensor expert_ids_TK, Tensor weights_TK, "
     "Tensor tokens_per_expert_E)",
-    fake=_fake,
-    launch=_launch,
-    save=_save,
-    backward=_backward,
-)
+    fake=_fake, launch=_launch, save=_save, backward=_backward,
+)  # fmt: skip
 register(
     "route_topk_backward",
     "(Tensor logits_TE, Tensor expert_ids_TK, Tensor grad_weights_TK, bool norm_topk_prob, "

@@ -148,22 +148,10 @@ def _keep(x, offs_v, cut, num_ties, ties_before, SHIFT: tl.constexpr):
 
 @triton.jit
 def _sample_kernel(
-    logits_ptr,  # [B, V]
-    seeds_ptr,  # [B]
-    ids_ptr,  # [B]
-    logprobs_ptr,  # [B]
-    stride_b,
-    vocab,
-    inverse_temperature,
-    top_k,
-    top_p,
-    GREEDY: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-    SHIFT: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    logits_ptr, seeds_ptr, ids_ptr, logprobs_ptr,  # [B, V], [B], [B], [B]
+    stride_b, vocab, inverse_temperature, top_k, top_p, GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+    SHIFT: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + b * stride_b
     # One value a block of the row.
@@ -264,9 +252,8 @@ register(
     "sample_tokens",
     "(Tensor logits_BV, Tensor? seeds_B, float temperature, int top_k, float top_p) "
     "-> (Tensor ids_B, Tensor logprobs_B)",
-    fake=_fake,
-    launch=_launch,
-)
+    fake=_fake, launch=_launch,
+)  # fmt: skip
 
 
 @torch.no_grad()

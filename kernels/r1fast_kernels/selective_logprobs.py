@@ -13,6 +13,8 @@ About 5 T V FLOPs and T V exponentials each. Four running values make one pass o
 The maximum is subtracted before anything else: near logits of -1e4, fp32 z - lse would lose four digits.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import TRITON_DEVICE, choose, compute_dtype
+from .dispatch import choose, compute_dtype, register
 from .ids import check_target_ids
 
 
@@ -44,32 +46,20 @@ GRADIENT_BLOCK_V, GRADIENT_WARPS = 4096, 8
 
 @triton.jit
 def _fold_kernel(
-    logits_ptr,  # [T, V]
-    ids_ptr,  # [T]
-    state_ptr,  # [T, 4]: m, l, w, the target's logit
-    logprobs_ptr,  # [T]
-    entropy_ptr,  # [T]
-    stats_ptr,  # [T, 2]
-    stride_t,
-    vocab,
-    first_id,
-    inverse_temperature,
-    HAS_STATE: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    logits_ptr, ids_ptr,  # [T, V], [T]
+    state_ptr,  # [T, 4]: m, l, w, the target's logit; or None
+    logprobs_ptr, entropy_ptr, stats_ptr,  # [T], [T], [T, 2]; or None
+    stride_t, vocab, first_id, inverse_temperature, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)  # T V passes 2^31 at 14k tokens of a 152k vocabulary
     row_ptr = logits_ptr + t * stride_t
-    if HAS_STATE:
+    if state_ptr is not None:
         m = tl.load(state_ptr + 4 * t)
         l = tl.load(state_ptr + 4 * t + 1)
         w = tl.load(state_ptr + 4 * t + 2)
         target = tl.load(state_ptr + 4 * t + 3)
     else:
-        m = -float("inf")
-        l = 0.0
-        w = 0.0
-        target = float("nan")
+        m, l, w, target = -float("inf"), 0.0, 0.0, float("nan")
     for start in range(0, vocab, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < vocab
@@ -87,7 +77,7 @@ def _fold_kernel(
     column = tl.load(ids_ptr + t) - first_id
     here = (column >= 0) & (column < vocab)
     target = tl.where(here, tl.load(row_ptr + column, mask=here, other=0.0).to(tl.float32), target)
-    if HAS_STATE:
+    if state_ptr is not None:
         tl.store(state_ptr + 4 * t, m)
         tl.store(state_ptr + 4 * t + 1, l)
         tl.store(state_ptr + 4 * t + 2, w)
@@ -103,26 +93,15 @@ def _fold_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    logits_ptr,  # [T, V]
-    grad_ptr,  # [T, V], may be the logits
-    ids_ptr,  # [T]
-    stats_ptr,  # [T, 2]
-    entropy_ptr,  # [T]
-    grad_logprobs_ptr,  # [T]
-    grad_entropy_ptr,  # [T]
-    stride_t,
-    stride_grad_t,
-    vocab,
-    first_id,
-    inverse_temperature,
-    WITH_ENTROPY: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    logits_ptr, grad_ptr, ids_ptr,  # [T, V], [T, V] or the same, [T]
+    stats_ptr, entropy_ptr, grad_logprobs_ptr, grad_entropy_ptr,  # [T, 2], [T], [T], [T] or None
+    stride_t, stride_grad_t, vocab, first_id, inverse_temperature, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     grad_logprob = tl.load(grad_logprobs_ptr + t)
     live = grad_logprob != 0
-    if WITH_ENTROPY:
+    if grad_entropy_ptr is not None:
         grad_entropy = tl.load(grad_entropy_ptr + t)
         live = live | (grad_entropy != 0)
     # A row that no loss reads is not read here either: it may hold anything, and its bytes are spared.
@@ -131,7 +110,7 @@ def _gradient_kernel(
     logp = (x - tl.load(stats_ptr + 2 * t)) * inverse_temperature - tl.load(stats_ptr + 2 * t + 1)
     p = tl.exp(logp)
     grad = -grad_logprob * p
-    if WITH_ENTROPY:
+    if grad_entropy_ptr is not None:
         # p = 0 also where logits are -inf: ln p must not turn the product into NaN.
         surprise = tl.where(p > 0, logp, 0.0) + tl.load(entropy_ptr + t)
         grad -= grad_entropy * p * surprise
@@ -146,56 +125,45 @@ def block_v(vocab: int, largest: int) -> int:
     return min(largest, triton.next_power_of_2(vocab))
 
 
+def new_outputs(rows_TX: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs_T, entropy_T (empty where not asked for), stats_T2 for the backward pass."""
+    num_rows, new = rows_TX.shape[0], partial(rows_TX.new_empty, dtype=compute_dtype(rows_TX))
+    return new(num_rows), new(num_rows if with_entropy else 0), new(num_rows, 2)
+
+
 def _unit_columns(logits_TV: Tensor) -> Tensor:
     return logits_TV if logits_TV.stride(1) == 1 or logits_TV.shape[1] == 1 else logits_TV.contiguous()
 
 
-def _launch_forward(
-    logits_TV: Tensor, target_ids_T: Tensor, temperature: float, with_entropy: bool, inplace_backward: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    logits_TV = _unit_columns(logits_TV)
-    num_tokens, vocab = logits_TV.shape
-    logprobs_T, entropy_T, stats_T2 = _fake(logits_TV, target_ids_T, temperature, with_entropy, inplace_backward)
-    if num_tokens:
-        _fold_kernel[(num_tokens,)](
-            logits_TV, target_ids_T.contiguous(), None, logprobs_T, entropy_T, stats_T2, logits_TV.stride(0), vocab, 0,
-            1 / temperature, HAS_STATE=False, WITH_ENTROPY=with_entropy, BLOCK_V=block_v(vocab, FOLD_BLOCK_V),
-            num_warps=FOLD_WARPS,
-        )  # fmt: skip
-    return logprobs_T, entropy_T, stats_T2
-
-
 def _launch_fold_(
-    state_T4: Tensor, logits_TV: Tensor, target_ids_T: Tensor, temperature: float, first_id: int, with_entropy: bool
-) -> None:
+    state_T4: Tensor | None, logits_TV: Tensor, target_ids_T: Tensor, temperature: float, first_id: int,
+    with_entropy: bool, outputs: Sequence[Tensor | None] = (None, None, None),
+) -> None:  # fmt: skip
     num_tokens, vocab = logits_TV.shape
     if num_tokens:
         _fold_kernel[(num_tokens,)](
-            logits_TV, target_ids_T.contiguous(), state_T4, None, None, None, logits_TV.stride(0), vocab, first_id,
-            1 / temperature, HAS_STATE=True, WITH_ENTROPY=with_entropy, BLOCK_V=block_v(vocab, FOLD_BLOCK_V),
-            num_warps=FOLD_WARPS,
+            logits_TV, target_ids_T.contiguous(), state_T4, *outputs, logits_TV.stride(0), vocab, first_id,
+            1 / temperature, WITH_ENTROPY=with_entropy, BLOCK_V=block_v(vocab, FOLD_BLOCK_V), num_warps=FOLD_WARPS,
         )  # fmt: skip
 
 
-def _launch_gradient(
-    grad_TV: Tensor,
-    logits_TV: Tensor,
-    target_ids_T: Tensor,
-    entropy_T: Tensor,
-    stats_T2: Tensor,
-    grad_logprobs_T: Tensor,
-    grad_entropy_T: Tensor | None,
-    temperature: float,
-    first_id: int = 0,
-) -> None:
+def _launch_forward(
+    logits_TV: Tensor, target_ids_T: Tensor, temperature: float, with_entropy: bool, _: bool
+) -> tuple[Tensor, ...]:
+    outputs = new_outputs(logits_TV, with_entropy)
+    _launch_fold_(None, _unit_columns(logits_TV), target_ids_T, temperature, 0, with_entropy, outputs)
+    return outputs
+
+
+def _launch_gradient(grad_TV: Tensor, logits_TV: Tensor, target_ids_T: Tensor, *given: Any, first_id: int = 0) -> None:
+    entropy_T, stats_T2, grad_logprobs_T, grad_entropy_T, temperature = given
     num_tokens, vocab = logits_TV.shape
     block = block_v(vocab, GRADIENT_BLOCK_V)
     if num_tokens:
         _gradient_kernel[(num_tokens, triton.cdiv(vocab, block))](
             logits_TV, grad_TV, target_ids_T.contiguous(), stats_T2, entropy_T, grad_logprobs_T.contiguous(),
             None if grad_entropy_T is None else grad_entropy_T.contiguous(), logits_TV.stride(0), grad_TV.stride(0),
-            vocab, first_id, 1 / temperature, WITH_ENTROPY=grad_entropy_T is not None, BLOCK_V=block,
-            num_warps=GRADIENT_WARPS,
+            vocab, first_id, 1 / temperature, BLOCK_V=block, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
 
 
@@ -214,47 +182,7 @@ def _launch_backward_(logits_TV: Tensor, *gradient: Any, **tile: Any) -> None:
     _launch_gradient(logits_TV, logits_TV, *gradient, **tile)
 
 
-torch.library.define(
-    "r1fast::selective_logprobs",
-    "(Tensor logits_TV, Tensor target_ids_T, float temperature, bool with_entropy, bool inplace_backward) "
-    "-> (Tensor logprobs_T, Tensor entropy_T, Tensor stats_T2)",
-)
-torch.library.define(
-    "r1fast::selective_logprobs_backward",
-    "(Tensor logits_TV, Tensor target_ids_T, Tensor entropy_T, Tensor stats_T2, Tensor grad_logprobs_T, "
-    "Tensor? grad_entropy_T, float temperature) -> Tensor",
-)
-# The gradient written over the logits, which may be a tile: columns first_id, first_id + 1, .. of the vocabulary.
-torch.library.define(
-    "r1fast::selective_logprobs_backward_",
-    "(Tensor(a!) logits_TV, Tensor target_ids_T, Tensor entropy_T, Tensor stats_T2, Tensor grad_logprobs_T, "
-    "Tensor? grad_entropy_T, float temperature, *, int first_id=0) -> ()",
-)
-# One more tile of the same rows into their running values.
-torch.library.define(
-    "r1fast::fold_logits_",
-    "(Tensor(a!) state_T4, Tensor logits_TV, Tensor target_ids_T, float temperature, int first_id, bool with_entropy) "
-    "-> ()",
-)
-torch.library.impl("r1fast::selective_logprobs", TRITON_DEVICE, _launch_forward)
-torch.library.impl("r1fast::selective_logprobs_backward", TRITON_DEVICE, _launch_backward)
-torch.library.impl("r1fast::selective_logprobs_backward_", TRITON_DEVICE, _launch_backward_)
-torch.library.impl("r1fast::fold_logits_", TRITON_DEVICE, _launch_fold_)
-
-
-def _fake(
-    logits_TV: Tensor, target_ids_T: Tensor, temperature: float, with_entropy: bool, inplace_backward: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_tokens = logits_TV.shape[0]
-    dtype = compute_dtype(logits_TV)
-    return (
-        logits_TV.new_empty(num_tokens, dtype=dtype),
-        logits_TV.new_empty(num_tokens if with_entropy else 0, dtype=dtype),
-        logits_TV.new_empty(num_tokens, 2, dtype=dtype),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits_TV, target_ids_T, ctx.temperature, _, ctx.inplace = inputs
     _, entropy_T, stats_T2 = output
     ctx.mark_non_differentiable(stats_T2)
@@ -262,9 +190,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(logits_TV, target_ids_T, entropy_T, stats_T2)
 
 
-def _backward(
-    ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None, grad_stats_T2: Tensor | None
-) -> tuple[Tensor, None, None, None, None]:
+def _backward(ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None, _: Any) -> tuple[Any, ...]:
     logits_TV, target_ids_T, entropy_T, stats_T2 = ctx.saved_tensors
     if grad_logprobs_T is None:
         grad_logprobs_T = torch.zeros_like(entropy_T)
@@ -276,13 +202,43 @@ def _backward(
     return torch.ops.r1fast.selective_logprobs_backward(logits_TV, target_ids_T, *gradient), None, None, None, None
 
 
-torch.library.register_fake("r1fast::selective_logprobs", _fake)
-torch.library.register_fake(
-    "r1fast::selective_logprobs_backward", lambda logits_TV, *_: logits_TV.new_empty(logits_TV.shape)
+_GRADIENT = (
+    "Tensor target_ids_T, Tensor entropy_T, Tensor stats_T2, Tensor grad_logprobs_T, Tensor? grad_entropy_T, "
+    "float temperature"
 )
-torch.library.register_fake("r1fast::selective_logprobs_backward_", lambda *_, first_id=0: None)
-torch.library.register_fake("r1fast::fold_logits_", lambda *_: None)
-torch.library.register_autograd("r1fast::selective_logprobs", _backward, setup_context=_setup_context)
+register(
+    "selective_logprobs",
+    "(Tensor logits_TV, Tensor target_ids_T, float temperature, bool with_entropy, bool inplace_backward) "
+    "-> (Tensor logprobs_T, Tensor entropy_T, Tensor stats_T2)",
+    fake=lambda logits_TV, _, __, with_entropy, ___: new_outputs(logits_TV, with_entropy),
+    launch=_launch_forward, save=_save, backward=_backward,
+)  # fmt: skip
+register(
+    "selective_logprobs_backward",
+    f"(Tensor logits_TV, {_GRADIENT}) -> Tensor",
+    fake=lambda logits_TV, *_: logits_TV.new_empty(logits_TV.shape),
+    launch=_launch_backward,
+)
+# The gradient written over the logits, which may be a tile: columns first_id, first_id + 1, .. of the vocabulary.
+register(
+    "selective_logprobs_backward_",
+    f"(Tensor(a!) logits_TV, {_GRADIENT}, *, int first_id=0) -> ()",
+    fake=lambda *_, first_id=0: None,
+    launch=_launch_backward_,
+)
+# One more tile of the same rows into their running values.
+register(
+    "fold_logits_",
+    "(Tensor(a!) state_T4, Tensor logits_TV, Tensor target_ids_T, float temperature, int first_id, bool with_entropy) "
+    "-> ()",
+    fake=lambda *_: None,
+    launch=_launch_fold_,
+)
+
+
+def check_temperature(op: str, temperature: float) -> None:
+    if temperature <= 0:
+        raise ValueError(f"{op}: got temperature={temperature}, expected > 0; for greedy use 1.0")
 
 
 def selective_logprobs(
@@ -308,19 +264,13 @@ def selective_logprobs(
             f"selective_logprobs: got logits {tuple(logits_TV.shape)} and target ids {tuple(target_ids_T.shape)}, "
             "expected [T, V] and [T]"
         )
-    if temperature <= 0:
-        raise ValueError(f"selective_logprobs: got temperature={temperature}, expected > 0; for greedy use 1.0")
-    entropy_T: Tensor | None
+    check_temperature("selective_logprobs", temperature)
     chosen, _ = choose("selective_logprobs", impl, logits_TV)
     if chosen != "cpp":
         check_target_ids("selective_logprobs", target_ids_T, logits_TV.shape[1])
     if chosen == "reference":
-        logprobs_T, entropy_T = selective_logprobs_reference(logits_TV, target_ids_T, temperature, with_entropy)
+        found: Any = selective_logprobs_reference(logits_TV, target_ids_T, temperature, with_entropy)
     else:
-        logprobs_T, entropy_T, _ = torch.ops.r1fast.selective_logprobs(
-            logits_TV, target_ids_T, temperature, with_entropy, inplace_backward
-        )
-    if not with_entropy:
-        return logprobs_T
-    assert entropy_T is not None
-    return logprobs_T, entropy_T
+        op = torch.ops.r1fast.selective_logprobs
+        found = op(logits_TV, target_ids_T, temperature, with_entropy, inplace_backward)
+    return found[:2] if with_entropy else found[0]

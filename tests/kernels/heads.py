@@ -63,6 +63,4 @@ def set_one_thread_for_products(monkeypatch: pytest.MonkeyPatch) -> None:
             with threads(1):
                 return _function(*args, **options)
 
-        for module in (HEAD, "r1fast_kernels.linear_logprobs"):
-            if hasattr(sys.modules[module], name):
-                monkeypatch.setattr(sys.modules[module], name, on_one_thread)
+        monkeypatch.setattr(sys.modules[HEAD], name, on_one_thread)

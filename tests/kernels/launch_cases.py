@@ -152,16 +152,15 @@ def _grouped(dtype: torch.dtype, rows: int, widths: tuple[int, int], transpose: 
 
 
 def _experts(
-    dtype: torch.dtype, rows: int, widths: tuple[int, int], experts: int, top_k: int, recompute: bool,
-    learns: tuple[bool, ...],
-) -> None:  # fmt: skip
+    dtype: torch.dtype, rows: int, widths: tuple[int, int], experts: int, top_k: int, learns: tuple[bool, ...]
+) -> None:
     """learns: hidden, gate_up, down, weights."""
     (width, inner), num_tokens = widths, -(-rows * experts // top_k)
     backward(kernels.moe_experts(
         new(num_tokens, width, dtype=dtype, learns=learns[0]),
         new(experts, 2 * inner, width, dtype=dtype, learns=learns[1]),
         new(experts, width, inner, dtype=dtype, learns=learns[2]), new(num_tokens, top_k, dtype=INT64),
-        new(num_tokens, top_k, learns=learns[3]), recompute=recompute,
+        new(num_tokens, top_k, learns=learns[3]),
     ))  # fmt: skip
 
 
@@ -207,7 +206,6 @@ CASES: dict[str, Case] = {
     ),
     "moe_experts": Case(
         {"dtype": FLOATS, "rows": _ROWS, "widths": _WIDTHS, "experts": (128, 1), "top_k": (8, 1),
-         "recompute": (False, True),
          "learns": ((True,) * 4, (True, False, False, False), (False, True, True, False), (False, False, False, True),
                     (False,) * 4)}, _experts,
     ),

@@ -18,7 +18,7 @@ from tests.kernels.backends import (
     needs_cpp,
     slow_when_interpreted,
 )  # fmt: skip
-from tests.kernels.heads import TILINGS, random_head, set_one_thread_for_products, set_tiling
+from tests.kernels.heads import HEAD, TILINGS, random_head, set_one_thread_for_products, set_tiling
 from tests.kernels.loss_settings import random_settings
 
 LENGTHS = [5, 1, 0, 9, 8]  # 23 tokens; tall tiles of 6 rows cut three samples in two
@@ -151,15 +151,14 @@ def test_logits_are_computed_once_where_they_can_be(
 ) -> None:
     """6 T D V FLOPs: one product forward, two backward. A sequence ratio over several tiles computes logits twice."""
     set_tiling(monkeypatch, tiling)
-    projected = []
-    for module in ("head", "linear_logprobs"):
-        project = sys.modules[f"r1fast_kernels.{module}"].project
+    head, projected = sys.modules[HEAD], []
+    project = head.project
 
-        def counted(*args: Any, _project: Any = project) -> Tensor:
-            projected.append(args[0].shape[0] * args[1].shape[0])
-            return _project(*args)
+    def counted(*args: Any) -> Tensor:
+        projected.append(args[0].shape[0] * args[1].shape[0])
+        return project(*args)
 
-        monkeypatch.setattr(sys.modules[f"r1fast_kernels.{module}"], "project", counted)
+    monkeypatch.setattr(head, "project", counted)
     inputs, options = batch(FP32)
     loss_and_gradients(inputs, options, backend, impl=backend.impl, importance_level=level)
     assert sum(projected) == products * 23 * 211

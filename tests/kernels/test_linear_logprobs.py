@@ -105,7 +105,7 @@ def test_what_needs_no_gradient_costs_no_product(
     backend: Backend, monkeypatch: pytest.MonkeyPatch, tiling: str
 ) -> None:
     """A frozen weight (LoRA) spares its product, a frozen body the other one."""
-    module = sys.modules["r1fast_kernels.linear_logprobs"]
+    module = sys.modules[HEAD]
     multiply, shapes = module.multiply_into, []
 
     def counted(total: Tensor, *factors: Tensor, add: bool) -> None:

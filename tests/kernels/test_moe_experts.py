@@ -11,7 +11,6 @@ from tests.kernels.backends import (
     FP16,
     FP32,
     FP64,
-    SLOW_INTERPRETED,
     Backend,
     assert_as_exact,
     assert_same_bits,
@@ -59,12 +58,11 @@ def test_as_exact_as_torch(backend: Backend, name: str, dtype: torch.dtype) -> N
 
 @needs_cpp
 @pytest.mark.parametrize("widened", [True, False], ids=["widened", "native"])
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 @pytest.mark.parametrize("name", ["random", "primes", "some-skipped"])
-def test_bf16_on_both_kinds_of_cpu(name: str, recompute: bool, widened: bool) -> None:
+def test_bf16_on_both_kinds_of_cpu(name: str, widened: bool) -> None:
     with bf16_products(widened):
         cpp = Backend("cpp", "cpp", "cpu", (BF16,))
-        assert_follows_rule(random_layer(**CASES[name]), BF16, cpp, recompute=recompute)
+        assert_follows_rule(random_layer(**CASES[name]), BF16, cpp)
 
 
 @needs_cpp
@@ -74,8 +72,6 @@ def test_experts_of_several_slices(how: str, dtype: torch.dtype) -> None:
     """An expert with 2,602 rows: three slices of 1,024 and pieces of 512; each has a sum of the weights' gradients."""
     layer = random_layer(1301, 3, width=24, inner=9, how=how)
     assert_follows_rule(layer, dtype, Backend("cpp", "cpp", "cpu", (dtype,)))
-    kept, recomputed = (run(layer.to(dtype), impl="cpp", recompute=recompute) for recompute in (False, True))
-    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "mixtral"])
@@ -100,31 +96,22 @@ def test_no_token(backend: Backend) -> None:
     assert grad_gate_up.shape == (5, 14, 12) and not grad_gate_up.any() and not grad_down.any()
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("name", ["random", "some-skipped", pytest.param("primes", marks=SLOW_INTERPRETED)])
-def test_recomputing_gives_the_same_bits(backend: Backend, name: str, dtype: torch.dtype) -> None:
-    layer = random_layer(**CASES[name]).to(dtype, backend.device)
-    kept, recomputed = (run(layer, impl=backend.impl, recompute=recompute) for recompute in (False, True))
-    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
-
-
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 @pytest.mark.parametrize("alone", range(4), ids=NAMES)
-def test_frozen_parts(backend: Backend, alone: int, recompute: bool) -> None:
+def test_frozen_parts(backend: Backend, alone: int) -> None:
     """What is needed has the same bits whether or not the rest is computed."""
     layer = random_layer(num_tokens=17).to(FP32, backend.device)
     everything = run(layer, impl=backend.impl)
     needs = tuple(i == alone for i in range(4))
-    out, gradient = run(layer, needs, impl=backend.impl, recompute=recompute)
+    out, gradient = run(layer, needs, impl=backend.impl)
     assert torch.equal(out, everything[0]) and torch.equal(gradient, everything[1 + alone])
     assert torch.equal(run(layer, (False,) * 4, impl=backend.impl)[0], everything[0])
 
 
 @needs_cpp
-@pytest.mark.parametrize("recompute", [False, True])
-def test_what_is_not_needed_is_empty(recompute: bool) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_is_not_needed_is_empty(keep: bool) -> None:
     layer, op = random_layer(5), torch.ops.r1fast
-    _, *saved = op.moe_experts(*layer.leaves[:3], layer.ids_TK, layer.weights_TK, not recompute)
+    _, *saved = op.moe_experts(*layer.leaves[:3], layer.ids_TK, layer.weights_TK, keep)
     for needs in ((True, False, False, False), (False, True, False, False), (False, False, True, False)):
         found = op.moe_experts_backward(layer.upstream_TD, *layer.leaves, *saved, *needs)
         assert [x.numel() > 0 for x in found] == list(needs)
@@ -183,12 +170,11 @@ def test_opcheck(keep: bool) -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("recompute", [False, True])
-def test_compiles_without_a_graph_break(recompute: bool) -> None:
+def test_compiles_without_a_graph_break() -> None:
     layer = random_layer(7).to(FP32)
 
     def loss(hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return moe_experts(hidden * 2, gate_up, down, layer.ids_TK, weights, recompute=recompute).square().sum()
+        return moe_experts(hidden * 2, gate_up, down, layer.ids_TK, weights).square().sum()
 
     gradients = []
     for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
