@@ -30,7 +30,6 @@ struct DecodeArgs {
 };
 
 namespace {
-inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kSpan = 256;
 
@@ -174,7 +173,6 @@ class DecodeWorker {
   std::unique_ptr<acc[]> queries_, scores_, rows_, turned_, values_;
 };
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
 }  // namespace r1fast

@@ -66,7 +66,6 @@ struct LayersArgs {
 };
 
 namespace {
-inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kLogits = 1024;  // at a time: those of a whole vocabulary would leave the cache
 
@@ -594,7 +593,6 @@ void run_chunks(const LayersArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
 }  // namespace r1fast

@@ -44,7 +44,6 @@ struct SharedGradientArgs {
 };
 
 namespace {
-inline namespace CPU_CAPABILITY {
 
 // Pair i of x is turned by the angle of `cos` and `sin`; its halves come out apart.
 template <typename T>
@@ -212,6 +211,5 @@ class Task {
   std::unique_ptr<acc[]> scratch_;
 };
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 }  // namespace r1fast

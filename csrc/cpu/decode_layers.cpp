@@ -14,11 +14,7 @@ R1FAST_KERNEL(decode_layers_chunks, LayersArgs) {
                               : run_chunks<float, float>(args, begin, end);
 }
 
-}  // namespace r1fast
-
 #ifdef R1FAST_BUILD_OPERATOR
-
-namespace r1fast {
 namespace {
 
 // What a layer is given, in this order (kernels/r1fast_kernels/decode_layers.py: NAMES).
@@ -252,7 +248,6 @@ std::tuple<at::Tensor, at::Tensor> decode_layers(
 TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
   m.impl("decode_layers", &decode_layers);
 }
+#endif  // R1FAST_BUILD_OPERATOR
 
 }  // namespace r1fast
-
-#endif  // R1FAST_BUILD_OPERATOR

@@ -2,7 +2,8 @@
 //
 // A sample is folded by one thread in a fixed order and leaves a row of partial sums; the rows are added in order by
 // one thread: the same bits for any number of threads.
-#include "../simd.h"
+#include "../group_advantages.h"
+#include "../operator.h"
 #include "loss_options.h"  // made by setup.py from kernels/r1fast_kernels/loss_options.py
 
 #include <cmath>
@@ -61,7 +62,6 @@ struct GrpoArgs {
 };
 
 namespace {
-inline namespace CPU_CAPABILITY {
 
 // Vectors are summed over this many tokens, then added up in double. Three arrays of as many stay in the L1 cache.
 constexpr int64_t kBlock = 1024;
@@ -79,12 +79,12 @@ inline Surrogate<acc> surrogate(const GrpoArgs& args, const Vec<acc>& ratio, con
   const V delta(std::isnan(args.options.delta) ? std::numeric_limits<acc>::infinity() : static_cast<acc>(args.options.delta));
   const V positive(advantage_n > 0 ? 1 : 0), negative(advantage_n < 0 ? 1 : 0);
   if (args.cispo) {
-    const V slope = (at::vec::minimum(ratio, high) * advantage).neg();
+    const V slope = (minimum(ratio, high) * advantage).neg();
     return {slope * logprob, slope, zero, (ratio > high) & positive};
   }
-  const V capped = at::vec::minimum(ratio, delta);
+  const V capped = minimum(ratio, delta);
   const V a = capped * advantage;
-  const V b = at::vec::minimum(at::vec::maximum(ratio, low), high) * advantage;
+  const V b = minimum(maximum(ratio, low), high) * advantage;
   // As autograd has it: on an edge clamp passes the gradient, and a tie of the minimum gives half to each side.
   const V a_stops = (a > b) | (ratio > delta);
   const V b_stops = (b > a) | (ratio < low) | (ratio > high);
@@ -92,7 +92,7 @@ inline Surrogate<acc> surrogate(const GrpoArgs& args, const Vec<acc>& ratio, con
   const V passes = V::blendv(share, zero, a_stops) + V::blendv(share, zero, b_stops);
   // A ratio of infinity that is clipped has slope 0: select, 0 times infinity is NaN.
   const V slope = V::blendv((passes * ratio * advantage).neg(), zero, passes == zero);
-  return {at::vec::minimum(a, b).neg(), slope, (capped < low) & negative, (capped > high) & positive};
+  return {minimum(a, b).neg(), slope, (capped < low) & negative, (capped > high) & positive};
 }
 
 template <typename acc>
@@ -294,7 +294,7 @@ class Sample {
         }
         const V gap = (old - read(args_.sampler, t, size, keep)).abs();
         sums[kGap] = sums[kGap] + gap;
-        sums[kGapMax] = at::vec::maximum(sums[kGapMax], gap);
+        sums[kGapMax] = maximum(sums[kGapMax], gap);
       }
       if (selects) {
         factor = V::blendv(zero, factor, has_surrogate(t, size, keep));
@@ -327,7 +327,7 @@ class Sample {
       if (!args_.sequence) {
         const V kept = V::blendv(zero, ratio, keep);
         sums[kRatio] = sums[kRatio] + kept;
-        sums[kRatioMax] = at::vec::maximum(sums[kRatioMax], kept);
+        sums[kRatioMax] = maximum(sums[kRatioMax], kept);
         sums[kBelow] = sums[kBelow] + (s.below & keep);
         sums[kAbove] = sums[kAbove] + (s.above & keep);
       }
@@ -353,7 +353,6 @@ class Sample {
   acc shared_kl_slope_ = 0;
 };
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
 R1FAST_KERNEL(grpo_samples, GrpoArgs) {
@@ -362,26 +361,8 @@ R1FAST_KERNEL(grpo_samples, GrpoArgs) {
   }
 }
 
-}  // namespace r1fast
-
 #ifdef R1FAST_BUILD_OPERATOR
-
-#include "../group_advantages.h"
-
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <optional>
-#include <string>
-#include <string_view>
-#include <vector>
-
-namespace r1fast {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 // About 20 us: enough to pay for waking a thread.
 constexpr int64_t kTokensPerTask = 8192;
@@ -558,7 +539,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grpo_loss(
 TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
   m.impl("grpo_loss", &grpo_loss);
 }
+#endif  // R1FAST_BUILD_OPERATOR
 
 }  // namespace r1fast
-
-#endif  // R1FAST_BUILD_OPERATOR

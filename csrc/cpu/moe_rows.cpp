@@ -3,7 +3,6 @@
 
 namespace r1fast {
 namespace {
-inline namespace CPU_CAPABILITY {
 
 // Calls f.operator()<Storage, Inner>().
 template <typename F>
@@ -164,7 +163,6 @@ void run(const Args& args, int64_t begin, int64_t end) {
   });
 }
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
 R1FAST_KERNEL(moe_gather, GatherArgs) { run(args, begin, end); }

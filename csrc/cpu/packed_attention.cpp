@@ -14,7 +14,6 @@
 
 namespace r1fast {
 namespace {
-inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kForwardKeys = 256;  // keys of a block: its part of K^T and V stays in the second-level cache
 constexpr int64_t kBackwardKeys = 128;
@@ -301,7 +300,6 @@ void run_pass(const AttentionArgs& args) {
   });
 }
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
 R1FAST_KERNEL(attention_forward, AttentionArgs) {
@@ -338,13 +336,7 @@ R1FAST_KERNEL(attention_shared_gradient, SharedGradientArgs) {
   });
 }
 
-}  // namespace r1fast
-
 #ifdef R1FAST_BUILD_OPERATOR
-
-#include <numeric>
-
-namespace r1fast {
 namespace {
 
 // The tensors of a call in the form that the kernels read; keeps them alive.
@@ -472,7 +464,6 @@ TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
   m.impl("packed_attention", &packed_attention);
   m.impl("packed_attention_backward", &packed_attention_backward);
 }
+#endif  // R1FAST_BUILD_OPERATOR
 
 }  // namespace r1fast
-
-#endif  // R1FAST_BUILD_OPERATOR

@@ -36,7 +36,6 @@ struct NormGradientArgs {
 constexpr int64_t kRowsOfChunk = 64;
 
 namespace {
-inline namespace CPU_CAPABILITY {
 
 template <typename T>
 void norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
@@ -106,7 +105,6 @@ void gradient_chunks(const NormGradientArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
 R1FAST_KERNEL(rms_norm_rows, NormArgs) {
@@ -117,13 +115,7 @@ R1FAST_KERNEL(rms_norm_gradient, NormGradientArgs) {
   by_dtype(args.dtype, [&]<typename T>() { gradient_chunks<T>(args, begin, end); });
 }
 
-}  // namespace r1fast
-
 #ifdef R1FAST_BUILD_OPERATOR
-
-#include <ATen/ops/zeros.h>
-
-namespace r1fast {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x_TD, const at::Tensor& weight_D, double eps) {
@@ -169,7 +161,6 @@ TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
   m.impl("rms_norm", &rms_norm);
   m.impl("rms_norm_backward", &rms_norm_backward);
 }
+#endif  // R1FAST_BUILD_OPERATOR
 
 }  // namespace r1fast
-
-#endif  // R1FAST_BUILD_OPERATOR

@@ -23,12 +23,8 @@ struct SampleArgs {
 };
 
 namespace {
-inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kBlock = 2048;  // a block is swept twice and must stay in the L1 cache
-
-template <typename acc>
-constexpr acc kInf = std::numeric_limits<acc>::infinity();
 
 // splitmix64 (Steele et al., 2014). 52 bits and not 53: u * total must stay below total after rounding.
 inline double uniform(int64_t seed) {
@@ -312,7 +308,6 @@ class Sampler {
   acc weights_[kBlock];
 };
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
 R1FAST_KERNEL(sample_tokens, SampleArgs) {
@@ -325,11 +320,7 @@ R1FAST_KERNEL(sample_tokens, SampleArgs) {
   });
 }
 
-}  // namespace r1fast
-
 #ifdef R1FAST_BUILD_OPERATOR
-
-namespace r1fast {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> sample_tokens(
@@ -359,7 +350,6 @@ std::tuple<at::Tensor, at::Tensor> sample_tokens(
 TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
   m.impl("sample_tokens", &sample_tokens);
 }
+#endif  // R1FAST_BUILD_OPERATOR
 
 }  // namespace r1fast
-
-#endif  // R1FAST_BUILD_OPERATOR
