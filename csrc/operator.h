@@ -1,5 +1,4 @@
-// What the operators share (the plain build alone): the choice of a build, checks in one wording, rows cut into tasks, and
-// what of torch is not public.
+// What operators share (the plain build alone): the choice of a kernel, checks, tasks, and what of torch is not public.
 #pragma once
 
 #include "simd.h"
@@ -73,7 +72,7 @@ inline at::Tensor with_unit_columns(const at::Tensor& x) {
   return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
 }
 
-// Rows 0..count of a kernel, each of about so many elements; 32k of them a task: 10-20 us, enough to pay for waking a thread.
+// Rows 0..count of a kernel, each of about so many elements. A task has 32k: 10-20 us, enough to wake a thread for.
 template <typename Args>
 void run_rows(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t count, int64_t elements) {
   const int64_t per_task = std::max<int64_t>(1, 32768 / std::max<int64_t>(elements, 1));

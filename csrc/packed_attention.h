@@ -31,16 +31,8 @@ struct AttentionArgs {
   // Backward only.
   const void* grad_out;               // [T, H, e]
   void *grad_q, *grad_k, *grad_v;     // [T, H, d], [T, K, d or d - R], [T, K, e]
-  void* grad_k_pe;                    // acc [T, K, R], not yet rotated back; null where k_pe is
-};
-
-struct SharedGradientArgs {
-  at::ScalarType dtype;
-  const void* parts;  // acc [T, K, R]
-  const void *cos, *sin;
-  int64_t num_kv_heads, rotary_width;
-  bool interleaved;
-  void* out;  // [T, R]
+  void* k_pe_parts;                   // acc [T, K, R], not yet rotated back; null where k_pe is
+  void* grad_k_pe;                    // [T, R]
 };
 
 namespace {

@@ -2,7 +2,6 @@
 //
 // A sample is folded by one thread in a fixed order and leaves a row of partial sums; the rows are added in order by
 // one thread: the same bits for any number of threads.
-#include "../group_advantages.h"
 #include "../operator.h"
 #include "loss_options.h"  // made by setup.py from kernels/r1fast_kernels/loss_options.py
 
@@ -51,11 +50,9 @@ struct GrpoArgs {
   double scale;      // of every token's loss
   double entropy_threshold;  // NaN: none
   Kl kl;
-  bool token_weights;
-  bool sample_weights;
+  bool token_weights, sample_weights;
   bool masks;  // weights out of bounds are 0, else they are clamped
-  bool cispo;
-  bool sequence;
+  bool cispo, sequence;
   bool sample_mean;  // divide by the tokens of the sample too
 
   bool off_policy() const { return !std::isnan(options.off_policy_mask_threshold); }
@@ -76,7 +73,7 @@ template <typename acc>
 inline Surrogate<acc> surrogate(const GrpoArgs& args, const Vec<acc>& ratio, const Vec<acc>& logprob, acc advantage_n) {
   using V = Vec<acc>;
   const V zero(0), one(1), advantage(advantage_n), low(args.clip_low), high(args.clip_high);
-  const V delta(std::isnan(args.options.delta) ? std::numeric_limits<acc>::infinity() : static_cast<acc>(args.options.delta));
+  const V delta(std::isnan(args.options.delta) ? kInf<acc> : static_cast<acc>(args.options.delta));
   const V positive(advantage_n > 0 ? 1 : 0), negative(advantage_n < 0 ? 1 : 0);
   if (args.cispo) {
     const V slope = (minimum(ratio, high) * advantage).neg();
@@ -362,6 +359,8 @@ R1FAST_KERNEL(grpo_samples, GrpoArgs) {
 }
 
 #ifdef R1FAST_BUILD_OPERATOR
+at::Tensor group_advantages(const at::Tensor& rewards_N, const at::Tensor& group_ids_N, std::string scale, double eps);
+
 namespace {
 
 // About 20 us: enough to pay for waking a thread.
@@ -373,46 +372,25 @@ at::Tensor prepare(const char* name, const OptionalTensor& values, int64_t size,
     return {};
   }
   TORCH_CHECK_VALUE(
-      values->dim() == 1 && values->size(0) == size,
-      "grpo_loss: got ", name, " ", values->sizes(), ", expected [", size, "]");
+      values->dim() == 1 && values->size(0) == size, "grpo_loss: got ", name, " ", values->sizes(), ", expected [", size,
+      "]");
   return values->to(dtype).contiguous();
 }
 
-const void* data(const at::Tensor& values) {
-  return values.defined() ? values.const_data_ptr() : nullptr;
-}
-
-template <typename T>
+template <typename T = void>
 const T* data(const at::Tensor& values) {
-  return static_cast<const T*>(data(values));
+  return values.defined() ? static_cast<const T*>(values.const_data_ptr()) : nullptr;
 }
 
 void check_packing(const at::Tensor& starts, int64_t num_tokens) {
   const int64_t* start = starts.const_data_ptr<int64_t>();
   const int64_t num_samples = starts.numel() - 1;
   TORCH_CHECK_VALUE(
-      start[num_samples] == num_tokens,
-      "grpo_loss: cu_seqlens ends at ", start[num_samples], " but there are ", num_tokens,
-      " log-probabilities; pass completion tokens only, and the boundaries of these");
+      start[num_samples] == num_tokens, "grpo_loss: cu_seqlens ends at ", start[num_samples], " but there are ",
+      num_tokens, " log-probabilities; pass completion tokens only, and the boundaries of these");
   TORCH_CHECK_VALUE(
       start[0] == 0 && std::is_sorted(start, start + num_samples + 1),
       "grpo_loss: got cu_seqlens that begins at ", start[0], " or decreases, expected 0 and no decrease");
-}
-
-// Of samples in double, rounded as group_advantages would return them.
-at::Tensor fused_advantages(
-    const at::Tensor& rewards_N, const OptionalTensor& group_ids_N, int64_t num_samples, const std::string& scale) {
-  const at::Tensor rewards = prepare("rewards_N", rewards_N, num_samples, at::kDouble);
-  const at::Tensor group_ids = prepare("group_ids_N", group_ids_N, num_samples, at::kLong);
-  TORCH_CHECK_VALUE(group_ids.defined(), "grpo_loss: got rewards_N alone, expected group_ids_N with it");
-  const auto advantages =
-      group_advantages(data<double>(rewards), data<int64_t>(group_ids), num_samples, scale, /*eps=*/1e-4);
-  const bool round = rewards_N.scalar_type() != at::kDouble;
-  at::Tensor out = at::empty({num_samples}, rewards.options());
-  std::transform(advantages.begin(), advantages.end(), out.mutable_data_ptr<double>(), [&](double x) {
-    return round ? static_cast<double>(static_cast<float>(x)) : x;
-  });
-  return out;
 }
 
 // What the loss of a token is divided by, the tokens of its sample left aside.
@@ -432,8 +410,7 @@ double divisor(
 
 // The rows of partial sums, in order, into (loss, metrics).
 std::tuple<at::Tensor, at::Tensor> add_up(
-    const double* partials, int64_t num_samples, bool sequence, bool sample_weights,
-    const at::TensorOptions& options) {
+    const double* partials, int64_t num_samples, bool sequence, bool sample_weights, const at::TensorOptions& options) {
   double total[kColumns] = {};
   for (int64_t n = 0; n < num_samples; ++n) {
     for (int64_t column = 0; column < kColumns; ++column) {
@@ -484,11 +461,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grpo_loss(
   const int64_t N = cu_seqlens.numel() - 1;
   const auto dtype = logprobs_T.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_VALUE(N >= 0, "grpo_loss: got an empty cu_seqlens, expected [N + 1]");
-  TORCH_CHECK_VALUE(advantages_N || rewards_N, "grpo_loss: got neither advantages_N nor rewards_N");
+  TORCH_CHECK_VALUE(
+      advantages_N || (rewards_N && group_ids_N), "grpo_loss: got neither advantages_N nor rewards_N with group_ids_N");
   const at::Tensor starts = prepare("cu_seqlens", cu_seqlens, N + 1, at::kLong);
   check_packing(starts, T);
-  const at::Tensor advantages = advantages_N ? prepare("advantages_N", advantages_N, N, at::kDouble)
-                                             : fused_advantages(*rewards_N, group_ids_N, N, word(LossWord::scale_rewards));
+  const OptionalTensor fused_N =
+      advantages_N ? advantages_N : group_advantages(*rewards_N, *group_ids_N, word(LossWord::scale_rewards), 1e-4);
+  const at::Tensor advantages = prepare("advantages_N", fused_N, N, at::kDouble);
   const at::Tensor logprobs = prepare("logprobs_T", logprobs_T, T, dtype);
   const at::Tensor old = prepare("old_T", old_T, T, dtype);
   const at::Tensor ref = prepare("ref_T", ref_T, T, dtype);
@@ -529,8 +508,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grpo_loss(
   at::parallel_for(0, std::max<int64_t>(T, 1), kTokensPerTask, [&](int64_t begin, int64_t end) {
     R1FAST_PICK(grpo_samples)(args, first_sample(begin), first_sample(end));
   });
-  auto [loss, metrics] =
-      add_up(partials.const_data_ptr<double>(), N, sequence, of_samples, logprobs.options());
+  auto [loss, metrics] = add_up(args.partials, N, sequence, of_samples, logprobs.options());
   return {loss, grad, grad_entropy, metrics};
 }
 

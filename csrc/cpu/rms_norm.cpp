@@ -15,22 +15,16 @@ struct NormArgs {
   const void* weight;  // [D]
   void* out;           // [T, D]
   void* rstd;          // [T], 1 / root mean square
-  int64_t row_stride;
-  int64_t width;
+  int64_t row_stride, width;
   double eps;
 };
 
 struct NormGradientArgs {
   at::ScalarType dtype;
-  const void* grad;  // [T, D]
-  const void* x;
-  const void* weight;
-  const void* rstd;
+  const void *grad, *x, *weight, *rstd;  // [T, D], [T, D], [D], [T]
   void* grad_x;    // [T, D], or null
   void* partials;  // [chunks, D] of what is computed in, or null
-  int64_t num_rows;
-  int64_t row_stride;
-  int64_t width;
+  int64_t num_rows, row_stride, width;
 };
 
 constexpr int64_t kRowsOfChunk = 64;

@@ -219,9 +219,8 @@ void check_ids(const at::Tensor& ids_TK, int64_t num_tokens, int64_t num_experts
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> route_topk(
-    const at::Tensor& logits_TE, const OptionalTensor& bias_E,
-    const OptionalTensor& replay_ids_TK, int64_t top_k, int64_t n_group, int64_t topk_group,
-    bool norm_topk_prob, double routed_scaling_factor, std::string scoring) {
+    const at::Tensor& logits_TE, const OptionalTensor& bias_E, const OptionalTensor& replay_ids_TK, int64_t top_k,
+    int64_t n_group, int64_t topk_group, bool norm_topk_prob, double routed_scaling_factor, std::string scoring) {
   TORCH_CHECK_VALUE(logits_TE.dim() == 2, "route_topk: got logits ", logits_TE.sizes(), ", expected [T, E]");
   const int64_t num_tokens = logits_TE.size(0), num_experts = logits_TE.size(1);
   TORCH_CHECK_VALUE(

@@ -15,8 +15,7 @@ struct SampleArgs {
   const int64_t* seeds;  // [B], not read when greedy
   int64_t* ids;          // [B]
   float* logprobs;       // [B]
-  int64_t row_stride;
-  int64_t vocab;
+  int64_t row_stride, vocab;
   double temperature;  // 0: greedy
   int64_t top_k;       // 0: off
   double top_p;        // 1: off
@@ -159,11 +158,8 @@ class Sampler {
 
  public:
   explicit Sampler(const SampleArgs& args)
-      : vocab_(args.vocab),
-        top_k_(args.top_k < args.vocab ? args.top_k : 0),
-        top_p_(args.top_p),
-        greedy_(args.temperature == 0),
-        temperature_(greedy_ ? 1 : args.temperature),
+      : vocab_(args.vocab), top_k_(args.top_k < args.vocab ? args.top_k : 0), top_p_(args.top_p),
+        greedy_(args.temperature == 0), temperature_(greedy_ ? 1 : args.temperature),
         // Bounded: 0 * inf would make the largest logit of a nearly greedy row NaN.
         inverse_(std::min<double>(1 / temperature_, std::numeric_limits<acc>::max())),
         blocks_((vocab_ + kBlock - 1) / kBlock) {}
@@ -324,8 +320,7 @@ R1FAST_KERNEL(sample_tokens, SampleArgs) {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> sample_tokens(
-    const at::Tensor& logits_BV, const OptionalTensor& seeds_B, double temperature, int64_t top_k,
-    double top_p) {
+    const at::Tensor& logits_BV, const OptionalTensor& seeds_B, double temperature, int64_t top_k, double top_p) {
   const int64_t num_rows = logits_BV.size(0);
   check_floats("sample_tokens", {logits_BV});
   check_tensor("sample_tokens", "logits_BV", logits_BV, logits_BV.scalar_type(), {-1, -1});

@@ -238,16 +238,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> selective_logprobs(
     const at::Tensor& logits_TV, const at::Tensor& target_ids_T, double temperature, bool with_entropy,
     bool /*inplace_backward: of autograd*/) {
   check(logits_TV, target_ids_T);
-  const int64_t num_tokens = logits_TV.size(0);
-  const int64_t vocab = logits_TV.size(1);
-  const at::Tensor logits = with_unit_columns(logits_TV);
-  const at::Tensor ids = target_ids_T.contiguous();
+  const int64_t num_tokens = logits_TV.size(0), vocab = logits_TV.size(1);
+  const at::Tensor logits = with_unit_columns(logits_TV), ids = target_ids_T.contiguous();
   const int64_t* id = ids.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < num_tokens; ++t) {
     TORCH_CHECK_INDEX(
-        id[t] >= 0 && id[t] < vocab,
-        "selective_logprobs: target_ids_T[", t, "] is ", id[t], ", expected 0 <= id < ", vocab,
-        "; drop ignored positions before the call");
+        id[t] >= 0 && id[t] < vocab, "selective_logprobs: target_ids_T[", t, "] is ", id[t], ", expected 0 <= id < ",
+        vocab, "; drop ignored positions before the call");
   }
   const auto options = logits.options().dtype(computed_in(logits.scalar_type()));
   at::Tensor logprobs = at::empty({num_tokens}, options);
@@ -266,8 +263,7 @@ void fold_logits_(
     int64_t first_id, bool with_entropy) {
   check(logits_TV, target_ids_T);
   TORCH_CHECK(state_T4.scalar_type() == at::kDouble && state_T4.is_contiguous(), "state_T4 must be contiguous float64");
-  const at::Tensor logits = with_unit_columns(logits_TV);
-  const at::Tensor ids = target_ids_T.contiguous();
+  const at::Tensor logits = with_unit_columns(logits_TV), ids = target_ids_T.contiguous();
   const FoldArgs args{
       logits.scalar_type(), logits.const_data_ptr(), ids.const_data_ptr<int64_t>(), state_T4.mutable_data_ptr<double>(),
       nullptr, nullptr, nullptr, logits.stride(0), logits.size(1), first_id, temperature, with_entropy};
@@ -279,11 +275,9 @@ void write_gradient(
     const at::Tensor& stats_T2, const at::Tensor& grad_logprobs_T, const OptionalTensor& grad_entropy_T,
     double temperature, int64_t first_id) {
   check(logits, target_ids_T);
-  const at::Tensor ids = target_ids_T.contiguous();
-  const at::Tensor stats = stats_T2.contiguous();
+  const at::Tensor ids = target_ids_T.contiguous(), stats = stats_T2.contiguous(), entropy = entropy_T.contiguous();
   const at::Tensor grad_logprobs = grad_logprobs_T.contiguous();  // `.sum().backward()` sends an expanded scalar
   const at::Tensor grad_entropy = grad_entropy_T ? grad_entropy_T->contiguous() : at::Tensor();
-  const at::Tensor entropy = entropy_T.contiguous();
   const GradientArgs args{
       logits.scalar_type(), logits.const_data_ptr(), grad_TV.mutable_data_ptr(), ids.const_data_ptr<int64_t>(),
       stats.const_data_ptr(), entropy.const_data_ptr(), grad_logprobs.const_data_ptr(),
@@ -308,9 +302,8 @@ void selective_logprobs_backward_(
     const at::Tensor& grad_logprobs_T, const OptionalTensor& grad_entropy_T, double temperature,
     int64_t first_id) {
   TORCH_CHECK_VALUE(
-      logits_TV.stride(1) == 1 || logits_TV.size(1) <= 1,
-      "selective_logprobs: got logits with column stride ", logits_TV.stride(1),
-      ", expected 1 where the gradient is to be written over them");
+      logits_TV.stride(1) == 1 || logits_TV.size(1) <= 1, "selective_logprobs: got logits with column stride ",
+      logits_TV.stride(1), ", expected 1 where the gradient is to be written over them");
   write_gradient(
       logits_TV, logits_TV, target_ids_T, entropy_T, stats_T2, grad_logprobs_T, grad_entropy_T, temperature, first_id);
 }
