@@ -116,7 +116,6 @@ struct Rows {
   }
 };
 
-// What both passes share: where the rows of a task are, and how they are read and written.
 template <typename T, typename Unit>
 class Task {
  public:

@@ -57,8 +57,7 @@ void write_advantages(double* advantages, const double* rewards, const int64_t* 
 
 }  // namespace
 
-at::Tensor group_advantages(
-    const at::Tensor& rewards_N, const at::Tensor& group_ids_N, std::string scale, double eps) {
+at::Tensor group_advantages(const at::Tensor& rewards_N, const at::Tensor& group_ids_N, std::string scale, double eps) {
   TORCH_CHECK_VALUE(
       rewards_N.dim() == 1 && group_ids_N.sizes() == rewards_N.sizes(), "group_advantages: got rewards ",
       rewards_N.sizes(), " and group ids ", group_ids_N.sizes(), ", expected both [N]");

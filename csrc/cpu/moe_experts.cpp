@@ -182,8 +182,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_experts_backward(
       gradient->add_parts(slices);
     }
   }
-  const at::Tensor grad_hidden =
-      needs_hidden ? layer.gather_sum(pass.grad_hidden_MD, slot) : at::empty({0}, options);
+  const at::Tensor grad_hidden = needs_hidden ? layer.gather_sum(pass.grad_hidden_MD, slot) : at::empty({0}, options);
   return {grad_hidden, grad_gate_up, grad_down, grad_weights.to(weights.scalar_type())};
 }
 
