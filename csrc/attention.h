@@ -8,7 +8,6 @@
 
 namespace r1fast {
 namespace {
-inline namespace CPU_CAPABILITY {
 
 // Scores of keys from `visible` on are not seen.
 template <typename acc>
@@ -105,6 +104,5 @@ inline void narrow(T* out, const acc_t<T>* x, int64_t size) {
   }
 }
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 }  // namespace r1fast

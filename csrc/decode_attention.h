@@ -3,8 +3,7 @@
 //
 // A task is a row, or some key heads of one, with all query heads that read them, in strips of 8. Keys of a block are
 // turned in registers, so that 16 of them are a vector; values are read where they lie. All heads read a block before the
-// next one is touched. A row is taken in one order, in spans of 256 tokens, whatever else is in
-// the batch.
+// next one is touched. A row is taken in one order, in spans of 256 tokens, whatever else is in the batch.
 #pragma once
 
 #include "attention.h"
@@ -30,7 +29,6 @@ struct DecodeArgs {
 };
 
 namespace {
-inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kSpan = 256;
 
@@ -174,7 +172,6 @@ class DecodeWorker {
   std::unique_ptr<acc[]> queries_, scores_, rows_, turned_, values_;
 };
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
 }  // namespace r1fast

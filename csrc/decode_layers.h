@@ -12,6 +12,7 @@
 #pragma once
 
 #include "decode_attention.h"
+#include "layer_args.h"
 #include "panels.h"
 #include "route.h"
 
@@ -19,32 +20,12 @@
 
 namespace r1fast {
 
-struct Projection {
-  const void* weight = nullptr;  // [outputs, inputs]
-  const void* bias = nullptr;
-  int64_t outputs = 0, inputs = 0;
-};
-
-// Null: the layer has none.
-struct LayerArgs {
-  const void *attention_norm, *mlp_norm;
-  Projection q, k, v, o;                // k and v: of grouped-query attention
-  const void *q_head_norm, *k_head_norm;
-  Projection q_a, kv_a, kv_b;           // of latent attention
-  const void *q_a_norm, *kv_a_norm;
-  Projection gate, up, down;            // of the MLP, or of the shared experts
-  Projection router;
-  const float* router_bias;
-  Projection expert_gate_up, expert_down;  // of the first expert, the others follow
-  void *keys, *values;                     // [slots, K, d]; latents [slots, 1, C + R] and null
-};
-
 struct LayersArgs {
   at::ScalarType dtype;
   const LayerArgs* layers;
   int64_t num_layers;
-  const void* norm;  // before the head
-  Projection head;
+  Weight norm;  // before the head
+  Weight head;
   const void* embedding;  // [V, D]
   bool logits;            // else what the head would read
   void* out;              // [B, V or D]
@@ -66,7 +47,6 @@ struct LayersArgs {
 };
 
 namespace {
-inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kLogits = 1024;  // at a time: those of a whole vocabulary would leave the cache
 
@@ -90,15 +70,15 @@ class RowsWorker {
     int64_t moe_layer = 0;
     for (int64_t i = 0; i < args_.num_layers; ++i) {
       const LayerArgs& layer = args_.layers[i];
-      normalize(layer.attention_norm);
-      add(layer.k.weight != nullptr ? grouped_query_attention(layer) : latent_attention(layer));
-      normalize(layer.mlp_norm);
-      if (layer.router.weight == nullptr) {
-        add(mlp(layer));
+      normalize(layer[kAttentionNorm]);
+      add(layer.has(kK) ? grouped_query_attention(layer) : latent_attention(layer));
+      normalize(layer[kMlpNorm]);
+      if (!layer.has(kRouter)) {
+        add(mlp(layer, kGate, kUp, kDown));
       } else {
         const Floats routed = experts(layer, moe_layer++);
-        if (layer.gate.weight != nullptr) {
-          accumulate(routed, mlp(layer), args_.width);
+        if (layer.has(kSharedGate)) {
+          accumulate(routed, mlp(layer, kSharedGate, kSharedUp, kSharedDown), args_.width);
         }
         add(routed);
       }
@@ -114,12 +94,12 @@ class RowsWorker {
 
  private:
   void write_logits() {
-    const Projection& head = args_.head;
+    const Weight& head = args_.head;
     T* out = static_cast<T*>(args_.out) + first_ * head.outputs;
     for (int64_t begin = 0; begin < head.outputs; begin += kLogits) {
       const int64_t count = std::min(kLogits, head.outputs - begin);
-      const T* weight = static_cast<const T*>(head.weight) + begin * head.inputs;
-      const Floats logits = linear(a_, normed_units_, {weight, nullptr, count, head.inputs});
+      const T* weight = static_cast<const T*>(head.data) + begin * head.inputs;
+      const Floats logits = linear(a_, normed_units_, {weight, count, head.inputs});
       to_rows<T>([&](int64_t row) { return out + row * head.outputs + begin; }, logits, count, layout_);
     }
   }
@@ -128,19 +108,20 @@ class RowsWorker {
 
   Floats grouped_query_attention(const LayerArgs& layer) {
     const int64_t d = args_.head_width, e = args_.value_width, H = args_.num_heads, K = args_.num_kv_heads;
-    const Floats q = linear(a_, normed_units_, layer.q), k = linear(b_, normed_units_, layer.k);
-    const Floats v = linear(c_, normed_units_, layer.v);
-    turn_heads(q, H, layer.q_head_norm);
-    turn_heads(k, K, layer.k_head_norm);
+    const Floats q = linear(a_, normed_units_, layer[kQ], layer[kQBias]);
+    const Floats k = linear(b_, normed_units_, layer[kK], layer[kKBias]);
+    const Floats v = linear(c_, normed_units_, layer[kV], layer[kVBias]);
+    turn_heads(q, H, layer[kQHeadNorm]);
+    turn_heads(k, K, layer[kKHeadNorm]);
     to_cache(layer.keys, k, K * d);
     to_cache(layer.values, v, K * e);
     const Floats out = attend(layer, q, layer.values);
-    return linear(b_, pack(attended_units_, out, H * e, layout_), layer.o);
+    return linear(b_, pack(attended_units_, out, H * e, layout_), layer[kO], layer[kOBias]);
   }
 
-  void turn_heads(const Floats& x, int64_t heads, const void* norm) {
+  void turn_heads(const Floats& x, int64_t heads, const Weight& norm) {
     const int64_t d = args_.head_width;
-    if (norm != nullptr) {
+    if (norm.data != nullptr) {
       for (int64_t h = 0; h < heads; ++h) {
         this->norm(x, h * d, x, h * d, d, norm, args_.eps);
       }
@@ -155,28 +136,29 @@ class RowsWorker {
   // q . (W_UK c) = (W_UK^T q) . c: queries go to the space of the cached latents, and their result back by W_UV.
   Floats latent_attention(const LayerArgs& layer) {
     const int64_t H = args_.num_heads, C = args_.value_width, R = 2 * args_.half, D = args_.head_width;
-    const int64_t plain = layer.q.outputs / H - R, value = layer.o.inputs / H;
+    const Weight& to_q = layer[layer.has(kQA) ? kQB : kQ];
+    const int64_t plain = to_q.outputs / H - R, value = layer[kO].inputs / H, low_width = layer[kQA].outputs;
     Units queried = normed_units_;
-    if (layer.q_a.weight != nullptr) {
-      const Floats low = linear(a_, normed_units_, layer.q_a);
-      norm(low, 0, low, 0, layer.q_a.outputs, layer.q_a_norm, args_.latent_eps);
-      round(low, layer.q_a.outputs, layout_);
-      queried = pack(attended_units_, low, layer.q_a.outputs, layout_);
+    if (layer.has(kQA)) {
+      const Floats low = linear(a_, normed_units_, layer[kQA], layer[kQABias]);
+      norm(low, 0, low, 0, low_width, layer[kQANorm], args_.latent_eps);
+      round(low, low_width, layout_);
+      queried = pack(attended_units_, low, low_width, layout_);
     }
-    const Floats q = linear(b_, queried, layer.q);
+    const Floats q = linear(b_, queried, to_q, layer[kQBias]);
 
-    const Floats shared = linear(c_, normed_units_, layer.kv_a);
-    norm(shared, 0, shared, 0, C, layer.kv_a_norm, args_.latent_eps);
+    const Floats shared = linear(c_, normed_units_, layer[kKvA], layer[kKvABias]);
+    norm(shared, 0, shared, 0, C, layer[kKvANorm], args_.latent_eps);
     rotate(shared, C, shared, C);
     round(shared, D, layout_);
     to_cache(layer.keys, shared, D);
 
     const Floats absorbed = a_.get(layout_, H * D);
     const Units q_units = pack(attended_units_, q, H * (plain + R), layout_);
-    const T* kv_b = static_cast<const T*>(layer.kv_b.weight);  // of each head W_UK [plain, C], then W_UV [value, C]
+    const T* kv_b = static_cast<const T*>(layer[kKvB].data);  // of each head W_UK [plain, C], then W_UV [value, C]
     for (int64_t h = 0; h < H; ++h) {
       project(absorbed, h * D, q_units, h * (plain + R) / kValues<Unit>,
-              {turned(kv_b + h * (plain + value) * C, plain, C), nullptr, C, plain}, layout_);
+              {turned(kv_b + h * (plain + value) * C, plain, C), C, plain}, layout_);
       rotate(absorbed, h * D + C, q, h * (plain + R) + plain);
     }
     round(absorbed, H * D, layout_);
@@ -185,10 +167,10 @@ class RowsWorker {
     const Floats out = b_.get(layout_, H * value);
     for (int64_t h = 0; h < H; ++h) {
       project(out, h * value, latent_units, h * C / kValues<Unit>,
-              {kv_b + (h * (plain + value) + plain) * C, nullptr, value, C}, layout_);
+              {kv_b + (h * (plain + value) + plain) * C, value, C}, layout_);
     }
     round(out, H * value, layout_);
-    return linear(a_, pack(attended_units_, out, H * value, layout_), layer.o);
+    return linear(a_, pack(attended_units_, out, H * value, layout_), layer[kO], layer[kOBias]);
   }
 
   // [H e] of each row, from queries [H d] and the cache.
@@ -269,9 +251,12 @@ class RowsWorker {
 
   // ---- MLP and experts ----
 
-  Floats mlp(const LayerArgs& layer) {
-    const Floats gate = linear(a_, normed_units_, layer.gate), up = linear(b_, normed_units_, layer.up);
-    return linear(c_, activate(gate, up, 0, nullptr, layer.gate.outputs, layout_), layer.down);
+  // Of the MLP, or of the shared experts, which have no biases.
+  Floats mlp(const LayerArgs& layer, Name gate_name, Name up_name, Name down_name) {
+    const Floats gate = linear(a_, normed_units_, layer[gate_name], layer[kGateBias]);
+    const Floats up = linear(b_, normed_units_, layer[up_name], layer[kUpBias]);
+    const Units activated = activate(gate, up, 0, nullptr, layer[gate_name].outputs, layout_);
+    return linear(c_, activated, layer[down_name], layer[kDownBias]);
   }
 
   // silu(gate) up, times the weight of a row, in the place of gate; up begins at its channel `up_at`.
@@ -290,7 +275,7 @@ class RowsWorker {
   }
 
   Floats experts(const LayerArgs& layer, int64_t moe_layer) {
-    const int64_t num_experts = layer.router.outputs, top_k = args_.top_k, rows = layout_.rows, width = args_.width;
+    const int64_t num_experts = layer[kRouter].outputs, top_k = args_.top_k, rows = layout_.rows, width = args_.width;
     int64_t* ids = args_.experts + (moe_layer * args_.num_rows + first_) * top_k;
     const float* weights = route(layer, ids);
     // Choices sorted by expert: the choice at each place, and the place of each choice.
@@ -335,18 +320,18 @@ class RowsWorker {
 
   // Chooses experts by fp32 logits; returns their weights [rows, K].
   const float* route(const LayerArgs& layer, int64_t* ids) {
-    const int64_t num_experts = layer.router.outputs, rows = layout_.rows;
+    const int64_t num_experts = layer[kRouter].outputs, rows = layout_.rows;
     const Floats scores = b_.get(layout_, num_experts);
-    project(scores, 0, normed_, 0, layer.router, layout_);
+    project(scores, 0, normed_, 0, layer[kRouter], layout_);
     for (const Panel& panel : layout_.panels) {
       for (int64_t j = 0; j < panel.width; j += kLanes<float>) {
-        score(scores.at(panel) + j, num_experts, panel.width, layer.router_bias != nullptr);
+        score(scores.at(panel) + j, num_experts, panel.width, layer.has(kRouterBias));
       }
     }
     float *score_rows = score_rows_.get(rows * num_experts), *weights = weight_rows_.get(rows * args_.top_k);
     to_rows<float>([&](int64_t row) { return score_rows + row * num_experts; }, scores, num_experts, layout_);
     R1FAST_PASTE(route_tokens_, CPU_CAPABILITY)(
-        {at::kFloat, score_rows, layer.router_bias, num_experts, args_.top_k, args_.n_group, args_.topk_group,
+        {at::kFloat, score_rows, layer[kRouterBias].data, num_experts, args_.top_k, args_.n_group, args_.topk_group,
          args_.norm_topk_prob, args_.routed_scaling_factor, false, ids, weights},
         0, rows);
     return weights;
@@ -376,7 +361,7 @@ class RowsWorker {
   // The rows that chose expert e, `choices` of [rows, K]: gathered, through its MLP, and to `out`.
   void expert(const LayerArgs& layer, int64_t e, const float* rows, const int32_t* choices, int64_t count,
               const float* weights, float* out) {
-    const int64_t width = args_.width, stride = padded(width), inner = layer.expert_down.inputs;
+    const int64_t width = args_.width, stride = padded(width), inner = layer[kExpertDown].inputs;
     chosen_.set(count);
     const Floats in = c_.get(chosen_, width);
     const Floats weight = chosen_weights_.get(chosen_, 1);
@@ -394,20 +379,20 @@ class RowsWorker {
       transpose(in.at(panel), panel.width, gathered, stride, panel.width, stride);
     }
     const Units in_units = pack(attended_units_, in, width, chosen_);
-    const Floats both = linear(a_, in_units, of_expert(layer.expert_gate_up, e), chosen_);
+    const Floats both = linear(a_, in_units, of_expert(layer[kExpertGateUp], e), {}, chosen_);
     const Units activated = activate(both, both, inner, &weight, inner, chosen_);
-    const Floats y = linear(b_, activated, of_expert(layer.expert_down, e), chosen_);
+    const Floats y = linear(b_, activated, of_expert(layer[kExpertDown], e), {}, chosen_);
     to_rows<float>([&](int64_t m) { return out + m * stride; }, y, width, chosen_);
   }
 
-  static Projection of_expert(const Projection& first, int64_t e) {
-    return {static_cast<const T*>(first.weight) + e * first.outputs * first.inputs, nullptr, first.outputs, first.inputs};
+  static Weight of_expert(const Weight& first, int64_t e) {
+    return {static_cast<const T*>(first.data) + e * first.outputs * first.inputs, first.outputs, first.inputs};
   }
 
   // ---- the parts ----
 
   // normed_ and normed_units_ of x_.
-  void normalize(const void* weight) {
+  void normalize(const Weight& weight) {
     normed_ = normed_memory_.get(layout_, args_.width);
     norm(normed_, 0, x_, 0, args_.width, weight, args_.eps);
     round(normed_, args_.width, layout_);
@@ -427,9 +412,9 @@ class RowsWorker {
     round(sum, channels, layout_);
   }
 
-  void norm(const Floats& out, int64_t out_at, const Floats& x, int64_t x_at, int64_t channels, const void* weight,
+  void norm(const Floats& out, int64_t out_at, const Floats& x, int64_t x_at, int64_t channels, const Weight& weight,
             double eps) {
-    const T* w = static_cast<const T*>(weight);
+    const T* w = static_cast<const T*>(weight.data);
     for (const Panel& panel : layout_.panels) {
       for (int64_t j = 0; j < panel.width; j += kLanes<float>) {
         const float* in = x.at(panel, x_at) + j;
@@ -448,30 +433,31 @@ class RowsWorker {
     }
   }
 
-  Floats linear(SheetMemory<float>& memory, const Units& in, const Projection& projection) {
-    return linear(memory, in, projection, layout_);
+  Floats linear(SheetMemory<float>& memory, const Units& in, const Weight& weight, const Weight& bias = {}) {
+    return linear(memory, in, weight, bias, layout_);
   }
 
-  Floats linear(SheetMemory<float>& memory, const Units& in, const Projection& projection, const Layout& layout) {
-    const Floats out = memory.get(layout, projection.outputs);
-    project(out, 0, in, 0, projection, layout);
-    round(out, projection.outputs, layout);
+  Floats linear(SheetMemory<float>& memory, const Units& in, const Weight& weight, const Weight& bias,
+                const Layout& layout) {
+    const Floats out = memory.get(layout, weight.outputs);
+    project(out, 0, in, 0, weight, layout, bias);
+    round(out, weight.outputs, layout);
     return out;
   }
 
   // Channels out_at.. of `out` from channels in_at.. of `in`. Up to a strip, what lies behind is overwritten.
   template <typename U>
-  void project(const Floats& out, int64_t out_at, const Sheet<U>& in, int64_t in_at, const Projection& projection,
-               const Layout& layout) {
-    const T* bias = static_cast<const T*>(projection.bias);
-    for (int64_t n = 0; n < projection.outputs; n += kStrip) {
-      const Left<U> weights = strip<U>(projection, n);
-      fetch(projection, n + kStrip);
+  void project(const Floats& out, int64_t out_at, const Sheet<U>& in, int64_t in_at, const Weight& weight,
+               const Layout& layout, const Weight& bias_weight = {}) {
+    const T* bias = static_cast<const T*>(bias_weight.data);
+    for (int64_t n = 0; n < weight.outputs; n += kStrip) {
+      const Left<U> weights = strip<U>(weight, n);
+      fetch(weight, n + kStrip);
       for (const Panel& panel : layout.panels) {
         float* to = out.at(panel, out_at + n);
-        product<U>(to, panel.width, weights, {in.at(panel, in_at), panel.width}, projection.inputs / kValues<U>,
+        product<U>(to, panel.width, weights, {in.at(panel, in_at), panel.width}, weight.inputs / kValues<U>,
                    panel.width, false);
-        for (int64_t i = 0; bias != nullptr && i < std::min(kStrip, projection.outputs - n); ++i) {
+        for (int64_t i = 0; bias != nullptr && i < std::min(kStrip, weight.outputs - n); ++i) {
           const V value(static_cast<float>(bias[n + i]));
           for (int64_t j = i * panel.width; j < (i + 1) * panel.width; j += kLanes<float>) {
             (V::loadu(to + j) + value).store(to + j);
@@ -482,27 +468,27 @@ class RowsWorker {
   }
 
   // Rows n..n + 8 of a weight to the second-level cache.
-  C10_ALWAYS_INLINE static void fetch(const Projection& projection, int64_t n) {
-    const T* weight = static_cast<const T*>(projection.weight) + n * projection.inputs;
-    const int64_t size = std::min(kStrip, projection.outputs - n) * projection.inputs;
+  C10_ALWAYS_INLINE static void fetch(const Weight& weight, int64_t n) {
+    const T* first = static_cast<const T*>(weight.data) + n * weight.inputs;
+    const int64_t size = std::min(kStrip, weight.outputs - n) * weight.inputs;
     for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) {
-      __builtin_prefetch(weight + i, 0, 2);
+      __builtin_prefetch(first + i, 0, 2);
     }
   }
 
   // Rows n..n + 8 of a weight: where they lie, or widened, or with zeros below the last.
   template <typename U>
-  Left<U> strip(const Projection& projection, int64_t n) {
+  Left<U> strip(const Weight& weight, int64_t n) {
     constexpr bool as_it_is = kValues<U> == 2 || std::is_same_v<T, U>;
-    const int64_t inputs = projection.inputs, rows = std::min(kStrip, projection.outputs - n);
-    const T* weight = static_cast<const T*>(projection.weight) + n * inputs;
+    const int64_t inputs = weight.inputs, rows = std::min(kStrip, weight.outputs - n);
+    const T* first = static_cast<const T*>(weight.data) + n * inputs;
     if (as_it_is && rows == kStrip) {
-      return {reinterpret_cast<const U*>(weight), inputs / kValues<U>, 1};
+      return {reinterpret_cast<const U*>(first), inputs / kValues<U>, 1};
     }
     using Value = std::conditional_t<kValues<U> == 2, T, U>;
     Value* copy = strip_memory<Value>().get(kStrip * inputs);
     for (int64_t i = 0; i < rows * inputs; ++i) {
-      copy[i] = weight[i];
+      copy[i] = first[i];
     }
     std::fill(copy + rows * inputs, copy + kStrip * inputs, Value(0.f));
     return {reinterpret_cast<const U*>(copy), inputs / kValues<U>, 1};
@@ -594,7 +580,6 @@ void run_chunks(const LayersArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
 }  // namespace r1fast

@@ -15,55 +15,54 @@
 
 namespace r1fast {
 
-// In all of these a buffer of a piece begins with the row `begin` of the call.
+// A matrix in row-major memory, or the transpose of one; null where there is none.
+struct Matrix {
+  void* data = nullptr;
+  int64_t rows = 0, columns = 0;
+  at::ScalarType dtype = at::kFloat;
+  bool transposed = false;
+
+  Matrix t() const { return {data, rows, columns, dtype, !transposed}; }
+  Matrix flat() const { return {data, 1, rows * columns, dtype}; }
+  int64_t bytes() const { return rows * columns * static_cast<int64_t>(c10::elementSize(dtype)); }
+  Matrix slice(int64_t begin, int64_t end) const {
+    return {static_cast<char*>(data) + Matrix{nullptr, begin, columns, dtype}.bytes(), end - begin, columns, dtype};
+  }
+};
 
 struct GatherArgs {
-  at::ScalarType storage, inner;
-  const void* rows;      // storage
-  const int32_t* order;  // [M]: row m is a copy of row order[m] / top_k; null: of row m
+  Matrix from, to;       // storage, inner
+  const int32_t* order;  // row m of `to` is a copy of row order[m] / top_k; null: of row m
   int64_t top_k;
-  int64_t width;
-  void* out;  // inner
 };
 
 struct SwigluArgs {
-  at::ScalarType storage, inner;
-  const void* gate_up;  // inner [m, 2F]
-  void* kept;           // storage [m, 2F], or null
-  const void* weights;  // acc [T K]
-  const int32_t* order;
-  int64_t width;  // F
-  void* out;      // inner [m, F]
+  Matrix gate_up;        // inner [m, 2F]
+  Matrix kept;           // storage [m, 2F], or null
+  Matrix out;            // inner [m, F]
+  const void* weights;   // acc [T K]
+  const int32_t* order;  // [m]
 };
 
 struct SwigluGradientArgs {
-  at::ScalarType storage, inner;
-  const void* gate_up;     // storage [m, 2F]
-  const void* grad_inner;  // inner [m, F], or null: only the activation is wanted
-  const void* weights;     // acc [T K]
-  const int32_t* order;
-  int64_t width;
-  void* activation;    // inner [m, F], or null
-  void* grad_gate_up;  // inner [m, 2F], or null
-  void* grad_weights;  // acc [T K], or null
+  at::ScalarType inner;
+  Matrix gate_up;     // storage [m, 2F]
+  Matrix grad_inner;  // inner [m, F], or null: only the activation is wanted
+  Matrix activation, grad_gate_up;  // inner [m, F] and [m, 2F], or null
+  const void* weights;              // acc [T K]
+  void* grad_weights;               // acc [T K], or null
+  const int32_t* order;             // [m]
 };
 
 struct GatherSumArgs {
-  at::ScalarType storage, inner;
-  const void* rows;     // inner [M, D]
+  Matrix rows;          // inner [.., D]; slots behind them were skipped
+  Matrix out;           // storage [T, D]
   const int32_t* slot;  // [T, K]
   int64_t top_k;
-  int64_t num_rows;  // slots from here on were skipped
-  int64_t width;
-  void* out;  // storage [T, D]
 };
 
 struct SumArgs {
-  at::ScalarType storage, inner;
-  const void* parts;  // inner
-  int64_t num_parts;
-  int64_t part_stride;
-  void* out;  // storage; elements begin..end of it and of each part
+  Matrix parts, out;  // inner, storage; elements begin..end of all rows of `parts`
 };
 
 R1FAST_DECLARE(moe_gather, GatherArgs);
@@ -80,10 +79,8 @@ R1FAST_DECLARE(moe_sum, SumArgs);
 
 namespace r1fast {
 
-struct Dispatch {
-  at::Tensor order_M, slot_TK, offsets_E;  // int32
-};
-Dispatch dispatch_by_expert(const at::Tensor& expert_ids_TK, int64_t num_experts);
+// order_M, slot_TK, offsets_E (int32)
+std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_dispatch(const at::Tensor& expert_ids_TK, int64_t num_experts);
 
 // What a tensor of this dtype is multiplied in.
 at::ScalarType inner_dtype(at::ScalarType storage);
@@ -96,43 +93,52 @@ struct Slice {
 
 struct Slices {
   std::vector<Slice> all;  // at least one for each expert, though it be empty
+  std::vector<Slice> cut;  // experts with several, and the numbers of these
   int64_t num_rows = 0;    // of all experts
-  int64_t longest = 0;
   int64_t num_parts = 0;
   int64_t piece;  // rows that go through all steps together
   Slices(const char* op, const at::Tensor& offsets_E, int64_t num_rows, at::ScalarType inner);
 };
 
-// A matrix in row-major memory, or the transpose of one.
-struct Matrix {
-  const void* data;
-  int64_t rows, columns;
-  bool transposed = false;
-};
+// Rows x[i] of a contiguous tensor, and the matrix x[i] of three dimensions. Not by strides: torch leaves that of a
+// dimension of size 1 as it was. Inputs are only read, outputs are new: neither is a copy on write.
+inline Matrix rows_of(const at::Tensor& x) {
+  return {const_cast<void*>(x.const_data_ptr()), x.size(0), x.numel() / std::max<int64_t>(x.size(0), 1),
+          x.scalar_type()};
+}
+
+inline Matrix matrix_of(const at::Tensor& x, int64_t i) {
+  return {rows_of(x).slice(i, i + 1).data, x.size(1), x.size(2), x.scalar_type()};
+}
 
 // out = a b, or out += a b, on the thread of a slice.
-void multiply(void* out, const Matrix& a, const Matrix& b, at::ScalarType dtype, bool add = false);
+void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool add = false);
 
-// Memory of one thread, allocated when it is first asked for.
+void set_zero(const Matrix& x);
+
+// Memory of one thread, which keeps what is in it while it need not grow.
 class Buffer {
  public:
-  void* get(int64_t numel, at::ScalarType dtype);
+  Matrix get(int64_t rows, int64_t columns, at::ScalarType dtype);
 
  private:
   at::Tensor memory_;
 };
 
-// The weights of experts in the inner dtype, one at a time.
+// In the inner dtype: where it lies, or a copy.
+Matrix widened(const Matrix& x, at::ScalarType inner, Buffer& buffer);
+
+// To the dtype of `out`.
+void round_to(const Matrix& out, const Matrix& x);
+
+// The weights of experts [E, .., ..] in the inner dtype, one at a time.
 class ExpertWeight {
  public:
-  ExpertWeight(const at::Tensor& weight, at::ScalarType inner) : weight_(weight), inner_(inner) {}
-  const void* of(int64_t expert);
+  Matrix of(const at::Tensor& weight, int64_t expert, at::ScalarType inner);
 
  private:
-  at::Tensor weight_;
-  at::ScalarType inner_;
   int64_t expert_ = -1;
-  const void* found_ = nullptr;
+  Matrix found_;
   Buffer copy_;
 };
 
@@ -140,52 +146,30 @@ class ExpertWeight {
 class WeightGradient {
  public:
   WeightGradient(const at::Tensor& out, const Slices& slices, at::ScalarType inner);
-  // Where the products of a slice are added; `buffer` is the thread's.
-  void* begin(const Slice& slice, Buffer& buffer) const;
-  void end(const Slice& slice, const void* sum) const;
+  // y^T x of rows begin..end of a slice; `buffer` is the thread's, for this sum alone.
+  void add(const Slice& slice, int64_t begin, int64_t end, const Matrix& y, const Matrix& x, Buffer& buffer) const;
   void add_parts(const Slices& slices) const;
 
  private:
   at::Tensor out_, parts_;  // [E, ..], and [parts, ..] in the inner dtype
-  at::ScalarType inner_;
 };
 
-// Runs worker(next) on each thread; next() gives slice after slice, null when none is left.
-template <typename Worker>
-void for_slices(const Slices& slices, const Worker& worker) {
+// Runs work(memory, slice, begin, end) for each piece; a thread has a Memory of its own, and takes slice after slice.
+template <typename Memory, typename Work>
+void for_pieces(const Slices& slices, const Work& work) {
   std::atomic<size_t> taken{0};
-  const auto next = [&]() -> const Slice* {
-    const size_t i = taken++;
-    return i < slices.all.size() ? &slices.all[i] : nullptr;
-  };
   // As many iterations as threads: a parallel region even for one slice, because outside of one the product of that
   // slice would be cut over the threads, and its bits would depend on their number.
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      worker(next);
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    Memory memory;
+    for (size_t i = taken++; i < slices.all.size(); i = taken++) {
+      const Slice& slice = slices.all[i];
+      for (int64_t begin = slice.begin; begin < slice.end; begin += slices.piece) {
+        work(memory, slice, begin, std::min(begin + slices.piece, slice.end));
+      }
     }
   });
 }
-
-// Elements of a row x[i] of a contiguous tensor, and where one begins. Not by strides: torch leaves that of a dimension
-// of size 1 as it was.
-inline int64_t row_numel(const at::Tensor& x) {
-  return x.numel() / std::max<int64_t>(x.size(0), 1);
-}
-
-inline const void* const_row(const at::Tensor& x, int64_t row) {
-  return static_cast<const char*>(x.const_data_ptr()) + row * row_numel(x) * x.element_size();
-}
-
-inline void* mutable_row(const at::Tensor& x, int64_t row) {
-  return static_cast<char*>(x.mutable_data_ptr()) + row * row_numel(x) * x.element_size();
-}
-
-// Rows begin..end of x in the inner dtype: where they lie, or a widened copy.
-const void* widened(const at::Tensor& x, int64_t begin, int64_t end, at::ScalarType inner, Buffer& buffer);
-
-// Writes `numel` values of the inner dtype to rows of x from `row` on.
-void round_to(const at::Tensor& x, int64_t row, const void* values, int64_t numel, at::ScalarType inner);
 
 }  // namespace r1fast
 

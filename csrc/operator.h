@@ -1,5 +1,4 @@
-// What the operators share (the plain build alone): checks in one wording, rows cut into tasks, and what of torch is not
-// public.
+// What operators share (the plain build alone): the choice of a kernel, checks, tasks, and what of torch is not public.
 #pragma once
 
 #include "simd.h"
@@ -7,11 +6,16 @@
 #ifdef R1FAST_BUILD_OPERATOR
 
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/_softmax.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -19,7 +23,20 @@
 #include <tuple>
 #include <vector>
 
+#ifdef R1FAST_BUILD_X86
+#define R1FAST_PICK(name)                                                                                \
+  (::r1fast::cpu_capability() == "AVX512" ? name##_AVX512 : ::r1fast::cpu_capability() == "AVX2" ? name##_AVX2 \
+                                                                                                 : name##_DEFAULT)
+#else
+#define R1FAST_PICK(name) name##_DEFAULT
+#endif
+
 namespace r1fast {
+
+inline const std::string& cpu_capability() {
+  static const std::string found = at::get_cpu_capability();  // honours ATEN_CPU_CAPABILITY
+  return found;
+}
 
 using OptionalTensor = std::optional<at::Tensor>;
 
@@ -50,11 +67,16 @@ inline void check_tensor(
       dtype);
 }
 
-// Rows 0..count of a kernel, each of about so many elements.
+// The last dimension without gaps.
+inline at::Tensor with_unit_columns(const at::Tensor& x) {
+  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
+}
+
+// Rows 0..count of a kernel, each of about so many elements. A task has 32k: 10-20 us, enough to wake a thread for.
 template <typename Args>
 void run_rows(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t count, int64_t elements) {
-  at::parallel_for(
-      0, count, rows_per_task(elements), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  const int64_t per_task = std::max<int64_t>(1, 32768 / std::max<int64_t>(elements, 1));
+  at::parallel_for(0, count, per_task, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 // ---- not public in torch: built and tested with 2.13; at::cpu functions and this schema are older than 2.11 ----

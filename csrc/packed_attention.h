@@ -31,20 +31,11 @@ struct AttentionArgs {
   // Backward only.
   const void* grad_out;               // [T, H, e]
   void *grad_q, *grad_k, *grad_v;     // [T, H, d], [T, K, d or d - R], [T, K, e]
-  void* grad_k_pe;                    // acc [T, K, R], not yet rotated back; null where k_pe is
-};
-
-struct SharedGradientArgs {
-  at::ScalarType dtype;
-  const void* parts;  // acc [T, K, R]
-  const void *cos, *sin;
-  int64_t num_kv_heads, rotary_width;
-  bool interleaved;
-  void* out;  // [T, R]
+  void* k_pe_parts;                   // acc [T, K, R], not yet rotated back; null where k_pe is
+  void* grad_k_pe;                    // [T, R]
 };
 
 namespace {
-inline namespace CPU_CAPABILITY {
 
 // Pair i of x is turned by the angle of `cos` and `sin`; its halves come out apart.
 template <typename T>
@@ -125,7 +116,6 @@ struct Rows {
   }
 };
 
-// What both passes share: where the rows of a task are, and how they are read and written.
 template <typename T, typename Unit>
 class Task {
  public:
@@ -212,6 +202,5 @@ class Task {
   std::unique_ptr<acc[]> scratch_;
 };
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 }  // namespace r1fast

@@ -7,7 +7,6 @@
 
 namespace r1fast {
 namespace {
-inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kPanel = 32;
 
@@ -54,6 +53,5 @@ class SheetMemory {
   Scratch<Unit> memory_;
 };
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 }  // namespace r1fast

@@ -1,10 +1,10 @@
 // What the CPU kernels share: vectors of float or double read from any dtype, the choice of a build, and how rows of
 // logits are taken.
 //
-// Every file in csrc/cpu is compiled three times (setup.py): plain, AVX2 and AVX512, each into its own namespace; the
-// plain build also holds the operators, which pick a kernel when they run.
+// Every file in csrc/cpu is compiled three times (setup.py): plain, AVX2 and AVX512. The plain build also holds the
+// operators, which pick a kernel when they run.
 //
-//   namespace { inline namespace CPU_CAPABILITY { ... } }      the code that is compiled three times
+//   namespace { ... }                                          the code that is compiled three times
 //   R1FAST_KERNEL(name, Args) { ... args, begin, end ... }     its entry: rows begin..end of one call
 //   R1FAST_DECLARE(name, Args)                                 for a kernel that another file calls
 //   #ifdef R1FAST_BUILD_OPERATOR ... R1FAST_PICK(name) ...     the entry of the best build for this processor
@@ -34,7 +34,6 @@
 
 namespace r1fast {
 namespace {
-inline namespace CPU_CAPABILITY {
 
 // What a dtype is computed in.
 template <typename T>
@@ -47,6 +46,9 @@ using at::vec::fmadd;
 using at::vec::maximum;
 using at::vec::minimum;
 using at::vec::transpose_mxn;
+
+template <typename acc>
+constexpr acc kInf = std::numeric_limits<acc>::infinity();
 
 template <typename acc>
 constexpr int64_t kLanes = Vec<acc>::size();
@@ -216,40 +218,5 @@ inline void by_dtype(at::ScalarType dtype, const F& f) {
   }
 }
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 }  // namespace r1fast
-
-#ifdef R1FAST_BUILD_OPERATOR
-
-#include <ATen/Version.h>
-#include <ATen/core/Tensor.h>
-
-#include <string>
-
-#ifdef R1FAST_BUILD_X86
-#define R1FAST_PICK(name)                                                                                \
-  (::r1fast::cpu_capability() == "AVX512" ? name##_AVX512 : ::r1fast::cpu_capability() == "AVX2" ? name##_AVX2 \
-                                                                                                 : name##_DEFAULT)
-#else
-#define R1FAST_PICK(name) name##_DEFAULT
-#endif
-
-namespace r1fast {
-inline const std::string& cpu_capability() {
-  static const std::string found = at::get_cpu_capability();  // honours ATEN_CPU_CAPABILITY
-  return found;
-}
-
-// About 32k elements a task: 10-20 us, enough to pay for waking a thread.
-inline int64_t rows_per_task(int64_t vocab) {
-  return std::max<int64_t>(1, 32768 / std::max<int64_t>(vocab, 1));
-}
-
-// The last dimension without gaps.
-inline at::Tensor with_unit_columns(const at::Tensor& x) {
-  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
-}
-}  // namespace r1fast
-
-#endif  // R1FAST_BUILD_OPERATOR

@@ -12,7 +12,6 @@
 
 namespace r1fast {
 namespace {
-inline namespace CPU_CAPABILITY {
 
 struct BF16Pair {
   uint32_t bits;  // the first value in the low half
@@ -226,6 +225,5 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 }  // namespace r1fast

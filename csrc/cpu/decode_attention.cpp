@@ -9,11 +9,7 @@ R1FAST_KERNEL(decode_attention_rows, DecodeArgs) {
   by_dtype(args.dtype, [&]<typename T>() { DecodeWorker<T>(args).tasks(begin, end); });
 }
 
-}  // namespace r1fast
-
 #ifdef R1FAST_BUILD_OPERATOR
-
-namespace r1fast {
 namespace {
 
 at::Tensor decode_attention(
@@ -56,7 +52,6 @@ at::Tensor decode_attention(
 TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
   m.impl("decode_attention", &decode_attention);
 }
+#endif  // R1FAST_BUILD_OPERATOR
 
 }  // namespace r1fast
-
-#endif  // R1FAST_BUILD_OPERATOR

@@ -14,81 +14,26 @@ R1FAST_KERNEL(decode_layers_chunks, LayersArgs) {
                               : run_chunks<float, float>(args, begin, end);
 }
 
-}  // namespace r1fast
-
 #ifdef R1FAST_BUILD_OPERATOR
-
-namespace r1fast {
 namespace {
-
-// What a layer is given, in this order (kernels/r1fast_kernels/decode_layers.py: NAMES).
-enum Name {
-  kAttentionNorm, kMlpNorm, kQ, kQBias, kK, kKBias, kV, kVBias, kO, kOBias, kQHeadNorm, kKHeadNorm, kQA, kQABias,
-  kQANorm, kQB, kKvA, kKvABias, kKvANorm, kKvB, kGate, kGateBias, kUp, kUpBias, kDown, kDownBias, kSharedGate,
-  kSharedUp, kSharedDown, kRouter, kRouterBias, kExpertGateUp, kExpertDown, kNumNames
-};
 
 using Weights = c10::List<std::optional<at::Tensor>>;
 
-class LayerReader {
- public:
-  LayerReader(const Weights& weights, int64_t layer, at::ScalarType dtype)
-      : weights_(weights), first_(layer * kNumNames), dtype_(dtype) {}
-
-  const void* get(Name name) const {
-    const auto weight = find(name);
-    if (!weight) {
-      return nullptr;
+LayerArgs read_layer(const Weights& weights, int64_t layer, at::ScalarType dtype) {
+  LayerArgs args{};
+  for (int64_t name = 0; name < kNumNames; ++name) {
+    const std::optional<at::Tensor> weight = weights.get(layer * kNumNames + name);
+    if (weight) {
+      const auto expected = name == kRouterBias ? at::kFloat : dtype;
+      TORCH_CHECK_VALUE(
+          weight->is_contiguous() && weight->scalar_type() == expected, "decode_layers: weight ", name, " of layer ",
+          layer, " is ", weight->sizes(), " in ", weight->scalar_type(), ", expected contiguous memory in ", expected);
+      const bool is_matrix = weight->dim() > 1;
+      args.weights[name] = {
+          weight->const_data_ptr(), is_matrix ? weight->size(-2) : 0, is_matrix ? weight->size(-1) : 0};
     }
-    const auto dtype = name == kRouterBias ? at::kFloat : dtype_;
-    TORCH_CHECK_VALUE(
-        weight->is_contiguous() && weight->scalar_type() == dtype, "decode_layers: weight ", static_cast<int>(name),
-        " of layer ", first_ / kNumNames, " is ", weight->sizes(), " in ", weight->scalar_type(),
-        ", expected contiguous memory in ", dtype);
-    return weight->const_data_ptr();
   }
-
-  Projection projection(Name name, std::optional<Name> bias = std::nullopt) const {
-    const void* weight = get(name);
-    if (weight == nullptr) {
-      return {};
-    }
-    const at::Tensor matrix = *find(name);
-    return {weight, bias ? get(*bias) : nullptr, matrix.size(-2), matrix.size(-1)};
-  }
-
- private:
-  std::optional<at::Tensor> find(Name name) const { return weights_.get(first_ + name); }
-
-  const Weights& weights_;
-  int64_t first_;
-  at::ScalarType dtype_;
-};
-
-LayerArgs read_layer(const LayerReader& reader) {
-  LayerArgs layer{};
-  layer.attention_norm = reader.get(kAttentionNorm);
-  layer.mlp_norm = reader.get(kMlpNorm);
-  layer.q_a = reader.projection(kQA, kQABias);
-  layer.q = layer.q_a.weight != nullptr ? reader.projection(kQB) : reader.projection(kQ, kQBias);
-  layer.k = reader.projection(kK, kKBias);
-  layer.v = reader.projection(kV, kVBias);
-  layer.o = reader.projection(kO, kOBias);
-  layer.q_head_norm = reader.get(kQHeadNorm);
-  layer.k_head_norm = reader.get(kKHeadNorm);
-  layer.q_a_norm = reader.get(kQANorm);
-  layer.kv_a = reader.projection(kKvA, kKvABias);
-  layer.kv_a_norm = reader.get(kKvANorm);
-  layer.kv_b = reader.projection(kKvB);
-  layer.router = reader.projection(kRouter);
-  layer.router_bias = static_cast<const float*>(reader.get(kRouterBias));
-  layer.expert_gate_up = reader.projection(kExpertGateUp);
-  layer.expert_down = reader.projection(kExpertDown);
-  const bool routes = layer.router.weight != nullptr;
-  layer.gate = routes ? reader.projection(kSharedGate) : reader.projection(kGate, kGateBias);
-  layer.up = routes ? reader.projection(kSharedUp) : reader.projection(kUp, kUpBias);
-  layer.down = routes ? reader.projection(kSharedDown) : reader.projection(kDown, kDownBias);
-  return layer;
+  return args;
 }
 
 // Where the rows are in their sequences and in the cache, and which rows a thread takes together.
@@ -198,14 +143,13 @@ std::tuple<at::Tensor, at::Tensor> decode_layers(
       first_of_places, second_of_places, keys.size(0) / kCacheBlock);
   const auto dtype = embedding_VD.scalar_type();
   const int64_t num_rows = input_ids.size(0), width = embedding_VD.size(1);
-  const int64_t num_places = static_cast<int64_t>(places.slots.size());
   TORCH_CHECK_VALUE(
       dtype == at::kFloat || dtype == at::kBFloat16, "decode_layers: got an embedding in ", dtype,
       ", expected float32 or bfloat16");
   check_tensor("decode_layers", "norm_D", norm_D, dtype, {width});
   check_tensor("decode_layers", "head_VD", head_VD, dtype, {-1, width});
   check_tensor("decode_layers", "inv_freq_R", inv_freq_R, at::kFloat, {-1});
-  check_tensor("decode_layers", "input_ids", input_ids, at::kLong, {num_places});
+  check_tensor("decode_layers", "input_ids", input_ids, at::kLong, {static_cast<int64_t>(places.slots.size())});
   const at::Tensor ids = input_ids.contiguous(), embedding = embedding_VD.contiguous();
   for (int64_t b = 0; b < num_rows; ++b) {
     const int64_t id = ids.const_data_ptr<int64_t>()[b];
@@ -225,17 +169,17 @@ std::tuple<at::Tensor, at::Tensor> decode_layers(
   int64_t num_moe = 0;
   std::vector<LayerArgs> layers;
   for (int64_t i = 0; i < num_layers; ++i) {
-    layers.push_back(read_layer({weights, i, dtype}));
+    layers.push_back(read_layer(weights, i, dtype));
     layers.back().keys = cache[i * buffers].mutable_data_ptr();
     layers.back().values = buffers == 2 ? cache[i * buffers + 1].mutable_data_ptr() : nullptr;
-    num_moe += layers.back().router.weight != nullptr;
+    num_moe += layers.back().has(kRouter);
   }
   at::Tensor out = at::empty({num_rows, prefills ? width : head.size(0)}, embedding.options());
   at::Tensor experts = at::empty({num_moe, num_rows, top_k}, ids.options());
-  const int64_t value_width = buffers == 2 ? cache[1].size(2) : layers[0].kv_b.inputs;
+  const int64_t value_width = buffers == 2 ? cache[1].size(2) : layers[0][kKvB].inputs;
   const LayersArgs args{
-      dtype, layers.data(), num_layers, norm.const_data_ptr(),
-      {head.const_data_ptr(), nullptr, head.size(0), head.size(1)}, embedding.const_data_ptr(), !prefills,
+      dtype, layers.data(), num_layers, {norm.const_data_ptr()}, {head.const_data_ptr(), head.size(0), head.size(1)},
+      embedding.const_data_ptr(), !prefills,
       out.mutable_data_ptr(), num_rows, width, ids.const_data_ptr<int64_t>(), places.positions.data(),
       frequencies.const_data_ptr<float>(), frequencies.numel(), rotary_scale, interleaved, places.slots.data(),
       places.block_table.data(), places.lengths.data(), places.table_width, num_heads, keys.size(1), keys.size(2),
@@ -252,7 +196,6 @@ std::tuple<at::Tensor, at::Tensor> decode_layers(
 TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
   m.impl("decode_layers", &decode_layers);
 }
+#endif  // R1FAST_BUILD_OPERATOR
 
 }  // namespace r1fast
-
-#endif  // R1FAST_BUILD_OPERATOR

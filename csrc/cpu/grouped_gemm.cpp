@@ -3,8 +3,6 @@
 
 #include "../moe.h"
 
-#include <ATen/ops/from_blob.h>
-
 #include <cstring>
 
 namespace r1fast {
@@ -20,11 +18,10 @@ constexpr int64_t kMostSlices = 16;
 
 std::atomic<int> widens_bf16{-1};  // not looked up yet
 
-at::Tensor matrix(const void* data, int64_t rows, int64_t columns, bool transposed, at::ScalarType dtype) {
-  void* memory = const_cast<void*>(data);  // factors are only read
-  const auto options = at::TensorOptions().dtype(dtype);
-  return transposed ? at::from_blob(memory, {columns, rows}, {1, std::max<int64_t>(columns, 1)}, options)
-                    : at::from_blob(memory, {rows, columns}, options);
+at::Tensor tensor_of(const Matrix& x) {
+  const auto options = at::TensorOptions().dtype(x.dtype);
+  return x.transposed ? at::from_blob(x.data, {x.columns, x.rows}, {1, std::max<int64_t>(x.columns, 1)}, options)
+                      : at::from_blob(x.data, {x.rows, x.columns}, options);
 }
 
 int64_t round_up(int64_t value, int64_t unit) {
@@ -54,96 +51,88 @@ Slices::Slices(const char* op, const at::Tensor& offsets_E, int64_t all_rows, at
     TORCH_CHECK_VALUE(
         end >= num_rows && end <= all_rows, op, ": got offsets_E[", expert, "] = ", end, " after ", num_rows,
         ", expected ends that do not decrease and are at most ", all_rows, " rows");
-    const bool cut = end - num_rows > most;
+    const bool is_cut = end - num_rows > most;
+    const int64_t first_part = num_parts;
     int64_t begin = num_rows;
     do {
       const int64_t stop = std::min(begin + most, end);
-      all.push_back({expert, begin, stop, cut ? num_parts++ : -1});
-      longest = std::max(longest, stop - begin);
+      all.push_back({expert, begin, stop, is_cut ? num_parts++ : -1});
       begin = stop;
     } while (begin < end);
+    if (is_cut) {
+      cut.push_back({expert, first_part, num_parts});
+    }
     num_rows = end;
   }
-  piece = std::min(piece, longest);
 }
 
-void multiply(void* out, const Matrix& a, const Matrix& b, at::ScalarType dtype, bool add) {
-  const at::Tensor left = matrix(a.data, a.rows, a.columns, a.transposed, dtype);
-  const at::Tensor right = matrix(b.data, b.rows, b.columns, b.transposed, dtype);
-  at::Tensor product = matrix(out, left.size(0), right.size(1), false, dtype);
-  mm_into(product, left, right, add);
+void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool add) {
+  at::Tensor product = tensor_of(out);
+  mm_into(product, tensor_of(a), tensor_of(b), add);
 }
 
-void* Buffer::get(int64_t numel, at::ScalarType dtype) {
-  const int64_t size = numel * static_cast<int64_t>(c10::elementSize(dtype));
-  if (!memory_.defined() || memory_.numel() < size) {
-    memory_ = at::empty({size}, at::TensorOptions().dtype(at::kByte));
+void set_zero(const Matrix& x) {
+  std::memset(x.data, 0, x.bytes());
+}
+
+Matrix Buffer::get(int64_t rows, int64_t columns, at::ScalarType dtype) {
+  Matrix found{nullptr, rows, columns, dtype};
+  if (!memory_.defined() || memory_.numel() < found.bytes()) {
+    memory_ = at::empty({found.bytes()}, at::TensorOptions().dtype(at::kByte));
   }
-  return memory_.mutable_data_ptr();
+  found.data = memory_.mutable_data_ptr();
+  return found;
 }
 
-const void* widened(const at::Tensor& x, int64_t begin, int64_t end, at::ScalarType inner, Buffer& buffer) {
-  const void* rows = const_row(x, begin);
-  if (x.scalar_type() == inner) {
-    return rows;
+Matrix widened(const Matrix& x, at::ScalarType inner, Buffer& buffer) {
+  if (x.dtype == inner) {
+    return x;
   }
-  const int64_t numel = (end - begin) * row_numel(x);
-  void* copy = buffer.get(numel, inner);
-  R1FAST_PICK(moe_gather)({x.scalar_type(), inner, rows, nullptr, 1, numel, copy}, 0, 1);
+  const Matrix copy = buffer.get(x.rows, x.columns, inner);
+  R1FAST_PICK(moe_gather)({x.flat(), copy.flat(), nullptr, 1}, 0, 1);
   return copy;
 }
 
-void round_to(const at::Tensor& x, int64_t row, const void* values, int64_t numel, at::ScalarType inner) {
-  R1FAST_PICK(moe_sum)({x.scalar_type(), inner, values, 1, 0, mutable_row(x, row)}, 0, numel);
+void round_to(const Matrix& out, const Matrix& x) {
+  R1FAST_PICK(moe_sum)({x.flat(), out}, 0, x.rows * x.columns);
 }
 
-const void* ExpertWeight::of(int64_t expert) {
+Matrix ExpertWeight::of(const at::Tensor& weight, int64_t expert, at::ScalarType inner) {
   if (expert != expert_) {
-    found_ = widened(weight_, expert, expert + 1, inner_, copy_);
+    found_ = widened(matrix_of(weight, expert), inner, copy_);
     expert_ = expert;
   }
   return found_;
 }
 
-WeightGradient::WeightGradient(const at::Tensor& out, const Slices& slices, at::ScalarType inner)
-    : out_(out), inner_(inner) {
+WeightGradient::WeightGradient(const at::Tensor& out, const Slices& slices, at::ScalarType inner) : out_(out) {
   if (slices.num_parts > 0) {
     parts_ = at::empty({slices.num_parts, out.size(1), out.size(2)}, out.options().dtype(inner));
   }
+  for (const Slice& slice : slices.all) {
+    if (slice.begin == slice.end) {
+      set_zero(matrix_of(out_, slice.expert));
+    }
+  }
 }
 
-void* WeightGradient::begin(const Slice& slice, Buffer& buffer) const {
-  if (slice.part >= 0) {
-    return mutable_row(parts_, slice.part);
-  }
-  void* out = mutable_row(out_, slice.expert);
-  if (slice.begin == slice.end) {
-    std::memset(out, 0, row_numel(out_) * out_.element_size());
-    return out;
-  }
-  return out_.scalar_type() == inner_ ? out : buffer.get(row_numel(out_), inner_);
-}
-
-void WeightGradient::end(const Slice& slice, const void* sum) const {
-  if (slice.part < 0 && slice.begin < slice.end && out_.scalar_type() != inner_) {
-    round_to(out_, slice.expert, sum, row_numel(out_), inner_);
+void WeightGradient::add(
+    const Slice& slice, int64_t begin, int64_t end, const Matrix& y, const Matrix& x, Buffer& buffer) const {
+  const Matrix out = matrix_of(out_, slice.expert);
+  const bool is_part = slice.part >= 0, in_place = out.dtype == x.dtype;
+  const Matrix sum = is_part    ? matrix_of(parts_, slice.part)
+                     : in_place ? out
+                                : buffer.get(out.rows, out.columns, x.dtype);
+  multiply(sum, y.t(), x, begin > slice.begin);
+  if (!is_part && !in_place && end == slice.end) {
+    round_to(out, sum);
   }
 }
 
 void WeightGradient::add_parts(const Slices& slices) const {
-  for (size_t i = 0; i < slices.all.size();) {
-    const Slice& first = slices.all[i];
-    size_t next = i + 1;
-    while (next < slices.all.size() && slices.all[next].expert == first.expert) {
-      ++next;
-    }
-    if (first.part >= 0) {
-      const int64_t numel = row_numel(out_), count = static_cast<int64_t>(next - i);
-      const SumArgs args{out_.scalar_type(), inner_, const_row(parts_, first.part), count, numel,
-                         mutable_row(out_, first.expert)};
-      run_rows(R1FAST_PICK(moe_sum), args, numel, 1);
-    }
-    i = next;
+  for (const Slice& cut : slices.cut) {
+    const SumArgs args{rows_of(parts_).slice(cut.begin, cut.end), matrix_of(out_, cut.expert)};
+    run_rows(R1FAST_PICK(moe_sum), args, args.parts.columns, 1);
   }
 }
 
@@ -159,23 +148,21 @@ at::Tensor grouped_gemm(
                {offsets.size(0), transpose_weight ? width : depth, transpose_weight ? depth : width});
   at::Tensor out = at::empty({num_rows, width}, x.options());
   const Slices slices("grouped_gemm", offsets, num_rows, inner);
-  for_slices(slices, [&](const auto& next) {
-    Buffer x_buffer, out_buffer;
-    ExpertWeight expert_weight(weights, inner);
-    while (const Slice* slice = next()) {
-      for (int64_t begin = slice->begin; begin < slice->end; begin += slices.piece) {
-        const int64_t end = std::min(begin + slices.piece, slice->end), rows = end - begin;
-        void* product = storage == inner ? mutable_row(out, begin) : out_buffer.get(rows * width, inner);
-        multiply(product, {widened(x, begin, end, inner, x_buffer), rows, depth},
-                 {expert_weight.of(slice->expert), weight.size(1), weight.size(2), transpose_weight}, inner);
-        if (storage != inner) {
-          round_to(out, begin, product, rows * width, inner);
-        }
-      }
+  struct Memory {
+    Buffer x, out;
+    ExpertWeight weight;
+  };
+  for_pieces<Memory>(slices, [&](Memory& memory, const Slice& slice, int64_t begin, int64_t end) {
+    const Matrix rows = rows_of(out).slice(begin, end);
+    const Matrix product = storage == inner ? rows : memory.out.get(rows.rows, width, inner);
+    const Matrix expert_weight = memory.weight.of(weights, slice.expert, inner);
+    multiply(product, widened(rows_of(x).slice(begin, end), inner, memory.x),
+             transpose_weight ? expert_weight.t() : expert_weight);
+    if (storage != inner) {
+      round_to(rows, product);
     }
   });
-  const int64_t skipped = num_rows - slices.num_rows;
-  std::memset(mutable_row(out, slices.num_rows), 0, skipped * width * out.element_size());
+  set_zero(rows_of(out).slice(slices.num_rows, num_rows));
   return out;
 }
 
@@ -188,18 +175,12 @@ at::Tensor grouped_gemm_weight(const at::Tensor& x_MD, const at::Tensor& y_MN, c
   const Slices slices("grouped_gemm_weight", offsets, x.size(0), inner);
   at::Tensor out = at::empty({offsets.size(0), width, depth}, x.options());
   const WeightGradient gradient(out, slices, inner);
-  for_slices(slices, [&](const auto& next) {
-    Buffer x_buffer, y_buffer, sum_buffer;
-    while (const Slice* slice = next()) {
-      void* sum = gradient.begin(*slice, sum_buffer);
-      for (int64_t begin = slice->begin; begin < slice->end; begin += slices.piece) {
-        const int64_t end = std::min(begin + slices.piece, slice->end), rows = end - begin;
-        multiply(
-            sum, {widened(y, begin, end, inner, y_buffer), rows, width, true},
-            {widened(x, begin, end, inner, x_buffer), rows, depth}, inner, begin > slice->begin);
-      }
-      gradient.end(*slice, sum);
-    }
+  struct Memory {
+    Buffer x, y, sum;
+  };
+  for_pieces<Memory>(slices, [&](Memory& memory, const Slice& slice, int64_t begin, int64_t end) {
+    gradient.add(slice, begin, end, widened(rows_of(y).slice(begin, end), inner, memory.y),
+                 widened(rows_of(x).slice(begin, end), inner, memory.x), memory.sum);
   });
   gradient.add_parts(slices);
   return out;

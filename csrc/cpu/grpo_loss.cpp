@@ -2,7 +2,7 @@
 //
 // A sample is folded by one thread in a fixed order and leaves a row of partial sums; the rows are added in order by
 // one thread: the same bits for any number of threads.
-#include "../simd.h"
+#include "../operator.h"
 #include "loss_options.h"  // made by setup.py from kernels/r1fast_kernels/loss_options.py
 
 #include <cmath>
@@ -50,18 +50,15 @@ struct GrpoArgs {
   double scale;      // of every token's loss
   double entropy_threshold;  // NaN: none
   Kl kl;
-  bool token_weights;
-  bool sample_weights;
+  bool token_weights, sample_weights;
   bool masks;  // weights out of bounds are 0, else they are clamped
-  bool cispo;
-  bool sequence;
+  bool cispo, sequence;
   bool sample_mean;  // divide by the tokens of the sample too
 
   bool off_policy() const { return !std::isnan(options.off_policy_mask_threshold); }
 };
 
 namespace {
-inline namespace CPU_CAPABILITY {
 
 // Vectors are summed over this many tokens, then added up in double. Three arrays of as many stay in the L1 cache.
 constexpr int64_t kBlock = 1024;
@@ -76,15 +73,15 @@ template <typename acc>
 inline Surrogate<acc> surrogate(const GrpoArgs& args, const Vec<acc>& ratio, const Vec<acc>& logprob, acc advantage_n) {
   using V = Vec<acc>;
   const V zero(0), one(1), advantage(advantage_n), low(args.clip_low), high(args.clip_high);
-  const V delta(std::isnan(args.options.delta) ? std::numeric_limits<acc>::infinity() : static_cast<acc>(args.options.delta));
+  const V delta(std::isnan(args.options.delta) ? kInf<acc> : static_cast<acc>(args.options.delta));
   const V positive(advantage_n > 0 ? 1 : 0), negative(advantage_n < 0 ? 1 : 0);
   if (args.cispo) {
-    const V slope = (at::vec::minimum(ratio, high) * advantage).neg();
+    const V slope = (minimum(ratio, high) * advantage).neg();
     return {slope * logprob, slope, zero, (ratio > high) & positive};
   }
-  const V capped = at::vec::minimum(ratio, delta);
+  const V capped = minimum(ratio, delta);
   const V a = capped * advantage;
-  const V b = at::vec::minimum(at::vec::maximum(ratio, low), high) * advantage;
+  const V b = minimum(maximum(ratio, low), high) * advantage;
   // As autograd has it: on an edge clamp passes the gradient, and a tie of the minimum gives half to each side.
   const V a_stops = (a > b) | (ratio > delta);
   const V b_stops = (b > a) | (ratio < low) | (ratio > high);
@@ -92,7 +89,7 @@ inline Surrogate<acc> surrogate(const GrpoArgs& args, const Vec<acc>& ratio, con
   const V passes = V::blendv(share, zero, a_stops) + V::blendv(share, zero, b_stops);
   // A ratio of infinity that is clipped has slope 0: select, 0 times infinity is NaN.
   const V slope = V::blendv((passes * ratio * advantage).neg(), zero, passes == zero);
-  return {at::vec::minimum(a, b).neg(), slope, (capped < low) & negative, (capped > high) & positive};
+  return {minimum(a, b).neg(), slope, (capped < low) & negative, (capped > high) & positive};
 }
 
 template <typename acc>
@@ -295,7 +292,7 @@ class Sample {
         }
         const V gap = (old - read(args_.sampler, t, size, keep)).abs();
         sums[kGap] = sums[kGap] + gap;
-        sums[kGapMax] = at::vec::maximum(sums[kGapMax], gap);
+        sums[kGapMax] = maximum(sums[kGapMax], gap);
       }
       if (selects) {
         factor = V::blendv(zero, factor, has_surrogate(t, size, keep));
@@ -328,7 +325,7 @@ class Sample {
       if (!args_.sequence) {
         const V kept = V::blendv(zero, ratio, keep);
         sums[kRatio] = sums[kRatio] + kept;
-        sums[kRatioMax] = at::vec::maximum(sums[kRatioMax], kept);
+        sums[kRatioMax] = maximum(sums[kRatioMax], kept);
         sums[kBelow] = sums[kBelow] + (s.below & keep);
         sums[kAbove] = sums[kAbove] + (s.above & keep);
       }
@@ -354,7 +351,6 @@ class Sample {
   acc shared_kl_slope_ = 0;
 };
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
 R1FAST_KERNEL(grpo_samples, GrpoArgs) {
@@ -363,26 +359,10 @@ R1FAST_KERNEL(grpo_samples, GrpoArgs) {
   }
 }
 
-}  // namespace r1fast
-
 #ifdef R1FAST_BUILD_OPERATOR
+at::Tensor group_advantages(const at::Tensor& rewards_N, const at::Tensor& group_ids_N, std::string scale, double eps);
 
-#include "../group_advantages.h"
-
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <optional>
-#include <string>
-#include <string_view>
-#include <vector>
-
-namespace r1fast {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 // About 20 us: enough to pay for waking a thread.
 constexpr int64_t kTokensPerTask = 8192;
@@ -393,46 +373,25 @@ at::Tensor prepare(const char* name, const OptionalTensor& values, int64_t size,
     return {};
   }
   TORCH_CHECK_VALUE(
-      values->dim() == 1 && values->size(0) == size,
-      "grpo_loss: got ", name, " ", values->sizes(), ", expected [", size, "]");
+      values->dim() == 1 && values->size(0) == size, "grpo_loss: got ", name, " ", values->sizes(), ", expected [", size,
+      "]");
   return values->to(dtype).contiguous();
 }
 
-const void* data(const at::Tensor& values) {
-  return values.defined() ? values.const_data_ptr() : nullptr;
-}
-
-template <typename T>
+template <typename T = void>
 const T* data(const at::Tensor& values) {
-  return static_cast<const T*>(data(values));
+  return values.defined() ? static_cast<const T*>(values.const_data_ptr()) : nullptr;
 }
 
 void check_packing(const at::Tensor& starts, int64_t num_tokens) {
   const int64_t* start = starts.const_data_ptr<int64_t>();
   const int64_t num_samples = starts.numel() - 1;
   TORCH_CHECK_VALUE(
-      start[num_samples] == num_tokens,
-      "grpo_loss: cu_seqlens ends at ", start[num_samples], " but there are ", num_tokens,
-      " log-probabilities; pass completion tokens only, and the boundaries of these");
+      start[num_samples] == num_tokens, "grpo_loss: cu_seqlens ends at ", start[num_samples], " but there are ",
+      num_tokens, " log-probabilities; pass completion tokens only, and the boundaries of these");
   TORCH_CHECK_VALUE(
       start[0] == 0 && std::is_sorted(start, start + num_samples + 1),
       "grpo_loss: got cu_seqlens that begins at ", start[0], " or decreases, expected 0 and no decrease");
-}
-
-// Of samples in double, rounded as group_advantages would return them.
-at::Tensor fused_advantages(
-    const at::Tensor& rewards_N, const OptionalTensor& group_ids_N, int64_t num_samples, const std::string& scale) {
-  const at::Tensor rewards = prepare("rewards_N", rewards_N, num_samples, at::kDouble);
-  const at::Tensor group_ids = prepare("group_ids_N", group_ids_N, num_samples, at::kLong);
-  TORCH_CHECK_VALUE(group_ids.defined(), "grpo_loss: got rewards_N alone, expected group_ids_N with it");
-  const auto advantages =
-      group_advantages(data<double>(rewards), data<int64_t>(group_ids), num_samples, scale, /*eps=*/1e-4);
-  const bool round = rewards_N.scalar_type() != at::kDouble;
-  at::Tensor out = at::empty({num_samples}, rewards.options());
-  std::transform(advantages.begin(), advantages.end(), out.mutable_data_ptr<double>(), [&](double x) {
-    return round ? static_cast<double>(static_cast<float>(x)) : x;
-  });
-  return out;
 }
 
 // What the loss of a token is divided by, the tokens of its sample left aside.
@@ -452,8 +411,7 @@ double divisor(
 
 // The rows of partial sums, in order, into (loss, metrics).
 std::tuple<at::Tensor, at::Tensor> add_up(
-    const double* partials, int64_t num_samples, bool sequence, bool sample_weights,
-    const at::TensorOptions& options) {
+    const double* partials, int64_t num_samples, bool sequence, bool sample_weights, const at::TensorOptions& options) {
   double total[kColumns] = {};
   for (int64_t n = 0; n < num_samples; ++n) {
     for (int64_t column = 0; column < kColumns; ++column) {
@@ -508,11 +466,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grpo_loss(
   const int64_t N = cu_seqlens.numel() - 1;
   const auto dtype = logprobs_T.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_VALUE(N >= 0, "grpo_loss: got an empty cu_seqlens, expected [N + 1]");
-  TORCH_CHECK_VALUE(advantages_N || rewards_N, "grpo_loss: got neither advantages_N nor rewards_N");
+  TORCH_CHECK_VALUE(
+      advantages_N || (rewards_N && group_ids_N), "grpo_loss: got neither advantages_N nor rewards_N with group_ids_N");
   const at::Tensor starts = prepare("cu_seqlens", cu_seqlens, N + 1, at::kLong);
   check_packing(starts, T);
-  const at::Tensor advantages = advantages_N ? prepare("advantages_N", advantages_N, N, at::kDouble)
-                                             : fused_advantages(*rewards_N, group_ids_N, N, word(LossWord::scale_rewards));
+  const OptionalTensor fused_N =
+      advantages_N ? advantages_N : group_advantages(*rewards_N, *group_ids_N, word(LossWord::scale_rewards), 1e-4);
+  const at::Tensor advantages = prepare("advantages_N", fused_N, N, at::kDouble);
   const at::Tensor logprobs = prepare("logprobs_T", logprobs_T, T, dtype);
   const at::Tensor old = prepare("old_T", old_T, T, dtype);
   const at::Tensor ref = prepare("ref_T", ref_T, T, dtype);
@@ -553,8 +513,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grpo_loss(
   at::parallel_for(0, std::max<int64_t>(T, 1), kTokensPerTask, [&](int64_t begin, int64_t end) {
     R1FAST_PICK(grpo_samples)(args, first_sample(begin), first_sample(end));
   });
-  auto [loss, metrics] =
-      add_up(partials.const_data_ptr<double>(), N, sequence, of_samples, logprobs.options());
+  auto [loss, metrics] = add_up(args.partials, N, sequence, of_samples, logprobs.options());
   return {loss, grad, grad_entropy, metrics};
 }
 
@@ -567,7 +526,6 @@ TORCH_LIBRARY_FRAGMENT(r1fast, m) {
 TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
   m.impl("grpo_loss", &grpo_loss);
 }
+#endif  // R1FAST_BUILD_OPERATOR
 
 }  // namespace r1fast
-
-#endif  // R1FAST_BUILD_OPERATOR

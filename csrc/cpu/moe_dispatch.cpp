@@ -8,18 +8,10 @@
 #include <limits>
 
 namespace r1fast {
-namespace {
 
 constexpr int64_t kChunk = 16384;
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_dispatch(const at::Tensor& expert_ids_TK, int64_t num_experts) {
-  auto [order_M, slot_TK, offsets_E] = dispatch_by_expert(expert_ids_TK, num_experts);
-  return {order_M, slot_TK, offsets_E};
-}
-
-}  // namespace
-
-Dispatch dispatch_by_expert(const at::Tensor& expert_ids_TK, int64_t num_experts) {
   check_tensor("moe_dispatch", "expert_ids_TK", expert_ids_TK, at::kLong, {-1, -1});
   const int64_t num_choices = expert_ids_TK.numel();
   TORCH_CHECK_VALUE(
@@ -28,7 +20,8 @@ Dispatch dispatch_by_expert(const at::Tensor& expert_ids_TK, int64_t num_experts
   const at::Tensor ids = expert_ids_TK.contiguous();
   const int64_t* id = ids.const_data_ptr<int64_t>();
   const auto options = ids.options().dtype(at::kInt);
-  Dispatch found{at::empty({num_choices}, options), at::empty(ids.sizes(), options), at::empty({num_experts}, options)};
+  at::Tensor order_M = at::empty({num_choices}, options), slot_TK = at::empty(ids.sizes(), options);
+  at::Tensor offsets_E = at::empty({num_experts}, options);
   const int64_t num_chunks = (num_choices + kChunk - 1) / kChunk;
   const int64_t num_bins = num_experts + 1;  // the last one for those that are skipped
   std::vector<int32_t> places(num_chunks * num_bins, 0);  // counts, then where the next choice of a chunk goes
@@ -48,11 +41,11 @@ Dispatch dispatch_by_expert(const at::Tensor& expert_ids_TK, int64_t num_experts
       start += count;
     }
     if (bin < num_experts) {
-      found.offsets_E.mutable_data_ptr<int32_t>()[bin] = start;
+      offsets_E.mutable_data_ptr<int32_t>()[bin] = start;
     }
   }
-  int32_t* order = found.order_M.mutable_data_ptr<int32_t>();
-  int32_t* slot = found.slot_TK.mutable_data_ptr<int32_t>();
+  int32_t* order = order_M.mutable_data_ptr<int32_t>();
+  int32_t* slot = slot_TK.mutable_data_ptr<int32_t>();
   at::parallel_for(0, num_chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * kChunk; i < std::min(end * kChunk, num_choices); ++i) {
       const int32_t place = places[i / kChunk * num_bins + std::min(id[i], num_experts)]++;
@@ -60,7 +53,7 @@ Dispatch dispatch_by_expert(const at::Tensor& expert_ids_TK, int64_t num_experts
       slot[i] = place;
     }
   });
-  return found;
+  return {order_M, slot_TK, offsets_E};
 }
 
 TORCH_LIBRARY_IMPL(r1fast, CPU, m) {

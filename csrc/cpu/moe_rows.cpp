@@ -3,7 +3,6 @@
 
 namespace r1fast {
 namespace {
-inline namespace CPU_CAPABILITY {
 
 // Calls f.operator()<Storage, Inner>().
 template <typename F>
@@ -28,16 +27,20 @@ inline void for_pairs(int64_t width, const F& f) {
   }
 }
 
+template <typename T>
+inline T* row_of(const Matrix& x, int64_t i) {
+  return static_cast<T*>(x.data) + i * x.columns;
+}
+
 template <typename From, typename To>
 void pass(const GatherArgs& args, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; ++m) {
-    const int64_t row = args.order == nullptr ? m : args.order[m] / args.top_k;
-    const From* x = static_cast<const From*>(args.rows) + row * args.width;
-    To* out = static_cast<To*>(args.out) + (m - begin) * args.width;
+    const From* x = row_of<From>(args.from, args.order == nullptr ? m : args.order[m] / args.top_k);
+    To* out = row_of<To>(args.to, m);
     if constexpr (std::is_same_v<From, To>) {
-      std::copy_n(x, args.width, out);
+      std::copy_n(x, args.to.columns, out);
     } else {
-      for_pairs<acc_t<To>>(args.width, [&](int64_t i, int64_t size) {
+      for_pairs<acc_t<To>>(args.to.columns, [&](int64_t i, int64_t size) {
         const auto [a, b] = load_part(x + i, size);
         store_part(out + i, size, a, b);
       });
@@ -48,20 +51,21 @@ void pass(const GatherArgs& args, int64_t begin, int64_t end) {
 template <typename Storage, typename Inner>
 void pass(const SwigluArgs& args, int64_t begin, int64_t end) {
   using acc = acc_t<Inner>;
+  const int64_t width = args.out.columns;
   for (int64_t m = begin; m < end; ++m) {
-    const Inner* gate = static_cast<const Inner*>(args.gate_up) + (m - begin) * 2 * args.width;
-    const Inner* up = gate + args.width;
-    Inner* out = static_cast<Inner*>(args.out) + (m - begin) * args.width;
+    const Inner* gate = row_of<Inner>(args.gate_up, m);
+    const Inner* up = gate + width;
+    Inner* out = row_of<Inner>(args.out, m);
     const Vec<acc> weight(static_cast<const acc*>(args.weights)[args.order[m]]);
     const auto swiglu = [&](const Vec<acc>& g, const Vec<acc>& u) { return g * sigmoid<acc>(g) * u * weight; };
-    for_pairs<acc>(args.width, [&](int64_t i, int64_t size) {
+    for_pairs<acc>(width, [&](int64_t i, int64_t size) {
       const auto [g0, g1] = load_part(gate + i, size);
       const auto [u0, u1] = load_part(up + i, size);
       store_part(out + i, size, swiglu(g0, u0), swiglu(g1, u1));
-      if (args.kept != nullptr) {
-        Storage* kept = static_cast<Storage*>(args.kept) + (m - begin) * 2 * args.width + i;
+      if (args.kept.data != nullptr) {
+        Storage* kept = row_of<Storage>(args.kept, m) + i;
         store_part(kept, size, g0, g1);
-        store_part(kept + args.width, size, u0, u1);
+        store_part(kept + width, size, u0, u1);
       }
     });
   }
@@ -86,28 +90,27 @@ inline SwigluGradient<acc> swiglu_gradient(
 template <typename Storage, typename Inner>
 void pass(const SwigluGradientArgs& args, int64_t begin, int64_t end) {
   using acc = acc_t<Inner>;
-  const int64_t width = args.width;
+  const int64_t width = args.gate_up.columns / 2;
   for (int64_t m = begin; m < end; ++m) {
-    const int64_t row = m - begin;
-    const Storage* gate = static_cast<const Storage*>(args.gate_up) + row * 2 * width;
-    const Inner* grad_inner = static_cast<const Inner*>(args.grad_inner) + row * width;
-    Inner* activation = static_cast<Inner*>(args.activation) + row * width;
-    Inner* grad_gate = static_cast<Inner*>(args.grad_gate_up) + row * 2 * width;
+    const Storage* gate = row_of<Storage>(args.gate_up, m);
+    const Inner* grad_inner = row_of<Inner>(args.grad_inner, m);
+    Inner* activation = row_of<Inner>(args.activation, m);
+    Inner* grad_gate = row_of<Inner>(args.grad_gate_up, m);
     const Vec<acc> weight(static_cast<const acc*>(args.weights)[args.order[m]]);
     Vec<acc> sum_a(0), sum_b(0);
     for_pairs<acc>(width, [&](int64_t i, int64_t size) {
       const auto [g0, g1] = load_part(gate + i, size);
       const auto [u0, u1] = load_part(gate + width + i, size);
       Vec<acc> d0(0), d1(0);
-      if (args.grad_inner != nullptr) {
+      if (args.grad_inner.data != nullptr) {
         std::tie(d0, d1) = load_part(grad_inner + i, size);
       }
       const auto a = swiglu_gradient<acc>(g0, u0, d0, weight);
       const auto b = swiglu_gradient<acc>(g1, u1, d1, weight);
-      if (args.activation != nullptr) {
+      if (args.activation.data != nullptr) {
         store_part(activation + i, size, a.activation, b.activation);
       }
-      if (args.grad_gate_up != nullptr) {
+      if (args.grad_gate_up.data != nullptr) {
         store_part(grad_gate + i, size, a.gate, b.gate);
         store_part(grad_gate + width + i, size, a.up, b.up);
       }
@@ -123,15 +126,16 @@ void pass(const SwigluGradientArgs& args, int64_t begin, int64_t end) {
 template <typename Storage, typename Inner>
 void pass(const GatherSumArgs& args, int64_t begin, int64_t end) {
   using acc = acc_t<Inner>;
-  const Inner* rows = static_cast<const Inner*>(args.rows);
+  const int64_t width = args.out.columns;
+  const Inner* rows = row_of<Inner>(args.rows, 0);
   for (int64_t t = begin; t < end; ++t) {
-    Storage* out = static_cast<Storage*>(args.out) + t * args.width;
+    Storage* out = row_of<Storage>(args.out, t);
     const int32_t* slot = args.slot + t * args.top_k;
-    for_pairs<acc>(args.width, [&](int64_t i, int64_t size) {
+    for_pairs<acc>(width, [&](int64_t i, int64_t size) {
       Vec<acc> sum_a(0), sum_b(0);
       for (int64_t k = 0; k < args.top_k; ++k) {
-        if (slot[k] < args.num_rows) {
-          const auto [a, b] = load_part(rows + slot[k] * args.width + i, size);
+        if (slot[k] < args.rows.rows) {
+          const auto [a, b] = load_part(rows + slot[k] * width + i, size);
           sum_a = sum_a + a;
           sum_b = sum_b + b;
         }
@@ -144,12 +148,12 @@ void pass(const GatherSumArgs& args, int64_t begin, int64_t end) {
 template <typename Storage, typename Inner>
 void pass(const SumArgs& args, int64_t begin, int64_t end) {
   using acc = acc_t<Inner>;
-  const Inner* parts = static_cast<const Inner*>(args.parts) + begin;
-  Storage* out = static_cast<Storage*>(args.out) + begin;
+  const Inner* parts = row_of<Inner>(args.parts, 0) + begin;
+  Storage* out = row_of<Storage>(args.out, 0) + begin;
   for_pairs<acc>(end - begin, [&](int64_t i, int64_t size) {
     auto [sum_a, sum_b] = load_part(parts + i, size);
-    for (int64_t part = 1; part < args.num_parts; ++part) {
-      const auto [a, b] = load_part(parts + part * args.part_stride + i, size);
+    for (int64_t part = 1; part < args.parts.rows; ++part) {
+      const auto [a, b] = load_part(parts + part * args.parts.columns + i, size);
       sum_a = sum_a + a;
       sum_b = sum_b + b;
     }
@@ -158,19 +162,20 @@ void pass(const SumArgs& args, int64_t begin, int64_t end) {
 }
 
 template <typename Args>
-void run(const Args& args, int64_t begin, int64_t end) {
-  by_dtypes(args.storage, args.inner, [&]<typename Storage, typename Inner>() {
-    pass<Storage, Inner>(args, begin, end);
-  });
+void run(at::ScalarType storage, at::ScalarType inner, const Args& args, int64_t begin, int64_t end) {
+  by_dtypes(storage, inner, [&]<typename Storage, typename Inner>() { pass<Storage, Inner>(args, begin, end); });
 }
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
-R1FAST_KERNEL(moe_gather, GatherArgs) { run(args, begin, end); }
-R1FAST_KERNEL(moe_swiglu, SwigluArgs) { run(args, begin, end); }
-R1FAST_KERNEL(moe_swiglu_gradient, SwigluGradientArgs) { run(args, begin, end); }
-R1FAST_KERNEL(moe_gather_sum, GatherSumArgs) { run(args, begin, end); }
-R1FAST_KERNEL(moe_sum, SumArgs) { run(args, begin, end); }
+R1FAST_KERNEL(moe_gather, GatherArgs) { run(args.from.dtype, args.to.dtype, args, begin, end); }
+
+R1FAST_KERNEL(moe_swiglu, SwigluArgs) {
+  run((args.kept.data == nullptr ? args.gate_up : args.kept).dtype, args.gate_up.dtype, args, begin, end);
+}
+
+R1FAST_KERNEL(moe_swiglu_gradient, SwigluGradientArgs) { run(args.gate_up.dtype, args.inner, args, begin, end); }
+R1FAST_KERNEL(moe_gather_sum, GatherSumArgs) { run(args.out.dtype, args.rows.dtype, args, begin, end); }
+R1FAST_KERNEL(moe_sum, SumArgs) { run(args.out.dtype, args.parts.dtype, args, begin, end); }
 
 }  // namespace r1fast

@@ -12,9 +12,10 @@
 #include "../operator.h"
 #include "../packed_attention.h"
 
+#include <numeric>
+
 namespace r1fast {
 namespace {
-inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kForwardKeys = 256;  // keys of a block: its part of K^T and V stays in the second-level cache
 constexpr int64_t kBackwardKeys = 128;
@@ -54,16 +55,14 @@ class Forward : Task<T, Unit> {
     softmax_.start();
     for (int64_t key = 0; key < begin + rows; key += kForwardKeys) {
       const int64_t columns = padded(std::min(kForwardKeys, begin + kStrip - key));
-      product<Unit>(
-          scores_.get(), kForwardKeys, queries_.strip(0), {keys_S_.data + key, keys_S_.step},
-          (args_.width + kValues<Unit> - 1) / kValues<Unit>, columns, false);
+      product<Unit>(scores_.get(), kForwardKeys, queries_.strip(0), {keys_S_.data + key, keys_S_.step},
+                    (args_.width + kValues<Unit> - 1) / kValues<Unit>, columns, false);
       for (int64_t i = 0; i < kStrip; ++i) {
         softmax_.fold(i, scores_.get() + i * kForwardKeys, begin + i + 1 - key, columns, key > 0);
       }
       const Left<Unit> probs = as_units(columns);
-      product<Unit>(
-          softmax_.sums(), softmax_.columns, probs, {values_S_.data + key / kValues<Unit> * values_S_.step, values_S_.step},
-          columns / kValues<Unit>, softmax_.columns, key > 0);
+      const Right<Unit> values{values_S_.data + key / kValues<Unit> * values_S_.step, values_S_.step};
+      product<Unit>(softmax_.sums(), softmax_.columns, probs, values, columns / kValues<Unit>, softmax_.columns, key > 0);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = (first_ + begin + i) * args_.num_heads + head;
@@ -185,12 +184,10 @@ class Backward : Task<T, Unit> {
       const Unit* grads = grads_.get() + from / kV * kBackwardKeys + j;
       const Unit* probs = probs_.get() + from / kV * kBackwardKeys + j;
       const int64_t row = (query + from) / kV;
-      product<Unit>(
-          grad_keys_ + (key + j) * columns_, columns_, {grads, 1, kBackwardKeys},
-          {queries_D_.data + row * queries_D_.step, queries_D_.step}, steps, columns_, true);
-      product<Unit>(
-          grad_values_ + (key + j) * value_columns_, value_columns_, {probs, 1, kBackwardKeys},
-          {grad_out_D_.data + row * grad_out_D_.step, grad_out_D_.step}, steps, value_columns_, true);
+      product<Unit>(grad_keys_ + (key + j) * columns_, columns_, {grads, 1, kBackwardKeys},
+                    {queries_D_.data + row * queries_D_.step, queries_D_.step}, steps, columns_, true);
+      product<Unit>(grad_values_ + (key + j) * value_columns_, value_columns_, {probs, 1, kBackwardKeys},
+                    {grad_out_D_.data + row * grad_out_D_.step, grad_out_D_.step}, steps, value_columns_, true);
     }
   }
 
@@ -201,12 +198,10 @@ class Backward : Task<T, Unit> {
       p = probs_.get() + i * kBackwardKeys;
       ds = grads_.get() + i * kBackwardKeys;
     }
-    product<Unit>(
-        p, kBackwardKeys, queries_.strip(query + i), {keys_S_.data + key, keys_S_.step}, (args_.width + kV - 1) / kV,
-        columns, false);
-    product<Unit>(
-        ds, kBackwardKeys, grad_out_.strip(query + i), {values_S_.data + key, values_S_.step},
-        (args_.value_width + kV - 1) / kV, columns, false);
+    product<Unit>(p, kBackwardKeys, queries_.strip(query + i), {keys_S_.data + key, keys_S_.step},
+                  (args_.width + kV - 1) / kV, columns, false);
+    product<Unit>(ds, kBackwardKeys, grad_out_.strip(query + i), {values_S_.data + key, values_S_.step},
+                  (args_.value_width + kV - 1) / kV, columns, false);
     for (int64_t r = 0; r < kStrip; ++r) {
       probabilities(p + r * kBackwardKeys, ds + r * kBackwardKeys, query + i + r, key, columns);
     }
@@ -225,9 +220,8 @@ class Backward : Task<T, Unit> {
       }
     }
 #endif
-    product<Unit>(
-        grad_queries_ + (query + i) * columns_, columns_, grads,
-        {keys_D_.data + key / kV * keys_D_.step, keys_D_.step}, columns / kV, columns_, true);
+    product<Unit>(grad_queries_ + (query + i) * columns_, columns_, grads,
+                  {keys_D_.data + key / kV * keys_D_.step, keys_D_.step}, columns / kV, columns_, true);
   }
 
   void probabilities(acc* p, acc* ds, int64_t query, int64_t key, int64_t columns) const {
@@ -271,7 +265,7 @@ class Backward : Task<T, Unit> {
     for (int64_t i = 0; i < length_; ++i) {
       const int64_t row = (first_ + i) * args_.num_kv_heads + kv_head_;
       T* out = static_cast<T*>(args_.grad_k) + row * (shared ? plain_ : args_.width);
-      acc* parts = shared ? static_cast<acc*>(args_.grad_k_pe) + row * args_.rotary_width : nullptr;
+      acc* parts = shared ? static_cast<acc*>(args_.k_pe_parts) + row * args_.rotary_width : nullptr;
       write_row(out, out + plain_, parts, grad_keys_ + i * columns_, first_ + i);
       narrow(static_cast<T*>(args_.grad_v) + row * args_.value_width, grad_values_ + i * value_columns_,
              args_.value_width);
@@ -301,29 +295,20 @@ void run_pass(const AttentionArgs& args) {
   });
 }
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
-R1FAST_KERNEL(attention_forward, AttentionArgs) {
-  for (int64_t worker = begin; worker < end; ++worker) {
-    run_pass<Forward>(args);
-  }
-}
-
-R1FAST_KERNEL(attention_backward, AttentionArgs) {
-  for (int64_t worker = begin; worker < end; ++worker) {
-    run_pass<Backward>(args);
-  }
-}
+// Tasks until none is left, whatever the range says.
+R1FAST_KERNEL(attention_forward, AttentionArgs) { run_pass<Forward>(args); }
+R1FAST_KERNEL(attention_backward, AttentionArgs) { run_pass<Backward>(args); }
 
 // Tokens begin..end: the gradient of rotated channels that all heads share.
-R1FAST_KERNEL(attention_shared_gradient, SharedGradientArgs) {
+R1FAST_KERNEL(attention_shared_gradient, AttentionArgs) {
   by_dtype(args.dtype, [&]<typename T>() {
     using acc = acc_t<T>;
     const int64_t width = args.rotary_width, half = width / 2;
     std::unique_ptr<acc[]> sum(new acc[2 * width]);
     for (int64_t t = begin; t < end; ++t) {
-      const acc* parts = static_cast<const acc*>(args.parts) + t * args.num_kv_heads * width;
+      const acc* parts = static_cast<const acc*>(args.k_pe_parts) + t * args.num_kv_heads * width;
       std::copy_n(parts, width, sum.get());
       for (int64_t head = 1; head < args.num_kv_heads; ++head) {
         for (int64_t j = 0; j < width; ++j) {
@@ -333,30 +318,23 @@ R1FAST_KERNEL(attention_shared_gradient, SharedGradientArgs) {
       rotate_back(
           sum.get() + width, sum.get(), static_cast<const T*>(args.cos) + t * half,
           static_cast<const T*>(args.sin) + t * half, half, args.interleaved);
-      narrow(static_cast<T*>(args.out) + t * width, sum.get() + width, width);
+      narrow(static_cast<T*>(args.grad_k_pe) + t * width, sum.get() + width, width);
     }
   });
 }
 
-}  // namespace r1fast
-
 #ifdef R1FAST_BUILD_OPERATOR
-
-#include <numeric>
-
-namespace r1fast {
 namespace {
 
 // The tensors of a call in the form that the kernels read; keeps them alive.
 class Call {
  public:
   AttentionArgs args{};
-  int64_t num_tokens;
 
   Call(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& k_pe,
-       const OptionalTensor& cos, const OptionalTensor& sin, const at::Tensor& cu_seqlens,
-       double scale, bool interleaved)
-      : num_tokens(q.size(0)), q_(with_unit_columns(q)), k_(with_unit_columns(k)), v_(with_unit_columns(v)),
+       const OptionalTensor& cos, const OptionalTensor& sin, const at::Tensor& cu_seqlens, double scale,
+       bool interleaved)
+      : q_(with_unit_columns(q)), k_(with_unit_columns(k)), v_(with_unit_columns(v)),
         cu_seqlens_(cu_seqlens.contiguous()) {
     check_floats("packed_attention", {q, k, v});
     TORCH_CHECK_VALUE(
@@ -391,20 +369,13 @@ class Call {
     at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 
-  SharedGradientArgs shared_gradient(const at::Tensor& parts, at::Tensor& out) const {
-    return {args.dtype, parts.const_data_ptr(), args.cos, args.sin, args.num_kv_heads, args.rotary_width,
-            args.interleaved, out.mutable_data_ptr()};
-  }
-
-  bool has_k_pe() const { return k_pe_.defined(); }
-
  private:
   static Heads heads(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
 
   // The longest first, so that no thread begins with it when all others are done.
   void set_sequences() {
     const int32_t* ends = cu_seqlens_.const_data_ptr<int32_t>();
-    const int64_t count = cu_seqlens_.size(0) - 1;
+    const int64_t count = cu_seqlens_.size(0) - 1, num_tokens = q_.size(0);
     TORCH_CHECK_VALUE(
         count >= 0 && ends[0] == 0 && ends[count] == num_tokens && std::is_sorted(ends, ends + count + 1),
         "packed_attention: got cu_seqlens of shape ", cu_seqlens_.sizes(), ", expected [N+1] rising from 0 to ",
@@ -426,8 +397,8 @@ class Call {
 
 std::tuple<at::Tensor, at::Tensor> packed_attention(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens,
-    const OptionalTensor& k_pe, const OptionalTensor& cos, const OptionalTensor& sin,
-    double scale, bool interleaved) {
+    const OptionalTensor& k_pe, const OptionalTensor& cos, const OptionalTensor& sin, double scale,
+    bool interleaved) {
   Call call(q, k, v, k_pe, cos, sin, cu_seqlens, scale, interleaved);
   at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
   at::Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(computed_in(q.scalar_type())));
@@ -439,9 +410,8 @@ std::tuple<at::Tensor, at::Tensor> packed_attention(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> packed_attention_backward(
     const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-    const at::Tensor& cu_seqlens, const OptionalTensor& k_pe, const OptionalTensor& cos,
-    const OptionalTensor& sin, const at::Tensor& out, const at::Tensor& lse, double scale,
-    bool interleaved) {
+    const at::Tensor& cu_seqlens, const OptionalTensor& k_pe, const OptionalTensor& cos, const OptionalTensor& sin,
+    const at::Tensor& out, const at::Tensor& lse, double scale, bool interleaved) {
   Call call(q, k, v, k_pe, cos, sin, cu_seqlens, scale, interleaved);
   const at::Tensor grad = grad_out.contiguous();
   at::Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options());
@@ -453,15 +423,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> packed_attention_back
   call.args.grad_q = grad_q.mutable_data_ptr();
   call.args.grad_k = grad_k.mutable_data_ptr();
   call.args.grad_v = grad_v.mutable_data_ptr();
-  if (call.has_k_pe()) {
-    parts = at::empty({q.size(0), k.size(1), call.args.rotary_width}, q.options().dtype(computed_in(q.scalar_type())));
-    call.args.grad_k_pe = parts.mutable_data_ptr();
+  const int64_t rotary_width = call.args.rotary_width;
+  if (k_pe) {
+    parts = at::empty({q.size(0), k.size(1), rotary_width}, q.options().dtype(computed_in(q.scalar_type())));
+    grad_k_pe = at::empty(k_pe->sizes(), q.options());
+    call.args.k_pe_parts = parts.mutable_data_ptr();
+    call.args.grad_k_pe = grad_k_pe.mutable_data_ptr();
   }
   call.run(R1FAST_PICK(attention_backward));
-  if (call.has_k_pe()) {
-    grad_k_pe = at::empty(k_pe->sizes(), q.options());
-    const SharedGradientArgs args = call.shared_gradient(parts, grad_k_pe);
-    run_rows(R1FAST_PICK(attention_shared_gradient), args, q.size(0), k.size(1) * call.args.rotary_width);
+  if (k_pe) {
+    run_rows(R1FAST_PICK(attention_shared_gradient), call.args, q.size(0), k.size(1) * rotary_width);
   }
   return {grad_q, grad_k, grad_v, grad_k_pe};
 }
@@ -472,7 +443,6 @@ TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
   m.impl("packed_attention", &packed_attention);
   m.impl("packed_attention_backward", &packed_attention_backward);
 }
+#endif  // R1FAST_BUILD_OPERATOR
 
 }  // namespace r1fast
-
-#endif  // R1FAST_BUILD_OPERATOR

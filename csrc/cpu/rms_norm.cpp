@@ -15,28 +15,21 @@ struct NormArgs {
   const void* weight;  // [D]
   void* out;           // [T, D]
   void* rstd;          // [T], 1 / root mean square
-  int64_t row_stride;
-  int64_t width;
+  int64_t row_stride, width;
   double eps;
 };
 
 struct NormGradientArgs {
   at::ScalarType dtype;
-  const void* grad;  // [T, D]
-  const void* x;
-  const void* weight;
-  const void* rstd;
+  const void *grad, *x, *weight, *rstd;  // [T, D], [T, D], [D], [T]
   void* grad_x;    // [T, D], or null
   void* partials;  // [chunks, D] of what is computed in, or null
-  int64_t num_rows;
-  int64_t row_stride;
-  int64_t width;
+  int64_t num_rows, row_stride, width;
 };
 
 constexpr int64_t kRowsOfChunk = 64;
 
 namespace {
-inline namespace CPU_CAPABILITY {
 
 template <typename T>
 void norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
@@ -106,7 +99,6 @@ void gradient_chunks(const NormGradientArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
 R1FAST_KERNEL(rms_norm_rows, NormArgs) {
@@ -117,13 +109,7 @@ R1FAST_KERNEL(rms_norm_gradient, NormGradientArgs) {
   by_dtype(args.dtype, [&]<typename T>() { gradient_chunks<T>(args, begin, end); });
 }
 
-}  // namespace r1fast
-
 #ifdef R1FAST_BUILD_OPERATOR
-
-#include <ATen/ops/zeros.h>
-
-namespace r1fast {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x_TD, const at::Tensor& weight_D, double eps) {
@@ -169,7 +155,6 @@ TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
   m.impl("rms_norm", &rms_norm);
   m.impl("rms_norm_backward", &rms_norm_backward);
 }
+#endif  // R1FAST_BUILD_OPERATOR
 
 }  // namespace r1fast
-
-#endif  // R1FAST_BUILD_OPERATOR

@@ -20,10 +20,6 @@ struct RouteGradientArgs {
 };
 
 namespace {
-inline namespace CPU_CAPABILITY {
-
-template <typename acc>
-constexpr acc kInf = std::numeric_limits<acc>::infinity();
 
 // All bits where a goes before b: NaN before everything, as torch.sort has it. Equal: the lower id, which comes first.
 template <typename acc>
@@ -191,7 +187,6 @@ void gradient_rows(const RouteGradientArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
 R1FAST_KERNEL(route_tokens, RouteArgs) {
@@ -202,15 +197,7 @@ R1FAST_KERNEL(route_gradient, RouteGradientArgs) {
   args.dtype == at::kDouble ? gradient_rows<double>(args, begin, end) : gradient_rows<float>(args, begin, end);
 }
 
-}  // namespace r1fast
-
 #ifdef R1FAST_BUILD_OPERATOR
-
-#include <ATen/ops/_softmax.h>
-#include <ATen/ops/sigmoid.h>
-#include <ATen/ops/zeros.h>
-
-namespace r1fast {
 namespace {
 
 at::Tensor scores_of(const at::Tensor& logits_TE, const std::string& scoring) {
@@ -232,9 +219,8 @@ void check_ids(const at::Tensor& ids_TK, int64_t num_tokens, int64_t num_experts
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> route_topk(
-    const at::Tensor& logits_TE, const OptionalTensor& bias_E,
-    const OptionalTensor& replay_ids_TK, int64_t top_k, int64_t n_group, int64_t topk_group,
-    bool norm_topk_prob, double routed_scaling_factor, std::string scoring) {
+    const at::Tensor& logits_TE, const OptionalTensor& bias_E, const OptionalTensor& replay_ids_TK, int64_t top_k,
+    int64_t n_group, int64_t topk_group, bool norm_topk_prob, double routed_scaling_factor, std::string scoring) {
   TORCH_CHECK_VALUE(logits_TE.dim() == 2, "route_topk: got logits ", logits_TE.sizes(), ", expected [T, E]");
   const int64_t num_tokens = logits_TE.size(0), num_experts = logits_TE.size(1);
   TORCH_CHECK_VALUE(
@@ -295,7 +281,6 @@ TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
   m.impl("route_topk", &route_topk);
   m.impl("route_topk_backward", &route_topk_backward);
 }
+#endif  // R1FAST_BUILD_OPERATOR
 
 }  // namespace r1fast
-
-#endif  // R1FAST_BUILD_OPERATOR

@@ -15,20 +15,15 @@ struct SampleArgs {
   const int64_t* seeds;  // [B], not read when greedy
   int64_t* ids;          // [B]
   float* logprobs;       // [B]
-  int64_t row_stride;
-  int64_t vocab;
+  int64_t row_stride, vocab;
   double temperature;  // 0: greedy
   int64_t top_k;       // 0: off
   double top_p;        // 1: off
 };
 
 namespace {
-inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kBlock = 2048;  // a block is swept twice and must stay in the L1 cache
-
-template <typename acc>
-constexpr acc kInf = std::numeric_limits<acc>::infinity();
 
 // splitmix64 (Steele et al., 2014). 52 bits and not 53: u * total must stay below total after rounding.
 inline double uniform(int64_t seed) {
@@ -163,11 +158,8 @@ class Sampler {
 
  public:
   explicit Sampler(const SampleArgs& args)
-      : vocab_(args.vocab),
-        top_k_(args.top_k < args.vocab ? args.top_k : 0),
-        top_p_(args.top_p),
-        greedy_(args.temperature == 0),
-        temperature_(greedy_ ? 1 : args.temperature),
+      : vocab_(args.vocab), top_k_(args.top_k < args.vocab ? args.top_k : 0), top_p_(args.top_p),
+        greedy_(args.temperature == 0), temperature_(greedy_ ? 1 : args.temperature),
         // Bounded: 0 * inf would make the largest logit of a nearly greedy row NaN.
         inverse_(std::min<double>(1 / temperature_, std::numeric_limits<acc>::max())),
         blocks_((vocab_ + kBlock - 1) / kBlock) {}
@@ -312,7 +304,6 @@ class Sampler {
   acc weights_[kBlock];
 };
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
 R1FAST_KERNEL(sample_tokens, SampleArgs) {
@@ -325,16 +316,11 @@ R1FAST_KERNEL(sample_tokens, SampleArgs) {
   });
 }
 
-}  // namespace r1fast
-
 #ifdef R1FAST_BUILD_OPERATOR
-
-namespace r1fast {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> sample_tokens(
-    const at::Tensor& logits_BV, const OptionalTensor& seeds_B, double temperature, int64_t top_k,
-    double top_p) {
+    const at::Tensor& logits_BV, const OptionalTensor& seeds_B, double temperature, int64_t top_k, double top_p) {
   const int64_t num_rows = logits_BV.size(0);
   check_floats("sample_tokens", {logits_BV});
   check_tensor("sample_tokens", "logits_BV", logits_BV, logits_BV.scalar_type(), {-1, -1});
@@ -359,7 +345,6 @@ std::tuple<at::Tensor, at::Tensor> sample_tokens(
 TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
   m.impl("sample_tokens", &sample_tokens);
 }
+#endif  // R1FAST_BUILD_OPERATOR
 
 }  // namespace r1fast
-
-#endif  // R1FAST_BUILD_OPERATOR

@@ -2,7 +2,7 @@
 // in one read and one write. The same passes serve the tiles of linear_logprobs, which hold some columns of each row.
 //
 // Rows are independent and each is folded in a fixed order: the same bits for any number of threads.
-#include "../simd.h"
+#include "../operator.h"
 
 #include <cmath>
 
@@ -16,8 +16,7 @@ struct FoldArgs {
   void* logprobs;             // [T], when state is null
   void* entropy;              // [T], or null: not wanted
   void* stats;                // [T, 2]: max of the logits and log sum exp((logits - max) / temperature)
-  int64_t row_stride;
-  int64_t vocab;
+  int64_t row_stride, vocab;
   int64_t first_id;  // the token of column 0
   double temperature;
   bool with_entropy;
@@ -32,21 +31,14 @@ struct GradientArgs {
   const void* entropy;        // [T], read where grad_entropy is
   const void* grad_logprobs;  // [T]
   const void* grad_entropy;   // [T], or null
-  int64_t row_stride;
-  int64_t grad_row_stride;
-  int64_t vocab;
-  int64_t first_id;
+  int64_t row_stride, grad_row_stride, vocab, first_id;
   double temperature;
 };
 
 namespace {
-inline namespace CPU_CAPABILITY {
 
 // The second sweep over a block must find it in the L1 cache (32-48 KB): 2048 floats are 8 KB.
 constexpr int64_t kBlock = 2048;
-template <typename acc>
-constexpr acc kInf = std::numeric_limits<acc>::infinity();
-
 // A masked logit is infinitely far below the maximum; from here on, so that 0 times its distance is 0.
 template <typename acc>
 constexpr acc kFarthest = std::numeric_limits<acc>::lowest();
@@ -54,8 +46,8 @@ constexpr acc kFarthest = std::numeric_limits<acc>::lowest();
 template <typename acc>
 constexpr acc kNoWeight = -1000;
 
-// Running (max, sum e^d, sum d e^d, logit of the target) of one row, with d = (logit - max) / temperature. Sums of blocks are added in double:
-// a vocabulary of 150k would otherwise lose three digits.
+// Running (max, sum e^d, sum d e^d, logit of the target) of one row, with d = (logit - max) / temperature. Sums of blocks
+// are added in double: a vocabulary of 150k would otherwise lose three digits.
 struct RowState {
   double max = -kInf<double>;
   double sum = 0;
@@ -219,7 +211,6 @@ void gradient_rows(const GradientArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
 
 R1FAST_KERNEL(fold_logits, FoldArgs) {
@@ -234,53 +225,28 @@ R1FAST_KERNEL(logits_gradient, GradientArgs) {
   });
 }
 
-}  // namespace r1fast
-
 #ifdef R1FAST_BUILD_OPERATOR
-
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
-
-#include <optional>
-
-namespace r1fast {
 namespace {
 
-at::ScalarType acc_dtype(const at::Tensor& logits_TV) {
-  return logits_TV.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 void check(const at::Tensor& logits_TV, const at::Tensor& target_ids_T) {
-  const auto dtype = logits_TV.scalar_type();
-  TORCH_CHECK_VALUE(
-      logits_TV.dim() == 2 && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble),
-      "selective_logprobs: got logits of shape ", logits_TV.sizes(), " and dtype ", dtype,
-      ", expected float32, bfloat16 or float64 [T, V]; other dtypes take impl=\"reference\"");
-  TORCH_CHECK_VALUE(
-      target_ids_T.dim() == 1 && target_ids_T.size(0) == logits_TV.size(0) && target_ids_T.scalar_type() == at::kLong,
-      "selective_logprobs: got target ids of shape ", target_ids_T.sizes(), " and dtype ", target_ids_T.scalar_type(),
-      ", expected int64 [", logits_TV.size(0), "]");
+  check_floats("selective_logprobs", {logits_TV});
+  check_tensor("selective_logprobs", "logits_TV", logits_TV, logits_TV.scalar_type(), {-1, -1});
+  check_tensor("selective_logprobs", "target_ids_T", target_ids_T, at::kLong, {logits_TV.size(0)});
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> selective_logprobs(
     const at::Tensor& logits_TV, const at::Tensor& target_ids_T, double temperature, bool with_entropy,
     bool /*inplace_backward: of autograd*/) {
   check(logits_TV, target_ids_T);
-  const int64_t num_tokens = logits_TV.size(0);
-  const int64_t vocab = logits_TV.size(1);
-  const at::Tensor logits = with_unit_columns(logits_TV);
-  const at::Tensor ids = target_ids_T.contiguous();
+  const int64_t num_tokens = logits_TV.size(0), vocab = logits_TV.size(1);
+  const at::Tensor logits = with_unit_columns(logits_TV), ids = target_ids_T.contiguous();
   const int64_t* id = ids.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < num_tokens; ++t) {
     TORCH_CHECK_INDEX(
-        id[t] >= 0 && id[t] < vocab,
-        "selective_logprobs: target_ids_T[", t, "] is ", id[t], ", expected 0 <= id < ", vocab,
-        "; drop ignored positions before the call");
+        id[t] >= 0 && id[t] < vocab, "selective_logprobs: target_ids_T[", t, "] is ", id[t], ", expected 0 <= id < ",
+        vocab, "; drop ignored positions before the call");
   }
-  const auto options = logits.options().dtype(acc_dtype(logits));
+  const auto options = logits.options().dtype(computed_in(logits.scalar_type()));
   at::Tensor logprobs = at::empty({num_tokens}, options);
   at::Tensor entropy = at::empty({with_entropy ? num_tokens : 0}, options);
   at::Tensor stats = at::empty({num_tokens, 2}, options);
@@ -288,9 +254,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> selective_logprobs(
       logits.scalar_type(), logits.const_data_ptr(), id, nullptr, logprobs.mutable_data_ptr(),
       with_entropy ? entropy.mutable_data_ptr() : nullptr, stats.mutable_data_ptr(), logits.stride(0), vocab, 0,
       temperature, with_entropy};
-  at::parallel_for(0, num_tokens, rows_per_task(vocab), [&](int64_t begin, int64_t end) {
-    R1FAST_PICK(fold_logits)(args, begin, end);
-  });
+  run_rows(R1FAST_PICK(fold_logits), args, num_tokens, vocab);
   return {logprobs, entropy, stats};
 }
 
@@ -299,39 +263,32 @@ void fold_logits_(
     int64_t first_id, bool with_entropy) {
   check(logits_TV, target_ids_T);
   TORCH_CHECK(state_T4.scalar_type() == at::kDouble && state_T4.is_contiguous(), "state_T4 must be contiguous float64");
-  const at::Tensor logits = with_unit_columns(logits_TV);
-  const at::Tensor ids = target_ids_T.contiguous();
+  const at::Tensor logits = with_unit_columns(logits_TV), ids = target_ids_T.contiguous();
   const FoldArgs args{
       logits.scalar_type(), logits.const_data_ptr(), ids.const_data_ptr<int64_t>(), state_T4.mutable_data_ptr<double>(),
       nullptr, nullptr, nullptr, logits.stride(0), logits.size(1), first_id, temperature, with_entropy};
-  at::parallel_for(0, logits.size(0), rows_per_task(logits.size(1)), [&](int64_t begin, int64_t end) {
-    R1FAST_PICK(fold_logits)(args, begin, end);
-  });
+  run_rows(R1FAST_PICK(fold_logits), args, logits.size(0), logits.size(1));
 }
 
 void write_gradient(
     const at::Tensor& grad_TV, const at::Tensor& logits, const at::Tensor& target_ids_T, const at::Tensor& entropy_T,
-    const at::Tensor& stats_T2, const at::Tensor& grad_logprobs_T, const std::optional<at::Tensor>& grad_entropy_T,
+    const at::Tensor& stats_T2, const at::Tensor& grad_logprobs_T, const OptionalTensor& grad_entropy_T,
     double temperature, int64_t first_id) {
   check(logits, target_ids_T);
-  const at::Tensor ids = target_ids_T.contiguous();
-  const at::Tensor stats = stats_T2.contiguous();
+  const at::Tensor ids = target_ids_T.contiguous(), stats = stats_T2.contiguous(), entropy = entropy_T.contiguous();
   const at::Tensor grad_logprobs = grad_logprobs_T.contiguous();  // `.sum().backward()` sends an expanded scalar
   const at::Tensor grad_entropy = grad_entropy_T ? grad_entropy_T->contiguous() : at::Tensor();
-  const at::Tensor entropy = entropy_T.contiguous();
   const GradientArgs args{
       logits.scalar_type(), logits.const_data_ptr(), grad_TV.mutable_data_ptr(), ids.const_data_ptr<int64_t>(),
       stats.const_data_ptr(), entropy.const_data_ptr(), grad_logprobs.const_data_ptr(),
       grad_entropy_T ? grad_entropy.const_data_ptr() : nullptr, logits.stride(0), grad_TV.stride(0), logits.size(1),
       first_id, temperature};
-  at::parallel_for(0, logits.size(0), rows_per_task(logits.size(1)), [&](int64_t begin, int64_t end) {
-    R1FAST_PICK(logits_gradient)(args, begin, end);
-  });
+  run_rows(R1FAST_PICK(logits_gradient), args, logits.size(0), logits.size(1));
 }
 
 at::Tensor selective_logprobs_backward(
     const at::Tensor& logits_TV, const at::Tensor& target_ids_T, const at::Tensor& entropy_T,
-    const at::Tensor& stats_T2, const at::Tensor& grad_logprobs_T, const std::optional<at::Tensor>& grad_entropy_T,
+    const at::Tensor& stats_T2, const at::Tensor& grad_logprobs_T, const OptionalTensor& grad_entropy_T,
     double temperature) {
   at::Tensor grad_TV = at::empty(logits_TV.sizes(), logits_TV.options());
   write_gradient(
@@ -342,12 +299,11 @@ at::Tensor selective_logprobs_backward(
 
 void selective_logprobs_backward_(
     at::Tensor& logits_TV, const at::Tensor& target_ids_T, const at::Tensor& entropy_T, const at::Tensor& stats_T2,
-    const at::Tensor& grad_logprobs_T, const std::optional<at::Tensor>& grad_entropy_T, double temperature,
+    const at::Tensor& grad_logprobs_T, const OptionalTensor& grad_entropy_T, double temperature,
     int64_t first_id) {
   TORCH_CHECK_VALUE(
-      logits_TV.stride(1) == 1 || logits_TV.size(1) <= 1,
-      "selective_logprobs: got logits with column stride ", logits_TV.stride(1),
-      ", expected 1 where the gradient is to be written over them");
+      logits_TV.stride(1) == 1 || logits_TV.size(1) <= 1, "selective_logprobs: got logits with column stride ",
+      logits_TV.stride(1), ", expected 1 where the gradient is to be written over them");
   write_gradient(
       logits_TV, logits_TV, target_ids_T, entropy_T, stats_T2, grad_logprobs_T, grad_entropy_T, temperature, first_id);
 }
@@ -360,7 +316,6 @@ TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
   m.impl("selective_logprobs_backward", &selective_logprobs_backward);
   m.impl("selective_logprobs_backward_", &selective_logprobs_backward_);
 }
+#endif  // R1FAST_BUILD_OPERATOR
 
 }  // namespace r1fast
-
-#endif  // R1FAST_BUILD_OPERATOR

@@ -19,7 +19,7 @@ from torch import Tensor
 from .dispatch import choose, log_choice
 from .ids import check_offsets
 
-# What a layer may have, by its name in a checkpoint; csrc/cpu/decode_layers.cpp reads them in this order.
+# What a layer may have, by its name in a checkpoint; csrc/layer_args.h has them in this order.
 NAMES = (
     "input_layernorm.weight", "post_attention_layernorm.weight",
     "self_attn.q_proj.weight", "self_attn.q_proj.bias", "self_attn.k_proj.weight", "self_attn.k_proj.bias",
