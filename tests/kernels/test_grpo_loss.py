@@ -1,5 +1,4 @@
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,44 +19,11 @@ from tests.kernels.backends import (
     needs_cpp,
     of_older_processor,
 )
-from tests.kernels.loss_settings import random_batch, random_settings
+from tests.kernels.loss_settings import LENGTHS, batch, cast, random_batch, random_settings
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
-LENGTHS = [5, 1, 9, 4, 7, 3]
 INPUTS = ("logprobs_T", "old_logprobs_T", "ref_logprobs_T", "sampler_logprobs_T", "entropy_T")
 NAN = float("nan")
-
-
-def batch(
-    lengths: Sequence[int] = LENGTHS, masked: bool = True, seed: int = 0, dtype: torch.dtype = FP64
-) -> dict[str, Any]:
-    """An off-policy batch with every input; the sample of index 3 is masked whole."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def near(center: torch.Tensor | float, spread: float) -> torch.Tensor:
-        return center + spread * torch.randn(sum(lengths), generator=generator, dtype=FP64)
-
-    logprobs = near(-1.5, 0.4)
-    case = {
-        "logprobs_T": logprobs,
-        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
-        "advantages_N": torch.randn(len(lengths), generator=generator, dtype=FP64),
-        "old_logprobs_T": near(logprobs, 0.3),
-        "ref_logprobs_T": near(logprobs, 0.3),
-        "sampler_logprobs_T": near(logprobs, 0.3),
-        "entropy_T": near(1.0, 0.2),
-        "max_completion_length": 12,
-    }
-    if masked:
-        mask = torch.rand(sum(lengths), generator=generator) > 0.25
-        mask[sum(lengths[:3]) : sum(lengths[:4])] = False
-        case["loss_mask_T"] = mask
-    return cast(case, dtype)
-
-
-def cast(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    is_float = {name: isinstance(x, torch.Tensor) and x.is_floating_point() for name, x in case.items()}
-    return {name: x.to(dtype) if is_float[name] else x for name, x in case.items()}
 
 
 def widest(backend: Backend) -> torch.dtype:
