@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from r1fast.artifacts import inputs_of, start_model
 from r1fast.models import weights
-from r1fast.models.checks import router_problems
 from r1fast.models.decoder import DecoderLayer
 from r1fast.models.model_config import ModelConfig
 from r1fast.schema import PretrainStage, Recipe
@@ -75,7 +74,17 @@ def model_problems(recipe: Recipe, stage: StageBase) -> Iterator[str]:
         num_tokens = len(tokenizer_of(source) or ()) if isinstance(source, str) else source.vocab_size
         yield from _architecture_problems(stage, num_tokens)
     if (config := architecture_of(recipe, stage)) is not None:  # through @stages too
-        yield from router_problems(stage, config)
+        yield from _router_problems(stage, config)
+
+
+def _router_problems(stage: StageBase, config: ModelConfig) -> Iterator[str]:
+    """Options of a router, for a model that has none."""
+    for name in ("router_bias_update_rate", "router_aux_loss_coef", "router_replay"):
+        value = getattr(stage, name, 0)
+        if value and not config.has_router:
+            yield f"{name} = {value}: {config.model_type} has no router; drop it"
+        elif value and name == "router_bias_update_rate" and not config.has_router_bias:
+            yield f"{name} = {value}: the router of {config.model_type} has no bias; leave it at 0"
 
 
 def _tokenizer_problems(key: str, ref: str) -> Iterator[str]:

@@ -105,7 +105,7 @@ def packed_attention(
     """
     if in_use() == "reference" or choose("packed_attention", None, q_THd)[0] == "cpp":
         return kernels.packed_attention(
-            q_THd, k_TKd, v_TKd, plan.cu_seqlens, scale=scale, k_pe_TR=k_pe_TR, rope=rope.angles,
+            q_THd, k_TKd, v_TKd, plan.cu_seqlens, scale=scale, k_pe_TR=k_pe_TR, rope=(rope.cos_TR, rope.sin_TR),
             interleaved=rope.interleaved,
         )  # fmt: skip
     q_THd = rope.rotate(q_THd)

@@ -1,9 +1,9 @@
-"""What an architecture must be before anything is built of it: types, sizes, and parts that fit each other.
+"""What the fields of an architecture may hold, each alone, and the parameters of its rotary embedding.
 
 Every error is a ValueError that names the field in Hugging Face's word, what was got, and what was expected.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,60 +90,3 @@ def normal_rope(given: Mapping[str, Any], max_position_embeddings: int) -> dict[
         least, most = rope.get(low) or low_default, rope.get(high) or high_default
         require(least < most, f"rope_parameters.{low}", least, f"less than {high}={most}")
     return rope
-
-
-def check_parts(config: Any) -> None:
-    """Heads, experts and groups that divide each other; `config` has its defaults filled in."""
-    heads, kv_heads = config.num_attention_heads, config.kv_heads
-    require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
-    if config.uses_mla:
-        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            value = getattr(config, name)
-            require(value > 0, name, value, f"a positive number for {config.model_type}")
-    elif config.model_type == "llama":  # transformers refuses it, whatever head_dim says
-        width = config.hidden_size
-        require(width % heads == 0, "hidden_size", width, f"a multiple of num_attention_heads={heads} for llama")
-    pad = config.pad_token_id
-    require(pad is None or pad < config.vocab_size, "pad_token_id", pad, f"below vocab_size={config.vocab_size}")
-    require(config.rope_dim % 2 == 0, "rotary dimension", config.rope_dim, "an even number")
-    if not config.has_router:
-        return
-    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
-    require(0 < chosen <= experts, "num_experts_per_tok", chosen, f"1 to n_routed_experts={experts}")
-    require(config.moe_intermediate_size > 0, "moe_intermediate_size", config.moe_intermediate_size, "> 0")
-    groups, kept = config.n_group, config.topk_group
-    require(experts % groups == 0, "n_group", groups, f"a divisor of n_routed_experts={experts}")
-    if config.has_router_bias:  # a group is judged by its two best experts
-        require(experts >= 2 * groups, "n_group", groups, "groups of at least 2 experts")
-    require(kept <= groups, "topk_group", kept, f"1 to n_group={groups}")
-    most = experts // groups * kept
-    require(chosen <= most, "num_experts_per_tok", chosen, f"1 to {most}, the experts of topk_group={kept} groups")
-
-
-def check_from_scratch(config: Any, given: Mapping[str, Any]) -> None:
-    """What only a model that is made from a recipe must be: each field that was given has an effect."""
-    vocab_size, layers = config.vocab_size, config.num_hidden_layers
-    spread = given.get("initializer_range", config.initializer_range)
-    require(0 < spread <= 1, "initializer_range", spread, "a number above 0, at most 1")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        ids = getattr(config, name)
-        for i in ids if isinstance(ids, list) else [ids]:
-            require(i is None or 0 <= i < vocab_size, name, i, f"0 to {vocab_size - 1}, as vocab_size={vocab_size}")
-    if config.uses_mla:
-        kv_heads, heads = given.get("num_key_value_heads"), config.num_attention_heads
-        expected = f"num_attention_heads={heads}: latent attention has as many; drop it"
-        require(kv_heads is None or kv_heads == heads, "num_key_value_heads", kv_heads, expected)
-    experts, expected = given.get("n_routed_experts"), f"a layer with experts among the {layers}"
-    require(not experts or config.has_router, "n_routed_experts", experts, expected)
-    if config.model_type == "qwen3_moe":
-        require(config.n_routed_experts > 0, "num_experts", config.n_routed_experts, "a whole number above 0")
-
-
-def router_problems(stage: Any, config: Any) -> Iterator[str]:
-    """Options of a router, for a model that has none."""
-    for name in ("router_bias_update_rate", "router_aux_loss_coef", "router_replay"):
-        value = getattr(stage, name, 0)
-        if value and not config.has_router:
-            yield f"{name} = {value}: {config.model_type} has no router; drop it"
-        elif value and name == "router_bias_update_rate" and not config.has_router_bias:
-            yield f"{name} = {value}: the router of {config.model_type} has no bias; leave it at 0"

@@ -5,7 +5,7 @@ Single-device: sharding is applied from outside, so weights are read only inside
 decode reads them directly and needs them whole.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -21,14 +21,15 @@ from r1fast.models.moe import MoE, Routing
 from r1fast.models.rope import Rotary
 from r1fast.models.structure import structure_of
 
-_ATTENTION: dict[str, Callable[[ModelConfig, int], Any]] = {"grouped": GroupedQueryAttention, "latent": LatentAttention}
+Attention = GroupedQueryAttention | LatentAttention
+_ATTENTION: dict[str, type[Attention]] = {"grouped": GroupedQueryAttention, "latent": LatentAttention}
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = _ATTENTION[config.family.attention](config, layer_idx)
+        self.self_attn: Attention = _ATTENTION[config.family.attention](config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = (config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.mlp: MoE | MLP = MoE(config) if config.is_moe_layer(layer_idx) else MLP(*dense)
@@ -49,12 +50,12 @@ class DecoderLayer(nn.Module):
         return x_TD + out_TD, routing
 
 
-def _of_model(routings: list[Routing]) -> Routing | None:
+def _of_model(routings: list[Routing | None]) -> Routing | None:
     """The layers' routing as one; None without experts."""
-    if not routings:
+    if not (found := [routing for routing in routings if routing is not None]):
         return None
-    balances = [routing.balance for routing in routings if routing.balance is not None]
-    expert_ids_TLK = torch.stack([routing.expert_ids for routing in routings], dim=1)
+    balances = [routing.balance for routing in found if routing.balance is not None]
+    expert_ids_TLK = torch.stack([routing.expert_ids for routing in found], dim=1)
     return Routing(expert_ids_TLK, torch.stack(balances).sum() if balances else None)
 
 
@@ -137,11 +138,11 @@ class Decoder(nn.Module):
         x_TD = self.embed_tokens(input_ids_T)
         step = ForwardPass(plan, self.rotary(plan.positions_T, x_TD.dtype), cache, slots_T, balance_scale)
         replayed = iter(() if replay_ids_TLK is None else replay_ids_TLK.unbind(1))
-        routings: list[Routing] = []
+        routings: list[Routing | None] = []
         for i, layer in enumerate(self.layers):
             replay_ids_TK = next(replayed, None) if self.config.is_moe_layer(i) else None
             x_TD, routing = layer(x_TD, step, replay_ids_TK)
-            routings += [routing] if routing is not None else []
+            routings.append(routing)
         result = self.head(self.norm(x_TD), head)
         return (result, _of_model(routings)) if with_routing else result
 
@@ -164,9 +165,9 @@ class Decoder(nn.Module):
         # `forward` itself, past hooks: FSDP's make its streams wait for this one, which would break a graph's capture.
         x_BD = self.embed_tokens.forward(input_ids_B)
         step = DecodeStep(positions_B, block_table_BN, self.rotary(positions_B, x_BD.dtype), cache)
-        routings: list[Routing] = []
+        routings: list[Routing | None] = []
         for layer in cast(Iterable[DecoderLayer], self.layers):
             x_BD, routing = layer.decode(x_BD, step)
-            routings += [routing] if routing is not None else []
+            routings.append(routing)
         result = self.head.forward(self.norm.forward(x_BD), head)
         return (result, _of_model(routings)) if with_routing else result

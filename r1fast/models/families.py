@@ -7,9 +7,12 @@ What transformers' modeling code of each family reads is a field or fixed: a tes
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from r1fast.models.model_config import ModelConfig
 
 Fixed = dict[str, tuple[tuple[Any, ...], str]]  # key: (values that say what the decoder does, how an error names them)
 
@@ -22,7 +25,7 @@ _EXPERTS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", 
 ALIASES = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
 
 
-def _every_few(config: Any, layer_idx: int) -> bool:
+def _every_few(config: "ModelConfig", layer_idx: int) -> bool:
     sparse = config.n_routed_experts > 0 and (layer_idx + 1) % config.decoder_sparse_step == 0
     return sparse and layer_idx not in config.mlp_only_layers
 
@@ -32,10 +35,10 @@ class Family:
     fields: tuple[str, ...]  # of ModelConfig; any other would be given and not used
     attention: Literal["grouped", "latent"] = "grouped"
     router: Literal["sigmoid", "softmax"] = "softmax"  # sigmoid: with groups and a bias, as of DeepSeek-V3
-    is_moe_layer: Callable[[Any, int], bool] = lambda config, layer_idx: False
+    is_moe_layer: Callable[["ModelConfig", int], bool] = lambda config, layer_idx: False
     qkv_bias: bool = False  # always on, that of o is not
     qk_norm: bool = False
-    predicts_more: bool = False  # weights past the last layer predict further tokens, and are left out
+    has_mtp_layers: bool = False  # multi-token prediction: weights past the last layer, which are left out
     hf_names: Mapping[str, str] = field(default_factory=dict)  # a field's name in config.json, where it is another
     written: Mapping[str, Any] = field(default_factory=dict)  # into config.json, beside the fields
     no_effect: tuple[str, ...] = ()
@@ -52,7 +55,7 @@ FAMILIES: dict[str, Family] = {
         attention="latent",
         router="sigmoid",
         is_moe_layer=lambda config, layer_idx: layer_idx >= config.first_k_dense_replace,
-        predicts_more=True,
+        has_mtp_layers=True,
         # transformers has V3's router in its code; vLLM reads it here, and falls back on V2's softmax.
         written={"num_nextn_predict_layers": 0, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
         fixed={

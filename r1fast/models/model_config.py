@@ -1,18 +1,19 @@
 """The architecture of a decoder in Hugging Face's field names, one dataclass for every family (families.py)."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any, get_type_hints
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from r1fast.models import checks
 from r1fast.models.checks import MAX_EXPERTS, MAX_LAYERS, Values, number, require, whole
 from r1fast.models.families import ALIASES, FAMILIES, Family, check_keys
+from r1fast.wording import did_you_mean
 
 Size = Annotated[int, checks.SIZE]
 SizeOrNone = Annotated[int | None, checks.SIZE.or_null()]
@@ -83,7 +84,7 @@ class ModelConfig:
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)
-        checks.check_parts(self)
+        _check_parts(self)
 
     @property
     def family(self) -> Family:
@@ -136,7 +137,7 @@ class ModelConfig:
         if absent := [name for name in required if name not in named]:
             raise ValueError(f"model config: missing {', '.join(absent)}; give every one of {', '.join(required)}")
         config = cls(**named)
-        checks.check_from_scratch(config, named)
+        _check_from_scratch(config, named)
         try:
             config.to_hf()
         except StrictDataclassError as error:
@@ -152,7 +153,7 @@ class ModelConfig:
         check_keys(values)
         return cls(**{name: values[name] for name in FAMILIES[values["model_type"]].fields if name in values})
 
-    def to_hf(self, dtype: Any = None, *, scalar_head: bool = False) -> PretrainedConfig:
+    def to_hf(self, dtype: torch.dtype | None = None, *, scalar_head: bool = False) -> PretrainedConfig:
         """The transformers config of this architecture, with the family's own fields only."""
         values = dataclasses.asdict(self) | {"mlp_only_layers": list(self.mlp_only_layers)}
         named = {self.family.hf_names.get(name, name): values[name] for name in self.family.fields}
@@ -182,6 +183,53 @@ def _layers(given: Any, last: int) -> tuple[int, ...]:
     return tuple(given or ())
 
 
+def _check_parts(config: ModelConfig) -> None:
+    """Heads, experts and groups that divide each other; `config` has its defaults filled in."""
+    heads, kv_heads = config.num_attention_heads, config.kv_heads
+    require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
+    if config.uses_mla:
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            value = getattr(config, name)
+            require(value > 0, name, value, f"a positive number for {config.model_type}")
+    elif config.model_type == "llama":  # transformers refuses it, whatever head_dim says
+        width = config.hidden_size
+        require(width % heads == 0, "hidden_size", width, f"a multiple of num_attention_heads={heads} for llama")
+    pad = config.pad_token_id
+    require(pad is None or pad < config.vocab_size, "pad_token_id", pad, f"below vocab_size={config.vocab_size}")
+    require(config.rope_dim % 2 == 0, "rotary dimension", config.rope_dim, "an even number")
+    if not config.has_router:
+        return
+    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
+    require(0 < chosen <= experts, "num_experts_per_tok", chosen, f"1 to n_routed_experts={experts}")
+    require(config.moe_intermediate_size > 0, "moe_intermediate_size", config.moe_intermediate_size, "> 0")
+    groups, kept = config.n_group, config.topk_group
+    require(experts % groups == 0, "n_group", groups, f"a divisor of n_routed_experts={experts}")
+    if config.has_router_bias:  # a group is judged by its two best experts
+        require(experts >= 2 * groups, "n_group", groups, "groups of at least 2 experts")
+    require(kept <= groups, "topk_group", kept, f"1 to n_group={groups}")
+    most = experts // groups * kept
+    require(chosen <= most, "num_experts_per_tok", chosen, f"1 to {most}, the experts of topk_group={kept} groups")
+
+
+def _check_from_scratch(config: ModelConfig, given: Mapping[str, Any]) -> None:
+    """What only a model that is made from a recipe must be: each field that was given has an effect."""
+    vocab_size, layers = config.vocab_size, config.num_hidden_layers
+    spread = given.get("initializer_range", config.initializer_range)
+    require(0 < spread <= 1, "initializer_range", spread, "a number above 0, at most 1")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(config, name)
+        for i in ids if isinstance(ids, list) else [ids]:
+            require(i is None or 0 <= i < vocab_size, name, i, f"0 to {vocab_size - 1}, as vocab_size={vocab_size}")
+    if config.uses_mla:
+        kv_heads, heads = given.get("num_key_value_heads"), config.num_attention_heads
+        expected = f"num_attention_heads={heads}: latent attention has as many; drop it"
+        require(kv_heads is None or kv_heads == heads, "num_key_value_heads", kv_heads, expected)
+    experts, expected = given.get("n_routed_experts"), f"a layer with experts among the {layers}"
+    require(not experts or config.has_router, "n_routed_experts", experts, expected)
+    if config.model_type == "qwen3_moe":
+        require(config.n_routed_experts > 0, "num_experts", config.n_routed_experts, "a whole number above 0")
+
+
 def _one_name_each(values: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's architecture with every field under our name, and all of the rotary embedding in rope_parameters."""
     values, rope = dict(values), dict[str, Any]()
@@ -205,8 +253,6 @@ def _check_names(named: dict[str, Any], known: list[str]) -> None:
     family = FAMILIES.get(str(named.get("model_type")))  # none: that is said elsewhere
     for name in named:
         if name not in known:
-            nearest = difflib.get_close_matches(name[:80], known, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"model config: unknown key {name[:80]!r}{hint}")
+            raise ValueError(f"model config: unknown key {name[:80]!r}{did_you_mean(name[:80], known)}")
         if family is not None and name not in family.fields:
             raise ValueError(f"model config: {name} does not apply to model_type {named['model_type']!r}; drop it")

@@ -38,7 +38,7 @@ def is_left_out(name: str, config: ModelConfig) -> bool:
     """Whether a tensor on disk is not the decoder's: DeepSeek's multi-token prediction, and stored rotary tables."""
     layer = _LAYER_KEY.match(name)
     is_past = layer is not None and int(layer[1]) >= config.num_hidden_layers
-    return (is_past and config.family.predicts_more) or name.endswith("rotary_emb.inv_freq")
+    return (is_past and config.family.has_mtp_layers) or name.endswith("rotary_emb.inv_freq")
 
 
 def from_hf_names(stored: StateDict, *, source: Path) -> StateDict:
@@ -57,11 +57,11 @@ def from_hf_names(stored: StateDict, *, source: Path) -> StateDict:
 
 
 def _split_experts(name: str, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
-    prefix, _, proj = name.rpartition(".")
-    names = ("down_proj",) if proj == "down_proj" else ("gate_proj", "up_proj")
+    prefix, _, stack = name.rpartition(".")
+    projs = ("down_proj",) if stack == "down_proj" else ("gate_proj", "up_proj")
     for expert, weight in enumerate(stacked):
-        for name, part in zip(names, weight.chunk(len(names)), strict=True):
-            yield f"{prefix}.{expert}.{name}.weight", part
+        for proj, part in zip(projs, weight.chunk(len(projs)), strict=True):
+            yield f"{prefix}.{expert}.{proj}.weight", part
 
 
 def _stack_experts(layer_name: str, parts: dict[tuple[str, int], Tensor], source: Path) -> StateDict:

@@ -15,20 +15,15 @@ from r1fast.models.model_config import ModelConfig
 
 
 class Rope(NamedTuple):
-    """cos and sin of every token, [T, R/2], in the compute dtype, with the shape to broadcast over heads."""
+    """cos and sin of every token, [T, R/2], in the compute dtype."""
 
-    cos_T1R: Tensor
-    sin_T1R: Tensor
+    cos_TR: Tensor
+    sin_TR: Tensor
     interleaved: bool
-
-    @property
-    def angles(self) -> tuple[Tensor, Tensor]:
-        """cos and sin as [T, R/2]."""
-        return self.cos_T1R.squeeze(1), self.sin_T1R.squeeze(1)
 
     def rotate(self, x_THd: Tensor) -> Tensor:
         """Rotate the last R channels of each head; the channels before them pass through."""
-        return _Rotate.apply(x_THd, self.cos_T1R, self.sin_T1R, self.interleaved)
+        return _Rotate.apply(x_THd, self.cos_TR[:, None], self.sin_TR[:, None], self.interleaved)
 
 
 class Rotary(nn.Module):
@@ -51,8 +46,8 @@ class Rotary(nn.Module):
         return self
 
     def forward(self, positions_T: Tensor, dtype: torch.dtype) -> Rope:
-        angles_T1R = (positions_T.float()[:, None] * self.inv_freq).unsqueeze(1)
-        cos, sin = angles_T1R.cos() * self.attention_factor, angles_T1R.sin() * self.attention_factor
+        angles_TR = positions_T.float()[:, None] * self.inv_freq
+        cos, sin = angles_TR.cos() * self.attention_factor, angles_TR.sin() * self.attention_factor
         return Rope(cos.to(dtype), sin.to(dtype), self.interleaved)
 
 
@@ -101,7 +96,7 @@ def softmax_scale(config: ModelConfig) -> float:
     if not config.uses_mla:
         return config.attention_head_dim**-0.5
     rope, scale = config.rope_parameters, (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
-    if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):
+    if rope.get("mscale_all_dim"):
         scale *= _yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
     return scale
 

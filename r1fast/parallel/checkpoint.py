@@ -38,6 +38,7 @@ from r1fast.parallel.mesh import Dist
 from r1fast.parallel.parallelize import reshard, tied_names
 from r1fast.parallel.plain_state import CONTENTS, Reader, Writer, check_fit, read_plain, write_plain
 from r1fast.run_folder import read_record, remove, sealed, sync, write_synced
+from r1fast.wording import one_line
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -184,7 +185,7 @@ def _cause(error: BaseException) -> str:
     """In one line: DCP puts the tracebacks of all ranks into its message."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return one_line(error)[:300]
 
 
 def _rank_name(rank: int) -> str:

@@ -1,6 +1,6 @@
 """Generation with the trainer's own weights: the engine that callers see. How rows decode together: scheduler.py."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +9,12 @@ from transformers import PreTrainedTokenizerBase
 from r1fast.models.cache import BlockCache, free_memory
 from r1fast.models.decoder import Decoder
 from r1fast.rollout.graphs import CAPTURES, StepGraphs
-from r1fast.rollout.sampling import Completion, SampledTokens, SamplingParams, completions_of, sample_keys, stop_ids_of
+from r1fast.rollout.sampling import Completion, SamplingParams, completions_of, sample_keys, stop_ids_of
 from r1fast.rollout.scheduler import Limits, Scheduler, SequenceGroup, num_blocks_of
 from r1fast.rollout.tokenization import encode_text_prompts
 from r1fast_kernels.dispatch import in_use
 
 RawPrompt = str | Sequence[int]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(eq=False, repr=False)
@@ -35,7 +34,7 @@ class RolloutEngine:
     def __post_init__(self) -> None:
         if self.model.scalar_head:
             raise ValueError("the model is a reward model (a `score` head); expected a language model")
-        if self.enable_return_routed_experts and not any(True for _ in self.model.moe_layers()):
+        if self.enable_return_routed_experts and not self.model.config.has_router:
             raise ValueError("enable_return_routed_experts: the model has no mixture-of-experts layer")
         limit = self.model.config.max_position_embeddings
         length = limit if self.max_model_len is None else self.max_model_len
@@ -50,17 +49,12 @@ class RolloutEngine:
 
     @torch.no_grad()  # not inference_mode: its tensors may not take part in autograd later, and FSDP keeps some
     def generate(
-        self,
-        prompts: Sequence[RawPrompt],
-        params: SamplingParams,
-        *,
-        sequence_ids: Sequence[int] | None = None,
-        on_progress: Progress | None = None,
+        self, prompts: Sequence[RawPrompt], params: SamplingParams, *, sequence_ids: Sequence[int] | None = None
     ) -> list[list[Completion]]:
         """`params.n` completions for each prompt, in order.
 
         sequence_ids: one integer per prompt that stands for it in the noise (default: its index), so that it gets the
-        same completions in whichever call or rank it is sampled. on_progress(num_finished, num_total): of completions.
+        same completions in whichever call or rank it is sampled.
         Raises ValueError, before any work, for a prompt that is empty, too long or not of the vocabulary; and
         FloatingPointError when the model's logits are not finite.
         """
@@ -81,15 +75,11 @@ class RolloutEngine:
         limits = Limits(num_blocks, max_rows, self.max_num_batched_tokens)
         stop_ids, record = stop_ids_of(params, config, self.tokenizer), self.enable_return_routed_experts
         samples = Scheduler(self.model, distinct, params, stop_ids, limits, record_experts=record, graphs=graphs).run()
-        sampled: dict[int, SampledTokens] = {}
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.cuda.device_of(self.model.embed_tokens.weight):
-                for index, sample in samples:
-                    sampled[index] = sample
-                    if on_progress is not None:
-                        on_progress(len(sampled), num_total)
+                sampled = dict(samples)
         finally:
             self.model.train(was_training)
         return completions_of([sampled[index] for index in range(num_total)], params, config, self.tokenizer)

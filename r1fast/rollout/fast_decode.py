@@ -13,6 +13,7 @@ from r1fast.models.moe import Routing
 from r1fast.models.rope import softmax_scale
 from r1fast.models.structure import differences, unwrapped
 from r1fast_kernels.decode_layers import MOST_PROMPT_TOKENS, DecodeLayers, weights_of
+from r1fast_kernels.dispatch import log_choice
 
 logger = logging.getLogger("r1fast")
 
@@ -22,6 +23,9 @@ def fast_decode(model: Decoder) -> "FastDecode | None":
     does."""
     if found := differences(model, model.built):
         logger.warning("decode_layers does not run, the modules do: %s", "; ".join(found[:5]))
+        return None
+    if model.head.in_fp32:
+        log_choice("decode_layers", "reference", "the modules for a head in float32")
         return None
     config = model.config
     named = [[*layer.named_parameters(), *layer.named_buffers()] for layer in model.layers]

@@ -1,6 +1,6 @@
 """What a step needs of each row, in buffers that stay where they are: a CUDA graph holds their addresses.
 
-    position          0 1 2 3 4 5 6 7
+    position       0 1 2 3 4 5 6 7
                    a b c d e . . .      .  a padding row
     b, d leave     a c e . . . . .      the others move up, in order
     f enters       a c e f . . . .

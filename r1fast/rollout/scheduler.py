@@ -108,7 +108,7 @@ class Scheduler:
             shape = (*self.ids_RS.shape, sum(1 for _ in model.moe_layers()), model.config.num_experts_per_tok)
             self.experts_RSLK = torch.zeros(shape, dtype=torch.int16, device=self.device)
         self.free_lines = list(range(limits.max_rows - 1, -1, -1))
-        self.members: list[_Sequence] = []
+        self.running: list[_Sequence] = []
         table_width = max(prompt.num_full + prompt.num_own(params.max_tokens) for prompt in prompts)
         self.rows = InputBatch(limits.max_rows, table_width, limits.num_blocks - 1, self.device)
 
@@ -116,15 +116,15 @@ class Scheduler:
         """Each sample with its index, when it has left."""
         sync_steps = SYNC_STEPS.get(self.device.type, DEVICE_SYNC_STEPS)
         addresses = self._addresses()
-        while self.queue or self.members:
+        while self.queue or self.running:
             while self.queue and len(self.free_lines) >= self.limits.max_rows * ENTER_ABOVE and self._enter():
                 yield from self._leave()  # the first token may be the last
-            assert self.members or not self.queue, "a sample that does not fit into the empty cache"
-            for _ in range(sync_steps if self.members else 0):
+            assert self.running or not self.queue, "a sample that does not fit into the empty cache"
+            for _ in range(sync_steps if self.running else 0):
                 if self.graphs is None:
-                    self._step(len(self.members))
+                    self._step(len(self.running))
                 else:
-                    self.graphs.run(self._step, len(self.members))
+                    self.graphs.run(self._step, len(self.running))
             yield from self._leave()
         assert self._addresses() == addresses, "parameters moved: graphs read where they were"
 
@@ -132,14 +132,14 @@ class Scheduler:
 
     def _enter(self) -> bool:
         """False where no sample finds its blocks."""
-        prompts, members = self._admit()
-        if not members:
+        prompts, entering = self._admit()
+        if not entering:
             return False
         for some in _packs(prompts, self.limits.max_num_batched_tokens):
             self._prefill(some)
-        self._copy_tails(members)
-        self._sample_first(members)
-        for prompt in {id(member.prompt): member.prompt for member in members}.values():
+        self._copy_tails(entering)
+        self._sample_first(entering)
+        for prompt in {id(sequence.prompt): sequence.prompt for sequence in entering}.values():
             if not prompt.waiting:
                 self.pool.free(prompt.blocks)
                 prompt.logits_1V = None
@@ -148,7 +148,7 @@ class Scheduler:
     def _admit(self) -> tuple[list[SequenceGroup], list[_Sequence]]:
         """The prompts to prefill, and the samples that enter, as far as rows and blocks allow."""
         prompts: list[SequenceGroup] = []
-        members: list[_Sequence] = []
+        entering: list[_Sequence] = []
         while self.queue and self.free_lines:
             prompt = self.queue[0]
             own = prompt.num_own(self.params.max_tokens)
@@ -163,11 +163,11 @@ class Scheduler:
                 shared = prompt.blocks[: prompt.num_full] if prompt.waiting else prompt.blocks[: prompt.num_full + own]
                 self.pool.add_reference(shared)
                 rest = self.pool.allocate(prompt.num_full + own - len(shared))
-                members.append(_Sequence(index, key, self.free_lines.pop(), prompt, shared + rest))
+                entering.append(_Sequence(index, key, self.free_lines.pop(), prompt, shared + rest))
             if prompt.waiting:
                 break
             self.queue.popleft()
-        return prompts, members
+        return prompts, entering
 
     def _prefill(self, prompts: list[SequenceGroup]) -> None:
         """Packed; of a prompt that is longer than a prefill may be, the rest follows, a row for each token."""
@@ -211,22 +211,22 @@ class Scheduler:
         logits, routing = run(*args, **options, with_routing=True)
         return logits, routing.expert_ids.to(torch.int16)
 
-    def _copy_tails(self, members: list[_Sequence]) -> None:
+    def _copy_tails(self, entering: list[_Sequence]) -> None:
         """The last block of a prompt, unless it is full, goes on differently in each sample."""
-        partial = [member for member in members if len(member.prompt.ids) % BLOCK]
+        partial = [sequence for sequence in entering if len(sequence.prompt.ids) % BLOCK]
         pairs = [(x.prompt.blocks[x.prompt.num_full], x.blocks[x.prompt.num_full]) for x in partial]
         if copied := [(source, target) for source, target in pairs if source != target]:
             self.cache.copy_blocks(*map(self._int64, zip(*copied)))
 
-    def _sample_first(self, members: list[_Sequence]) -> None:
+    def _sample_first(self, entering: list[_Sequence]) -> None:
         width, more = self.rows.block_table_RN.shape[1], self.params.max_tokens - 2
         rows = self.rows.put(
-            len(self.members),
-            [RowState(x.line, x.key, len(x.prompt.ids), len(x.prompt.ids) + more, live=1) for x in members],
-            [member.blocks + [0] * (width - len(member.blocks)) for member in members],
+            len(self.running),
+            [RowState(x.line, x.key, len(x.prompt.ids), len(x.prompt.ids) + more, live=1) for x in entering],
+            [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence in entering],
         )
-        self._sample(rows, torch.cat([cast(Tensor, member.prompt.logits_1V) for member in members]))
-        self.members += members
+        self._sample(rows, torch.cat([cast(Tensor, sequence.prompt.logits_1V) for sequence in entering]))
+        self.running += entering
 
     # ---- decoding ----
 
@@ -242,7 +242,7 @@ class Scheduler:
         self._sample(rows, logits_BV)
 
     def _sample(self, rows: RowViews, logits_BV: Tensor) -> None:
-        """The next token of each row, and where it stands then. In position."""
+        """The next token of each row, and where it stands then. In place."""
         params, min_tokens = self.params, self.params.min_tokens
         banned_BV = (rows.num_sampled_B < min_tokens)[:, None] & self.is_stop_V if min_tokens else None
         ids_B, logprobs_B = sample_tokens(
@@ -271,25 +271,25 @@ class Scheduler:
 
     def _leave(self) -> Iterator[tuple[int, SampledTokens]]:
         """The rows that have stopped. The one host read of a step."""
-        rows = self.rows.span(0, len(self.members))
+        rows = self.rows.span(0, len(self.running))
         live = rows.live_B.tolist()
         if all(live):
             return
         counts = rows.num_sampled_B.tolist()
-        leaving = [(member, count) for member, count, lives in zip(self.members, counts, live) if not lives]
-        lines_B, most = self._int64([member.line for member, _ in leaving]), max(count for _, count in leaving)
+        leaving = [(sequence, count) for sequence, count, lives in zip(self.running, counts, live) if not lives]
+        lines_B, most = self._int64([sequence.line for sequence, _ in leaving]), max(count for _, count in leaving)
         ids, logprobs = (x_RS[lines_B, :most].tolist() for x_RS in (self.ids_RS, self.logprobs_RS))
         routed_BSLK = None if self.experts_RSLK is None else self.experts_RSLK[lines_B, :most].cpu().numpy()
-        for b, (member, count) in enumerate(leaving):
-            experts = member.prompt.experts_PLK
+        for b, (sequence, count) in enumerate(leaving):
+            experts = sequence.prompt.experts_PLK
             if experts is not None and routed_BSLK is not None:
                 experts = np.concatenate([experts, routed_BSLK[b, : count - 1]])
-            yield member.index, SampledTokens(ids[b][:count], logprobs[b][:count], experts)
-            self.pool.free(member.blocks)
-            self.free_lines.append(member.line)
+            yield sequence.index, SampledTokens(ids[b][:count], logprobs[b][:count], experts)
+            self.pool.free(sequence.blocks)
+            self.free_lines.append(sequence.line)
         positions = [position for position, lives in enumerate(live) if lives]
-        self.rows.keep(positions, len(self.members))
-        self.members = [self.members[position] for position in positions]
+        self.rows.keep(positions, len(self.running))
+        self.running = [self.running[position] for position in positions]
 
     def _addresses(self) -> list[int]:
         return [] if self.graphs is None else [param.data_ptr() for param in self.model.parameters()]

@@ -24,6 +24,7 @@ from r1fast.models.model_config import ModelConfig
 from r1fast.models.weights import to_hf_names
 from r1fast.rollout.sampling import SampledTokens
 from r1fast.rollout.vllm import RolloutError, whole_state
+from r1fast.wording import one_line
 
 
 @dataclass
@@ -49,8 +50,7 @@ class InProcess:
             try:
                 llm = _make_llm(config, dtype, on_cpu=on_cpu, **options)
             except (ValueError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:500]
-                raise RolloutError(f"vLLM does not start in this process: {reason}") from error
+                raise RolloutError(f"vLLM does not start in this process: {one_line(error)[:500]}") from error
             cls._kept = cls(llm, key, sleeps=not on_cpu, tied=config.tie_word_embeddings)
             cls._kept.rest()
         if cls._kept.key != key:

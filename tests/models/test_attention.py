@@ -37,7 +37,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float)
 
 def no_rotation(num_tokens: int) -> Rope:
     """One pair of channels, turned by nothing."""
-    return Rope(*(fill(num_tokens, 1, 1, dtype=torch.float64) for fill in (torch.ones, torch.zeros)), False)
+    return Rope(*(fill(num_tokens, 1, dtype=torch.float64) for fill in (torch.ones, torch.zeros)), False)
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpp", "padded"])

@@ -50,11 +50,11 @@ def test_softmax_scale_equals_transformers(scaling: dict[str, object]) -> None:
 def test_rotation_is_complex_product(dim: int, interleaved: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 3, dim, generator=generator, dtype=torch.float64, requires_grad=True)
-    angles = torch.randn(5, 1, 3, generator=generator, dtype=torch.float64)
+    angles = torch.randn(5, 3, generator=generator, dtype=torch.float64)
     rope = Rope(angles.cos(), angles.sin(), interleaved)
     tail = x.detach()[..., dim - 6 :]
     x1, x2 = (tail[..., 0::2], tail[..., 1::2]) if interleaved else tail.chunk(2, dim=-1)
-    expected = torch.complex(x1, x2) * torch.polar(torch.ones_like(angles), angles)
+    expected = torch.complex(x1, x2) * torch.polar(torch.ones_like(angles), angles)[:, None]
     out = rope.rotate(x)
     torch.testing.assert_close(out[..., dim - 6 :], torch.cat((expected.real, expected.imag), dim=-1))
     assert torch.equal(out[..., : dim - 6], x[..., : dim - 6])

@@ -152,6 +152,18 @@ def test_a_model_as_built_runs_by_decode_layers(name: str, calls: list[int]) -> 
     assert len(calls) == 7
 
 
+@pytest.mark.parametrize(("in_fp32", "num_calls"), [(False, 7), (True, 0)])
+def test_a_head_in_float32_runs_by_modules(
+    calls: list[int], caplog: pytest.LogCaptureFixture, in_fp32: bool, num_calls: int
+) -> None:
+    """It is an option, of which nobody has to be warned; that it is off is no difference."""
+    model = make_step("qwen2").model
+    model.head.in_fp32 = in_fp32
+    with caplog.at_level(logging.WARNING, "r1fast"):
+        torch.testing.assert_close(*sampler_and_trainer(model), rtol=1e-4, atol=1e-4)
+    assert len(calls) == num_calls and not caplog.text
+
+
 @pytest.mark.parametrize("change", RUN_BY_MODULES)
 def test_what_was_added_runs_by_modules(change: str, calls: list[int], caplog: pytest.LogCaptureFixture) -> None:
     name, module, apply = RUN_BY_MODULES[change]
