@@ -84,7 +84,7 @@ def _encoding_problems(
             text = f"a text of {size} characters cannot be {limit} tokens or less"
             raise ConfigError(f"{location(row, i)}: {text}; shorten the row")
     if kind == "prompts":
-        prompts = [ids for ids, _ in packed.encode_row_prompts(rows, tokenizer, stage)]
+        prompts = [ids for ids, _ in packed.encode_prompts(rows, tokenizer, stage)]
         problems = packed.prompt_length_problems(prompts, rows, stage, model.max_position_embeddings)
         encoded = [[ids] for ids in prompts]
     else:
@@ -146,7 +146,7 @@ def reward_problems(
 def _sampling_problems(recipe: Recipe, stage: options.SampleOptions, rows: Rows, notes: list[str]) -> Iterator[str]:
     """Samples are kept that are right, in the row's language, and written with the row."""
     yield from _language_problems("train_files", rows)
-    if any(spec.function == "accuracy" for spec in options.reward_specs(stage.rewards).values()):
+    if not stage.changed(["rewards"]):  # else reward_problems tells it
         yield from _gold_problems(recipe, "train_files", [row for row in rows if row["answer"] is not None], notes)
     for i, row in enumerate(rows):
         try:

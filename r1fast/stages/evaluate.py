@@ -69,7 +69,7 @@ def evaluate(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Tokenize
             greedy = sampler.generate(rows, n=1, temperature=0.0, **how)
             scorer.score(greedy)
             result["greedy"] = _mean(_scores(greedy, "accuracy"))
-            result["failures"] += sum(sample.failed for sample in greedy)
+            result["failures"] += sum(bool(sample.failed_rewards) for sample in greedy)
     result = {name: value for name, value in result.items() if not math.isnan(value)}
     settings = {"split": ",".join(stage.eval_files), "temperature": stage.eval_temperature, "k": stage.eval_num_samples}
     return result | settings
@@ -106,7 +106,7 @@ def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
     for name in samples[0].rewards if samples else ():
         if name != "accuracy":
             result[name] = _mean(_scores(samples, name))
-    result["failures"] = sum(sample.failed for sample in samples)
+    result["failures"] = sum(bool(sample.failed_rewards) for sample in samples)
     if samples and "accuracy" in samples[0].rewards:
         golds = [sum(group[0].row.get("answer") is not None for group in part) for part in (groups, scored)]
         result["unscorable"] = golds[0] - golds[1]
@@ -131,7 +131,7 @@ def _half_width(means: np.ndarray, problems: list[str]) -> float:
 
 def _scores(samples: list[Sample], name: str) -> list[float]:
     """nan where the reward does not apply. Where it failed 0: a mean must not rise by what was not measured."""
-    return [0.0 if sample.has_failed(name) else sample.rewards.get(name, math.nan) for sample in samples]
+    return [0.0 if name in sample.failed_rewards else sample.rewards.get(name, math.nan) for sample in samples]
 
 
 def _majority(group: list[Sample], response_format: str) -> float:

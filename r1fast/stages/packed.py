@@ -102,18 +102,18 @@ class Prompt(NamedTuple):
     prefilled: bool  # it opens the reasoning itself: prefill_think, or a chat template that does
 
 
-def encode_prompts(prompts: Sequence[Text], tokenizer: Tokenizer, options: GenerateOptions) -> list[Prompt]:
-    """Prompts (text or chat messages) in the stage's template.
+def encode_prompts(rows: Sequence[dict], tokenizer: Tokenizer, options: GenerateOptions) -> list[Prompt]:
+    """The prompts of rows (text or chat messages) in the stage's template.
 
     Of special tokens a prompt has what the template writes. Our own templates also get what the tokenizer puts before a
-    text by default, once; its own chat template is taken to be complete, as transformers does.
+    text by default, once; its own chat template is taken to be complete, as transformers does. ConfigError naming the
+    first row that cannot be encoded.
     """
-    return encode_rendered(render_prompts(prompts, tokenizer, options), tokenizer, options)
 
+    def encode(part: Sequence[dict]) -> list[Prompt]:
+        return encode_rendered(render_prompts([row["prompt"] for row in part], tokenizer, options), tokenizer, options)
 
-def encode_row_prompts(rows: Sequence[dict], tokenizer: Tokenizer, options: GenerateOptions) -> list[Prompt]:
-    """encode_prompts of the rows' prompts; ConfigError naming the first row that cannot be encoded."""
-    return of_rows(rows, lambda part: encode_prompts([row["prompt"] for row in part], tokenizer, options))
+    return of_rows(rows, encode)
 
 
 def render_prompts(prompts: Sequence[Text], tokenizer: Tokenizer | None, options: GenerateOptions) -> list[str]:

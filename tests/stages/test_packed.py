@@ -200,7 +200,7 @@ def test_empty_prompt_needs_a_bos_token(tokenizer: PreTrainedTokenizerBase, with
     (example,) = encode_examples([{"prompt": "", "completion": "x"}], tokenizer, options(prompt_template="plain"))
     assert example.prompt_ids == [tokenizer.bos_token_id]
     with pytest.raises(ValueError, match="the prompt is empty, and the tokenizer"):
-        encode_prompts(["one", ""], without_bos, options(prompt_template="plain"))
+        encode_prompts([{"prompt": "one"}, {"prompt": ""}], without_bos, options(prompt_template="plain"))
 
 
 def test_lengths_count_every_token(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,7 +19,7 @@ NAN = math.nan
 
 def sample(group: int, failed: tuple[str, ...] = (), *, text: str = "", row: Any = None, **rewards: float) -> Sample:
     found = Sample(row or {"answer": "1"}, group, [0], [1], [0.0], "stop", text, False)
-    found.rewards, found.failed, found.failed_rewards = dict(rewards), bool(failed), failed
+    found.rewards, found.failed_rewards = dict(rewards), failed
     return found
 
 
@@ -64,12 +64,6 @@ def test_failures_count_as_wrong_in_an_evaluation_and_stand_beside_it() -> None:
     assert result["pass@1"] == pytest.approx(1 / 3) and result["n"] == 3
     assert result["failures"] == 2 and result["unscorable"] == 0
     assert result["cons@k"] == 0.0  # no answer in these texts
-
-
-def test_a_failure_without_a_name_is_of_every_reward_without_a_value() -> None:
-    samples = [sample(0, accuracy=1.0), sample(1, accuracy=NAN)]
-    samples[1].failed = True
-    assert summarize(samples, "think_answer")["pass@1"] == 0.5
 
 
 def test_golds_that_cannot_be_read_are_counted_and_left_out() -> None:
