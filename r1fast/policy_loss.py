@@ -108,15 +108,10 @@ def linear_own_loss(
     return own_loss(function, logprobs_T, cu_seqlens, entropy_T=entropy_T, **arguments)
 
 
-def resolve_loss(name: str) -> PolicyLoss:
-    """By `package.module.function` or `path/to/file.py:function`; ValueError."""
-    return load_function("loss_type", name)
-
-
 def loss_problems(name: str) -> Iterator[str]:
     """What is wrong with a loss of one's own, seen by a call on five tokens of two samples."""
     try:
-        function = resolve_loss(name)
+        function = load_function("loss_type", name)
         logprobs_T = torch.linspace(-2.5, -0.5, 5).requires_grad_()
         others: dict[str, Any] = dict.fromkeys(("ref_logprobs_T", "sampler_logprobs_T"), logprobs_T)
         loss, _, _ = own_loss(
