@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -79,26 +79,18 @@ class Sampler:
             raise self.ctx.error(problem)
         return prompts
 
-    def call(
-        self,
-        rows: Sequence[dict],
-        *,
-        n: int,
-        temperature: float,
-        seed: int,
-        sequence_ids: Sequence[int] | None = None,
-        prompts: Sequence[Prompt] | None = None,
-        max_tokens: int | None = None,
-    ) -> SamplingCall:
-        """n samples of every row. Row i draws its noise from (seed, sequence_ids[i]), by default (seed, i)."""
-        most = max_tokens or self.ctx.stage.max_completion_length
+    def generate(
+        self, rows: Sequence[dict], *, n: int, temperature: float, seed: int,
+        sequence_ids: Sequence[int] | None = None, prompts: Sequence[Prompt] | None = None,
+    ) -> list[Sample]:  # fmt: skip
+        """n samples of every row, group-contiguous, on every rank.
+
+        Row i draws its noise from (seed, sequence_ids[i]), by default (seed, i).
+        """
+        most = self.ctx.stage.max_completion_length
         params = SamplingParams(n=n, max_tokens=most, temperature=temperature, seed=seed)
         prompts = self.encode(rows) if prompts is None else prompts
-        return SamplingCall(rows, prompts, range(len(rows)) if sequence_ids is None else sequence_ids, params)
-
-    def generate(self, rows: Sequence[dict], **options: Any) -> list[Sample]:
-        """The samples of `call` with these arguments, group-contiguous, on every rank."""
-        return self.start(self.call(rows, **options))()
+        return self.start(SamplingCall(rows, prompts, sequence_ids or range(len(rows)), params))()
 
     def start(self, call: SamplingCall) -> Callable[[], list[Sample]]:
         """A function that returns the samples; here it is what makes them, too."""
