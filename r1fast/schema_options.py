@@ -354,5 +354,5 @@ class LossOptions(LossFields):
             yield "ref_model needs beta above 0, or a loss of one's own that reads ref_logprobs_T"
         if "sampling_importance_mode" in weights and loss.is_cap is None and loss.is_min is None:
             yield "sampling_importance_mode needs bounds: set sampling_importance_cap (3.0, say), or _min"
-        if self.old_logprobs == "sampler" and weights and weights != ["sampling_importance_cap"]:
+        if self.old_logprobs == "sampler" and (loss.is_cap is not None or loss.is_min is not None):
             yield f"{weights[0]} does not apply: with old_logprobs: sampler every such weight is 1; drop it"
