@@ -14,7 +14,7 @@ from r1fast.models.names import some
 from r1fast.parallel.parallelize import local_tensor
 from r1fast.rewards.accuracy import last_box, plain_number
 from r1fast.schema import EvaluateStage
-from r1fast.schema_options import EvalOptions
+from r1fast.schema_options import EvalOptions, LossOptions
 from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.sampler import Sample, Sampler, by_group, summary_of
 from r1fast.stages.scoring import Scorer
@@ -49,7 +49,8 @@ def _key(ctx: StageContext[EvalOptions], ref: str) -> str:
     stage = ctx.stage
     names = [name for name in type(stage).model_fields if name.startswith("eval_") and name != "eval_before"]
     names += ["prompt_template", "response_format", "prefill_think", "max_completion_length"]
-    return json.dumps([ref, *(getattr(stage, name) for name in names)], sort_keys=True)
+    head = ["lm_head_fp32"] if isinstance(stage, LossOptions) and stage.lm_head_fp32 else []
+    return json.dumps([ref, *(getattr(stage, name) for name in names), *head], sort_keys=True)
 
 
 def evaluate(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Tokenizer) -> dict[str, Any]:
