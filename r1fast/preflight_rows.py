@@ -92,8 +92,7 @@ def _encoding_problems(
         if isinstance(stage, schema.RewardModelStage):
             units = encode_units(rows, tokenizer, stage)
         else:
-            mask = not isinstance(stage, schema.PretrainStage) or stage.mask_prompt
-            units = [[example] for example in packed.encode_examples(rows, tokenizer, stage, mask_prompt=mask)]
+            units = [[example] for example in packed.encode_examples(rows, tokenizer, stage)]
         problems = packed.length_problems(units, rows, stage)
         encoded = [[ids for example in unit for ids in (example.prompt_ids, example.completion_ids)] for unit in units]
     yield from (f"{key}: {problem}" for problem in problems)

@@ -20,6 +20,7 @@ from r1fast.config import ConfigError
 from r1fast.data.rows import location, prompt_and_target
 from r1fast.data.templates import RESPONSE_FORMATS, Messages, render_prompt, target_text, without_opening
 from r1fast.rollout.tokenization import encode_text_prompts, encode_texts
+from r1fast.schema import PretrainStage
 from r1fast.schema_options import FitOptions, GenerateOptions
 
 T = TypeVar("T")
@@ -130,14 +131,14 @@ def encode_rendered(texts: Sequence[str], tokenizer: Tokenizer, options: Generat
     return [Prompt(x, layout.is_prefilled(text)) for x, text in zip(ids, texts, strict=True)]
 
 
-def encode_examples(
-    rows: Sequence[dict], tokenizer: Tokenizer, options: GenerateOptions, *, mask_prompt: bool = True
-) -> list[Example]:
+def encode_examples(rows: Sequence[dict], tokenizer: Tokenizer, options: GenerateOptions) -> list[Example]:
     """Rows {prompt, completion}, {messages} or {text} as examples that end with the EOS token.
 
-    Plain text, and prompts where mask_prompt is False, are learned from their first token on. ConfigError naming the
-    first row that cannot be encoded.
+    Plain text, and prompts where pretrain does not mask them, are learned from their first token on. ConfigError naming
+    the first row that cannot be encoded.
     """
+    eos = tokenizer.eos_token_id
+    mask_prompt = not isinstance(options, PretrainStage) or options.mask_prompt
 
     def encode(part: Sequence[dict]) -> list[Example]:
         prompts, targets = zip(*map(prompt_and_target, part), strict=True) if part else ((), ())
@@ -150,7 +151,6 @@ def encode_examples(
             for prompt, p, c in zip(prompts, prompt_ids, target_ids, strict=True)
         ]
 
-    eos = tokenizer.eos_token_id
     return of_rows(rows, encode)
 
 
