@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from r1fast.data.rows import Row, location
 from r1fast.models.decoder import Decoder
 from r1fast.parallel.parallelize import copy_weights
-from r1fast.policy_loss import linear_own_loss, loss_problems
+from r1fast.policy_loss import linear_own_loss
 from r1fast.schema import GRPOStage
 from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
@@ -47,7 +47,6 @@ def run(ctx: StageContext[GRPOStage]) -> dict[str, Any]:
     columns = dict.fromkeys(name for row in rows for name in row)
     rows = [Row({name: row.get(name) for name in columns}, location(row, i)) for i, row in enumerate(rows)]
     ctx.refuse([*prompt_problems(stage, rows), *unrewarded_problems(stage, rows)])
-    ctx.refuse(loss_problems(stage.loss_type) if stage.is_own_loss else ())
     policy, tokenizer = ctx.load(ctx.model_ref, trainable=True)
     before = evaluate_start(ctx, policy, tokenizer)
     with Scorer(ctx, stage.rewards, stage.response_format) as scorer:
