@@ -216,10 +216,10 @@ def prompt_length_problems(
     """Every prompt fits into max_prompt_length, and with its completion into the positions of the model."""
     for i, (ids, row) in enumerate(zip(prompts, rows, strict=True)):
         if len(ids) > stage.max_prompt_length:
-            problem = f"more than max_prompt_length = {stage.max_prompt_length}"
+            problem = f"more than max_prompt_length = {stage.max_prompt_length}; raise it or drop the row"
         elif len(ids) + (longest := stage.max_completion_length) > positions:
             room = f"the {positions} positions of the model (max_position_embeddings)"
-            problem = f"with max_completion_length = {longest} more than {room}"
+            problem = f"with max_completion_length = {longest} more than {room}; lower it or drop the row"
         else:
             continue
         yield f"{location(row, i)} ({str(row['prompt'])[:60]!r}) has {len(ids)} prompt tokens, {problem}"
