@@ -14,6 +14,7 @@ from r1fast import schema_options as options
 from r1fast.artifacts import start_model
 from r1fast.config import ConfigError
 from r1fast.data.rows import Row, location, prompt_and_target, shown, texts_of
+from r1fast.data.templates import render_prompt
 from r1fast.preflight_models import architecture_of, checkpoint_of, tokenizer_of
 from r1fast.rewards.accuracy import plain_number
 from r1fast.rewards.language import target_scripts
@@ -43,8 +44,7 @@ def text_problems(recipe: Recipe, stage: StageBase, key: str, kind: RowKind, row
         ref = stage.teacher or ref
     try:
         if isinstance(stage, schema.CollectStage) and stage.few_shot is not None:
-            few_shot = stage.model_copy(update={"prompt_template": "few_shot", "response_format": "special_token"})
-            of_rows(rows, lambda part: render_prompts([row["prompt"] for row in part], None, few_shot))
+            of_rows(rows, lambda part: [render_prompt(row["prompt"], "few_shot") for row in part])
         if ref is not None and not ref.startswith("@"):
             yield from _encoding_problems(recipe, stage, key, kind, rows, ref)
         elif stage.prompt_template != "tokenizer":
