@@ -129,9 +129,10 @@ def _of_file(path: Path) -> str:
     with path.open("rb") as file:
         if size <= WHOLE_BYTES:
             total.update(file.read())
-        for block in range(NUM_BLOCKS) if size > WHOLE_BYTES else ():
-            file.seek((size - BLOCK_BYTES) * block // (NUM_BLOCKS - 1))
-            total.update(file.read(BLOCK_BYTES))
+        else:
+            for block in range(NUM_BLOCKS):
+                file.seek((size - BLOCK_BYTES) * block // (NUM_BLOCKS - 1))
+                total.update(file.read(BLOCK_BYTES))
     return total.hexdigest()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from r1fast.user_code import load_function
 from r1fast_kernels import linear_logprobs
-from r1fast_kernels.grpo_loss_reference import Inputs, LossArguments, grpo_loss_reference
+from r1fast_kernels.grpo_loss_reference import Inputs, LossArguments, Packing, grpo_loss_reference
 from r1fast_kernels.loss_options import LossOptions
 
 # loss_aggregation -> the built-in loss that is a mean of the same kind
@@ -57,14 +57,8 @@ class PolicyLossInputs:
 
     def sample_mean_T(self, values_T: Tensor) -> Tensor:
         """The mean of a sample's tokens that count, at each of its tokens."""
-        lengths_N = self.cu_seqlens.diff().long()
-        sample_T = torch.repeat_interleave(lengths_N, output_size=len(values_T))
-        kept_T = torch.where(self.loss_mask_T, values_T, 0)
-        totals_N = torch.zeros(len(lengths_N), dtype=values_T.dtype, device=values_T.device).index_add(
-            0, sample_T, kept_T
-        )
-        counts_N = torch.zeros_like(totals_N).index_add(0, sample_T, self.loss_mask_T.to(values_T.dtype))
-        return (totals_N / counts_N.clamp(min=1))[sample_T]
+        packing = Packing.build(self.cu_seqlens, self.loss_mask_T, None, len(values_T))
+        return packing.mean_samples(packing.keep(values_T))[packing.sample_T]
 
 
 PolicyLoss = Callable[[PolicyLossInputs], tuple[Tensor, dict[str, Tensor]]]
@@ -108,15 +102,10 @@ def linear_own_loss(
     return own_loss(function, logprobs_T, cu_seqlens, entropy_T=entropy_T, **arguments)
 
 
-def resolve_loss(name: str) -> PolicyLoss:
-    """By `package.module.function` or `path/to/file.py:function`; ValueError."""
-    return load_function("loss_type", name)
-
-
 def loss_problems(name: str) -> Iterator[str]:
     """What is wrong with a loss of one's own, seen by a call on five tokens of two samples."""
     try:
-        function = resolve_loss(name)
+        function = load_function("loss_type", name)
         logprobs_T = torch.linspace(-2.5, -0.5, 5).requires_grad_()
         others: dict[str, Any] = dict.fromkeys(("ref_logprobs_T", "sampler_logprobs_T"), logprobs_T)
         loss, _, _ = own_loss(

@@ -14,6 +14,7 @@ from r1fast import schema_options as options
 from r1fast.artifacts import start_model
 from r1fast.config import ConfigError
 from r1fast.data.rows import Row, location, prompt_and_target, shown, texts_of
+from r1fast.data.templates import render_prompt
 from r1fast.preflight_models import architecture_of, checkpoint_of, tokenizer_of
 from r1fast.rewards.accuracy import plain_number
 from r1fast.rewards.language import target_scripts
@@ -43,8 +44,7 @@ def text_problems(recipe: Recipe, stage: StageBase, key: str, kind: RowKind, row
         ref = stage.teacher or ref
     try:
         if isinstance(stage, schema.CollectStage) and stage.few_shot is not None:
-            few_shot = stage.model_copy(update={"prompt_template": "few_shot", "response_format": "special_token"})
-            of_rows(rows, lambda part: render_prompts([row["prompt"] for row in part], None, few_shot))
+            of_rows(rows, lambda part: [render_prompt(row["prompt"], "few_shot") for row in part])
         if ref is not None and not ref.startswith("@"):
             yield from _encoding_problems(recipe, stage, key, kind, rows, ref)
         elif stage.prompt_template != "tokenizer":
@@ -84,7 +84,7 @@ def _encoding_problems(
             text = f"a text of {size} characters cannot be {limit} tokens or less"
             raise ConfigError(f"{location(row, i)}: {text}; shorten the row")
     if kind == "prompts":
-        prompts = [ids for ids, _ in packed.encode_row_prompts(rows, tokenizer, stage)]
+        prompts = [ids for ids, _ in packed.encode_prompts(rows, tokenizer, stage)]
         problems = packed.prompt_length_problems(prompts, rows, stage, model.max_position_embeddings)
         encoded = [[ids] for ids in prompts]
     else:
@@ -92,8 +92,7 @@ def _encoding_problems(
         if isinstance(stage, schema.RewardModelStage):
             units = encode_units(rows, tokenizer, stage)
         else:
-            mask = not isinstance(stage, schema.PretrainStage) or stage.mask_prompt
-            units = [[example] for example in packed.encode_examples(rows, tokenizer, stage, mask_prompt=mask)]
+            units = [[example] for example in packed.encode_examples(rows, tokenizer, stage)]
         problems = packed.length_problems(units, rows, stage)
         encoded = [[ids for example in unit for ids in (example.prompt_ids, example.completion_ids)] for unit in units]
     yield from (f"{key}: {problem}" for problem in problems)
@@ -146,7 +145,7 @@ def reward_problems(
 def _sampling_problems(recipe: Recipe, stage: options.SampleOptions, rows: Rows, notes: list[str]) -> Iterator[str]:
     """Samples are kept that are right, in the row's language, and written with the row."""
     yield from _language_problems("train_files", rows)
-    if any(spec.function == "accuracy" for spec in options.reward_specs(stage.rewards).values()):
+    if not stage.changed(["rewards"]):  # else reward_problems tells it
         yield from _gold_problems(recipe, "train_files", [row for row in rows if row["answer"] is not None], notes)
     for i, row in enumerate(rows):
         try:

@@ -17,16 +17,14 @@ MAX_NODES = 20_000  # scalars, lists and mappings, aliases expanded: ten times t
 MAX_DEPTH = 50
 
 _NUMBER = r"(?:0|[1-9][0-9]*)"
-_SCALARS: dict[str, re.Pattern[str]] = {
-    "null": re.compile(r"~|null|Null|NULL|"),
-    "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
-    "int": re.compile(rf"[-+]?{_NUMBER}|0o[0-7]+|0x[0-9a-fA-F]+"),
-    "float": re.compile(
-        rf"[-+]?(?:\.[0-9]+|{_NUMBER}(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.nan|\.NaN|\.NAN"
-    ),
+_SCALARS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": rf"[-+]?{_NUMBER}|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": rf"[-+]?(?:\.[0-9]+|{_NUMBER}(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.nan|\.NaN|\.NAN",
 }
 _TAG = "tag:yaml.org,2002:"
-_RESOLVERS = [(_TAG + name, re.compile(rf"(?:{pattern.pattern})\Z")) for name, pattern in _SCALARS.items()]
 # A surrogate cannot be written as UTF-8, and no path or option holds a control character.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -138,10 +136,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern in _RESOLVERS:
-    _Loader.add_implicit_resolver(_tag, _pattern, None)
-    # Text that either version would read as something else is quoted.
-    _Dumper.add_implicit_resolver(_tag, _pattern, None)
+for _name, _pattern in _SCALARS.items():
+    for _class in (_Loader, _Dumper):  # text that either version would read as something else is quoted
+        _class.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), None)
 
 
 def _key(node: yaml.Node) -> str:

@@ -121,7 +121,7 @@ class GRPOStage(LossOptions, TrainOptions, EvalOptions):
             yield f"prompts_per_step * num_generations = {num_samples} is not a multiple of {divisor}"
         if self.log_completions == 0 and self.changed(["log_completions_steps"]):
             yield "log_completions_steps does not apply: log_completions is 0; drop it"
-        if self.ref_model_sync_steps and self.loss.beta == 0:
+        if self.ref_model_sync_steps and self.loss.beta == 0 and self.ref_model is None:
             yield "ref_model_sync_steps needs beta above 0: without KL there is no reference to copy into"
         if self.skip_zero_variance_groups and (self.loss.beta > 0 or self.loss.entropy_coef or self.is_own_loss):
             yield "skip_zero_variance_groups needs beta 0, entropy_coef 0 and a built-in loss: else such groups learn"
@@ -221,7 +221,7 @@ class RewardModelStage(EpochOptions, GenerateOptions):
             yield "center_rewards_coefficient applies to loss pairwise, got pointwise: drop it"
 
 
-def _lesson_rows(stage: "DistillStage") -> RowKind:
+def _distill_rows(stage: "DistillStage") -> RowKind:
     return "sft" if stage.teacher is None else "prompts"
 
 
@@ -229,7 +229,7 @@ class DistillStage(SFTStage, SampleOptions):
     """SFT of a student on a teacher's samples: those of train_files, or fresh ones when `teacher` is given."""
 
     kind: Literal["distill"]  # type: ignore[assignment]
-    train_files: Files[Annotated[Ref, Reads("data", _lesson_rows)]]
+    train_files: Files[Annotated[Ref, Reads("data", _distill_rows)]]
     teacher: ModelRef | None = None  # then train_files are prompts
     response_format: ResponseFormatName = "special_token"
 
@@ -244,12 +244,10 @@ class DistillStage(SFTStage, SampleOptions):
         yield from super().problems()
         for name in self.changed(SampleOptions.__annotations__) if self.teacher is None else ():
             yield f"{name} applies to a teacher's samples: name a teacher, or drop it"
-        longest, rooms = (
-            self.max_prompt_length + self.max_completion_length,
-            ("max_length", "max_tokens_per_microbatch"),
-        )
-        if self.teacher is not None and longest > min(getattr(self, room) for room in rooms):
-            into = " and ".join(f"{room} = {getattr(self, room)}" for room in rooms)
+        longest = self.max_prompt_length + self.max_completion_length
+        most, room = self.max_length, self.max_tokens_per_microbatch
+        if self.teacher is not None and longest > min(most, room):
+            into = f"max_length = {most} and max_tokens_per_microbatch = {room}"
             what = f"max_prompt_length + max_completion_length = {longest} does not fit into {into}"
             yield f"{what}: a sample might not be learned from"
 

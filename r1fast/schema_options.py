@@ -343,6 +343,8 @@ class LossOptions(LossFields):
         loss, weights = self.loss, [name for name in changed if name.startswith("sampling_importance_")]
         if self.loss_type == "cispo" and loss.epsilon_high is None:
             yield "loss_type cispo caps the ratio at epsilon_high itself: set it (5.0, say)"
+        if loss.delta is not None and loss.delta <= 1 and not self.is_own_loss:
+            yield f"delta = {loss.delta} cuts off the ratio 1, which every update begins with; expected more than 1"
         yield from loss_fields.unused(self.loss_type, {name: getattr(self, name) for name in changed})
         if self.loss_aggregation is not None and not self.is_own_loss:
             yield f"loss_aggregation is of a loss of one's own; {self.loss_type} has its own mean: drop it"
@@ -352,5 +354,5 @@ class LossOptions(LossFields):
             yield "ref_model needs beta above 0, or a loss of one's own that reads ref_logprobs_T"
         if "sampling_importance_mode" in weights and loss.is_cap is None and loss.is_min is None:
             yield "sampling_importance_mode needs bounds: set sampling_importance_cap (3.0, say), or _min"
-        if self.old_logprobs == "sampler" and weights and weights != ["sampling_importance_cap"]:
+        if self.old_logprobs == "sampler" and (loss.is_cap is not None or loss.is_min is not None):
             yield f"{weights[0]} does not apply: with old_logprobs: sampler every such weight is 1; drop it"

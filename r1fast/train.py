@@ -41,11 +41,11 @@ def choose_threads(resumed: Path | None) -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if "OMP_NUM_THREADS" in os.environ:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     threads = max(1, min(cores, round(cores - os.getloadavg()[0] + 0.5)))
     # As summary.json says, or where it is damaged any stage's record; what is wrong with them, resume.py says.
     for path in (resumed / "summary.json", *resumed.glob("*/stage.json")) if resumed else ():
-        with suppress(ValueError):
+        with suppress(ValueError, LookupError, TypeError):  # damaged, or of another version
             threads = int(read_record(path)["machine"]["threads"])
             break
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -222,7 +222,7 @@ def begin(run_dir: Path, dist: "Dist", held: ExitStack) -> str:
             held.enter_context(locked(run_dir))
             check_output(run_dir, resume=False)  # again, now that nobody else can begin there
         except (ConfigError, OSError) as error:
-            problem = str(error)
+            problem = reason(error)
     return dist.all_gather_objects(problem)[0]
 
 

@@ -24,6 +24,7 @@ from r1fast.run_folder import (
     write_record,
 )
 from r1fast.stages.training import Trainer
+from r1fast.train import choose_threads
 from tests.tiny_checkpoint import tree, write_jsonl, write_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -358,6 +359,17 @@ def test_a_whole_record_of_another_shape_is_made_again(resume, stopped: Path, ch
     (stopped / "summary.json").unlink()
     code, (line,) = resume()
     assert code == 2 and "first/stage.json is of another version (entry: field required)" in line
+
+
+def test_threads_are_taken_from_a_record_that_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    (tmp_path / "first").mkdir()
+    write_record(tmp_path / "summary.json", {"machine": "of another version"})
+    write_record(tmp_path / "first" / "stage.json", {"machine": {"threads": 3}})
+    choose_threads(tmp_path)
+    assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
 def rewritten(record: dict[str, Any], change: Callable) -> dict[str, Any]:

@@ -119,6 +119,8 @@ SENSELESS = [
     (ZERO, ["rewards={h: {function: accuracy}}", "reward_models={h: {model: m}}"], "both named 'h'"),
     (ZERO, ["domain_weights={a: 0, b: 0}"], "domain_weights are all 0"),
     (ZERO, ["loss_type=cispo", "epsilon_high=5.0", "epsilon=0.3"], "epsilon = 0.3 does not apply to loss_type cispo"),
+    (ZERO, ["delta=1.0"], "delta = 1.0 cuts off the ratio 1"),
+    (ZERO, ["beta=0", "ref_model_sync_steps=5"], "without KL there is no reference"),
     (ZERO, ["log_completions=0", "log_completions_steps=5"], "log_completions_steps does not apply"),
     (ZERO, ["temperature=0"], "greater than or equal to 0.001; got 0"),
     (REJECT, ["temperature=0"], "num_samples = 4 with temperature 0 are 4 equal samples"),
@@ -145,6 +147,11 @@ def test_an_option_that_changes_nothing_is_refused(write, stage: str, changes: l
     name = yaml.safe_load(stage)["name"]
     message = message_of(config, *(f"stages.{name}.{change}" for change in changes))
     assert f"stages.{name}" in message and part in message
+
+
+def test_a_loss_of_ones_own_may_read_a_moving_reference_without_kl(zero: str) -> None:
+    changes = ["loss_type=mine.loss", "beta=0", "ref_model=m", "ref_model_sync_steps=5"]
+    load_recipe(zero, [f"stages.zero.{change}" for change in changes])
 
 
 def test_sampling_ahead_needs_a_stage_that_does(write) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from r1fast.data.rows import location, shown
-from r1fast.data.templates import FEW_SHOT_STOP, RESPONSE_FORMATS, render_prompt
+from r1fast.data.templates import FEW_SHOT_STOP, PROMPT_TEMPLATES, RESPONSE_FORMATS, render_prompt
 from r1fast.rollout.tokenization import encode_text_prompts
 from r1fast.schema import CollectStage, FewShotOptions
 from r1fast.stages.context import StageContext
@@ -18,7 +18,7 @@ from r1fast.stages.packed import Prompt
 from r1fast.stages.reject import sample, select, shuffled
 from r1fast.stages.sampler import Sample, Sampler
 
-FEW_SHOT_FORMAT = "special_token"  # the layout of the few_shot template's solutions
+FEW_SHOT_FORMAT = PROMPT_TEMPLATES["few_shot"].response_format  # the layout of its solutions
 
 
 def run(ctx: StageContext[CollectStage]) -> dict[str, Any]:

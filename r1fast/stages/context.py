@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from r1fast.artifacts import fingerprint, inputs_of, start_model
+from r1fast.artifacts import Artifact, fingerprint, inputs_of, start_model
 from r1fast.config import ConfigError
 from r1fast.data.chat_templates import chat_template
 from r1fast.data.sources import load_rows
@@ -77,7 +77,7 @@ class StageContext(Generic[S]):
         return getattr(torch, name)
 
     def model_path(self, ref: str) -> str:
-        return str(self.run_dir / ref[1:] / "model") if ref.startswith("@") else ref
+        return Artifact("model", ref, "model").place(self.run_dir)
 
     def rows(self, key: str = "train_files") -> list[dict]:
         """What the files of an option hold."""

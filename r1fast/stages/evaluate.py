@@ -14,7 +14,7 @@ from r1fast.models.names import some
 from r1fast.parallel.parallelize import local_tensor
 from r1fast.rewards.accuracy import last_box, plain_number
 from r1fast.schema import EvaluateStage
-from r1fast.schema_options import EvalOptions
+from r1fast.schema_options import EvalOptions, LossOptions
 from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.sampler import Sample, Sampler, by_group, summary_of
 from r1fast.stages.scoring import Scorer
@@ -49,7 +49,8 @@ def _key(ctx: StageContext[EvalOptions], ref: str) -> str:
     stage = ctx.stage
     names = [name for name in type(stage).model_fields if name.startswith("eval_") and name != "eval_before"]
     names += ["prompt_template", "response_format", "prefill_think", "max_completion_length"]
-    return json.dumps([ref, *(getattr(stage, name) for name in names)], sort_keys=True)
+    head = ["lm_head_fp32"] if isinstance(stage, LossOptions) and stage.lm_head_fp32 else []
+    return json.dumps([ref, *(getattr(stage, name) for name in names), *head], sort_keys=True)
 
 
 def evaluate(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def evaluate(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Tokenize
             greedy = sampler.generate(rows, n=1, temperature=0.0, **how)
             scorer.score(greedy)
             result["greedy"] = _mean(_scores(greedy, "accuracy"))
-            result["failures"] += sum(sample.failed for sample in greedy)
+            result["failures"] += sum(bool(sample.failed_rewards) for sample in greedy)
     result = {name: value for name, value in result.items() if not math.isnan(value)}
     settings = {"split": ",".join(stage.eval_files), "temperature": stage.eval_temperature, "k": stage.eval_num_samples}
     return result | settings
@@ -106,7 +107,7 @@ def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
     for name in samples[0].rewards if samples else ():
         if name != "accuracy":
             result[name] = _mean(_scores(samples, name))
-    result["failures"] = sum(sample.failed for sample in samples)
+    result["failures"] = sum(bool(sample.failed_rewards) for sample in samples)
     if samples and "accuracy" in samples[0].rewards:
         golds = [sum(group[0].row.get("answer") is not None for group in part) for part in (groups, scored)]
         result["unscorable"] = golds[0] - golds[1]
@@ -131,7 +132,7 @@ def _half_width(means: np.ndarray, problems: list[str]) -> float:
 
 def _scores(samples: list[Sample], name: str) -> list[float]:
     """nan where the reward does not apply. Where it failed 0: a mean must not rise by what was not measured."""
-    return [0.0 if sample.has_failed(name) else sample.rewards.get(name, math.nan) for sample in samples]
+    return [0.0 if name in sample.failed_rewards else sample.rewards.get(name, math.nan) for sample in samples]
 
 
 def _majority(group: list[Sample], response_format: str) -> float:

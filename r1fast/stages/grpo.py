@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from r1fast.data.rows import Row, location
 from r1fast.models.decoder import Decoder
 from r1fast.parallel.parallelize import copy_weights
-from r1fast.policy_loss import linear_own_loss, loss_problems, resolve_loss
+from r1fast.policy_loss import linear_own_loss
 from r1fast.schema import GRPOStage
 from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.evaluate import evaluate_end, evaluate_start
@@ -33,6 +33,7 @@ from r1fast.stages.sampler import GenerationFailed, Sample, by_group
 from r1fast.stages.scoring import NothingScored, Scorer, punish_overlong, total_rewards
 from r1fast.stages.training import LossFn, Trainer, map_packed
 from r1fast.stopping import Stopped
+from r1fast.user_code import load_function
 from r1fast_kernels import group_advantages, linear_grpo_loss, linear_logprobs
 from r1fast_kernels.loss_options import LossOptions
 
@@ -46,7 +47,6 @@ def run(ctx: StageContext[GRPOStage]) -> dict[str, Any]:
     columns = dict.fromkeys(name for row in rows for name in row)
     rows = [Row({name: row.get(name) for name in columns}, location(row, i)) for i, row in enumerate(rows)]
     ctx.refuse([*prompt_problems(stage, rows), *unrewarded_problems(stage, rows)])
-    ctx.refuse(loss_problems(stage.loss_type) if stage.is_own_loss else ())
     policy, tokenizer = ctx.load(ctx.model_ref, trainable=True)
     before = evaluate_start(ctx, policy, tokenizer)
     with Scorer(ctx, stage.rewards, stage.response_format) as scorer:
@@ -144,7 +144,7 @@ class Learner:
         scored = any(not np.isnan(sample.reward) for sample in samples)
         self.unscored_prompts = 0 if scored else self.unscored_prompts + len(by_group(samples))
         if self.unscored_prompts >= self.stage.prompts_per_step:
-            raise self.scorer.nothing_scored(samples, self.scorer.specs)
+            raise self.scorer.nothing_scored(samples)
 
     def refill(self, step: int, samples: list[Sample], metrics: dict[str, float]) -> list[Sample]:
         """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): groups of equal reward give their places to others.
@@ -186,8 +186,9 @@ class Learner:
             masked = stage.mask_truncated_completions and sample.finish_reason == "length"
             learned = bool(sample.completion_ids) and not masked
             values = {"advantage": sample.advantage, "sampler": sample.sampler_logprobs}
-            tokens = sample.prompt_ids, sample.completion_ids
-            examples.append(Example(*tokens, values, sample.routed_experts, learned=learned))
+            examples.append(
+                Example(sample.prompt_ids, sample.completion_ids, values, sample.routed_experts, learned=learned)
+            )
         with self.ctx.phase("logprobs"):
             if stage.steps_per_generation * stage.num_iterations > 1 and stage.old_logprobs == "policy":
                 self._fill(examples, "old", self.policy)
@@ -233,8 +234,8 @@ class Learner:
                 active = chosen
                 if stage.skip_zero_variance_groups:  # without KL, an advantage of 0 has no gradient
                     active = [example for example in chosen if example.values["advantage"] != 0.0]
+                loss = policy_loss(chosen, self.ctx, self._entropy_threshold(chosen))
                 with self.ctx.phase("update"):
-                    loss = policy_loss(chosen, self.ctx, self._entropy_threshold(chosen))
                     history.append(self.trainer.update(active, loss))
                 every = stage.ref_model_sync_steps
                 if self.reference is not None and every and self.trainer.step % every == 0:
@@ -261,15 +262,14 @@ def policy_loss(
 ) -> LossFn:
     """The GRPO loss of a minibatch, normalised by what all its micro-batches and ranks hold."""
     stage = ctx.stage
-    function = resolve_loss(stage.loss_type) if stage.is_own_loss else None
+    function = load_function("loss_type", stage.loss_type) if stage.is_own_loss else None
     options = stage.loss._replace(is_cap=importance_cap(ctx), max_completion_length=stage.max_completion_length)
-    num_items = max(float(sum(example.num_learned for example in examples)), 1.0)
-    sizes: dict[str, Any] = {
-        "num_items": num_items,
+    arguments = options._asdict() | {
+        "temperature": stage.temperature,
+        "num_items": max(float(sum(example.num_learned for example in examples)), 1.0),
         "num_samples": float(len(examples)),
         "entropy_threshold": entropy_threshold,
     }
-    arguments = options._asdict() | sizes | {"temperature": stage.temperature}
 
     def loss_fn(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
         values = batch.values

@@ -20,6 +20,7 @@ from r1fast.config import ConfigError
 from r1fast.data.rows import location, prompt_and_target
 from r1fast.data.templates import RESPONSE_FORMATS, Messages, render_prompt, target_text, without_opening
 from r1fast.rollout.tokenization import encode_text_prompts, encode_texts
+from r1fast.schema import PretrainStage
 from r1fast.schema_options import FitOptions, GenerateOptions
 
 T = TypeVar("T")
@@ -102,18 +103,18 @@ class Prompt(NamedTuple):
     prefilled: bool  # it opens the reasoning itself: prefill_think, or a chat template that does
 
 
-def encode_prompts(prompts: Sequence[Text], tokenizer: Tokenizer, options: GenerateOptions) -> list[Prompt]:
-    """Prompts (text or chat messages) in the stage's template.
+def encode_prompts(rows: Sequence[dict], tokenizer: Tokenizer, options: GenerateOptions) -> list[Prompt]:
+    """The prompts of rows (text or chat messages) in the stage's template.
 
     Of special tokens a prompt has what the template writes. Our own templates also get what the tokenizer puts before a
-    text by default, once; its own chat template is taken to be complete, as transformers does.
+    text by default, once; its own chat template is taken to be complete, as transformers does. ConfigError naming the
+    first row that cannot be encoded.
     """
-    return encode_rendered(render_prompts(prompts, tokenizer, options), tokenizer, options)
 
+    def encode(part: Sequence[dict]) -> list[Prompt]:
+        return encode_rendered(render_prompts([row["prompt"] for row in part], tokenizer, options), tokenizer, options)
 
-def encode_row_prompts(rows: Sequence[dict], tokenizer: Tokenizer, options: GenerateOptions) -> list[Prompt]:
-    """encode_prompts of the rows' prompts; ConfigError naming the first row that cannot be encoded."""
-    return of_rows(rows, lambda part: encode_prompts([row["prompt"] for row in part], tokenizer, options))
+    return of_rows(rows, encode)
 
 
 def render_prompts(prompts: Sequence[Text], tokenizer: Tokenizer | None, options: GenerateOptions) -> list[str]:
@@ -130,14 +131,14 @@ def encode_rendered(texts: Sequence[str], tokenizer: Tokenizer, options: Generat
     return [Prompt(x, layout.is_prefilled(text)) for x, text in zip(ids, texts, strict=True)]
 
 
-def encode_examples(
-    rows: Sequence[dict], tokenizer: Tokenizer, options: GenerateOptions, *, mask_prompt: bool = True
-) -> list[Example]:
+def encode_examples(rows: Sequence[dict], tokenizer: Tokenizer, options: GenerateOptions) -> list[Example]:
     """Rows {prompt, completion}, {messages} or {text} as examples that end with the EOS token.
 
-    Plain text, and prompts where mask_prompt is False, are learned from their first token on. ConfigError naming the
-    first row that cannot be encoded.
+    Plain text, and prompts where pretrain does not mask them, are learned from their first token on. ConfigError naming
+    the first row that cannot be encoded.
     """
+    eos = tokenizer.eos_token_id
+    mask_prompt = not isinstance(options, PretrainStage) or options.mask_prompt
 
     def encode(part: Sequence[dict]) -> list[Example]:
         prompts, targets = zip(*map(prompt_and_target, part), strict=True) if part else ((), ())
@@ -150,7 +151,6 @@ def encode_examples(
             for prompt, p, c in zip(prompts, prompt_ids, target_ids, strict=True)
         ]
 
-    eos = tokenizer.eos_token_id
     return of_rows(rows, encode)
 
 
@@ -216,10 +216,10 @@ def prompt_length_problems(
     """Every prompt fits into max_prompt_length, and with its completion into the positions of the model."""
     for i, (ids, row) in enumerate(zip(prompts, rows, strict=True)):
         if len(ids) > stage.max_prompt_length:
-            problem = f"more than max_prompt_length = {stage.max_prompt_length}"
+            problem = f"more than max_prompt_length = {stage.max_prompt_length}; raise it or drop the row"
         elif len(ids) + (longest := stage.max_completion_length) > positions:
             room = f"the {positions} positions of the model (max_position_embeddings)"
-            problem = f"with max_completion_length = {longest} more than {room}"
+            problem = f"with max_completion_length = {longest} more than {room}; lower it or drop the row"
         else:
             continue
         yield f"{location(row, i)} ({str(row['prompt'])[:60]!r}) has {len(ids)} prompt tokens, {problem}"

@@ -24,7 +24,7 @@ def run(ctx: StageContext[PretrainStage]) -> dict[str, Any]:
     tokenizer = make_tokenizer(ctx, rows)
     # Rows beyond those that the steps visit would be encoded for nothing.
     rows = random.Random(ctx.seed).sample(rows, min(stage.max_steps * stage.batch_size, len(rows)))
-    examples = encode_rows(ctx, rows, tokenizer, mask_prompt=stage.mask_prompt)
+    examples = encode_rows(ctx, rows, tokenizer)
     model = build_model(ctx, tokenizer)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     train(ctx, model, examples, stage.max_steps)

@@ -50,9 +50,9 @@ def select(
     stage = ctx.stage
     with Scorer(ctx, stage.rewards, response_format) as scorer:
         scorer.score(samples)
-        judged = [found for found in samples if found.failed or not all(map(math.isnan, found.rewards.values()))]
-        if judged and all(found.failed for found in judged):
-            raise scorer.nothing_scored(judged, scorer.specs)
+        judged = [s for s in samples if s.failed_rewards or not all(map(math.isnan, s.rewards.values()))]
+        if judged and all(s.failed_rewards for s in judged):
+            raise scorer.nothing_scored(judged)
         total_rewards(samples, scorer.weights)
     kept: list[Sample] = []
     rows: list[dict[str, str]] = []
@@ -84,7 +84,7 @@ def select(
 
 def drop_reason(sample: Sample, stage: SampleOptions, response_format: str) -> str | None:
     """A sample to which no reward applies is not judged, unless it has a gold that none can read."""
-    if sample.failed:
+    if sample.failed_rewards:
         return "reward failed"
     if math.isnan(sample.reward) and sample.row.get("answer") is not None:
         return "gold unreadable"

@@ -21,11 +21,12 @@ import numpy as np
 
 from r1fast.data.rows import location, shown
 from r1fast.models.decoder import Decoder
+from r1fast.rollout.sampling import SamplingParams
 from r1fast.schema import GRPOStage
 from r1fast.schema_options import WeightedSpec, reward_specs
 from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.packed import Prompt, permutation
-from r1fast.stages.sampler import BackgroundSampler, GenerationFailed, Sample, Sampler
+from r1fast.stages.sampler import BackgroundSampler, GenerationFailed, Sample, Sampler, SamplingCall
 from r1fast.stopping import Stopped
 
 Group = list[Sample]  # of one prompt; sample.group is the number of prompts that were drawn before it
@@ -138,11 +139,11 @@ class Rollouts:
             samples = list(asked.values())
         rows = [sample.row for sample in asked.values()]
         prompts = [Prompt(s.prompt_ids + s.completion_ids, s.prefilled) for s in asked.values()]
-        call = self.sampler.call(
-            rows, n=n if part is None else 1, temperature=self.stage.temperature, seed=self.ctx.seed,
-            sequence_ids=list(asked), prompts=prompts, max_tokens=part,
+        params = SamplingParams(
+            n=n if part is None else 1, max_tokens=part or self.stage.max_completion_length,
+            temperature=self.stage.temperature, seed=self.ctx.seed,
         )  # fmt: skip
-        wait = self.sampler.start(call)
+        wait = self.sampler.start(SamplingCall(rows, prompts, list(asked), params))
 
         def finish() -> None:
             for sample, found in zip(samples, wait(), strict=True):

@@ -1,10 +1,9 @@
 """Sampling from the model of a stage, by our engine or vLLM: rows in, samples out, the same on every rank."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from r1fast.rollout.vllm_process import InProcess
 from r1fast.rollout.vllm_server import Client, Server
 from r1fast.schema_options import GenerateOptions
 from r1fast.stages.context import StageContext, Tokenizer
-from r1fast.stages.packed import Prompt, encode_row_prompts, prompt_length_problems
+from r1fast.stages.packed import Prompt, encode_prompts, prompt_length_problems
 from r1fast.stopping import Interrupted, Stopped
 
 WEIGHTS = "rollout_weights"  # folder of the run directory, written anew at every push to a server
@@ -49,16 +48,9 @@ class Sample:
     prefilled: bool  # the prompt opened the reasoning
     routed_experts: np.ndarray | None = None  # of every token but the last: [., L, K]
     rewards: dict[str, float] = field(default_factory=dict)  # by name; nan = does not apply
-    failed: bool = False  # a reward's call failed
-    failed_rewards: tuple[str, ...] = ()  # which: without a value, or 0 where the completion was at fault
+    failed_rewards: Sequence[str] = ()  # whose call failed: without a value, or 0 where the completion was at fault
     reward: float = float("nan")  # weighted sum; nan = unscorable
     advantage: float = 0.0
-
-    def has_failed(self, name: str) -> bool:
-        """Whether the call of this reward failed; where the names are not known, every reward without a value."""
-        if not self.failed_rewards:
-            return self.failed and math.isnan(self.rewards.get(name, math.nan))
-        return name in self.failed_rewards
 
 
 class SamplingCall(NamedTuple):
@@ -78,36 +70,27 @@ class Sampler:
     ) -> None:
         """record: samples of a mixture of experts say which experts each token went to."""
         self.ctx, self.model, self.tokenizer = ctx, model, tokenizer
-        self.options = ctx.stage  # prompt_template, response_format, lengths
         self.engine = build_engine(ctx, model, tokenizer, record=record)
 
     def encode(self, rows: Sequence[dict]) -> list[Prompt]:
-        prompts = encode_row_prompts(rows, self.tokenizer, self.options)
+        prompts = encode_prompts(rows, self.tokenizer, self.ctx.stage)
         positions = self.model.config.max_position_embeddings
-        for problem in prompt_length_problems([ids for ids, _ in prompts], rows, self.options, positions):
+        for problem in prompt_length_problems([ids for ids, _ in prompts], rows, self.ctx.stage, positions):
             raise self.ctx.error(problem)
         return prompts
 
-    def call(
-        self,
-        rows: Sequence[dict],
-        *,
-        n: int,
-        temperature: float,
-        seed: int,
-        sequence_ids: Sequence[int] | None = None,
-        prompts: Sequence[Prompt] | None = None,
-        max_tokens: int | None = None,
-    ) -> SamplingCall:
-        """n samples of every row. Row i draws its noise from (seed, sequence_ids[i]), by default (seed, i)."""
-        most = max_tokens or self.options.max_completion_length
+    def generate(
+        self, rows: Sequence[dict], *, n: int, temperature: float, seed: int,
+        sequence_ids: Sequence[int] | None = None, prompts: Sequence[Prompt] | None = None,
+    ) -> list[Sample]:  # fmt: skip
+        """n samples of every row, group-contiguous, on every rank.
+
+        Row i draws its noise from (seed, sequence_ids[i]), by default (seed, i).
+        """
+        most = self.ctx.stage.max_completion_length
         params = SamplingParams(n=n, max_tokens=most, temperature=temperature, seed=seed)
         prompts = self.encode(rows) if prompts is None else prompts
-        return SamplingCall(rows, prompts, range(len(rows)) if sequence_ids is None else sequence_ids, params)
-
-    def generate(self, rows: Sequence[dict], **options: Any) -> list[Sample]:
-        """The samples of `call` with these arguments, group-contiguous, on every rank."""
-        return self.start(self.call(rows, **options))()
+        return self.start(SamplingCall(rows, prompts, sequence_ids or range(len(rows)), params))()
 
     def start(self, call: SamplingCall) -> Callable[[], list[Sample]]:
         """A function that returns the samples; here it is what makes them, too."""
@@ -204,8 +187,7 @@ def by_group(samples: Iterable[Sample]) -> list[list[Sample]]:
 
 def summary_of(text: str, response_format: str, prefilled: bool = False) -> str:
     """The part of a response that the user reads: what follows the reasoning."""
-    parsed = RESPONSE_FORMATS[response_format].parse(text, prefilled=prefilled)
-    return (parsed.answer if parsed else None) or ""
+    return RESPONSE_FORMATS[response_format].parse(text, prefilled=prefilled).answer or ""
 
 
 def build_engine(
@@ -220,7 +202,7 @@ def build_engine(
     try:
         backend = vllm_backend(ctx, model)
     except RolloutError as error:
-        raise ConfigError(f"stages.{ctx.stage.name}: {error}") from error
+        raise ctx.error(str(error)) from error
     return VllmEngine(model, tokenizer, backend, routed_experts=record and ctx.stage.router_replay)
 
 

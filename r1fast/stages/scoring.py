@@ -1,6 +1,6 @@
 """Rewards of samples: rule functions in worker processes, routed by domain, and the weighted sum."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -33,15 +33,14 @@ class Scorer(AbstractContextManager["Scorer"]):
         self.failures: list[str] = []  # of the last call of `score`, one line each
 
     def score(self, samples: Sequence[Sample]) -> int:
-        """Fill sample.rewards (nan where a reward does not apply or failed), sample.failed and failed_rewards.
+        """Fill sample.rewards (nan where a reward does not apply or failed) and sample.failed_rewards.
 
         Returns how many values are missing, or 0, because a reward failed.
         """
         with self.ctx.phase("reward"):
             values, failed, failures = self.ctx.dist.all_gather_objects(self._score(samples))[0]
         for i, sample in enumerate(samples):
-            sample.failed_rewards = tuple(name for name in self.specs if failed[name][i])
-            sample.failed = bool(sample.failed_rewards)
+            sample.failed_rewards = [name for name in self.specs if failed[name][i]]
             for name in self.specs:
                 sample.rewards[name] = float(values[name][i])
         self.failures = [headline(failure) for failure in failures]  # the pool logs a whole traceback, once
@@ -49,10 +48,10 @@ class Scorer(AbstractContextManager["Scorer"]):
             self.ctx.message(f"reward failed: {failure}")
         return sum(len(sample.failed_rewards) for sample in samples)
 
-    def nothing_scored(self, samples: Sequence[Sample], names: Iterable[str]) -> NothingScored:
-        """The error of a batch in which no sample has a value of these rewards."""
-        empty = [name for name in names if all(np.isnan(sample.rewards[name]) for sample in samples)]
-        silent = [name for name in empty if not any(sample.has_failed(name) for sample in samples)]
+    def nothing_scored(self, samples: Sequence[Sample]) -> NothingScored:
+        """The error of a batch in which no sample has a value."""
+        empty = [name for name in self.specs if all(np.isnan(sample.rewards[name]) for sample in samples)]
+        silent = [name for name in empty if not any(name in sample.failed_rewards for sample in samples)]
         reasons = self.failures[:3] + [f"reward {name!r} gave None for every sample" for name in silent]
         what = f"stages.{self.ctx.stage.name}: none of {len(samples)} samples could be scored: {'; '.join(reasons)}"
         return NothingScored(f"{what}; correct the reward, or the columns that it reads")
@@ -113,7 +112,7 @@ def total_rewards(samples: Sequence[Sample], weights: dict[str, float]) -> None:
         for sample in group:
             terms = {name: weights[name] * sample.rewards[name] for name in counted}
             known = [term for term in terms.values() if not np.isnan(term)]
-            failed = any(np.isnan(term) and sample.has_failed(name) for name, term in terms.items())
+            failed = any(np.isnan(term) and name in sample.failed_rewards for name, term in terms.items())
             sample.reward = sum(known) if known and not failed else float("nan")
 
 

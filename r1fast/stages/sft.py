@@ -31,9 +31,9 @@ def fine_tune(ctx: StageContext[SFTStage], rows: Sequence[dict]) -> dict[str, An
 
 
 def encode_rows(
-    ctx: StageContext[PretrainStage | SFTStage], rows: Sequence[dict], tokenizer: Tokenizer, *, mask_prompt: bool = True
+    ctx: StageContext[PretrainStage | SFTStage], rows: Sequence[dict], tokenizer: Tokenizer
 ) -> list[Example]:
-    examples = encode_examples(rows, tokenizer, ctx.stage, mask_prompt=mask_prompt)
+    examples = encode_examples(rows, tokenizer, ctx.stage)
     problems = length_problems([[example] for example in examples], rows, ctx.stage)
     ctx.refuse(f"train_files: {problem}" for problem in problems)
     return examples

@@ -59,7 +59,7 @@ class Trainer:
                 start = time.perf_counter()
                 epoch, place = divmod(self.step, per_epoch)
                 order = permutation(len(units), f"{self.ctx.seed},{epoch}")
-                chosen = [units[i] for i in order[place * batch_size :][:batch_size]]
+                chosen = [units[i] for i in order[place * batch_size : (place + 1) * batch_size]]
                 examples = [example for unit in chosen for example in unit]
                 try:
                     with self.ctx.phase("update"):
@@ -172,8 +172,11 @@ class Trainer:
         if batch is None:
             batch, balance_scale = empty_batch(self.ctx.dist.device), None
         head = partial(loss_fn if batch.target_ids_M.numel() else _no_loss, batch)
-        how = {"replay_ids_TLK": batch.routed_TLK if self.router_replay else None, "balance_scale": balance_scale}
-        (loss, found), routing = self.model(batch.input_ids_T, batch.cu_seqlens, head=head, with_routing=True, **how)
+        replayed = batch.routed_TLK if self.router_replay else None
+        (loss, found), routing = self.model(
+            batch.input_ids_T, batch.cu_seqlens, head=head, replay_ids_TLK=replayed, balance_scale=balance_scale,
+            with_routing=True,
+        )  # fmt: skip
         return loss, found, routing
 
     def _routing_measures(self, batch: PackedBatch, routing: Routing) -> Measures:

@@ -17,7 +17,7 @@ import pytest
 from r1fast.data.sources import load_rows
 from r1fast.data.tokenizer import EOS
 from r1fast.models.weights import load_tokenizer
-from r1fast.stages.packed import encode_examples, encode_row_prompts
+from r1fast.stages.packed import encode_examples, encode_prompts
 from r1fast.stages.reward_model import encode_units
 from tests.fuzz.rows import KINDS, Case, make_case
 from tests.tiny_checkpoint import GRPO, write_recipe
@@ -128,7 +128,7 @@ def read_by_model(kind: str, row: dict, tokenizer: Any) -> str:
         loss="pairwise" if kind == "pairs" else "pointwise",
     )  # fmt: skip
     if kind == "prompts":
-        ids = [prompt.ids for prompt in encode_row_prompts([row], tokenizer, options)]
+        ids = [prompt.ids for prompt in encode_prompts([row], tokenizer, options)]
     else:
         units = (
             encode_units([row], tokenizer, options) if kind != "sft" else [encode_examples([row], tokenizer, options)]

@@ -100,7 +100,7 @@ def test_the_folder_renders_the_prompts_of_training(
             with pytest.raises(Exception, match="trained on single questions"):
                 loaded.apply_chat_template(prompt, add_generation_prompt=True)
             continue
-        ((expected, _),) = encode_prompts([prompt], tokenizer, stage)
+        ((expected, _),) = encode_prompts([{"prompt": prompt}], tokenizer, stage)
         found = loaded.apply_chat_template(as_messages(prompt), add_generation_prompt=True)["input_ids"]
         assert found == expected, name
 
@@ -135,7 +135,7 @@ def test_a_template_that_opens_the_reasoning_is_kept(tokenizer: PreTrainedTokeni
 def test_text_given_by_hand_is_encoded_as_in_training(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     from r1fast.data.templates import render_prompt
 
-    ((expected, _),) = encode_prompts(["one ?"], tokenizer, stage_of(template))
+    ((expected, _),) = encode_prompts([{"prompt": "one ?"}], tokenizer, stage_of(template))
     text = render_prompt("one ?", template, tokenizer=tokenizer)
     engine = RolloutEngine(tiny_decoder(tokenizer), tokenizer)
     params = SamplingParams(max_tokens=3)
@@ -193,7 +193,7 @@ def test_a_stage_saves_what_it_trained_with(sft: Callable[..., Path], tmp_path: 
     folder = sft(start, prompt_template=template, response_format="think_summary", prefill_think=True)
     loaded = AutoTokenizer.from_pretrained(folder)
     found = loaded.apply_chat_template([TURNS[0]], add_generation_prompt=True)["input_ids"]
-    ((expected, prefilled),) = encode_prompts(["one ?"], loaded, stage_of(template, prefill=True))
+    ((expected, prefilled),) = encode_prompts([{"prompt": "one ?"}], loaded, stage_of(template, prefill=True))
     assert prefilled and (found == expected) == (template != "few_shot")
     generation = GenerationConfig.from_pretrained(folder)
     assert generation.temperature == 0.6 and set(generation.eos_token_id) == {5, loaded.eos_token_id}

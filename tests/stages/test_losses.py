@@ -109,6 +109,7 @@ def test_a_wrong_loss_is_one_error_before_any_work(
         ({"ref_model": "somewhere", "beta": 0.0}, "ref_model needs beta above 0"),
         ({"sampling_importance_mode": "token_mask"}, "sampling_importance_mode needs bounds"),
         ({"old_logprobs": "sampler", "sampling_importance_min": 0.5}, "every such weight is 1"),
+        ({"old_logprobs": "sampler", "sampling_importance_cap": 2.0}, "every such weight is 1"),
         ({"loss_type": "my_losses.py:as_grpo", "beta": 0.0, "skip_zero_variance_groups": True}, "a built-in loss"),
         ({"top_entropy_quantile": 0.0}, "greater than 0"),
     ],

@@ -14,6 +14,7 @@ from r1fast.config import ConfigError
 from r1fast.data.rows import Row
 from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.data.tokenizer import train_tokenizer
+from r1fast.schema import PretrainStage
 from r1fast.stages.packed import Example, collate, empty_batch, encode_examples, encode_prompts, length_problems
 from r1fast.stages.reward_model import score_examples
 from tests.tiny_checkpoint import TEXTS
@@ -95,7 +96,9 @@ def test_text_is_learned_from_its_first_token(tokenizer: PreTrainedTokenizerBase
 
 def test_unmasked_prompts_are_learned(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{"prompt": "one ?", "completion": "two"}]
-    masked, whole = (encode_examples(rows, tokenizer, options(), mask_prompt=mask)[0] for mask in (True, False))
+    stage = {"name": "base", "kind": "pretrain", "train_files": ["-"], "architecture": {}, "max_steps": 1, **OPTIONS}
+    stages = [PretrainStage.model_validate({**stage, "mask_prompt": mask}) for mask in (True, False)]
+    masked, whole = (encode_examples(rows, tokenizer, stage)[0] for stage in stages)
     assert whole.prompt_ids + whole.completion_ids == masked.prompt_ids + masked.completion_ids
     assert len(whole.prompt_ids) == 1 < len(masked.prompt_ids)
 
@@ -200,7 +203,7 @@ def test_empty_prompt_needs_a_bos_token(tokenizer: PreTrainedTokenizerBase, with
     (example,) = encode_examples([{"prompt": "", "completion": "x"}], tokenizer, options(prompt_template="plain"))
     assert example.prompt_ids == [tokenizer.bos_token_id]
     with pytest.raises(ValueError, match="the prompt is empty, and the tokenizer"):
-        encode_prompts(["one", ""], without_bos, options(prompt_template="plain"))
+        encode_prompts([{"prompt": "one"}, {"prompt": ""}], without_bos, options(prompt_template="plain"))
 
 
 def test_lengths_count_every_token(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -52,17 +52,10 @@ class Script:
 class ScriptedSampler:
     script: Script
 
-    def __init__(self, ctx: Any, *_: Any, **__: Any) -> None:
-        self.max_completion_length = ctx.stage.max_completion_length
+    def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def encode(self, rows: list[dict]) -> list[Prompt]:
         return [Prompt([0], False) for _ in rows]
-
-    def call(
-        self, rows: Any, *, n: int, sequence_ids: Any, prompts: Any, max_tokens: int = 0, **how: Any
-    ) -> SamplingCall:
-        params = SamplingParams(n=n, max_tokens=max_tokens or self.max_completion_length, **how)
-        return SamplingCall(rows, prompts, sequence_ids, params)
 
     def start(self, call: SamplingCall) -> Callable[[], list[Sample]]:
         return lambda: self.script.sample(call)

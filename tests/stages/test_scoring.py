@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from r1fast.schema import GRPOStage
 from r1fast.schema_options import FilterOptions, RewardSpec
 from r1fast.stages import reject
-from r1fast.stages.evaluate import summarize
+from r1fast.stages.evaluate import _key, summarize
 from r1fast.stages.grpo import Learner, rollout_metrics
 from r1fast.stages.reject import drop_reason
 from r1fast.stages.sampler import Sample
@@ -19,7 +20,7 @@ NAN = math.nan
 
 def sample(group: int, failed: tuple[str, ...] = (), *, text: str = "", row: Any = None, **rewards: float) -> Sample:
     found = Sample(row or {"answer": "1"}, group, [0], [1], [0.0], "stop", text, False)
-    found.rewards, found.failed, found.failed_rewards = dict(rewards), bool(failed), failed
+    found.rewards, found.failed_rewards = dict(rewards), failed
     return found
 
 
@@ -66,10 +67,12 @@ def test_failures_count_as_wrong_in_an_evaluation_and_stand_beside_it() -> None:
     assert result["cons@k"] == 0.0  # no answer in these texts
 
 
-def test_a_failure_without_a_name_is_of_every_reward_without_a_value() -> None:
-    samples = [sample(0, accuracy=1.0), sample(1, accuracy=NAN)]
-    samples[1].failed = True
-    assert summarize(samples, "think_answer")["pass@1"] == 0.5
+def test_a_head_in_float32_makes_another_evaluation() -> None:
+    stage = {"name": "zero", "kind": "grpo", "train_files": ["-"]}
+    contexts: list[Any] = [
+        SimpleNamespace(stage=GRPOStage.model_validate({**stage, "lm_head_fp32": in_fp32})) for in_fp32 in (False, True)
+    ]
+    assert len({_key(ctx, "@base") for ctx in contexts}) == 2
 
 
 def test_golds_that_cannot_be_read_are_counted_and_left_out() -> None:
