@@ -24,8 +24,8 @@ PHASES["other"] = "c0"
 SHARES = ("pass@1", "cons@k", "greedy", "format", "language", "helpful", "harmless")
 # Curves a person looks at first, in this order; the rest is one click away.
 FIRST_CURVES = (
-    "reward", "rewards/*/mean", "eval/*", "loss", "kl", "completions/mean_length", "entropy", "language",
-    "learning_rate", "grad_norm",
+    "reward", "rewards/*/mean", "loss", "accuracy", "kl", "completions/mean_length", "entropy", "learning_rate",
+    "grad_norm",
 )  # fmt: skip
 MAX_POINTS = 160  # of a curve; each is the mean of its share
 SAMPLES_PER_FILE = 4
@@ -134,19 +134,19 @@ class RunData(BaseModel):
 
     @property
     def evaluated(self) -> dict[str, dict[str, Any]]:
-        """In the chain's order; a model from outside enters with the evaluation before its first use."""
-        names, found = {stage.name for stage in self.stages}, dict[str, dict[str, Any]]()
+        """In the chain's order; a model from outside enters with the first evaluation before a use of it."""
+        found: dict[str, dict[str, Any]] = {}
         for stage in self.stages:
-            if stage.model and stage.model not in names:
-                found.setdefault(stage.model, stage.eval_before)
-            found[stage.name] = stage.eval_after
-        return {name: evaluation for name, evaluation in found.items() if score(evaluation, "pass@1") is not None}
+            for name, evaluation in ((stage.model, stage.eval_before), (stage.name, stage.eval_after)):
+                if name and score(evaluation, "pass@1") is not None:
+                    found.setdefault(name, evaluation)
+        return found
 
     @property
     def last_trained(self) -> str:
-        """The evaluated model that the chain is about: students come after it."""
-        students = {stage.name for stage in self.stages if stage.kind == "distill"}
-        names = [name for name in self.evaluated if name not in students] or list(self.evaluated)
+        """The evaluated model that the chain is about: students come after it, models from outside before."""
+        trained = {stage.name for stage in self.stages if stage.kind != "distill"}
+        names = [name for name in self.evaluated if name in trained] or list(self.evaluated)
         return "r1" if "r1" in names else names[-1]
 
 

@@ -20,7 +20,7 @@ from r1fast.observe.formats import format_number, format_percent, format_seconds
 KEY_METRICS = {
     "reward": ("reward",),
     "accuracy": ("rewards/accuracy/mean", "accuracy"),
-    "language": ("rewards/language/mean", "language"),
+    "language": ("rewards/language/mean",),
     "loss": ("loss",),
     "kl": ("kl",),
     "length": ("completions/mean_length",),

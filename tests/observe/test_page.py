@@ -88,6 +88,18 @@ def test_charts_have_the_runs_numbers(tmp_path: Path, write_run: Callable[..., P
     assert [(len(table), len(table[0])) for table in stages["zero"]["load"]] == [(2, 8), (2, 8)]
 
 
+def test_a_student_alone_stands_against_the_model_from_outside(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+    """As in recipe distill; of two students of one model the first may have left out what it starts from."""
+
+    def edit(summary: dict[str, Any]) -> None:
+        student = summary["stages"][-1]
+        summary["stages"] = [student | {"name": "unmeasured", "eval_before": {}, "eval_after": {}}, student]
+
+    page = Page(change(write_run(tmp_path), edit))
+    assert "pass@1 of student 50.6 % 4.9% in Qwen2.5-0.5B" in page.text
+    assert [name for name, _ in page.data["scores"]] == ["Qwen/Qwen2.5-0.5B", "student"]
+
+
 def test_text_of_the_run_is_escaped(tmp_path: Path, write_run: Callable[..., Path]) -> None:
     hostile = "</script><script>alert(1)</script><svg onload=x>\udce9"
 
