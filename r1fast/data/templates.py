@@ -1,6 +1,6 @@
 """Prompt templates and response formats of the R1 papers: pure string work, no tokenizer library, no torch.
 
-Parsing is linear-time string search: no regular expression sees model output here.
+Parsing is linear-time string search: what a model writes may be hostile.
 Sources: DeepSeek-R1 v1 Table 1 and section 2.3.1, v2 listings 5-7, the tokenizer_config of the released checkpoints.
 """
 
@@ -33,7 +33,6 @@ class Parsed:
 class ResponseFormat:
     """Layout of a completion: think_open, R, think_close, answer_open, A, answer_close."""
 
-    name: str
     think_open: str
     think_close: str
     answer_open: str = ""
@@ -127,9 +126,9 @@ def without_opening(target: str, prompt_text: str, layout: ResponseFormat) -> st
 
 
 RESPONSE_FORMATS: dict[str, ResponseFormat] = {
-    "think_answer": ResponseFormat("think_answer", "<think>", "</think>", "<answer>", "</answer>"),
-    "special_token": ResponseFormat("special_token", "|special_token|", "|special_token|"),
-    "think_summary": ResponseFormat("think_summary", "<think>", "</think>", inner="\n", outer="\n\n"),
+    "think_answer": ResponseFormat("<think>", "</think>", "<answer>", "</answer>"),
+    "special_token": ResponseFormat("|special_token|", "|special_token|"),
+    "think_summary": ResponseFormat("<think>", "</think>", inner="\n", outer="\n\n"),
 }
 
 
@@ -217,16 +216,14 @@ def render_prompt(
             raise ValueError(f"prompt template {template!r} takes one user message, got roles {roles}; use 'chat'")
         text = f"{chosen.before}{messages[0]['content']}{chosen.after}"
     if template == "few_shot":
-        text = "\n\n".join([*(_worked(i, example, layout) for i, example in enumerate(examples)), text])
+        shots = [worked_example(x["prompt"], x["reasoning"], x["answer"], layout) for x in examples]
+        text = "\n\n".join([*shots, text])
     return f"{text}{chosen.gap}{layout.prefill}" if prefill_think else text
 
 
-def _worked(index: int, example: dict[str, str], layout: ResponseFormat) -> str:
-    """An example of few_shot: what elicits long reasoning from a base model (v1 section 2.3.1)."""
-    if missing := {"prompt", "reasoning", "answer"} - set(example):
-        raise ValueError(f"few_shot example {index} lacks {sorted(missing)}, got keys {sorted(example)}")
-    solution = layout.render(example["reasoning"], f"Summary: {example['answer']}")
-    return f"Problem: {example['prompt']}\nSolution: {solution}"
+def worked_example(question: str, reasoning: str, answer: object, layout: ResponseFormat) -> str:
+    """As few_shot shows it: what elicits long reasoning from a base model (v1 section 2.3.1)."""
+    return f"Problem: {question}\nSolution: {layout.render(reasoning, f'Summary: {answer}')}"
 
 
 def _render_chat(messages: Messages, tokenizer: Any) -> str:
