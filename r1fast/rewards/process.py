@@ -72,7 +72,7 @@ class WorkerProcess:
         is_list = isinstance(values, list) and len(values) == num_rows and isinstance(reasons, dict)
         if not is_list or not all(x is None or (isinstance(x, float) and math.isfinite(x)) for x in values):
             self.kill()
-            raise CallFailed("something else than its values was written on the reply pipe", lost=True)
+            raise CallFailed("something else than its values was written on the reply socket", lost=True)
         return values, {int(row): str(text) for row, text in reasons.items() if row.isdecimal() and int(row) < num_rows}
 
     def _request(self, message: tuple[Any, ...], timeout_s: float) -> Any:
@@ -95,7 +95,7 @@ class WorkerProcess:
             raise
         if not isinstance(reply, dict):
             self.kill()
-            raise CallFailed("what was written on the reply pipe is no reply to the call", lost=True)
+            raise CallFailed("what was written on the reply socket is no reply to the call", lost=True)
         if "error" in reply:
             if lost := reply.get("memory") is True:
                 self.kill()
