@@ -192,10 +192,10 @@ def test_completions_have_marked_tags_and_answers() -> None:
     assert "6,500 characters" in long and len(long) < 4_000
 
 
-def test_failures_stand_beside_the_scores(tmp_path: Path, write_run: Callable[..., Path]) -> None:
-    page = Page(
-        change(write_run(tmp_path), lambda run: run["stages"][1]["eval_after"].update(failures=3, unscorable=2))
-    )
+def test_every_reward_and_the_failures_stand_with_the_scores(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+    more = {"mine": 0.25, "failures": 3, "unscorable": 2}
+    page = Page(change(write_run(tmp_path), lambda run: run["stages"][1]["eval_after"].update(more)))
+    assert "language 53.0 55.0 +2.0 mine – 25.0 length" in page.text
     assert "zero: 3 samples with a failed reward (scored 0), 2 prompts without a readable gold." in page.text
     assert "failures – 3" in page.text and "unscorable – 2" in page.text
 
