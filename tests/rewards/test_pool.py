@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from r1fast.rewards.pool import RewardPool, headline
-from r1fast.rewards.process import memory_share
+from r1fast.rewards.process import WorkerProcess, memory_share
 
 REWARDS_PY = """
 import asyncio, os, re, subprocess, sys, time
@@ -246,6 +246,12 @@ def test_a_message_larger_than_a_pipe_goes_through(path):
 def test_no_rows_and_worker_start(path):
     with RewardPool({"accuracy": {}}) as pool:
         assert score(pool, [], answer=[]).values["accuracy"].shape == (0,)
+
+
+def test_a_reply_of_the_rewards_own_names_no_other_row(monkeypatch):
+    reply = {"values": [1.0, None], "rows": {"1": "why", "2": "x", "-1": "x", "9" * 5000: "x"}}
+    monkeypatch.setattr(WorkerProcess, "_request", lambda *_: reply)
+    assert WorkerProcess(0).call("mine", {}, 2, 1.0) == ([1.0, None], {1: "why"})
 
 
 def test_close_kills_the_workers(path):
