@@ -6,9 +6,12 @@ with the assistant's turn, as in supervised fine-tuning.
 """
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from r1fast.data.templates import ASSISTANT, PROMPT_TEMPLATES, USER, get_response_format, render_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _ONE_QUESTION = (
     "{%- if messages[0]['role'] != 'user' or messages|length > 2"
@@ -21,7 +24,7 @@ _ONE_QUESTION = (
 def chat_template(
     template: str,
     *,
-    tokenizer: Any,
+    tokenizer: "Tokenizer",
     response_format: str | None = None,
     prefill_think: bool = False,
     leading: str = "",
@@ -51,7 +54,7 @@ def chat_template(
     )
 
 
-def _chat(tokenizer: Any, prefill: str, leading: str) -> str:
+def _chat(tokenizer: "Tokenizer", prefill: str, leading: str) -> str:
     """As templates.py renders it: earlier assistant turns lose their reasoning, the last message is whole."""
     bos = tokenizer.bos_token or ""
     return (
@@ -68,7 +71,7 @@ def _chat(tokenizer: Any, prefill: str, leading: str) -> str:
     )
 
 
-def _tokenizers_own(tokenizer: Any, prefill: str) -> str | dict[str, str] | None:
+def _tokenizers_own(tokenizer: "Tokenizer", prefill: str) -> str | dict[str, str] | None:
     """The tokenizer's template, which opens the reasoning at the end where it does not by itself."""
     if not prefill or render_prompt("a", "tokenizer", tokenizer=tokenizer).rstrip().endswith(prefill.rstrip()):
         return None

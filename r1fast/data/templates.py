@@ -7,9 +7,12 @@ Sources: DeepSeek-R1 v1 Table 1 and section 2.3.1, v2 listings 5-7, the tokenize
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from r1fast.wording import did_you_mean, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 MIN_REASONING_CHARS = 4  # an empty <think></think> before a guess is the first thing a policy finds: it must not pay
 
@@ -189,7 +192,7 @@ def render_prompt(
     prompt: str | Messages,
     template: str,
     *,
-    tokenizer: Any = None,
+    tokenizer: "Tokenizer | None" = None,
     examples: Sequence[dict[str, str]] = FEW_SHOT_EXAMPLES,
     response_format: str | None = None,
     prefill_think: bool = False,
@@ -226,7 +229,7 @@ def worked_example(question: str, reasoning: str, answer: object, layout: Respon
     return f"Problem: {question}\nSolution: {layout.render(reasoning, f'Summary: {answer}')}"
 
 
-def _render_chat(messages: Messages, tokenizer: Any) -> str:
+def _render_chat(messages: Messages, tokenizer: "Tokenizer | None") -> str:
     """The released models' layout: no newlines between turns, assistant turns end with the end-of-sentence token."""
     bos, eos = (BOS, EOS) if tokenizer is None else (tokenizer.bos_token or "", tokenizer.eos_token or "")
     around = {"system": ("", ""), "user": (USER, ""), "assistant": (ASSISTANT, eos)}
@@ -240,14 +243,14 @@ def _without_reasoning(turn: dict[str, Any]) -> str:
     return content.rpartition("</think>")[2] if turn["role"] == "assistant" else content
 
 
-def _render_by_tokenizer(messages: Messages, tokenizer: Any) -> str:
+def _render_by_tokenizer(messages: Messages, tokenizer: "Tokenizer | None") -> str:
     if tokenizer is None or not tokenizer.chat_template:
         raise ValueError(
             f"prompt template 'tokenizer' needs a tokenizer with a chat_template, got {type(tokenizer).__name__} "
             "without one; use 'chat', 'r1_zero' or 'plain'"
         )
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program: raise_exception, an undefined name, 1 / 0, ...
         raise ValueError(f"the tokenizer's chat template fails on it: {one_line(error)}") from error
     for message in messages:
