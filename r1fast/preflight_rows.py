@@ -16,7 +16,7 @@ from r1fast.config import ConfigError
 from r1fast.data.rows import Row, location, prompt_and_target, shown, texts_of
 from r1fast.data.templates import render_prompt
 from r1fast.preflight_models import architecture_of, checkpoint_of, tokenizer_of
-from r1fast.rewards.accuracy import plain_number
+from r1fast.rewards.answers import plain_number
 from r1fast.rewards.language import target_scripts
 from r1fast.rewards.pool import RewardPool
 from r1fast.schema import Recipe
@@ -207,7 +207,7 @@ def _unreadable(golds: dict[str, Any], recipe: Recipe) -> set[str]:
     if asked:
         blank = [""] * len(asked)
         limit_s = min(recipe.reward_workers.timeout_s, GOLD_TIMEOUT_S)
-        with RewardPool({"accuracy": 1.0}, timeout_s=limit_s) as pool:
+        with RewardPool({"accuracy": {}}, timeout_s=limit_s) as pool:
             result = pool.score(blank, blank, [[]] * len(asked), {"answer": [golds[name] for name in asked]})
         # What the limit stopped is not known to be unreadable; the run reports it as a failure.
         nones = np.isnan(result.values["accuracy"]) & ~result.failed

@@ -6,9 +6,12 @@ with the assistant's turn, as in supervised fine-tuning.
 """
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
-from r1fast.data.templates import ASSISTANT, BOS, EOS, PROMPT_TEMPLATES, USER, get_response_format, render_prompt
+from r1fast.data.templates import ASSISTANT, PROMPT_TEMPLATES, USER, get_response_format, render_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _ONE_QUESTION = (
     "{%- if messages[0]['role'] != 'user' or messages|length > 2"
@@ -21,7 +24,7 @@ _ONE_QUESTION = (
 def chat_template(
     template: str,
     *,
-    tokenizer: Any,
+    tokenizer: "Tokenizer",
     response_format: str | None = None,
     prefill_think: bool = False,
     leading: str = "",
@@ -43,7 +46,7 @@ def chat_template(
     if leading and not chosen.before:  # a question that begins with it gets no second one
         start = "{%- if not messages[0]['content'].startswith(" + _quote(leading) + ") -%}" + start + "{%- endif -%}"
     gap = chosen.gap if prefill else ""
-    end = _write((tokenizer.eos_token if tokenizer is not None else EOS) or "")
+    end = _write(tokenizer.eos_token or "")
     return (
         f"{_ONE_QUESTION}{start}{{{{- messages[0]['content'] -}}}}{_write(chosen.after)}"
         f"{{%- if messages|length == 2 -%}}{_write(gap)}{{{{- messages[1]['content'] -}}}}{end}"
@@ -51,9 +54,9 @@ def chat_template(
     )
 
 
-def _chat(tokenizer: Any, prefill: str, leading: str) -> str:
+def _chat(tokenizer: "Tokenizer", prefill: str, leading: str) -> str:
     """As templates.py renders it: earlier assistant turns lose their reasoning, the last message is whole."""
-    bos, eos = (BOS, EOS) if tokenizer is None else (tokenizer.bos_token or "", tokenizer.eos_token or "")
+    bos = tokenizer.bos_token or ""
     return (
         f"{_write(bos if bos.startswith(leading) else leading + bos)}"
         "{%- for message in messages -%}"
@@ -61,14 +64,14 @@ def _chat(tokenizer: Any, prefill: str, leading: str) -> str:
         "{%- elif message['role'] == 'user' -%}" + _write(USER) + "{{- message['content'] -}}"
         "{%- elif message['role'] == 'assistant' -%}" + _write(ASSISTANT) + "{%- if loop.last -%}"
         "{{- message['content'] -}}{%- else -%}{{- message['content'].split('</think>')[-1] -}}{%- endif -%}"
-        + _write(eos)
+        + _write(tokenizer.eos_token or "")
         + "{%- else -%}{{ raise_exception('roles are system, user and assistant, got ' + message['role']) }}"
         "{%- endif -%}{%- endfor -%}"
         "{%- if add_generation_prompt -%}" + _write(ASSISTANT + prefill) + "{%- endif -%}"
     )
 
 
-def _tokenizers_own(tokenizer: Any, prefill: str) -> str | dict[str, str] | None:
+def _tokenizers_own(tokenizer: "Tokenizer", prefill: str) -> str | dict[str, str] | None:
     """The tokenizer's template, which opens the reasoning at the end where it does not by itself."""
     if not prefill or render_prompt("a", "tokenizer", tokenizer=tokenizer).rstrip().endswith(prefill.rstrip()):
         return None

@@ -1,7 +1,7 @@
 """What a row holds, under one set of column names. Nothing is dropped: it is used, kept beside, or refused.
 
     prompts {prompt, answer}   sft {messages} | {prompt, completion} | {text}   pairs {prompt, chosen, rejected}
-    labels {prompt, response, label (1 = safe)}   text {text}
+    labels {prompt, response, label (1 = safe)}
 
 - A missing column is taken from an alias (those of TRL, open-r1 and verl), which stays beside it. Of two aliases of
   equal rank that differ, none is taken: which one is meant is not known.
@@ -24,7 +24,7 @@ from typing import Any, Literal
 from r1fast.data.templates import RESPONSE_FORMATS, Messages
 from r1fast.wording import did_you_mean
 
-Kind = Literal["prompts", "sft", "pairs", "labels", "text"]
+Kind = Literal["prompts", "sft", "pairs", "labels"]
 Target = str | Messages  # text, or a chat of one turn that has a reasoning
 # Canonical column -> other names for it: groups in the order in which they are tried.
 _PROMPT = (("problem", "question", "instruction", "query"),)
@@ -36,7 +36,6 @@ ALIASES: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
     "sft": {"prompt": _PROMPT, "completion": (("response", "output"), ("answer", "solution"))},
     "pairs": {"prompt": _PROMPT, "chosen": (), "rejected": ()},
     "labels": {"prompt": _PROMPT, "response": (("completion", "output"),), "label": (("safe", "is_safe"),)},
-    "text": {"text": (("content",),)},
 }
 _ROLES = ("system", "user", "assistant")  # those that every template renders
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -65,7 +64,7 @@ def canonical(columns: Mapping[str, Any], kind: Kind, where: str) -> Row:
     """The row with its canonical columns checked; ValueError naming `where` for one that cannot be used."""
     row = Row(columns, where)
     try:
-        for name in _NOT_RENDERED if kind != "text" else ():
+        for name in _NOT_RENDERED:
             if not _says_nothing(row.get(name)):
                 what = f"column {name!r} is {shown(row[name])}, which no prompt would show the model"
                 raise ValueError(f"{what}; write it into the prompt, take it out, or drop the row")
@@ -198,16 +197,11 @@ def _read_labels(row: Row) -> None:
     row["label"] = int(label)
 
 
-def _read_text(row: Row) -> None:
-    row["text"] = _text(_need(row, "text", "text"), "text")
-
-
 _READERS: dict[Kind, Callable[[Row], None]] = {
     "prompts": _read_prompts,
     "sft": _read_sft,
     "pairs": lambda row: _read_targets(row, "pairs", ("chosen", "rejected")),
     "labels": _read_labels,
-    "text": _read_text,
 }
 
 

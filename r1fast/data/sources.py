@@ -12,7 +12,7 @@ What a row must hold, and under which names: rows.py.
 import json
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -26,8 +26,8 @@ _FILE_READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parq
 FILE_SUFFIXES = tuple(_FILE_READERS)
 
 
-def load_rows(sources: list[str], kind: Kind, *, limit: int | None = None) -> list[dict]:
-    """All rows of the sources in order (the first `limit` of them), checked and with canonical columns.
+def load_rows(sources: list[str], kind: Kind) -> list[dict]:
+    """All rows of the sources in order, checked and with canonical columns.
 
     Prompt columns hold a string or a chat ([{"role", "content"}]). Each row is a rows.Row, which says where it stands.
     Wrong rows, missing columns, unreadable files and sources without rows are ValueErrors.
@@ -39,12 +39,11 @@ def load_rows(sources: list[str], kind: Kind, *, limit: int | None = None) -> li
     rows: list[dict] = []
     for source in sources:
         before = len(rows)
-        wanted = None if limit is None else limit - before
         try:
-            rows.extend(canonical(columns, kind, where) for where, columns in islice(_read(source), wanted))
+            rows.extend(canonical(columns, kind, where) for where, columns in _read(source))
         except OSError as error:  # no permission, a name of 5,000 characters, a disk that fails
             raise ValueError(f"{source[:200]}: cannot be read: {error.strerror or one_line(error)}") from error
-        if len(rows) == before and wanted != 0:
+        if len(rows) == before:
             raise ValueError(f"{source} has no rows")
     return rows
 

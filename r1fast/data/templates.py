@@ -1,15 +1,18 @@
 """Prompt templates and response formats of the R1 papers: pure string work, no tokenizer library, no torch.
 
-Parsing is linear-time string search: no regular expression sees model output here.
+Parsing is linear-time string search: what a model writes may be hostile.
 Sources: DeepSeek-R1 v1 Table 1 and section 2.3.1, v2 listings 5-7, the tokenizer_config of the released checkpoints.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from r1fast.wording import did_you_mean, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 MIN_REASONING_CHARS = 4  # an empty <think></think> before a guess is the first thing a policy finds: it must not pay
 
@@ -33,7 +36,6 @@ class Parsed:
 class ResponseFormat:
     """Layout of a completion: think_open, R, think_close, answer_open, A, answer_close."""
 
-    name: str
     think_open: str
     think_close: str
     answer_open: str = ""
@@ -127,9 +129,9 @@ def without_opening(target: str, prompt_text: str, layout: ResponseFormat) -> st
 
 
 RESPONSE_FORMATS: dict[str, ResponseFormat] = {
-    "think_answer": ResponseFormat("think_answer", "<think>", "</think>", "<answer>", "</answer>"),
-    "special_token": ResponseFormat("special_token", "|special_token|", "|special_token|"),
-    "think_summary": ResponseFormat("think_summary", "<think>", "</think>", inner="\n", outer="\n\n"),
+    "think_answer": ResponseFormat("<think>", "</think>", "<answer>", "</answer>"),
+    "special_token": ResponseFormat("|special_token|", "|special_token|"),
+    "think_summary": ResponseFormat("<think>", "</think>", inner="\n", outer="\n\n"),
 }
 
 
@@ -190,7 +192,7 @@ def render_prompt(
     prompt: str | Messages,
     template: str,
     *,
-    tokenizer: Any = None,
+    tokenizer: "Tokenizer | None" = None,
     examples: Sequence[dict[str, str]] = FEW_SHOT_EXAMPLES,
     response_format: str | None = None,
     prefill_think: bool = False,
@@ -217,19 +219,17 @@ def render_prompt(
             raise ValueError(f"prompt template {template!r} takes one user message, got roles {roles}; use 'chat'")
         text = f"{chosen.before}{messages[0]['content']}{chosen.after}"
     if template == "few_shot":
-        text = "\n\n".join([*(_worked(i, example, layout) for i, example in enumerate(examples)), text])
+        shots = [worked_example(x["prompt"], x["reasoning"], x["answer"], layout) for x in examples]
+        text = "\n\n".join([*shots, text])
     return f"{text}{chosen.gap}{layout.prefill}" if prefill_think else text
 
 
-def _worked(index: int, example: dict[str, str], layout: ResponseFormat) -> str:
-    """An example of few_shot: what elicits long reasoning from a base model (v1 section 2.3.1)."""
-    if missing := {"prompt", "reasoning", "answer"} - set(example):
-        raise ValueError(f"few_shot example {index} lacks {sorted(missing)}, got keys {sorted(example)}")
-    solution = layout.render(example["reasoning"], f"Summary: {example['answer']}")
-    return f"Problem: {example['prompt']}\nSolution: {solution}"
+def worked_example(question: str, reasoning: str, answer: object, layout: ResponseFormat) -> str:
+    """As few_shot shows it: what elicits long reasoning from a base model (v1 section 2.3.1)."""
+    return f"Problem: {question}\nSolution: {layout.render(reasoning, f'Summary: {answer}')}"
 
 
-def _render_chat(messages: Messages, tokenizer: Any) -> str:
+def _render_chat(messages: Messages, tokenizer: "Tokenizer | None") -> str:
     """The released models' layout: no newlines between turns, assistant turns end with the end-of-sentence token."""
     bos, eos = (BOS, EOS) if tokenizer is None else (tokenizer.bos_token or "", tokenizer.eos_token or "")
     around = {"system": ("", ""), "user": (USER, ""), "assistant": (ASSISTANT, eos)}
@@ -243,14 +243,14 @@ def _without_reasoning(turn: dict[str, Any]) -> str:
     return content.rpartition("</think>")[2] if turn["role"] == "assistant" else content
 
 
-def _render_by_tokenizer(messages: Messages, tokenizer: Any) -> str:
+def _render_by_tokenizer(messages: Messages, tokenizer: "Tokenizer | None") -> str:
     if tokenizer is None or not tokenizer.chat_template:
         raise ValueError(
             f"prompt template 'tokenizer' needs a tokenizer with a chat_template, got {type(tokenizer).__name__} "
             "without one; use 'chat', 'r1_zero' or 'plain'"
         )
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program: raise_exception, an undefined name, 1 / 0, ...
         raise ValueError(f"the tokenizer's chat template fails on it: {one_line(error)}") from error
     for message in messages:

@@ -1,9 +1,11 @@
 """How numbers are written, on the console and on the page, and what is read of an evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 LARGEST = 1e300  # of a number that is shown: sums and distances of some must be numbers too
+_FIRST = ("pass@1", "cons@k", "greedy")
+_NO_SHARES = {"pass@1_ci", "n", "k", "split", "temperature", "length", "failures", "unscorable"}  # of an evaluation
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -46,6 +48,12 @@ def score(evaluation: Mapping[str, Any] | None, key: str) -> float | None:
     """One finite number of an evaluation, or None."""
     value = (evaluation or {}).get(key)
     return float(value) if is_number(value) else None
+
+
+def shares(evaluations: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What evaluations measure as shares of one: accuracy in its ways, then the other rewards."""
+    names = dict.fromkeys(name for evaluation in evaluations for name in evaluation if name not in _NO_SHARES)
+    return [*(name for name in _FIRST if name in names), *(name for name in names if name not in _FIRST)]
 
 
 def interval(evaluation: Mapping[str, Any] | None) -> tuple[float, float] | None:

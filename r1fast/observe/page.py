@@ -15,17 +15,20 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from pydantic import BaseModel
 
-from r1fast.observe.formats import format_number, format_percent, format_seconds, interval, is_number, losses, score
 from r1fast.run_folder import replace_file
+
+from r1fast.observe.formats import (  # isort: skip
+    format_number, format_percent, format_seconds, interval, is_number, losses, score, shares,
+)  # fmt: skip
 
 # The colour of each phase of a step, in the order of a step; other names get what is left.
 PHASES = {"generate": "c1", "reward": "c2", "logprobs": "c3", "update": "c4", "evaluate": "c5", "save": "c6"}
 PHASES["other"] = "c0"
-SHARES = ("pass@1", "cons@k", "greedy", "format", "language", "helpful", "harmless")
+COUNTS = ("length", "failures", "unscorable")  # of an evaluation, below what it measures as shares of one
 # Curves a person looks at first, in this order; the rest is one click away.
 FIRST_CURVES = (
-    "reward", "rewards/*/mean", "eval/*", "loss", "kl", "completions/mean_length", "entropy", "language",
-    "learning_rate", "grad_norm",
+    "reward", "rewards/*/mean", "loss", "accuracy", "kl", "completions/mean_length", "entropy", "learning_rate",
+    "grad_norm",
 )  # fmt: skip
 MAX_POINTS = 160  # of a curve; each is the mean of its share
 SAMPLES_PER_FILE = 4
@@ -98,9 +101,9 @@ class StageData(BaseModel):
     def score_rows(self) -> list[tuple[str, list[str], str]]:
         """(score, what is written of it per evaluation, the change)."""
         rows, evaluations = [], list(self.evaluations.values())
-        for key in (*SHARES, "length", "failures", "unscorable"):
+        for key in (*shares(evaluations), *COUNTS):
             values = [score(evaluation, key) for evaluation in evaluations]
-            if any(values) or (key in SHARES and any(value is not None for value in values)):
+            if any(values) or (key not in COUNTS and any(value is not None for value in values)):
                 texts = [_written(key, evaluation) for evaluation in evaluations]
                 rows.append((key, texts, _change(key, *values) if len(values) == 2 else ""))
         return rows
@@ -134,19 +137,19 @@ class RunData(BaseModel):
 
     @property
     def evaluated(self) -> dict[str, dict[str, Any]]:
-        """In the chain's order; a model from outside enters with the evaluation before its first use."""
-        names, found = {stage.name for stage in self.stages}, dict[str, dict[str, Any]]()
+        """In the chain's order; a model from outside enters with the first evaluation before a use of it."""
+        found: dict[str, dict[str, Any]] = {}
         for stage in self.stages:
-            if stage.model and stage.model not in names:
-                found.setdefault(stage.model, stage.eval_before)
-            found[stage.name] = stage.eval_after
-        return {name: evaluation for name, evaluation in found.items() if score(evaluation, "pass@1") is not None}
+            for name, evaluation in ((stage.model, stage.eval_before), (stage.name, stage.eval_after)):
+                if name and score(evaluation, "pass@1") is not None:
+                    found.setdefault(name, evaluation)
+        return found
 
     @property
     def last_trained(self) -> str:
-        """The evaluated model that the chain is about: students come after it."""
-        students = {stage.name for stage in self.stages if stage.kind == "distill"}
-        names = [name for name in self.evaluated if name not in students] or list(self.evaluated)
+        """The evaluated model that the chain is about: students come after it, models from outside before."""
+        trained = {stage.name for stage in self.stages if stage.kind != "distill"}
+        names = [name for name in self.evaluated if name in trained] or list(self.evaluated)
         return "r1" if "r1" in names else names[-1]
 
 
@@ -185,8 +188,8 @@ def chart_data(run: RunData) -> dict[str, Any]:
 
 
 def _scores(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    shares = {key: score(evaluation, key) for key in ("pass@1", "language")}
-    return {key: share for key, share in shares.items() if share is not None} | {"interval": interval(evaluation)}
+    drawn = {key: score(evaluation, key) for key in ("pass@1", "language")}
+    return {key: share for key, share in drawn.items() if share is not None} | {"interval": interval(evaluation)}
 
 
 def _thin(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
@@ -201,7 +204,7 @@ def short_name(name: str) -> str:
 
 
 def _written(key: str, evaluation: Mapping[str, Any]) -> str:
-    if key not in SHARES:
+    if key in COUNTS:
         return format_number(evaluation.get(key)) + " tokens" * (key == "length" and key in evaluation)
     bounds = interval(evaluation) if key == "pass@1" else None
     return format_percent(evaluation.get(key)) + (f" ± {format_percent((bounds[1] - bounds[0]) / 2)}" if bounds else "")
@@ -210,7 +213,7 @@ def _written(key: str, evaluation: Mapping[str, Any]) -> str:
 def _change(key: str, old: float | None, new: float | None) -> str:
     if old is None or new is None or key in ("failures", "unscorable"):
         return ""
-    return f"{(new - old) * (100 if key in SHARES else 1):+.1f}"
+    return f"{(new - old) * (1 if key in COUNTS else 100):+.1f}"
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -14,13 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from r1fast.observe.formats import format_number, format_percent, format_seconds, interval, is_number, losses, score
+from r1fast.observe.formats import format_number, format_percent, format_seconds, interval, losses, score, shares
 
 # Label -> metric names that carry it, best first, in reading order.
 KEY_METRICS = {
     "reward": ("reward",),
     "accuracy": ("rewards/accuracy/mean", "accuracy"),
-    "language": ("rewards/language/mean", "language"),
+    "language": ("rewards/language/mean",),
     "loss": ("loss",),
     "kl": ("kl",),
     "length": ("completions/mean_length",),
@@ -40,9 +40,11 @@ def active_progress() -> "ChainProgress | None":
 
 def key_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The key metrics that are present, by label."""
-    present = {name: value for name, value in metrics.items() if is_number(value)}
-    found = {label: [present[name] for name in names if name in present] for label, names in KEY_METRICS.items()}
-    return {label: values[0] for label, values in found.items() if values}
+    found: dict[str, float] = {}
+    for label, name in ((label, name) for label, names in KEY_METRICS.items() for name in names):
+        if (value := score(metrics, name)) is not None:
+            found.setdefault(label, value)
+    return found
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:
@@ -175,7 +177,6 @@ class ChainProgress:
         return Group(marks, self._bars, *([line] if line else []))
 
 
-_SCORES = ("pass@1", "CI", "cons@k", "language", "format", "helpful", "harmless")
 _CHANGING = ("pass@1", "language")  # of which the score before stands there too
 _LOSSES = ("failures", "unscorable")  # counts, where there are any
 
@@ -192,14 +193,20 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     title = f"{summary.get('recipe') or 'run'}: scores in %{_sample_size(stages)}"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.caption, table.caption_justify = f"total {format_seconds(summary.get('seconds'))}", "left"
-    rows = [_summary_row(stage) for stage in stages]
     table.add_column("stage", overflow="fold", style="bold")
     table.add_column("kind", overflow="fold")
-    used = ["time", "pass@1", *(name for name in (*_SCORES[1:], *_LOSSES) if any(row[name] for row in rows))]
-    for name in used:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row[name] for name in ("stage", "kind", *used)))
+    measured = shares(stage.get("eval_after") or {} for stage in stages)
+    names = ["CI", *(name for name in measured if name not in ("pass@1", "greedy")), *_LOSSES]
+    rows = [_scores(stage, ["pass@1", *names]) for stage in stages]
+    used = ["pass@1", *(name for name in names if any(row[name] for row in rows))]
+    for heading in ("time", *used):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for stage, row in zip(stages, rows):
+        name = Text(stage["name"])
+        if (status := stage["status"]) != "done":
+            name.append(f" {status}", _MARKS.get(status, _MARKS["pending"])[1])
+        seconds = format_seconds(stage["seconds"]) if stage.get("seconds") is not None else ""
+        table.add_row(name, stage["kind"], seconds, *(row[key] for key in used))
     return table
 
 
@@ -212,15 +219,10 @@ def _sample_size(stages: Sequence[Mapping[str, Any]]) -> str:
     return f" ({size[0]} prompts, {size[1]} samples each, temperature {format_number(size[2])})"
 
 
-def _summary_row(stage: Mapping[str, Any]) -> dict[str, str | Text]:
+def _scores(stage: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
     before, after = stage.get("eval_before") or {}, stage.get("eval_after") or {}
-    status = stage["status"]
-    name = Text(stage["name"])
-    if status != "done":
-        name.append(f" {status}", _MARKS.get(status, _MARKS["pending"])[1])
-    seconds = format_seconds(stage["seconds"]) if stage.get("seconds") is not None else ""
-    row: dict[str, str | Text] = {"stage": name, "kind": stage["kind"], "time": seconds}
-    for key in _SCORES:
+    row = {}
+    for key in names:
         shown = [score(evaluation, key) for evaluation in ((before, after) if key in _CHANGING else (after,))]
         texts = [format_percent(value) for value in shown if value is not None]
         row[key] = " → ".join(texts) if shown[-1] is not None else ""

@@ -1,7 +1,7 @@
 """Experiment trackers by name: wandb, trackio, tensorboard. Imported only when asked for."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,7 +63,9 @@ class TensorboardTracker:
         self.writer.close()
 
 
-TRACKERS: dict[str, Any] = {"wandb": WandbTracker, "trackio": TrackioTracker, "tensorboard": TensorboardTracker}
+TRACKERS: dict[str, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
+    "wandb": WandbTracker, "trackio": TrackioTracker, "tensorboard": TensorboardTracker,
+}  # fmt: skip
 
 
 def open_trackers(

@@ -19,14 +19,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from r1fast.data.templates import get_response_format
-from r1fast.rewards.answers import Box, bare, last_box, plain_number, split_list, typeset_words
+from r1fast.rewards.answers import bare, split_list, typeset_words
 from r1fast.rewards.format import parse_rows, per_row
 from r1fast.rewards.formulas import same_text
 from r1fast.rewards.prose import Answer, after_lead, answer_part, expressions, is_expression
 from r1fast.rewards.registry import reward
 from r1fast.rewards.values import is_number, is_readable, same_value
-
-__all__ = ["Box", "accuracy", "last_box", "plain_number", "score_answer"]
 
 _MISSING = frozenset(["", "nan", "NaN", "N/A", "None", "null", "<NA>"])  # as Python, JSON and pandas spell it
 _LETTER = r"(?:\\text\s*\{\s*)?[(\[]?\s*(?:\\text\s*\{\s*)?([A-Z])"

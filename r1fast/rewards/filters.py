@@ -1,17 +1,16 @@
 """Which samples are good enough to train on: the filters of rejection sampling (v1 section 2.3.3, v2 B.3.3).
 
 R1 keeps correct samples and drops chains of thought with mixed languages, long paragraphs or code blocks. Its
-thresholds are not published; the defaults here are ours.
+thresholds are not published; ours are the defaults of a stage's `filters`.
 """
 
 import re
 
 from r1fast.data.templates import Parsed
-from r1fast.rewards.accuracy import last_box
+from r1fast.rewards.answers import last_box
 from r1fast.rewards.language import language_ratio
 from r1fast.rewards.repetition import repetition_ratio
 
-DROP_REASONS = ("truncated", "malformed", "mixed_language", "repetitive", "long_paragraph", "code_block")
 _NGRAM = 10  # words; long enough that a careful re-check of a step is no repetition, while a loop is
 _PARAGRAPH_BREAK = re.compile(r"\n[ \t]*\n")
 
@@ -20,13 +19,13 @@ def check_completion(
     parsed: Parsed,
     *,
     finish_reason: str | None,
-    language: str | None = None,
-    min_language: float = 1.0,
-    max_repetition: float = 0.2,
-    max_paragraph_chars: int = 2000,
-    allow_code: bool = False,
+    language: str | None,
+    min_language: float,
+    max_repetition: float,
+    max_paragraph_chars: int,
+    allow_code: bool,
 ) -> str | None:
-    """The first of DROP_REASONS that applies, or None for a sample worth keeping, if it is right.
+    """The first reason to drop a sample, or None for one worth keeping, if it is right.
 
     language: None skips the language check. max_repetition: share of repeated 10-grams of words.
     """

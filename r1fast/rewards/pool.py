@@ -39,13 +39,11 @@ Table = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class RewardResult:
-    """values: reward name -> float64 [N], NaN where it gave None or failed. total: weighted sum over the rewards
-    that applied, NaN where none did. failures: one text per reason, naming reward, rows and reason.
-    failed_by, exceeded: reward name -> bool [N]: where this one failed, and where its value is 0 because the
-    completion alone passed the limits of time or memory or ended the worker."""
+    """values: reward name -> float64 [N], NaN where it gave None or failed. failures: one text per reason, naming
+    reward, rows and reason. failed_by, exceeded: reward name -> bool [N]: where this one failed, and where its value
+    is 0 because the completion alone passed the limits of time or memory or ended the worker."""
 
     values: dict[str, np.ndarray]
-    total: np.ndarray
     failures: list[str]
     failed_by: dict[str, np.ndarray]
     exceeded: dict[str, np.ndarray]
@@ -57,23 +55,23 @@ class RewardResult:
 
 
 class RewardPool:
-    """Named rewards with weights, at most `num_workers` calls at a time with `timeout_s` seconds for each.
+    """Named rewards, at most `num_workers` calls at a time with `timeout_s` seconds for each.
 
-    rewards: name -> weight, or {"weight": w, keyword: value, ...}; names as in registry.resolve. memory_limit_gb: data
-    of a worker, and of each process that it starts; None: its part of half of the machine's memory.
+    rewards: name -> keyword arguments; names as in registry.resolve. memory_limit_gb: data of a worker, and of each
+    process that it starts; None: its part of half of the machine's memory.
     Raises ValueError, naming the reward, for one that does not exist or does not take a keyword.
     """
 
     def __init__(
         self,
-        rewards: Mapping[str, float | Mapping[str, Any]],
+        rewards: Mapping[str, Mapping[str, Any]],
         *,
         num_workers: int = 1,
         timeout_s: float = 30.0,
         memory_limit_gb: float | None = None,
     ) -> None:
         if not rewards:
-            raise ValueError("rewards is empty, expected at least one, such as {accuracy: 1.0, format: 1.0}")
+            raise ValueError("rewards is empty, expected at least one, such as {'accuracy': {}, 'format': {}}")
         if num_workers < 1 or not timeout_s > 0:
             raise ValueError(f"expected num_workers >= 1 and timeout_s > 0, got {num_workers=} and {timeout_s=}")
         if memory_limit_gb is not None and not memory_limit_gb > 0:
@@ -81,7 +79,7 @@ class RewardPool:
         self.timeout_s = timeout_s
         self._memory_bytes = memory_share(num_workers) if memory_limit_gb is None else int(memory_limit_gb * 2**30)
         self._num_workers = num_workers
-        self._rewards = [_Reward(name, setting) for name, setting in rewards.items()]
+        self._rewards = [_Reward(name, options) for name, options in rewards.items()]
         self._lock = Lock()
         self._idle: dict[str, list[WorkerProcess]] = {}  # by what shares a process
         self._workers: list[WorkerProcess] = []
@@ -165,10 +163,8 @@ class RewardPool:
         values = {name: np.array([each.values[row] for row in rows], dtype=float) for name, each in outcomes.items()}
         failed_by = {name: np.array([row in each.failed for row in rows], bool) for name, each in outcomes.items()}
         exceeded = {name: np.array([row in each.exceeded for row in rows], bool) for name, each in outcomes.items()}
-        total = sum(reward.weight * np.nan_to_num(values[reward.name]) for reward in self._rewards)
-        applied = ~np.all([np.isnan(column) for column in values.values()], axis=0)
         failures = [text for name, outcome in outcomes.items() for text in self._failures(name, outcome)]
-        return RewardResult(values, np.where(applied, total, np.nan), failures, failed_by, exceeded)
+        return RewardResult(values, failures, failed_by, exceeded)
 
     def _failures(self, name: str, outcome: Outcome) -> list[str]:
         """One text per kind of failure; each kind is logged once in the life of the pool."""
@@ -219,15 +215,10 @@ def _without_completion(table: Table, row: int) -> bytes:
 
 
 class _Reward:
-    """How a reward is found, what it is called with, and how much it counts."""
+    """How a reward is found, and what it is called with."""
 
-    def __init__(self, name: str, setting: float | Mapping[str, Any]) -> None:
-        self.name = name
-        self.options = dict(setting) if isinstance(setting, Mapping) else {"weight": setting}
-        weight = self.options.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ValueError(f"reward {name!r} has weight {weight!r}, expected a finite number or {{weight: 1.0, ...}}")
-        self.weight = float(weight)
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        self.name, self.options = name, dict(options)
         function = resolve(name)
         parameters = _signature(name, function)
         named = {key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

@@ -72,8 +72,8 @@ class WorkerProcess:
         is_list = isinstance(values, list) and len(values) == num_rows and isinstance(reasons, dict)
         if not is_list or not all(x is None or (isinstance(x, float) and math.isfinite(x)) for x in values):
             self.kill()
-            raise CallFailed("something else than its values was written on the reply pipe", lost=True)
-        return values, {int(row): str(text) for row, text in reasons.items() if row.isdecimal() and int(row) < num_rows}
+            raise CallFailed("something else than its values was written on the reply socket", lost=True)
+        return values, {row: str(reasons[str(row)]) for row in range(num_rows) if str(row) in reasons}
 
     def _request(self, message: tuple[Any, ...], timeout_s: float) -> Any:
         number = secrets.randbits(64)
@@ -84,18 +84,20 @@ class WorkerProcess:
             self._socket.settimeout(timeout_s)
             self._socket.sendall(HEADER.pack(number, len(payload)) + payload)
             got, size = HEADER.unpack(self._receive(HEADER.size, deadline))
-            reply = _parse(self._receive(size, deadline)) if got == number and size <= MAX_REPLY_BYTES else None
+            reply = json.loads(self._receive(size, deadline)) if got == number and size <= MAX_REPLY_BYTES else None
         except TimeoutError:
             self.kill()
             raise CallFailed(f"no result after {timeout_s:g} s, worker killed", lost=True) from None
         except (EOFError, ConnectionError):
             raise CallFailed(f"the worker died: {_describe_exit(self.kill())}", lost=True) from None
+        except (ValueError, RecursionError):  # no JSON
+            reply = None
         except BaseException:  # an interrupt leaves half a message in the socket
             self.kill()
             raise
         if not isinstance(reply, dict):
             self.kill()
-            raise CallFailed("what was written on the reply pipe is no reply to the call", lost=True)
+            raise CallFailed("what was written on the reply socket is no reply to the call", lost=True)
         if "error" in reply:
             if lost := reply.get("memory") is True:
                 self.kill()
@@ -139,13 +141,6 @@ class WorkerProcess:
             process.kill()
         self._socket.close()
         return process.wait()
-
-
-def _parse(payload: bytes) -> Any:
-    try:
-        return json.loads(payload)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _describe_exit(code: int) -> str:

@@ -44,10 +44,9 @@ def _verifier(name: str) -> Callable[[str, dict[str, Any]], float]:
     try:
         from reasoning_gym.factory import get_score_answer_fn
 
-        verifier: Callable[[str, dict[str, Any]], float] = get_score_answer_fn(name)
+        return get_score_answer_fn(name)
     except ModuleNotFoundError as error:
         text = "the reward reasoning_gym needs the package reasoning-gym: pip install 'r1fast[tasks]'"
         raise ValueError(text) from error
     except (ValueError, KeyError) as error:
         raise ValueError(f"column reasoning_gym: {name!r} is no data set of reasoning-gym: {error}") from error
-    return verifier

@@ -67,7 +67,7 @@ def locate(name: str) -> str:
         path, _, attribute = name.rpartition(":")
         return f"{Path(path).resolve()}:{attribute}"
     function = REWARDS.get(name)
-    if function is None or function.__module__.startswith("r1fast.rewards."):
+    if function is None or is_builtin(function):
         return name
     if function.__module__ == "__main__" or "<locals>" in function.__qualname__:
         raise ValueError(

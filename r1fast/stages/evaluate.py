@@ -12,7 +12,7 @@ import torch
 from r1fast.models.decoder import Decoder
 from r1fast.models.names import some
 from r1fast.parallel.parallelize import local_tensor
-from r1fast.rewards.accuracy import last_box, plain_number
+from r1fast.rewards.answers import last_box, plain_number
 from r1fast.schema import EvaluateStage
 from r1fast.schema_options import EvalOptions, LossOptions
 from r1fast.stages.context import StageContext, Tokenizer

@@ -56,13 +56,13 @@ def encode_units(rows: Sequence[dict], tokenizer: Tokenizer, stage: RewardModelS
 
 
 def _scored(rows: Sequence[dict], column: str, stage: RewardModelStage) -> list[str]:
-    layout = RESPONSE_FORMATS[stage.response_format]
-    texts = [target_text(row[column], layout) for row in rows]
+    layout = stage.response_format
+    texts = [target_text(row[column], RESPONSE_FORMATS[layout]) for row in rows]
     if stage.score_on == "response":
         return texts
-    summaries = [summary_of(text, layout.name) for text in texts]
+    summaries = [summary_of(text, layout) for text in texts]
     if bad := [text for text, summary in zip(texts, summaries) if text.strip() and not summary]:
-        what = f"score_on: summary, but {column} has none in response_format {layout.name}: {bad[0][:60]!r}"
+        what = f"score_on: summary, but {column} has none in response_format {layout}: {bad[0][:60]!r}"
         raise ValueError(f"{what}; use score_on: response, or name the format of the data")
     return summaries
 

@@ -97,7 +97,7 @@ def pool_arguments(specs: dict[str, RewardSpec]) -> dict[tuple[str, ...], dict[s
         function = str(spec.function)
         if function in arguments:
             raise ConfigError(f"reward {name}: the function {function} is used by another reward already; name it once")
-        arguments[function] = {"weight": spec.weight, **(spec.model_extra or {})}
+        arguments[function] = dict(spec.model_extra or {})
     return pools
 
 

@@ -32,13 +32,11 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path: Path, suffix: str) -> 
     assert load_rows([written(tmp_path / f"rows{suffix}", rows)], "prompts") == rows
 
 
-def test_sources_follow_each_other_and_limit_counts_over_all(tmp_path: Path) -> None:
+def test_sources_follow_each_other(tmp_path: Path) -> None:
     first = written(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
     second = written(tmp_path / "b.parquet", [{"text": "c"}, {"text": "d"}])
-    assert [row["text"] for row in load_rows([first, second], "text")] == ["a", "b", "c", "d"]
-    assert [row["text"] for row in load_rows([first, second], "text", limit=3)] == ["a", "b", "c"]
-    assert [row["text"] for row in load_rows([first, second], "text", limit=1)] == ["a"]
-    assert [row["text"] for row in load_rows([str(tmp_path)], "text")] == ["a", "b", "c", "d"]  # a folder of files
+    assert [row["text"] for row in load_rows([first, second], "sft")] == ["a", "b", "c", "d"]
+    assert [row["text"] for row in load_rows([str(tmp_path)], "sft")] == ["a", "b", "c", "d"]  # a folder of files
 
 
 VERL = {
@@ -65,7 +63,6 @@ VERL = {
         ("sft", {"text": "t"}, {"text": "t"}),
         ("pairs", {"question": "p", "chosen": "c", "rejected": "r"}, {"prompt": "p", "chosen": "c", "rejected": "r"}),
         ("labels", {"prompt": "p", "response": "r", "safe": True}, {"prompt": "p", "response": "r", "label": 1}),
-        ("text", {"content": "t", "id": 3}, {"text": "t", "id": 3}),
     ],
 )
 def test_columns_become_canonical(tmp_path: Path, kind: Any, row: dict, expected: dict) -> None:
@@ -76,19 +73,19 @@ def test_columns_become_canonical(tmp_path: Path, kind: Any, row: dict, expected
 @pytest.mark.parametrize(
     ("content", "kind", "message"),
     [
-        ('{"text": "a"}\n\n{"text": oops}\n', "text", r"rows.jsonl:3: wrong JSON at column 10: Expecting value"),
-        ('{"text": "a"}\n[1]\n', "text", r"rows.jsonl:2: got a JSON list, expected an object"),
-        ('{"txt": "a", "id": 1}\n', "text", r"rows.jsonl:1: no column 'text' \(or content\); columns present: txt, id"),
-        ('{"txt": "a", "id": 1}\n', "text", r"did you mean 'txt'\?"),
-        ('{"text": null}\n', "text", r"no column 'text' \(text is null\)"),
-        ('{"text": 3}\n', "text", r"rows.jsonl:1: column 'text' is int 3, expected a string"),
+        ('{"text": "a"}\n\n{"text": oops}\n', "sft", r"rows.jsonl:3: wrong JSON at column 10: Expecting value"),
+        ('{"text": "a"}\n[1]\n', "sft", r"rows.jsonl:2: got a JSON list, expected an object"),
+        ('{"prompt": "p", "lable": 1}\n', "labels", r"rows.jsonl:1: no column 'response' \(or completion, output\);"),
+        ('{"promt": "a", "id": 1}\n', "prompts", r"columns present: promt, id; did you mean 'promt'\?"),
+        ('{"prompt": null}\n', "prompts", r"no column 'prompt' \(prompt is null\)"),
+        ('{"text": 3}\n', "sft", r"rows.jsonl:1: column 'text' is int 3, expected a string"),
         ('{"prompt": "p"}\n', "sft", r"no column 'completion'.*sft rows have messages, or prompt and completion"),
         ('{"prompt": "p", "chosen": "c"}\n', "pairs", r"no column 'rejected'; columns present: prompt, chosen"),
         ('{"prompt": "p", "response": "r", "label": 2}\n', "labels", r"column 'label' is int 2, expected 1 \(safe\)"),
         ('{"messages": [{"role": "bot", "content": "c"}]}\n', "sft", r"messages\[0\] has role 'bot', expected system"),
         ('{"messages": [{"role": "user"}]}\n', "sft", r"messages\[0\] is dict .*expected \{role, content: string\}"),
         ('{"prompt": [], "answer": "a"}\n', "prompts", r"column 'prompt' is list \[\], expected a list of"),
-        ("", "text", r"rows.jsonl has no rows"),
+        ("", "sft", r"rows.jsonl has no rows"),
     ],
 )
 def test_wrong_rows_are_named_by_file_and_line(tmp_path: Path, content: str, kind: Any, message: str) -> None:
@@ -117,22 +114,22 @@ def test_json_that_python_reads_and_nobody_means(tmp_path: Path, value: str, mes
     (tmp_path / "rows.json").write_text(f'[{{"text": "t"}}, {row}]')
     for where in (r"rows\.jsonl:2", r"rows\.json: row 1"):
         with pytest.raises(ValueError, match=f"{where}: {message}"):
-            load_rows([str(tmp_path / where.partition(":")[0].replace("\\", ""))], "text")
+            load_rows([str(tmp_path / where.partition(":")[0].replace("\\", ""))], "sft")
 
 
 def test_wrong_json_past_the_rows_is_in_none_of_them(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text('{"data": [{"text": "t"}], "data": []}')
     with pytest.raises(ValueError, match=r"rows\.json: the key 'data' is there twice"):
-        load_rows([str(tmp_path / "rows.json")], "text")
+        load_rows([str(tmp_path / "rows.json")], "sft")
 
 
 def test_json_that_is_read_as_it_is_meant(tmp_path: Path) -> None:
     """A byte order mark, Windows' line ends, NaN, and a whole surrogate pair."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a", "x": NaN}\r\n\r\n{"text": "\\ud83e\\udd8a", "x": [-Infinity]}\r\n')
-    assert load_rows([str(path)], "text") == [{"text": "a", "x": None}, {"text": "🦊", "x": [None]}]
+    assert load_rows([str(path)], "sft") == [{"text": "a", "x": None}, {"text": "🦊", "x": [None]}]
     (tmp_path / "rows.json").write_bytes(b'\xef\xbb\xbf{"data": [{"text": "a"}]}')
-    assert load_rows([str(tmp_path / "rows.json")], "text") == [{"text": "a"}]
+    assert load_rows([str(tmp_path / "rows.json")], "sft") == [{"text": "a"}]
 
 
 def test_parquet_that_python_cannot_hold(tmp_path: Path) -> None:
@@ -141,24 +138,24 @@ def test_parquet_that_python_cannot_hold(tmp_path: Path) -> None:
             pa.Table.from_arrays([pa.array(["a", "b"]), column], names=["text", name]), tmp_path / "x.parquet"
         )
         with pytest.raises(ValueError, match=message):
-            load_rows([str(tmp_path / "x.parquet")], "text")
+            load_rows([str(tmp_path / "x.parquet")], "sft")
 
     refused("x", pa.array([0, 2**50], pa.timestamp("s")), r"x.parquet: row 1: cannot be read: \w+")
     refused("x", pa.array([None, b"x"], pa.binary()), r"x.parquet: row 1: column 'x' holds bytes b'x'")
     refused("text", pa.array(["a", "b"]), r"x.parquet: two columns are named 'text'")
     pq.write_table(pa.table({"text": ["a"], "x": [float("nan")]}), tmp_path / "x.parquet")
-    assert load_rows([str(tmp_path / "x.parquet")], "text") == [{"text": "a", "x": None}]
+    assert load_rows([str(tmp_path / "x.parquet")], "sft") == [{"text": "a", "x": None}]
 
 
 def test_sources_that_are_no_names(tmp_path: Path) -> None:
     for source in ("", "a\0b.jsonl"):
         with pytest.raises(ValueError, match="names nothing"):
-            load_rows([source], "text")
+            load_rows([source], "sft")
     with pytest.raises(ValueError, match="cannot be read: File name too long"):
-        load_rows(["x" * 5000 + ".jsonl"], "text")
+        load_rows(["x" * 5000 + ".jsonl"], "sft")
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(ValueError, match="neither a folder of"):
-        load_rows([str(tmp_path)], "text")
+        load_rows([str(tmp_path)], "sft")
 
 
 def test_files_that_are_not_what_they_say(tmp_path: Path) -> None:
@@ -178,23 +175,23 @@ def test_files_that_are_not_what_they_say(tmp_path: Path) -> None:
         ("absent", r"there is no such file or folder"),
     ]:
         with pytest.raises(ValueError, match=message):
-            load_rows([str(tmp_path / name)], "text")
+            load_rows([str(tmp_path / name)], "sft")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="neither a folder of"):
-        load_rows([str(tmp_path / "empty")], "text")
+        load_rows([str(tmp_path / "empty")], "sft")
 
 
 def test_a_row_of_a_parquet_file_is_named_by_its_number(tmp_path: Path) -> None:
-    path = written(tmp_path / "rows.parquet", [{"text": "a"}, {"text": None}])
-    with pytest.raises(ValueError, match=r"rows.parquet: row 1: no column 'text'"):
-        load_rows([path], "text")
+    path = written(tmp_path / "rows.parquet", [{"prompt": "a"}, {"prompt": None}])
+    with pytest.raises(ValueError, match=r"rows.parquet: row 1: no column 'prompt'"):
+        load_rows([path], "prompts")
 
 
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="unknown kind of rows 'prompt'"):
         load_rows(["a.jsonl"], "prompt")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected a list of at least one"):
-        load_rows("a.jsonl", "text")  # type: ignore[arg-type]
+        load_rows("a.jsonl", "sft")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected task:NAME/SPLIT"):
         load_rows(["task:arithmetic"], "prompts")
 
@@ -227,10 +224,10 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         return [{"text": "t"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load_rows(["org/name", "org/name:test"], "text") == [{"text": "t"}] * 2
+    assert load_rows(["org/name", "org/name:test"], "sft") == [{"text": "t"}] * 2
     assert asked == [("org/name", "train"), ("org/name", "test")]
     with pytest.raises(ValueError, match="org/absent: no such file or folder here, and as a Hub data set it failed"):
-        load_rows(["org/absent"], "text")
+        load_rows(["org/absent"], "sft")
 
 
 def test_reasoning_gym() -> None:

@@ -193,7 +193,6 @@ def test_a_chat_template_that_fails_or_forgets_is_an_error():
     ("call", "message"),
     [
         (lambda: get_response_format("think_anser"), "did you mean 'think_answer'"),
-        (lambda: render_prompt("q", "few_shot", examples=[{"prompt": "p"}]), "example 0 lacks"),
         (lambda: render_prompt("q", "tokenizer"), "needs a tokenizer with a chat_template"),
         (lambda: render_prompt([{"role": "user", "content": "a"}] * 2, "r1_zero"), "takes one user message"),
     ],

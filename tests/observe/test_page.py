@@ -88,6 +88,18 @@ def test_charts_have_the_runs_numbers(tmp_path: Path, write_run: Callable[..., P
     assert [(len(table), len(table[0])) for table in stages["zero"]["load"]] == [(2, 8), (2, 8)]
 
 
+def test_a_student_alone_stands_against_the_model_from_outside(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+    """As in recipe distill; of two students of one model the first may have left out what it starts from."""
+
+    def edit(summary: dict[str, Any]) -> None:
+        student = summary["stages"][-1]
+        summary["stages"] = [student | {"name": "unmeasured", "eval_before": {}, "eval_after": {}}, student]
+
+    page = Page(change(write_run(tmp_path), edit))
+    assert "pass@1 of student 50.6 % 4.9% in Qwen2.5-0.5B" in page.text
+    assert [name for name, _ in page.data["scores"]] == ["Qwen/Qwen2.5-0.5B", "student"]
+
+
 def test_text_of_the_run_is_escaped(tmp_path: Path, write_run: Callable[..., Path]) -> None:
     hostile = "</script><script>alert(1)</script><svg onload=x>\udce9"
 
@@ -180,10 +192,10 @@ def test_completions_have_marked_tags_and_answers() -> None:
     assert "6,500 characters" in long and len(long) < 4_000
 
 
-def test_failures_stand_beside_the_scores(tmp_path: Path, write_run: Callable[..., Path]) -> None:
-    page = Page(
-        change(write_run(tmp_path), lambda run: run["stages"][1]["eval_after"].update(failures=3, unscorable=2))
-    )
+def test_every_reward_and_the_failures_stand_with_the_scores(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+    more = {"mine": 0.25, "failures": 3, "unscorable": 2}
+    page = Page(change(write_run(tmp_path), lambda run: run["stages"][1]["eval_after"].update(more)))
+    assert "language 53.0 55.0 +2.0 mine – 25.0 length" in page.text
     assert "zero: 3 samples with a failed reward (scored 0), 2 prompts without a readable gold." in page.text
     assert "failures – 3" in page.text and "unscorable – 2" in page.text
 

@@ -102,15 +102,16 @@ def test_summary_table_of_an_empty_summary() -> None:
     assert summary_table({}).row_count == 0
 
 
-def test_failures_stand_beside_the_scores() -> None:
+def test_every_reward_and_the_failures_stand_with_the_scores() -> None:
     console = _console(terminal=False)
-    evaluation = {"pass@1": 0.5, "n": 8, "failures": 3, "unscorable": 0}
+    evaluation = {"pass@1": 0.5, "n": 8, "mine": 0.25, "failures": 3, "unscorable": 0}
     with ChainProgress(["zero"], console=console) as progress:
         progress.finish_stage("zero", evaluation=evaluation)
     assert _printed(console) == "✓ zero  done  pass@1 50.0  3 samples with a failed reward (scored 0)\n"
     stages = [{"name": "zero", "kind": "grpo", "status": "done", "seconds": 1.0, "eval_after": evaluation}]
     console.print(summary_table({"recipe": "mine", "seconds": 1.0, "stages": stages}))
     assert "failures" in _printed(console) and "unscorable" not in _printed(console)
+    assert "mine" in _printed(console) and "25.0" in _printed(console)
     console = _console(terminal=False)
     stages[0]["eval_after"] = {**evaluation, "failures": 0}
     console.print(summary_table({"recipe": "mine", "seconds": 1.0, "stages": stages}))

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from r1fast.rewards.accuracy import Box, accuracy, last_box, plain_number, read_gold, score_answer
+from r1fast.rewards.accuracy import accuracy, read_gold, score_answer
+from r1fast.rewards.answers import Box, last_box, plain_number
 
 RIGHT = [
     ("1,000", 1000),

@@ -3,14 +3,16 @@
 import pytest
 
 from r1fast.data.templates import RESPONSE_FORMATS
-from r1fast.rewards.filters import DROP_REASONS, check_completion
+from r1fast.rewards.filters import check_completion
+from r1fast.schema_options import FilterOptions
 
+SETTINGS = {"finish_reason": "stop", "language": "en", **FilterOptions().model_dump()}
 THOUGHT = "first multiply 3 by 4, that is 12, then add 2"
 
 
 def check(reasoning=THOUGHT, answer_part="14", **changes):
     parsed = RESPONSE_FORMATS["think_answer"].parse(f"<think>{reasoning}</think><answer>{answer_part}</answer>")
-    return check_completion(parsed, **{"finish_reason": "stop", "language": "en"} | changes)
+    return check_completion(parsed, **SETTINGS | changes)
 
 
 def test_a_good_sample_is_kept():
@@ -30,7 +32,7 @@ DEFECTS = {
 }
 
 
-@pytest.mark.parametrize("reason", DROP_REASONS)
+@pytest.mark.parametrize("reason", DEFECTS)
 def test_each_reason_alone(reason):
     assert check(**DEFECTS[reason]) == reason
 
@@ -47,6 +49,5 @@ def test_first_reason_wins_and_thresholds_move():
 
 def test_prefilled_and_other_formats():
     text, layout = THOUGHT + "\n</think>\n\n14", RESPONSE_FORMATS["think_summary"]
-    settings = {"finish_reason": "stop", "language": "en"}
-    assert check_completion(layout.parse(text, prefilled=True), **settings) is None
-    assert check_completion(layout.parse(text), **settings) == "malformed"
+    assert check_completion(layout.parse(text, prefilled=True), **SETTINGS) is None
+    assert check_completion(layout.parse(text), **SETTINGS) == "malformed"

@@ -1,6 +1,6 @@
-"""Format reward: the known holes of published format rewards stay closed."""
+"""Format: the known holes of published format rewards stay closed. Completeness: ended by itself, box closed."""
 
-from r1fast.rewards.format import format_reward
+from r1fast.rewards.format import completeness, format_reward
 
 
 def score(*completions, **columns):
@@ -31,3 +31,23 @@ def test_rows_have_their_own_format_and_prefill():
 
 def test_no_rows():
     assert score() == []
+
+
+GOOD = "<think>real thought</think><answer>\\boxed{14}</answer>"
+
+
+def complete(text, finish_reason="stop", **columns):
+    return completeness([""], [text], [[]], [finish_reason], **columns)[0]
+
+
+def test_a_complete_response():
+    assert complete(GOOD) == 1.0
+    assert complete("<think>real thought</think><answer>14</answer>") == 1.0
+    assert complete("real thought</think>14", response_format="think_summary", prefilled=[True]) == 1.0
+
+
+def test_what_is_not_complete_scores_zero():
+    assert complete(GOOD, "length") == 0.0
+    assert complete(GOOD + "x") == 0.0
+    assert complete("<think>real thought</think><answer></answer>") == 0.0
+    assert complete("<think>real thought</think><answer>\\boxed{1} or \\boxed{14</answer>") == 0.0

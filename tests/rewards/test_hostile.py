@@ -52,7 +52,7 @@ def check(name: str, folder: Path, relatives: Callable[[], list[int]]) -> None:
     path = shutil.copy(Path(__file__).with_name("hostile_rewards.py"), folder / "hostile_rewards.py")
     reward = f"{path}:{name}"
     start = time.monotonic()
-    with RewardPool({reward: 1.0, "format": 1.0}, timeout_s=TIMEOUT_S, memory_limit_gb=0.5) as pool:
+    with RewardPool({reward: {}, "format": {}}, timeout_s=TIMEOUT_S, memory_limit_gb=0.5) as pool:
         result = score(pool, MIXED)
         again = score(pool, [*INNOCENT, WELL_FORMED])
         assert relatives(), "the pool's own processes at least"
@@ -99,7 +99,7 @@ TRAINER = """
 import json, sys
 from r1fast.rewards.pool import RewardPool
 [path, *names] = json.loads(sys.argv[1])
-pool = RewardPool({f"{path}:{name}": 1.0 for name in names}, num_workers=len(names), timeout_s=60.0)
+pool = RewardPool({f"{path}:{name}": {} for name in names}, num_workers=len(names), timeout_s=60.0)
 print("ready", flush=True)
 pool.score(["p"] * 2, ["a", "hostile"], [[1]] * 2, {})
 """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from r1fast.rewards.pool import RewardPool, headline
-from r1fast.rewards.process import memory_share
+from r1fast.rewards.process import WorkerProcess, memory_share
 
 REWARDS_PY = """
 import asyncio, os, re, subprocess, sys, time
@@ -105,6 +105,11 @@ def score(pool, completions, **columns):
     return pool.score(["p"] * num_rows, completions, [[1, 2]] * num_rows, columns)
 
 
+def only(result):
+    (values,) = result.values.values()
+    return values.tolist()
+
+
 def is_alive(pid):
     try:
         with open(f"/proc/{pid}/stat") as stat:
@@ -120,33 +125,32 @@ def wait_until(condition, seconds=10.0):
         time.sleep(0.02)
 
 
-def test_builtin_rewards_and_weighted_total():
+def test_builtin_rewards():
     completions = [
         "<think>real thought</think><answer>14</answer>",
         "<think></think><answer>14</answer>",
         "<think>real thought</think><answer>13</answer>",
         "<think>real thought</think><answer>13</answer>",
     ]
-    with RewardPool({"accuracy": 1.0, "format": {"weight": 0.5}, "language": {"weight": 2.0}}) as pool:
+    with RewardPool({"accuracy": {}, "format": {}, "language": {}}) as pool:
         result = score(pool, completions, answer=["14", "14", "14", None], language=["en", None, None, None])
     assert result.failures == []
     np.testing.assert_array_equal(result.values["accuracy"], [1, 1, 0, np.nan])
     np.testing.assert_array_equal(result.values["format"], [1, 0, 1, 1])
     np.testing.assert_array_equal(result.values["language"], [1, np.nan, np.nan, np.nan])
-    np.testing.assert_array_equal(result.total, [3.5, 1.0, 0.5, 0.5])
-    assert result.total.dtype == np.float64
+    assert result.values["language"].dtype == np.float64
 
 
 def test_formulas_are_compared_inside_a_worker():
-    with RewardPool({"accuracy": 1.0}) as pool:
+    with RewardPool({"accuracy": {}}) as pool:
         result = score(pool, ["<think>hm</think><answer>$\\frac12 x$</answer>"], answer=["x/2"])
-    assert result.total.tolist() == [1.0]
+    assert only(result) == [1.0]
 
 
 @pytest.mark.parametrize("name", ["hangs", "regex"])
 def test_a_hanging_reward_is_killed_and_the_next_call_works(path, name, caplog):
-    with RewardPool({f"{path}:{name}": 1.0, "format": 1.0}, timeout_s=0.5) as pool:
-        assert score(pool, ["fine"]).total.tolist() == [1.0]
+    with RewardPool({f"{path}:{name}": {}, "format": {}}, timeout_s=0.5) as pool:
+        assert score(pool, ["fine"]).values[f"{path}:{name}"].tolist() == [1.0]
         start = time.monotonic()
         with caplog.at_level(logging.WARNING):
             result = score(pool, ["hang"] + ["fine"] * 64)
@@ -161,30 +165,30 @@ def test_a_hanging_reward_is_killed_and_the_next_call_works(path, name, caplog):
 
 def test_what_a_reward_started_dies_with_it(path, tmp_path):
     pid_file = tmp_path / "pid"
-    with RewardPool({f"{path}:spawns": 1.0}, timeout_s=2.0) as pool:
+    with RewardPool({f"{path}:spawns": {}}, timeout_s=2.0) as pool:
         assert "no result" in score(pool, ["a"], pid_file=[str(pid_file)]).failures[0]
     wait_until(lambda: not is_alive(int(pid_file.read_text())))
 
 
 def test_a_crash_costs_only_its_rows(path):
-    with RewardPool({f"{path}:exits": 1.0}) as pool:
+    with RewardPool({f"{path}:exits": {}}) as pool:
         assert "the worker died: exit code 3" in score(pool, ["exit"]).failures[0]
         assert "signal 11" in score(pool, ["segfault"]).failures[0]
         assert "SystemExit: 5" in score(pool, ["quit"]).failures[0]
         result = score(pool, ["fine"])
-        assert result.total.tolist() == [1.0] and result.failures == []
+        assert only(result) == [1.0] and result.failures == []
 
 
 def test_prints_do_not_reach_the_protocol(path):
-    with RewardPool({f"{path}:noisy": 1.0}) as pool:
+    with RewardPool({f"{path}:noisy": {}}) as pool:
         result = score(pool, ["a", "b"])
-    assert result.total.tolist() == [1.0, 1.0] and result.failures == []
+    assert only(result) == [1.0, 1.0] and result.failures == []
 
 
 def test_an_exception_is_reported_with_its_traceback(path):
-    with RewardPool({f"{path}:raises": 1.0}) as pool:
+    with RewardPool({f"{path}:raises": {}}) as pool:
         result = score(pool, ["a"])
-    assert np.isnan(result.total).all()
+    assert np.isnan(only(result)).all()
     assert "raises" in result.failures[0] and "KeyError: 'what went wrong'" in result.failures[0]
 
 
@@ -198,22 +202,23 @@ def test_an_exception_is_reported_with_its_traceback(path):
     ],
 )
 def test_a_wrong_result_names_the_reward(path, name, message):
-    with RewardPool({f"{path}:{name}": 1.0}) as pool:
+    with RewardPool({f"{path}:{name}": {}}) as pool:
         failure = score(pool, ["a", "b"]).failures[0]
     assert f"{name}' {message}" in failure
 
 
 def test_async_none_and_nan(path):
-    with RewardPool({f"{path}:slow": 1.0, f"{path}:nans": 1.0}) as pool:
+    with RewardPool({f"{path}:slow": {}, f"{path}:nans": {}}) as pool:
         result = score(pool, ["a", "none"])
     assert result.failures == []
-    np.testing.assert_array_equal(result.total, [2.0, np.nan])
+    np.testing.assert_array_equal(result.values[f"{path}:slow"], [2.0, np.nan])
+    assert np.isnan(result.values[f"{path}:nans"]).all()
 
 
 def test_columns_options_and_verl(path, monkeypatch):
     monkeypatch.syspath_prepend(os.path.dirname(path))
     rewards = {
-        "user_rewards.sees": 1.0,
+        "user_rewards.sees": {},
         "user_rewards.length": {"scale": 0.5},
         f"{path}:compute_score": {"bonus": 0.25},
     }
@@ -224,7 +229,7 @@ def test_columns_options_and_verl(path, monkeypatch):
 
 
 def test_rows_are_spread_over_workers_in_chunks_of_at_most_64(path):
-    with RewardPool({f"{path}:process": 1.0, f"{path}:chunk": 1.0}, num_workers=2) as pool:
+    with RewardPool({f"{path}:process": {}, f"{path}:chunk": {}}, num_workers=2) as pool:
         result = score(pool, ["a"] * 200)
         few = score(pool, ["a"] * 2)
     assert result.values[f"{path}:chunk"].tolist() == [64.0] * 192 + [8.0] * 8
@@ -234,18 +239,24 @@ def test_rows_are_spread_over_workers_in_chunks_of_at_most_64(path):
 
 def test_a_message_larger_than_a_pipe_goes_through(path):
     completions = ["x" * 200_000] * 8
-    with RewardPool({f"{path}:length": 1.0}) as pool:
-        assert score(pool, completions).total.tolist() == [200_000.0] * 8
+    with RewardPool({f"{path}:length": {}}) as pool:
+        assert only(score(pool, completions)) == [200_000.0] * 8
 
 
 def test_no_rows_and_worker_start(path):
-    with RewardPool({"accuracy": 1.0}) as pool:
-        assert score(pool, [], answer=[]).total.shape == (0,)
+    with RewardPool({"accuracy": {}}) as pool:
+        assert score(pool, [], answer=[]).values["accuracy"].shape == (0,)
+
+
+def test_a_reply_of_the_rewards_own_names_no_other_row(monkeypatch):
+    reply = {"values": [1.0, None], "rows": {"1": "why", "2": "x", "-1": "x", "9" * 5000: "x"}}
+    monkeypatch.setattr(WorkerProcess, "_request", lambda *_: reply)
+    assert WorkerProcess(0).call("mine", {}, 2, 1.0) == ([1.0, None], {1: "why"})
 
 
 def test_close_kills_the_workers(path):
-    pool = RewardPool({f"{path}:process": 1.0})
-    pid = int(score(pool, ["a"]).total[0])
+    pool = RewardPool({f"{path}:process": {}})
+    pid = int(only(score(pool, ["a"]))[0])
     assert is_alive(pid)
     pool.close()
     assert not is_alive(pid)
@@ -257,13 +268,10 @@ def test_close_kills_the_workers(path):
     ("rewards", "message"),
     [
         ({}, "rewards is empty"),
-        ({"acuracy": 1.0}, "did you mean 'accuracy'"),
-        ({"accuracy": "high"}, "reward 'accuracy' has weight 'high'"),
-        ({"accuracy": float("nan")}, "reward 'accuracy' has weight nan"),
-        ({"accuracy": {"weight": True}}, "reward 'accuracy' has weight True"),
-        ({"accuracy": {"weight": 1.0, "strickt": False}}, "no keyword 'strickt'.*did you mean 'strict'"),
+        ({"acuracy": {}}, "did you mean 'accuracy'"),
+        ({"accuracy": {"strickt": False}}, "no keyword 'strickt'.*did you mean 'strict'"),
         ({"accuracy": {"completions": []}}, "no keyword 'completions'"),
-        ({"USER:positional": 1.0}, "takes 'completions' by position only"),
+        ({"USER:positional": {}}, "takes 'completions' by position only"),
         ({"USER:compute_score": {"bonuss": 1.0}}, "did you mean 'bonus'"),
     ],
 )
@@ -273,7 +281,7 @@ def test_a_wrong_recipe_fails_before_any_work(path, rewards, message):
 
 
 def test_columns_are_checked_against_signatures(path):
-    pool = RewardPool({"accuracy": 1.0, "completeness": 1.0, f"{path}:sees": 1.0})
+    pool = RewardPool({"accuracy": {}, "completeness": {}, f"{path}:sees": {}})
     pool.check(None)
     pool.check({"answer", "hint"})
     with pytest.raises(ValueError, match=r"reward 'accuracy' needs the columns \['answer'\].*did you mean 'answers'"):
@@ -287,7 +295,7 @@ def test_columns_are_checked_against_signatures(path):
 @pytest.mark.parametrize("settings", [{"num_workers": 0}, {"timeout_s": 0.0}, {"memory_limit_gb": 0.0}])
 def test_bad_limits(settings):
     with pytest.raises(ValueError, match=f"expected .*{next(iter(settings))} >"):
-        RewardPool({"format": 1.0}, **settings)
+        RewardPool({"format": {}}, **settings)
 
 
 def test_memory_is_shared_by_the_workers_that_can_be_busy():
@@ -297,24 +305,24 @@ def test_memory_is_shared_by_the_workers_that_can_be_busy():
 
 
 def test_where_memory_runs_out_the_worker_goes_first(path):
-    with RewardPool({f"{path}:expendable": 1.0}) as pool:
-        assert score(pool, ["a"]).total.tolist() == [1000]
+    with RewardPool({f"{path}:expendable": {}}) as pool:
+        assert only(score(pool, ["a"])) == [1000]
 
 
 def test_the_traceback_is_logged_once(path, caplog):
-    with RewardPool({f"{path}:raises": 1.0}) as pool, caplog.at_level(logging.WARNING):
+    with RewardPool({f"{path}:raises": {}}) as pool, caplog.at_level(logging.WARNING):
         failures = [score(pool, ["a"] * 3).failures for _ in range(3)]
     assert caplog.text.count("Traceback") == 1
     assert all(len(texts) == 1 and "rows 0-2: KeyError: 'what went wrong'\nTraceback" in texts[0] for texts in failures)
     assert headline(failures[0][0]) == f"reward '{path}:raises', rows 0-2: KeyError: 'what went wrong'"
     assert headline("reward 'x', row 0: no result after 1 s") == "reward 'x', row 0: no result after 1 s"
-    with RewardPool({f"{path}:speaks_in_lines": 1.0}) as pool:
+    with RewardPool({f"{path}:speaks_in_lines": {}}) as pool:
         (line,) = map(headline, score(pool, ["a"]).failures)
     assert "row 0: ValueError: first second xxx" in line and len(line) < len(path) + 400
 
 
 def test_rewards_of_others_have_a_process_of_their_own(path):
-    with RewardPool({"format": 1.0, "completeness": 1.0, f"{path}:process": 1.0, f"{path}:exits": 1.0}) as pool:
+    with RewardPool({"format": {}, "completeness": {}, f"{path}:process": {}, f"{path}:exits": {}}) as pool:
         first = score(pool, ["exit", "a"], finish_reason=["stop"] * 2).values[f"{path}:process"]
         second = score(pool, ["a", "a"], finish_reason=["stop"] * 2).values[f"{path}:process"]
         assert len(pool._workers) == 3
@@ -325,6 +333,6 @@ def test_rewards_of_others_have_a_process_of_their_own(path):
 def test_one_hostile_answer_costs_no_other_row():
     hostile = "<think>hm</think><answer>$\\boxed{(x+1)^{9999}}$</answer>"
     texts = ["<think>hm</think><answer>$x+1$</answer>"] * 128
-    with RewardPool({"accuracy": 1.0}, timeout_s=10.0) as pool:
+    with RewardPool({"accuracy": {}}, timeout_s=10.0) as pool:
         values = score(pool, [*texts[:77], hostile, *texts[78:]], answer=["x+1"] * 128).values["accuracy"]
     assert values.tolist() == [1.0] * 77 + [0.0] + [1.0] * 50

@@ -76,7 +76,7 @@ def test_prompts_columns_and_messages_arrive_as_in_trl(path, spelling, tmp_path,
     module = path + ":" if spelling == "file" else "trl_rewards."
     record = str(tmp_path / "record")
     columns = {"record": [record] * 2, "answer": ["a", "b"], "solution": ["a", "b"]}
-    score({f"{module}seen": 1.0}, [CHAT, "plain"], ["x", "y"], **columns)
+    score({f"{module}seen": {}}, [CHAT, "plain"], ["x", "y"], **columns)
     prompts, completions, completion_ids, names = json.loads((tmp_path / "record").read_text())
     assert prompts == [CHAT, "plain"] and completion_ids == [[1], [2]]
     assert completions == [[{"role": "assistant", "content": "x"}], "y"]
@@ -85,7 +85,7 @@ def test_prompts_columns_and_messages_arrive_as_in_trl(path, spelling, tmp_path,
 
 def test_a_reward_of_trl_reads_its_own_column(path) -> None:
     columns = {"answer": ["a", "a"], "solution": ["a", "a"]}
-    rewards = {f"{path}:by_solution": 1.0, f"{path}:judge": 1.0}
+    rewards = {f"{path}:by_solution": {}, f"{path}:judge": {}}
     assert score(rewards, [CHAT, CHAT], ["a", "bb"], **columns) == [[1.0, 0.0], [1.0, 2.0]]
 
 
@@ -96,11 +96,11 @@ def test_registered_rewards_and_verl_get_text(path, tmp_path, monkeypatch) -> No
     import_module("registers_one")
     texts = ["<think>real thought</think><answer>1</answer>", "<think>real thought</think><answer>2</answer>"]
     rewards = {
-        "accuracy": 1.0,
-        "r1fast.rewards.format.format_reward": 1.0,
-        "registered": 1.0,
-        f"{path}:compute_score": 1.0,
-        f"{path}:compute_later": 1.0,
+        "accuracy": {},
+        "r1fast.rewards.format.format_reward": {},
+        "registered": {},
+        f"{path}:compute_score": {},
+        f"{path}:compute_later": {},
     }
     found = score(rewards, [CHAT, CHAT], texts, answer=["1", texts[1]])
     assert found[0][0] == 1.0
@@ -109,12 +109,12 @@ def test_registered_rewards_and_verl_get_text(path, tmp_path, monkeypatch) -> No
 
 
 def test_what_only_the_trainer_of_trl_passes(path) -> None:
-    assert score({f"{path}:with_default_state": 1.0}, ["p", "p"], ["x", "y"]) == [[1.0, 1.0]]
+    assert score({f"{path}:with_default_state": {}}, ["p", "p"], ["x", "y"]) == [[1.0, 1.0]]
     with pytest.raises(ValueError, match=r"needs \['log_metric', 'trainer_state'\], which only TRL's trainer passes"):
-        RewardPool({f"{path}:with_state": 1.0})
+        RewardPool({f"{path}:with_state": {}})
 
 
 def test_a_verl_dict_without_a_score_is_named(path) -> None:
-    with RewardPool({f"{path}:no_score": 1.0}) as pool:
+    with RewardPool({f"{path}:no_score": {}}) as pool:
         result = pool.score(["p"], ["c"], [[1]], {"answer": ["a"]})
     assert r"a dict with the keys ['acc'], expected 'score'" in result.failures[0]

@@ -7,7 +7,7 @@ import random
 from itertools import islice
 
 from r1fast.data.tasks import arithmetic, chat
-from r1fast.data.templates import RESPONSE_FORMATS
+from r1fast.data.templates import RESPONSE_FORMATS, worked_example
 
 COUNTING, FACTS, WORKED, FEW_SHOT = 0.01, 0.33, 0.44, 0.06  # the rest is chat
 FACTS_PER_PAGE = 6
@@ -49,6 +49,6 @@ def few_shot_page(problems: list[arithmetic.Problem], rng: random.Random) -> str
         text, result = arithmetic.working(problem, arithmetic.WORDS[language], precedence=rng.random() < 0.8)
         if result < 0 or result > 200:
             text, result = arithmetic.working(problem, arithmetic.WORDS[language])
-        solution = RESPONSE_FORMATS["special_token"].render(text, f"Summary: {result}")
-        parts.append(f"Problem: {arithmetic.question(problem, language)}\nSolution: {solution}")
+        question = arithmetic.question(problem, language)
+        parts.append(worked_example(question, text, result, RESPONSE_FORMATS["special_token"]))
     return "\n\n".join(parts)
