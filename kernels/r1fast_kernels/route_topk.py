@@ -265,7 +265,7 @@ register(
     "route_topk_backward",
     "(Tensor logits_TE, Tensor expert_ids_TK, Tensor grad_weights_TK, bool norm_topk_prob, "
     "float routed_scaling_factor, str scoring) -> Tensor",
-    fake=lambda logits_TE, *_: torch.empty_like(logits_TE),
+    fake=lambda logits_TE, *_: logits_TE.new_empty(logits_TE.shape),
     launch=_launch_gradient,
 )
 
