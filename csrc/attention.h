@@ -13,7 +13,7 @@ namespace {
 template <typename acc>
 inline void hide(acc* scores, int64_t visible, int64_t columns) {
   if (visible < columns) {
-    std::fill(scores + std::max<int64_t>(visible, 0), scores + columns, -std::numeric_limits<acc>::infinity());
+    std::fill(scores + std::max<int64_t>(visible, 0), scores + columns, -kInf<acc>);
   }
 }
 
@@ -25,7 +25,7 @@ class StripSoftmax {
       : columns(padded(value_width)), scale_(scale), out_(new acc[kStrip * columns]) {}
 
   void start() {
-    std::fill(top_, top_ + kStrip, -std::numeric_limits<acc>::infinity());
+    std::fill(top_, top_ + kStrip, -kInf<acc>);
     std::fill(total_, total_ + kStrip, acc(0));
   }
 

@@ -14,7 +14,7 @@
 
 namespace r1fast {
 
-constexpr int64_t kCacheBlock = 16;  // decode_attention.py: BLOCK
+constexpr int64_t kCacheBlock = 16;  // decode_attention_triton.py: BLOCK
 
 struct DecodeArgs {
   at::ScalarType dtype;

@@ -79,8 +79,9 @@ R1FAST_DECLARE(moe_sum, SumArgs);
 
 namespace r1fast {
 
-// order_M, slot_TK, offsets_E (int32)
-std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_dispatch(const at::Tensor& expert_ids_TK, int64_t num_experts);
+// order_M, slot_TK, offsets_E (int32) of the choices of `op`
+std::tuple<at::Tensor, at::Tensor, at::Tensor> sort_by_expert(
+    const char* op, const at::Tensor& expert_ids_TK, int64_t num_experts);
 
 // What a tensor of this dtype is multiplied in.
 at::ScalarType inner_dtype(at::ScalarType storage);
@@ -124,12 +125,6 @@ class Buffer {
  private:
   at::Tensor memory_;
 };
-
-// In the inner dtype: where it lies, or a copy.
-Matrix widened(const Matrix& x, at::ScalarType inner, Buffer& buffer);
-
-// To the dtype of `out`.
-void round_to(const Matrix& out, const Matrix& x);
 
 // The weights of experts [E, .., ..] in the inner dtype, one at a time.
 class ExpertWeight {

@@ -1,5 +1,4 @@
-// What the CPU kernels share: vectors of float or double read from any dtype, the choice of a build, and how rows of
-// logits are taken.
+// What the CPU kernels share: vectors of float or double read from any dtype, the choice of a build, and exponentials.
 //
 // Every file in csrc/cpu is compiled three times (setup.py): plain, AVX2 and AVX512. The plain build also holds the
 // operators, which pick a kernel when they run.

@@ -21,10 +21,6 @@ struct BF16Pair {
 template <typename Unit>
 constexpr int64_t kValues = std::is_same_v<Unit, BF16Pair> ? 2 : 1;
 
-// What products of units are summed in.
-template <typename Unit>
-using sum_t = std::conditional_t<std::is_same_v<Unit, double>, double, float>;
-
 constexpr int64_t kStrip = 8;   // rows of A and C
 constexpr int64_t kBlock = 16;  // rows and columns are padded to this
 
@@ -76,10 +72,9 @@ constexpr int kTileRows = 4;  // 16 registers
 
 // A sum of its own, added to C in the end: sums of many blocks lose less than one running sum.
 template <int rows, int vectors, typename Unit>
-inline void tile(sum_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Unit* b, int64_t b_step, int64_t steps,
+inline void tile(Unit* c, int64_t c_row, const Left<Unit>& a, const Unit* b, int64_t b_step, int64_t steps,
                  bool add) {
-  using acc = Unit;
-  using V = Vec<acc>;
+  using V = Vec<Unit>;
   constexpr int64_t lanes = kLanes<Unit>;
   V sum[rows][vectors];
   R1FAST_UNROLL for (int i = 0; i < rows; ++i) {
@@ -102,7 +97,7 @@ inline void tile(sum_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Unit*
   }
   R1FAST_UNROLL for (int i = 0; i < rows; ++i) {
     R1FAST_UNROLL for (int v = 0; v < vectors; ++v) {
-      acc* out = c + i * c_row + v * lanes;
+      Unit* out = c + i * c_row + v * lanes;
       (add ? V::loadu(out) + sum[i][v] : sum[i][v]).store(out);
     }
   }
@@ -169,9 +164,9 @@ inline bool cpu_multiplies_bf16() {
 #endif
 
 template <int rows, typename Unit>
-inline void product_rows(sum_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Right<Unit>& b, int64_t steps,
+inline void product_rows(acc_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Right<Unit>& b, int64_t steps,
                          int64_t columns, bool add) {
-  constexpr int64_t lanes = kLanes<sum_t<Unit>>;
+  constexpr int64_t lanes = kLanes<acc_t<Unit>>;
   int64_t n = 0;
   for (; n + 2 * lanes <= columns; n += 2 * lanes) {
     tile<rows, 2>(c + n, c_row, a, b.data + n, b.step, steps, add);
@@ -183,7 +178,7 @@ inline void product_rows(sum_t<Unit>* c, int64_t c_row, const Left<Unit>& a, con
 
 // `rows`: of A and C that count, the others are left or take anything.
 template <typename Unit>
-inline void product(sum_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Right<Unit>& b, int64_t steps,
+inline void product(acc_t<Unit>* c, int64_t c_row, const Left<Unit>& a, const Right<Unit>& b, int64_t steps,
                     int64_t columns, bool add, int64_t rows = kStrip) {
   int64_t i = 0;
   for (; i + kTileRows <= padded(rows, 4); i += kTileRows) {

@@ -71,8 +71,8 @@ def own_loss(
 
     Raises ValueError where the function returns something else than it should.
     """
-    given = LossArguments.of("loss_type", arguments | {"loss_type": SAME_MEAN[loss_aggregation]})
-    given.check_shapes(len(logprobs_T), cu_seqlens)
+    arguments |= {"loss_type": SAME_MEAN[loss_aggregation]}
+    given = LossArguments.of("loss_type", arguments, len(logprobs_T), cu_seqlens)
     own: dict[str, Tensor] = {}
 
     def surrogate(x: Inputs, ratio_T: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def own_loss(
         found = function(
             PolicyLossInputs(
                 x.logprobs_T, x.entropy_T, x.old_T, x.ref_T, x.sampler_T, x.advantages_N[x.packing.sample_T], mask_T,
-                cu_seqlens, x.options,
+                cu_seqlens, given.options,
             )
         )  # fmt: skip
         loss_T, metrics = _checked(function, found, len(x.old_T), len(x.advantages_N))

@@ -19,8 +19,7 @@ void write_advantages(double* advantages, const double* rewards, const int64_t* 
                       std::string_view scale, double eps) {
   std::vector<int64_t> order(num_samples);
   std::iota(order.begin(), order.end(), 0);
-  order.erase(
-      std::remove_if(order.begin(), order.end(), [&](int64_t n) { return std::isnan(rewards[n]); }), order.end());
+  std::erase_if(order, [&](int64_t n) { return std::isnan(rewards[n]); });
   // Stable: within a group, sums run in the order of the samples.
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return group_ids[a] < group_ids[b]; });
 
@@ -66,7 +65,7 @@ at::Tensor group_advantages(const at::Tensor& rewards_N, const at::Tensor& group
   at::Tensor out = at::zeros({rewards.numel()}, rewards.options());
   write_advantages(out.mutable_data_ptr<double>(), rewards.const_data_ptr<double>(),
                    group_ids.const_data_ptr<int64_t>(), rewards.numel(), scale, eps);
-  return rewards_N.scalar_type() == at::kDouble ? out : out.to(at::kFloat);
+  return out.to(computed_in(rewards_N.scalar_type()));
 }
 
 TORCH_LIBRARY_IMPL(r1fast, CPU, m) {

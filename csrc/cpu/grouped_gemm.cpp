@@ -16,7 +16,11 @@ constexpr int64_t kPiece = 512;
 constexpr int64_t kSlice = 1024;
 constexpr int64_t kMostSlices = 16;
 
-std::atomic<int> widens_bf16{-1};  // not looked up yet
+// Looked up once; a test may set it.
+std::atomic<bool>& widens_bf16() {
+  static std::atomic<bool> widens{!torch_multiplies_bf16()};
+  return widens;
+}
 
 at::Tensor tensor_of(const Matrix& x) {
   const auto options = at::TensorOptions().dtype(x.dtype);
@@ -31,13 +35,7 @@ int64_t round_up(int64_t value, int64_t unit) {
 }  // namespace
 
 at::ScalarType inner_dtype(at::ScalarType storage) {
-  if (storage != at::kBFloat16) {
-    return storage;
-  }
-  if (widens_bf16 < 0) {
-    widens_bf16 = torch_multiplies_bf16() ? 0 : 1;
-  }
-  return widens_bf16 != 0 ? at::kFloat : storage;
+  return storage == at::kBFloat16 && widens_bf16() ? at::kFloat : storage;
 }
 
 Slices::Slices(const char* op, const at::Tensor& offsets_E, int64_t all_rows, at::ScalarType inner) {
@@ -84,6 +82,9 @@ Matrix Buffer::get(int64_t rows, int64_t columns, at::ScalarType dtype) {
   return found;
 }
 
+namespace {
+
+// In the inner dtype: where it lies, or a copy.
 Matrix widened(const Matrix& x, at::ScalarType inner, Buffer& buffer) {
   if (x.dtype == inner) {
     return x;
@@ -93,9 +94,12 @@ Matrix widened(const Matrix& x, at::ScalarType inner, Buffer& buffer) {
   return copy;
 }
 
+// To the dtype of `out`.
 void round_to(const Matrix& out, const Matrix& x) {
   R1FAST_PICK(moe_sum)({x.flat(), out}, 0, x.rows * x.columns);
 }
+
+}  // namespace
 
 Matrix ExpertWeight::of(const at::Tensor& weight, int64_t expert, at::ScalarType inner) {
   if (expert != expert_) {
@@ -186,12 +190,6 @@ at::Tensor grouped_gemm_weight(const at::Tensor& x_MD, const at::Tensor& y_MN, c
   return out;
 }
 
-bool set_widens_bf16(bool widens) {
-  const bool before = inner_dtype(at::kBFloat16) == at::kFloat;
-  widens_bf16 = widens ? 1 : 0;
-  return before;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
@@ -201,7 +199,7 @@ TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
 
 // For tests of both: whether bf16 is widened. Returns what was before.
 TORCH_LIBRARY_FRAGMENT(r1fast, m) {
-  m.def("_set_widens_bf16(bool widens) -> bool", &set_widens_bf16);
+  m.def("_set_widens_bf16(bool widens) -> bool", [](bool widens) { return widens_bf16().exchange(widens); });
 }
 
 }  // namespace r1fast

@@ -1,4 +1,4 @@
-// GRPO's loss, its gradient and its metrics in one pass over the tokens (two where the ratio is one per sample).
+// GRPO's loss, its gradient and its metrics in one pass over the tokens (two where something is of whole samples).
 //
 // A sample is folded by one thread in a fixed order and leaves a row of partial sums; the rows are added in order by
 // one thread: the same bits for any number of threads.
@@ -434,11 +434,6 @@ std::tuple<at::Tensor, at::Tensor> add_up(
   return {loss.to(options.dtype()), result.to(options.dtype())};
 }
 
-// What this was built with; Python compares it with its table.
-std::string table() {
-  return R1FAST_LOSS_TABLE;
-}
-
 LossOptions read_options(at::ArrayRef<double> numbers) {
   LossOptions options;
   TORCH_CHECK_VALUE(
@@ -464,7 +459,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grpo_loss(
   const std::string& loss_type = word(LossWord::loss_type);
   const int64_t T = logprobs_T.numel();
   const int64_t N = cu_seqlens.numel() - 1;
-  const auto dtype = logprobs_T.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto dtype = computed_in(logprobs_T.scalar_type());
   TORCH_CHECK_VALUE(N >= 0, "grpo_loss: got an empty cu_seqlens, expected [N + 1]");
   TORCH_CHECK_VALUE(
       advantages_N || (rewards_N && group_ids_N), "grpo_loss: got neither advantages_N nor rewards_N with group_ids_N");
@@ -519,8 +514,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grpo_loss(
 
 }  // namespace
 
+// What this was built with; Python compares it with its table.
 TORCH_LIBRARY_FRAGMENT(r1fast, m) {
-  m.def("grpo_loss_table() -> str", &table);
+  m.def("grpo_loss_table() -> str", [] { return std::string(R1FAST_LOSS_TABLE); });
 }
 
 TORCH_LIBRARY_IMPL(r1fast, CPU, m) {

@@ -11,11 +11,12 @@ namespace r1fast {
 
 constexpr int64_t kChunk = 16384;
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_dispatch(const at::Tensor& expert_ids_TK, int64_t num_experts) {
-  check_tensor("moe_dispatch", "expert_ids_TK", expert_ids_TK, at::kLong, {-1, -1});
+std::tuple<at::Tensor, at::Tensor, at::Tensor> sort_by_expert(
+    const char* op, const at::Tensor& expert_ids_TK, int64_t num_experts) {
+  check_tensor(op, "expert_ids_TK", expert_ids_TK, at::kLong, {-1, -1});
   const int64_t num_choices = expert_ids_TK.numel();
   TORCH_CHECK_VALUE(
-      num_choices <= std::numeric_limits<int32_t>::max(), "moe_dispatch: got ", num_choices,
+      num_choices <= std::numeric_limits<int32_t>::max(), op, ": got ", num_choices,
       " choices, expected at most 2^31 - 1: call it for fewer tokens");
   const at::Tensor ids = expert_ids_TK.contiguous();
   const int64_t* id = ids.const_data_ptr<int64_t>();
@@ -28,7 +29,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_dispatch(const at::Tensor& ex
   at::parallel_for(0, num_chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * kChunk; i < std::min(end * kChunk, num_choices); ++i) {
       TORCH_CHECK_VALUE(
-          id[i] >= 0, "moe_dispatch: expert_ids_TK[", i / ids.size(1), ", ", i % ids.size(1), "] is ", id[i],
+          id[i] >= 0, op, ": expert_ids_TK[", i / ids.size(1), ", ", i % ids.size(1), "] is ", id[i],
           ", expected an id >= 0; ids from ", num_experts, " on are skipped");
       ++places[i / kChunk * num_bins + std::min(id[i], num_experts)];
     }
@@ -57,7 +58,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_dispatch(const at::Tensor& ex
 }
 
 TORCH_LIBRARY_IMPL(r1fast, CPU, m) {
-  m.impl("moe_dispatch", &moe_dispatch);
+  m.impl("moe_dispatch", [](const at::Tensor& expert_ids_TK, int64_t num_experts) {
+    return sort_by_expert("moe_dispatch", expert_ids_TK, num_experts);
+  });
 }
 
 }  // namespace r1fast

@@ -50,7 +50,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_exper
     const at::Tensor& weights, bool keep) {
   const Layer layer(hidden, gate_up, down, weights);
   check_tensor("moe_experts", "expert_ids_TK", expert_ids_TK, at::kLong, weights.sizes());
-  const auto [order_M, slot_TK, offsets_E] = moe_dispatch(expert_ids_TK, gate_up.size(0));
+  const auto [order_M, slot_TK, offsets_E] = sort_by_expert("moe_experts", expert_ids_TK, gate_up.size(0));
   const auto inner = layer.inner;
   const int64_t num_choices = expert_ids_TK.numel(), inner_width = layer.inner_width;
   const Slices slices("moe_experts", offsets_E, num_choices, inner);
@@ -85,26 +85,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_exper
 // What a backward pass reads and writes; null or undefined what is not needed.
 struct Backward {
   const Layer& layer;
-  const at::Tensor grad_out_TD, kept_M2F;
+  const at::Tensor grad_out_TD, gate_up_M2F;
   const int32_t* order;
   at::Tensor grad_hidden_MD;
   std::optional<WeightGradient> gate_up, down;
   void* grad_weights = nullptr;
 
   struct Memory {
-    Buffer x, gate_up, rounded, grad_out, grad_inner, activation, grad_gate_up, gate_up_sum, down_sum;
+    Buffer x, grad_out, grad_inner, activation, grad_gate_up, gate_up_sum, down_sum;
     ExpertWeight gate_up_weight, down_weight;
   };
 
   void piece(Memory& memory, const Slice& slice, int64_t begin, int64_t end) const {
     const auto inner = layer.inner;
     const int64_t rows = end - begin;
-    const bool is_kept = kept_M2F.numel() > 0, needs_rows = grad_hidden_MD.defined() || gate_up;
-    Matrix x, grad_inner, activation, grad_gate_up;
-    if (gate_up || !is_kept) {
-      x = layer.gather(layer.hidden_TD, order + begin, rows, memory.x);
-    }
-    const Matrix both = is_kept ? rows_of(kept_M2F).slice(begin, end) : recompute(memory, slice.expert, x);
+    const bool needs_rows = grad_hidden_MD.defined() || gate_up;
+    Matrix grad_inner, activation, grad_gate_up;
     const Matrix grad_out = layer.gather(grad_out_TD, order + begin, rows, memory.grad_out);
     if (needs_rows || grad_weights != nullptr) {
       grad_inner = memory.grad_inner.get(rows, layer.inner_width, inner);
@@ -117,31 +113,20 @@ struct Backward {
       grad_gate_up = memory.grad_gate_up.get(rows, 2 * layer.inner_width, inner);
     }
     R1FAST_PICK(moe_swiglu_gradient)
-    ({inner, both, grad_inner, activation, grad_gate_up, layer.weights_TK.const_data_ptr(), grad_weights,
-      order + begin},
+    ({inner, rows_of(gate_up_M2F).slice(begin, end), grad_inner, activation, grad_gate_up,
+      layer.weights_TK.const_data_ptr(), grad_weights, order + begin},
      0, rows);
     if (down) {
       down->add(slice, begin, end, grad_out, activation, memory.down_sum);
     }
     if (gate_up) {
+      const Matrix x = layer.gather(layer.hidden_TD, order + begin, rows, memory.x);
       gate_up->add(slice, begin, end, grad_gate_up, x, memory.gate_up_sum);
     }
     if (grad_hidden_MD.defined()) {
       multiply(rows_of(grad_hidden_MD).slice(begin, end), grad_gate_up,
                memory.gate_up_weight.of(layer.gate_up_E2FD, slice.expert, inner));
     }
-  }
-
-  // As the forward pass would have kept it: the same product, rounded to the same dtype.
-  Matrix recompute(Memory& memory, int64_t expert, const Matrix& x) const {
-    const Matrix product = memory.gate_up.get(x.rows, 2 * layer.inner_width, layer.inner);
-    multiply(product, x, memory.gate_up_weight.of(layer.gate_up_E2FD, expert, layer.inner).t());
-    if (layer.storage == layer.inner) {
-      return product;
-    }
-    const Matrix rounded = memory.rounded.get(product.rows, product.columns, layer.storage);
-    round_to(rounded, product);
-    return rounded;
   }
 };
 
@@ -154,6 +139,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_experts_backward(
   check_tensor("moe_experts_backward", "order_M", order_M, at::kInt, {weights.numel()});
   check_tensor("moe_experts_backward", "slot_TK", slot_TK, at::kInt, weights.sizes());
   check_tensor("moe_experts_backward", "offsets_E", offsets_E, at::kInt, {gate_up.size(0)});
+  check_tensor(
+      "moe_experts_backward", "gate_up_M2F", gate_up_M2F, layer.storage, {weights.numel(), 2 * layer.inner_width});
   const at::Tensor order = order_M.contiguous(), slot = slot_TK.contiguous(), offsets = offsets_E.contiguous();
   const Slices slices("moe_experts_backward", offsets, order.numel(), layer.inner);
   const auto options = layer.hidden_TD.options();

@@ -164,7 +164,7 @@ class Backward : Task<T, Unit> {
       lse_[i] = static_cast<const acc*>(args_.lse)[row];
     }
     // Of the rows of padding every probability is 0.
-    std::fill(lse_ + length_, lse_ + padded(length_), std::numeric_limits<acc>::infinity());
+    std::fill(lse_ + length_, lse_ + padded(length_), kInf<acc>);
     std::fill(delta_ + length_, delta_ + padded(length_), acc(0));
   }
 

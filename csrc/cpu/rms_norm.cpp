@@ -131,7 +131,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
   const at::Tensor grad = grad_TD.contiguous(), x = with_unit_columns(x_TD), weight = weight_D.contiguous();
   const at::Tensor rstd = rstd_T.contiguous();
   const int64_t num_chunks = (x.size(0) + kRowsOfChunk - 1) / kRowsOfChunk;
-  at::Tensor grad_x = at::empty({needs_x ? x.size(0) : 0, needs_x ? x.size(1) : 0}, x.options());
+  at::Tensor grad_x = at::empty(needs_x ? x.sizes() : at::IntArrayRef{0}, x.options());
   at::Tensor partials =
       at::empty({needs_weight ? num_chunks : 0, x.size(1)}, x.options().dtype(computed_in(x.scalar_type())));
   const NormGradientArgs args{

@@ -65,7 +65,7 @@ inline void fold_block(const T* x, int64_t size, double temperature, RowState& r
     max_a = at_least(max_a, a);  // may lose a NaN, which comes back in the sum below
     max_b = at_least(max_b, b);
   }
-  const acc top = reduce_max<acc>(at::vec::maximum(max_a, max_b));
+  const acc top = reduce_max<acc>(maximum(max_a, max_b));
   if (top == -kInf<acc>) {
     // A masked block adds nothing, and -inf minus -inf would be NaN.
     if (std::any_of(x, x + size, [](T value) { return std::isnan(static_cast<acc>(value)); })) {
@@ -91,7 +91,7 @@ inline void fold_block(const T* x, int64_t size, double temperature, RowState& r
     const Vec<acc> weight = weight_of(distance);
     sum = sum + weight;
     if constexpr (kEntropy) {
-      weighted = at::vec::fmadd(weight, at_least(lowest, distance), weighted);
+      weighted = fmadd(weight, at_least(lowest, distance), weighted);
     }
   };
   for (int64_t i = 0; i < size; i += kPair<acc>) {

@@ -52,7 +52,6 @@ METRICS = (
     "clip_ratio/region_mean", "kl", "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
     "entropy", "sampling/importance_sampling_ratio/mean", "off_policy_mask_ratio",
 )  # fmt: skip
-NUM_COLUMNS = 2 + len(METRICS)
 ADVANTAGE_EPS = 1e-4
 # Two tokens a thread: with four, ptxas spills in some of the settings.
 BLOCK_T, BLOCK_N, NUM_WARPS = 512, 64, 8
@@ -345,7 +344,7 @@ def _launch(logprobs_T: Tensor, cu_seqlens: Tensor, *given: Any) -> tuple[Tensor
         for x in (logprobs_T, cu_seqlens, *advantages, old_T, ref_T, sampler_T, mask_T, entropy_T, threshold, counts_N,
                   total_count)
     )  # fmt: skip
-    partials = torch.empty(NUM_COLUMNS, N, dtype=torch.float64, device=loss.device)
+    partials = torch.empty(2 + len(METRICS), N, dtype=torch.float64, device=loss.device)
     finished = torch.zeros(1, dtype=torch.int32, device=loss.device)
     cispo = loss_type == "cispo"
     has_weights = numbers.is_cap is not None or numbers.is_min is not None
@@ -468,12 +467,10 @@ def grpo_loss(
     Returns (loss, metrics): 0-d tensors, the metrics detached, named as in TRL. Options (loss_options.py):
 
     """
-    given = LossArguments.of("grpo_loss", arguments)
     if logprobs_T.dim() != 1:
         raise ValueError(f"grpo_loss: got logprobs {tuple(logprobs_T.shape)}, expected [T]")
-    given.check_shapes(len(logprobs_T), cu_seqlens)
-    given.check_values("grpo_loss", len(logprobs_T), cu_seqlens)
-    if choose("grpo_loss", impl, logprobs_T)[0] == "reference":
+    given = LossArguments.of("grpo_loss", arguments, len(logprobs_T), cu_seqlens)
+    if choose("grpo_loss", impl, logprobs_T) == "reference":
         return grpo_loss_reference(logprobs_T, cu_seqlens, given)
     loss, _, _, metrics_M = torch.ops.r1fast.grpo_loss(logprobs_T, cu_seqlens, *op_arguments(given, logprobs_T.device))
     return loss, named_metrics(metrics_M, given)

@@ -35,25 +35,28 @@ class LossArguments:
     counts_N: Tensor | None = None
 
     @staticmethod
-    def of(op: str, arguments: dict[str, Any]) -> "LossArguments":
+    def of(op: str, arguments: dict[str, Any], num_tokens: int, cu_seqlens: Tensor) -> "LossArguments":
         """From keyword arguments, the options among them; ValueError, or TypeError for a name that there is not."""
         options = LossOptions(**{name: arguments[name] for name in LossOptions._fields if name in arguments})
         tensors = {name: value for name, value in arguments.items() if name not in LossOptions._fields}
         if unknown := [name for name in tensors if name not in TENSORS]:
             raise TypeError(f"{op}: got {', '.join(unknown)}, expected keyword arguments of grpo_loss")
-        return LossArguments(options, **tensors)
+        given = LossArguments(options, **tensors)
+        given._check_options(op)
+        given._check_tensors(op, num_tokens, cu_seqlens)
+        return given
 
-    def __post_init__(self) -> None:
+    def _check_options(self, op: str) -> None:
         o = self.options
         for option in OPTIONS:
             value = getattr(o, option.name)
             if problem := option.check(value):
-                raise ValueError(f"grpo_loss: got {option.name}={value!r}, {problem}")
+                raise ValueError(f"{op}: got {option.name}={value!r}, {problem}")
             applies = option.about.derived or o.loss_type in (option.about.loss_types or LOSS_TYPES)
             if not applies and value != option.default:
-                raise ValueError(f"grpo_loss: {option.name} does not apply to loss_type={o.loss_type!r}; leave it out")
+                raise ValueError(f"{op}: {option.name} does not apply to loss_type={o.loss_type!r}; leave it out")
         if o.loss_type == "dr_grpo" and not o.max_completion_length:
-            raise ValueError("grpo_loss: loss_type='dr_grpo' divides by max_completion_length; pass it")
+            raise ValueError(f"{op}: loss_type='dr_grpo' divides by max_completion_length; pass it")
         for name, is_set, needed in (
             ("beta", o.beta, "ref_logprobs_T"),
             ("is_cap", o.is_cap is not None, "sampler_logprobs_T"),
@@ -62,11 +65,11 @@ class LossArguments:
             ("top_entropy_quantile", o.top_entropy_quantile < 1, "entropy_T"),
         ):
             if is_set and getattr(self, needed) is None:
-                raise ValueError(f"grpo_loss: {name}={getattr(o, name)} needs {needed}; pass it, or leave {name} out")
+                raise ValueError(f"{op}: {name}={getattr(o, name)} needs {needed}; pass it, or leave {name} out")
         names = [name for name in ("advantages_N", "rewards_N", "group_ids_N") if getattr(self, name) is not None]
         if names not in (["advantages_N"], ["rewards_N", "group_ids_N"]):
             raise ValueError(
-                f"grpo_loss: got {', '.join(names) or 'none of them'}, "
+                f"{op}: got {', '.join(names) or 'none of them'}, "
                 "expected either advantages_N, or rewards_N with group_ids_N"
             )
 
@@ -92,46 +95,37 @@ class LossArguments:
             o.importance_level == "sequence"
             or o.off_policy_mask_threshold is not None
             or (self.has_weights and self.weighs_samples)
-            or (o.top_entropy_quantile < 1 and self.entropy_threshold is None)
         )
 
-    def check_shapes(self, num_tokens: int, cu_seqlens: Tensor) -> None:
+    def _check_tensors(self, op: str, num_tokens: int, cu_seqlens: Tensor) -> None:
+        """Their shapes and, on a CPU, what the boundaries and the names of groups are."""
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-            raise ValueError(f"grpo_loss: got cu_seqlens {tuple(cu_seqlens.shape)}, expected [N + 1]")
+            raise ValueError(f"{op}: got cu_seqlens {tuple(cu_seqlens.shape)}, expected [N + 1]")
         num_samples = len(cu_seqlens) - 1
         for name in TENSORS:
             value = getattr(self, name)
             expected = {"_T": num_tokens, "_N": num_samples}.get(name[-2:])
             if isinstance(value, Tensor) and expected is not None and value.shape != (expected,):
                 raise ValueError(
-                    f"grpo_loss: got {name} {tuple(value.shape)} for {num_tokens} tokens of {num_samples} "
-                    f"samples, expected ({expected},)"
+                    f"{op}: got {name} {tuple(value.shape)} for {num_tokens} tokens of {num_samples} samples, "
+                    f"expected ({expected},)"
                 )
-
-    def check_values(self, op: str, num_tokens: int, cu_seqlens: Tensor) -> None:
-        """What the boundaries and the names of groups are, on a CPU."""
         check_offsets(op, "cu_seqlens", cu_seqlens, num_tokens)
         if self.group_ids_N is not None:
             check_ids(op, "group_ids_N", self.group_ids_N, None)
 
     def threshold(self) -> Tensor | None:
-        """Entropy from which on a token has a surrogate: as given, or the quantile over the tokens of this call."""
-        if self.options.top_entropy_quantile == 1 or self.entropy_threshold is not None or self.entropy_T is None:
+        """Entropy from which on a token has a surrogate: as given, or the quantile of this call; NaN if none counts."""
+        top = self.options.top_entropy_quantile
+        if top == 1 or self.entropy_threshold is not None or self.entropy_T is None:
             return self.entropy_threshold
-        return entropy_threshold(self.entropy_T, self.loss_mask_T, self.options.top_entropy_quantile)
+        entropy_T = self.entropy_T.detach().to(compute_dtype(self.entropy_T))
+        if self.loss_mask_T is not None:
+            entropy_T = entropy_T.masked_fill(~self.loss_mask_T.bool(), torch.nan)
+        return entropy_T.nanquantile(1 - top) if entropy_T.numel() else entropy_T.new_full((), torch.nan)
 
 
 TENSORS = tuple(field.name for field in fields(LossArguments) if field.name != "options")
-
-
-def entropy_threshold(entropy_T: Tensor, mask_T: Tensor | None, top_quantile: float) -> Tensor:
-    """The least entropy of the `top_quantile` of the tokens that count, 0-d; NaN where none counts."""
-    entropy_T = entropy_T.detach().to(compute_dtype(entropy_T))
-    if mask_T is not None:
-        entropy_T = entropy_T.masked_fill(~mask_T.bool(), torch.nan)
-    if not entropy_T.numel():
-        return entropy_T.new_full((), torch.nan)
-    return entropy_T.nanquantile(1 - top_quantile)
 
 
 @dataclass(frozen=True)
@@ -142,13 +136,6 @@ class Packing:
     lengths_N: Tensor
     mask_T: Tensor | None  # bool; None keeps every token
     given_counts_N: Tensor | None  # tokens of each whole sample that count; None: as the mask says
-
-    @staticmethod
-    def build(cu_seqlens: Tensor, mask_T: Tensor | None, counts_N: Tensor | None, num_tokens: int) -> "Packing":
-        lengths_N = cu_seqlens.diff().long()
-        # output_size spares a wait for the device.
-        sample_T = torch.repeat_interleave(lengths_N, output_size=num_tokens)
-        return Packing(sample_T, lengths_N, None if mask_T is None else mask_T.bool(), counts_N)
 
     def keep(self, values_T: Tensor) -> Tensor:
         """Values with masked positions set to 0: where, not a product, because they may hold NaN."""
@@ -179,11 +166,9 @@ class Inputs:
     ref_T: Tensor | None
     sampler_T: Tensor | None
     entropy_T: Tensor | None
-    threshold: Tensor | None
     advantages_N: Tensor
     packing: Packing
-    clip_high: float
-    options: LossOptions
+    given: LossArguments
 
     def of_tokens(self, values: Tensor, *, per_sample: bool) -> Tensor:
         return values[self.packing.sample_T] if per_sample else values
@@ -192,14 +177,14 @@ class Inputs:
 def importance_ratio(x: Inputs) -> Tensor:
     """[T], or [N] where it is one per sample."""
     log_ratio_T = x.logprobs_T - x.old_T
-    return (log_ratio_T if x.options.importance_level == "token" else x.packing.mean_samples(log_ratio_T)).exp()
+    return (log_ratio_T if x.given.options.importance_level == "token" else x.packing.mean_samples(log_ratio_T)).exp()
 
 
 def surrogate_reference(x: Inputs, ratio_T: Tensor) -> Tensor:
-    advantages_T, o = x.advantages_N[x.packing.sample_T], x.options
+    advantages_T, o = x.advantages_N[x.packing.sample_T], x.given.options
     if o.loss_type == "cispo":
-        return -ratio_T.clamp(max=x.clip_high).detach() * advantages_T * x.logprobs_T
-    clipped_T = ratio_T.clamp(1 - o.epsilon, 1 + x.clip_high)
+        return -ratio_T.clamp(max=x.given.clip_high).detach() * advantages_T * x.logprobs_T
+    clipped_T = ratio_T.clamp(1 - o.epsilon, 1 + x.given.clip_high)
     capped_T = ratio_T if o.delta is None else ratio_T.clamp(max=o.delta)
     return -torch.minimum(capped_T * advantages_T, clipped_T * advantages_T)
 
@@ -207,11 +192,11 @@ def surrogate_reference(x: Inputs, ratio_T: Tensor) -> Tensor:
 @torch.no_grad()
 def importance_weights(x: Inputs) -> Tensor | None:
     """What the sampler's distribution makes of a surrogate: [T], or [N]; None where nothing is asked for."""
-    o = x.options
-    if x.sampler_T is None or (o.is_cap is None and o.is_min is None):
+    o = x.given.options
+    if x.sampler_T is None or not x.given.has_weights:
         return None
     log_weight_T = x.old_T - x.sampler_T
-    weight = (x.packing.sum_samples(log_weight_T) if o.is_mode.startswith("sequence") else log_weight_T).exp()
+    weight = (x.packing.sum_samples(log_weight_T) if x.given.weighs_samples else log_weight_T).exp()
     if o.is_mode.endswith("truncate"):
         return weight.clamp(o.is_min, o.is_cap)
     outside = torch.zeros_like(weight, dtype=torch.bool)
@@ -223,17 +208,18 @@ def importance_weights(x: Inputs) -> Tensor | None:
 @torch.no_grad()
 def off_policy_N(x: Inputs) -> Tensor | None:
     """Which samples leave the loss because they moved too far from who sampled them."""
-    if x.options.off_policy_mask_threshold is None:
+    threshold = x.given.options.off_policy_mask_threshold
+    if threshold is None:
         return None
     sampler_T = x.old_T if x.sampler_T is None else x.sampler_T
     distance_N = x.packing.mean_samples(sampler_T - x.logprobs_T)
-    return (x.advantages_N < 0) & (distance_N > x.options.off_policy_mask_threshold)
+    return (x.advantages_N < 0) & (distance_N > threshold)
 
 
 def kl_reference(x: Inputs, ratio_T: Tensor) -> Tensor | None:
     if x.ref_T is None:
         return None
-    d_T, estimator = x.ref_T - x.logprobs_T, x.options.kl_estimator
+    d_T, estimator = x.ref_T - x.logprobs_T, x.given.options.kl_estimator
     if estimator == "k1":
         return -d_T
     if estimator == "k2":
@@ -245,8 +231,9 @@ def _at_least_one(count: Tensor | float) -> Tensor | float:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
-def _reduce(loss_T: Tensor, packing: Packing, given: LossArguments) -> Tensor:
-    loss_T, o, num_items, num_samples = packing.keep(loss_T), given.options, given.num_items, given.num_samples
+def _reduce(x: Inputs, loss_T: Tensor) -> Tensor:
+    packing, o, num_items, num_samples = x.packing, x.given.options, x.given.num_items, x.given.num_samples
+    loss_T = packing.keep(loss_T)
     if o.loss_type in ("bnpo", "dapo", "cispo"):
         if num_items is None:
             num_items = len(loss_T) if packing.mask_T is None else packing.mask_T.sum()
@@ -268,7 +255,7 @@ def _metrics(
     x: Inputs, ratio: Tensor, kl_T: Tensor | None, weights: Tensor | None, dropped_N: Tensor | None
 ) -> dict[str, Tensor]:
     """TRL's names and means: over tokens that count; over samples where the value is one per sample."""
-    packing, o = x.packing, x.options
+    packing, o, clip_high = x.packing, x.given.options, x.given.clip_high
     num_live = len(x.old_T) if packing.mask_T is None else packing.mask_T.sum()
 
     def token_mean(values_T: Tensor) -> Tensor:
@@ -285,11 +272,11 @@ def _metrics(
         "importance_ratio/max": _largest(packing.keep(ratio) if per_token else ratio),
     }
     if o.loss_type == "cispo":
-        metrics["cispo_clip_ratio"] = mean(((ratio > x.clip_high) & (advantages > 0)).to(ratio.dtype))
+        metrics["cispo_clip_ratio"] = mean(((ratio > clip_high) & (advantages > 0)).to(ratio.dtype))
     else:
         capped = ratio if o.delta is None else ratio.clamp(max=o.delta)
         below = (capped < 1 - o.epsilon) & (advantages < 0)
-        above = (capped > 1 + x.clip_high) & (advantages > 0)
+        above = (capped > 1 + clip_high) & (advantages > 0)
         metrics["clip_ratio/low_mean"] = mean(below.to(ratio.dtype))
         metrics["clip_ratio/high_mean"] = mean(above.to(ratio.dtype))
         metrics["clip_ratio/region_mean"] = mean((below | above).to(ratio.dtype))
@@ -302,8 +289,8 @@ def _metrics(
     if x.entropy_T is not None:
         metrics["entropy"] = token_mean(x.entropy_T)
     if weights is not None:
-        of_samples = o.is_mode.startswith("sequence")
-        metrics["sampling/importance_sampling_ratio/mean"] = (sample_mean if of_samples else token_mean)(weights)
+        weights_mean = sample_mean if x.given.weighs_samples else token_mean
+        metrics["sampling/importance_sampling_ratio/mean"] = weights_mean(weights)
     if dropped_N is not None:
         metrics["off_policy_mask_ratio"] = sample_mean(dropped_N.to(ratio.dtype))
     return metrics
@@ -320,7 +307,9 @@ def read_inputs(logprobs_T: Tensor, cu_seqlens: Tensor, given: LossArguments) ->
     advantages_N = advantages_N.detach().to(dtype)
     positive_N = advantages_N * given.options.positive_advantage_weight
     advantages_N = torch.where(advantages_N > 0, positive_N, advantages_N)
-    packing = Packing.build(cu_seqlens, given.loss_mask_T, given.counts_N, len(logprobs_T))
+    lengths_N, mask_T = cu_seqlens.diff().long(), given.loss_mask_T
+    sample_T = torch.repeat_interleave(lengths_N, output_size=len(logprobs_T))  # output_size spares a wait
+    packing = Packing(sample_T, lengths_N, None if mask_T is None else mask_T.bool(), given.counts_N)
 
     def read(values_T: Tensor | None) -> Tensor | None:
         return None if values_T is None else packing.keep(values_T.to(dtype))
@@ -330,10 +319,8 @@ def read_inputs(logprobs_T: Tensor, cu_seqlens: Tensor, given: LossArguments) ->
         read(None if values_T is None else values_T.detach())
         for values_T in (given.old_logprobs_T, given.ref_logprobs_T, given.sampler_logprobs_T)
     )
-    return Inputs(
-        logprobs_T, logprobs_T.detach() if old_T is None else old_T, ref_T, sampler_T, read(given.entropy_T),
-        given.threshold(), advantages_N, packing, given.clip_high, given.options,
-    )  # fmt: skip
+    old_T = logprobs_T.detach() if old_T is None else old_T
+    return Inputs(logprobs_T, old_T, ref_T, sampler_T, read(given.entropy_T), advantages_N, packing, given)
 
 
 def grpo_loss_reference(
@@ -350,7 +337,8 @@ def grpo_loss_reference(
     factor_T = torch.ones_like(x.old_T)
     factor_T = factor_T if weights is None else factor_T * x.of_tokens(weights, per_sample=given.weighs_samples)
     factor_T = factor_T if dropped_N is None else factor_T.masked_fill(dropped_N[x.packing.sample_T], 0)
-    has_surrogate_T = None if x.threshold is None or x.entropy_T is None else x.entropy_T.detach() >= x.threshold
+    threshold = given.threshold()
+    has_surrogate_T = None if threshold is None or x.entropy_T is None else x.entropy_T.detach() >= threshold
     factor_T = factor_T if has_surrogate_T is None else factor_T.where(has_surrogate_T, 0)
     loss_T = torch.where(factor_T == 0, 0, surrogate(x, ratio_T) * factor_T)
     if kl_T is not None and given.options.beta:
@@ -358,4 +346,4 @@ def grpo_loss_reference(
     if x.entropy_T is not None and given.options.entropy_coef:
         bonus_T = x.entropy_T if has_surrogate_T is None else x.entropy_T.where(has_surrogate_T, 0)
         loss_T = loss_T - given.options.entropy_coef * bonus_T
-    return _reduce(loss_T, x.packing, given), _metrics(x, ratio.detach(), kl_T, weights, dropped_N)
+    return _reduce(x, loss_T), _metrics(x, ratio.detach(), kl_T, weights, dropped_N)

@@ -154,7 +154,7 @@ def forward_with_gradient(
     num_rows = -(-num_tokens // max(num_tiles, 1))  # tiles of one height: no product of a last few rows
     logprobs_T = hidden_TD.new_empty(num_tokens, dtype=compute_dtype(hidden_TD))
     entropy_T = torch.empty_like(logprobs_T) if with_entropy else logprobs_T.new_empty(0)
-    grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else hidden_TD.new_empty(0)
+    grad_hidden_TD = hidden_TD.new_empty(hidden_TD.shape if needs_hidden else 0)
     # One tile rounds the weight's gradient once whatever it is kept in; sums over tiles in bf16 would drift.
     sum_dtype = weight_VD.dtype if num_tiles <= 1 else compute_dtype(weight_VD)
     new = weight_VD.new_empty if num_tokens else weight_VD.new_zeros

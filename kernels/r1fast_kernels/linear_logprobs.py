@@ -63,8 +63,8 @@ def _backward_kernel(
         token_pieces, vocab_pieces, buffer = head.wide_tiles(hidden_TD, weight_VD)
     hidden_dtype = hidden_TD.dtype if len(vocab_pieces) == 1 else sum_dtype
     weight_dtype = weight_VD.dtype if len(token_pieces) == 1 else sum_dtype
-    grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=hidden_dtype) if needs_hidden else hidden_TD.new_empty(0)
-    grad_weight_VD = torch.zeros_like(weight_VD) if needs_weight else weight_VD.new_empty(0)
+    grad_hidden_TD = hidden_TD.new_zeros(hidden_TD.shape if needs_hidden else 0, dtype=hidden_dtype)
+    grad_weight_VD = weight_VD.new_zeros(weight_VD.shape if needs_weight else 0)
     grad_bias_V = weight_VD.new_zeros(vocab if needs_bias else 0, dtype=sum_dtype)
     for columns in vocab_pieces:
         bias = None if bias_V is None else bias_V[columns]
@@ -179,7 +179,7 @@ def linear_logprobs(
         if bias_V.shape != weight_VD.shape[:1]:
             raise ValueError(f"linear_logprobs: got bias {tuple(bias_V.shape)}, expected {tuple(weight_VD.shape[:1])}")
         bias_V = bias_V.to(weight_VD.dtype)
-    if choose("linear_logprobs", impl, hidden_TD)[0] == "reference":
+    if choose("linear_logprobs", impl, hidden_TD) == "reference":
         check_target_ids("linear_logprobs", target_ids_T, weight_VD.shape[0])
         found: Any = linear_logprobs_reference(hidden_TD, weight_VD, target_ids_T, bias_V, temperature, with_entropy)
     else:

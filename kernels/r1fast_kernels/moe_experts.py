@@ -59,7 +59,8 @@ def _fake(
 ) -> tuple[Tensor, ...]:
     num_experts, two_f = gate_up_E2FD.shape[:2]
     kept = (expert_ids_TK.numel(), two_f) if keep else (0,)
-    return torch.empty_like(hidden_TD), *fake_dispatch(expert_ids_TK, num_experts), hidden_TD.new_empty(kept)
+    out_TD = hidden_TD.new_empty(hidden_TD.shape)
+    return out_TD, *fake_dispatch(expert_ids_TK, num_experts), hidden_TD.new_empty(kept)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -128,7 +129,7 @@ def moe_experts(
     hidden_TD, gate_up_E2FD, down_EDF = (x.to(dtype) for x in (hidden_TD, gate_up_E2FD, down_EDF))
     weights_TK = weights_TK.to(compute_dtype(hidden_TD))
     inputs = hidden_TD, gate_up_E2FD, down_EDF, expert_ids_TK, weights_TK
-    chosen, _ = choose("moe_experts", impl, hidden_TD)
+    chosen = choose("moe_experts", impl, hidden_TD)
     if chosen != "cpp":
         check_expert_ids("moe_experts", expert_ids_TK, num_experts)
     if chosen == "reference":

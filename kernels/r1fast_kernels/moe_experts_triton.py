@@ -8,9 +8,9 @@
                d x_t    = sum_k (gate_up_e^T d [gate; up])[slot_tk]               grouped_gemm, then the sum above
                d gate_up_e = sum d [gate; up] x[token]^T,  d down_e = sum d out[token] inner^T           gathered
 
-M = T K: 6 M D F FLOPs forward and 12 backward. With s bytes a number, buffers of
-M (F + D) s are written and read forward, M 2F s more with [gate; up] kept, and M (2F + F + D) s backward. x and d out
-are never copied per choice: their rows come from L2.
+M = T K: 6 M D F FLOPs forward and 12 backward. With s bytes a number, buffers of M (F + D) s are written and read
+forward, M 2F s more with [gate; up] kept, and M (2F + F + D) s backward. x and d out are never copied per choice: their
+rows come from L2.
 
 A row of gate and its row of up stand side by side in the tile of a product, which is one product with one accumulator:
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import choose, compute_dtype, register, wanted
+from .dispatch import choose, compute_dtype, empty_gradients, register, wanted
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -25,11 +25,6 @@ def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def _fake(x_TD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(x_TD.shape[0], dtype=compute_dtype(x_TD))
-
-
-def _backward_fake(_: Tensor, x_TD: Tensor, weight_D: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    needs_x, needs_weight = others[-2:]
-    return x_TD.new_empty(x_TD.shape if needs_x else (0, 0)), weight_D.new_empty(weight_D.shape if needs_weight else 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -52,7 +47,7 @@ register(
     "rms_norm_backward",
     "(Tensor grad_TD, Tensor x_TD, Tensor weight_D, Tensor rstd_T, bool needs_x, bool needs_weight) "
     "-> (Tensor, Tensor)",
-    fake=_backward_fake,
+    fake=lambda _, *given: empty_gradients(given[:2], given[-2:]),
 )
 
 
@@ -69,7 +64,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float = 1e-6, impl: str | None
     if x.dtype != weight_D.dtype:
         wide = torch.promote_types(x.dtype, weight_D.dtype)
         return rms_norm(x.to(wide), weight_D.to(wide), eps=eps, impl=impl).to(x.dtype)
-    if choose("rms_norm", impl, x)[0] == "reference":
+    if choose("rms_norm", impl, x) == "reference":
         return rms_norm_reference(x, weight_D, eps)
     out_TD, _ = torch.ops.r1fast.rms_norm(x.reshape(-1, x.shape[-1]), weight_D, eps)
     return out_TD.view(x.shape)

@@ -265,7 +265,7 @@ register(
     "route_topk_backward",
     "(Tensor logits_TE, Tensor expert_ids_TK, Tensor grad_weights_TK, bool norm_topk_prob, "
     "float routed_scaling_factor, str scoring) -> Tensor",
-    fake=lambda logits_TE, *_: torch.empty_like(logits_TE),
+    fake=lambda logits_TE, *_: logits_TE.new_empty(logits_TE.shape),
     launch=_launch_gradient,
 )
 
@@ -315,7 +315,7 @@ def route_topk(
         router_logits_TE, bias_E, replay_ids_TK, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor,
         scoring,
     )  # fmt: skip
-    chosen, _ = choose("route_topk", impl, router_logits_TE)
+    chosen = choose("route_topk", impl, router_logits_TE)
     if chosen != "cpp" and replay_ids_TK is not None:
         check_ids("route_topk", "replay_ids_TK", replay_ids_TK, num_experts)
     if chosen == "reference":

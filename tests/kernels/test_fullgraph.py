@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_utils import CrossRefFakeMode
 
 import r1fast_kernels as kernels
 from tests.kernels.backends import FP32, needs_cpp
@@ -107,6 +108,16 @@ def test_no_graph_break(name: str) -> None:
     function = getattr(kernels, op)
     compiled = torch.compile(lambda **given: function(**given), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(compiled, given), run(function, given))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_strides_are_those_that_a_graph_expects(name: str) -> None:
+    """Of inputs that lie transposed too: what a fake tensor promises is compared after each operator."""
+    op, given = CALLS[name]
+    transposed = {name: value.mT.contiguous().mT if name in LEAVES and value.dim() > 1 else value
+                  for name, value in given.items()}  # fmt: skip
+    with CrossRefFakeMode(lambda op: op.namespace != "r1fast"):
+        run(getattr(kernels, op), transposed)
 
 
 def test_random_seeds_are_drawn_inside() -> None:

@@ -511,7 +511,7 @@ def test_opcheck(level: str, dtype: torch.dtype, fused: bool) -> None:
         case |= {"advantages_N": None, "rewards_N": torch.arange(N) * 1.0, "group_ids_N": torch.zeros(N).long()}
     leaf, cu_seqlens = case.pop("logprobs_T").requires_grad_(), case.pop("cu_seqlens")
     case["entropy_T"].requires_grad_()
-    given = LossArguments.of("grpo_loss", case | {"importance_level": level})
+    given = LossArguments.of("grpo_loss", case | {"importance_level": level}, len(leaf), cu_seqlens)
     torch.library.opcheck(torch.ops.r1fast.grpo_loss.default, (leaf, cu_seqlens, *op_arguments(given, leaf.device)))
 
 

@@ -108,7 +108,7 @@ def test_an_id_outside_is_an_error(op: str, bad: int, backend: Backend) -> None:
 def test_a_negative_id_is_an_error(op: str, bad: int, backend: Backend) -> None:
     for impl in impls(op, backend):
         FROM_ZERO[op](E + 7, impl)
-        with pytest.raises(ValueError, match=rf"{bad}, expected an id >= 0"):
+        with pytest.raises(ValueError, match=rf"^{op}: .*{bad}, expected an id >= 0"):
             FROM_ZERO[op](bad, impl)
 
 

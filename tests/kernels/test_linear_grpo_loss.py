@@ -246,7 +246,8 @@ def test_opcheck() -> None:
     """Of a loss above 0: opcheck sums |loss|, and times -1 the backward pass writes over gradients no caller sees."""
     inputs, options = batch(FP32)
     hidden, weight, ids, cu_seqlens = inputs
-    given = LossArguments.of("grpo_loss", options | {"beta": 9.0, "num_items": 23, "counts_N": cu_seqlens.diff()})
+    options |= {"beta": 9.0, "num_items": 23, "counts_N": cu_seqlens.diff()}
+    given = LossArguments.of("grpo_loss", options, len(hidden), cu_seqlens)
     arguments = (
         hidden.requires_grad_(), weight.requires_grad_(), ids, TEMPERATURE, True, True, cu_seqlens,
         *sys.modules["r1fast_kernels.grpo_loss"].op_arguments(given, hidden.device),
@@ -275,10 +276,13 @@ def test_random_settings(backend: Backend, monkeypatch: pytest.MonkeyPatch, tili
 
 def test_errors_name_the_argument(backend: Backend) -> None:
     (hidden, weight, ids, cu_seqlens), options = batch(FP32)
-    with pytest.raises(ValueError, match=r"got loss_mask_T \(3,\) for 23 tokens of 5 samples, expected \(23,\)"):
+    mask = r"linear_grpo_loss: got loss_mask_T \(3,\) for 23 tokens of 5 samples, expected \(23,\)"
+    with pytest.raises(ValueError, match=mask):
         linear_grpo_loss(hidden, weight, ids, cu_seqlens, loss_mask_T=torch.ones(3, dtype=torch.bool), **options)
     with pytest.raises(TypeError, match="got epsilon_low, expected keyword arguments of grpo_loss"):
         linear_grpo_loss(hidden, weight, ids, cu_seqlens, epsilon_low=0.1, **options)
+    with pytest.raises(ValueError, match="linear_grpo_loss: got epsilon=-1, expected at least 0"):
+        linear_grpo_loss(hidden, weight, ids, cu_seqlens, epsilon=-1, **options)
     with pytest.raises(TypeError, match="got counts_N"):
         linear_grpo_loss(hidden, weight, ids, cu_seqlens, counts_N=cu_seqlens.diff(), **options)
     with pytest.raises(ValueError, match="temperature=0"):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
 from r1fast_kernels import torch_private as private
 
@@ -20,6 +21,7 @@ NEEDED = {
     nn.Module(): ["_forward_hooks", "_forward_pre_hooks", "_non_persistent_buffers_set"],
     nn.modules.module: ["_global_forward_pre_hooks", "_global_forward_hooks"],
     FSDPModule: ["_get_fsdp_state"],
+    FSDPState: ["_lazy_init"],
     checkpoint_wrapper: ["checkpoint_wrapper"],
     filesystem: ["_StorageInfo"],
 }
