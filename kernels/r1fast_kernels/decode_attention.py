@@ -88,7 +88,7 @@ def decode_attention(
             f"decode_attention: got block_table in {block_table_BN.dtype}, lengths in {lengths_B.dtype} and {scale=}; "
             "expected int32, int32 and a scale above 0"
         )
-    chosen = choose("decode_attention", impl, q_BHd)
+    chosen, _ = choose("decode_attention", impl, q_BHd)
     if chosen != "cpp":
         check_blocks("decode_attention", block_table_BN, lengths_B, BLOCK, S // BLOCK)
     if chosen == "reference":

@@ -88,7 +88,7 @@ class DecodeLayers:
         if reason := self._obstacle():
             log_choice("decode_layers", "reference", reason)
             return False
-        return choose("decode_layers", None, self.embedding_VD) == "cpp"
+        return choose("decode_layers", None, self.embedding_VD)[0] == "cpp"
 
     def _obstacle(self) -> str | None:
         if self.embedding_VD.dtype == torch.float64:

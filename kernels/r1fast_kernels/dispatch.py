@@ -66,8 +66,8 @@ def in_use() -> str | None:
     return _in_use
 
 
-def choose(op: str, impl: str | None, tensor: Tensor) -> str:
-    """The implementation that this call of `op` on `tensor` runs: `impl`, what is in use, or the best. Logged once.
+def choose(op: str, impl: str | None, tensor: Tensor) -> tuple[str, str]:
+    """The implementation that this call of `op` on `tensor` runs, and why: `impl`, what is in use, or the best.
 
     Raises ValueError when what is asked for does not exist for this op, or cannot run here.
     """
@@ -85,7 +85,7 @@ def choose(op: str, impl: str | None, tensor: Tensor) -> str:
     else:
         chosen, reason = fused, f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
     log_choice(op, chosen, reason)
-    return chosen
+    return chosen, reason
 
 
 def log_choice(op: str, chosen: str, reason: str) -> None:

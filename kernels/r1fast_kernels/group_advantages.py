@@ -136,6 +136,6 @@ def group_advantages(
         raise ValueError(f"group_advantages: got scale={scale!r}, expected group, batch or none")
     check_ids("group_advantages", "group_ids_N", group_ids_N, None)
     rewards_N = rewards_N.detach()
-    if choose("group_advantages", impl, rewards_N) == "reference":
+    if choose("group_advantages", impl, rewards_N)[0] == "reference":
         return group_advantages_reference(rewards_N, group_ids_N, scale, eps).to(compute_dtype(rewards_N))
     return torch.ops.r1fast.group_advantages(rewards_N, group_ids_N, scale, eps)

@@ -276,7 +276,7 @@ def grouped_gemm(
         )
     dtype = product_dtype(weight)
     x_MD, weight = x_MD.to(dtype), weight.to(dtype)
-    chosen = choose("grouped_gemm", impl, x_MD)
+    chosen, _ = choose("grouped_gemm", impl, x_MD)
     if chosen != "cpp":
         check_offsets("grouped_gemm", "offsets_E", offsets_E, len(x_MD), whole=False)
     if chosen == "reference":

@@ -470,7 +470,7 @@ def grpo_loss(
     if logprobs_T.dim() != 1:
         raise ValueError(f"grpo_loss: got logprobs {tuple(logprobs_T.shape)}, expected [T]")
     given = LossArguments.of("grpo_loss", arguments, len(logprobs_T), cu_seqlens)
-    if choose("grpo_loss", impl, logprobs_T) == "reference":
+    if choose("grpo_loss", impl, logprobs_T)[0] == "reference":
         return grpo_loss_reference(logprobs_T, cu_seqlens, given)
     loss, _, _, metrics_M = torch.ops.r1fast.grpo_loss(logprobs_T, cu_seqlens, *op_arguments(given, logprobs_T.device))
     return loss, named_metrics(metrics_M, given)

@@ -95,7 +95,7 @@ def linear_cross_entropy(
     hidden_TD, weight_VD = check_head("linear_cross_entropy", hidden_TD, weight_VD, target_ids_T)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy: got reduction={reduction!r}, expected mean, sum or none")
-    chosen = choose("linear_cross_entropy", impl, hidden_TD)
+    chosen, _ = choose("linear_cross_entropy", impl, hidden_TD)
     if reduction != "none" and chosen != "reference":
         learns = torch.is_grad_enabled()
         return torch.ops.r1fast.linear_cross_entropy(

@@ -131,7 +131,7 @@ def linear_grpo_loss(
     # The entropy is always there: any tensor in its place stands for it.
     arguments = {**loss_arguments, "entropy_T": target_ids_T}
     given = LossArguments.of("linear_grpo_loss", arguments, hidden_TD.shape[0], cu_seqlens)
-    chosen = choose("linear_grpo_loss", impl, hidden_TD)
+    chosen, _ = choose("linear_grpo_loss", impl, hidden_TD)
     hidden_TD, target_ids_T, cu_seqlens, given = _without_masked(hidden_TD, target_ids_T, cu_seqlens, given)
     num_tokens, vocab = hidden_TD.shape[0], weight_VD.shape[0]
     one_tile = num_tokens <= rows_of_tall_tile(hidden_TD, vocab) if chosen != "reference" else False

@@ -179,7 +179,7 @@ def linear_logprobs(
         if bias_V.shape != weight_VD.shape[:1]:
             raise ValueError(f"linear_logprobs: got bias {tuple(bias_V.shape)}, expected {tuple(weight_VD.shape[:1])}")
         bias_V = bias_V.to(weight_VD.dtype)
-    if choose("linear_logprobs", impl, hidden_TD) == "reference":
+    if choose("linear_logprobs", impl, hidden_TD)[0] == "reference":
         check_target_ids("linear_logprobs", target_ids_T, weight_VD.shape[0])
         found: Any = linear_logprobs_reference(hidden_TD, weight_VD, target_ids_T, bias_V, temperature, with_entropy)
     else:

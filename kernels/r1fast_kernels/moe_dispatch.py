@@ -186,7 +186,7 @@ def moe_dispatch(expert_ids_TK: Tensor, num_experts: int, *, impl: str | None = 
     """
     if expert_ids_TK.dim() != 2:
         raise ValueError(f"moe_dispatch: got expert ids {tuple(expert_ids_TK.shape)}, expected [T, K]")
-    chosen = choose("moe_dispatch", impl, expert_ids_TK)
+    chosen, _ = choose("moe_dispatch", impl, expert_ids_TK)
     if chosen != "cpp":
         check_expert_ids("moe_dispatch", expert_ids_TK, num_experts)
     if chosen == "reference":

@@ -129,7 +129,7 @@ def moe_experts(
     hidden_TD, gate_up_E2FD, down_EDF = (x.to(dtype) for x in (hidden_TD, gate_up_E2FD, down_EDF))
     weights_TK = weights_TK.to(compute_dtype(hidden_TD))
     inputs = hidden_TD, gate_up_E2FD, down_EDF, expert_ids_TK, weights_TK
-    chosen = choose("moe_experts", impl, hidden_TD)
+    chosen, _ = choose("moe_experts", impl, hidden_TD)
     if chosen != "cpp":
         check_expert_ids("moe_experts", expert_ids_TK, num_experts)
     if chosen == "reference":

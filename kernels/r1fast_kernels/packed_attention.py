@@ -143,7 +143,7 @@ def packed_attention(
         )
     if scale <= 0:
         raise ValueError(f"packed_attention: got {scale=}, expected more than 0")
-    chosen = choose("packed_attention", impl, q_THd)
+    chosen, _ = choose("packed_attention", impl, q_THd)
     if chosen != "cpp":
         check_offsets("packed_attention", "cu_seqlens", cu_seqlens, T)
     if chosen == "reference":

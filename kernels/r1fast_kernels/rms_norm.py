@@ -64,7 +64,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float = 1e-6, impl: str | None
     if x.dtype != weight_D.dtype:
         wide = torch.promote_types(x.dtype, weight_D.dtype)
         return rms_norm(x.to(wide), weight_D.to(wide), eps=eps, impl=impl).to(x.dtype)
-    if choose("rms_norm", impl, x) == "reference":
+    if choose("rms_norm", impl, x)[0] == "reference":
         return rms_norm_reference(x, weight_D, eps)
     out_TD, _ = torch.ops.r1fast.rms_norm(x.reshape(-1, x.shape[-1]), weight_D, eps)
     return out_TD.view(x.shape)

@@ -315,7 +315,7 @@ def route_topk(
         router_logits_TE, bias_E, replay_ids_TK, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor,
         scoring,
     )  # fmt: skip
-    chosen = choose("route_topk", impl, router_logits_TE)
+    chosen, _ = choose("route_topk", impl, router_logits_TE)
     if chosen != "cpp" and replay_ids_TK is not None:
         check_ids("route_topk", "replay_ids_TK", replay_ids_TK, num_experts)
     if chosen == "reference":

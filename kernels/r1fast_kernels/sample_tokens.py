@@ -291,6 +291,6 @@ def sample_tokens(
         )
     if seeds_B is None and temperature > 0:
         seeds_B = torch.randint(1 << 62, logits_BV.shape[:1], device=logits_BV.device)
-    if choose("sample_tokens", impl, logits_BV) == "reference":
+    if choose("sample_tokens", impl, logits_BV)[0] == "reference":
         return sample_tokens_reference(logits_BV, seeds_B, temperature, top_k, top_p)
     return torch.ops.r1fast.sample_tokens(logits_BV, seeds_B, temperature, top_k, top_p)

@@ -265,7 +265,7 @@ def selective_logprobs(
             "expected [T, V] and [T]"
         )
     check_temperature("selective_logprobs", temperature)
-    chosen = choose("selective_logprobs", impl, logits_TV)
+    chosen, _ = choose("selective_logprobs", impl, logits_TV)
     if chosen != "cpp":
         check_target_ids("selective_logprobs", target_ids_T, logits_TV.shape[1])
     if chosen == "reference":

@@ -103,7 +103,7 @@ def packed_attention(
     As r1fast_kernels.packed_attention, which runs on a CPU and, as "reference", anywhere. Else torch's flash kernels
     do: they take one head dimension only, so that keys and values are made of one width.
     """
-    if in_use() == "reference" or choose("packed_attention", None, q_THd) == "cpp":
+    if in_use() == "reference" or choose("packed_attention", None, q_THd)[0] == "cpp":
         return kernels.packed_attention(
             q_THd, k_TKd, v_TKd, plan.cu_seqlens, scale=scale, k_pe_TR=k_pe_TR, rope=(rope.cos_TR, rope.sin_TR),
             interleaved=rope.interleaved,
