@@ -137,6 +137,12 @@ class Packing:
     mask_T: Tensor | None  # bool; None keeps every token
     given_counts_N: Tensor | None  # tokens of each whole sample that count; None: as the mask says
 
+    @staticmethod
+    def build(cu_seqlens: Tensor, mask_T: Tensor | None, counts_N: Tensor | None, num_tokens: int) -> "Packing":
+        lengths_N = cu_seqlens.diff().long()
+        sample_T = torch.repeat_interleave(lengths_N, output_size=num_tokens)  # output_size spares a wait
+        return Packing(sample_T, lengths_N, None if mask_T is None else mask_T.bool(), counts_N)
+
     def keep(self, values_T: Tensor) -> Tensor:
         """Values with masked positions set to 0: where, not a product, because they may hold NaN."""
         return values_T if self.mask_T is None else torch.where(self.mask_T, values_T, 0.0)
@@ -307,9 +313,7 @@ def read_inputs(logprobs_T: Tensor, cu_seqlens: Tensor, given: LossArguments) ->
     advantages_N = advantages_N.detach().to(dtype)
     positive_N = advantages_N * given.options.positive_advantage_weight
     advantages_N = torch.where(advantages_N > 0, positive_N, advantages_N)
-    lengths_N, mask_T = cu_seqlens.diff().long(), given.loss_mask_T
-    sample_T = torch.repeat_interleave(lengths_N, output_size=len(logprobs_T))  # output_size spares a wait
-    packing = Packing(sample_T, lengths_N, None if mask_T is None else mask_T.bool(), given.counts_N)
+    packing = Packing.build(cu_seqlens, given.loss_mask_T, given.counts_N, len(logprobs_T))
 
     def read(values_T: Tensor | None) -> Tensor | None:
         return None if values_T is None else packing.keep(values_T.to(dtype))
