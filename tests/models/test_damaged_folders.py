@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from r1fast.models import weights
+from r1fast.models import folders
 from r1fast.models.weights import check_checkpoint, load_model, load_tokenizer, save_model
 from tests.tiny_checkpoint import DEEPSEEK_V3, write_checkpoint
 
@@ -161,10 +161,26 @@ def test_an_expert_of_any_number(tmp_path: Path) -> None:
     refused(folder, r"missing model\.layers\.1\.mlp\.experts\.0\.up_proj\.weight")
 
 
-def test_pickles_are_not_read(folder: Path) -> None:
+class Opens:
+    """Unpickling it opens a file for writing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.path, "w")
+
+
+def test_pickles_hold_tensors_alone(folder: Path, tmp_path: Path) -> None:
+    stored = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    torch.save({"a": torch.ones(1)}, folder / "pytorch_model.bin")
-    refused(folder, r"no model\.safetensors")
+    torch.save(stored | {"extra": Opens(tmp_path / "opened")}, folder / "pytorch_model.bin")
+    refused(folder, r"pytorch_model\.bin: not a readable file of tensors .*convert it to safetensors")
+    assert not (tmp_path / "opened").exists()
+    torch.save(stored | {"extra": [1]}, folder / "pytorch_model.bin")
+    refused(folder, r"pytorch_model\.bin: is no mapping of names to tensors")
+    (folder / "pytorch_model.bin").write_bytes(b"cut off")
+    refused(folder, r"pytorch_model\.bin: not a readable file of tensors")
 
 
 # ---- text files ----
@@ -207,7 +223,7 @@ def test_no_code_of_a_folder_is_run(folder: Path, tmp_path: Path, monkeypatch: p
     edit_json(
         folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]}, tokenizer_class="OwnTokenizer"
     )
-    with pytest.raises(ValueError, match=r"the tokenizer of .* cannot be read"):
+    with pytest.raises(ValueError, match=r"the tokenizer of .* needs code of its own \(OwnTokenizer\), and none"):
         load_tokenizer(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -217,11 +233,11 @@ def test_the_hub_is_asked_for_every_part_of_a_tokenizer(folder: Path, monkeypatc
 
     asked: list[list[str]] = []
 
-    def fetch(hub_id: str, allow_patterns: list[str]) -> str:
+    def fetch(hub_id: str, allow_patterns: list[str], **_: object) -> str:
         asked.append(allow_patterns)
         return str(folder)
 
-    monkeypatch.setattr(weights, "snapshot_download", fetch)
+    monkeypatch.setattr(folders, "snapshot_download", fetch)
     load_model("owner/model")
     load_tokenizer("owner/model")
     assert len(asked) >= 2
