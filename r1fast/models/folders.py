@@ -42,15 +42,15 @@ def is_local(path: str | Path) -> bool:
 
 def resolve(path: str | Path, patterns: list[str]) -> Path:
     """A local folder or .gguf file, or the local snapshot of those files of a Hub repository."""
+    repo_id, _, revision = str(path).partition("@")
+    if revision and not Path(path).exists() and Path(repo_id).expanduser().exists():
+        raise ValueError(f"{path}: {repo_id} is here and has no revisions, which a Hub id has; drop the revision")
     if is_local(path):
         folder = Path(path).expanduser()
         if not (folder.is_file() if folder.suffix == SUFFIX else folder.is_dir()):
             kinds = "a checkpoint folder with config.json, a .gguf file, or a Hub id"
             raise ValueError(f"{path}: no such {'file' if folder.suffix == SUFFIX else 'folder'}; expected {kinds}")
         return folder
-    repo_id, _, revision = str(path).partition("@")
-    if revision and Path(repo_id).exists():
-        raise ValueError(f"{path}: {repo_id} is here and has no revisions, which a Hub id has; drop the revision")
     try:
         return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
