@@ -52,7 +52,9 @@ def resolve(path: str | Path, patterns: list[str]) -> Path:
             raise ValueError(f"{path}: no such {'file' if folder.suffix == SUFFIX else 'folder'}; expected {kinds}")
         return folder
     try:
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns))
+        # The ignored ones hold the same weights once more, in a layout of Mistral's own.
+        options = {"allow_patterns": patterns, "ignore_patterns": ["consolidated*.safetensors"]}
+        return Path(snapshot_download(repo_id, revision=revision or None, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         text = f"neither a folder nor a Hub repository that can be reached ({type(error).__name__})"
         raise ValueError(f"{path}: {text}; check the spelling, the network, and HF_TOKEN for gated models") from error

@@ -72,7 +72,7 @@ class Checkpoint:
         """scalar_head: as of load_model. headers_only: two stored heads that may be one are taken to be one."""
         self.folder = resolve(path, ["*.safetensors", *TOKENIZER_PATTERNS])
         if not is_local(path) and not any(self.folder.glob("*.safetensors")):
-            self.folder = resolve(path, ["*.bin", *TOKENIZER_PATTERNS])
+            self.folder = resolve(path, ["pytorch_model*.bin", *TOKENIZER_PATTERNS])
         self.notes: list[str] = []  # what the user should know of what was left out
         self._files = TensorFiles()
         described = read_config(self.folder)

@@ -162,13 +162,13 @@ def test_the_hub_is_asked_for_pickles_where_there_is_nothing_else(
 
     def fetch(hub_id: str, allow_patterns: list[str], **_: Any) -> str:
         asked.append(allow_patterns[0])
-        if allow_patterns[0] == "*.bin":
+        if allow_patterns[0] == "pytorch_model*.bin":
             (tmp_path / "pytorch_model.bin").rename(folder / "pytorch_model.bin")
         return str(folder)
 
     monkeypatch.setattr(folders, "snapshot_download", fetch)
     load_model("owner/model")
-    assert asked == ["*.safetensors", "*.bin"]
+    assert asked == ["*.safetensors", "pytorch_model*.bin"]
 
 
 # ---- reward models ----

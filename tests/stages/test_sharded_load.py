@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from r1fast.models.weights import load_model, save_model
+from r1fast.parallel.mesh import init_distributed
 from tests import zoo
 from tests.parallel.tiny_model import torchrun
+from tests.stages.gradient_cases import SFT, context
 from tests.zoo import write_checkpoint
 
 # Experts and vocabulary divide by no two ranks; one expert leaves rank 1 none.
@@ -84,6 +86,24 @@ def test_a_full_disk_on_one_rank_stops_every_rank(two_ranks) -> None:
     assert first == second
     error, left, not_gathered = first
     assert "No space left on device" in error and left == [] and not_gathered == 0
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2-tied", "llama"])
+def test_a_frozen_model_is_kept_in_the_dtype_of_its_forward_pass(folder: Path, name: str) -> None:
+    """And computes, to the bit, what it would from weights in float32."""
+    dist = init_distributed("cpu")
+    path = str(folder / "sound" / name)
+    ctx = context(SFT, dist, path)
+    ctx.recipe.model.dtype = "bfloat16"
+    frozen, _ = ctx.load(path, trainable=False)
+    trained, _ = ctx.load(path, trainable=True)
+    dtypes = {name: tensor.dtype for name, tensor in frozen.state_dict().items() if "correction_bias" not in name}
+    assert set(dtypes.values()) == {torch.bfloat16}
+    assert {tensor.dtype for tensor in trained.parameters()} == {torch.float32}
+    ids, cu_seqlens = torch.tensor([5, 6, 7, 60, 3, 9, 11]), torch.tensor([0, 4, 7], dtype=torch.int32)
+    with torch.no_grad():
+        assert torch.equal(frozen(ids, cu_seqlens), trained(ids, cu_seqlens))
+    dist.close()
 
 
 @pytest.mark.slow
