@@ -21,6 +21,7 @@ AGAIN = "copy or download it again"
 GENERATION_NAME = "generation_config.json"
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]  # of a Hub repository
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_SAME_AGAIN = ["consolidated*.safetensors"]  # the same weights in Mistral's own layout
 _REWARD_MODELS = ("ForSequenceClassification", "ForSequenceRegression", "RewardModel")  # endings of architectures
 
 
@@ -52,9 +53,9 @@ def resolve(path: str | Path, patterns: list[str]) -> Path:
             raise ValueError(f"{path}: no such {'file' if folder.suffix == SUFFIX else 'folder'}; expected {kinds}")
         return folder
     try:
-        # The ignored ones hold the same weights once more, in a layout of Mistral's own.
-        options = {"allow_patterns": patterns, "ignore_patterns": ["consolidated*.safetensors"]}
-        return Path(snapshot_download(repo_id, revision=revision or None, **options))
+        return Path(snapshot_download(
+            repo_id, revision=revision or None, allow_patterns=patterns, ignore_patterns=_SAME_AGAIN
+        ))  # fmt: skip
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         text = f"neither a folder nor a Hub repository that can be reached ({type(error).__name__})"
         raise ValueError(f"{path}: {text}; check the spelling, the network, and HF_TOKEN for gated models") from error

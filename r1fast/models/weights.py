@@ -203,12 +203,13 @@ def _with_scales(found: dict[str, Stored], block: tuple[int, int] | None) -> dic
     """Weights in fp8 with their scales, which are no tensors of the decoder; ValueError for any other dtype."""
     for name, stored in list(found.items()):
         scale = found.get(name + SCALE)
-        if stored.dtype == FP8 and block is not None and scale is not None and len(stored.shape) == 2:
-            wanted = tuple(-(-size // part) for size, part in zip(stored.shape, block, strict=True))
-            if scale.shape != wanted:
-                text = f"{scale.name} has shape {scale.shape}, expected {wanted} for blocks of {block}"
-                raise ValueError(f"{scale.file}: {text}")
-            found[name] = stored._replace(scale=found.pop(name + SCALE), block=block)
+        if block is None or stored.dtype != FP8 or len(stored.shape) != 2 or scale is None or scale.dtype not in FLOATS:
+            continue
+        wanted = tuple(-(-size // part) for size, part in zip(stored.shape, block, strict=True))
+        if scale.shape != wanted:
+            text = f"{scale.name} has shape {scale.shape}, expected {wanted} for blocks of {block}"
+            raise ValueError(f"{scale.file}: {text}")
+        found[name] = stored._replace(scale=found.pop(name + SCALE), block=block)
     for stored in found.values():
         if stored.dtype not in FLOATS and stored.scale is None:
             expected = f"expected one of {', '.join(FLOATS)}, or {FP8} with its {SCALE[1:]} and weight_block_size"

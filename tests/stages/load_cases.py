@@ -17,7 +17,7 @@ from r1fast.parallel.mesh import Dist, init_distributed
 from r1fast.parallel.parallelize import gathered_blocks
 from r1fast.stages import context as context_module
 from r1fast.stages.context import StageContext
-from tests.parallel.tiny_model import full_state_dict
+from tests.parallel.tiny_model import full, full_state_dict
 from tests.stages.gradient_cases import SFT, context
 
 
@@ -57,8 +57,15 @@ def memory(dist: Dist, folder: Path, output: Path) -> Any:
     return dist.all_gather_objects({"held": held, "load": loading.megabytes, "save": saving.megabytes})
 
 
+def embedding_gradient(model: Any) -> torch.Tensor:
+    """Of the same tokens on every rank: of tied weights, both halves are in it."""
+    ids, cu_seqlens = torch.tensor([5, 6, 7, 60, 3, 9, 11]), torch.tensor([0, 4, 7], dtype=torch.int32)
+    model(ids, cu_seqlens).square().sum().backward()
+    return full(model.get_parameter("embed_tokens.weight").grad)
+
+
 def same(dist: Dist, folder: Path, output: Path) -> Any:
-    """Each model loaded as one FSDP unit and as several, and saved: all tensors, gathered."""
+    """Each model loaded as one FSDP unit and as several, and saved: all tensors, and a gradient."""
     found = {}
     for path in sorted((folder / "sound").iterdir()):
         for one_unit_numel in (10**9, 0):
@@ -68,7 +75,7 @@ def same(dist: Dist, folder: Path, output: Path) -> Any:
             ctx = stage(dist, path, output.with_name(name), trainer=trainer)
             model, tokenizer = ctx.load(str(path), trainable=True)
             ctx.save(model, tokenizer)
-            found[name] = full_state_dict(model, dist)
+            found[name] = full_state_dict(model, dist), embedding_gradient(model)
     return found
 
 
@@ -83,7 +90,7 @@ def refused(dist: Dist, folder: Path, output: Path) -> Any:
     return dist.all_gather_objects(error)
 
 
-def full(dist: Dist, folder: Path, output: Path) -> Any:
+def disk_full(dist: Dist, folder: Path, output: Path) -> Any:
     """What every rank sees of a disk that is full on rank 0."""
     path = folder / "sound" / "deepseek_v3"
     ctx = stage(dist, path, output.with_name("full"))
@@ -111,7 +118,7 @@ def full(dist: Dist, folder: Path, output: Path) -> Any:
 def cases(dist: Dist, folder: Path, output: Path) -> Any:
     # So that chunks, blocks and shards end inside of tensors.
     tensor_files.CHUNK_BYTES, parallelize.BLOCK_BYTES, export.MAX_SHARD_BYTES = 1_000, 1_500, 20_000
-    return {case.__name__: case(dist, folder, output) for case in (same, refused, full)}
+    return {case.__name__: case(dist, folder, output) for case in (same, refused, disk_full)}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from r1fast.parallel.mesh import init_distributed
 from tests import zoo
 from tests.parallel.tiny_model import torchrun
 from tests.stages.gradient_cases import SFT, context
+from tests.stages.load_cases import embedding_gradient
 from tests.zoo import write_checkpoint
 
 # Experts and vocabulary divide by no two ranks; one expert leaves rank 1 none.
@@ -63,9 +64,11 @@ def two_ranks(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks_read_and_write_what_one_does(folder: Path, two_ranks, name: str, one_unit_numel: int) -> None:
     expected = load_model(folder / "sound" / name, dtype="float32")[0].state_dict()
-    state = two_ranks["same"][f"{name}-{one_unit_numel}"]
+    state, gradient = two_ranks["same"][f"{name}-{one_unit_numel}"]
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
+    plain = load_model(folder / "sound" / name, dtype="float32")[0]
+    torch.testing.assert_close(gradient, 2 * embedding_gradient(plain))  # summed over two ranks
     saved = folder / f"{name}-{one_unit_numel}" / "sft" / "model"
     assert len(list(saved.glob("model-*.safetensors"))) > 2
     again = load_model(saved)[0].state_dict()
@@ -82,7 +85,7 @@ def test_what_one_rank_finds_every_rank_refuses(folder: Path, two_ranks) -> None
 
 @pytest.mark.dist
 def test_a_full_disk_on_one_rank_stops_every_rank(two_ranks) -> None:
-    first, second = two_ranks["full"]
+    first, second = two_ranks["disk_full"]
     assert first == second
     error, left, not_gathered = first
     assert "No space left on device" in error and left == [] and not_gathered == 0
