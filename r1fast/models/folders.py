@@ -154,7 +154,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
         # False, and not None, with which transformers asks on stdin whether to run what it finds.
         return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
-        if values.get("auto_map"):
+        if values.get("auto_map") or "trust_remote_code" in str(error):
             own_class = str(values.get("tokenizer_class"))[:80]
             does = f"needs code of its own ({own_class}), and none that comes with a model is run"
             advice = "save it as a tokenizer.json (tokenizer_class PreTrainedTokenizerFast) and use that folder"

@@ -157,10 +157,10 @@ def _opened(file: Path) -> Any:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of pickle, of zip files, or RuntimeError
-        advice = (
-            "convert it to safetensors where it was made: nothing but tensors is read, and no code of a file is run"
-        )
-        raise ValueError(f"{file}: not a readable file of tensors ({text_of(error)}); {advice}") from error
+        # torch's own words advise to run what the file holds.
+        text = "it holds more" if "weights_only" in str(error) else text_of(error)
+        advice = "convert it to safetensors where it was made: no code of a file is run"
+        raise ValueError(f"{file}: not a readable file of tensors ({text}); {advice}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{file}: is no mapping of names to tensors; expected a state dict")
     return _Tensors(tensors)

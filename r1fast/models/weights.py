@@ -82,13 +82,14 @@ class Checkpoint:
         if scalar_head is False and is_reward_model:
             raise ValueError(f"{self.folder}: is a reward model (`score`), expected a language model with an lm_head")
         self.scalar_head = is_reward_model or bool(scalar_head)
-        if not self.scalar_head:
+        self._starts_at_0: set[str] = set()
+        if not is_reward_model:
             self._share_head(headers_only)
-        elif not is_reward_model:
-            self._stored.pop(_HEAD, None)
+            if self.scalar_head:
+                self._stored.pop(_HEAD, None)
+                self._starts_at_0.add(_SCORE)
         with torch.device("meta"):
             self._decoder = Decoder(self.config, scalar_head=self.scalar_head)
-        self._new = {_SCORE: "score.weight"} if self.scalar_head and not is_reward_model else {}
         self._check_fit()
 
     def decoder(self, dtype: torch.dtype | str = "auto") -> Decoder:
@@ -105,7 +106,7 @@ class Checkpoint:
         Of every tensor on disk only the rows that make up these parts are read, a few MB at a time.
         """
         for name, start, part in parts:
-            if name in self._new.values():
+            if name in self._starts_at_0:
                 part.zero_()
             for piece in pieces_of(name, self._shapes[name]) if name in self._shapes else ():
                 if (found := piece.within(start, start + len(part))) is not None:
@@ -130,9 +131,8 @@ class Checkpoint:
                     raise ValueError(f"{file}: {stored.name} is in another file too; copy or download it again")
                 found[name] = stored
         if skipped:
-            self.notes.append(
-                f"{self.folder}: left out {skipped} tensors of multi-token prediction (past the last layer)"
-            )
+            text = f"left out {skipped} tensors of multi-token prediction, the layers past the last"
+            self.notes.append(f"{self.folder}: {text}")
         self._check_reward_head(found)
         return _with_scales(found, described.fp8_block)
 
@@ -161,17 +161,16 @@ class Checkpoint:
 
     def _are_equal(self, *names: str) -> bool:
         both = [self._stored[name] for name in names]
-        if both[0].shape != both[1].shape:
+        if both[0].shape != both[1].shape or not both[0].shape:
             return False
         chunks = [TensorFiles().rows(stored, 0, stored.shape[0]) for stored in both]
         return all(torch.equal(a.float(), b.float()) for (_, a), (_, b) in zip(*chunks, strict=True))
 
     def _check_fit(self) -> None:
         """The names and shapes that config.json asks for; keys are reported as they stand on disk."""
-        tied = {"lm_head.weight"} if self.config.tie_word_embeddings and not self.scalar_head else set()
-        leave = tied.union(self._new.values())
+        not_read = self._starts_at_0 | ({_HEAD} if self.config.tie_word_embeddings else set())
         state = self._decoder.state_dict()
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in leave}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in not_read}
         pieces = [piece for name, shape in self._shapes.items() for piece in pieces_of(name, shape)]
         expected = {piece.name: piece.shape for piece in pieces}
         differing = {

@@ -67,6 +67,13 @@ def head_alone(stored: dict[str, Tensor]) -> None:
     stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
 
 
+def test_a_head_alone_serves_a_new_reward_model(folder: Path) -> None:
+    edit_weights(folder, head_alone)
+    assert torch.equal(
+        load_model(folder, scalar_head=True)[0].embed_tokens.weight, load_model(folder)[0].lm_head.weight
+    )
+
+
 @pytest.mark.parametrize(("edit", "tied"), [(two_heads, False), (equal_heads, True), (head_alone, True)])
 def test_tied_heads_are_what_transformers_makes_of_them(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, edit: Store, tied: bool
@@ -175,10 +182,12 @@ def test_pickles_hold_tensors_alone(folder: Path, tmp_path: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(stored | {"extra": Opens(tmp_path / "opened")}, folder / "pytorch_model.bin")
-    refused(folder, r"pytorch_model\.bin: not a readable file of tensors .*convert it to safetensors")
+    refused(folder, r"pytorch_model\.bin: not a readable file of tensors \(it holds more\); convert it")
     assert not (tmp_path / "opened").exists()
     torch.save(stored | {"extra": [1]}, folder / "pytorch_model.bin")
     refused(folder, r"pytorch_model\.bin: is no mapping of names to tensors")
+    torch.save(stored, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    refused(folder, r"pytorch_model\.bin: not a readable file of tensors \(mmap can only be used with .*safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"cut off")
     refused(folder, r"pytorch_model\.bin: not a readable file of tensors")
 
@@ -224,6 +233,10 @@ def test_no_code_of_a_folder_is_run(folder: Path, tmp_path: Path, monkeypatch: p
         folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]}, tokenizer_class="OwnTokenizer"
     )
     with pytest.raises(ValueError, match=r"the tokenizer of .* needs code of its own \(OwnTokenizer\), and none"):
+        load_tokenizer(folder)
+    edit_json(folder / "tokenizer_config.json", auto_map=None)
+    edit_json(folder / "config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
+    with pytest.raises(ValueError, match=r"the tokenizer of .*"):
         load_tokenizer(folder)
     assert not (tmp_path / "ran").exists()
 

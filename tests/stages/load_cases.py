@@ -48,7 +48,7 @@ def stage(dist: Dist, folder: Path, output: Path, **sections: Any) -> StageConte
 
 
 def memory(dist: Dist, folder: Path, output: Path) -> Any:
-    ctx = stage(dist, folder, output.with_suffix(""))
+    ctx = stage(dist, folder, output.with_name(f"{output.name}-run"))
     with Peak() as loading:
         model, tokenizer = ctx.load(str(folder), trainable=True)
     with Peak() as saving:
@@ -83,7 +83,7 @@ def refused(dist: Dist, folder: Path, output: Path) -> Any:
     """The error of every rank."""
     path = folder / "damaged"
     try:
-        stage(dist, path, output.with_name("damaged")).load(str(path), trainable=True)
+        stage(dist, path, output.with_name("damaged-run")).load(str(path), trainable=True)
         error = "none"
     except ValueError as raised:
         error = str(raised)
