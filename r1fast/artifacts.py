@@ -5,6 +5,7 @@ names one as @stage, or something from outside the run.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -59,7 +60,7 @@ class Artifact:
 
 def start_model(recipe: Recipe, stage: StageBase) -> str | None:
     """The model that a stage starts from, as the recipe names it; a pretrain stage starts from none."""
-    return None if isinstance(stage, PretrainStage) else stage.model or recipe.model.path
+    return None if isinstance(stage, PretrainStage) else stage.model or recipe.model.ref
 
 
 def inputs_of(recipe: Recipe, stage: StageBase) -> list[Artifact]:
@@ -140,5 +141,7 @@ def hub_commit(repo_id: str, kind: str) -> str:
     """The commit of a Hub repository ("model" or "dataset") that the local cache holds, or "unknown"."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    ref = Path(HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "refs" / "main"
-    return ref.read_text().strip() if ref.is_file() else "unknown"
+    repo_id, _, revision = repo_id.partition("@")
+    ref = Path(HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "refs" / (revision or "main")
+    is_commit = re.fullmatch("[0-9a-f]{40}", revision) is not None
+    return ref.read_text().strip() if ref.is_file() else revision if is_commit else "unknown"

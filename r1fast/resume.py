@@ -199,7 +199,7 @@ def changes(saved: Saved, recipe: Recipe) -> list[Change]:
 
 def _why_not(path: tuple[str, ...], saved: Saved, recipe: Recipe) -> str:
     """Settings outside `stages` hold from now on; the model that a stage began with cannot."""
-    for stage in recipe.stages if path == ("model", "path") else ():
+    for stage in recipe.stages if path in (("model", "path"), ("model", "revision")) else ():
         began = saved.is_done(stage.name) or _has_checkpoint(saved, stage.name)
         if began and stage.kind != "pretrain" and stage.model is None:
             return f"stage {stage.name} began with it"

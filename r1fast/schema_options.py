@@ -47,8 +47,17 @@ class Strict(BaseModel):
 class ModelSection(Strict):
     """The model that a stage starts from when it names none."""
 
-    path: Ref | None = None  # a folder, a Hub id, or @stage
+    path: Ref | None = None  # a folder, a .gguf file, a Hub id (or id@revision), or @stage
+    revision: Ref | None = None  # commit, branch or tag of the Hub id; None: main
     dtype: Dtype = "auto"  # of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU. Master weights are float32.
+
+    @property
+    def ref(self) -> str | None:
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
+
+    def problems(self) -> Iterator[str]:
+        if self.revision is not None and (self.path is None or "@" in self.path):
+            yield f"revision is that of a Hub id, but path is {self.path!r}: name a Hub id, or drop it"
 
 
 class TrainerSection(Strict):

@@ -48,6 +48,19 @@ def test_completions_beyond_the_positions_of_an_architecture(refuse_recipe) -> N
     assert "stages.base.max_completion_length = 129 is more than" in refuse_recipe(evaluated)
 
 
+@pytest.mark.parametrize(("path", "part"), [(None, "path is None"), ("@base", "path is '@base'")])
+def test_a_revision_of_no_hub_id(refuse, tmp_path: Path, path: str | None, part: str) -> None:
+    config = write_recipe(tmp_path / "mine.yaml", PRETRAIN, GRPO, model={"path": path, "revision": "main"})
+    assert f"model: revision is that of a Hub id, but {part}" in refuse("--config", config)
+
+
+def test_a_revision_of_a_folder(refuse, base_model: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", PROMPTS)
+    config = write_recipe(tmp_path / "mine.yaml", GRPO, model={"path": str(base_model), "revision": "main"})
+    message = refuse("--config", config, "--output-dir", tmp_path / "run")
+    assert f"stages.zero.model: {base_model}@main: {base_model} is here and has no revisions" in message
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [("router_replay", True), ("router_bias_update_rate", 0.001), ("router_aux_loss_coef", 0.0001)],

@@ -285,6 +285,10 @@ def test_the_model_of_the_recipe_is_what_stages_began_with(refuse) -> None:
     assert "model.path: " in (line := refuse("model.path=x")) and "(stage first began with it)" in line
 
 
+def test_nor_its_revision(refuse) -> None:
+    assert "model.revision: " in (line := refuse("model.revision=x")) and "(stage first began with it)" in line
+
+
 def test_an_option_that_is_newer_than_the_run_is_no_change(resume, stopped: Path) -> None:
     path = stopped / "summary.json"
     summary = read_record(path)
@@ -488,6 +492,10 @@ def test_the_commit_of_a_hub_repository(tmp_path: Path, monkeypatch: pytest.Monk
     refs.mkdir(parents=True)
     (refs / "main").write_text("abc123\n")
     assert hub_commit("org/name", "model") == "abc123"
+    (refs / "v1").write_text("def456\n")
+    assert hub_commit("org/name@v1", "model") == "def456"
+    assert hub_commit("org/name@v2", "model") == "unknown"
+    assert hub_commit(f"org/name@{'a1' * 20}", "model") == "a1" * 20
 
 
 def test_read_run_of_an_empty_folder(tmp_path: Path) -> None:

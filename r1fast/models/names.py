@@ -9,10 +9,8 @@ experts are stacked here and one key per expert on disk:
 
 import re
 from collections.abc import Iterable, Iterator
-from itertools import islice
-from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from r1fast.models.model_config import ModelConfig
@@ -20,63 +18,72 @@ from r1fast.models.model_config import ModelConfig
 StateDict = dict[str, Tensor]
 
 _LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.")
-_EXPERT_KEY = re.compile(r"(?P<layer>.*\.experts)\.(?P<expert>\d+)\.(?P<proj>gate|up|down)_proj\.weight")
+_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+class Piece(NamedTuple):
+    """Rows of a parameter, or of one entry of a stacked one, and which rows of a tensor on disk they are."""
+
+    name: str  # of the tensor on disk
+    shape: tuple[int, ...]  # of the whole tensor on disk
+    entry: int | None  # of a stack
+    first: int  # row of the parameter, or of that entry
+    first_on_disk: int
+    num_rows: int
+
+    def within(self, start: int, stop: int) -> tuple[Any, int, int] | None:
+        """What the parameter[start:stop] holds of it: (index into that, first row on disk, rows); None: nothing."""
+        low, high = self.first, self.first + self.num_rows
+        if self.entry is not None:
+            index = (self.entry - start, slice(low, high))
+            return (index, self.first_on_disk, self.num_rows) if start <= self.entry < stop else None
+        low, high = max(start, low), min(stop, high)
+        first = self.first_on_disk + low - self.first
+        return (slice(low - start, high - start), first, high - low) if low < high else None
+
+
+def pieces_of(name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
+    """What makes up a parameter of our name on disk, in order."""
+    disk = disk_name(name)
+    prefix, _, last = disk.rpartition(".")
+    if not prefix.endswith(".experts"):
+        yield Piece(disk, tuple(shape), None, 0, 0, shape[0])
+        return
+    num_experts, rows, width = shape
+    projs = _STACKED[last]
+    rows //= len(projs)
+    for expert in range(num_experts):
+        for i, proj in enumerate(projs):
+            yield Piece(f"{prefix}.{expert}.{proj}.weight", (rows, width), expert, i * rows, 0, rows)
 
 
 def to_hf_names(state_dict: StateDict, *, tied: bool) -> StateDict:
     """Our names -> names on disk: experts apart, `model.` in front, no second copy of a tied head."""
     out: StateDict = {}
     for name, tensor in state_dict.items():
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            out |= _split_experts(disk_name(name), tensor)
-        elif not (tied and name.startswith("lm_head.")):
-            out[disk_name(name)] = tensor
+        if not (tied and name.startswith("lm_head.")):
+            for piece in pieces_of(name, tensor.shape):
+                part = tensor if piece.entry is None else tensor[piece.entry]
+                out[piece.name] = part[piece.first : piece.first + piece.num_rows]
     return out
+
+
+def standard_name(name: str) -> str:
+    """A name on disk as transformers writes it: base models leave out `model.`, reward heads have other names."""
+    for head in ("value_head.", "v_head.summary."):  # of OpenRLHF; of TRL and LLaMA-Factory
+        if name.startswith(head):
+            return f"score.{name.removeprefix(head)}"
+    return disk_name(name.removeprefix("model."))
 
 
 def is_left_out(name: str, config: ModelConfig) -> bool:
     """Whether a tensor on disk is not the decoder's: DeepSeek's multi-token prediction, and stored rotary tables."""
+    return is_mtp(name, config) or name.endswith("rotary_emb.inv_freq")
+
+
+def is_mtp(name: str, config: ModelConfig) -> bool:
     layer = _LAYER_KEY.match(name)
-    is_past = layer is not None and int(layer[1]) >= config.num_hidden_layers
-    return (is_past and config.family.has_mtp_layers) or name.endswith("rotary_emb.inv_freq")
-
-
-def from_hf_names(stored: StateDict, *, source: Path) -> StateDict:
-    """Names on disk -> our names."""
-    out: StateDict = {}
-    experts: dict[str, dict[tuple[str, int], Tensor]] = {}
-    for name, tensor in stored.items():
-        ours = name.removeprefix("model.")
-        if found := _EXPERT_KEY.fullmatch(ours):
-            experts.setdefault(found["layer"], {})[found["proj"], int(found["expert"])] = tensor
-        else:
-            out[ours] = tensor
-    for layer_name, parts in experts.items():
-        out |= _stack_experts(layer_name, parts, source)
-    return out
-
-
-def _split_experts(name: str, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
-    prefix, _, stack = name.rpartition(".")
-    projs = ("down_proj",) if stack == "down_proj" else ("gate_proj", "up_proj")
-    for expert, weight in enumerate(stacked):
-        for proj, part in zip(projs, weight.chunk(len(projs)), strict=True):
-            yield f"{prefix}.{expert}.{proj}.weight", part
-
-
-def _stack_experts(layer_name: str, parts: dict[tuple[str, int], Tensor], source: Path) -> StateDict:
-    num_experts = 1 + max(expert for _, expert in parts)
-    wanted = ((proj, expert) for expert in range(num_experts) for proj in ("gate", "up", "down"))
-    missing = (f"model.{layer_name}.{e}.{proj}_proj.weight" for proj, e in wanted if (proj, e) not in parts)
-    if absent := list(islice(missing, 3)):  # a name may hold any number
-        raise ValueError(f"{source}: missing {some(absent)}; is the checkpoint complete?")
-    for proj in ("gate", "up", "down"):
-        shapes = {tuple(parts[proj, e].shape) for e in range(num_experts)}
-        if len(shapes) > 1 or len(next(iter(shapes))) != 2:
-            raise ValueError(f"{source}: model.{layer_name}.*.{proj}_proj.weight have shapes {sorted(shapes)}, not one")
-    gate_up = [torch.cat((parts["gate", e], parts["up", e])) for e in range(num_experts)]
-    down = [parts["down", e] for e in range(num_experts)]
-    return {f"{layer_name}.gate_up_proj": torch.stack(gate_up), f"{layer_name}.down_proj": torch.stack(down)}
+    return config.family.has_mtp_layers and layer is not None and int(layer[1]) >= config.num_hidden_layers
 
 
 def disk_name(name: str) -> str:

@@ -48,17 +48,32 @@ class Dist:
         torch_dist.all_gather_object(gathered, obj)
         return gathered
 
-    def on_main(self, write: Callable[[], T]) -> T:
-        """What rank 0's `write` returns; where it raises OSError every rank does, so that none waits. Collective."""
+    def on_main(self, write: Callable[[], T], others: Callable[[], object] = lambda: None) -> T:
+        """What rank 0's `write` returns; where it raises OSError every rank does, so that none waits. Collective.
+
+        others: what the other ranks do meanwhile, for a `write` in which all meet.
+        """
         result: Any = None
         failure: OSError | None = None
         try:
-            result = write() if self.is_main else None
+            result = write() if self.is_main else others()
         except OSError as error:
             failure = error
         problem, result = self.all_gather_objects((failure and str(failure), result))[0]
         if problem is not None:
             raise failure or OSError(problem)
+        return result
+
+    def on_all(self, read: Callable[[], T]) -> T:
+        """What `read` returns on this rank; where it raises ValueError on any rank, every rank does. Collective."""
+        failure: ValueError | None = None
+        try:
+            result = read()
+        except ValueError as error:
+            failure = error
+        for problem in self.all_gather_objects(failure and str(failure)):
+            if problem is not None:
+                raise failure or ValueError(problem)
         return result
 
     def close(self) -> None:

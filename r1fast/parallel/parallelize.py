@@ -14,15 +14,14 @@ What `forward` returns must be tensors in tuples, lists or dicts: FSDP looks for
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 import torch.distributed as torch_dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -34,6 +33,7 @@ from r1fast_kernels import torch_private
 # per parameter while gathered). MLA + MoE of 3 layers, D 64, 1,024 tokens, one rank, one CPU thread: a whole step takes
 # 35.1 ms without FSDP, 37.6 in one unit, 41.2 in five.
 ONE_UNIT_NUMEL = 16_000_000
+BLOCK_BYTES = 64 << 20
 _RESHARD_FLAG = "_reshard_after_forward_in_training"  # FSDP has a setter for it and no getter
 
 
@@ -137,11 +137,44 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_state_dict(model: nn.Module, dist: Dist) -> dict[str, torch.Tensor]:
-    """For save_model: the whole model on the CPU of rank 0, by its plain names; {} on other ranks. Collective."""
+def local_parts(model: nn.Module, dist: Dist) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """This rank's part of every parameter and persistent buffer: (plain name, first row, rows), to be written to."""
     reshard(model)
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return cast(dict[str, torch.Tensor], state) if dist.is_main else {}
+    for name, tensor in model.state_dict().items():
+        local = local_tensor(tensor)
+        first = _rows_of(dist.rank, tensor, dist)[0] if isinstance(tensor, DTensor) else 0
+        yield name, first, local
+
+
+@torch.no_grad()
+def gathered_blocks(model: nn.Module, dist: Dist) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """For save_model: every weight once, as (plain name, first row, some rows). Collective: to be run to its end.
+
+    No rank ever holds more of another's weights than one block, of BLOCK_BYTES, or one row.
+    """
+    reshard(model)
+    again = {name for names in tied_names(model) for name in names[1:]}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, DTensor):
+            yield name, 0, tensor
+        elif name not in again:
+            local = tensor.to_local()
+            for owner in range(dist.world_size):
+                first, last = _rows_of(owner, tensor, dist)
+                step = max(1, BLOCK_BYTES // (math.prod(tensor.shape[1:]) * tensor.itemsize))
+                for start in range(first, last, step):
+                    rows = local[start - first : start - first + step]
+                    if owner != dist.rank:
+                        rows = local.new_empty(min(step, last - start), *tensor.shape[1:])
+                    if dist.world_size > 1:
+                        torch_dist.broadcast(rows, owner, group=dist.mesh.get_group())
+                    yield name, start, rows
+
+
+def _rows_of(rank: int, tensor: torch.Tensor, dist: Dist) -> tuple[int, int]:
+    """Begin and end of a rank's rows of a parameter, as FSDP shards: torch.chunk of the first dimension."""
+    most = -(-tensor.shape[0] // dist.world_size)
+    return min(rank * most, tensor.shape[0]), min((rank + 1) * most, tensor.shape[0])
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:

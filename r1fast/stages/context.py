@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,12 +19,12 @@ from r1fast.config import ConfigError
 from r1fast.data.chat_templates import chat_template
 from r1fast.data.sources import load_rows
 from r1fast.models.decoder import Decoder
-from r1fast.models.weights import load_model, save_model
+from r1fast.models.weights import Checkpoint, save_model
 from r1fast.observe.metrics import StageLog
 from r1fast.observe.progress import active_progress
 from r1fast.observe.trackers import Tracker
 from r1fast.parallel.mesh import Dist
-from r1fast.parallel.parallelize import full_state_dict, parallelize
+from r1fast.parallel.parallelize import gathered_blocks, local_parts, parallelize
 from r1fast.rollout.tokenization import leading_ids
 from r1fast.run_folder import replace_file, replace_folder
 from r1fast.schema import Recipe
@@ -94,19 +95,30 @@ class StageContext(Generic[S]):
             raise ConfigError(f"stages.{self.stage.name}.{problem}")
 
     def load(self, ref: str, *, trainable: bool, scalar_head: bool = False) -> tuple[Decoder, Tokenizer]:
-        """The model `ref`, sharded over the ranks, and its tokenizer. scalar_head: as a reward model."""
+        """The model `ref`, of which every rank reads its shard, and its tokenizer. scalar_head: as a reward model.
+
+        A model that is trained is kept in float32, a frozen one in the dtype of the forward pass.
+        """
         dtype = torch.float32 if trainable else self.param_dtype
         path = self.model_path(ref)
+
+        def read() -> tuple[Decoder, Tokenizer | None]:
+            checkpoint = Checkpoint(path, scalar_head=scalar_head)
+            for note in checkpoint.notes:
+                self.message(note)
+            model = self.shard(checkpoint.decoder(dtype).requires_grad_(trainable)).to_empty(device=self.dist.device)
+            checkpoint.fill(local_parts(model, self.dist))
+            return model.eval(), checkpoint.tokenizer()
+
         try:
-            model, tokenizer = load_model(path, dtype=dtype, device=self.dist.device, scalar_head=scalar_head)
+            model, tokenizer = self.dist.on_all(read)
         except ValueError as error:  # of a model that an earlier stage has made: preflight could not see it
             raise self.error(str(error)) from error
         assert tokenizer is not None, f"{path} has no tokenizer"  # preflight reads those from outside the run
-        model.requires_grad_(trainable)
         # Where the model is in float32 it says nothing, and a head as it was built is what the fast decode knows.
         if isinstance(self.stage, LossOptions) and self.stage.lm_head_fp32 and not scalar_head:
             model.head.in_fp32 = self.param_dtype != torch.float32
-        return self.shard(model), tokenizer
+        return model, tokenizer
 
     def shard(self, model: Decoder) -> Decoder:
         trainer = self.recipe.trainer
@@ -116,19 +128,25 @@ class StageContext(Generic[S]):
         )  # fmt: skip
 
     def save(self: "StageContext[GenerateOptions]", model: Decoder, tokenizer: Tokenizer) -> None:
-        """Write <stage>/model as a Hugging Face checkpoint, complete or not at all."""
+        """Write <stage>/model as a Hugging Face checkpoint, complete or not at all; no rank gathers it whole."""
         with self.phase("save"):
-            state = full_state_dict(model, self.dist)
+            blocks = gathered_blocks(model, self.dist)
 
             def write(target: Path) -> None:
                 exported = exported_tokenizer(self, tokenizer)
                 source = None if self.stage.kind == "pretrain" else self.model_path(self.model_ref)
                 with replace_folder(target) as folder, _as_os_error(target):
                     save_model(
-                        model.config, state, folder, tokenizer=exported, scalar_head=model.scalar_head, source=source
+                        model.config,
+                        model.state_dict(),
+                        folder,
+                        exported,
+                        model.scalar_head,
+                        source=source,
+                        blocks=blocks,
                     )
 
-            self._write_artifact("model", write)
+            self._write_artifact("model", write, blocks)
 
     def write_rows(self, name: str, rows: list[dict]) -> None:
         """Write <stage>/<name> as JSON lines, complete or not at all."""
@@ -138,17 +156,26 @@ class StageContext(Generic[S]):
 
         self._write_artifact(name, write)
 
-    def _write_artifact(self, name: str, write: Callable[[Path], None]) -> None:
-        """Rank 0 writes; what it wrote is noted in summary.json, so that a later reader can tell damage."""
+    def _write_artifact(self, name: str, write: Callable[[Path], None], blocks: Iterable[object] = ()) -> None:
+        """Rank 0 writes; what it wrote is noted in summary.json, so that a later reader can tell damage.
+
+        blocks: what all ranks go through together, whatever happens to rank 0 on the way.
+        """
+
+        def rest() -> None:
+            deque(blocks, maxlen=0)
 
         def write_and_note() -> str:
-            if self.stop.problem is not None:
-                raise self.stop.problem
-            self.stage_dir.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not made again
-            write(self.stage_dir / name)
+            try:
+                if self.stop.problem is not None:
+                    raise self.stop.problem
+                self.stage_dir.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not made again
+                write(self.stage_dir / name)
+            finally:
+                rest()
             return fingerprint(self.stage_dir / name)
 
-        self.entry.setdefault("files", {})[name] = self.dist.on_main(write_and_note)
+        self.entry.setdefault("files", {})[name] = self.dist.on_main(write_and_note, rest)
         self.write_entry()
 
     def is_intact(self, name: str) -> bool:

@@ -11,7 +11,6 @@ import torch
 from r1fast.config import ConfigError
 from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.models.decoder import Decoder
-from r1fast.models.weights import load_model
 from r1fast.parallel.mesh import Dist
 from r1fast.parallel.parallelize import copy_weights, generation_phase
 from r1fast.rollout.engine import RolloutEngine
@@ -152,8 +151,10 @@ class BackgroundSampler(Sampler):
     """
 
     def __init__(self, ctx: StageContext[GenerateOptions], policy: Decoder, tokenizer: Tokenizer) -> None:
-        model, _ = load_model(ctx.model_path(ctx.model_ref), dtype=ctx.param_dtype, device=ctx.dist.device)
-        model.requires_grad_(False)
+        with torch.device("meta"):
+            model = Decoder(policy.config)
+        # Nothing is read: what it samples with is copied before each rollout.
+        model = model.to(ctx.param_dtype).to_empty(device=ctx.dist.device).eval().requires_grad_(False)
         model.head.in_fp32 = policy.head.in_fp32
         super().__init__(ctx, model, tokenizer, record=True)
         self.policy = policy

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from r1fast.models import weights
+from r1fast.models import folders
 from r1fast.models.weights import check_checkpoint, load_model, load_tokenizer, save_model
 from tests.tiny_checkpoint import DEEPSEEK_V3, write_checkpoint
 
@@ -65,6 +65,13 @@ def equal_heads(stored: dict[str, Tensor]) -> None:
 
 def head_alone(stored: dict[str, Tensor]) -> None:
     stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+
+
+def test_a_head_alone_serves_a_new_reward_model(folder: Path) -> None:
+    edit_weights(folder, head_alone)
+    assert torch.equal(
+        load_model(folder, scalar_head=True)[0].embed_tokens.weight, load_model(folder)[0].lm_head.weight
+    )
 
 
 @pytest.mark.parametrize(("edit", "tied"), [(two_heads, False), (equal_heads, True), (head_alone, True)])
@@ -161,10 +168,28 @@ def test_an_expert_of_any_number(tmp_path: Path) -> None:
     refused(folder, r"missing model\.layers\.1\.mlp\.experts\.0\.up_proj\.weight")
 
 
-def test_pickles_are_not_read(folder: Path) -> None:
+class Opens:
+    """Unpickling it opens a file for writing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.path, "w")
+
+
+def test_pickles_hold_tensors_alone(folder: Path, tmp_path: Path) -> None:
+    stored = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    torch.save({"a": torch.ones(1)}, folder / "pytorch_model.bin")
-    refused(folder, r"no model\.safetensors")
+    torch.save(stored | {"extra": Opens(tmp_path / "opened")}, folder / "pytorch_model.bin")
+    refused(folder, r"pytorch_model\.bin: not a readable file of tensors \(it holds more\); convert it")
+    assert not (tmp_path / "opened").exists()
+    torch.save(stored | {"extra": [1]}, folder / "pytorch_model.bin")
+    refused(folder, r"pytorch_model\.bin: is no mapping of names to tensors")
+    torch.save(stored, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    refused(folder, r"pytorch_model\.bin: not a readable file of tensors \(mmap can only be used with .*safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"cut off")
+    refused(folder, r"pytorch_model\.bin: not a readable file of tensors")
 
 
 # ---- text files ----
@@ -207,7 +232,11 @@ def test_no_code_of_a_folder_is_run(folder: Path, tmp_path: Path, monkeypatch: p
     edit_json(
         folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]}, tokenizer_class="OwnTokenizer"
     )
-    with pytest.raises(ValueError, match=r"the tokenizer of .* cannot be read"):
+    with pytest.raises(ValueError, match=r"the tokenizer of .* needs code of its own \(OwnTokenizer\), and none"):
+        load_tokenizer(folder)
+    edit_json(folder / "tokenizer_config.json", auto_map=None)
+    edit_json(folder / "config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
+    with pytest.raises(ValueError, match=r"the tokenizer of .*"):
         load_tokenizer(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -217,11 +246,11 @@ def test_the_hub_is_asked_for_every_part_of_a_tokenizer(folder: Path, monkeypatc
 
     asked: list[list[str]] = []
 
-    def fetch(hub_id: str, allow_patterns: list[str]) -> str:
+    def fetch(hub_id: str, allow_patterns: list[str], **_: object) -> str:
         asked.append(allow_patterns)
         return str(folder)
 
-    monkeypatch.setattr(weights, "snapshot_download", fetch)
+    monkeypatch.setattr(folders, "snapshot_download", fetch)
     load_model("owner/model")
     load_tokenizer("owner/model")
     assert len(asked) >= 2

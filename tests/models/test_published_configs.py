@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from r1fast.models import weights
+from r1fast.models import folders
 from r1fast.models.families import FAMILIES, NO_EFFECT, fixed_values
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.weights import check_checkpoint
@@ -64,6 +64,12 @@ _LLAMA3_ROPE = {
 }  # fmt: skip
 
 READ: dict[str, dict[str, Any]] = {
+    "deepseek-v3-as-published": _DEEPSEEK
+    | {
+        "quantization_config": {
+            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+        }
+    },
     "deepseek-v3-bf16": _DEEPSEEK,
     "moonlight": _DEEPSEEK | {
         "n_group": 1, "topk_group": 1, "q_lora_rank": None, "rope_scaling": None, "rope_theta": 50000.0,
@@ -109,9 +115,13 @@ READ: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "deepseek-v3-as-published": (
-        _DEEPSEEK | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
-        "quantization_config .fp8. cannot be read; convert the checkpoint to bf16 first",
+    "fp8-without-blocks": (
+        _LLAMA | {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}},
+        "quantization_config .fp8. cannot be read, only fp8 with weight_block_size is dequantized",
+    ),
+    "awq": (
+        _LLAMA | {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}},
+        "quantization_config .awq. cannot be read, .*; convert the checkpoint to bf16",
     ),
     "qwen2.5-1m": (
         _QWEN2 | {"dual_chunk_attention_config": {"chunk_size": 262144}},
@@ -152,7 +162,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 def config_of(values: dict[str, Any], folder: Path) -> tuple[ModelConfig, bool]:
     (folder / "config.json").write_text(json.dumps(values))
-    return weights._read_config(folder)
+    described = folders.read_config(folder)
+    return described.config, described.is_reward_model
 
 
 @pytest.mark.parametrize("name", READ)
@@ -178,7 +189,7 @@ def test_refused(name: str, tmp_path: Path) -> None:
 
 def test_hub_ids_are_checked_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps(REFUSED["olmo-clip"][0]))
-    monkeypatch.setattr(weights, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    monkeypatch.setattr(folders, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
     with pytest.raises(ValueError, match=r"clip_qkv=8.0 is not known"):
         check_checkpoint("owner/model")
 

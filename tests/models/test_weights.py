@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from r1fast.models import weights
+from r1fast.models import export, folders
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import check_checkpoint, load_model, save_model
 
@@ -57,7 +57,7 @@ def test_shards_in_both_directions(make_checkpoint, tmp_path: Path, name: str, m
     decoder, _ = load_model(tmp_path / "theirs")
     assert torch.equal(logits_of(decoder), expected)
 
-    monkeypatch.setattr(weights, "_MAX_SHARD_SIZE", "20KB")
+    monkeypatch.setattr(export, "MAX_SHARD_BYTES", 20_000)
     save_model(decoder.config, decoder.state_dict(), tmp_path / "ours")
     shards = list((tmp_path / "ours").glob("*.safetensors"))
     assert len(shards) > 2 and max(file.stat().st_size for file in shards) < 40_000
@@ -202,7 +202,7 @@ def test_unreachable_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: object, **kwargs: object) -> str:
         raise OSError("offline")
 
-    monkeypatch.setattr(weights, "snapshot_download", offline)
+    monkeypatch.setattr(folders, "snapshot_download", offline)
     with pytest.raises(ValueError, match="owner/model: neither a folder nor a Hub repository"):
         load_model("owner/model")
     with pytest.raises(ValueError, match="owner/model: neither"):
@@ -212,11 +212,11 @@ def test_unreachable_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hub_check_fetches_the_config_only(make_checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
-    def fetch(hub_id: str, allow_patterns: list[str]) -> str:
+    def fetch(hub_id: str, allow_patterns: list[str], **_: object) -> str:
         asked.append(allow_patterns)
         return str(make_checkpoint("llama").folder)
 
-    monkeypatch.setattr(weights, "snapshot_download", fetch)
+    monkeypatch.setattr(folders, "snapshot_download", fetch)
     check_checkpoint("owner/model")
     assert asked == [["config.json"]]
 
@@ -228,7 +228,7 @@ def test_bad_dtype(make_checkpoint) -> None:
 
 def test_nothing_is_overwritten_unasked(make_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_checkpoint("llama").load()
-    monkeypatch.setattr(weights, "_MAX_SHARD_SIZE", "20KB")
+    monkeypatch.setattr(export, "MAX_SHARD_BYTES", 20_000)
     save_model(decoder.config, decoder.state_dict(), tmp_path)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=f"{tmp_path}: already holds .* overwrite=True"):

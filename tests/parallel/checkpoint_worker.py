@@ -13,8 +13,7 @@ import torch
 from r1fast.parallel import checkpoint
 from r1fast.parallel.mesh import Dist, init_distributed
 from r1fast.parallel.optim import build_optimizer
-from r1fast.parallel.parallelize import full_state_dict
-from tests.parallel.tiny_model import sharded, train
+from tests.parallel.tiny_model import full_state_dict, sharded, train
 
 
 def start(dist: Dist) -> tuple[Any, Any]:

@@ -17,10 +17,10 @@ import torch
 from r1fast.parallel import checkpoint
 from r1fast.parallel.mesh import Dist
 from r1fast.parallel.optim import build_optimizer
-from r1fast.parallel.parallelize import full_state_dict, generation_phase, parallelize
+from r1fast.parallel.parallelize import generation_phase, parallelize
 from r1fast.parallel.plain_state import read_plain, write_plain
 from r1fast.run_folder import read_record, write_record
-from tests.parallel.tiny_model import ROOT, TinyDecoder, sharded, tokens_of_rank, torchrun, train
+from tests.parallel.tiny_model import ROOT, TinyDecoder, full_state_dict, sharded, tokens_of_rank, torchrun, train
 
 
 def save(directory: Path, step: int, model: Any, optimizer: Any, dist: Dist, **options: Any) -> Path:

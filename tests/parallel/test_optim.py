@@ -7,8 +7,15 @@ import torch
 
 from r1fast.parallel.mesh import Dist
 from r1fast.parallel.optim import build_optimizer, lr_at, newton_schulz
-from r1fast.parallel.parallelize import full_state_dict
-from tests.parallel.tiny_model import TinyDecoder, backward_all, loss_of, sharded, tokens_of_rank, train
+from tests.parallel.tiny_model import (
+    TinyDecoder,
+    backward_all,
+    full_state_dict,
+    loss_of,
+    sharded,
+    tokens_of_rank,
+    train,
+)
 
 
 def test_adamw_equals_torch(dist: Dist) -> None:

