@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from r1fast.schema_options import (  # isort: skip
     EpochOptions, EvalOptions, FitOptions, GenerateOptions, KernelsSection, LossOptions, ModelSection, PromptTemplate,
     ResponseFormatName, RewardModelSpec, Rewards, RewardWorkers, RolloutSection, SampleOptions, Schedule, ScoredPart,
-    StageBase, Strict, TrainerSection, TrainOptions, WeightedSpec, reward_specs,
+    StageBase, Strict, TrainerSection, TrainOptions, ValidationOptions, WeightedSpec, reward_specs,
 )  # fmt: skip
 from r1fast.schema_types import (  # isort: skip
     AboveZero, Count, Files, FolderName, LearningRate, Made, ModelRef, NonNegative, Plain, Positive, Prompts, Reads,
@@ -17,7 +17,7 @@ from r1fast.schema_types import (  # isort: skip
 )  # fmt: skip
 
 
-class PretrainStage(FitOptions, EvalOptions):
+class PretrainStage(FitOptions, ValidationOptions):
     """Next-token training of a model from scratch; trains its tokenizer too unless it takes one."""
 
     makes = ("model",)
@@ -45,7 +45,7 @@ class PretrainStage(FitOptions, EvalOptions):
             yield from self.unused_lengths("without eval_files nothing is sampled")
 
 
-class SFTStage(EpochOptions, EvalOptions):
+class SFTStage(EpochOptions, ValidationOptions):
     """Supervised fine-tuning on prompts and completions, or messages."""
 
     makes = ("model",)
@@ -69,7 +69,7 @@ class SFTStage(EpochOptions, EvalOptions):
             yield from self.unused_lengths("without eval_files nothing is sampled")
 
 
-class GRPOStage(LossOptions, TrainOptions, EvalOptions):
+class GRPOStage(LossOptions, TrainOptions, ValidationOptions):
     """Group relative policy optimization on rule rewards and reward models."""
 
     makes = ("model",)

@@ -15,7 +15,7 @@ from r1fast import loss_fields
 
 from r1fast.schema_types import (  # isort: skip
     AboveZero, Bytes, Count, LearningRate, Made, ModelRef, NonNegative, Plain, Positive, Prompts, Reads, Ref,
-    RewardModelRef, RewardName, Seconds, Seed, Share, StageName, Temperature, Weight,
+    RewardModelRef, RewardName, Seconds, Seed, Share, StageName, Temperature, TopP, Weight,
 )  # fmt: skip
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -214,20 +214,44 @@ class EvalOptions(GenerateOptions):
 
     eval_files: list[Prompts] = []
     eval_rewards: EvalRewards = {"accuracy": {}, "format": {}}
-    eval_num_samples: Positive = 4  # k of pass@1 over k samples, and of cons@k
-    eval_temperature: Temperature = 1.0
+    eval_num_samples: Positive = 4  # k of pass@1 over k samples, of pass@k and cons@k
+    eval_temperature: Temperature = 1.0  # R1: 0.6, with eval_top_p 0.95
+    eval_top_p: TopP = 1.0
     eval_greedy: bool = True
     eval_limit: Positive | None = None  # rows of eval_files
     eval_before: bool = True  # of stages that train
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        others = [name for name in EvalOptions.model_fields if name.startswith("eval_") and name != "eval_files"]
+        others = [name for name in type(self).model_fields if name.startswith("eval_") and name != "eval_files"]
         for name in self.changed(others) if not self.eval_files else ():
             yield f"{name} applies to eval_files, and there are none: name some, or drop it"
         if self.eval_files and self.eval_temperature == 0 and (k := self.eval_num_samples) > 1:
             what = f"eval_num_samples = {k} with eval_temperature 0 are {k} equal samples"
             yield f"{what}: set eval_num_samples: 1, or raise eval_temperature"
+
+
+class ValidationOptions(EvalOptions):
+    """Evaluations while a stage trains."""
+
+    eval_steps: Positive | None = None  # of the stage between two evaluations; None: before and after it alone
+    eval_steps_limit: Positive | None = None  # rows of eval_files that those take; None: as eval_limit says
+    metric_for_best_model: str = "pass@1"  # of an evaluation; more is better
+    load_best_model_at_end: bool = False  # of the steps that were evaluated; the stage hands it on
+    early_stopping_patience: Positive | None = None  # evaluations that find no better step, after which it ends
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        best = ["metric_for_best_model", "load_best_model_at_end", "early_stopping_patience"]
+        if self.eval_steps is None:
+            for name in self.changed(["eval_steps_limit", *best]):
+                yield f"{name} needs eval_steps: without them nothing is evaluated under way"
+        elif "metric_for_best_model" in self.changed(best) and not self.changed(best[1:]):
+            yield "metric_for_best_model needs load_best_model_at_end or early_stopping_patience: set one, or drop it"
+        measured = [*("pass@1", "pass@k", "cons@k", "greedy")[: 4 if self.eval_greedy else 3], *self.eval_rewards]
+        measured = [name for name in measured if name != "accuracy"]
+        if (metric := self.metric_for_best_model) not in measured:
+            yield f"metric_for_best_model = {metric!r} is not measured; expected one of {', '.join(measured)}"
 
 
 class TrainOptions(StageBase):
@@ -247,6 +271,7 @@ class TrainOptions(StageBase):
     router_bias_update_rate: NonNegative = 0.0
     router_aux_loss_coef: NonNegative = 0.0  # factor of the balance loss within each sequence (V3: 1e-4)
     save_steps: Positive = 100  # the last step is always saved
+    save_total_limit: Positive = 2  # checkpoints that are kept, beside the best one
 
     def num_updates(self) -> int | None:
         """Optimizer steps of the stage, or the most that they can be; None where only the data tell."""
@@ -296,6 +321,7 @@ class SampleOptions(GenerateOptions):
     num_prompts: Positive | None = None  # None: every row of train_files
     num_samples: Positive = 4
     temperature: Temperature = 1.0
+    top_p: TopP = 1.0
     rewards: Rewards = {"accuracy": 1.0}  # of which a sample needs min_reward in all, where any applies
     min_reward: Weight = 1.0
     max_per_prompt: Positive | None = None  # kept, of the samples that pass

@@ -29,6 +29,7 @@ AboveZero = Annotated[float, Field(gt=0, le=1e18)]
 Weight = Annotated[float, Field(ge=-1e18, le=1e18)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=1000)]
+TopP = Annotated[float, Field(gt=0, le=1)]
 Seconds = Annotated[float, Field(gt=0, le=1e6)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch, numpy and vLLM all take
 LearningRate = Annotated[float, Field(gt=0, le=1000)]

@@ -4,8 +4,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 LARGEST = 1e300  # of a number that is shown: sums and distances of some must be numbers too
-_FIRST = ("pass@1", "cons@k", "greedy")
-_NO_SHARES = {"pass@1_ci", "n", "k", "split", "temperature", "length", "failures", "unscorable"}  # of an evaluation
+_FIRST = ("pass@1", "pass@k", "cons@k", "greedy")
+_NO_SHARES = {  # of an evaluation
+    "pass@1_ci", "n", "k", "split", "temperature", "top_p", "length", "failures", "unscorable", "files", "step",
+}  # fmt: skip
 
 
 def is_number(value: Any) -> TypeGuard[float]:

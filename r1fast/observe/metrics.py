@@ -83,20 +83,8 @@ class StageLog(AbstractContextManager["StageLog"]):
         filled = [{"step": step, **row} for row in rows]
         if not self.is_main or not filled:
             return None
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        names = dict.fromkeys(name for row in filled for name in row)
-        table = pa.table({name: [_cell(row.get(name)) for row in filled] for name in names})
         path = self.stage_dir / "samples" / f"step_{step:05d}.parquet"
-        content = io.BytesIO()
-        pq.write_table(table, content, compression="zstd")
-
-        def write() -> None:
-            path.parent.mkdir(exist_ok=True)
-            replace_file(path, content.getvalue())
-
-        self._try(write)
+        self._try(lambda: write_parquet(path, filled))
         return path
 
     def sync(self) -> None:
@@ -126,6 +114,19 @@ class StageLog(AbstractContextManager["StageLog"]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows may lack columns. Its folder is made, not that folder's."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pa.table({name: [_cell(row.get(name)) for row in rows] for name in names})
+    content = io.BytesIO()
+    pq.write_table(table, content, compression="zstd")
+    path.parent.mkdir(exist_ok=True)
+    replace_file(path, content.getvalue())
 
 
 def _cell(value: Any) -> Any:

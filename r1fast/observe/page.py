@@ -27,8 +27,8 @@ PHASES["other"] = "c0"
 COUNTS = ("length", "failures", "unscorable")  # of an evaluation, below what it measures as shares of one
 # Curves a person looks at first, in this order; the rest is one click away.
 FIRST_CURVES = (
-    "reward", "rewards/*/mean", "loss", "accuracy", "kl", "completions/mean_length", "entropy", "learning_rate",
-    "grad_norm",
+    "reward", "eval/pass@1", "rewards/*/mean", "loss", "accuracy", "kl", "completions/mean_length", "entropy",
+    "learning_rate", "grad_norm",
 )  # fmt: skip
 MAX_POINTS = 160  # of a curve; each is the mean of its share
 SAMPLES_PER_FILE = 4
@@ -46,6 +46,7 @@ class StageData(BaseModel):
     model: str | None = None
     eval_before: dict[str, Any] = {}
     eval_after: dict[str, Any] = {}
+    validations: list[dict[str, Any]] = []  # under way, each with its step
     numbers: dict[str, Any] = {}
     phases: dict[str, float] = {}
     settings: dict[str, Any] = {}
@@ -62,6 +63,10 @@ class StageData(BaseModel):
             for name, value in row.items():
                 if name not in ("step", "time") and is_number(value):
                     self.curves.setdefault(name, []).append((step, value))
+        for result in self.validations:
+            for name in shares([result]):
+                if (value := score(result, name)) is not None and is_number(step := result.get("step")):
+                    self.curves.setdefault(f"eval/{name}", []).append((int(step), value))
         tables = [(step, row["moe/load"]) for step, row in rows.items() if _is_table(row.get("moe/load"))]
         self.expert_load = dict([*tables[:1], *tables[-1:]])
         self.samples = _read_samples(folder / "samples")

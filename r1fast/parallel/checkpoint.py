@@ -43,14 +43,14 @@ from r1fast.wording import one_line
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SHARED = "shared"
-KEEP = 2
 _PAYLOAD = re.compile(r"__\d+_\d+\.distcp|shared\.npz|rank_\d{5}\.npz")  # beside the files that must be there
 
 
 def save(
-    directory: Path, step: int, *, model: nn.Module, optimizer: Optimizer, extra: dict[str, Any], dist: Dist
-) -> Path:
-    """Write directory/step_N and keep the newest KEEP checkpoints. Collective.
+    directory: Path, step: int, *, model: nn.Module, optimizer: Optimizer, extra: dict[str, Any], dist: Dist,
+    keep: int = 2, best: int | None = None,
+) -> Path:  # fmt: skip
+    """Write directory/step_N; kept are the newest `keep` checkpoints and that of step `best`. Collective.
 
     extra: plain values (plain_state.py), the same on all ranks (taken from rank 0); every rank's random-number states
     are added. To save a frozen reference model too, pass nn.ModuleDict({"policy": ..., "reference": ...}) as the model,
@@ -68,6 +68,7 @@ def save(
         files = {name: entry for _, entries in reports for name, entry in entries.items()}
         manifest = {"step": step, "world_size": dist.world_size, "files": files}
         dist.on_main(lambda: _commit(tmp, final, manifest, [text for problems, _ in reports for text in problems]))
+        dist.on_main(lambda: _retain(directory, keep, best))
     except OSError as error:
         raise OSError(f"checkpoint {final} was not written, earlier ones are untouched: {error}") from error
     return final
@@ -89,14 +90,15 @@ def latest(directory: Path, dist: Dist) -> Path | None:
     return None
 
 
-def tidy(directory: Path, verified: Path | None) -> None:
+def tidy(directory: Path, verified: Path | None, keep: int = 2, best: int | None = None) -> None:
     """Delete what a kill left of a save or of a deletion. For rank 0, where nobody saves.
 
     verified: what `latest` found. While a newer one is torn, another may be, so that the oldest is the one to resume.
     """
     if [verified] == _steps(directory)[:1]:
-        _retain(directory)
-    _remove_leftovers(directory)
+        _retain(directory, keep, best)
+    else:
+        _remove_leftovers(directory)
 
 
 def load(path: Path, *, model: nn.Module, optimizer: Optimizer, dist: Dist) -> dict[str, Any]:
@@ -224,8 +226,6 @@ def _commit(tmp: Path, final: Path, manifest: dict[str, Any], problems: list[str
             free = shutil.disk_usage(final.parent).free >> 20
             error = OSError(f"{error} ({free} MiB are left on that disk)")
         raise error
-    _retain(final.parent)
-    _remove_leftovers(final.parent)
 
 
 def _remove_leftovers(directory: Path) -> None:
@@ -235,14 +235,15 @@ def _remove_leftovers(directory: Path) -> None:
             remove(path)
 
 
-def _retain(directory: Path) -> None:
-    """Delete all that is older than the newest KEEP usable checkpoints (by size: checksums would read them all)."""
+def _retain(directory: Path, keep: int, best: int | None) -> None:
+    """Delete all that is older than the newest `keep` usable checkpoints (by size: checksums would read them all)."""
     found = _steps(directory)
     usable = [path for path in found if _problem(path, rank=0, world_size=1, checksums=False) is None]
-    if len(usable) >= KEEP:
-        for path in found[found.index(usable[KEEP - 1]) + 1 :]:
+    for path in found[found.index(usable[keep - 1]) + 1 :] if len(usable) >= keep else ():
+        if _step_of(path) != best:
             with suppress(OSError):  # too many are no reason to fail a save that succeeded
                 remove(path)
+    _remove_leftovers(directory)
 
 
 def _steps(directory: Path) -> list[Path]:

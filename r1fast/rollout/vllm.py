@@ -80,6 +80,7 @@ class VllmEngine:
     ) -> list[list[Completion]]:
         """As RolloutEngine.generate, from token ids and the model's weights of now.
 
+        With top_p below 1 completions have no log-probs: vLLM's are those of the cut distribution, not the trainer's.
         Raises ValueError for parameters under which vLLM's log-probs would not be the trainer's, RolloutError when vLLM
         gives no answer, or log-probs that are not the trainer's, FloatingPointError when those are not finite.
         """
@@ -106,7 +107,11 @@ class VllmEngine:
         self.backend.rest()
         config = self.model.config
         in_order = [
-            replace(sample, routed_experts=moe_rows(sample, len(prompt), config) if self.routed_experts else None)
+            replace(
+                sample,
+                routed_experts=moe_rows(sample, len(prompt), config) if self.routed_experts else None,
+                logprobs=sample.logprobs if params.top_p == 1 else [],
+            )
             for prompt, samples in zip(prompt_ids, sampled, strict=True)
             for sample in samples
         ]
@@ -152,7 +157,7 @@ class VllmEngine:
 
 def check_params(params: SamplingParams) -> None:
     """ValueError for what would make vLLM return log-probs of another distribution than the trainer computes."""
-    for name, expected in (("top_p", 1.0), ("top_k", 0), ("min_tokens", 0)):
+    for name, expected in (("top_k", 0), ("min_tokens", 0)):
         if (value := getattr(params, name)) != expected:
             raise ValueError(
                 f"SamplingParams.{name} is {value!r}; expected {expected} with vLLM, whose log-probs would be those of "
@@ -185,6 +190,7 @@ def request(params: SamplingParams, seed: int, stop_ids: list[int]) -> dict[str,
         "ignore_eos": True,  # stop_ids hold the end-of-sequence tokens
         "stop_token_ids": stop_ids,
         **NEUTRAL,
+        "top_p": params.top_p,
     }
 
 

@@ -50,8 +50,8 @@ def few_shot_samples(
         texts.append(render_prompt(row["prompt"], "few_shot", examples=chosen, prefill_think=True))
     prompts = [Prompt(ids, True) for ids in encode_text_prompts(texts, tokenizer)]
     samples = Sampler(ctx, model, tokenizer).generate(
-        rows, n=few_shot.num_samples, temperature=ctx.stage.temperature, seed=ctx.seed, prompts=prompts,
-        sequence_ids=range(first_group, first_group + len(rows)),
+        rows, n=few_shot.num_samples, temperature=ctx.stage.temperature, top_p=ctx.stage.top_p, seed=ctx.seed,
+        prompts=prompts, sequence_ids=range(first_group, first_group + len(rows)),
     )  # fmt: skip
     for found in samples:
         found.group += first_group

@@ -82,9 +82,13 @@ class StageContext(Generic[S]):
 
     def rows(self, key: str = "train_files") -> list[dict]:
         """What the files of an option hold."""
+        return [row for _, rows in self.rows_by_file(key) for row in rows]
+
+    def rows_by_file(self, key: str) -> list[tuple[str, list[dict]]]:
+        """The same, each file by itself, as the recipe names it."""
         files = [found for found in inputs_of(self.recipe, self.stage) if found.key == key]
         assert files and files[0].rows is not None, f"{key} names no files"
-        return load_rows([found.place(self.run_dir) for found in files], files[0].rows)
+        return [(found.ref, load_rows([found.place(self.run_dir)], files[0].rows)) for found in files]
 
     def error(self, problem: str) -> ConfigError:
         return ConfigError(f"stages.{self.stage.name}: {problem}")

@@ -1,4 +1,7 @@
-"""evaluate: pass@1 over k samples with a confidence interval, cons@k, greedy, and the means of the rewards."""
+"""evaluate: pass@1 over k samples with a confidence interval, pass@k, cons@k, greedy, and the means of the rewards.
+
+The protocol of DeepSeek-R1 (2501.12948, section 3): eval_temperature 0.6, eval_top_p 0.95, eval_num_samples 4 to 64.
+"""
 
 import json
 import math
@@ -9,12 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from r1fast.data.rows import location
 from r1fast.models.decoder import Decoder
 from r1fast.models.names import some
+from r1fast.observe.formats import format_percent, score, shares
+from r1fast.observe.metrics import write_parquet
 from r1fast.parallel.parallelize import local_tensor
 from r1fast.rewards.answers import last_box, plain_number
 from r1fast.schema import EvaluateStage
-from r1fast.schema_options import EvalOptions, LossOptions
+from r1fast.schema_options import EvalOptions, LossOptions, ValidationOptions
 from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.sampler import Sample, Sampler, by_group, summary_of
 from r1fast.stages.scoring import Scorer
@@ -24,7 +30,7 @@ EVAL_SEED = 1_000_003  # noise of its own: an evaluation never repeats a rollout
 
 def run(ctx: StageContext[EvaluateStage]) -> dict[str, Any]:
     model, tokenizer = ctx.load(ctx.model_ref, trainable=False)
-    return {"eval_after": evaluate(ctx, model, tokenizer)}
+    return {"eval_after": evaluate(ctx, model, tokenizer, "after")}
 
 
 def evaluate_start(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Tokenizer) -> dict[str, Any] | None:
@@ -34,46 +40,107 @@ def evaluate_start(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: To
         return None
     key = _key(ctx, ctx.model_ref)
     if key not in ctx.evaluations:
-        ctx.evaluations[key] = evaluate(ctx, model, tokenizer)
+        ctx.evaluations[key] = evaluate(ctx, model, tokenizer, "before")
     return ctx.evaluations[key]
 
 
 def evaluate_end(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Tokenizer) -> dict[str, Any] | None:
     if not ctx.stage.eval_files:
         return None
-    ctx.evaluations[_key(ctx, f"@{ctx.stage.name}")] = result = evaluate(ctx, model, tokenizer)
+    ctx.evaluations[_key(ctx, f"@{ctx.stage.name}")] = result = evaluate(ctx, model, tokenizer, "after")
     return result
 
 
 def _key(ctx: StageContext[EvalOptions], ref: str) -> str:
     stage = ctx.stage
-    names = [name for name in type(stage).model_fields if name.startswith("eval_") and name != "eval_before"]
+    names = [name for name in EvalOptions.model_fields if name.startswith("eval_") and name != "eval_before"]
     names += ["prompt_template", "response_format", "prefill_think", "max_completion_length"]
     head = ["lm_head_fp32"] if isinstance(stage, LossOptions) and stage.lm_head_fp32 else []
     return json.dumps([ref, *(getattr(stage, name) for name in names), *head], sort_keys=True)
 
 
-def evaluate(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Measure a model on the stage's eval_files; see the module docstring for the keys."""
-    stage = ctx.stage
-    rows = ctx.rows("eval_files")
-    if stage.eval_limit is not None and stage.eval_limit < len(rows):
-        rows = random.Random(0).sample(rows, stage.eval_limit)  # from every file, the same in every run
+def evaluate(
+    ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Tokenizer, name: str, *, limit: int | None = None
+) -> dict[str, Any]:
+    """Measure a model on the stage's eval_files; see the module docstring for the keys, of all files and of each.
+
+    Every completion is kept in <stage>/evaluations/<name>.parquet. limit: rows at most, None: eval_limit.
+    """
+    stage, limit = ctx.stage, limit or ctx.stage.eval_limit
+    found = [(file, row) for file, rows in ctx.rows_by_file("eval_files") for row in rows]
+    if limit is not None and limit < len(found):
+        found = random.Random(0).sample(found, limit)  # from every file, the same in every run
+    files, rows = [file for file, _ in found], [row for _, row in found]
     check_weights(ctx, model)
     sampler = Sampler(ctx, model, tokenizer)
     with ctx.phase("evaluate"), Scorer(ctx, stage.eval_rewards, stage.response_format) as scorer:
         how: dict[str, Any] = {"seed": EVAL_SEED, "prompts": sampler.encode(rows)}
-        samples = sampler.generate(rows, n=stage.eval_num_samples, temperature=stage.eval_temperature, **how)
+        sampling = {"temperature": stage.eval_temperature, "top_p": stage.eval_top_p}
+        samples = sampler.generate(rows, n=stage.eval_num_samples, **sampling, **how)
         scorer.score(samples)
-        result = summarize(samples, stage.response_format)
-        if stage.eval_greedy:
-            greedy = sampler.generate(rows, n=1, temperature=0.0, **how)
+        greedy = sampler.generate(rows, n=1, temperature=0.0, **how) if stage.eval_greedy else []
+        if greedy:
             scorer.score(greedy)
-            result["greedy"] = _mean(_scores(greedy, "accuracy"))
-            result["failures"] += sum(bool(sample.failed_rewards) for sample in greedy)
-    result = {name: value for name, value in result.items() if not math.isnan(value)}
-    settings = {"split": ",".join(stage.eval_files), "temperature": stage.eval_temperature, "k": stage.eval_num_samples}
+
+    def keep() -> None:
+        kinds = [(one, "sampled") for one in samples] + [(one, "greedy") for one in greedy]
+        table = [_table_row(files[one.group], kind, one, tokenizer) for one, kind in kinds]
+        write_parquet(ctx.stage_dir / "evaluations" / f"{name}.parquet", table)
+
+    ctx.dist.on_main(keep)
+    result = summarize(samples, greedy, stage.response_format)
+    if len(set(files)) > 1:
+        result["files"] = {}
+        for file in dict.fromkeys(files):
+            of_file = ([one for one in part if files[one.group] == file] for part in (samples, greedy))
+            result["files"][file] = summarize(*of_file, stage.response_format)
+    settings = {"split": ",".join(stage.eval_files), **sampling, "k": stage.eval_num_samples}
     return result | settings
+
+
+class Validation:
+    """Evaluations while a stage trains: which of its steps was best, and whether it should go on.
+
+    They stand in the stage's entry of summary.json, under "validations", with their step.
+    """
+
+    def __init__(self, ctx: StageContext[ValidationOptions], model: Decoder, tokenizer: Tokenizer) -> None:
+        self.ctx, self.stage, self.model, self.tokenizer = ctx, ctx.stage, model, tokenizer
+        self.found: list[dict[str, Any]] = ctx.entry.setdefault("validations", [])
+
+    def is_due(self, step: int) -> bool:
+        return self.stage.eval_steps is not None and step > 0 and step % self.stage.eval_steps == 0
+
+    def has_patience(self, step: int) -> bool:
+        """After so many steps; evaluates, where that is due and not done."""
+        # What a stopped run measured after the checkpoint that it goes on from is measured again.
+        self.found[:] = [result for result in self.found if result["step"] <= step]
+        if self.is_due(step) and all(result["step"] < step for result in self.found):
+            limit = self.stage.eval_steps_limit
+            result = evaluate(self.ctx, self.model, self.tokenizer, f"step_{step:05d}", limit=limit)
+            self.found.append({"step": step, **result})
+            self.ctx.write_entry()
+            shown = {name: value for name in shares([result]) if (value := score(result, name)) is not None}
+            text = "  ".join(f"{name} {format_percent(value)}" for name, value in shown.items())
+            self.ctx.message(f"{self.stage.name} after step {step}: {text}")
+            for tracker in self.ctx.trackers:
+                tracker.log(self.stage.name, step, {f"eval/{name}": value for name, value in shown.items()})
+        patience, best = self.stage.early_stopping_patience, self.best_step()
+        return patience is None or best is None or sum(result["step"] > best for result in self.found) < patience
+
+    def best_step(self) -> int | None:
+        """The first of the best."""
+        metric = self.stage.metric_for_best_model
+        known = [(result[metric], -result["step"]) for result in self.found if metric in result]
+        return -max(known)[1] if known else None
+
+    def may_be_best(self, step: int) -> bool:
+        """Whether its checkpoint may be needed at the end."""
+        return self.stage.load_best_model_at_end and self.is_due(step)
+
+    def keeps(self) -> int | None:
+        """The step whose checkpoint is needed at the end."""
+        return self.best_step() if self.stage.load_best_model_at_end else None
 
 
 @torch.no_grad()
@@ -87,8 +154,19 @@ def check_weights(ctx: StageContext, model: Decoder) -> None:
         raise ctx.error(f"the model holds NaN or Inf in {some(found)}, so it is not evaluated; {advice}")
 
 
-def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
-    """pass@1 is the mean accuracy over k samples a prompt; `_half_width` says how sure that is.
+def _table_row(file: str, kind: str, sample: Sample, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Of evaluations/*.parquet; a reward that does not apply is null."""
+    rewards = {name: None if math.isnan(value) else value for name, value in sample.rewards.items()}
+    prompt = tokenizer.decode(sample.prompt_ids, skip_special_tokens=False)
+    gold = sample.row.get("answer")
+    gold = gold if gold is None or isinstance(gold, str) else json.dumps(gold, ensure_ascii=False, default=str)
+    said = {"gold": gold, "completion": sample.text, "finish_reason": sample.finish_reason}
+    where = {"file": file, "row": location(sample.row, sample.group), "kind": kind}
+    return {**where, "prompt": prompt, **said, "tokens": len(sample.completion_ids), **rewards}
+
+
+def summarize(samples: list[Sample], greedy: list[Sample], response_format: str) -> dict[str, Any]:
+    """pass@1 is the mean accuracy over k samples a prompt (how sure that is: `_half_width`), pass@k that of the best.
 
     failures: samples on which a reward failed; they score 0. unscorable: prompts whose gold answer gives no accuracy
     at all; n leaves them out.
@@ -103,15 +181,19 @@ def summarize(samples: list[Sample], response_format: str) -> dict[str, Any]:
         problems = [f"prompt {i}" if problem is None else str(problem) for i, problem in asked.items()]
         result["pass@1"], result["pass@1_ci"] = float(means.mean()), _half_width(means, problems)
         result["n"] = len(scored)
+        result["pass@k"] = _mean([float(np.nanmax(_scores(group, "accuracy"))) for group in scored])
         result["cons@k"] = _mean([_majority(group, response_format) for group in scored])
     for name in samples[0].rewards if samples else ():
         if name != "accuracy":
             result[name] = _mean(_scores(samples, name))
-    result["failures"] = sum(bool(sample.failed_rewards) for sample in samples)
+    if greedy:
+        result["greedy"] = _mean(_scores(greedy, "accuracy"))
+    result["failures"] = sum(bool(sample.failed_rewards) for sample in [*samples, *greedy])
     if samples and "accuracy" in samples[0].rewards:
         golds = [sum(group[0].row.get("answer") is not None for group in part) for part in (groups, scored)]
         result["unscorable"] = golds[0] - golds[1]
-    return result | {"length": _mean([len(sample.completion_ids) for sample in samples])}
+    result["length"] = _mean([len(sample.completion_ids) for sample in samples])
+    return {name: value for name, value in result.items() if not math.isnan(value)}
 
 
 def _half_width(means: np.ndarray, problems: list[str]) -> float:

@@ -24,7 +24,7 @@ from r1fast.parallel.parallelize import copy_weights
 from r1fast.policy_loss import linear_own_loss
 from r1fast.schema import GRPOStage
 from r1fast.stages.context import StageContext, Tokenizer
-from r1fast.stages.evaluate import evaluate_end, evaluate_start
+from r1fast.stages.evaluate import Validation, evaluate_end, evaluate_start
 from r1fast.stages.measures import Max, Mean, Measures, merge, numbers
 from r1fast.stages.packed import Example, PackedBatch, permutation
 from r1fast.stages.reward_model import RewardModels
@@ -64,7 +64,10 @@ class Learner:
         self.ctx, self.policy, self.scorer = ctx, policy, scorer
         self.stage = ctx.stage
         self.rollouts = Rollouts(ctx, policy, tokenizer, rows)
-        self.trainer = Trainer(ctx, policy, self.stage.num_updates(), router_replay=self.stage.router_replay)
+        self.trainer = Trainer(
+            ctx, policy, self.stage.num_updates(), validation=Validation(ctx, policy, tokenizer),
+            router_replay=self.stage.router_replay,
+        )  # fmt: skip
         self.trainer.state_at = lambda step: {"rollouts": step, "sampling": self.rollouts.state()}
         self.reward_models = RewardModels(ctx)
         self.weights = scorer.weights | self.reward_models.weights
@@ -84,7 +87,8 @@ class Learner:
         if saved:
             self.rollouts.load_state(saved["sampling"])
         with self.ctx.log(stage.max_steps, done) as log:
-            for step in range(done, stage.max_steps):
+            step = done
+            while self.trainer.goes_on(step, stage.max_steps):
                 start = time.perf_counter()
                 try:
                     samples, metrics = self.train_step(step)
@@ -96,7 +100,9 @@ class Learner:
                 log.log(step + 1, metrics)
                 if stage.log_completions and (step == 0 or (step + 1) % stage.log_completions_steps == 0):
                     log.samples(step + 1, sample_rows(samples, stage))
-                self.trainer.save(step + 1, last=step + 1 == stage.max_steps)
+                step += 1
+                self.trainer.save(step, last=step == stage.max_steps)
+        self.trainer.take_best(step)
 
     def train_step(self, step: int) -> tuple[list[Sample], dict[str, float]]:
         samples = self.rollout(step)

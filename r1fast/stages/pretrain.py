@@ -27,7 +27,7 @@ def run(ctx: StageContext[PretrainStage]) -> dict[str, Any]:
     examples = encode_rows(ctx, rows, tokenizer)
     model = build_model(ctx, tokenizer)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    train(ctx, model, examples, stage.max_steps)
+    train(ctx, model, tokenizer, examples, stage.max_steps)
     ctx.save(model, tokenizer)
     numbers = {"parameters": num_parameters, "vocabulary": len(tokenizer), "documents": len(examples)}
     return {"eval_after": evaluate_end(ctx, model, tokenizer), "numbers": numbers}

@@ -29,7 +29,7 @@ def sample(ctx: StageContext[SampleOptions], ref: str, rows: list[dict]) -> list
     stage = ctx.stage
     model, tokenizer = ctx.load(ref, trainable=False)
     return Sampler(ctx, model, tokenizer).generate(
-        rows[: stage.num_prompts], n=stage.num_samples, temperature=stage.temperature, seed=ctx.seed
+        rows[: stage.num_prompts], n=stage.num_samples, temperature=stage.temperature, top_p=stage.top_p, seed=ctx.seed
     )
 
 

@@ -79,7 +79,7 @@ class Sampler:
         return prompts
 
     def generate(
-        self, rows: Sequence[dict], *, n: int, temperature: float, seed: int,
+        self, rows: Sequence[dict], *, n: int, temperature: float, seed: int, top_p: float = 1.0,
         sequence_ids: Sequence[int] | None = None, prompts: Sequence[Prompt] | None = None,
     ) -> list[Sample]:  # fmt: skip
         """n samples of every row, group-contiguous, on every rank.
@@ -87,7 +87,7 @@ class Sampler:
         Row i draws its noise from (seed, sequence_ids[i]), by default (seed, i).
         """
         most = self.ctx.stage.max_completion_length
-        params = SamplingParams(n=n, max_tokens=most, temperature=temperature, seed=seed)
+        params = SamplingParams(n=n, max_tokens=most, temperature=temperature, top_p=top_p, seed=seed)
         prompts = self.encode(rows) if prompts is None else prompts
         return self.start(SamplingCall(rows, prompts, sequence_ids or range(len(rows)), params))()
 

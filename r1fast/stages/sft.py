@@ -7,9 +7,8 @@ from torch import Tensor
 
 from r1fast.models.decoder import Decoder
 from r1fast.schema import PretrainStage, SFTStage
-from r1fast.schema_options import FitOptions
 from r1fast.stages.context import StageContext, Tokenizer
-from r1fast.stages.evaluate import evaluate_end, evaluate_start
+from r1fast.stages.evaluate import Validation, evaluate_end, evaluate_start
 from r1fast.stages.measures import Measures
 from r1fast.stages.packed import Example, PackedBatch, encode_examples, length_problems
 from r1fast.stages.training import LossFn, Trainer
@@ -24,7 +23,7 @@ def fine_tune(ctx: StageContext[SFTStage], rows: Sequence[dict]) -> dict[str, An
     """Train the stage's model on rows {prompt, completion}, {messages} or {text}; evaluate before and after; save."""
     model, tokenizer = ctx.load(ctx.model_ref, trainable=True)
     before = evaluate_start(ctx, model, tokenizer)
-    train(ctx, model, encode_rows(ctx, rows, tokenizer), ctx.stage.updates_on(len(rows)))
+    train(ctx, model, tokenizer, encode_rows(ctx, rows, tokenizer), ctx.stage.updates_on(len(rows)))
     ctx.save(model, tokenizer)
     after = evaluate_end(ctx, model, tokenizer)
     return {"eval_before": before, "eval_after": after, "numbers": {"rows": len(rows)}}
@@ -39,11 +38,15 @@ def encode_rows(
     return examples
 
 
-def train(ctx: StageContext[FitOptions], model: Decoder, examples: Sequence[Example], steps: int) -> None:
+def train(
+    ctx: StageContext[PretrainStage | SFTStage], model: Decoder, tokenizer: Tokenizer, examples: Sequence[Example],
+    steps: int,
+) -> None:  # fmt: skip
     def loss_of(chosen: Sequence[Sequence[Example]]) -> LossFn:
         return cross_entropy([example for (example,) in chosen], ctx)
 
-    Trainer(ctx, model, steps).fit([[example] for example in examples], ctx.stage.batch_size, loss_of)
+    trainer = Trainer(ctx, model, steps, validation=Validation(ctx, model, tokenizer))
+    trainer.fit([[example] for example in examples], ctx.stage.batch_size, loss_of)
 
 
 def cross_entropy(examples: Sequence[Example], ctx: StageContext) -> LossFn:

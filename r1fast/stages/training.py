@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from r1fast.config import ConfigError
 from r1fast.data.packing import balance, pack
 from r1fast.models.decoder import Decoder
 from r1fast.models.moe import Routing
@@ -22,8 +24,10 @@ from r1fast.parallel.optim import build_optimizer, lr_at
 from r1fast.parallel.parallelize import grad_norm_and_clip
 from r1fast.schema_options import TrainOptions
 from r1fast.stages.context import StageContext
+from r1fast.stages.evaluate import Validation
 from r1fast.stages.measures import Mean, Measures, merge, numbers
 from r1fast.stages.packed import Example, PackedBatch, collate, empty_batch, permutation
+from r1fast.stopping import Stopped
 
 # (batch, hidden_TD, weight_VD) -> (loss already divided by the global count, this batch's part of the metrics)
 LossFn = Callable[[PackedBatch, Tensor, Tensor], tuple[Tensor, Measures]]
@@ -34,10 +38,12 @@ class Trainer:
     """A sharded model, its optimizer and schedule, and the count of steps taken."""
 
     def __init__(
-        self, ctx: StageContext[TrainOptions], model: Decoder, total_steps: int, *, router_replay: bool = False
-    ) -> None:
+        self, ctx: StageContext[TrainOptions], model: Decoder, total_steps: int, *,
+        validation: Validation | None = None, router_replay: bool = False,
+    ) -> None:  # fmt: skip
         options = ctx.stage
         self.ctx, self.model, self.total_steps, self.router_replay = ctx, model, total_steps, router_replay
+        self.validation = validation
         self.optimizer = build_optimizer(
             model, name=options.optimizer, learning_rate=options.learning_rate,
             betas=(options.adam_beta1, options.adam_beta2), eps=1e-8, weight_decay=options.weight_decay,
@@ -55,7 +61,7 @@ class Trainer:
         self.restore()
         per_epoch = -(-len(units) // batch_size)
         with self.ctx.log(self.total_steps, self.step) as log:
-            while self.step < self.total_steps:
+            while self.goes_on(self.step, self.total_steps):
                 start = time.perf_counter()
                 epoch, place = divmod(self.step, per_epoch)
                 order = permutation(len(units), f"{self.ctx.seed},{epoch}")
@@ -70,6 +76,26 @@ class Trainer:
                 num_tokens, seconds = sum(example.num_inputs for example in examples), time.perf_counter() - start
                 log.log(self.step, metrics | {"num_tokens": num_tokens, "tokens_per_second": num_tokens / seconds})
                 self.save(self.step, last=self.step == self.total_steps)
+        self.take_best(self.step)
+
+    def goes_on(self, progress_step: int, last: int) -> bool:
+        """Whether the stage takes another step; evaluates before it says so, where that is due."""
+        if self.validation is None:
+            return progress_step < last
+        try:
+            return self.validation.has_patience(progress_step) and progress_step < last
+        except (ConfigError, Stopped):
+            self.save_good(progress_step)
+            raise
+
+    def take_best(self, progress_step: int) -> None:
+        """After the last step: the weights of the best one, where the recipe says so."""
+        best = None if self.validation is None else self.validation.keeps()
+        if progress_step > self.saved_step:  # it was stopped early
+            self._save(progress_step)
+        if best is not None and best != progress_step:
+            self.ctx.message(f"{self.ctx.stage.name}: step {best} of {progress_step} was the best")
+            self._load(self.ctx.stage_dir / "checkpoints" / f"step_{best}")
 
     def update(self, examples: Sequence[Example], loss_fn: LossFn, *, group_size: int = 1) -> Measures:
         """One optimizer step on this step's examples, which every rank holds; each rank works on its share.
@@ -114,13 +140,10 @@ class Trainer:
         ctx, folder = self.ctx, self.ctx.stage_dir / "checkpoints"
         path = checkpoint.latest(folder, ctx.dist)
         if ctx.dist.is_main:
-            checkpoint.tidy(folder, path)
+            checkpoint.tidy(folder, path, *self._retained())
         if path is None:
             return {}
-        try:
-            extra = checkpoint.load(path, model=self.saved, optimizer=self.optimizer, dist=ctx.dist)
-        except ValueError as error:
-            raise ctx.error(f"{error}; put back what was changed, or start a new run") from error
+        extra = self._load(path)
         self.step, self.saved_step = extra["step"], int(path.name.removeprefix("step_"))
         if self.step > self.total_steps:
             advice = "they can become more, or as many as were taken"
@@ -130,9 +153,20 @@ class Trainer:
         ctx.resume_clock(extra["clock"])
         return extra
 
+    def _load(self, path: Path) -> dict[str, Any]:
+        try:
+            return checkpoint.load(path, model=self.saved, optimizer=self.optimizer, dist=self.ctx.dist)
+        except ValueError as error:
+            raise self.ctx.error(f"{error}; put back what was changed, or start a new run") from error
+
+    def _retained(self) -> tuple[int, int | None]:
+        """How many checkpoints are kept, and which beside them."""
+        return self.ctx.stage.save_total_limit, None if self.validation is None else self.validation.keeps()
+
     def save(self, progress_step: int, *, last: bool) -> None:
         """Save a checkpoint where one is due; raises Stopped after it where the ranks have agreed to stop."""
-        if last or self.ctx.stop.agreed or progress_step % self.ctx.stage.save_steps == 0:
+        may_be_best = self.validation is not None and self.validation.may_be_best(progress_step)
+        if last or may_be_best or self.ctx.stop.agreed or progress_step % self.ctx.stage.save_steps == 0:
             self._save(progress_step)
             self.ctx.stop.end()
 
@@ -153,9 +187,11 @@ class Trainer:
         with ctx.phase("save"):
             ctx.dist.on_main(sync_log)
             folder, extra = ctx.stage_dir / "checkpoints", {"step": self.step, "clock": ctx.clock(), **state}
+            keep, best = self._retained()
             checkpoint.save(
-                folder, progress_step, model=self.saved, optimizer=self.optimizer, extra=extra, dist=ctx.dist
-            )
+                folder, progress_step, model=self.saved, optimizer=self.optimizer, extra=extra, dist=ctx.dist,
+                keep=keep, best=best,
+            )  # fmt: skip
         self.saved_step = progress_step
 
     def _my_batches(self, units: list[Sequence[Example]]) -> list[PackedBatch | None]:

@@ -197,14 +197,10 @@ def test_retention_counts_usable_checkpoints_only(dist: Dist, tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2", "step_3", "step_5"]
 
 
-def test_what_a_kill_left_is_tidied_but_not_the_one_to_resume(
-    dist: Dist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_kill_left_is_tidied_but_not_the_one_to_resume(dist: Dist, tmp_path: Path) -> None:
     """A kill may leave one checkpoint too many: while the newest are torn, it is the one that is needed."""
     model, optimizer = started(dist)
-    with monkeypatch.context() as kill:
-        kill.setattr(checkpoint, "KEEP", 3)
-        first, second, third = (save(tmp_path, step, model, optimizer, dist) for step in (1, 2, 3))
+    first, second, third = (save(tmp_path, step, model, optimizer, dist, keep=3) for step in (1, 2, 3))
     (tmp_path / "tmp_step_4").write_text("no folder")
     (third / ".nfs0001").write_text("left by a file system")
     assert checkpoint.latest(tmp_path, dist) == third
@@ -216,6 +212,14 @@ def test_what_a_kill_left_is_tidied_but_not_the_one_to_resume(
     flip_one_bit(second)
     checkpoint.tidy(tmp_path, checkpoint.latest(tmp_path, dist))
     assert sorted(tmp_path.iterdir()) == [second, third]
+
+
+def test_the_best_is_kept_beside_the_newest(dist: Dist, tmp_path: Path) -> None:
+    model, optimizer = started(dist)
+    for step in range(1, 6):
+        save(tmp_path, step, model, optimizer, dist, keep=1, best=2)
+    checkpoint.tidy(tmp_path, checkpoint.latest(tmp_path, dist), keep=1, best=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2", "step_5"]
 
 
 def test_a_whole_file_with_other_contents_is_one_clear_error(dist: Dist, tmp_path: Path) -> None:
