@@ -153,15 +153,19 @@ class Sample {
     }
   }
 
-  // Of exp(old - sampler log-prob), in place of it.
-  V bounded(V weight) const {
-    const auto& o = args_.options;
-    const V least(args_.masks ? acc(0) : static_cast<acc>(o.is_min)), most(args_.masks ? acc(0) : static_cast<acc>(o.is_cap));
-    if (!std::isnan(o.is_min)) {
-      weight = V::blendv(weight, least, weight < V(static_cast<acc>(o.is_min)));
+  // Of exp(old - sampler log-prob), in place of it. A bound that is off is infinite.
+  struct Bounds {
+    V low, high, below, above;
+
+    explicit Bounds(const GrpoArgs& args)
+        : low(std::isnan(args.options.is_min) ? -kInf<acc> : static_cast<acc>(args.options.is_min)),
+          high(std::isnan(args.options.is_cap) ? kInf<acc> : static_cast<acc>(args.options.is_cap)),
+          below(args.masks ? V(0) : low), above(args.masks ? V(0) : high) {}
+
+    V operator()(const V& weight) const {
+      return V::blendv(V::blendv(weight, below, weight < low), above, weight > high);
     }
-    return std::isnan(o.is_cap) ? weight : V::blendv(weight, most, weight > V(static_cast<acc>(o.is_cap)));
-  }
+  };
 
   V has_surrogate(int64_t t, int64_t size, const V& keep) const {
     return read(args_.entropy, t, size, keep) >= V(static_cast<acc>(args_.entropy_threshold));
@@ -173,6 +177,7 @@ class Sample {
     const void* sampler_values = args_.sampler == nullptr ? old_values : args_.sampler;
     const bool weighs_kl = args_.kl == Kl::k3_unbiased && args_.ref != nullptr;
     const bool all_kept = !args_.token_weights && std::isnan(args_.entropy_threshold);
+    const Bounds bounded(args_);
     double log_ratio = 0, log_weight = 0, distance = 0, kl = 0, factors = all_kept ? row_[kLive] : 0;
     for (int64_t begin = begin_; begin < end_; begin += kBlock) {
       const int64_t end = std::min(begin + kBlock, end_);
@@ -262,6 +267,8 @@ class Sample {
     const V zero(0), one(1), beta(static_cast<acc>(o.beta)), scale(weight()), of_sample(factor_);
     const bool shared_slope = args_.sequence && !args_.cispo, selects = !std::isnan(args_.entropy_threshold);
     const bool is_plain = !selects && !args_.token_weights && factor_ == 1;
+    const Bounds bounded(args_);
+    const auto of_ratio = surrogate<acc>(args_, V(ratio_), zero, advantage_);  // where it is the sample's
     const void* old_values = args_.old == nullptr ? args_.logprobs : args_.old;
     acc ratios[kBlock], weights[kBlock], odds_of[kBlock];
     if (args_.old != nullptr && !args_.sequence) {
@@ -282,7 +289,7 @@ class Sample {
       const V old = args_.old == nullptr ? logprob : read(args_.old, t, size, keep);
       // On-policy the ratio is 1, or NaN where the log-prob is.
       const V ratio = args_.sequence ? V(ratio_) : args_.old == nullptr ? one + (logprob - old) : V::loadu(ratios + i);
-      const auto s = surrogate<acc>(args_, ratio, logprob, advantage_);
+      const auto s = shared_slope ? of_ratio : surrogate<acc>(args_, ratio, logprob, advantage_);
       V loss = s.loss, grad = s.slope, factor = of_sample;
       if (args_.sampler != nullptr) {
         if (args_.token_weights) {
