@@ -93,8 +93,7 @@ def decode_attention(
         )
     if block_table_BN.dtype != torch.int32 or lengths_B.dtype != torch.int32:
         raise ValueError(
-            f"decode_attention: got block_table in {block_table_BN.dtype}, lengths in {lengths_B.dtype}, "
-            "expected int32"
+            f"decode_attention: got block_table in {block_table_BN.dtype}, lengths in {lengths_B.dtype}, expected int32"
         )
     if scale <= 0 or (window is not None and window < 1):
         raise ValueError(f"decode_attention: got {scale=} and {window=}, expected more than 0")

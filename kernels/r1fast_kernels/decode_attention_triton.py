@@ -153,7 +153,7 @@ def launch(
     )  # fmt: skip
     if not one:
         _merge_kernel[(B * H,)](
-            parts, lse, lengths, out_BHe, H, e, num_spans, window, SPAN=SPAN, BLOCK_E=max(16, triton.next_power_of_2(e)),
-            num_warps=MERGE_WARPS,
+            parts, lse, lengths, out_BHe, H, e, num_spans, window, SPAN=SPAN,
+            BLOCK_E=max(16, triton.next_power_of_2(e)), num_warps=MERGE_WARPS,
         )  # fmt: skip
     return out_BHe

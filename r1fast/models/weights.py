@@ -120,7 +120,7 @@ def save_model(
     directory.mkdir(parents=True, exist_ok=True)
     for file in stale:
         file.unlink()
-    state = to_hf_names(state_dict, tied=decoder_config.tie_word_embeddings and not scalar_head)
+    state = to_hf_names(state_dict, decoder_config, tied=decoder_config.tie_word_embeddings and not scalar_head)
     state = {name: _own_storage(tensor.detach().cpu()) for name, tensor in state.items()}
     save_torch_state_dict(state, directory, max_shard_size=_MAX_SHARD_SIZE)
 
@@ -270,7 +270,7 @@ def _read_state(folder: Path, config: ModelConfig, *, shapes_only: bool = False)
                         stored[name] = _finite(tensors.get_tensor(name), name, file)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: not a readable safetensors file ({_one_line(error)}); {_AGAIN}") from error
-    return from_hf_names(stored, source=folder)
+    return from_hf_names(stored, config, source=folder)
 
 
 def _finite(tensor: Tensor, name: str, file: Path) -> Tensor:
@@ -301,12 +301,15 @@ def _decoder_that_fits(config: ModelConfig, scalar_head: bool, state: StateDict,
         decoder = Decoder(config, scalar_head=scalar_head)
     expected = decoder.state_dict()
     differing = {"missing": expected.keys() - state.keys(), "unexpected": state.keys() - expected.keys()}
-    if problems := [f"{word} {some(map(disk_name, names))}" for word, names in differing.items() if names]:
+    on_disk = {word: [disk_name(name, config) for name in names] for word, names in differing.items() if names}
+    if problems := [f"{word} {some(names)}" for word, names in on_disk.items()]:
         raise ValueError(f"{folder}: {'; '.join(problems)}; do the weights belong to this config.json?")
     for name, tensor in expected.items():
         found, wanted = tuple(state[name].shape), tuple(tensor.shape)
         if found != wanted:
-            raise ValueError(f"{folder}: {disk_name(name)} has shape {found}, expected {wanted} from config.json")
+            raise ValueError(
+                f"{folder}: {disk_name(name, config)} has shape {found}, expected {wanted} from config.json"
+            )
     return decoder
 
 

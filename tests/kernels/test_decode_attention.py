@@ -103,7 +103,9 @@ def test_a_window(backend: Backend, name: str, window: int) -> None:
     want, exact = attend(rows, "reference", window=window), attend(rows, "reference", FP64, window)
     if window > max(LENGTHS):
         assert torch.equal(want, attend(rows, "reference"))
-        assert torch.equal(attend(backend.to(rows), backend.impl, window=window), attend(backend.to(rows), backend.impl))
+        assert torch.equal(
+            attend(backend.to(rows), backend.impl, window=window), attend(backend.to(rows), backend.impl)
+        )
     for row, length in enumerate(LENGTHS):
         before = max(0, length - window) // BLOCK * BLOCK
         rows["k_SKd"][slots_of(rows["block_table_BN"][row : row + 1], length)[0, :before]] = torch.nan

@@ -39,9 +39,9 @@ def test_gradient_of_every_parameter(checkpoint, documents: list[Tensor], pack: 
     expected_loss.backward()
     assert_near(loss.detach(), expected_loss.detach())
     tied = decoder.config.tie_word_embeddings
-    grads = to_hf_names({name: param.grad for name, param in decoder.named_parameters()}, tied=tied)
+    grads = to_hf_names({name: param.grad for name, param in decoder.named_parameters()}, decoder.config, tied=tied)
     expected = {name.removeprefix("model."): param.grad for name, param in checkpoint.oracle.named_parameters()}
-    expected = to_hf_names(expected, tied=tied)  # the oracle stacks its experts in memory too
+    expected = to_hf_names(expected, decoder.config, tied=tied)  # the oracle stacks its experts in memory too
     assert grads.keys() == expected.keys()
     largest = max(grad.abs().max() for grad in expected.values())
     for name, grad in grads.items():

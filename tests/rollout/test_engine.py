@@ -25,8 +25,13 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-GROUPS = {"num_key_value_heads": 4, "q_lora_rank": 24, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
-FAMILIES = {name: COMMON | (GROUPS if name == "deepseek_v3" else {"num_key_value_heads": 2}) for name in zoo.FAMILIES}
+OWN = {
+    "deepseek_v2": {"num_key_value_heads": 4, "q_lora_rank": 24, "n_routed_experts": 8},
+    "deepseek_v3": {
+        "num_key_value_heads": 4, "q_lora_rank": 24, "n_routed_experts": 8, "n_group": 4, "topk_group": 2
+    },
+}  # fmt: skip
+FAMILIES = {name: COMMON | OWN.get(name, {"num_key_value_heads": 2}) for name in zoo.FAMILIES}
 PROMPTS = [[1, 9, 14, 5], [1] + [7, 22, 31] * 6, [40], [1, 14, 14, 14, 14, 14, 14]]
 
 
