@@ -30,8 +30,8 @@ def fast_decode(model: Decoder) -> "FastDecode | None":
         log_choice("decode_layers", "reference", "the modules for a head in float32")
         return None
     config = model.config
-    if reason := _unknown_part(config):
-        log_choice("decode_layers", "reference", f"the modules for {reason}")
+    if unknown := unknown_parts(config):
+        log_choice("decode_layers", "reference", f"the modules for {', '.join(unknown)}")
         return None
     named = [[*layer.named_parameters(), *layer.named_buffers()] for layer in model.layers]
     layers = DecodeLayers(
@@ -51,8 +51,8 @@ def fast_decode(model: Decoder) -> "FastDecode | None":
     return FastDecode(model, layers) if layers.can_run() else None
 
 
-def _unknown_part(config: ModelConfig) -> str | None:
-    """Of what families may be built of, the first that decode_layers has not."""
+def unknown_parts(config: ModelConfig) -> list[str]:
+    """What families may be built of (models/families.py) and decode_layers has not, of this one."""
     family, layers = config.family, [config.layer(i) for i in range(config.num_hidden_layers)]
     found = {
         "norms after attention and MLP": family.norms != PRE_NORMS,
@@ -66,7 +66,7 @@ def _unknown_part(config: ModelConfig) -> str | None:
         "windows": any(layer.window for layer in layers),
         "a gate of the shared expert": family.shared_gate and config.has_router,
     }
-    return next((part for part, holds in found.items() if holds), None)
+    return [part for part, holds in found.items() if holds]
 
 
 class FastDecode:

@@ -167,7 +167,7 @@ def test_cast_keeps_router_bias_and_frequencies_in_fp32(make_checkpoint) -> None
     assert torch.equal(decoder.rotary.inv_freq, frequencies)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "gemma3_text", "llama", "olmo2", "phi3", "qwen2_moe", "qwen3_moe"])
 def test_bf16_stays_near_fp32(make_checkpoint, name: str, documents: list[Tensor], pack: Pack) -> None:
     """Dtypes fit together in bf16, decoding included; the bound is loose, bf16 has 8 bits."""
     decoder = make_checkpoint(name).load()

@@ -205,6 +205,24 @@ def test_too_long_prompt_is_named(llama: RolloutEngine) -> None:
         llama.generate([[5], [5] * 120], SamplingParams(max_tokens=10))
 
 
+def test_a_completion_may_not_cross_the_length_of_longrope() -> None:
+    """Below 20 tokens and from 21 on: equal to a forward pass; across: refused."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    rope |= {"original_max_position_embeddings": 20, "partial_rotary_factor": 0.5}
+    engine = RolloutEngine(zoo.decoder("phi3", vocab_size=VOCAB, rope_parameters=rope, initializer_range=0.2), None)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    for length in (8, 21):
+        (completion,) = engine.generate([[5] * length], params)[0]
+        ids_T = torch.tensor([5] * length + completion.token_ids)
+        with torch.no_grad():
+            logprobs_TV = engine.model(ids_T, torch.tensor([0, len(ids_T)], dtype=torch.int32)).log_softmax(-1)
+        want = logprobs_TV[length - 1 : -1].gather(1, ids_T[length:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), want, atol=1e-4, rtol=0)
+    for length in (9, 20):
+        with pytest.raises(ValueError, match=rf"prompt 0 has {length} tokens.*past 20 this model \(longrope\) turns"):
+            engine.generate([[5] * length], params)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_matches_cpu_greedy(checkpoints: dict[str, Path], family: str) -> None:
