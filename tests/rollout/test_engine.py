@@ -221,6 +221,10 @@ def test_a_completion_may_not_cross_the_length_of_longrope() -> None:
     for length in (9, 20):
         with pytest.raises(ValueError, match=rf"prompt 0 has {length} tokens.*past 20 this model \(longrope\) turns"):
             engine.generate([[5] * length], params)
+    engine.max_num_batched_tokens = 16
+    engine.generate([[5] * 8], params)
+    with pytest.raises(ValueError, match="cannot come in parts: raise max_num_batched_tokens to 21"):
+        engine.generate([[5] * 21], params)
 
 
 @pytest.mark.gpu
