@@ -249,8 +249,8 @@ def _check_parts(config: ModelConfig) -> None:
         if factors := config.rope_parameters.get(name):
             half = config.rope_dim // 2
             require(len(factors) == half, f"rope_parameters.{name}", factors, f"{half} numbers, one of each pair")
-    windowless = SLIDING in config.layer_types and config.sliding_window is None
-    require(not windowless, "sliding_window", None, f"a whole number above 0, as layer_types has {SLIDING}")
+    windowless = "layer_types" in config.family.fields and config.sliding_window is None  # transformers runs none so
+    require(not windowless, "sliding_window", None, f"a whole number above 0, for layers of {SLIDING}")
     if not config.has_router:
         return
     experts, chosen = config.n_routed_experts, config.num_experts_per_tok

@@ -85,6 +85,8 @@ def random_architecture(family: str, rng: random.Random) -> dict[str, Any]:
         "no_rope_layers": [rng.choice([0, 1]) for _ in range(layers)], "shared_expert_intermediate_size": 6,
     }  # fmt: skip
     values |= {name: value for name, value in own.items() if name in fields}
+    if FAMILIES[family].norms[3]:
+        values["intermediate_size"] = 20  # the norm of one channel's sum is mostly rounding
     if FAMILIES[family].partial_rotary:
         values["rope_parameters"] = {"rope_theta": 100.0, "partial_rotary_factor": rng.choice([0.5, 1.0])}
     if rng.random() < 0.3:
