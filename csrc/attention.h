@@ -7,11 +7,17 @@
 #include <cstring>
 
 namespace r1fast {
+
+constexpr int64_t kNoWindow = std::numeric_limits<int64_t>::max() / 2;
+
 namespace {
 
-// Scores of keys from `visible` on are not seen.
+// Scores of keys before `first` and from `visible` on are not seen.
 template <typename acc>
-inline void hide(acc* scores, int64_t visible, int64_t columns) {
+inline void hide(acc* scores, int64_t first, int64_t visible, int64_t columns) {
+  if (first > 0) {
+    std::fill(scores, scores + std::min(first, columns), -kInf<acc>);
+  }
   if (visible < columns) {
     std::fill(scores + std::max<int64_t>(visible, 0), scores + columns, -kInf<acc>);
   }
@@ -29,10 +35,11 @@ class StripSoftmax {
     std::fill(total_, total_ + kStrip, acc(0));
   }
 
-  // Scores of query i to exponentials, in place; `again`: what was summed before is scaled to the new maximum.
-  void fold(int64_t i, acc* row, int64_t visible, int64_t size, bool again) {
+  // Scores of query i to exponentials, in place; `again`: what was summed before is scaled to the new maximum. Of the
+  // first block of keys one at least has to be seen.
+  void fold(int64_t i, acc* row, int64_t first, int64_t visible, int64_t size, bool again) {
     constexpr int64_t lanes = kLanes<acc>;
-    hide(row, visible, size);
+    hide(row, first, visible, size);
     Vec<acc> highest = Vec<acc>::loadu(row);
     for (int64_t j = lanes; j < size; j += lanes) {
       highest = maximum(highest, Vec<acc>::loadu(row + j));

@@ -26,6 +26,7 @@ struct DecodeArgs {
   int64_t tasks_per_row;  // divides the key heads
   double scale;
   void* out;  // [B, H, e]
+  int64_t window = kNoWindow;  // tokens at the end of a row that are seen
 };
 
 namespace {
@@ -69,8 +70,9 @@ class DecodeWorker {
   };
 
   void attend(int64_t row, int64_t first, int64_t last) {
-    const int32_t* blocks = args_.block_table + row * args_.table_width;
-    const int64_t length = args_.lengths[row];
+    const int64_t before = first_token(row), hidden = before % kCacheBlock, start = before - hidden;
+    const int32_t* blocks = args_.block_table + row * args_.table_width + start / kCacheBlock;
+    const int64_t length = args_.lengths[row] - start;
     for (int64_t s = first; s < last; ++s) {
       for (int64_t i = 0; i < strips_[s].heads; ++i) {
         const T* q = static_cast<const T*>(args_.q) + row * args_.q_row + (strips_[s].head + i) * args_.q_head;
@@ -78,11 +80,12 @@ class DecodeWorker {
       }
       strips_[s].softmax.start();
     }
+    const int64_t next = row + 1 < end_row_ ? first_token(row + 1) : 0;
     for (int64_t begin = 0; begin < length; begin += kSpan) {
       const int64_t tokens = std::min(kSpan, length - begin);
       const int32_t* span = blocks + begin / kCacheBlock;
       for (int64_t j = 0; j < tokens; j += kCacheBlock) {
-        prefetch(args_.v == args_.k ? nullptr : args_.v, args_.v_slot, row, begin + j);
+        prefetch(args_.v == args_.k ? nullptr : args_.v, args_.v_slot, row, start + begin + j);
         const acc* turned = nullptr;
         for (int64_t s = first; s < last; ++s) {
           if (s == first || strips_[s].kv_head != strips_[s - 1].kv_head) {
@@ -94,12 +97,13 @@ class DecodeWorker {
       }
       for (int64_t s = first; s < last; ++s) {
         for (int64_t i = 0; i < strips_[s].heads; ++i) {
-          strips_[s].softmax.fold(i, scores(s) + i * kSpan, tokens, padded(tokens), begin > 0);
+          strips_[s].softmax.fold(i, scores(s) + i * kSpan, begin == 0 ? hidden : 0, tokens, padded(tokens),
+                                   begin > 0);
         }
       }
       for (int64_t j = 0; j < tokens; j += kCacheBlock) {
         const bool goes_on = begin + kSpan + j < length;
-        prefetch(args_.k, args_.k_slot, goes_on ? row : row + 1, goes_on ? begin + kSpan + j : j);
+        prefetch(args_.k, args_.k_slot, goes_on ? row : row + 1, goes_on ? start + begin + kSpan + j : next + j);
         // Slots behind the length may hold anything, and 0 times NaN is not 0.
         const int64_t steps = std::min(kCacheBlock, tokens - j);
         Right<acc> right{};
@@ -119,6 +123,8 @@ class DecodeWorker {
       }
     }
   }
+
+  int64_t first_token(int64_t row) const { return std::max<int64_t>(0, args_.lengths[row] - args_.window); }
 
   // While keys of a span are multiplied its values are fetched, while values are the next keys: blocks lie anywhere, and
   // no processor guesses where. To the second level, the first is too small (and was slower). Of all heads. Not inlined,

@@ -25,6 +25,7 @@ struct AttentionArgs {
   int64_t width, value_width, rotary_width;  // d, e, R
   bool interleaved;
   double scale;
+  int64_t window;  // query i sees keys i - window + 1 to i
   std::atomic<int64_t>* taken;  // tasks
   void* out;                    // [T, H, e]
   void* lse;                    // acc [T, H], of scaled scores

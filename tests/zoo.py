@@ -20,18 +20,36 @@ _COMMON = {
     "max_position_embeddings": 128,
 }  # fmt: skip
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_DEEPSEEK = {
+    **_COMMON, **_EXPERTS, "num_key_value_heads": 2, "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {
-        **_COMMON, **_EXPERTS, "num_key_value_heads": 2, "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1,
-        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": {**_DEEPSEEK, "n_group": 1, "topk_group": 1},
+    "gemma3_text": {
+        **_COMMON, "num_key_value_heads": 1, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True,
     },
     "llama": {**_COMMON, "num_key_value_heads": 1},
+    "mistral": {**_COMMON, "num_key_value_heads": 1, "head_dim": 12, "sliding_window": 6},
+    "mixtral": {**_COMMON, "num_key_value_heads": 1, "num_experts_per_tok": 2, "num_local_experts": 4},
+    "olmo2": {**_COMMON, "num_key_value_heads": 1},
+    "olmoe": {**_COMMON, "num_key_value_heads": 1, "num_experts_per_tok": 2, "num_experts": 4, "norm_topk_prob": False},
+    "phi3": {
+        **_COMMON, "num_key_value_heads": 1, "sliding_window": 7,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
     "qwen2": {**_COMMON, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "qwen2_moe": {
+        **_COMMON, **_EXPERTS, "num_key_value_heads": 1, "num_experts": 4, "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 24,
+    },
     "qwen3": {**_COMMON, "num_key_value_heads": 1, "head_dim": 12},
     "qwen3_moe": {
         **_COMMON, **_EXPERTS, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4, "norm_topk_prob": True,
     },
+    "smollm3": {**_COMMON, "num_key_value_heads": 1, "no_rope_layers": [0, 1], "tie_word_embeddings": True},
 }  # fmt: skip
 
 

@@ -8,6 +8,8 @@
 //   strip of 8 queries  | s p o    | s p o
 //   strip               | s p o    | s p o    .      only as many keys as the strip may see, in steps of 16
 //
+// With a window the first block begins where that of the strip's first query does, and so holds keys for all 8.
+//
 // Every sum of a task is taken in one order by one thread: the same bits for any number of threads.
 #include "../operator.h"
 #include "../packed_attention.h"
@@ -20,6 +22,7 @@ namespace {
 constexpr int64_t kForwardKeys = 256;  // keys of a block: its part of K^T and V stays in the second-level cache
 constexpr int64_t kBackwardKeys = 128;
 constexpr int64_t kQueries = 64;
+constexpr int64_t kKeyStep = 16;
 
 template <typename T, typename Unit>
 class Forward : Task<T, Unit> {
@@ -53,16 +56,19 @@ class Forward : Task<T, Unit> {
     const int64_t rows = std::min(kStrip, length_ - begin);
     Base::read_queries(queries_, head, begin, begin + rows);
     softmax_.start();
-    for (int64_t key = 0; key < begin + rows; key += kForwardKeys) {
+    const int64_t first = std::max<int64_t>(0, begin + 1 - args_.window) / kKeyStep * kKeyStep;
+    for (int64_t key = first; key < begin + rows; key += kForwardKeys) {
       const int64_t columns = padded(std::min(kForwardKeys, begin + kStrip - key));
       product<Unit>(scores_.get(), kForwardKeys, queries_.strip(0), {keys_S_.data + key, keys_S_.step},
                     (args_.width + kValues<Unit> - 1) / kValues<Unit>, columns, false);
       for (int64_t i = 0; i < kStrip; ++i) {
-        softmax_.fold(i, scores_.get() + i * kForwardKeys, begin + i + 1 - key, columns, key > 0);
+        const int64_t visible = begin + i + 1 - key;
+        softmax_.fold(i, scores_.get() + i * kForwardKeys, visible - args_.window, visible, columns, key > first);
       }
       const Left<Unit> probs = as_units(columns);
       const Right<Unit> values{values_S_.data + key / kValues<Unit> * values_S_.step, values_S_.step};
-      product<Unit>(softmax_.sums(), softmax_.columns, probs, values, columns / kValues<Unit>, softmax_.columns, key > 0);
+      product<Unit>(softmax_.sums(), softmax_.columns, probs, values, columns / kValues<Unit>, softmax_.columns,
+                    key > first);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = (first_ + begin + i) * args_.num_heads + head;
@@ -139,7 +145,8 @@ class Backward : Task<T, Unit> {
     grad_queries_ = zeros(grad_queries_memory_, padded(length_) * columns_);
     read_rows(head, grad_out);
     for (int64_t key = 0; key < length_; key += kBackwardKeys) {
-      for (int64_t query = key / kQueries * kQueries; query < length_; query += kQueries) {
+      const int64_t end = std::min(length_, key + kBackwardKeys + std::min(args_.window, length_));  // of who sees them
+      for (int64_t query = key / kQueries * kQueries; query < end; query += kQueries) {
         block(key, query);
       }
     }
@@ -226,7 +233,7 @@ class Backward : Task<T, Unit> {
 
   void probabilities(acc* p, acc* ds, int64_t query, int64_t key, int64_t columns) const {
     constexpr int64_t lanes = kLanes<acc>;
-    hide(p, query + 1 - key, columns);
+    hide(p, query + 1 - key - args_.window, query + 1 - key, columns);
     const Exponential<acc> exponential(args_.scale, -static_cast<double>(lse_[query]));
     const Vec<acc> delta(delta_[query]);
     for (int64_t j = 0; j < columns; j += lanes) {
@@ -333,7 +340,7 @@ class Call {
 
   Call(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& k_pe,
        const OptionalTensor& cos, const OptionalTensor& sin, const at::Tensor& cu_seqlens, double scale,
-       bool interleaved)
+       bool interleaved, std::optional<int64_t> window)
       : q_(with_unit_columns(q)), k_(with_unit_columns(k)), v_(with_unit_columns(v)),
         cu_seqlens_(cu_seqlens.contiguous()) {
     check_floats("packed_attention", {q, k, v});
@@ -361,6 +368,7 @@ class Call {
     args.value_width = v.size(2);
     args.interleaved = interleaved;
     args.scale = scale;
+    args.window = window.value_or(kNoWindow);
     set_sequences();
     args.taken = &taken_;
   }
@@ -398,8 +406,8 @@ class Call {
 std::tuple<at::Tensor, at::Tensor> packed_attention(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens,
     const OptionalTensor& k_pe, const OptionalTensor& cos, const OptionalTensor& sin, double scale,
-    bool interleaved) {
-  Call call(q, k, v, k_pe, cos, sin, cu_seqlens, scale, interleaved);
+    bool interleaved, std::optional<int64_t> window) {
+  Call call(q, k, v, k_pe, cos, sin, cu_seqlens, scale, interleaved, window);
   at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
   at::Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(computed_in(q.scalar_type())));
   call.args.out = out.mutable_data_ptr();
@@ -411,8 +419,8 @@ std::tuple<at::Tensor, at::Tensor> packed_attention(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> packed_attention_backward(
     const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const at::Tensor& cu_seqlens, const OptionalTensor& k_pe, const OptionalTensor& cos, const OptionalTensor& sin,
-    const at::Tensor& out, const at::Tensor& lse, double scale, bool interleaved) {
-  Call call(q, k, v, k_pe, cos, sin, cu_seqlens, scale, interleaved);
+    const at::Tensor& out, const at::Tensor& lse, double scale, bool interleaved, std::optional<int64_t> window) {
+  Call call(q, k, v, k_pe, cos, sin, cu_seqlens, scale, interleaved, window);
   const at::Tensor grad = grad_out.contiguous();
   at::Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options());
   at::Tensor grad_v = at::empty(v.sizes(), v.options());

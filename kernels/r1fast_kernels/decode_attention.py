@@ -5,8 +5,9 @@
     block_table_b   7 2 9 .      token j is in slot 16 * block_table_b[j // 16] + j % 16
     cache           |0|1|2|...   a block may be in the tables of many rows: samples of a prompt share its blocks
 
-as in PagedAttention (Kwon et al. 2023, arXiv 2309.06180). In multi-head latent attention (arXiv 2405.04434) keys are
-the cached latents, values a part of the same, and all query heads read one key head.
+as in PagedAttention (Kwon et al. 2023, arXiv 2309.06180). With a window w a row sees its last w tokens alone. In
+multi-head latent attention (arXiv 2405.04434) keys are the cached latents, values a part of the same, and all query
+heads read one key head.
 
 Bound by memory: s K (d + e) bytes of a row's tokens (s d where values are a view of keys), for 2 H (d + e) FLOPs.
 """
@@ -26,11 +27,15 @@ def slots_of(block_table_BN: Tensor, num_tokens: int) -> Tensor:
 
 
 def decode_attention_reference(
-    q_BHd: Tensor, k_SKd: Tensor, v_SKe: Tensor, block_table_BN: Tensor, lengths_B: Tensor, scale: float
-) -> Tensor:
+    q_BHd: Tensor, k_SKd: Tensor, v_SKe: Tensor, block_table_BN: Tensor, lengths_B: Tensor, scale: float,
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
     """The specification."""
     num_tokens = int(lengths_B.max()) if len(lengths_B) else 0
-    live_BJ = torch.arange(num_tokens, device=q_BHd.device) < lengths_B[:, None]
+    token_J = torch.arange(num_tokens, device=q_BHd.device)
+    live_BJ = token_J < lengths_B[:, None]
+    if window is not None:
+        live_BJ &= token_J >= lengths_B[:, None] - window
     slots_BJ = slots_of(block_table_BN, num_tokens).where(live_BJ, 0)
     k_BJKd, v_BJKe = k_SKd[slots_BJ], v_SKe[slots_BJ].masked_fill(~live_BJ[..., None, None], 0)  # 0 * NaN is not 0
     q_BKgd = q_BHd.unflatten(1, (k_SKd.shape[1], -1)).to(k_SKd.dtype)
@@ -41,7 +46,8 @@ def decode_attention_reference(
 
 register(
     "decode_attention",
-    "(Tensor q_BHd, Tensor k_SKd, Tensor v_SKe, Tensor block_table_BN, Tensor lengths_B, float scale) -> Tensor",
+    "(Tensor q_BHd, Tensor k_SKd, Tensor v_SKe, Tensor block_table_BN, Tensor lengths_B, float scale, "
+    "int? window=None) -> Tensor",
     fake=lambda q_BHd, _, v_SKe, *others: q_BHd.new_empty(*q_BHd.shape[:2], v_SKe.shape[2]),
     launch=launch,
 )
@@ -56,6 +62,7 @@ def decode_attention(
     lengths_B: Tensor,
     *,
     scale: float,
+    window: int | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Attention of B queries, each over the tokens of its own row; no gradient.
@@ -65,6 +72,7 @@ def decode_attention(
     block_table_BN   int32 [B, N]: the blocks of each row, in order; entries behind its length are not read
     lengths_B        int32 [B]: tokens of the row, at least 1, at most 16 N
     scale            on the scores, above 0
+    window           tokens at the end of each row that are seen; None: all
     Returns out_BHe in the dtype of q; under autocast in its dtype, with q taken to the cache's, which is not rounded.
     What a row gets depends on the row alone: the same bits in any batch.
     """
@@ -83,16 +91,17 @@ def decode_attention(
             f"decode_attention: got block_table {tuple(block_table_BN.shape)} and lengths {tuple(lengths_B.shape)} for "
             f"{B} rows; expected [B, N] and [B]"
         )
-    if block_table_BN.dtype != torch.int32 or lengths_B.dtype != torch.int32 or scale <= 0:
+    if block_table_BN.dtype != torch.int32 or lengths_B.dtype != torch.int32:
         raise ValueError(
-            f"decode_attention: got block_table in {block_table_BN.dtype}, lengths in {lengths_B.dtype} and {scale=}; "
-            "expected int32, int32 and a scale above 0"
+            f"decode_attention: got block_table in {block_table_BN.dtype}, lengths in {lengths_B.dtype}, expected int32"
         )
+    if scale <= 0 or (window is not None and window < 1):
+        raise ValueError(f"decode_attention: got {scale=} and {window=}, expected more than 0")
     chosen, _ = choose("decode_attention", impl, q_BHd)
     if chosen != "cpp":
         check_blocks("decode_attention", block_table_BN, lengths_B, BLOCK, S // BLOCK)
     if chosen == "reference":
-        out_BHe = decode_attention_reference(q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale)
+        out_BHe = decode_attention_reference(q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale, window)
     else:
-        out_BHe = torch.ops.r1fast.decode_attention(q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale)
+        out_BHe = torch.ops.r1fast.decode_attention(q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale, window)
     return out_BHe.to(out_dtype)

@@ -4,7 +4,8 @@
     merge    program (row, query head): the spans of the row, each weighed by e^(its lse); not run for a single span
 
 A span is 256 tokens whatever the batch, so that a row's bits are its own. How many there are follows from the width of
-the block table: nothing waits for the device, and a CUDA graph may hold the call. Programs behind a row's end return.
+the block table: nothing waits for the device, and a CUDA graph may hold the call. Programs behind a row's
+end, or before its window, return.
 Keys are read once, also where values are a part of them; the last channels of keys that are no power of two (576 = 512
 + 64) are a product of their own.
 """
@@ -31,7 +32,7 @@ def _attend_kernel(
     out_ptr,  # [B, H, spans, e], or [B, H, e] for one span
     lse_ptr,  # [B, H, spans], of scores times log2(e); None for one span
     stride_qb, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh,
-    table_width, num_heads, group, width, value_width, num_spans, scale,
+    table_width, num_heads, group, width, value_width, num_spans, scale, window,
     SHARED: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +41,8 @@ def _attend_kernel(
     kv_head = tl.program_id(1) // tiles
     span = tl.program_id(2)
     length = tl.load(lengths_ptr + b)
-    if span * SPAN >= length:
+    first = tl.maximum(length - window, 0)  # token that is seen
+    if (span * SPAN >= length) | ((span + 1) * SPAN <= first):
         return
     offs_g = tl.program_id(1) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
     heads = kv_head * group + offs_g
@@ -55,9 +57,11 @@ def _attend_kernel(
     top = tl.full([BLOCK_H], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     sums = tl.zeros([BLOCK_H, BLOCK_E], tl.float32)
-    for start in range(span * SPAN, tl.minimum(length, (span + 1) * SPAN), BLOCK_T):
+    # A step in which nothing is seen would make NaN of the maximum.
+    seen = tl.maximum(span * SPAN, first // BLOCK_T * BLOCK_T)
+    for start in range(seen, tl.minimum(length, (span + 1) * SPAN), BLOCK_T):
         offs_t = start + tl.arange(0, BLOCK_T)
-        live = offs_t < length
+        live = (offs_t >= first) & (offs_t < length)
         block = tl.load(table_ptr + b * table_width + offs_t // BLOCK, mask=live, other=0)  # [BLOCK_T]
         slot = block.to(tl.int64) * BLOCK + offs_t % BLOCK
         k_rows = k_ptr + slot[:, None] * stride_ks + kv_head.to(tl.int64) * stride_kh
@@ -93,16 +97,17 @@ def _attend_kernel(
 @triton.jit
 def _merge_kernel(
     parts_ptr, lse_ptr, lengths_ptr, out_ptr,  # [B, H, spans, e], [B, H, spans], [B], [B, H, e]
-    num_heads, value_width, num_spans, SPAN: tl.constexpr, BLOCK_E: tl.constexpr,
+    num_heads, value_width, num_spans, window, SPAN: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    live = tl.cdiv(tl.load(lengths_ptr + row // num_heads), SPAN)
+    length = tl.load(lengths_ptr + row // num_heads)
+    first = tl.maximum(length - window, 0)
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < value_width
     top = -float("inf")
     total = 0.0
     sums = tl.zeros([BLOCK_E], tl.float32)
-    for span in range(live):
+    for span in range(first // SPAN, tl.cdiv(length, SPAN)):
         line = row * num_spans + span
         lse = tl.load(lse_ptr + line)
         part = tl.load(parts_ptr + line * value_width + offs_e, mask=mask_e, other=0.0)  # [BLOCK_E]
@@ -122,8 +127,9 @@ def blocks_of(width: int) -> tuple[int, int]:
 
 
 def launch(
-    q_BHd: Tensor, k_SKd: Tensor, v_SKe: Tensor, block_table_BN: Tensor, lengths_B: Tensor, scale: float
-) -> Tensor:
+    q_BHd: Tensor, k_SKd: Tensor, v_SKe: Tensor, block_table_BN: Tensor, lengths_B: Tensor, scale: float,
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHd, k_SKd, v_SKe))
     table, lengths = block_table_BN.contiguous(), lengths_B.contiguous()
     (B, H, d), K, e = q.shape, k.shape[1], v.shape[2]
@@ -132,6 +138,7 @@ def launch(
     if not B:
         return out_BHe
     one = num_spans == 1
+    window = table.shape[1] * BLOCK if window is None else window
     parts = out_BHe if one else q.new_empty(B, H, num_spans, e, dtype=torch.float32)
     lse = None if one else q.new_empty(B, H, num_spans, dtype=torch.float32)
     block_d, block_r = blocks_of(d)
@@ -140,13 +147,13 @@ def launch(
     sizes = WIDE_BLOCK_T if block_d >= 512 else BLOCK_T
     _attend_kernel[(B, K * triton.cdiv(H // K, BLOCK_H), num_spans)](
         q, k, v, table, lengths, parts, lse, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], table.shape[1], H,
-        H // K, d, e, num_spans, scale * 1.4426950408889634, SHARED=shared, BLOCK=BLOCK, SPAN=SPAN,
+        H // K, d, e, num_spans, scale * 1.4426950408889634, window, SHARED=shared, BLOCK=BLOCK, SPAN=SPAN,
         BLOCK_H=BLOCK_H, BLOCK_T=sizes[q.element_size()], BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_E=block_e,
         num_warps=WIDE_WARPS if block_d >= 512 else NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
     if not one:
         _merge_kernel[(B * H,)](
-            parts, lse, lengths, out_BHe, H, e, num_spans, SPAN=SPAN, BLOCK_E=max(16, triton.next_power_of_2(e)),
-            num_warps=MERGE_WARPS,
+            parts, lse, lengths, out_BHe, H, e, num_spans, window, SPAN=SPAN,
+            BLOCK_E=max(16, triton.next_power_of_2(e)), num_warps=MERGE_WARPS,
         )  # fmt: skip
     return out_BHe

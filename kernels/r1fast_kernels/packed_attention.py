@@ -2,6 +2,8 @@
 
     out_i = sum_{j <= i} p_ij v_j,   p_ij = softmax_j(scale q_i . k_j);   query head h reads key head h // (H / K)
 
+With a window w only keys with i - j < w are seen (Beltagy et al. 2020, arXiv 2004.05150).
+
 RoPE (Su et al. 2021, arXiv 2104.09864) turns pair i of the last R channels of q and k by the angle of its token. In
 multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) those channels of k are one vector for all heads: `k_pe_TR`.
 
@@ -35,6 +37,7 @@ def packed_attention_reference(
     k_pe_TR: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
     interleaved: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """The specification: one softmax per sequence."""
     if k_pe_TR is not None:
@@ -49,8 +52,10 @@ def packed_attention_reference(
         q, k, v = (x[start:end].transpose(0, 1) for x in (q_THd, k_TKd, v_TKe))
         k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
         scores = (q @ k.transpose(1, 2)).to(compute_dtype(q)) * scale
-        future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
-        outs.append((scores.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype) @ v).transpose(0, 1))
+        unseen = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+        if window is not None:
+            unseen = unseen.logical_not().tril(-window) | unseen
+        outs.append((scores.masked_fill(unseen, -torch.inf).softmax(-1).to(v.dtype) @ v).transpose(0, 1))
     return torch.cat(outs)
 
 
@@ -66,27 +71,28 @@ def _backward_fake(_: Tensor, *given: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scale, ctx.interleaved = inputs
+    *tensors, ctx.scale, ctx.interleaved, ctx.window = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx: Any, grad_THe: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    found = torch.ops.r1fast.packed_attention_backward(grad_THe, *ctx.saved_tensors, ctx.scale, ctx.interleaved)
+    options = ctx.scale, ctx.interleaved, ctx.window
+    found = torch.ops.r1fast.packed_attention_backward(grad_THe, *ctx.saved_tensors, *options)
     q, k, v, k_pe = wanted(found, (ctx.needs_input_grad[i] for i in (0, 1, 2, 4)))
-    return q, k, v, None, k_pe, None, None, None, None
+    return q, k, v, None, k_pe, None, None, None, None, None
 
 
 _INPUTS = "Tensor q_THd, Tensor k_TKd, Tensor v_TKe, Tensor cu_seqlens, Tensor? k_pe_TR, Tensor? cos_Tr, Tensor? sin_Tr"
 register(
     "packed_attention",
-    f"({_INPUTS}, float scale, bool interleaved) -> (Tensor out_THe, Tensor lse_TH)",
+    f"({_INPUTS}, float scale, bool interleaved, int? window=None) -> (Tensor out_THe, Tensor lse_TH)",
     fake=_fake, save=_save, backward=_backward,
 )  # fmt: skip
 register(
     "packed_attention_backward",  # the last gradient is empty where k_pe_TR is None
-    f"(Tensor grad_THe, {_INPUTS}, Tensor out_THe, Tensor lse_TH, float scale, bool interleaved) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad_THe, {_INPUTS}, Tensor out_THe, Tensor lse_TH, float scale, bool interleaved, "
+    "int? window=None) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
 )
 
@@ -101,6 +107,7 @@ def packed_attention(
     k_pe_TR: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
     interleaved: bool = False,
+    window: int | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Causal attention over T packed tokens.
@@ -111,6 +118,7 @@ def packed_attention(
     scale        on the scores, above 0
     rope         cos and sin [T, R/2] in the dtype of q, of pairs in the last R channels; None: nothing is rotated
     interleaved  channels 2i and 2i + 1 are a pair, as in DeepSeek-V3, and not i and i + R/2
+    window       tokens that a query sees, itself the last of them; None: all before it
     Returns out_THe in the dtype of q. Gradients flow to q, k, v and k_pe. The kernel is C++; elsewhere runs the
     reference, a loop over the sequences.
     """
@@ -141,12 +149,13 @@ def packed_attention(
         raise ValueError(
             f"packed_attention: got q in {q_THd.dtype} beside {[x.dtype for x in given]}, expected one dtype"
         )
-    if scale <= 0:
-        raise ValueError(f"packed_attention: got {scale=}, expected more than 0")
+    if scale <= 0 or (window is not None and window < 1):
+        raise ValueError(f"packed_attention: got {scale=} and {window=}, expected more than 0")
     chosen, _ = choose("packed_attention", impl, q_THd)
     if chosen != "cpp":
         check_offsets("packed_attention", "cu_seqlens", cu_seqlens, T)
     if chosen == "reference":
-        return packed_attention_reference(q_THd, k_TKd, v_TKe, cu_seqlens, scale, k_pe_TR, rope, interleaved)
+        return packed_attention_reference(q_THd, k_TKd, v_TKe, cu_seqlens, scale, k_pe_TR, rope, interleaved, window)
     cos, sin = rope or (None, None)
-    return torch.ops.r1fast.packed_attention(q_THd, k_TKd, v_TKe, cu_seqlens, k_pe_TR, cos, sin, scale, interleaved)[0]
+    options = scale, interleaved, window
+    return torch.ops.r1fast.packed_attention(q_THd, k_TKd, v_TKe, cu_seqlens, k_pe_TR, cos, sin, *options)[0]

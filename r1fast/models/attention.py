@@ -21,7 +21,7 @@ from torch.torch_version import Version
 
 import r1fast_kernels as kernels
 from r1fast.models.cache import BlockCache
-from r1fast.models.rope import Rope
+from r1fast.models.rope import Rope, Ropes
 from r1fast_kernels.dispatch import choose, in_use
 
 # A bucket takes sequences down to this share of its longest (or within this many tokens): at most 20% of its
@@ -56,6 +56,11 @@ class AttentionPlan:
         self.positions_T = (torch.arange(num_tokens) - ends[rows]).to(device)
 
     @cached_property
+    def lengths_T(self) -> Tensor:
+        """Of the sequence of each token."""
+        return self.cu_seqlens.diff()[self.rows_T]
+
+    @cached_property
     def padded(self) -> "PaddedLayout":
         return PaddedLayout(self)
 
@@ -64,7 +69,7 @@ class ForwardPass(NamedTuple):
     """What every layer of one packed forward pass shares."""
 
     plan: AttentionPlan
-    rope: Rope
+    ropes: Ropes
     cache: BlockCache | None  # takes the keys of every token, in its slot
     slots_T: Tensor | None
     balance_scale: Tensor | None
@@ -93,10 +98,11 @@ def packed_attention(
     k_TKd: Tensor,
     v_TKd: Tensor,
     plan: AttentionPlan,
-    rope: Rope,
+    rope: Rope | None,
     scale: float,
     *,
     k_pe_TR: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention inside each sequence, of queries and keys that are not yet rotated.
 
@@ -105,13 +111,14 @@ def packed_attention(
     """
     if in_use() == "reference" or choose("packed_attention", None, q_THd)[0] == "cpp":
         return kernels.packed_attention(
-            q_THd, k_TKd, v_TKd, plan.cu_seqlens, scale=scale, k_pe_TR=k_pe_TR, rope=(rope.cos_TR, rope.sin_TR),
-            interleaved=rope.interleaved,
+            q_THd, k_TKd, v_TKd, plan.cu_seqlens, scale=scale, k_pe_TR=k_pe_TR, rope=rope[:2] if rope else None,
+            interleaved=rope is not None and rope.interleaved, window=window,
         )  # fmt: skip
-    q_THd = rope.rotate(q_THd)
-    if k_pe_TR is None:
+    if rope is not None:
+        q_THd = rope.rotate(q_THd)
+    if rope is not None and k_pe_TR is None:
         k_TKd = rope.rotate(k_TKd)
-    else:
+    elif rope is not None and k_pe_TR is not None:
         k_pe_TKR = rope.rotate(k_pe_TR[:, None]).expand(-1, k_TKd.shape[1], -1)
         k_TKd = torch.cat((k_TKd, k_pe_TKR), dim=-1)
     value_dim = v_TKd.shape[-1]
@@ -120,22 +127,25 @@ def packed_attention(
         v_TKd = F.pad(v_TKd, (0, q_THd.shape[-1] - value_dim))
     is_half = q_THd.dtype in (torch.bfloat16, torch.float16)
     if _VARLEN_HAS_GQA and q_THd.is_cuda and is_half and q_THd.shape[-1] <= 256:  # most channels of a flash kernel
-        out_THd = _varlen(q_THd, k_TKd, v_TKd, plan, scale)
+        out_THd = _varlen(q_THd, k_TKd, v_TKd, plan, scale, window)
     else:
-        out_THd = _bucketed(q_THd, k_TKd, v_TKd, scale, plan.padded)
+        out_THd = _bucketed(q_THd, k_TKd, v_TKd, scale, plan.padded, window)
     return out_THd[..., :value_dim]
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     spans = (plan.cu_seqlens, plan.cu_seqlens, plan.max_length, plan.max_length)
-    out = varlen_attn(q, k, v, *spans, scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+    seen = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(q, k, v, *spans, scale=scale, window_size=seen, enable_gqa=q.shape[1] != k.shape[1])
     assert isinstance(out, Tensor), "varlen_attn returns a tuple only when asked for return_aux"
     return out
 
 
-def _bucketed(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float, layout: PaddedLayout) -> Tensor:
+def _bucketed(
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float, layout: PaddedLayout, window: int | None
+) -> Tensor:
     def padded(x_T: Tensor) -> tuple[Tensor, ...]:
         x_P = x_T.new_zeros(layout.num_slots, *x_T.shape[1:]).index_copy(0, layout.slot_T, x_T)
         return x_P.split([count * width for count, width in layout.buckets])
@@ -143,6 +153,11 @@ def _bucketed(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float, layout:
     outs, enable_gqa = [], q_THd.shape[1] != k_TKd.shape[1]
     for bucket, *slots in zip(layout.buckets, padded(q_THd), padded(k_TKd), padded(v_TKd), strict=True):
         q, k, v = (x_P.unflatten(0, bucket).transpose(1, 2) for x_P in slots)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+        mask = None
+        if window is not None and window < bucket[1]:
+            mask = torch.ones(bucket[1], bucket[1], dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=enable_gqa
+        )
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs).index_select(0, layout.slot_T) if outs else q_THd

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from r1fast.models.model_config import ModelConfig
-from r1fast.models.rope import Rope
+from r1fast.models.rope import Ropes
 from r1fast_kernels.decode_attention import BLOCK
 
 
@@ -50,14 +50,14 @@ class DecodeStep:
     """What every layer of one decode step shares.
 
     slots_B: where the new token is written. block_table_BN, lengths_B: int32, of the sequence that it belongs to: its
-    blocks, and its tokens, the new one included.
+    blocks, and its tokens, the new one included. ropes: by the names that layers have.
     """
 
-    def __init__(self, positions_B: Tensor, block_table_BN: Tensor, rope: Rope, cache: BlockCache) -> None:
+    def __init__(self, positions_B: Tensor, block_table_BN: Tensor, ropes: Ropes, cache: BlockCache) -> None:
         blocks_B = block_table_BN.gather(1, (positions_B // BLOCK)[:, None]).squeeze(1)
         self.slots_B = blocks_B.long() * BLOCK + positions_B % BLOCK
         self.block_table_BN, self.lengths_B = block_table_BN, (positions_B + 1).int()
-        self.rope, self.cache = rope, cache
+        self.ropes, self.cache = ropes, cache
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -47,10 +47,16 @@ TOKEN = whole(-1, MAX_SIZE, "the id of a token").or_null()  # -1: some checkpoin
 TOKENS = Values(lambda ids: all(map(TOKEN.accepts, ids if isinstance(ids, list) else [ids])), TOKEN.expected)
 
 _ABOVE_0 = number(1e-30, 1e6, "a number above 0")
+_NUMBERS_ABOVE_0 = Values(
+    lambda given: isinstance(given, list) and bool(given) and all(map(_ABOVE_0.accepts, given)), "a list of numbers"
+)
 _ROPE_VALUES = {  # any other is a number above 0
     "factor": number(1, 1e6, "a number, 1 or more"),
     "original_max_position_embeddings": SIZE,
     "truncate": FLAG,
+    "short_factor": _NUMBERS_ABOVE_0,
+    "long_factor": _NUMBERS_ABOVE_0,
+    "partial_rotary_factor": number(1e-3, 1, "a number above 0, at most 1"),
 }
 _ROPE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # rope_type -> (required, optional)
     "default": ((), ()),
@@ -60,17 +66,23 @@ _ROPE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # rope_type -> (r
         ("factor", "original_max_position_embeddings"),
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
+    "longrope": (("short_factor", "long_factor", "original_max_position_embeddings"), ("factor", "attention_factor")),
 }
 
 
-def normal_rope(given: Mapping[str, Any], max_position_embeddings: int) -> dict[str, Any]:
-    """rope_parameters with a rope_type and a rope_theta, checked; a key that its type does not know is an error."""
+def normal_rope(given: Mapping[str, Any], max_position_embeddings: int, *, partial: bool = False) -> dict[str, Any]:
+    """rope_parameters with a rope_type and a rope_theta, checked; a key that its type does not know is an error.
+
+    partial: a partial_rotary_factor is one that it may know.
+    """
     require(isinstance(given, Mapping), "rope_parameters", given, "a mapping such as {rope_type: default}")
     rope = {"rope_type": given.get("type", "default"), "rope_theta": 10000.0, **given}
     rope.pop("type", None)
     rope.pop("finetuned", None)  # says where the weights came from
-    partial = rope.pop("partial_rotary_factor", None)
-    require(partial is None or partial == 1, "partial_rotary_factor", partial, "1.0")
+    share = rope.pop("partial_rotary_factor", None)
+    require(partial or share in (None, 1), "partial_rotary_factor", share, "1.0")
+    if share not in (None, 1):
+        rope["partial_rotary_factor"] = share
     kind, theta = rope["rope_type"], rope["rope_theta"]
     require(isinstance(kind, str) and kind in _ROPE, "rope_type", kind, f"one of {', '.join(_ROPE)}")
     require(number(1, 1e30, "").accepts(theta) and theta > 1, "rope_theta", theta, "a number above 1")
@@ -79,7 +91,7 @@ def normal_rope(given: Mapping[str, Any], max_position_embeddings: int) -> dict[
         rope.setdefault("original_max_position_embeddings", max_position_embeddings)
     for name in required:
         require(rope.get(name) is not None, f"rope_parameters.{name}", None, f"a number, as rope_type is {kind}")
-    names = ("rope_type", "rope_theta", *required, *optional)
+    names = ("rope_type", "rope_theta", *required, *optional, *(["partial_rotary_factor"] if partial else []))
     for name, value in rope.items():
         require(value is None or name in names, f"rope_parameters.{name}", value, f"only {', '.join(names)} for {kind}")
         if value is not None and name not in ("rope_type", "rope_theta"):

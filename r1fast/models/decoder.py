@@ -1,6 +1,8 @@
 """The decoder: packed forward for training and prefill, one-token decode for generation.
 
     embed -> [ norm -> attention -> + -> norm -> MLP or MoE -> + ] x layers -> norm -> head
+Where norms stand, and all else that families differ in: families.py.
+
 Single-device: sharding is applied from outside, so weights are read only inside forward of the module that owns them;
 decode reads them directly and needs them whole.
 """
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from r1fast.models.attention import AttentionPlan, ForwardPass
 from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.gqa import GroupedQueryAttention
-from r1fast.models.layers import MLP, Head, HeadFn, RMSNorm
+from r1fast.models.layers import MLP, Embedding, Head, HeadFn, RMSNorm
 from r1fast.models.mla import LatentAttention
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import MoE, Routing
@@ -28,26 +30,40 @@ _ATTENTION: dict[str, type[Attention]] = {"grouped": GroupedQueryAttention, "lat
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_names = config.family.norms
+        self._add_norms(config, 0)
         self.self_attn: Attention = _ATTENTION[config.family.attention](config, layer_idx)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        dense = (config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self._add_norms(config, 1, 2)
+        dense = (config.hidden_size, config.intermediate_size, config.mlp_bias, config.family.activation)
         self.mlp: MoE | MLP = MoE(config) if config.is_moe_layer(layer_idx) else MLP(*dense)
+        self._add_norms(config, 3)
 
     def forward(
         self, x_TD: Tensor, step: ForwardPass, replay_ids_TK: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
-        return self._mlp(x_TD + self.self_attn(self.input_layernorm(x_TD), step), step, replay_ids_TK)
+        out_TD = self.self_attn(self._norm(0, x_TD), step)
+        return self._mlp(x_TD + self._norm(1, out_TD), step, replay_ids_TK)
 
     def decode(self, x_BD: Tensor, step: DecodeStep) -> tuple[Tensor, Routing | None]:
-        return self._mlp(x_BD + self.self_attn.decode(self.input_layernorm(x_BD), step))
+        out_BD = self.self_attn.decode(self._norm(0, x_BD), step)
+        return self._mlp(x_BD + self._norm(1, out_BD))
 
     def _mlp(self, x_TD: Tensor, *routing_args: Any) -> tuple[Tensor, Routing | None]:
-        normed_TD = self.post_attention_layernorm(x_TD)
+        normed_TD = self._norm(2, x_TD)
         if not isinstance(self.mlp, MoE):
-            return x_TD + self.mlp(normed_TD), None
+            return x_TD + self._norm(3, self.mlp(normed_TD)), None
         out_TD, routing = self.mlp(normed_TD, *routing_args)
-        return x_TD + out_TD, routing
+        return x_TD + self._norm(3, out_TD), routing
+
+    def _add_norms(self, config: ModelConfig, *places: int) -> None:
+        for name in (self.norm_names[place] for place in places):
+            if name is not None:
+                setattr(self, name, RMSNorm(config.hidden_size, config.rms_norm_eps, config.family.norm_offset))
+
+    def _norm(self, place: int, x_TD: Tensor) -> Tensor:
+        """The norm before attention, after it, before the MLP or after it, where there is one."""
+        name = self.norm_names[place]
+        return x_TD if name is None else getattr(self, name)(x_TD)
 
 
 def _of_model(routings: list[Routing | None]) -> Routing | None:
@@ -69,9 +85,10 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, *, scalar_head: bool = False) -> None:
         super().__init__()
         self.config, self.scalar_head = config, scalar_head
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        scale = config.hidden_size**0.5 if config.family.scales_embedding else 1.0
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, scale)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.family.norm_offset)
         self.rotary = Rotary(config)
         if scalar_head:
             self.score = Head(config.hidden_size, 1)
@@ -97,11 +114,11 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """normal(0, initializer_range) for every matrix, ones for norms, zeros for biases, the router's included."""
+        """normal(0, initializer_range) for every matrix; norms multiply by 1; zeros for biases, the router's too."""
         for module in self.modules():
             for name, param in module.named_parameters(recurse=False):
                 if isinstance(module, RMSNorm):
-                    param.fill_(1.0)
+                    param.fill_(1.0 - module.offset)
                 elif name == "bias":
                     param.zero_()
                 else:
@@ -136,7 +153,8 @@ class Decoder(nn.Module):
         """
         plan = AttentionPlan(cu_seqlens, input_ids_T.numel(), input_ids_T.device)
         x_TD = self.embed_tokens(input_ids_T)
-        step = ForwardPass(plan, self.rotary(plan.positions_T, x_TD.dtype), cache, slots_T, balance_scale)
+        ropes = self.rotary(plan.positions_T, plan.lengths_T, x_TD.dtype)
+        step = ForwardPass(plan, ropes, cache, slots_T, balance_scale)
         replayed = iter(() if replay_ids_TLK is None else replay_ids_TLK.unbind(1))
         routings: list[Routing | None] = []
         for i, layer in enumerate(self.layers):
@@ -164,7 +182,8 @@ class Decoder(nn.Module):
         """
         # `forward` itself, past hooks: FSDP's make its streams wait for this one, which would break a graph's capture.
         x_BD = self.embed_tokens.forward(input_ids_B)
-        step = DecodeStep(positions_B, block_table_BN, self.rotary(positions_B, x_BD.dtype), cache)
+        ropes = self.rotary(positions_B, positions_B + 1, x_BD.dtype)
+        step = DecodeStep(positions_B, block_table_BN, ropes, cache)
         routings: list[Routing | None] = []
         for layer in cast(Iterable[DecoderLayer], self.layers):
             x_BD, routing = layer.decode(x_BD, step)

@@ -56,7 +56,7 @@ def save_model(
         file.unlink()
     if decoder_config.tie_word_embeddings and not scalar_head:
         state_dict = {name: tensor for name, tensor in state_dict.items() if name != "lm_head.weight"}
-    _write_tensors(state_dict, directory, blocks or ((name, 0, tensor) for name, tensor in state_dict.items()))
+    _write_tensors(decoder_config, state_dict, directory, blocks or ((name, 0, tensor) for name, tensor in state_dict.items()))
 
     eos = eos_ids(decoder_config.eos_token_id, getattr(tokenizer, "eos_token_id", None))
     decoder_config = dataclasses.replace(decoder_config, eos_token_id=eos)
@@ -85,11 +85,11 @@ class _Place:
         return self.shape[0] * self.row_bytes
 
 
-def _write_tensors(state: StateDict, directory: Path, blocks: Blocks) -> None:
+def _write_tensors(config: ModelConfig, state: StateDict, directory: Path, blocks: Blocks) -> None:
     places = {
         piece.name: _Place(tensor.dtype, piece.shape)
         for name, tensor in state.items()
-        for piece in pieces_of(name, tuple(tensor.shape))
+        for piece in pieces_of(name, tuple(tensor.shape), config)
     }
     total = sum(place.num_bytes for place in places.values())
     shards = list(_shards(places))
@@ -102,7 +102,7 @@ def _write_tensors(state: StateDict, directory: Path, blocks: Blocks) -> None:
         (directory / INDEX_NAME).write_text(f"{index}\n", encoding="utf-8")
     with ExitStack() as opened:
         file: IO[bytes] | None = None
-        for place, first, rows in _pieces(state, places, blocks):
+        for place, first, rows in _pieces(config, state, places, blocks):
             if file is None or file.name != str(place.file):
                 opened.close()
                 file = opened.enter_context(place.file.open("r+b"))
@@ -111,10 +111,12 @@ def _write_tensors(state: StateDict, directory: Path, blocks: Blocks) -> None:
     assert total == 0, f"{total} bytes of weights were not given"
 
 
-def _pieces(state: StateDict, places: dict[str, _Place], blocks: Blocks) -> Iterator[tuple[_Place, int, Tensor]]:
+def _pieces(
+    config: ModelConfig, state: StateDict, places: dict[str, _Place], blocks: Blocks
+) -> Iterator[tuple[_Place, int, Tensor]]:
     """(place of a tensor on disk, row of it, rows) of all that comes."""
     for name, start, rows in blocks:
-        for piece in pieces_of(name, tuple(state[name].shape)) if name in state else ():
+        for piece in pieces_of(name, tuple(state[name].shape), config) if name in state else ():
             if (found := piece.within(start, start + len(rows))) is not None:
                 index, first, _ = found
                 yield places[piece.name], first, rows[index].detach().cpu()

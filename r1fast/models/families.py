@@ -22,56 +22,199 @@ _COMMON = (
     "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 _EXPERTS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+_LATENTS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 ALIASES = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
 
+# The norms of a layer by their names on disk: before attention, after it, before the MLP, after it.
+NormNames = tuple[str | None, str | None, str | None, str | None]
+PRE_NORMS: NormNames = ("input_layernorm", None, "post_attention_layernorm", None)
+POST_NORMS: NormNames = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+BOTH_NORMS: NormNames = (
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)  # fmt: skip
 
-def _every_few(config: "ModelConfig", layer_idx: int) -> bool:
-    sparse = config.n_routed_experts > 0 and (layer_idx + 1) % config.decoder_sparse_step == 0
-    return sparse and layer_idx not in config.mlp_only_layers
+ONE_ROPE = "default"
+FULL, SLIDING = "full_attention", "sliding_attention"  # of layer_types
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What may differ between the layers of a model."""
+
+    is_moe: bool = False
+    rope: str | None = ONE_ROPE  # which of the model's rotary embeddings; None: no rotation
+    window: int | None = None  # tokens that a query sees; None: all before it
 
 
 @dataclass(frozen=True)
 class Family:
     fields: tuple[str, ...]  # of ModelConfig; any other would be given and not used
     attention: Literal["grouped", "latent"] = "grouped"
-    router: Literal["sigmoid", "softmax"] = "softmax"  # sigmoid: with groups and a bias, as of DeepSeek-V3
-    is_moe_layer: Callable[["ModelConfig", int], bool] = lambda config, layer_idx: False
+    layer: Callable[["ModelConfig", int], Layer] = lambda config, layer_idx: Layer()
+    norms: NormNames = PRE_NORMS
+    norm_offset: float = 0.0  # on the weight of every norm
+    qk_norm: Literal["head", "projection"] | None = None  # over a head's channels, or over all heads' at once
     qkv_bias: bool = False  # always on, that of o is not
-    qk_norm: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    scales_embedding: bool = False  # times sqrt(hidden_size)
+    ropes: tuple[str, ...] = ()  # keys of rope_parameters, which Layer.rope names; none: it is one rotary embedding
+    partial_rotary: bool = False  # rope_parameters may say that only the first channels of a head are rotated
+    router: Literal["sigmoid", "softmax"] = "softmax"  # sigmoid: with groups and a bias, as of DeepSeek-V3
+    norm_topk_prob: bool | None = None  # None: a field
+    expert_width: str = "moe_intermediate_size"
+    needs_experts: bool = False
+    shared_gate: bool = False  # a sigmoid of its own, for each token, on what the shared expert adds
     has_mtp_layers: bool = False  # multi-token prediction: weights past the last layer, which are left out
+    heads_divide_width: bool = False  # transformers refuses others, whatever head_dim says
+    renamed: Mapping[str, str] = field(default_factory=dict)  # parts of a tensor's name, ours -> on disk
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a projection on disk: those of ours inside
     hf_names: Mapping[str, str] = field(default_factory=dict)  # a field's name in config.json, where it is another
-    written: Mapping[str, Any] = field(default_factory=dict)  # into config.json, beside the fields
+    written: Callable[["ModelConfig"], Mapping[str, Any]] = lambda config: {}  # into config.json, beside the fields
     no_effect: tuple[str, ...] = ()
     fixed: Fixed = field(default_factory=dict)
 
 
+def _windowed(config: "ModelConfig", layer_idx: int) -> Layer:
+    return Layer(window=config.sliding_window)
+
+
+def _all_sparse(config: "ModelConfig", layer_idx: int) -> Layer:
+    return Layer(is_moe=True, window=config.sliding_window)
+
+
+def _by_layer_type(config: "ModelConfig", layer_idx: int) -> Layer:
+    kind = config.layer_types[layer_idx]
+    return Layer(rope=kind, window=config.sliding_window if kind == SLIDING else None)
+
+
+def _original_length(config: "ModelConfig") -> dict[str, Any]:
+    """transformers' Phi-3 takes it from here, and not from rope_parameters."""
+    found = config.rope_parameters.get("original_max_position_embeddings")
+    return {} if found is None else {"original_max_position_embeddings": found}
+
+
+def _sparse_past_the_first(config: "ModelConfig", layer_idx: int) -> Layer:
+    return Layer(is_moe=layer_idx >= config.first_k_dense_replace)
+
+
+def _sparse_every_few(config: "ModelConfig", layer_idx: int) -> Layer:
+    sparse = config.n_routed_experts > 0 and (layer_idx + 1) % config.decoder_sparse_step == 0
+    return Layer(is_moe=sparse and layer_idx not in config.mlp_only_layers)
+
+
 FAMILIES: dict[str, Family] = {
+    "deepseek_v2": Family(
+        fields=(
+            *_COMMON, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", *_LATENTS, "attention_bias",
+            "n_shared_experts", "routed_scaling_factor", "first_k_dense_replace",
+        ),
+        attention="latent",
+        layer=_sparse_past_the_first,
+        norm_topk_prob=False,
+        heads_divide_width=True,
+        written=lambda _: {"scoring_func": "softmax", "topk_method": "greedy"},
+        fixed={
+            "scoring_func": (("softmax",), "softmax"),
+            "topk_method": (("greedy",), "greedy, which knows no groups of experts"),
+            "n_group": ((1,), "1"),
+            "topk_group": ((1,), "1"),
+            "norm_topk_prob": ((False,), "false"),
+            "moe_layer_freq": ((1,), "1: every layer past first_k_dense_replace is MoE"),
+        },
+    ),
     "deepseek_v3": Family(
         fields=(
-            *_COMMON, *_EXPERTS, "attention_bias", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
-            "qk_rope_head_dim", "v_head_dim", "rope_interleave", "n_group", "topk_group", "n_shared_experts",
-            "routed_scaling_factor", "first_k_dense_replace",
+            *_COMMON, *_EXPERTS, *_LATENTS, "attention_bias", "rope_interleave", "n_group", "topk_group",
+            "n_shared_experts", "routed_scaling_factor", "first_k_dense_replace",
         ),
         attention="latent",
         router="sigmoid",
-        is_moe_layer=lambda config, layer_idx: layer_idx >= config.first_k_dense_replace,
+        layer=_sparse_past_the_first,
         has_mtp_layers=True,
         # transformers has V3's router in its code; vLLM reads it here, and falls back on V2's softmax.
-        written={"num_nextn_predict_layers": 0, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+        written=lambda _: {"num_nextn_predict_layers": 0, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
         fixed={
             "scoring_func": (("sigmoid",), "sigmoid"),
             "topk_method": (("noaux_tc",), "noaux_tc"),
             "moe_layer_freq": ((1,), "1: every layer past first_k_dense_replace is MoE"),
         },
     ),
-    "llama": Family(fields=(*_COMMON, "head_dim", "attention_bias", "mlp_bias")),
+    "gemma3_text": Family(
+        fields=(
+            *_COMMON, "head_dim", "attention_bias", "query_pre_attn_scalar", "sliding_window", "layer_types",
+        ),
+        layer=_by_layer_type,
+        norms=BOTH_NORMS,
+        norm_offset=1.0,
+        qk_norm="head",
+        activation="gelu_tanh",
+        scales_embedding=True,
+        ropes=(FULL, SLIDING),
+        heads_divide_width=True,
+        no_effect=("sliding_window_pattern", "cache_implementation"),  # layer_types says it
+        fixed={
+            "hidden_activation": (("gelu_pytorch_tanh",), "gelu_pytorch_tanh"),
+            "use_bidirectional_attention": ((False,), "false"),
+            "attn_logit_softcapping": ((), "null"),
+            "final_logit_softcapping": ((), "null"),
+        },
+    ),
+    "llama": Family(fields=(*_COMMON, "head_dim", "attention_bias", "mlp_bias"), heads_divide_width=True),
+    "mistral": Family(fields=(*_COMMON, "head_dim", "sliding_window"), layer=_windowed),
+    "mixtral": Family(
+        fields=(*_COMMON, "n_routed_experts", "num_experts_per_tok", "head_dim", "sliding_window"),
+        layer=_all_sparse,
+        norm_topk_prob=True,
+        expert_width="intermediate_size",
+        needs_experts=True,
+        renamed={
+            ".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".up_proj.": ".w3.", ".down_proj.": ".w2.",
+        },
+        hf_names={"n_routed_experts": "num_local_experts"},
+        no_effect=("router_jitter_noise",),  # of training
+    ),
+    "olmo2": Family(fields=(*_COMMON, "attention_bias"), norms=POST_NORMS, qk_norm="projection"),
+    "olmoe": Family(
+        fields=(*_COMMON, "n_routed_experts", "num_experts_per_tok", "norm_topk_prob", "attention_bias"),
+        layer=_all_sparse,
+        qk_norm="projection",
+        expert_width="intermediate_size",
+        needs_experts=True,
+        hf_names={"n_routed_experts": "num_experts"},
+        fixed={"clip_qkv": ((), "null")},
+    ),
+    "phi3": Family(
+        fields=(*_COMMON, "sliding_window"),
+        layer=_windowed,
+        partial_rotary=True,
+        fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
+        written=_original_length,
+        no_effect=("embd_pdrop", "resid_pdrop"),
+        fixed={"full_attn_mod": ((1,), "1"), "interpolate_factor": ((1,), "1"), "lm_head_bias": ((False,), "false")},
+    ),
     "qwen2": Family(fields=(*_COMMON, "head_dim"), qkv_bias=True, no_effect=("attention_bias",)),
-    "qwen3": Family(fields=(*_COMMON, "head_dim", "attention_bias"), qk_norm=True),
+    "qwen2_moe": Family(
+        fields=(*_COMMON, *_EXPERTS, "decoder_sparse_step", "mlp_only_layers", "shared_expert_intermediate_size"),
+        layer=_sparse_every_few,
+        qkv_bias=True,
+        needs_experts=True,
+        shared_gate=True,
+        renamed={".shared_experts.": ".shared_expert."},
+        hf_names={"n_routed_experts": "num_experts"},
+        fixed={"qkv_bias": ((True,), "true")},
+    ),
+    "qwen3": Family(fields=(*_COMMON, "head_dim", "attention_bias"), qk_norm="head"),
     "qwen3_moe": Family(
         fields=(*_COMMON, *_EXPERTS, "head_dim", "attention_bias", "decoder_sparse_step", "mlp_only_layers"),
-        is_moe_layer=_every_few,
-        qk_norm=True,
+        layer=_sparse_every_few,
+        qk_norm="head",
+        needs_experts=True,
         hf_names={"n_routed_experts": "num_experts"},
+    ),
+    "smollm3": Family(
+        fields=(*_COMMON, "attention_bias", "mlp_bias", "no_rope_layers"),
+        layer=lambda config, layer_idx: Layer(rope=ONE_ROPE if config.no_rope_layers[layer_idx] else None),
+        no_effect=("no_rope_layer_interval",),  # no_rope_layers says it
     ),
 }  # fmt: skip
 
@@ -101,19 +244,23 @@ def fixed_values(values: Mapping[str, Any]) -> Fixed:
     """The keys that must have the value of the decoder, beside config.json's `values`."""
     family = FAMILIES[values["model_type"]]
     window = () if values.get("use_sliding_window", True) else (values.get("sliding_window"),)
-    full = ["full_attention"] * values["num_hidden_layers"]
+    full, rope = [FULL] * values["num_hidden_layers"], values.get("rope_parameters") or {}
+    original, share = "original_max_position_embeddings", "partial_rotary_factor"
     fixed: Fixed = {
         "hidden_act": (("silu", "swish"), "silu"),
         "is_causal": ((True,), "true"),
         "is_encoder_decoder": ((False,), "false"),
         "add_cross_attention": ((False,), "false"),
         "pruned_heads": (({},), "none"),
+        "attention_bias": ((False,), "false"),
         "mlp_bias": ((False,), "false"),
         "use_mrope": ((False,), "false"),
         "rope_interleaved": ((False,), "false"),
         "qk_layernorm": ((False,), "false"),
         "sliding_window": (window, "full attention (use_sliding_window: false)"),
         "layer_types": ((full,), f"full_attention in each of the {len(full)} layers"),
+        original: ((rope.get(original, values.get(original)),), "what rope_parameters says"),
+        share: ((rope.get(share),), "what rope_parameters says"),
         **family.fixed,
     }
     if family.attention == "latent":  # transformers repeats two widths; its rotary embedding reads the first

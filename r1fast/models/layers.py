@@ -1,6 +1,7 @@
-"""The small parts that every family shares: RMS norm, gated MLP, output head."""
+"""The small parts that every family shares: embedding, RMS norm, gated MLP, output head."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +13,34 @@ from r1fast_kernels.products import linear
 
 HeadFn = Callable[[Tensor, Tensor], Any]
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
+    """offset + weight times the normed x; Gemma's weights are small numbers around 0, and are added in fp32."""
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, eps=self.eps)
+        weight: Tensor = self.weight
+        if self.offset:
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.offset
+        return rms_norm(x, weight, eps=self.eps)
+
+
+class Embedding(nn.Embedding):
+    """Rows times `scale`, which is rounded to their dtype first, as in Gemma."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, scale: float = 1.0) -> None:
+        super().__init__(vocab_size, hidden_size)
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = super().forward(input)
+        return x if self.scale == 1.0 else x * torch.tensor(self.scale, dtype=x.dtype, device="cpu")
 
 
 class Linear(nn.Linear):
@@ -29,16 +49,17 @@ class Linear(nn.Linear):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)): SwiGLU, or GeGLU."""
 
-    def __init__(self, hidden_size: int, width: int, bias: bool = False) -> None:
+    def __init__(self, hidden_size: int, width: int, bias: bool = False, activation: str = "silu") -> None:
         super().__init__()
+        self.activation = activation
         self.gate_proj = Linear(hidden_size, width, bias=bias)
         self.up_proj = Linear(hidden_size, width, bias=bias)
         self.down_proj = Linear(width, hidden_size, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(_ACTIVATIONS[self.activation](self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
 
 class Head(nn.Module):

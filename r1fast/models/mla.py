@@ -1,4 +1,4 @@
-"""Multi-head latent attention of DeepSeek-V3 (arXiv:2412.19437, section 2.1.1).
+"""Multi-head latent attention of DeepSeek-V2 and V3 (arXiv:2405.04434; 2412.19437, section 2.1.1).
 
     c = norm(W_DKV x)   k_nope, v = W_UK c, W_UV c   k_pe = rope(W_KR x), one for all heads   k = [k_nope | k_pe]
 Training and prefill expand keys and values per head. Decoding never does: q_nope . (W_UK c) = (W_UK^T q_nope) . c, so
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from r1fast.models.attention import ForwardPass, packed_attention
 from r1fast.models.cache import DecodeStep
+from r1fast.models.families import ONE_ROPE
 from r1fast.models.layers import Linear, RMSNorm
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.rope import Rope, softmax_scale
@@ -43,21 +44,25 @@ class LatentAttention(nn.Module):
     def forward(self, x_TD: Tensor, step: ForwardPass) -> Tensor:
         q_THd, (latent_TC, k_pe_TR) = self._queries(x_TD), self._latents(x_TD)
         if step.cache is not None and step.slots_T is not None:
-            step.cache.write(self.layer_idx, step.slots_T, self._cached(latent_TC, k_pe_TR, step.rope))
+            step.cache.write(self.layer_idx, step.slots_T, self._cached(latent_TC, k_pe_TR, step.ropes[ONE_ROPE]))
         kv_THd = self.kv_b_proj(latent_TC).unflatten(-1, (self.num_heads, -1))
         k_nope_THd, v_THd = kv_THd.split((self.nope_dim, self.value_dim), dim=-1)
-        out_THd = packed_attention(q_THd, k_nope_THd, v_THd, step.plan, step.rope, self.scale, k_pe_TR=k_pe_TR)
+        out_THd = packed_attention(
+            q_THd, k_nope_THd, v_THd, step.plan, step.ropes[ONE_ROPE], self.scale, k_pe_TR=k_pe_TR
+        )
         return self.o_proj(out_THd.flatten(1))
 
     def decode(self, x_BD: Tensor, step: DecodeStep) -> Tensor:
-        q_BHd, (latent_BC, k_pe_BR) = step.rope.rotate(self._queries(x_BD)), self._latents(x_BD)
+        q_BHd, (latent_BC, k_pe_BR) = step.ropes[ONE_ROPE].rotate(self._queries(x_BD)), self._latents(x_BD)
         q_nope_BHn, q_pe_BHR = q_BHd.split((self.nope_dim, self.rope_dim), dim=-1)
         # Both factors are strided views of the live weight: a copy would go stale at the next optimizer step.
         up_HdC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
         up_k_HnC, up_v_HvC = up_HdC.split((self.nope_dim, self.value_dim), dim=1)
         q_latent_BHC = torch.bmm(q_nope_BHn.transpose(0, 1), up_k_HnC).transpose(0, 1)
         q_BHC = torch.cat((q_latent_BHC, q_pe_BHR), dim=-1).to(step.cache.dtype)
-        (k_S1C,) = step.cache.write(self.layer_idx, step.slots_B, self._cached(latent_BC, k_pe_BR, step.rope))
+        (k_S1C,) = step.cache.write(
+            self.layer_idx, step.slots_B, self._cached(latent_BC, k_pe_BR, step.ropes[ONE_ROPE])
+        )
         v_S1C = k_S1C[..., : self.latent_dim]
         out_BHC = decode_attention(q_BHC, k_S1C, v_S1C, step.block_table_BN, step.lengths_B, scale=self.scale)
         out_HBv = torch.bmm(out_BHC.to(x_BD.dtype).transpose(0, 1), up_v_HvC.transpose(1, 2))

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from r1fast.models import checks
 from r1fast.models.checks import MAX_EXPERTS, MAX_LAYERS, Values, number, require, whole
-from r1fast.models.families import ALIASES, FAMILIES, Family, check_keys
+from r1fast.models.families import ALIASES, FAMILIES, FULL, ONE_ROPE, SLIDING, Family, Layer, check_keys
 from r1fast.wording import did_you_mean
 
 Size = Annotated[int, checks.SIZE]
@@ -38,20 +38,24 @@ class ModelConfig:
     initializer_range: Annotated[float, number(0, 1e3, "a number, 0 or more")] = 0.02
     rms_norm_eps: Annotated[float, number(1e-30, 1, "a number above 0, at most 1")] = 1e-6
     tie_word_embeddings: Flag = False
-    rope_parameters: dict[str, Any] = field(default_factory=dict)  # rope_type, rope_theta, factor, ...
+    rope_parameters: dict[str, Any] = field(default_factory=dict)  # rope_type, rope_theta, factor, ...; or several
     attention_bias: Flag = False  # Qwen2's q, k, v biases are always on
     mlp_bias: Flag = False  # Llama
     bos_token_id: TokenOrNone = None
     eos_token_id: Annotated[int | list[int] | None, checks.TOKENS] = None
     pad_token_id: TokenOrNone = None
-    # MLA (deepseek_v3)
+    sliding_window: SizeOrNone = None  # tokens that a query sees, in the layers that have a window
+    layer_types: tuple[str, ...] = ()  # of each layer: full_attention or sliding_attention; (): all full
+    no_rope_layers: tuple[int, ...] = ()  # SmolLM3: of each layer, 1 where there is a rotation; (): in all
+    query_pre_attn_scalar: SizeOrNone = None  # 1 over its root scales the scores; None: 1 over that of head_dim
+    # MLA (DeepSeek)
     q_lora_rank: SizeOrNone = None  # None: one q_proj
     kv_lora_rank: Count = 0
     qk_nope_head_dim: Count = 0
     qk_rope_head_dim: Count = 0
     v_head_dim: Count = 0
     rope_interleave: Flag = True
-    # mixture of experts (deepseek_v3, qwen3_moe)
+    # mixture of experts
     n_routed_experts: Annotated[int, whole(0, MAX_EXPERTS, f"a whole number, 0 to {MAX_EXPERTS}")] = 0
     n_shared_experts: Count = 0
     num_experts_per_tok: Count = 0
@@ -61,8 +65,9 @@ class ModelConfig:
     norm_topk_prob: Flag = True
     routed_scaling_factor: Annotated[float, number(1e-6, 1e6, "a number above 0")] = 1.0
     first_k_dense_replace: Count = 0  # DeepSeek: the first k layers are dense
-    decoder_sparse_step: Size = 1  # Qwen3-MoE: every step-th layer is MoE
-    mlp_only_layers: tuple[int, ...] = ()  # Qwen3-MoE: these layers are dense
+    decoder_sparse_step: Size = 1  # Qwen: every step-th layer is MoE
+    mlp_only_layers: tuple[int, ...] = ()  # Qwen: these layers are dense
+    shared_expert_intermediate_size: Count = 0  # Qwen2-MoE
 
     def __post_init__(self) -> None:
         _check_family(self.model_type)
@@ -72,13 +77,15 @@ class ModelConfig:
         divides = self.uses_mla or self.head_dim is not None or width % heads == 0
         require(divides, "num_attention_heads", heads, f"a divisor of hidden_size={width}, or head_dim")
         normal = {
-            "rope_parameters": checks.normal_rope(self.rope_parameters, self.max_position_embeddings),
+            "rope_parameters": self._normal_ropes(),
             # transformers' DeepSeek default is 128 whatever the query heads; MLA has as many of both.
             "num_key_value_heads": heads if self.uses_mla else self.kv_heads,
             "head_dim": self.attention_head_dim,
             "n_group": self.n_group or 1,
             "topk_group": self.topk_group or 1,
             "mlp_only_layers": _layers(self.mlp_only_layers, self.num_hidden_layers - 1),
+            "layer_types": self._of_each_layer("layer_types", (FULL, SLIDING), FULL),
+            "no_rope_layers": self._of_each_layer("no_rope_layers", (0, 1), 1),
             # transformers takes no integer for them.
             **{n: float(getattr(self, n)) for n in ("initializer_range", "rms_norm_eps", "routed_scaling_factor")},
         }
@@ -94,6 +101,14 @@ class ModelConfig:
     def uses_mla(self) -> bool:
         return self.family.attention == "latent"
 
+    def layer(self, layer_idx: int) -> Layer:
+        return self.family.layer(self, layer_idx)
+
+    @property
+    def ropes(self) -> dict[str, dict[str, Any]]:
+        """The parameters of each rotary embedding, by the names that layers know it by."""
+        return self.rope_parameters if self.family.ropes else {ONE_ROPE: self.rope_parameters}
+
     @property
     def kv_heads(self) -> int:
         return self.num_key_value_heads or self.num_attention_heads
@@ -105,7 +120,19 @@ class ModelConfig:
     @property
     def rope_dim(self) -> int:
         """Channels per head that the rotation touches."""
-        return self.qk_rope_head_dim if self.uses_mla else self.attention_head_dim
+        if self.uses_mla:
+            return self.qk_rope_head_dim
+        return int(self.attention_head_dim * self.rope_parameters.get("partial_rotary_factor", 1))
+
+    @property
+    def expert_width(self) -> int:
+        width: int = getattr(self, self.family.expert_width)
+        return width
+
+    @property
+    def shared_width(self) -> int:
+        """Of the MLP that every token of a MoE layer goes through; 0: none."""
+        return self.moe_intermediate_size * self.n_shared_experts + self.shared_expert_intermediate_size
 
     @property
     def has_router(self) -> bool:
@@ -118,11 +145,32 @@ class ModelConfig:
     @property
     def routing(self) -> dict[str, Any]:
         """Options of route_topk."""
-        names = ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
-        return {"top_k": self.num_experts_per_tok, **{name: getattr(self, name) for name in names}}
+        names, fixed = ("n_group", "topk_group", "routed_scaling_factor"), self.family.norm_topk_prob
+        norm = self.norm_topk_prob if fixed is None else fixed
+        return {"top_k": self.num_experts_per_tok, "norm_topk_prob": norm, **{n: getattr(self, n) for n in names}}
 
     def is_moe_layer(self, layer_idx: int) -> bool:
-        return self.family.is_moe_layer(self, layer_idx)
+        return self.layer(layer_idx).is_moe
+
+    def _normal_ropes(self) -> dict[str, Any]:
+        given, names, limit = self.rope_parameters, self.family.ropes, self.max_position_embeddings
+        if not names:
+            return checks.normal_rope(given, limit, partial=self.family.partial_rotary)
+        require(isinstance(given, Mapping), "rope_parameters", given, f"a mapping of {', '.join(names)}")
+        nested = any(name in given for name in names)  # else one for all
+        for name in given if nested else ():
+            require(name in names, f"rope_parameters.{name}", given[name], f"only {', '.join(names)}")
+        return {name: checks.normal_rope((given.get(name) or {}) if nested else given, limit) for name in names}
+
+    def _of_each_layer(self, name: str, accepted: tuple[Any, ...], otherwise: Any) -> tuple[Any, ...]:
+        """The field, written out where the family has it."""
+        given, count = getattr(self, name), self.num_hidden_layers
+        expected = f"a list of {count} of {accepted[0]} and {accepted[1]}, one of each layer"
+        require(given is None or isinstance(given, list | tuple), name, given, expected)
+        if name not in self.family.fields or not given:
+            return (otherwise,) * count if name in self.family.fields else ()
+        require(len(given) >= count and all(value in accepted for value in given), name, given, expected)
+        return tuple(given[:count])
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
@@ -155,9 +203,9 @@ class ModelConfig:
 
     def to_hf(self, dtype: torch.dtype | None = None, *, scalar_head: bool = False) -> PretrainedConfig:
         """The transformers config of this architecture, with the family's own fields only."""
-        values = dataclasses.asdict(self) | {"mlp_only_layers": list(self.mlp_only_layers)}
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
         named = {self.family.hf_names.get(name, name): values[name] for name in self.family.fields}
-        named |= {**self.family.written, "dtype": dtype, **({"num_labels": 1} if scalar_head else {})}
+        named |= {**self.family.written(self), "dtype": dtype, **({"num_labels": 1} if scalar_head else {})}
         del named["model_type"]
         config = AutoConfig.for_model(self.model_type, **named)
         suffix = "ForSequenceClassification" if scalar_head else "ForCausalLM"
@@ -191,17 +239,25 @@ def _check_parts(config: ModelConfig) -> None:
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             value = getattr(config, name)
             require(value > 0, name, value, f"a positive number for {config.model_type}")
-    elif config.model_type == "llama":  # transformers refuses it, whatever head_dim says
-        width = config.hidden_size
-        require(width % heads == 0, "hidden_size", width, f"a multiple of num_attention_heads={heads} for llama")
+    if config.family.heads_divide_width:
+        width, expected = config.hidden_size, f"a multiple of num_attention_heads={heads} for {config.model_type}"
+        require(width % heads == 0, "hidden_size", width, expected)
     pad = config.pad_token_id
     require(pad is None or pad < config.vocab_size, "pad_token_id", pad, f"below vocab_size={config.vocab_size}")
     require(config.rope_dim % 2 == 0, "rotary dimension", config.rope_dim, "an even number")
+    for name in ("short_factor", "long_factor"):
+        if factors := config.rope_parameters.get(name):
+            half = config.rope_dim // 2
+            require(len(factors) == half, f"rope_parameters.{name}", factors, f"{half} numbers, one of each pair")
+    windowless = "layer_types" in config.family.fields and config.sliding_window is None  # transformers runs none so
+    require(not windowless, "sliding_window", None, f"a whole number above 0, for layers of {SLIDING}")
     if not config.has_router:
         return
     experts, chosen = config.n_routed_experts, config.num_experts_per_tok
     require(0 < chosen <= experts, "num_experts_per_tok", chosen, f"1 to n_routed_experts={experts}")
-    require(config.moe_intermediate_size > 0, "moe_intermediate_size", config.moe_intermediate_size, "> 0")
+    names = (config.family.expert_width, *(["shared_expert_intermediate_size"] if config.family.shared_gate else []))
+    for name in names:
+        require(getattr(config, name) > 0, name, getattr(config, name), "> 0")
     groups, kept = config.n_group, config.topk_group
     require(experts % groups == 0, "n_group", groups, f"a divisor of n_routed_experts={experts}")
     if config.has_router_bias:  # a group is judged by its two best experts
@@ -226,7 +282,7 @@ def _check_from_scratch(config: ModelConfig, given: Mapping[str, Any]) -> None:
         require(kv_heads is None or kv_heads == heads, "num_key_value_heads", kv_heads, expected)
     experts, expected = given.get("n_routed_experts"), f"a layer with experts among the {layers}"
     require(not experts or config.has_router, "n_routed_experts", experts, expected)
-    if config.model_type == "qwen3_moe":
+    if config.family.needs_experts:
         require(config.n_routed_experts > 0, "num_experts", config.n_routed_experts, "a whole number above 0")
 
 

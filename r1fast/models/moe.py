@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from r1fast.models.attention import ForwardPass
-from r1fast.models.layers import MLP
+from r1fast.models.layers import MLP, Linear
 from r1fast.models.model_config import ModelConfig
 from r1fast_kernels import moe_experts, route_topk
 from r1fast_kernels.products import linear_fp32
@@ -46,7 +46,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        experts, width, expert_width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        experts, width, expert_width = config.n_routed_experts, config.hidden_size, config.expert_width
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * expert_width, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
 
@@ -103,8 +103,8 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Gate(config)
         self.experts = Experts(config)
-        shared_width = config.moe_intermediate_size * config.n_shared_experts
-        self.shared_experts = MLP(config.hidden_size, shared_width) if shared_width else None
+        self.shared_experts = MLP(config.hidden_size, config.shared_width) if config.shared_width else None
+        self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False) if config.family.shared_gate else None
 
     def forward(
         self, x_TD: Tensor, step: ForwardPass | None = None, replay_ids_TK: Tensor | None = None
@@ -119,5 +119,8 @@ class MoE(nn.Module):
             balance = loss.detach()
         out_TD = self.experts(x_TD, expert_ids_TK, weights_TK)
         if self.shared_experts is not None:
-            out_TD = out_TD + self.shared_experts(x_TD)
+            shared_TD = self.shared_experts(x_TD)
+            if self.shared_expert_gate is not None:
+                shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
+            out_TD = out_TD + shared_TD
         return out_TD, Routing(expert_ids_TK, balance)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from r1fast.models.model_config import ModelConfig
@@ -42,30 +43,43 @@ class Piece(NamedTuple):
         return (slice(low - start, high - start), first, high - low) if low < high else None
 
 
-def pieces_of(name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
+def pieces_of(name: str, shape: tuple[int, ...], config: ModelConfig) -> Iterator[Piece]:
     """What makes up a parameter of our name on disk, in order."""
-    disk = disk_name(name)
-    prefix, _, last = disk.rpartition(".")
+    prefix, _, last = name.rpartition(".")
     if not prefix.endswith(".experts"):
-        yield Piece(disk, tuple(shape), None, 0, 0, shape[0])
+        disk, first, rows = _fused(name, config) or (name, 0, shape[0])
+        yield Piece(disk_name(disk, config), (rows, *shape[1:]), None, 0, first, shape[0])
         return
     num_experts, rows, width = shape
     projs = _STACKED[last]
     rows //= len(projs)
     for expert in range(num_experts):
         for i, proj in enumerate(projs):
-            yield Piece(f"{prefix}.{expert}.{proj}.weight", (rows, width), expert, i * rows, 0, rows)
+            disk = disk_name(f"{prefix}.{expert}.{proj}.weight", config)
+            yield Piece(disk, (rows, width), expert, i * rows, 0, rows)
 
 
-def to_hf_names(state_dict: StateDict, *, tied: bool) -> StateDict:
+def _fused(name: str, config: ModelConfig) -> tuple[str, int, int] | None:
+    """Of a projection that is a part of another on disk: that one, the first row there, and all of its rows."""
+    module, _, last = name.removesuffix(".weight").rpartition(".")
+    queries, keys = (n * config.attention_head_dim for n in (config.num_attention_heads, config.kv_heads))
+    own = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    for fused, parts in config.family.fused.items():
+        if last in parts and name.endswith(".weight"):
+            rows = [own.get(part, config.intermediate_size) for part in parts]
+            return f"{module}.{fused}.weight", sum(rows[: parts.index(last)]), sum(rows)
+    return None
+
+
+def to_hf_names(state_dict: StateDict, config: ModelConfig, *, tied: bool) -> StateDict:
     """Our names -> names on disk: experts apart, `model.` in front, no second copy of a tied head."""
-    out: StateDict = {}
+    out: dict[str, list[Tensor]] = {}
     for name, tensor in state_dict.items():
         if not (tied and name.startswith("lm_head.")):
-            for piece in pieces_of(name, tensor.shape):
+            for piece in pieces_of(name, tensor.shape, config):
                 part = tensor if piece.entry is None else tensor[piece.entry]
-                out[piece.name] = part[piece.first : piece.first + piece.num_rows]
-    return out
+                out.setdefault(piece.name, []).append(part[piece.first : piece.first + piece.num_rows])
+    return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in out.items()}
 
 
 def standard_name(name: str) -> str:
@@ -73,7 +87,7 @@ def standard_name(name: str) -> str:
     for head in ("value_head.", "v_head.summary."):  # of OpenRLHF; of TRL and LLaMA-Factory
         if name.startswith(head):
             return f"score.{name.removeprefix(head)}"
-    return disk_name(name.removeprefix("model."))
+    return name if name.startswith(("model.", "lm_head.", "score.")) else f"model.{name}"
 
 
 def is_left_out(name: str, config: ModelConfig) -> bool:
@@ -86,7 +100,9 @@ def is_mtp(name: str, config: ModelConfig) -> bool:
     return config.family.has_mtp_layers and layer is not None and int(layer[1]) >= config.num_hidden_layers
 
 
-def disk_name(name: str) -> str:
+def disk_name(name: str, config: ModelConfig) -> str:
+    for part, on_disk in config.family.renamed.items():
+        name = name.replace(part, on_disk)
     return name if name.startswith(("lm_head.", "score.")) else f"model.{name}"
 
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies (default, linear, llama3, YaRN) and the rotation itself.
+"""Rotary position embedding: frequencies (default, linear, llama3, YaRN, LongRoPE) and the rotation itself.
 
 The rotation of pair i at position p is [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin] at angle p * inv_freq[i].
 Llama and Qwen pair channel i with i + R/2; DeepSeek-V3 pairs neighbours (2i, 2i + 1) and, as in transformers, the
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from r1fast.models.families import ONE_ROPE
 from r1fast.models.model_config import ModelConfig
 
 
@@ -26,8 +27,18 @@ class Rope(NamedTuple):
         return _Rotate.apply(x_THd, self.cos_TR[:, None], self.sin_TR[:, None], self.interleaved)
 
 
+Ropes = dict[str, Rope]
+
+
+def rotate(x_THd: Tensor, ropes: Ropes, name: str | None) -> Tensor:
+    return x_THd if name is None else ropes[name].rotate(x_THd)
+
+
 class Rotary(nn.Module):
-    """Holds the inverse frequencies in fp32, whatever dtype or device the model is moved to."""
+    """Holds the inverse frequencies in fp32, whatever dtype or device the model is moved to.
+
+    One buffer for each of config.ropes, in that order: `inv_freq`, `inv_freq_1`, ..
+    """
 
     inv_freq: Tensor
 
@@ -35,20 +46,34 @@ class Rotary(nn.Module):
         super().__init__()
         self.config = config
         self.interleaved = config.uses_mla and config.rope_interleave
-        inv_freq, self.attention_factor = rope_frequencies(config)
-        self.register_buffer("inv_freq", inv_freq.to(torch.get_default_device()), persistent=False)
+        found = [rope_frequencies(config, name) for name in config.ropes]
+        self.attention_factors = tuple(factor for _, factor in found)
+        self.names = tuple(f"inv_freq_{i}" if i else "inv_freq" for i in range(len(found)))
+        for name, (inv_freq, _) in zip(self.names, found, strict=True):
+            self.register_buffer(name, inv_freq.to(torch.get_default_device()), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Rotary":
         # to(bfloat16) would round the frequencies and to_empty leaves garbage: compute them anew on fn's device.
         super()._apply(fn, recurse)
-        if not self.inv_freq.is_meta:
-            self.inv_freq = rope_frequencies(self.config)[0].to(self.inv_freq.device)
+        for name, rope in zip(self.names, self.config.ropes, strict=True):
+            if not getattr(self, name).is_meta:
+                setattr(self, name, rope_frequencies(self.config, rope)[0].to(getattr(self, name).device))
         return self
 
-    def forward(self, positions_T: Tensor, dtype: torch.dtype) -> Rope:
-        angles_TR = positions_T.float()[:, None] * self.inv_freq
-        cos, sin = angles_TR.cos() * self.attention_factor, angles_TR.sin() * self.attention_factor
-        return Rope(cos.to(dtype), sin.to(dtype), self.interleaved)
+    def forward(self, positions_T: Tensor, lengths_T: Tensor, dtype: torch.dtype) -> Ropes:
+        """lengths_T: tokens of the sequence that a token is in. Of every rotary embedding, by its name."""
+        ropes: Ropes = {}
+        for (rope, values), name, factor in zip(
+            self.config.ropes.items(), self.names, self.attention_factors, strict=True
+        ):
+            inv_freq = getattr(self, name)
+            if values["rope_type"] == "longrope":  # as transformers: all of a sequence, by its length
+                is_long_T1 = (lengths_T > values["original_max_position_embeddings"])[:, None]
+                inv_freq = torch.where(is_long_T1, inv_freq[1], inv_freq[0])
+            angles_TR = positions_T.float()[:, None] * inv_freq
+            cos, sin = angles_TR.cos() * factor, angles_TR.sin() * factor
+            ropes[rope] = Rope(cos.to(dtype), sin.to(dtype), self.interleaved)
+        return ropes
 
 
 class _Rotate(torch.autograd.Function):
@@ -77,9 +102,12 @@ def _split(x: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tenso
     return passed, x1, x2
 
 
-def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies [R/2] (fp32, CPU) and the factor on cos and sin, as transformers computes them."""
-    rope, dim = config.rope_parameters, config.rope_dim
+def rope_frequencies(config: ModelConfig, name: str = ONE_ROPE) -> tuple[Tensor, float]:
+    """Inverse frequencies [R/2] (fp32, CPU) and the factor on cos and sin, as transformers computes them.
+
+    LongRoPE has two: [2, R/2], of sequences up to the length of pretraining and of longer ones.
+    """
+    rope, dim = config.ropes[name], config.rope_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
     inv_freq = 1.0 / (rope["rope_theta"] ** exponents)
     if rope["rope_type"] == "linear":
@@ -88,13 +116,16 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
         return _llama3(inv_freq, rope), 1.0
     if rope["rope_type"] == "yarn":
         return _yarn(inv_freq, rope, dim)
+    if rope["rope_type"] == "longrope":
+        return _longrope(inv_freq, rope, config.max_position_embeddings)
     return inv_freq, 1.0
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """1/sqrt(head dim); DeepSeek-V3 multiplies it by mscale^2 when YaRN sets mscale_all_dim."""
+    """1/sqrt(head dim), or what a model says in its place; DeepSeek multiplies it by mscale^2 when YaRN sets
+    mscale_all_dim."""
     if not config.uses_mla:
-        return config.attention_head_dim**-0.5
+        return float(config.query_pre_attn_scalar or config.attention_head_dim) ** -0.5
     rope, scale = config.rope_parameters, (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
     if rope.get("mscale_all_dim"):
         scale *= _yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
@@ -129,6 +160,16 @@ def _yarn(inv_freq: Tensor, rope: dict[str, Any], dim: int) -> tuple[Tensor, flo
     elif attention_factor is None:
         attention_factor = _yarn_mscale(factor)
     return inv_freq / factor * ramp + inv_freq * (1 - ramp), attention_factor
+
+
+def _longrope(inv_freq: Tensor, rope: dict[str, Any], max_position_embeddings: int) -> tuple[Tensor, float]:
+    """LongRoPE (arXiv:2402.13753): a divisor of each frequency, of short and of long sequences."""
+    original = rope["original_max_position_embeddings"]
+    divisors = torch.tensor([rope["short_factor"], rope["long_factor"]], dtype=torch.float32, device="cpu")
+    factor, attention_factor = rope.get("factor") or max_position_embeddings / original, rope.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return inv_freq / divisors, attention_factor
 
 
 def _yarn_mscale(factor: float, mscale: float = 1.0) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from r1fast.models.model_config import ModelConfig
 from r1fast_kernels.torch_private import CHECKPOINT_WRAPPED, forward_hooks, global_forward_hooks
 
-_METHODS = ("forward", "decode", "_mlp", "_project", "_queries", "_latents", "_cached")
+_METHODS = ("forward", "decode", "_mlp", "_norm", "_project", "_queries", "_latents", "_cached")
 _STATE = {"training", "built", "in_fp32"}  # change no result; the last: rollout/fast_decode.py asks for it
 # Not called, but run by the `forward` alone, past hooks (decoder.py).
 _HOOKS_PASSED_BY = ("embed_tokens", "norm", "lm_head", "score")

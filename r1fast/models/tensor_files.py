@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from r1fast.models.folders import AGAIN, read_json, text_of
-from r1fast.models.gguf_file import SUFFIX, gguf_tensors
+from r1fast.models.gguf_file import SUFFIX, gguf_config, gguf_tensors
+from r1fast.models.model_config import ModelConfig
 from r1fast.models.names import to_hf_names
 
 CHUNK_BYTES = 16 << 20
@@ -151,7 +152,7 @@ class _Slice:
 def _opened(file: Path) -> Any:
     if file.suffix == SUFFIX:
         ours = {name.removeprefix("model."): tensor for name, tensor in gguf_tensors(file).items()}
-        return _Tensors(to_hf_names(ours, tied=False))
+        return _Tensors(to_hf_names(ours, ModelConfig.from_hf(gguf_config(file)), tied=False))
     if file.suffix == ".safetensors":
         return safe_open(file, framework="pt")
     try:

@@ -108,7 +108,7 @@ class Checkpoint:
         for name, start, part in parts:
             if name in self._starts_at_0:
                 part.zero_()
-            for piece in pieces_of(name, self._shapes[name]) if name in self._shapes else ():
+            for piece in pieces_of(name, self._shapes[name], self.config) if name in self._shapes else ():
                 if (found := piece.within(start, start + len(part))) is not None:
                     index, first, num_rows = found
                     target = part[index]
@@ -171,7 +171,7 @@ class Checkpoint:
         not_read = self._starts_at_0 | ({_HEAD} if self.config.tie_word_embeddings else set())
         state = self._decoder.state_dict()
         self._shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in not_read}
-        pieces = [piece for name, shape in self._shapes.items() for piece in pieces_of(name, shape)]
+        pieces = [piece for name, shape in self._shapes.items() for piece in pieces_of(name, shape, self.config)]
         expected = {piece.name: piece.shape for piece in pieces}
         differing = {
             "missing": expected.keys() - self._stored.keys(),

@@ -146,6 +146,17 @@ class RolloutEngine:
                     f"prompt {index} has {len(ids)} tokens, with max_tokens {max_tokens} that makes {total}; "
                     f"max_model_len is {self.longest}: shorten the prompt, lower max_tokens or raise max_model_len"
                 )
+            self._check_longrope(index, len(ids), total)
             if min(ids) < 0 or max(ids) > last:
                 found = f"token ids from {min(ids)} to {max(ids)}"
                 raise ValueError(f"prompt {index} has {found}; expected 0 to {last}, the model's vocabulary")
+
+    def _check_longrope(self, index: int, length: int, total: int) -> None:
+        """All of a sequence is turned by the angles of its length: nothing may be computed before it is known."""
+        for rope in self.model.config.ropes.values():
+            turn = rope["original_max_position_embeddings"] if rope["rope_type"] == "longrope" else total
+            text = f"prompt {index} has {length} tokens; past {turn} this model (longrope) turns all by other angles"
+            if length <= turn < total:
+                raise ValueError(f"{text}: with max_tokens that makes {total}; stay below, or begin past it")
+            if max(turn, self.max_num_batched_tokens) < length:
+                raise ValueError(f"{text}, so that it cannot come in parts: raise max_num_batched_tokens to {length}")

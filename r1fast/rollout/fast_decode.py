@@ -7,8 +7,10 @@ from torch import Tensor
 
 from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
+from r1fast.models.families import ONE_ROPE, PRE_NORMS
 from r1fast.models.layers import HeadFn
 from r1fast.models.mla import LATENT_NORM_EPS
+from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import Routing
 from r1fast.models.rope import softmax_scale
 from r1fast.models.structure import differences, unwrapped
@@ -28,6 +30,9 @@ def fast_decode(model: Decoder) -> "FastDecode | None":
         log_choice("decode_layers", "reference", "the modules for a head in float32")
         return None
     config = model.config
+    if unknown := unknown_parts(config):
+        log_choice("decode_layers", "reference", f"the modules for {', '.join(unknown)}")
+        return None
     named = [[*layer.named_parameters(), *layer.named_buffers()] for layer in model.layers]
     layers = DecodeLayers(
         embedding_VD=model.embed_tokens.weight,
@@ -35,7 +40,7 @@ def fast_decode(model: Decoder) -> "FastDecode | None":
         norm_D=model.norm.weight,
         head_VD=model.head.weight,
         inv_freq_R=model.rotary.inv_freq,
-        rotary_scale=model.rotary.attention_factor,
+        rotary_scale=model.rotary.attention_factors[0],
         interleaved=model.rotary.interleaved,
         num_heads=config.num_attention_heads,
         scale=softmax_scale(config),
@@ -44,6 +49,24 @@ def fast_decode(model: Decoder) -> "FastDecode | None":
         **config.routing,
     )
     return FastDecode(model, layers) if layers.can_run() else None
+
+
+def unknown_parts(config: ModelConfig) -> list[str]:
+    """What families may be built of (models/families.py) and decode_layers has not, of this one."""
+    family, layers = config.family, [config.layer(i) for i in range(config.num_hidden_layers)]
+    found = {
+        "norms after attention and MLP": family.norms != PRE_NORMS,
+        "norms that add to their weight": family.norm_offset != 0,
+        "norms of whole projections": family.qk_norm == "projection",
+        "another activation than SiLU": family.activation != "silu",
+        "a scaled embedding": family.scales_embedding,
+        "more than one rotary embedding, or layers without": any(layer.rope != ONE_ROPE for layer in layers),
+        "frequencies that the length chooses": any(r["rope_type"] == "longrope" for r in config.ropes.values()),
+        "partly rotated heads": not config.uses_mla and config.rope_dim < config.attention_head_dim,
+        "windows": any(layer.window for layer in layers),
+        "a gate of the shared expert": family.shared_gate and config.has_router,
+    }
+    return [part for part, holds in found.items() if holds]
 
 
 class FastDecode:

@@ -74,7 +74,7 @@ class InProcess:
             self.llm.collective_rpc("reset_weights")
         if not self.sleeps:
             self.llm.apply_model(_forget_packed_experts)
-        weights = to_hf_names(whole_state(model), tied=self.tied)
+        weights = to_hf_names(whole_state(model), model.config, tied=self.tied)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
         if not self.llm.reset_prefix_cache():
             raise RolloutError("vLLM did not drop its prefix cache: requests of another caller are running in it")

@@ -180,7 +180,7 @@ def _nccl_sender(client: Client, model: Decoder) -> Any:
             return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return iter(to_hf_names(whole_state(model), tied=model.config.tie_word_embeddings).items())
+            return iter(to_hf_names(whole_state(model), model.config, tied=model.config.tie_word_embeddings).items())
 
     size = 1 + client.get("/get_world_size")["world_size"]
     here = NCCLTrainerInitInfo(master_address=get_ip(), master_port=get_open_port(), world_size=size, rank=0)

@@ -75,9 +75,11 @@ def random_rows(shape: Shape, dtype: torch.dtype = FP32, lengths: list[int] = LE
     }
 
 
-def attend(rows: dict[str, Any], impl: str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def attend(
+    rows: dict[str, Any], impl: str | None = None, dtype: torch.dtype | None = None, window: int | None = None
+) -> Tensor:
     wide = {name: x.to(dtype) if dtype is not None and x.is_floating_point() else x for name, x in rows.items()}
-    return decode_attention(**wide, scale=SCALE, impl=impl)
+    return decode_attention(**wide, scale=SCALE, window=window, impl=impl)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16, FP64], ids=lambda dtype: str(dtype)[6:])
@@ -90,6 +92,31 @@ def test_as_exact_as_torch(backend: Backend, shape: Shape, dtype: torch.dtype) -
     got = attend(backend.to(rows), backend.impl)
     assert got.dtype == dtype and got.shape == (len(LENGTHS), shape.H, shape.e)
     assert_as_exact(got, attend(rows, "reference"), attend(rows, "reference", FP64), 2)
+
+
+# Itself; inside a block; a block; past one; past a span; more than any row has.
+@pytest.mark.parametrize("window", [1, 5, 16, 17, 300, 10_000])
+@pytest.mark.parametrize("name", ["grouped", "mla", "odd"])
+def test_a_window(backend: Backend, name: str, window: int) -> None:
+    """Blocks before it are not read: they may hold anything."""
+    rows = random_rows(SHAPES[name])
+    want, exact = attend(rows, "reference", window=window), attend(rows, "reference", FP64, window)
+    if window > max(LENGTHS):
+        assert torch.equal(want, attend(rows, "reference"))
+        assert torch.equal(
+            attend(backend.to(rows), backend.impl, window=window), attend(backend.to(rows), backend.impl)
+        )
+    for row, length in enumerate(LENGTHS):
+        before = max(0, length - window) // BLOCK * BLOCK
+        rows["k_SKd"][slots_of(rows["block_table_BN"][row : row + 1], length)[0, :before]] = torch.nan
+    got = attend(backend.to(rows), backend.impl, window=window)
+    assert_as_exact(got, want, exact, 2)
+    for b, length in enumerate(LENGTHS):  # the last tokens alone, from the block that they begin in
+        skipped = max(0, length - window) // BLOCK
+        alone = rows | {name: rows[name][b : b + 1] for name in ("q_BHd", "block_table_BN", "lengths_B")}
+        alone["block_table_BN"] = alone["block_table_BN"][:, skipped:].contiguous()
+        alone["lengths_B"] = alone["lengths_B"] - skipped * BLOCK
+        torch.testing.assert_close(attend(alone, "reference", window=window)[0], want[b])
 
 
 def test_by_hand(backend: Backend) -> None:
@@ -212,7 +239,7 @@ def test_errors_say_what_was_expected() -> None:
             ("q_BHd", rows["q_BHd"][:, :7]), ("k_SKd", rows["k_SKd"][1:]), ("q_BHd", rows["q_BHd"].double()),
         ],
         r"expected \[B, N\] and \[B\]": [("lengths_B", rows["lengths_B"][1:])],
-        "expected int32, int32": [("block_table_BN", rows["block_table_BN"].long())],
+        "lengths in torch.int32, expected int32": [("block_table_BN", rows["block_table_BN"].long())],
         r"lengths_B\[0\] = 0, expected 1 to": [("lengths_B", torch.zeros_like(rows["lengths_B"]))],
         "expected a block of the cache": [("block_table_BN", rows["block_table_BN"] * 0 - 1)],
     }  # fmt: skip
@@ -220,5 +247,5 @@ def test_errors_say_what_was_expected() -> None:
         for name, value in changes:
             with pytest.raises(ValueError, match=message):
                 decode_attention(**(rows | {name: value}), scale=SCALE, impl="cpp")
-    with pytest.raises(ValueError, match="scale above 0"):
+    with pytest.raises(ValueError, match="expected more than 0"):
         decode_attention(**rows, scale=0.0)

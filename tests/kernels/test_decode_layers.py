@@ -11,10 +11,11 @@ from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import Routing
-from r1fast.rollout.fast_decode import FastDecode, fast_decode
+from r1fast.rollout.fast_decode import FastDecode, fast_decode, unknown_parts
 from r1fast_kernels import decode_layers as op
-from r1fast_kernels import use
+from r1fast_kernels import dispatch, use
 from r1fast_kernels.decode_attention import BLOCK
+from tests import zoo
 from tests.kernels.backends import BF16, FP32, FP64, assert_same_bits, needs_cpp, of_older_processor
 
 pytestmark = needs_cpp
@@ -35,6 +36,12 @@ CONFIGS = {
                             kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32,
                             n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=64,
                             first_k_dense_replace=1, **COMMON),
+    "mixtral": ModelConfig("mixtral", hidden_size=40, intermediate_size=22, num_attention_heads=4,
+                           num_key_value_heads=1, head_dim=14, n_routed_experts=5, num_experts_per_tok=2, **COMMON),
+    "deepseek-v2": ModelConfig("deepseek_v2", hidden_size=48, intermediate_size=64, num_attention_heads=4,
+                               q_lora_rank=20, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+                               n_routed_experts=6, num_experts_per_tok=2, n_shared_experts=2, moe_intermediate_size=20,
+                               routed_scaling_factor=1.7, first_k_dense_replace=1, **COMMON),
     "deepseek-odd": ModelConfig("deepseek_v3", hidden_size=50, intermediate_size=70, num_attention_heads=3,
                                 attention_bias=True, q_lora_rank=22, kv_lora_rank=18, qk_nope_head_dim=10,
                                 qk_rope_head_dim=6, v_head_dim=14, n_routed_experts=12, num_experts_per_tok=3,
@@ -93,6 +100,38 @@ def make_step(name: str, dtype: torch.dtype = FP32, num_rows: int = 70) -> Step:
         torch.randperm(num_rows * width, generator=generator).view(num_rows, width).int(),
         cache,
     )
+
+
+# What it says of those that it cannot run: a decoder of the zoo, changed so.
+BY_MODULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "norms after attention and MLP": ("olmo2", {}),
+    "norms that add to their weight": ("gemma3_text", {}),
+    "norms of whole projections": ("olmoe", {}),
+    "more than one rotary embedding, or layers without": ("smollm3", {}),
+    "frequencies that the length chooses": ("llama", {
+        "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+    }),
+    "partly rotated heads": ("phi3", {"sliding_window": None}),
+    "windows": ("mistral", {}),
+    "a gate of the shared expert": ("qwen2_moe", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_what_it_cannot_run_is_said(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {"sliding_window": None} if family in ("mistral", "phi3") else {}
+    whole |= {"rope_parameters": {"rope_theta": 100.0}} if family == "phi3" else {}
+    monkeypatch.setattr(dispatch, "choices", {})
+    runs = fast_decode(zoo.decoder(family, vocab_size=32, **whole)) is not None
+    assert runs == (family not in ("gemma3_text", "olmo2", "olmoe", "qwen2_moe", "smollm3"))
+    assert [chosen for _, chosen in dispatch.choices] == ["cpp" if runs else "reference"]
+
+
+@pytest.mark.parametrize("part", BY_MODULES)
+def test_each_part_that_it_has_not_is_found(part: str) -> None:
+    family, changes = BY_MODULES[part]
+    config = zoo.decoder(family, vocab_size=32, **changes).config
+    assert part in unknown_parts(config)
 
 
 @pytest.fixture

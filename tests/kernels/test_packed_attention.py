@@ -33,6 +33,7 @@ class Shape:
     e: int
     shared: bool = False
     interleaved: bool = False
+    window: int | None = None
 
 
 SHAPES = {
@@ -42,6 +43,11 @@ SHAPES = {
     "partly-rotated": Shape(2, 2, 10, 6, 16),
     "mla": Shape(4, 4, 8, 4, 8, shared=True, interleaved=True),
     "mla-halves": Shape(4, 4, 16, 8, 16, shared=True),
+    # Itself alone; past a strip of queries, not of a step of keys; of two blocks and more than most sequences have.
+    "window-1": Shape(4, 2, 0, 8, 8, window=1),
+    "window-11": Shape(4, 2, 4, 4, 8, window=11),
+    "window-mla": Shape(4, 4, 8, 4, 8, shared=True, window=200),
+    "window-300": Shape(2, 1, 0, 16, 16, window=300),
     # Odd channels, past a vector, values wider than keys.
     "odd": Shape(4, 2, 33, 6, 47, interleaved=True),
 }
@@ -72,12 +78,13 @@ def random_inputs(shape: Shape, lengths: list[int], dtype: torch.dtype = FP32) -
         "rope": (angles_Tr.cos().to(dtype), angles_Tr.sin().to(dtype)) if shape.R else None,
         "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
         "interleaved": shape.interleaved,
+        "window": shape.window,
     }
 
 
 def attend(leaves: list[Tensor], inputs: dict[str, Any], impl: str | None = None) -> Tensor:
     q, k, v, k_pe = [*leaves, None][:4]
-    options = {name: inputs[name] for name in ("rope", "interleaved")}
+    options = {name: inputs[name] for name in ("rope", "interleaved", "window")}
     return packed_attention(q, k, v, inputs["cu_seqlens"], scale=SCALE, k_pe_TR=k_pe, impl=impl, **options)
 
 
@@ -117,6 +124,22 @@ def test_the_reference_by_hand() -> None:
     for impl in ("reference", "cpp"):
         got = packed_attention(q, k, v, torch.tensor([0, 2], dtype=torch.int32), scale=0.5, impl=impl)
         torch.testing.assert_close(got.flatten(), want)
+
+
+def test_a_window_by_hand() -> None:
+    """Of two, as Mistral's: token i sees i - 1 and i. Equal scores, so a mean."""
+    q, k, v = torch.zeros(4, 1, 1), torch.zeros(4, 1, 1), torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None, None]
+    cu_seqlens = torch.tensor([0, 3, 4], dtype=torch.int32)
+    for impl in ("reference", "cpp"):
+        got = packed_attention(q, k, v, cu_seqlens, scale=1.0, window=2, impl=impl)
+        assert got.flatten().tolist() == [1.0, 1.5, 3.0, 8.0]
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=lambda dtype: str(dtype)[6:])
+def test_a_window_of_all_is_none(dtype: torch.dtype) -> None:
+    inputs = random_inputs(SHAPES["grouped"], [40, 300], dtype)
+    for got, want in zip(outputs(inputs | {"window": 300}, "cpp"), outputs(inputs, "cpp"), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_rotation_by_hand() -> None:
@@ -179,14 +202,14 @@ def test_same_bits_every_time(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_builds_for_older_processors_agree(capability: str, tmp_path: Any) -> None:
     calls = "outputs(random_inputs(SHAPES[name], [40, 150], dtype), 'cpp')"
-    expression = f"[{calls} for name in ('mla', 'grouped', 'odd') for dtype in (FP32, BF16, FP64)]"
+    expression = f"[{calls} for name in ('mla', 'grouped', 'odd', 'window-11') for dtype in (FP32, BF16, FP64)]"
     for got, want in zip(*of_older_processor(capability, "test_packed_attention", expression, tmp_path), strict=True):
         for g, w in zip(got, want, strict=True):
             tolerance = 5e-2 if w.dtype == BF16 else 1e-5
             torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["grouped", "mla"])
+@pytest.mark.parametrize("name", ["grouped", "mla", "window-1"])
 def test_gradcheck_opcheck_and_compile(name: str) -> None:
     inputs = random_inputs(SHAPES[name], [3, 6], FP64)
     leaves = [x.requires_grad_() for x in inputs["leaves"]]
@@ -197,7 +220,7 @@ def test_gradcheck_opcheck_and_compile(name: str) -> None:
     assert torch.autograd.gradcheck(run, leaves)
     q, k, v, k_pe = [*leaves, None][:4]
     cos, sin = inputs["rope"]
-    arguments = (q, k, v, inputs["cu_seqlens"], k_pe, cos, sin, SCALE, inputs["interleaved"])
+    arguments = (q, k, v, inputs["cu_seqlens"], k_pe, cos, sin, SCALE, inputs["interleaved"], inputs["window"])
     torch.library.opcheck(torch.ops.r1fast.packed_attention.default, arguments)
     torch._dynamo.reset()
     compiled: Callable[..., Tensor] = torch.compile(run, backend="aot_eager", fullgraph=True)
@@ -218,8 +241,9 @@ def test_errors_say_what_was_expected() -> None:
         packed_attention(q, k, v, cu_seqlens, scale=1, rope=(rope[0], rope[1][1:]))
     with pytest.raises(ValueError, match="expected one dtype"):
         packed_attention(q, k, v.double(), cu_seqlens, scale=1, rope=rope)
-    with pytest.raises(ValueError, match="expected more than 0"):
-        packed_attention(q, k, v, cu_seqlens, scale=0, rope=rope)
+    for wrong_option in ({"scale": 0}, {"scale": 1, "window": 0}):
+        with pytest.raises(ValueError, match="expected more than 0"):
+            packed_attention(q, k, v, cu_seqlens, rope=rope, **wrong_option)
     for ends in ([0, 3], [1, 9], [0, 7, 5, 9], []):
         with pytest.raises(ValueError, match=r"expected \[N\+1\] rising from 0 to 9"):
             packed_attention(q, k, v, torch.tensor(ends, dtype=torch.int32), scale=1, rope=rope, impl="cpp")

@@ -37,18 +37,54 @@ _YARN = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32,
     "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.0,
 }  # fmt: skip
+_LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.0, 3.0, 7.0], "original_max_position_embeddings": 40,  # one of the documents is longer
+}  # fmt: skip
 _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 
+# With every particular of the family; the zoo has the sizes.
 FAMILIES = {
+    "deepseek_v2": {
+        **{name: value for name, value in _MLA.items() if name != "num_mtp_layers"}, "q_lora_rank": 24,
+        "rope_parameters": _YARN, "attention_bias": True, "routed_scaling_factor": 2.5,
+    },
     "deepseek_v3": {
         **_MLA, "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "rope_parameters": _YARN, "attention_bias": True,
     },
     "deepseek_v3-plain-q-tied": {
         **_MLA, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_interleave": False,
         "tie_word_embeddings": True, "n_shared_experts": 2, "routed_scaling_factor": 1.0,
+    },
+    "gemma3_text": {
+        "num_key_value_heads": 2, "head_dim": 10, "sliding_window": 9, "attention_bias": True,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 5000.0, "rope_type": "linear", "factor": 8.0},
+            "sliding_attention": {"rope_theta": 100.0, "rope_type": "default"},
+        },
+    },
+    "mistral": {"num_key_value_heads": 2, "head_dim": 10, "sliding_window": 9},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 9},
+    "olmo2": {"num_key_value_heads": 2, "attention_bias": True, "rope_parameters": _YARN | {"mscale_all_dim": None}},
+    "olmoe": {
+        "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True,
+        "attention_bias": True,
+    },
+    "phi3": {
+        "num_key_value_heads": 2, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 40,
+        "sliding_window": None,
+    },
+    "phi3-window": {"num_key_value_heads": 4, "sliding_window": 9, "tie_word_embeddings": True},
+    "qwen2_moe": {
+        **_EXPERTS, "num_key_value_heads": 2, "num_experts": 6, "norm_topk_prob": True, "mlp_only_layers": [0],
+    },
+    "smollm3": {
+        "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA3,
+        "no_rope_layers": [1, 0, 1],
     },
     "llama": {"num_key_value_heads": 2, "rope_parameters": _LLAMA3, "attention_bias": True, "mlp_bias": True},
     "qwen2-tied": {
@@ -77,7 +113,7 @@ class Checkpoint:
 
 
 def hf_config(name: str) -> PretrainedConfig:
-    return AutoConfig.for_model(**zoo.fields(name.split("-")[0], **_COMMON, **FAMILIES[name]))
+    return AutoConfig.for_model(**zoo.fields(name.split("-")[0], **_COMMON | FAMILIES[name]))
 
 
 def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:

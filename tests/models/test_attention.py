@@ -25,13 +25,15 @@ def plan_of(lengths: list[int]) -> AttentionPlan:
     return AttentionPlan(cu_seqlens, sum(lengths), torch.device("cpu"))
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None) -> Tensor:
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     outs = []
     for q_SHd, k_SHd, v_SHd in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         scores = torch.einsum("shd,thd->hst", q_SHd, k_SHd) * scale
-        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        outs.append(torch.einsum("hst,thd->shd", scores.masked_fill(future, -torch.inf).softmax(-1), v_SHd))
+        place = torch.arange(len(q_SHd))
+        distance = place[:, None] - place
+        unseen = (distance < 0) | (distance >= (window or len(place)))
+        outs.append(torch.einsum("hst,thd->shd", scores.masked_fill(unseen, -torch.inf).softmax(-1), v_SHd))
     return torch.cat(outs)
 
 
@@ -40,10 +42,13 @@ def no_rotation(num_tokens: int) -> Rope:
     return Rope(*(fill(num_tokens, 1, dtype=torch.float64) for fill in (torch.ones, torch.zeros)), False)
 
 
+@pytest.mark.parametrize("window", [None, 1, 20])
 @pytest.mark.parametrize("impl", ["reference", "cpp", "padded"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_forward_and_gradients(lengths: list[int], shape: tuple[int, int, int, int], impl: str, monkeypatch) -> None:
+def test_forward_and_gradients(
+    lengths: list[int], shape: tuple[int, int, int, int], impl: str, window: int | None, monkeypatch
+) -> None:
     heads, kv_heads, dim, value_dim = shape
     generator, tokens = torch.Generator().manual_seed(0), sum(lengths)
     sizes = ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
@@ -54,8 +59,8 @@ def test_forward_and_gradients(lengths: list[int], shape: tuple[int, int, int, i
         monkeypatch.setattr("r1fast.models.attention.choose", lambda *args: (impl, ""))
         impl = None
     with use(impl):
-        out = packed_attention(q, k, v, plan, no_rotation(tokens), 0.3)
-    expected = reference(q, k, v, lengths, 0.3)
+        out = packed_attention(q, k, v, plan, None if window else no_rotation(tokens), 0.3, window=window)
+    expected = reference(q, k, v, lengths, 0.3, window)
     torch.testing.assert_close(out, expected)
     got_grads = torch.autograd.grad(out, (q, k, v), grad)
     for got, want in zip(got_grads, torch.autograd.grad(expected, (q, k, v), grad), strict=True):

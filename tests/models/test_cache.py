@@ -24,7 +24,8 @@ def test_memory_per_token() -> None:
 def test_a_token_goes_into_the_block_of_its_place() -> None:
     table = torch.tensor([[4, 2], [0, 1]], dtype=torch.int32)
     cache = BlockCache(MLA, 5, torch.float32, "cpu")
-    step = DecodeStep(torch.tensor([17, 3]), table, Rotary(MLA)(torch.tensor([17, 3]), torch.float32), cache)
+    places = torch.tensor([17, 3])
+    step = DecodeStep(places, table, Rotary(MLA)(places, places + 1, torch.float32), cache)
     assert step.slots_B.tolist() == [2 * 16 + 1, 3] and step.lengths_B.tolist() == [18, 4]
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
+from r1fast.models.layers import RMSNorm
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.weights import to_hf_names
 from r1fast_kernels.decode_attention import BLOCK, slots_of
@@ -39,9 +41,9 @@ def test_gradient_of_every_parameter(checkpoint, documents: list[Tensor], pack: 
     expected_loss.backward()
     assert_near(loss.detach(), expected_loss.detach())
     tied = decoder.config.tie_word_embeddings
-    grads = to_hf_names({name: param.grad for name, param in decoder.named_parameters()}, tied=tied)
+    grads = to_hf_names({name: param.grad for name, param in decoder.named_parameters()}, decoder.config, tied=tied)
     expected = {name.removeprefix("model."): param.grad for name, param in checkpoint.oracle.named_parameters()}
-    expected = to_hf_names(expected, tied=tied)  # the oracle stacks its experts in memory too
+    expected = to_hf_names(expected, decoder.config, tied=tied)  # the oracle stacks its experts in memory too
     assert grads.keys() == expected.keys()
     largest = max(grad.abs().max() for grad in expected.values())
     for name, grad in grads.items():
@@ -167,7 +169,7 @@ def test_cast_keeps_router_bias_and_frequencies_in_fp32(make_checkpoint) -> None
     assert torch.equal(decoder.rotary.inv_freq, frequencies)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "gemma3_text", "llama", "olmo2", "phi3", "qwen2_moe", "qwen3_moe"])
 def test_bf16_stays_near_fp32(make_checkpoint, name: str, documents: list[Tensor], pack: Pack) -> None:
     """Dtypes fit together in bf16, decoding included; the bound is loose, bf16 has 8 bits."""
     decoder = make_checkpoint(name).load()
@@ -179,6 +181,20 @@ def test_bf16_stays_near_fp32(make_checkpoint, name: str, documents: list[Tensor
         step = decoder.decode(torch.tensor([5]), lengths, cache, table)
     assert logits.dtype == step.dtype == torch.bfloat16
     assert (logits - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+def test_norms_add_to_their_weight_in_fp32() -> None:
+    """As Gemma's: in bf16 1 + w has 8 bits, and the error of the result would be 1.4 times as large."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*size, generator=generator).bfloat16() for size in ((64, 96), (96,)))
+    ours, theirs = RMSNorm(96, 1e-6, offset=1.0).bfloat16(), Gemma3RMSNorm(96).bfloat16()
+    for norm in (ours, theirs):
+        norm.weight.data.copy_(weight / 8)
+    with torch.no_grad():
+        scale = 1 + ours.weight.double()
+        want = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
+        errors = [(norm(x).double() - want).abs().mean() for norm in (ours, theirs)]
+    assert errors[0] <= 1.1 * errors[1]
 
 
 def test_wrong_cu_seqlens_is_an_error(make_checkpoint) -> None:

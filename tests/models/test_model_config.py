@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from r1fast.models.families import FAMILIES
 from r1fast.models.model_config import ModelConfig
+from tests import zoo
 
 TINY: dict[str, Any] = {
     "model_type": "deepseek_v3", "vocab_size": 448, "hidden_size": 64, "intermediate_size": 160,
@@ -48,21 +49,28 @@ def test_qwen_name_for_experts() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_of_a_family_reaches_its_checkpoint(family: str) -> None:
     """A field that a recipe may give and an export forgets would be another model after loading."""
-    start = TINY if family == "deepseek_v3" else QWEN3_MOE if family == "qwen3_moe" else {**LLAMA, "model_type": family}
+    start = {**LLAMA, **zoo.fields(family), "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    start = {name: value for name, value in start.items() if name not in ("layer_types", "no_rope_layers")}
+    is_latent = FAMILIES[family].attention == "latent"
+    start |= {"n_routed_experts": 8, "num_key_value_heads": 4} if is_latent else {}
     other = {
-        "num_key_value_heads": 4 if family == "deepseek_v3" else 2, "max_position_embeddings": 99,
+        "num_key_value_heads": 4 if is_latent else 2, "max_position_embeddings": 99,
         "initializer_range": 0.5, "rms_norm_eps": 1e-3, "tie_word_embeddings": True, "bos_token_id": 3,
-        "eos_token_id": [4, 5], "pad_token_id": 6, "head_dim": 24, "attention_bias": True, "mlp_bias": True,
+        "eos_token_id": [4, 5], "pad_token_id": 6, "head_dim": 32, "attention_bias": True, "mlp_bias": True,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 77.0, "factor": 3.0}, "q_lora_rank": 12,
         "rope_interleave": False, "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "routed_scaling_factor": 1.5,
-        "norm_topk_prob": False, "decoder_sparse_step": 2, "mlp_only_layers": (0,),
+        "norm_topk_prob": start.get("norm_topk_prob") is False, "decoder_sparse_step": 2, "mlp_only_layers": (0,),
+        "sliding_window": 77, "layer_types": ("full_attention", "sliding_attention", "full_attention"),
+        "no_rope_layers": (0, 1, 0), "query_pre_attn_scalar": 7, "shared_expert_intermediate_size": 18,
     }  # fmt: skip
-    values = {name: value for name, value in start.items() if name != "rope_theta"}
-    values |= {name: other[name] for name in FAMILIES[family].fields if name in other}
-    config = ModelConfig.from_dict(values)
+    if family == "phi3":
+        other["rope_parameters"] = {"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.25}
     plain = ModelConfig.from_dict(start)
-    same = [n for n in other if n in FAMILIES[family].fields and getattr(config, n) == getattr(plain, n)]
-    assert same == (["num_key_value_heads"] if family == "deepseek_v3" else [])
+    other["tie_word_embeddings"] = not plain.tie_word_embeddings
+    own = [name for name in FAMILIES[family].fields if name in other]
+    config = ModelConfig.from_dict({**start, **{name: other[name] for name in own}})
+    same = [name for name in own if getattr(config, name) == getattr(plain, name)]
+    assert same == (["num_key_value_heads"] if is_latent else [])
     assert ModelConfig.from_hf(config.to_hf()) == config
 
 
@@ -70,11 +78,12 @@ def test_every_field_of_a_family_reaches_its_checkpoint(family: str) -> None:
     ("change", "message"),
     [
         ({"hiden_size": 3}, "unknown key 'hiden_size'; did you mean 'hidden_size'"),
-        ({"model_type": "gpt2"}, "model_type='gpt2', expected one of deepseek_v3"),
+        ({"model_type": "gpt2"}, "model_type='gpt2', expected one of deepseek_v2, deepseek_v3"),
         ({"n_group": 3}, "n_group=3, expected a divisor of n_routed_experts=8"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok=9, expected 1 to n_routed_experts=8"),
         ({"kv_lora_rank": 0}, "kv_lora_rank=0, expected a positive number for deepseek_v3"),
-        ({"rope_scaling": {"type": "longrope"}}, "rope_type='longrope', expected one of default, linear, llama3, yarn"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_type='dynamic', expected one of default, linear, llama3, yarn"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_parameters.short_factor=None, expected"),
         ({"qk_rope_head_dim": 7}, "rotary dimension=7, expected an even number"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -132,7 +141,25 @@ WRONG_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "qwen2", "attention_bias": True}, "attention_bias does not apply to model_type 'qwen2'"),
     ({"model_type": ["llama"]}, "model_type="),
     ({"hidden_act": "gelu"}, "unknown key 'hidden_act'"),
-    ({"sliding_window": 128}, "unknown key 'sliding_window'"),
+    ({"sliding_window": 128}, "sliding_window does not apply to model_type 'llama'"),
+    (
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 7, "long_factor": [1.0] * 8}},
+        r"short_factor=\[1.0.*expected 8 numbers, one of each pair",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": 1, "long_factor": [0]}},
+        "short_factor=1, expected a l",
+    ),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5, expected 1.0"),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\], expected a list of 3 of 0 and 1"),
+    ({"model_type": "gemma3_text", "layer_types": ["sliding_attention"] * 3}, "sliding_window=None, expected a whole"),
+    ({"model_type": "gemma3_text", "layer_types": ["full"] * 3}, "layer_types=.*expected a list of 3 of full_att"),
+    (
+        {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {}, "local": {}}},
+        "rope_parameters.local={}, expected only full_attention, sliding_attention",
+    ),
+    ({"model_type": "mixtral"}, "num_experts_per_tok=0, expected 1 to"),
+    ({"model_type": "deepseek_v2", "n_group": 2}, "n_group does not apply to model_type 'deepseek_v2'"),
 ]
 
 

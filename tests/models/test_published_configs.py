@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoConfig
 
 from r1fast.models import folders
-from r1fast.models.families import FAMILIES, NO_EFFECT, fixed_values
+from r1fast.models.families import ALIASES, FAMILIES, NO_EFFECT, fixed_values
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.weights import check_checkpoint
 
@@ -63,6 +63,76 @@ _LLAMA3_ROPE = {
     "rope_type": "llama3",
 }  # fmt: skip
 
+_MISTRAL = _COMMON | {
+    "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 4096,
+    "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 32000,
+}  # fmt: skip
+_GEMMA3 = {name: value for name, value in _COMMON.items() if name not in ("hidden_act", "tie_word_embeddings")} | {
+    "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": None, "bos_token_id": 2,
+    "cache_implementation": "hybrid", "eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "intermediate_size": 6912,
+    "max_position_embeddings": 32768, "model_type": "gemma3_text", "num_attention_heads": 4, "num_key_value_heads": 1,
+    "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_local_base_freq": 10000,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6,
+    "vocab_size": 262144,
+}  # fmt: skip
+_PHI4_MINI = _COMMON | {
+    "architectures": ["Phi3ForCausalLM"], "attention_bias": False,
+    "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+    "bos_token_id": 199999, "embd_pdrop": 0.0, "eos_token_id": 199999, "full_attn_mod": 1, "hidden_size": 3072,
+    "intermediate_size": 8192, "interpolate_factor": 1, "lm_head_bias": False, "max_position_embeddings": 131072,
+    "mlp_bias": False, "model_type": "phi3", "num_attention_heads": 24, "num_key_value_heads": 8,
+    "original_max_position_embeddings": 4096, "pad_token_id": 199999, "partial_rotary_factor": 0.75,
+    "resid_pdrop": 0.0, "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        "long_factor": [1, 1.118320672, *[2.5] * 46], "short_factor": [1.0] * 48, "type": "longrope",
+    },
+    "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True, "vocab_size": 200064,
+}  # fmt: skip
+_SMOLLM3 = _COMMON | {
+    "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "bos_token_id": None, "eos_token_id": 128012,
+    "hidden_size": 2048, "intermediate_size": 11008, "layer_types": ["full_attention"] * 2,
+    "max_position_embeddings": 65536, "max_window_layers": 28, "mlp_bias": False, "model_type": "smollm3",
+    "no_rope_layer_interval": 4, "no_rope_layers": [1, 0], "num_attention_heads": 16, "num_key_value_heads": 4,
+    "pad_token_id": 128004, "pretraining_tp": 2, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 5000000.0,
+    "sliding_window": None, "use_sliding_window": False, "vocab_size": 128256,
+}  # fmt: skip
+_OLMO2 = _COMMON | {
+    "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "eos_token_id": 100257, "hidden_size": 2048,
+    "intermediate_size": 8192, "max_position_embeddings": 4096, "model_type": "olmo2", "num_attention_heads": 16,
+    "num_key_value_heads": 16, "pad_token_id": 100277, "rms_norm_eps": 1e-6, "rope_scaling": None,
+    "rope_theta": 500000, "vocab_size": 100352,
+}  # fmt: skip
+_MIXTRAL = _MISTRAL | {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_experts_per_tok": 2, "num_local_experts": 8,
+    "output_router_logits": False, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
+}  # fmt: skip
+_QWEN2_MOE = _COMMON | {
+    "architectures": ["Qwen2MoeForCausalLM"], "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151643,
+    "hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 8192, "max_window_layers": 21,
+    "model_type": "qwen2_moe", "moe_intermediate_size": 1408, "norm_topk_prob": False, "num_attention_heads": 16,
+    "num_experts": 60, "num_experts_per_tok": 4, "num_key_value_heads": 16, "output_router_logits": False,
+    "qkv_bias": True, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 5632, "sliding_window": 32768, "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+_OLMOE = _COMMON | {
+    "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "clip_qkv": None, "eos_token_id": 50279,
+    "hidden_size": 2048, "intermediate_size": 1024, "max_position_embeddings": 4096, "model_type": "olmoe",
+    "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+    "num_key_value_heads": 16, "output_router_logits": False, "pad_token_id": 1, "rope_scaling": None,
+    "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "vocab_size": 50304,
+}  # fmt: skip
+_DEEPSEEK_V2 = {name: value for name, value in _DEEPSEEK.items() if name != "num_nextn_predict_layers"} | {
+    "architectures": ["DeepseekV2ForCausalLM"], "bos_token_id": 100000, "eos_token_id": 100001, "hidden_size": 2048,
+    "intermediate_size": 10944, "model_type": "deepseek_v2", "moe_intermediate_size": 1408, "n_group": 1,
+    "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": False, "num_attention_heads": 16,
+    "num_experts_per_tok": 6, "num_key_value_heads": 16, "q_lora_rank": None, "routed_scaling_factor": 1.0,
+    "rope_scaling": _DEEPSEEK["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    "scoring_func": "softmax", "topk_group": 1, "topk_method": "greedy", "vocab_size": 102400,
+}  # fmt: skip
+
 READ: dict[str, dict[str, Any]] = {
     "deepseek-v3-as-published": _DEEPSEEK
     | {
@@ -110,6 +180,29 @@ READ: dict[str, dict[str, Any]] = {
     },
     "deepseek-coder-6.7b": _LLAMA | {"rope_scaling": {"factor": 4.0, "type": "linear"}, "vocab_size": 32256},
     "mistral-7b-as-llama": _LLAMA | {"intermediate_size": 14336, "vocab_size": 32000, "bos_token_id": 1},
+    "deepseek-v2-lite": _DEEPSEEK_V2,
+    "mistral-7b-v0.1": _MISTRAL,
+    "mistral-7b-v0.3": _MISTRAL | {"rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32768},
+    "mistral-nemo": _MISTRAL | {"head_dim": 128, "hidden_size": 5120, "sliding_window": None},
+    "gemma-3-1b-it": _GEMMA3,
+    "phi-4-mini": _PHI4_MINI,
+    "phi-4": _PHI4_MINI | {
+        "rope_scaling": None, "sliding_window": None, "partial_rotary_factor": 1.0, "tie_word_embeddings": False,
+        "original_max_position_embeddings": 16384, "max_position_embeddings": 16384, "rope_theta": 250000,
+        "num_attention_heads": 40, "num_key_value_heads": 10, "hidden_size": 5120, "intermediate_size": 17920,
+    },
+    "phi-3-mini-128k": _PHI4_MINI | {
+        "num_attention_heads": 32, "num_key_value_heads": 32, "partial_rotary_factor": 1.0, "rope_theta": 10000.0,
+        "rope_scaling": {"long_factor": [1.05] * 48, "short_factor": [1.1] * 48, "type": "longrope"},
+    },
+    "smollm3-3b": _SMOLLM3,
+    "olmo-2-1b": _OLMO2,
+    "mixtral-8x7b": _MIXTRAL,
+    "qwen1.5-moe-a2.7b": _QWEN2_MOE,
+    "olmoe-1b-7b": _OLMOE,
+    "llama-longrope": _LLAMA | {
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+    },
     "reward-model": _LLAMA | {
         "architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
     },
@@ -148,10 +241,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "partial-rotary": (_LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, expected 1.0"),
     "dynamic-rope": (_LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic', expected"),
-    "longrope": (
-        _LLAMA | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}},
-        "rope_type='longrope', expected one of default, linear, llama3, yarn",
+    "longrope-of-another-width": (
+        _LLAMA | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 31, "long_factor": [2.0] * 32}},
+        "short_factor=.*, expected 32 numbers, one of each pair",
     ),
+    "deepseek-v2-groups": (
+        _DEEPSEEK_V2 | {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}, "expected"
+    ),
+    "gemma-2-softcap": (_GEMMA3 | {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0, expected null"),
+    "gemma-both-ways": (_GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention=True, expected"),
+    "gemma-gelu": (_GEMMA3 | {"hidden_activation": "gelu"}, "hidden_activation='gelu', expected gelu_pytorch_tanh"),
+    "olmoe-clip": (_OLMOE | {"clip_qkv": 8.0}, "clip_qkv=8.0, expected null"),
+    "smollm3-window": (
+        _SMOLLM3 | {"use_sliding_window": True, "sliding_window": 512, "layer_types": None},
+        "sliding_window=512, expected full attention",
+    ),
+    "qwen2-moe-window": (_QWEN2_MOE | {"use_sliding_window": True}, "sliding_window=32768, expected full attention"),
+    "qwen2-moe-no-bias": (_QWEN2_MOE | {"qkv_bias": False}, "qkv_bias=False, expected true"),
     "mrope": (_QWEN2 | {"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, "mrope_section"),
     "interleaved-llama": (_LLAMA | {"rope_interleaved": True}, "rope_interleaved=True, expected false"),
     "not-causal": (_LLAMA | {"is_causal": False}, "is_causal=False, expected true"),
@@ -175,7 +281,8 @@ def test_read(name: str, tmp_path: Path) -> None:
         if key in values and key != "rope_parameters":
             found = getattr(config, key)
             assert (list(found) if isinstance(found, tuple) else found) == values[key], key
-    assert config.rope_parameters["rope_theta"] == values.get("rope_theta", 1000000)
+    rope = next(iter(config.ropes.values()))
+    assert rope["rope_theta"] == values.get("rope_theta", 1000000)
     assert ModelConfig.from_hf(config.to_hf()) == config
 
 
@@ -197,12 +304,17 @@ def test_hub_ids_are_checked_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_transformers_reads_is_accounted_for(family: str) -> None:
     """No field that its modeling code, masks or rotary embeddings read is said to have no effect, but for these."""
-    modules = [f"models.{family}.modeling_{family}", "modeling_rope_utils", "masking_utils"]
-    source = "\n".join(inspect.getsource(import_module(f"transformers.{name}")) for name in modules)
+    name = family.removesuffix("_text")
+    modules = [f"models.{name}.modeling_{name}", "modeling_rope_utils", "masking_utils"]
+    source = "\n".join(inspect.getsource(import_module(f"transformers.{module}")) for module in modules)
     read = set(re.findall(r"\bconfig\.([a-z]\w*)", source)) | set(re.findall(r"getattr\(config, \"(\w+)\"", source))
     assert {"hidden_size", "rms_norm_eps", "head_dim", "sliding_window"} <= read
     row, values = FAMILIES[family], AutoConfig.for_model(family).to_dict()
     ignored = NO_EFFECT.union(row.no_effect).difference(row.fields)
-    assert read & ignored <= {"attention_dropout", "router_aux_loss_coef", "output_router_logits", "model_type"}
+    assert read & ignored <= {
+        "attention_dropout", "embd_pdrop", "resid_pdrop", "router_aux_loss_coef", "router_jitter_noise",  # of training
+        "output_router_logits", "use_cache", "model_type",
+        "use_sliding_window",  # false: asked for by sliding_window
+    }  # fmt: skip
     # What it reads of the rest, we read too, or ask for one value of it; check_keys refuses any other name.
-    assert values.keys() & read - ignored <= {*row.fields, *fixed_values(values), "num_local_experts"}
+    assert values.keys() & read - ignored <= {*row.fields, *fixed_values(values), *ALIASES}

@@ -37,7 +37,7 @@ def random_rope(rng: random.Random) -> dict[str, Any]:
 
 
 def random_architecture(family: str, rng: random.Random) -> dict[str, Any]:
-    heads = rng.choice([1, 2, 3, 4])
+    heads, fields = rng.choice([1, 2, 3, 4]), FAMILIES[family].fields
     values: dict[str, Any] = {
         "model_type": family,
         "vocab_size": rng.choice([31, 32, 40]),
@@ -53,27 +53,42 @@ def random_architecture(family: str, rng: random.Random) -> dict[str, Any]:
         "pad_token_id": rng.choice([None, 0, 31]),
         "rope_parameters": random_rope(rng),
     }
-    if family == "deepseek_v3":
+    if family in ("deepseek_v2", "deepseek_v3"):
         values |= {
             "q_lora_rank": rng.choice([None, 8]), "kv_lora_rank": 8, "qk_nope_head_dim": rng.choice([4, 6]),
             "qk_rope_head_dim": rng.choice([2, 4]), "v_head_dim": rng.choice([4, 6]),
-            "rope_interleave": rng.random() < 0.5, "n_shared_experts": rng.choice([0, 1, 2]),
-            "first_k_dense_replace": rng.choice([0, 1, 3]), "n_group": rng.choice([1, 2, 4]),
-            "topk_group": rng.choice([1, 2]), "routed_scaling_factor": rng.choice([1.0, 2.5]),
-            "norm_topk_prob": rng.random() < 0.5,
+            "n_shared_experts": rng.choice([0, 1, 2]),
+            "first_k_dense_replace": rng.choice([0, 1, 3]), "routed_scaling_factor": rng.choice([1.0, 2.5]),
         }  # fmt: skip
     else:
         values |= {
-            "head_dim": rng.choice([None, 4, 6]),
+            **({"head_dim": rng.choice([None, 4, 6])} if "head_dim" in fields else {}),
             "num_key_value_heads": rng.choice([None, *(n for n in (1, 2, 3) if heads % n == 0)]),
         }
-    if family == "qwen3_moe":
+    if family == "deepseek_v3":
+        values |= {
+            "rope_interleave": rng.random() < 0.5, "n_group": rng.choice([1, 2, 4]), "topk_group": rng.choice([1, 2]),
+            "norm_topk_prob": rng.random() < 0.5,
+        }  # fmt: skip
+    if "decoder_sparse_step" in fields:
         values |= {
             "decoder_sparse_step": rng.choice([1, 2]), "mlp_only_layers": rng.choice([[], [0]]),
             "norm_topk_prob": rng.random() < 0.5,
         }  # fmt: skip
-    if family in ("deepseek_v3", "qwen3_moe"):
-        values |= {"n_routed_experts": 8, "num_experts_per_tok": rng.choice([1, 3]), "moe_intermediate_size": 4}
+    if "n_routed_experts" in fields:
+        values |= {"n_routed_experts": 8, "num_experts_per_tok": rng.choice([1, 3])}
+        values["moe_intermediate_size" if "moe_intermediate_size" in fields else "intermediate_size"] = 4
+    layers = values["num_hidden_layers"]
+    own = {
+        "sliding_window": rng.choice([1, 3, None]), "query_pre_attn_scalar": rng.choice([None, 3]),
+        "layer_types": [rng.choice(["full_attention", "sliding_attention"]) for _ in range(layers)],
+        "no_rope_layers": [rng.choice([0, 1]) for _ in range(layers)], "shared_expert_intermediate_size": 6,
+    }  # fmt: skip
+    values |= {name: value for name, value in own.items() if name in fields}
+    if FAMILIES[family].norms[3]:
+        values["intermediate_size"] = 20  # the norm of one channel's sum is mostly rounding
+    if FAMILIES[family].partial_rotary:
+        values["rope_parameters"] = {"rope_theta": 100.0, "partial_rotary_factor": rng.choice([0.5, 1.0])}
     if rng.random() < 0.3:
         values["attention_bias"] = True
     if rng.random() < 0.2:

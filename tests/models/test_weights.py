@@ -35,7 +35,8 @@ def test_saved_model_loads_in_transformers(checkpoint, tmp_path: Path) -> None:
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.config.eos_token_id == 2
     with torch.no_grad():
-        assert torch.equal(loaded(IDS[None]).logits, checkpoint.oracle(IDS[None]).logits)
+        # Equal weights at other addresses: a product with one column (a shared expert's gate) may round otherwise.
+        torch.testing.assert_close(loaded(IDS[None]).logits, checkpoint.oracle(IDS[None]).logits)
     for name, tensor in checkpoint.oracle.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
@@ -72,6 +73,9 @@ def test_reward_model_round_trip(checkpoint, tmp_path: Path) -> None:
     with torch.no_grad():
         decoder.score.weight.copy_(torch.linspace(-1, 1, decoder.config.hidden_size)[None])
     save_model(decoder.config, decoder.state_dict(), tmp_path, scalar_head=True)
+    if checkpoint.name == "olmoe":  # transformers has no class for it
+        assert torch.equal(logits_of(load_model(tmp_path)[0]), logits_of(decoder))
+        return
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert theirs.num_labels == 1
     with torch.no_grad():
@@ -172,7 +176,7 @@ def test_unexpected_key_and_wrong_shape(make_checkpoint, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gpt2"}, "config.json: model_type is 'gpt2', expected one of deepseek_v3, llama"),
+        ({"model_type": "gpt2"}, "config.json: model_type is 'gpt2', expected one of deepseek_v2, deepseek_v3"),
         ({"hidden_act": "gelu"}, "config.json: model config: hidden_act='gelu', expected silu"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config .fp8. cannot be read"),
     ],

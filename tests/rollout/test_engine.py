@@ -25,8 +25,13 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-GROUPS = {"num_key_value_heads": 4, "q_lora_rank": 24, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
-FAMILIES = {name: COMMON | (GROUPS if name == "deepseek_v3" else {"num_key_value_heads": 2}) for name in zoo.FAMILIES}
+OWN = {
+    "deepseek_v2": {"num_key_value_heads": 4, "q_lora_rank": 24, "n_routed_experts": 8},
+    "deepseek_v3": {
+        "num_key_value_heads": 4, "q_lora_rank": 24, "n_routed_experts": 8, "n_group": 4, "topk_group": 2
+    },
+}  # fmt: skip
+FAMILIES = {name: COMMON | OWN.get(name, {"num_key_value_heads": 2}) for name in zoo.FAMILIES}
 PROMPTS = [[1, 9, 14, 5], [1] + [7, 22, 31] * 6, [40], [1, 14, 14, 14, 14, 14, 14]]
 
 
@@ -198,6 +203,28 @@ def test_ignore_eos_runs_to_max_tokens(llama: RolloutEngine) -> None:
 def test_too_long_prompt_is_named(llama: RolloutEngine) -> None:
     with pytest.raises(ValueError, match=r"prompt 1 has 120 tokens, with max_tokens 10 .*130; max_model_len is 128"):
         llama.generate([[5], [5] * 120], SamplingParams(max_tokens=10))
+
+
+def test_a_completion_may_not_cross_the_length_of_longrope() -> None:
+    """Below 20 tokens and from 21 on: equal to a forward pass; across: refused."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    rope |= {"original_max_position_embeddings": 20, "partial_rotary_factor": 0.5}
+    engine = RolloutEngine(zoo.decoder("phi3", vocab_size=VOCAB, rope_parameters=rope, initializer_range=0.2), None)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    for length in (8, 21):
+        (completion,) = engine.generate([[5] * length], params)[0]
+        ids_T = torch.tensor([5] * length + completion.token_ids)
+        with torch.no_grad():
+            logprobs_TV = engine.model(ids_T, torch.tensor([0, len(ids_T)], dtype=torch.int32)).log_softmax(-1)
+        want = logprobs_TV[length - 1 : -1].gather(1, ids_T[length:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), want, atol=1e-4, rtol=0)
+    for length in (9, 20):
+        with pytest.raises(ValueError, match=rf"prompt 0 has {length} tokens.*past 20 this model \(longrope\) turns"):
+            engine.generate([[5] * length], params)
+    engine.max_num_batched_tokens = 16
+    engine.generate([[5] * 8], params)
+    with pytest.raises(ValueError, match="cannot come in parts: raise max_num_batched_tokens to 21"):
+        engine.generate([[5] * 21], params)
 
 
 @pytest.mark.gpu

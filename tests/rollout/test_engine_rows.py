@@ -61,7 +61,7 @@ class HashDecoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = SimpleNamespace(vocab_size=VOCAB, max_position_embeddings=64, eos_token_id=EOS)
+        self.config = SimpleNamespace(vocab_size=VOCAB, max_position_embeddings=64, eos_token_id=EOS, ropes={})
         self.embed_tokens = nn.Embedding(VOCAB, 1)
         self.prefill_lengths: list[int] = []
         self.decode_rows: list[int] = []
