@@ -56,7 +56,9 @@ def save_model(
         file.unlink()
     if decoder_config.tie_word_embeddings and not scalar_head:
         state_dict = {name: tensor for name, tensor in state_dict.items() if name != "lm_head.weight"}
-    _write_tensors(decoder_config, state_dict, directory, blocks or ((name, 0, tensor) for name, tensor in state_dict.items()))
+    _write_tensors(
+        decoder_config, state_dict, directory, blocks or ((name, 0, tensor) for name, tensor in state_dict.items())
+    )
 
     eos = eos_ids(decoder_config.eos_token_id, getattr(tokenizer, "eos_token_id", None))
     decoder_config = dataclasses.replace(decoder_config, eos_token_id=eos)
