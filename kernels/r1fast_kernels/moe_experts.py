@@ -19,7 +19,7 @@ from .moe_dispatch import fake as fake_dispatch
 from .moe_experts_triton import launch_backward, launch_forward
 
 
-class _Move(torch.autograd.Function):
+class MoveRows(torch.autograd.Function):
     """Copy each token to its K slots, or sum each token's K slots: either is the gradient of the other."""
 
     @staticmethod
@@ -31,7 +31,7 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _Move.apply(grad, *ctx.saved_tensors, not ctx.to_slots), None, None, None
+        return MoveRows.apply(grad, *ctx.saved_tensors, not ctx.to_slots), None, None, None
 
 
 def moe_experts_reference(
@@ -44,14 +44,14 @@ def moe_experts_reference(
     *sizes, skipped = (end - start for start, end in zip([0, *ends], [*ends, len(order_M)]))
 
     # unbind and split: their gradients are one stack and one cat, where indexing would fill E tensors with zeros.
-    rows = _Move.apply(hidden_TD, token_M, slot_TK, True).split([*sizes, skipped])
+    rows = MoveRows.apply(hidden_TD, token_M, slot_TK, True).split([*sizes, skipped])
     gate_MF, up_MF = torch.cat([x_mD @ w_2FD.T for x_mD, w_2FD in zip(rows, gate_up_E2FD.unbind())]).chunk(2, dim=-1)
     # Weighted here and not after `down`: the same sum, over F numbers a row and not D.
     weights_M = weights_TK.flatten().index_select(0, order_M[: len(gate_MF)])
     inner_MF = (F.silu(gate_MF) * up_MF * weights_M[:, None]).to(hidden_TD.dtype)
     out = [h_mF @ w_DF.T for h_mF, w_DF in zip(inner_MF.split(sizes), down_EDF.unbind())]
     out_MD = torch.cat([*out, hidden_TD.new_zeros(skipped, hidden_TD.shape[1])]) if skipped else torch.cat(out)
-    return _Move.apply(out_MD, token_M, slot_TK, False)
+    return MoveRows.apply(out_MD, token_M, slot_TK, False)
 
 
 def _fake(

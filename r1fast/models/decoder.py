@@ -17,6 +17,7 @@ from r1fast.models.attention import AttentionPlan, ForwardPass
 from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.gqa import GroupedQueryAttention
 from r1fast.models.layers import MLP, Embedding, Head, HeadFn, RMSNorm
+from r1fast.models.lora import tie_adapters
 from r1fast.models.mla import LatentAttention
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import MoE, Routing
@@ -101,6 +102,7 @@ class Decoder(nn.Module):
         tied = self.config.tie_word_embeddings and not self.scalar_head
         if tied and self.lm_head.weight is not self.embed_tokens.weight:
             self.lm_head.weight = self.embed_tokens.weight
+        tie_adapters(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Decoder":
         # Leaving the meta device replaces each module's parameters one by one, which would untie them.

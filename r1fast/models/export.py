@@ -7,8 +7,9 @@ the tensors: all of it is known from names and shapes, before the first weight.
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,13 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
-from r1fast.models.folders import GENERATION_NAME, eos_ids, read_generation_config, resolve
+from r1fast.models.folders import (
+    ADAPTER_CONFIG, GENERATION_NAME, eos_ids, layers_of, read_generation_config, resolve
+)
 from r1fast.models.model_config import ModelConfig
-from r1fast.models.names import StateDict, pieces_of
+from r1fast.models.names import Blocks, StateDict, pieces_of
 from r1fast.models.tensor_files import INDEX_NAME, WORDS
 
 MAX_SHARD_BYTES = 5 * 10**9
-Blocks = Iterable[tuple[str, int, Tensor]]  # (our name, first row, rows)
 
 
 def save_model(
@@ -64,7 +66,7 @@ def save_model(
     decoder_config = dataclasses.replace(decoder_config, eos_token_id=eos)
     decoder_config.to_hf(state_dict["embed_tokens.weight"].dtype, scalar_head=scalar_head).save_pretrained(directory)
     if not scalar_head:
-        _write_generation_config(directory, source, decoder_config)
+        write_generation_config(directory, source, decoder_config)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
@@ -154,8 +156,10 @@ def _begin(file: Path, places: dict[str, _Place]) -> None:
         out.truncate(8 + len(text) + end)
 
 
-def _write_generation_config(directory: Path, source: str | Path | None, config: ModelConfig) -> None:
-    values = {} if source is None else read_generation_config(resolve(source, [GENERATION_NAME]))
+def write_generation_config(directory: Path, source: str | Path | None, config: ModelConfig) -> None:
+    layers = [] if source is None else layers_of(source, partial(resolve, patterns=[GENERATION_NAME, ADAPTER_CONFIG]))
+    found = [layer.folder for layer in layers if (layer.folder / GENERATION_NAME).is_file()]
+    values = read_generation_config(found[0]) if found else {}
     values.pop("_from_model_config", None)
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     values |= {name: value for name, value in ids.items() if value is not None}

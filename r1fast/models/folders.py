@@ -6,6 +6,8 @@ that a folder brings along is run.
 
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +20,11 @@ from r1fast.models.gguf_file import SUFFIX, gguf_config, gguf_tokenizer
 from r1fast.models.model_config import ModelConfig
 
 AGAIN = "copy or download it again"
+ADAPTER_CONFIG = "adapter_config.json"  # of a LoRA folder
 GENERATION_NAME = "generation_config.json"
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]  # of a Hub repository
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_MOST_LAYERS = 20  # adapters on adapters; more are a circle
 _SAME_AGAIN = ["consolidated*.safetensors"]  # the same weights in Mistral's own layout
 _REWARD_MODELS = ("ForSequenceClassification", "ForSequenceRegression", "RewardModel")  # endings of architectures
 
@@ -59,6 +63,32 @@ def resolve(path: str | Path, patterns: list[str]) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         text = f"neither a folder nor a Hub repository that can be reached ({type(error).__name__})"
         raise ValueError(f"{path}: {text}; check the spelling, the network, and HF_TOKEN for gated models") from error
+
+
+class Layer(NamedTuple):
+    """A LoRA folder, or the whole model at the bottom."""
+
+    ref: str | Path
+    folder: Path
+
+
+def layers_of(path: str | Path, find: Callable[[str | Path], Path]) -> list[Layer]:
+    """A LoRA folder, that which its adapter_config.json names as its base, and so on to a whole model; or that alone.
+
+    find: resolve, with the patterns that are wanted of each.
+    """
+    layers = [Layer(path, find(path))]
+    while (file := layers[-1].folder / ADAPTER_CONFIG).is_file():
+        values = read_json(file)
+        base, revision = values.get("base_model_name_or_path"), values.get("revision")
+        try:
+            if not base or not isinstance(base, str) or len(layers) > _MOST_LAYERS:
+                raise ValueError(f"{base!r:.200}, expected the folder or Hub id of its base")
+            ref = f"{base}@{revision}" if revision and not is_local(base) and "@" not in base else base
+            layers.append(Layer(ref, find(ref)))
+        except ValueError as error:
+            raise ValueError(f"{file}: base_model_name_or_path: {error}; correct it there if it was moved") from error
+    return layers
 
 
 def read_config(folder: Path) -> Described:
@@ -138,12 +168,20 @@ def text_of(error: BaseException) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__
 
 
+def _has_tokenizer(layer: Layer) -> bool:
+    return any((layer.folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
-    """None if it has none; ValueError naming the folder for files that are damaged, or need code of their own."""
-    folder = resolve(path, TOKENIZER_PATTERNS)
-    if folder.suffix == SUFFIX:
-        return gguf_tokenizer(folder)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    """None if it has none; ValueError naming the folder for files that are damaged, or need code of their own.
+
+    A LoRA folder without one has that of its base.
+    """
+    layers = layers_of(path, partial(resolve, patterns=TOKENIZER_PATTERNS))
+    if layers[-1].folder.suffix == SUFFIX and not any(map(_has_tokenizer, layers)):
+        return gguf_tokenizer(layers[-1].folder)
+    folder = next((layer.folder for layer in layers if _has_tokenizer(layer)), None)
+    if folder is None:
         return None
     file = folder / "tokenizer_config.json"
     values = read_json(file) if file.is_file() else {}

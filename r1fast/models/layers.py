@@ -44,8 +44,13 @@ class Embedding(nn.Embedding):
 
 
 class Linear(nn.Linear):
+    def __init__(self, num_in: int, num_out: int, bias: bool = True) -> None:
+        super().__init__(num_in, num_out, bias=bias)
+        self.register_module("weight_lora", None)  # a place for an adapter (lora.py)
+
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        out = linear(input, self.weight, self.bias)
+        return out if self.weight_lora is None else self.weight_lora(input, out)
 
 
 class MLP(nn.Module):

@@ -3,12 +3,14 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1fast.models.attention import ForwardPass
 from r1fast.models.layers import MLP, Linear
 from r1fast.models.model_config import ModelConfig
-from r1fast_kernels import moe_experts, route_topk
+from r1fast_kernels import grouped_gemm, moe_dispatch, moe_experts, route_topk
+from r1fast_kernels.moe_experts import MoveRows
 from r1fast_kernels.products import linear_fp32
 
 
@@ -49,9 +51,28 @@ class Experts(nn.Module):
         experts, width, expert_width = config.n_routed_experts, config.hidden_size, config.expert_width
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * expert_width, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
+        self.register_module("gate_up_proj_lora", None)  # places for adapters (lora.py)
+        self.register_module("down_proj_lora", None)
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        if any(lora.is_on for lora in self.children()):
+            return self._adapted(x_TD, expert_ids_TK, weights_TK)
         return moe_experts(x_TD, self.gate_up_proj, self.down_proj, expert_ids_TK, weights_TK)
+
+    def _adapted(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The same by parts, M = T K rows sorted by expert: of the stacked weights there is no gradient to be made."""
+        order_M, slot_TK, offsets_E = moe_dispatch(expert_ids_TK, len(self.down_proj))
+        token_M = order_M // expert_ids_TK.shape[1]
+
+        def product(x_MI: Tensor, weight_EOI: Tensor, lora: nn.Module | None) -> Tensor:
+            out_MO = grouped_gemm(x_MI, weight_EOI, offsets_E)
+            return out_MO if lora is None else lora(x_MI, out_MO, offsets_E)
+
+        rows_MD = MoveRows.apply(x_TD, token_M, slot_TK, True)
+        gate_MF, up_MF = product(rows_MD, self.gate_up_proj, self.gate_up_proj_lora).chunk(2, dim=-1)
+        inner_MF = F.silu(gate_MF) * up_MF * weights_TK.flatten().index_select(0, order_M)[:, None]
+        out_MD = product(inner_MF.to(x_TD.dtype), self.down_proj, self.down_proj_lora)
+        return MoveRows.apply(out_MD, token_M, slot_TK, False)
 
 
 class AddLoss(torch.autograd.Function):

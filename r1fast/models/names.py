@@ -17,6 +17,7 @@ from torch import Tensor
 from r1fast.models.model_config import ModelConfig
 
 StateDict = dict[str, Tensor]
+Blocks = Iterable[tuple[str, int, Tensor]]  # of weights: (our name, first row, rows)
 
 _LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.")
 _STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}

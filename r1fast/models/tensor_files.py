@@ -38,6 +38,7 @@ class Stored(NamedTuple):
     dtype: str  # as safetensors calls it
     scale: "Stored | None" = None  # of fp8: one number for each block
     block: tuple[int, int] = (1, 1)  # rows and columns of one
+    products: tuple[tuple[Tensor, Tensor], ...] = ()  # (left, right): left right is added, as of LoRA folders
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -85,6 +86,9 @@ class TensorFiles:
             rows = self._rows(stored, first, min(first + step, start + num_rows))
             if stored.scale is not None:
                 rows = self._dequantized(rows, stored, first)
+            for left, right in stored.products:
+                rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+                rows = rows.addmm(left[first : first + len(rows)].to(rows.dtype), right.to(rows.dtype))
             # A sum is one pass at the speed of memory, and finite only if every element is; that of large ones may not.
             if not rows.sum().isfinite() and not rows.isfinite().all():
                 advice = f"take an earlier checkpoint, or {AGAIN}"

@@ -7,6 +7,7 @@ no code that a folder brings along is run.
 import dataclasses
 import logging
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from r1fast.models.decoder import Decoder
 from r1fast.models.export import save_model
-from r1fast.models.folders import TOKENIZER_PATTERNS, Described, is_local, load_tokenizer, read_config, resolve
+from r1fast.models.folders import (
+    ADAPTER_CONFIG, TOKENIZER_PATTERNS, Described, eos_ids, is_local, layers_of, load_tokenizer, read_config,
+    read_generation_config, resolve,
+)  # fmt: skip
+from r1fast.models.lora_files import is_reward_adapter, with_adapter
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.names import StateDict, is_left_out, is_mtp, pieces_of, some, standard_name, to_hf_names
 from r1fast.models.tensor_files import FLOATS, FP8, SCALE, Stored, TensorFiles, weight_files
@@ -36,7 +41,7 @@ def load_model(
 ) -> tuple[Decoder, PreTrainedTokenizerBase | None]:
     """Any checkpoint of the supported families -> (decoder in eval mode, tokenizer or None if it has none).
 
-    path: folder, Hub id or .gguf file. dtype: torch.dtype, its name, or "auto" (what the checkpoint says).
+    path: folder, Hub id or .gguf file; of a LoRA folder the adapter is added to the weights of its base. dtype: torch.dtype, its name, or "auto" (what the checkpoint says).
     scalar_head: None follows the checkpoint; True turns a language model into a reward model whose `score` starts at 0.
     revision: commit, branch or tag of a Hub id.
     Raises ValueError naming the path and the key for anything missing, unexpected or unsupported.
@@ -54,12 +59,19 @@ def check_checkpoint(path: str | Path) -> tuple[ModelConfig, bool]:
 
     A Hub id is checked by its config.json alone, the only file that is fetched, and a .gguf file by its metadata.
     """
-    folder = resolve(path, ["config.json"])
-    if not is_local(path) or folder.is_file():
-        described = read_config(folder)
-        return described.config, described.is_reward_model
+    layers = layers_of(path, partial(resolve, patterns=["config.json", ADAPTER_CONFIG]))
+    if not all(is_local(layer.ref) for layer in layers) or layers[-1].folder.is_file():
+        described = read_config(layers[-1].folder)
+        return described.config, described.is_reward_model or any(map(is_reward_adapter, layers[:-1]))
     checkpoint = Checkpoint(path, headers_only=True)
     return checkpoint.config, checkpoint.scalar_head
+
+
+def _files_of(path: str | Path) -> Path:
+    folder = resolve(path, ["*.safetensors", *TOKENIZER_PATTERNS])
+    if not is_local(path) and not any(folder.glob("*.safetensors")):
+        folder = resolve(path, ["pytorch_model*.bin", *TOKENIZER_PATTERNS])
+    return folder
 
 
 class Checkpoint:
@@ -70,14 +82,17 @@ class Checkpoint:
 
     def __init__(self, path: str | Path, *, scalar_head: bool | None = None, headers_only: bool = False) -> None:
         """scalar_head: as of load_model. headers_only: two stored heads that may be one are taken to be one."""
-        self.folder = resolve(path, ["*.safetensors", *TOKENIZER_PATTERNS])
-        if not is_local(path) and not any(self.folder.glob("*.safetensors")):
-            self.folder = resolve(path, ["pytorch_model*.bin", *TOKENIZER_PATTERNS])
+        self.path = path
+        *adapters, (_, self.folder) = layers_of(path, _files_of)
         self.notes: list[str] = []  # what the user should know of what was left out
         self._files = TensorFiles()
         described = read_config(self.folder)
         self.config, self._dtype = described.config, described.dtype
         self._stored = self._listed(described)
+        for _, adapter in reversed(adapters):
+            self._stored = with_adapter(self._stored, adapter, self.config)
+            eos = eos_ids(self.config.eos_token_id, read_generation_config(adapter).get("eos_token_id"))
+            self.config = dataclasses.replace(self.config, eos_token_id=eos)
         is_reward_model = described.is_reward_model or _SCORE in self._stored
         if scalar_head is False and is_reward_model:
             raise ValueError(f"{self.folder}: is a reward model (`score`), expected a language model with an lm_head")
@@ -97,7 +112,7 @@ class Checkpoint:
         return self._decoder.to(self._resolve_dtype(dtype))
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self.path)
 
     @torch.no_grad()
     def fill(self, parts: Iterable[tuple[str, int, Tensor]]) -> None:
