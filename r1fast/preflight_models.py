@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from r1fast.artifacts import inputs_of, start_model
 from r1fast.models import weights
-from r1fast.models.decoder import DecoderLayer
+from r1fast.models.decoder import Decoder, DecoderLayer
+from r1fast.models.lora import LoraConfig, add_adapters
 from r1fast.models.model_config import ModelConfig
 from r1fast.schema import PretrainStage, Recipe
-from r1fast.schema_options import StageBase
+from r1fast.schema_options import LoraOptions, StageBase, TrainOptions
 
 
 @cache
@@ -75,6 +76,8 @@ def model_problems(recipe: Recipe, stage: StageBase) -> Iterator[str]:
         yield from _architecture_problems(stage, num_tokens)
     if (config := architecture_of(recipe, stage)) is not None:  # through @stages too
         yield from _router_problems(stage, config)
+        if isinstance(stage, TrainOptions) and stage.lora is not None:
+            yield from _lora_problems(stage.lora, config)
 
 
 def _router_problems(stage: StageBase, config: ModelConfig) -> Iterator[str]:
@@ -85,6 +88,15 @@ def _router_problems(stage: StageBase, config: ModelConfig) -> Iterator[str]:
             yield f"{name} = {value}: {config.model_type} has no router; drop it"
         elif value and name == "router_bias_update_rate" and not config.has_router_bias:
             yield f"{name} = {value}: the router of {config.model_type} has no bias; leave it at 0"
+
+
+def _lora_problems(options: LoraOptions, config: ModelConfig) -> Iterator[str]:
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    try:
+        add_adapters(decoder, LoraConfig(**options.model_dump(exclude={"merge_and_unload"})))
+    except ValueError as error:
+        yield f"lora.{error}"
 
 
 def _tokenizer_problems(key: str, ref: str) -> Iterator[str]:

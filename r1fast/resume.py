@@ -20,7 +20,7 @@ CONFIG, SUMMARY, STAGE = "config.yaml", "summary.json", "stage.json"
 _OF_A_STAGE = (STAGE, "checkpoints", "metrics.jsonl", "model", "data.jsonl")  # stage.json comes before all others
 _HEADER = re.compile(r"# crc32 ([0-9a-f]{8}) .*")
 # A checkpoint holds weights and moments of these; it could not be loaded, or what is changed would go unused.
-_IN_THE_CHECKPOINT = ("kind", "model", "architecture", "tokenizer", "vocab_size", "optimizer")
+_IN_THE_CHECKPOINT = ("kind", "model", "architecture", "tokenizer", "vocab_size", "optimizer", "lora")
 _IN_THE_SAMPLES = ("teacher", "train_files", "seed", *SampleOptions.__annotations__, *GenerateOptions.__annotations__)
 
 

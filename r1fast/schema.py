@@ -37,6 +37,8 @@ class PretrainStage(FitOptions, ValidationOptions):
         yield from super().problems()
         if self.model is not None:
             yield f"model = {self.model!r} does not apply: pretrain starts from scratch; drop it, or use sft"
+        if self.lora is not None:
+            yield "lora does not apply: pretrain starts from scratch, without a base; drop it, or use sft"
         if self.tokenizer is not None and self.changed(["vocab_size"]):
             yield f"vocab_size = {self.vocab_size} does not apply: tokenizer is given; drop one of them"
         if self.changed(["eval_before"]):
@@ -123,6 +125,8 @@ class GRPOStage(LossOptions, TrainOptions, ValidationOptions):
             yield "log_completions_steps does not apply: log_completions is 0; drop it"
         if self.ref_model_sync_steps and self.loss.beta == 0 and self.ref_model is None:
             yield "ref_model_sync_steps needs beta above 0: without KL there is no reference to copy into"
+        if self.ref_model_sync_steps and self.lora is not None:
+            yield "ref_model_sync_steps does not apply with lora: the reference is the base itself; drop it"
         if self.skip_zero_variance_groups and (self.loss.beta > 0 or self.loss.entropy_coef or self.is_own_loss):
             yield "skip_zero_variance_groups needs beta 0, entropy_coef 0 and a built-in loss: else such groups learn"
 

@@ -254,7 +254,20 @@ class ValidationOptions(EvalOptions):
             yield f"metric_for_best_model = {metric!r} is not measured; expected one of {', '.join(measured)}"
 
 
+class LoraOptions(Strict):
+    """Low-rank adapters are trained, beside weights that stay as they are, in model.dtype. Names: peft's."""
+
+    r: Positive = 16
+    alpha: AboveZero = 32.0  # an adapter counts alpha / r
+    # Names of linear layers, or the ends of their names (o_proj, mlp.experts.down_proj); all-linear: all in the blocks,
+    # stacked experts too, and not the router.
+    target_modules: Literal["all-linear"] | Annotated[list[Ref], Field(min_length=1)] = "all-linear"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of what an adapter reads, in updates
+    merge_and_unload: bool = False  # the stage hands on a whole model; false: a LoRA folder, which names its base
+
+
 class TrainOptions(StageBase):
+    lora: LoraOptions | None = None  # None: every weight is trained
     learning_rate: LearningRate = 1e-6
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr_scheduler_type: Schedule = "constant"
@@ -286,6 +299,8 @@ class TrainOptions(StageBase):
             yield f"decay_ratio applies to lr_scheduler_type wsd, got {schedule}: drop it"
         if schedule == "constant" and self.changed(["min_lr_ratio"]):
             yield "min_lr_ratio applies to a schedule that decays, and constant does not: drop it"
+        if self.lora is not None and self.router_bias_update_rate:
+            yield "router_bias_update_rate does not apply with lora: the router stays as it is; drop it"
 
 
 class FitOptions(TrainOptions):

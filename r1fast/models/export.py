@@ -18,9 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
-from r1fast.models.folders import (
-    ADAPTER_CONFIG, GENERATION_NAME, eos_ids, layers_of, read_generation_config, resolve
-)
+from r1fast.models.folders import ADAPTER_CONFIG, GENERATION_NAME, eos_ids, layers_of, read_generation_config, resolve
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.names import Blocks, StateDict, pieces_of
 from r1fast.models.tensor_files import INDEX_NAME, WORDS

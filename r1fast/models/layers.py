@@ -44,6 +44,8 @@ class Embedding(nn.Embedding):
 
 
 class Linear(nn.Linear):
+    weight_lora: nn.Module | None
+
     def __init__(self, num_in: int, num_out: int, bias: bool = True) -> None:
         super().__init__(num_in, num_out, bias=bias)
         self.register_module("weight_lora", None)  # a place for an adapter (lora.py)

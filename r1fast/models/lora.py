@@ -1,16 +1,16 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): beside a frozen weight W two small factors are trained.
 
-    y = W x + scale B (A dropout(x))     A [r, in], B [out, r], scale = alpha / r; of stacked experts [E, r, in], [E, out, r]
+    y = W x + scale B (A dropout(x))     A [r, in], B [out, r], scale = alpha / r; of experts [E, r, in], [E, out, r]
 
-An adapter is a module beside the weight that it adapts: `q_proj.weight_lora` of `q_proj.weight`. Dense: two thin products.
-Experts: two thin grouped products, over the rows that are sorted for the base. Nothing of the size of W is made, and it
+An adapter is a module beside the weight that it adapts: `q_proj.weight_lora` of `q_proj.weight`. It is two thin
+products, of experts grouped ones, over the rows that are sorted for the base. Nothing of the size of W is made, and W
 gets no gradient. To generate, W + scale B A takes the place of the gathered W (`merged`): decoding knows no adapter.
 
 On disk an adapter is a folder as peft writes it: lora_files.py.
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ _SUFFIX = "_lora"
 class LoraConfig:
     r: int = 16
     alpha: float = 32
-    target_modules: str | tuple[str, ...] = ALL_LINEAR  # or names, or ends of names: o_proj, experts.down_proj
+    target_modules: str | Sequence[str] = ALL_LINEAR  # or names, or ends of names: o_proj, experts.down_proj
     dropout: float = 0.0  # of x
 
 
@@ -121,7 +121,9 @@ def add_adapters(decoder: Any, config: LoraConfig) -> None:
     for target in () if targets == ALL_LINEAR else targets:
         if not any(matches(target, name) for name in names):
             known = ", ".join(sorted({target_name(name).rpartition(".")[2] for name in names}))
-            raise ValueError(f"target_modules: {target!r:.80} is no linear layer of this model; expected some of {known}")
+            raise ValueError(
+                f"target_modules: {target!r:.80} is no linear layer of this model; expected some of {known}"
+            )
     decoder.requires_grad_(False)
     noise, index = [0], {name: i for i, name in enumerate(names)}
     for name, (module, attribute, weight) in every.items():

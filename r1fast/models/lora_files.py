@@ -1,28 +1,31 @@
 """LoRA folders as peft 0.21 writes them: adapter_config.json, adapter_model.safetensors, and a tokenizer beside.
 
-    dense     base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight [r, in]    .lora_B.weight [out, r]
-    experts   base_model.model.model.layers.3.mlp.experts[.base_layer].lora_A.weight [E r, in]    .lora_B.weight [out, r E]
+    dense     base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight [r, in]        .lora_B.weight [out, r]
+    experts   base_model.model.model.layers.3.mlp.experts[.base_layer].lora_A.weight [E r, in]    .. [out, r E]
     whole     base_model.model.score.weight, of modules_to_save
 
 Module names are those of transformers' modules. peft wraps stacked experts once for each parameter, gate_up_proj inside
 (`.base_layer`) where both have an adapter; rows of A count experts first, columns of B ranks first. In: every weight on
 disk gets the factors that are added to its rows as they are read (tensor_files.py), so that any base of any layout will
-do. Out: of the adapters of a decoder (lora.py). What peft adds beside such factors (DoRA, biases, ..) is refused by name.
+do. Out: of the adapters of a decoder (lora.py). What else peft has (DoRA, biases, ..) is refused by name.
 """
 
+import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from r1fast.models.folders import ADAPTER_CONFIG, AGAIN, Layer, is_local, read_json
-from r1fast.models.lora import ALL_LINEAR, Factors, LoraConfig, hf_name, matches, target_name
+from r1fast.models.export import write_generation_config
+from r1fast.models.folders import ADAPTER_CONFIG, AGAIN, Layer, eos_ids, is_local, read_json
+from r1fast.models.lora import ALL_LINEAR, Factors, LoraConfig, factors_of, hf_name, matches, target_name
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.names import disk_name, pieces_of
 from r1fast.models.tensor_files import FLOATS, Stored, TensorFiles
@@ -34,9 +37,10 @@ _KEY = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B)(?:\.weight)?")
 # Keys of adapter_config.json. Which weights have factors, and of what rank, the tensors say.
 _READ = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "alpha_pattern", "use_rslora"}
 _NO_EFFECT = {
-    "auto_mapping", "peft_version", "task_type", "inference_mode", "target_modules", "target_parameters", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "lora_dropout", "modules_to_save", "rank_pattern", "eva_config", "loftq_config",
-    "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config",
+    "auto_mapping", "peft_version", "task_type", "inference_mode", "target_modules", "target_parameters",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "modules_to_save", "rank_pattern",
+    "eva_config", "loftq_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size",
+    "runtime_config",
 }  # fmt: skip
 # Others (pissa, olora, corda, loftq, ..) begin with another base than the one that is named.
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -154,7 +158,15 @@ class Export(NamedTuple):
     lora: LoraConfig
 
 
-def save_adapter(folder: Path, export: Export, config: ModelConfig, base: str) -> None:
+def export_of(model: Any, lora: LoraConfig, whole: Callable[[Tensor], Tensor]) -> Export:
+    """Of a decoder. whole: gathers a parameter; collective where it is."""
+    head = {"score.weight": whole(model.score.weight.detach())} if model.scalar_head else {}
+    return Export(factors_of(model, whole), head, lora)
+
+
+def save_adapter(
+    folder: Path, export: Export, config: ModelConfig, base: str, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
     """Write a LoRA folder that peft's PeftModel.from_pretrained loads on the base, a folder or Hub id[@revision]."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{_PREFIX}{name}": tensor for name, tensor in export.whole.items()}
@@ -174,6 +186,11 @@ def save_adapter(folder: Path, export: Export, config: ModelConfig, base: str) -
     save_file({name: x.contiguous().cpu() for name, x in tensors.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     text = json.dumps(_settings(export, config, fused, base), indent=2, sort_keys=True)
     (folder / ADAPTER_CONFIG).write_text(f"{text}\n", encoding="utf-8")
+    if not export.whole:
+        eos = eos_ids(config.eos_token_id, getattr(tokenizer, "eos_token_id", None))
+        write_generation_config(folder, base, dataclasses.replace(config, eos_token_id=eos))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _settings(export: Export, config: ModelConfig, names: Iterable[str], base: str) -> dict[str, Any]:
@@ -189,7 +206,7 @@ def _settings(export: Export, config: ModelConfig, names: Iterable[str], base: s
                 parameters.add(f"{target}.weight")
             else:
                 modules.add(target)
-    path, _, revision = (base, "", "") if is_local(base) else base.partition("@")
+    path, _, revision = (str(Path(base).expanduser().resolve()), "", "") if is_local(base) else base.partition("@")
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if export.whole else "CAUSAL_LM",
@@ -197,7 +214,9 @@ def _settings(export: Export, config: ModelConfig, names: Iterable[str], base: s
         "revision": revision or None,
         "r": lora.r,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "lora_dropout": 0.0 if parameters else lora.dropout,  # peft knows none of parameters, nor uses it in what is loaded
+        "lora_dropout": 0.0
+        if parameters
+        else lora.dropout,  # peft knows none of parameters, nor uses it in what is loaded
         "target_modules": sorted(modules),
         "target_parameters": sorted(parameters) or None,
         "modules_to_save": sorted({name.partition(".")[0] for name in export.whole}) or None,

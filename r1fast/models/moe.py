@@ -46,6 +46,9 @@ class Gate(nn.Module):
 class Experts(nn.Module):
     """All experts' SwiGLU weights, stacked: gate then up [E, 2F, D], down [E, D, F]."""
 
+    gate_up_proj_lora: nn.Module | None
+    down_proj_lora: nn.Module | None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         experts, width, expert_width = config.n_routed_experts, config.hidden_size, config.expert_width

@@ -17,8 +17,16 @@ from transformers import PreTrainedTokenizerBase
 from r1fast.models.decoder import Decoder
 from r1fast.models.export import save_model
 from r1fast.models.folders import (
-    ADAPTER_CONFIG, TOKENIZER_PATTERNS, Described, eos_ids, is_local, layers_of, load_tokenizer, read_config,
-    read_generation_config, resolve,
+    ADAPTER_CONFIG,
+    TOKENIZER_PATTERNS,
+    Described,
+    eos_ids,
+    is_local,
+    layers_of,
+    load_tokenizer,
+    read_config,
+    read_generation_config,
+    resolve,
 )  # fmt: skip
 from r1fast.models.lora_files import is_reward_adapter, with_adapter
 from r1fast.models.model_config import ModelConfig
@@ -41,7 +49,8 @@ def load_model(
 ) -> tuple[Decoder, PreTrainedTokenizerBase | None]:
     """Any checkpoint of the supported families -> (decoder in eval mode, tokenizer or None if it has none).
 
-    path: folder, Hub id or .gguf file; of a LoRA folder the adapter is added to the weights of its base. dtype: torch.dtype, its name, or "auto" (what the checkpoint says).
+    path: folder, Hub id or .gguf file; of a LoRA folder the adapter is added to the weights of its base.
+    dtype: torch.dtype, its name, or "auto" (what the checkpoint says).
     scalar_head: None follows the checkpoint; True turns a language model into a reward model whose `score` starts at 0.
     revision: commit, branch or tag of a Hub id.
     Raises ValueError naming the path and the key for anything missing, unexpected or unsupported.

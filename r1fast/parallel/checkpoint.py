@@ -31,7 +31,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.optim import Optimizer
 
 from r1fast.parallel.mesh import Dist
@@ -53,8 +53,9 @@ def save(
     """Write directory/step_N; kept are the newest `keep` checkpoints and that of step `best`. Collective.
 
     extra: plain values (plain_state.py), the same on all ranks (taken from rank 0); every rank's random-number states
-    are added. To save a frozen reference model too, pass nn.ModuleDict({"policy": ..., "reference": ...}) as the model,
-    and the same to load. If any rank cannot write, every rank raises OSError and the older checkpoints stay.
+    are added. Frozen weights of a model are not saved. To save a frozen reference model too, pass
+    nn.ModuleDict({"policy": ..., "reference": ...}) as the model, and the same to load. If any rank cannot write, every
+    rank raises OSError and the older checkpoints stay.
     """
     tmp, final = directory / f"tmp_step_{step}", directory / f"step_{step}"
     own_values: dict[str, Any] = {_rank_name(dist.rank): {"rng": rng_state()}}
@@ -156,10 +157,12 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def _distributed_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     """The tensors of model and optimizer by name, themselves and no copies; a tied weight under its first name."""
-    weights = get_model_state_dict(model)
+    # What is frozen in a model that is trained can be read from where it came from; not so a reference beside it.
+    options = StateDictOptions(ignore_frozen_params=not isinstance(model, nn.ModuleDict))
+    weights = get_model_state_dict(model, options=options)
     for _, *aliases in tied_names(model):
         for alias in aliases:
-            del weights[alias]
+            weights.pop(alias, None)
     values = get_optimizer_state_dict(model, optimizer)["state"]
     moments = {f"{name}.{key}": tensor for name, of_one in values.items() for key, tensor in of_one.items()}  # type: ignore[union-attr]
     return {"model": weights, "optimizer": moments}

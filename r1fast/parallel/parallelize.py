@@ -50,15 +50,15 @@ def parallelize(
     """Shard `model` (attributes embed_tokens, layers, norm, lm_head or score) over dist.mesh, in place.
 
     param_dtype: dtype of the gathered weights and of the compute; the shards that the optimizer sees stay fp32 for a
-    model with trainable parameters, and keep their dtype for a frozen one. reduce_dtype: dtype of the gradient sum.
+    model that is trained, and keep their dtype for one with frozen weights. reduce_dtype: dtype of the gradient sum.
     World size 1 is sharded too: it carries the mixed precision, and state dicts look the same everywhere.
     """
-    if any(param.requires_grad for param in model.parameters()):
+    if all(param.requires_grad for param in model.parameters()):
         model.float()
     layers = model.get_submodule("layers")
     if activation_checkpointing:
         for name, layer in list(layers.named_children()):
-            # No dropout anywhere, so there is no RNG state to carry into the recomputation.
+            # Nothing draws from a generator that is kept, so there is no state to carry into the recomputation.
             setattr(layers, name, torch_private.checkpoint_wrapper(layer, preserve_rng_state=False))
     if compile:
         for layer in layers.children():
@@ -132,6 +132,11 @@ def generation_phase(model: nn.Module) -> Iterator[nn.Module]:
             raise RuntimeError("the weights changed inside generation_phase: what was generated used stale copies")
 
 
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor gathered, any other tensor itself. Collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor, any other tensor itself. Call under no_grad: then it is a view for free."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -188,6 +193,7 @@ def tied_names(model: nn.Module) -> list[list[str]]:
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Copy parameters and persistent buffers of a parallelized model into another one, which keeps its dtype.
+    Adapters (models/lora.py) are left out.
 
     Between two models parallelized alike (reference refresh) shard by shard, without communication. Into a plain model,
     whole on every rank, collective: rounded to param_dtype, the weights are those that generation_phase would gather.
@@ -196,12 +202,13 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
     reshard(target)
     # state_dict names are the same with and without activation checkpointing, those of named_parameters are not.
     sources, targets = source.state_dict(), target.state_dict()
+    sources = {name: tensor for name, tensor in sources.items() if "_lora." not in name}
     if sources.keys() != targets.keys():
         names = sorted(sources.keys() ^ targets.keys())
         raise ValueError(f"the models have different parameters: {names[:5]} ({len(names)}) are in one of them only")
     for name, tensor in sources.items():
         whole = isinstance(tensor, DTensor) and not isinstance(targets[name], DTensor)
-        local_tensor(targets[name]).copy_(tensor.full_tensor() if whole else local_tensor(tensor))
+        local_tensor(targets[name]).copy_(whole_tensor(tensor) if whole else local_tensor(tensor))
 
 
 @torch.no_grad()

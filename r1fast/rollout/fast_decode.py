@@ -9,6 +9,7 @@ from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.models.families import ONE_ROPE, PRE_NORMS
 from r1fast.models.layers import HeadFn
+from r1fast.models.lora import adapted, is_adapter
 from r1fast.models.mla import LATENT_NORM_EPS
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import Routing
@@ -23,6 +24,10 @@ logger = logging.getLogger("r1fast")
 def fast_decode(model: Decoder) -> "FastDecode | None":
     """None, with a line that says why: the modules run. Raises ValueError where they would not compute what `forward`
     does."""
+    if any(lora.is_on for *_, lora in adapted(model)):
+        raise ValueError(
+            "generation would leave out the model's adapters; generate inside lora.merged, or from a merged model"
+        )
     if found := differences(model, model.built):
         logger.warning("decode_layers does not run, the modules do: %s", "; ".join(found[:5]))
         return None
@@ -34,6 +39,7 @@ def fast_decode(model: Decoder) -> "FastDecode | None":
         log_choice("decode_layers", "reference", f"the modules for {', '.join(unknown)}")
         return None
     named = [[*layer.named_parameters(), *layer.named_buffers()] for layer in model.layers]
+    named = [[(name, tensor) for name, tensor in layer if not is_adapter(name)] for layer in named]
     layers = DecodeLayers(
         embedding_VD=model.embed_tokens.weight,
         weights=weights_of([{unwrapped(name): tensor for name, tensor in layer} for layer in named]),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from r1fast.models.decoder import Decoder
+from r1fast.models.lora import is_adapter
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.structure import unwrapped
 from r1fast.models.weights import StateDict
@@ -206,11 +207,11 @@ def moe_rows(sample: SampledTokens, prompt_length: int, config: ModelConfig) -> 
 
 
 def whole_state(model: nn.Module) -> StateDict:
-    """Parameters and persistent buffers under the names of the single-device model.
+    """Parameters and persistent buffers under the names of the single-device model; adapters are in the weights then.
 
     Not state_dict: its hooks would put FSDP's shards back in place of the gathered weights.
     """
     named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for prefix, module in model.named_modules():
         named |= {f"{prefix}.{name}": buffer for name, buffer in persistent_buffers(module)}
-    return {unwrapped(name): tensor.detach() for name, tensor in named.items()}
+    return {unwrapped(name): tensor.detach() for name, tensor in named.items() if not is_adapter(name)}

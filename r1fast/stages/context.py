@@ -19,16 +19,19 @@ from r1fast.config import ConfigError
 from r1fast.data.chat_templates import chat_template
 from r1fast.data.sources import load_rows
 from r1fast.models.decoder import Decoder
+from r1fast.models.lora import LoraConfig, add_adapters, init_adapters, is_adapter, merged_blocks, summary
+from r1fast.models.lora_files import export_of, save_adapter
+from r1fast.models.names import Blocks, StateDict
 from r1fast.models.weights import Checkpoint, save_model
 from r1fast.observe.metrics import StageLog
 from r1fast.observe.progress import active_progress
 from r1fast.observe.trackers import Tracker
 from r1fast.parallel.mesh import Dist
-from r1fast.parallel.parallelize import gathered_blocks, local_parts, parallelize
+from r1fast.parallel.parallelize import gathered_blocks, local_parts, parallelize, reshard, whole_tensor
 from r1fast.rollout.tokenization import leading_ids
 from r1fast.run_folder import replace_file, replace_folder
 from r1fast.schema import Recipe
-from r1fast.schema_options import GenerateOptions, LossOptions, StageBase
+from r1fast.schema_options import GenerateOptions, LoraOptions, LossOptions, StageBase, TrainOptions
 from r1fast.stopping import Stop
 
 S = TypeVar("S", bound=StageBase, covariant=True)
@@ -101,17 +104,24 @@ class StageContext(Generic[S]):
     def load(self, ref: str, *, trainable: bool, scalar_head: bool = False) -> tuple[Decoder, Tokenizer]:
         """The model `ref`, of which every rank reads its shard, and its tokenizer. scalar_head: as a reward model.
 
-        A model that is trained is kept in float32, a frozen one in the dtype of the forward pass.
+        A model that is trained is kept in float32, a frozen one in the dtype of the forward pass; with `lora` one that
+        is trained is frozen, beside adapters in float32.
         """
-        dtype = torch.float32 if trainable else self.param_dtype
+        lora = self.lora if trainable else None
+        dtype = torch.float32 if trainable and lora is None else self.param_dtype
         path = self.model_path(ref)
 
         def read() -> tuple[Decoder, Tokenizer | None]:
             checkpoint = Checkpoint(path, scalar_head=scalar_head)
             for note in checkpoint.notes:
                 self.message(note)
-            model = self.shard(checkpoint.decoder(dtype).requires_grad_(trainable)).to_empty(device=self.dist.device)
+            model = checkpoint.decoder(dtype).requires_grad_(trainable)
+            if lora is not None:
+                add_adapters(model, lora)
+                self.message(f"{self.stage.name}: {summary(model)}")
+            model = self.shard(model).to_empty(device=self.dist.device)
             checkpoint.fill(local_parts(model, self.dist))
+            init_adapters(model, local_parts(model, self.dist), self.seed)
             return model.eval(), checkpoint.tokenizer()
 
         try:
@@ -124,6 +134,16 @@ class StageContext(Generic[S]):
             model.head.in_fp32 = self.param_dtype != torch.float32
         return model, tokenizer
 
+    @property
+    def lora_options(self) -> LoraOptions | None:
+        return self.stage.lora if isinstance(self.stage, TrainOptions) else None
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters that the stage trains; None: it trains every weight."""
+        options = self.lora_options
+        return None if options is None else LoraConfig(**options.model_dump(exclude={"merge_and_unload"}))
+
     def shard(self, model: Decoder) -> Decoder:
         trainer = self.recipe.trainer
         return parallelize(  # type: ignore[return-value]
@@ -132,23 +152,32 @@ class StageContext(Generic[S]):
         )  # fmt: skip
 
     def save(self: "StageContext[GenerateOptions]", model: Decoder, tokenizer: Tokenizer) -> None:
-        """Write <stage>/model as a Hugging Face checkpoint, complete or not at all; no rank gathers it whole."""
+        """Write <stage>/model as a Hugging Face checkpoint, complete or not at all; no rank gathers it whole.
+
+        With `lora` a LoRA folder, or that in a whole model, of which every weight is then written in float32.
+        """
         with self.phase("save"):
-            blocks = gathered_blocks(model, self.dist)
+            reshard(model)
+            state: StateDict = model.state_dict()
+            blocks: Blocks = gathered_blocks(model, self.dist)
+            adapter = None if self.lora is None else export_of(model, self.lora, whole_tensor)
+            if adapter is not None and self.lora_options is not None and self.lora_options.merge_and_unload:
+                kept = {name: tensor.shape for name, tensor in state.items() if not is_adapter(name)}
+                state = {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in kept.items()}
+                blocks, adapter = merged_blocks(blocks, adapter.factors), None
+            elif adapter is not None:
+                blocks = ()
 
             def write(target: Path) -> None:
                 exported = exported_tokenizer(self, tokenizer)
                 source = None if self.stage.kind == "pretrain" else self.model_path(self.model_ref)
                 with replace_folder(target) as folder, _as_os_error(target):
-                    save_model(
-                        model.config,
-                        model.state_dict(),
-                        folder,
-                        exported,
-                        model.scalar_head,
-                        source=source,
-                        blocks=blocks,
-                    )
+                    if adapter is None:
+                        save_model(
+                            model.config, state, folder, exported, model.scalar_head, source=source, blocks=blocks
+                        )  # fmt: skip
+                    else:
+                        save_adapter(folder, adapter, model.config, self.model_path(self.model_ref), exported)
 
             self._write_artifact("model", write, blocks)
 

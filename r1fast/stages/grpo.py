@@ -11,6 +11,7 @@ update     steps_per_generation minibatches -> linear_grpo_loss -> clip -> optim
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from r1fast.data.rows import Row, location
 from r1fast.models.decoder import Decoder
+from r1fast.models.lora import adapters_off
 from r1fast.parallel.parallelize import copy_weights
 from r1fast.policy_loss import linear_own_loss
 from r1fast.schema import GRPOStage
@@ -75,7 +77,9 @@ class Learner:
             self.weights["overlong"] = self.stage.overlong_penalty
         self.unscored_prompts = 0  # in a row
         self.reference: Decoder | None = None
-        if self.stage.loss.beta > 0 or self.stage.ref_model is not None:
+        if self.stage.loss.beta > 0 and self.stage.ref_model is None and self.stage.lora is not None:
+            self.reference = policy  # without its adapter
+        elif self.stage.loss.beta > 0 or self.stage.ref_model is not None:
             self.reference, _ = ctx.load(self.stage.ref_model or ctx.model_ref, trainable=False)
             if self.stage.ref_model_sync_steps:  # then no file holds it
                 self.trainer.saved = nn.ModuleDict({"policy": policy, "reference": self.reference})
@@ -211,8 +215,9 @@ class Learner:
             found = linear_logprobs(*inputs, temperature=self.stage.temperature, with_entropy=entropy)
             return found[1] if entropy else found  # type: ignore[return-value]
 
-        replay = self.stage.router_replay and model is self.policy
-        found = map_packed(self.ctx, model, examples, head, per_token=True, router_replay=replay)
+        replay = self.stage.router_replay and name != "ref"
+        with adapters_off(model) if name == "ref" else nullcontext():
+            found = map_packed(self.ctx, model, examples, head, per_token=True, router_replay=replay)
         for example, values in zip(examples, found, strict=True):
             example.values[name] = values
 

@@ -11,8 +11,9 @@ import torch
 from r1fast.config import ConfigError
 from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.models.decoder import Decoder
+from r1fast.models.lora import add_product, factors_of, merged
 from r1fast.parallel.mesh import Dist
-from r1fast.parallel.parallelize import copy_weights, generation_phase
+from r1fast.parallel.parallelize import copy_weights, generation_phase, whole_tensor
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import Completion, SamplingParams, completion_text
 from r1fast.rollout.vllm import Backend, RolloutError, VllmEngine
@@ -95,7 +96,7 @@ class Sampler:
         """A function that returns the samples; here it is what makes them, too."""
 
         def finish() -> list[Sample]:
-            with self.ctx.phase("generate"), generation_phase(self.model):
+            with self.ctx.phase("generate"), generation_phase(self.model), merged(self.model):
                 mine = self.run(call)
             return self.gather(call, mine)
 
@@ -164,6 +165,9 @@ class BackgroundSampler(Sampler):
     def start(self, call: SamplingCall) -> Callable[[], list[Sample]]:
         with self.ctx.phase("generate"):
             copy_weights(self.policy, self.model)
+            weights = dict(self.model.named_parameters())
+            for name, factors in factors_of(self.policy, whole_tensor).items():
+                add_product(weights[name], *factors)
             if self.stream is not None:
                 self.stream.wait_stream(torch.cuda.current_stream())
         future = self.thread.submit(self.run, call)

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from r1fast.config import ConfigError
 from r1fast.data.packing import balance, pack
 from r1fast.models.decoder import Decoder
+from r1fast.models.lora import set_noise
 from r1fast.models.moe import Routing
 from r1fast.parallel import checkpoint
 from r1fast.parallel.optim import build_optimizer, lr_at
@@ -112,7 +114,9 @@ class Trainer:
         shape = sum(1 for _ in self.model.moe_layers()), self.model.config.n_routed_experts
         counts_LE = torch.zeros(shape, dtype=torch.int64, device=device)
         parts: list[Measures] = []
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            if self.ctx.stage.lora is not None:
+                set_noise(self.model, crc32(f"{self.ctx.seed},{self.step},{self.ctx.dist.rank},{i}".encode()))
             loss, found, routing = self._forward(batch, loss_fn, scale)
             loss.backward()
             parts.append({"loss": Mean(loss.detach(), 0), **found})
