@@ -177,7 +177,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
 
     A LoRA folder without one has that of its base.
     """
-    layers = layers_of(path, partial(resolve, patterns=TOKENIZER_PATTERNS))
+    return tokenizer_of(layers_of(path, partial(resolve, patterns=TOKENIZER_PATTERNS)))
+
+
+def tokenizer_of(layers: list[Layer]) -> PreTrainedTokenizerBase | None:
+    """As load_tokenizer, of folders that were found."""
     if layers[-1].folder.suffix == SUFFIX and not any(map(_has_tokenizer, layers)):
         return gguf_tokenizer(layers[-1].folder)
     folder = next((layer.folder for layer in layers if _has_tokenizer(layer)), None)

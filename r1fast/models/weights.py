@@ -16,17 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from r1fast.models.decoder import Decoder
 from r1fast.models.export import save_model
-from r1fast.models.folders import (
-    ADAPTER_CONFIG,
-    TOKENIZER_PATTERNS,
-    Described,
-    eos_ids,
-    is_local,
-    layers_of,
-    load_tokenizer,
-    read_config,
-    read_generation_config,
-    resolve,
+
+from r1fast.models.folders import (  # isort: skip
+    ADAPTER_CONFIG, TOKENIZER_PATTERNS, Described, eos_ids, is_local, layers_of, load_tokenizer, read_config,
+    read_generation_config, resolve, tokenizer_of,
 )  # fmt: skip
 from r1fast.models.lora_files import is_reward_adapter, with_adapter
 from r1fast.models.model_config import ModelConfig
@@ -91,8 +84,8 @@ class Checkpoint:
 
     def __init__(self, path: str | Path, *, scalar_head: bool | None = None, headers_only: bool = False) -> None:
         """scalar_head: as of load_model. headers_only: two stored heads that may be one are taken to be one."""
-        self.path = path
-        *adapters, (_, self.folder) = layers_of(path, _files_of)
+        self._layers = layers_of(path, _files_of)
+        *adapters, (_, self.folder) = self._layers
         self.notes: list[str] = []  # what the user should know of what was left out
         self._files = TensorFiles()
         described = read_config(self.folder)
@@ -121,7 +114,7 @@ class Checkpoint:
         return self._decoder.to(self._resolve_dtype(dtype))
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return load_tokenizer(self.path)
+        return tokenizer_of(self._layers)
 
     @torch.no_grad()
     def fill(self, parts: Iterable[tuple[str, int, Tensor]]) -> None:

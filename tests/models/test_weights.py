@@ -222,7 +222,7 @@ def test_hub_check_fetches_the_config_only(make_checkpoint, monkeypatch: pytest.
 
     monkeypatch.setattr(folders, "snapshot_download", fetch)
     check_checkpoint("owner/model")
-    assert asked == [["config.json"]]
+    assert asked == [["config.json", "adapter_config.json"]]
 
 
 def test_bad_dtype(make_checkpoint) -> None:
