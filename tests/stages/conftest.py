@@ -78,14 +78,28 @@ def cut_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def two_ranks(cut_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def lora_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of those of lora_cases.py."""
+    from tests.stages.lora_cases import MODELS
+
+    folder = tmp_path_factory.mktemp("lora_models")
+    for name, fields in MODELS.items():
+        write_checkpoint(folder / name, **fields)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_ranks(
+    cut_models: dict[str, str], lora_models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What rank_cases.py finds on two of them."""
     import torch
 
     from tests.parallel.tiny_model import torchrun
 
     output = tmp_path_factory.mktemp("two_ranks") / "results.pt"
-    torchrun(str(Path(__file__).with_name("rank_cases.py")), str(output), *cut_models.values(), timeout_s=240)
+    script = str(Path(__file__).with_name("rank_cases.py"))
+    torchrun(script, str(output), *cut_models.values(), str(lora_models), timeout_s=240)
     return torch.load(output, weights_only=False)
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from r1fast.models.lora import LoraConfig, add_adapters, init_adapters
 from r1fast.models.weights import load_model
+from tests.stages import lora_cases
 from tests.stages.conftest import SHORT, metrics
-from tests.tiny_checkpoint import DEEPSEEK_V3, GRPO, SFT, write_checkpoint, write_recipe
+from tests.tiny_checkpoint import DEEPSEEK_V3, GRPO, SFT, write_checkpoint
 
 LORA = {"r": 4, "alpha": 16}
 TUNED = {**SFT, "lora": LORA, "learning_rate": 2e-2, "batch_size": 2, "num_train_epochs": 4}
@@ -18,7 +20,9 @@ ZERO = {
     **GRPO, **SHORT, "train_files": ["questions.jsonl"], "rewards": {"even.py:even": 1.0}, "learning_rate": 2e-2,
     "beta": 0.1, "max_steps": 3, "num_generations": 4, "lora": LORA,
 }  # fmt: skip
-EVEN = "def even(completion_ids, **_):\n    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]\n"
+EVEN = (
+    "def even(completion_ids, **_):\n    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]\n"
+)
 IDS_T, CU_SEQLENS = torch.arange(5, 45), torch.tensor([0, 40], dtype=torch.int32)
 
 
@@ -74,3 +78,27 @@ def test_a_chain_of_adapters(base: Path, train: Callable[..., Any], tmp_path: Pa
         kl = metrics(run / name, "kl")
         assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 1e-4
         assert max(metrics(run / name, "sampling/sampling_logp_difference/max")) < 1e-4
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("one_unit_numel", [10**9, 0], ids=["one-unit", "units"])
+@pytest.mark.parametrize("name", lora_cases.MODELS)
+def test_two_ranks(two_ranks: dict[str, Any], lora_models: Path, name: str, one_unit_numel: int) -> None:
+    found, case = two_ranks["lora"], f"{name}-{one_unit_numel}"
+    plain, _ = load_model(lora_models / name)
+    add_adapters(plain, LoraConfig(**lora_cases.LORA))
+    parts = [(key, 0, tensor) for key, tensor in plain.state_dict().items()]
+    init_adapters(plain, parts, seed=0)
+    lora_cases.fill_b(plain, parts)
+    logits, expected = lora_cases.gradients(plain)
+    torch.testing.assert_close(found[case][0], logits, rtol=1e-4, atol=1e-5)
+    assert found[case][1].keys() == expected.keys() and len(expected) > 20
+    for key, gradient in found[case][1].items():
+        torch.testing.assert_close(gradient, 2 * expected[key], rtol=1e-3, atol=1e-4)  # summed over two ranks
+        assert expected[key].abs().max() > 1e-4, key
+
+    ids, cu_seqlens = torch.tensor([5, 6, 7, 60, 3, 9, 11]), torch.tensor([0, 4, 7], dtype=torch.int32)
+    for kind in ("adapter", "merged"):
+        saved = lora_models / f"{case}-{kind}" / "sft" / "model"
+        torch.testing.assert_close(load_model(saved)[0](ids, cu_seqlens), logits, rtol=1e-4, atol=1e-5)
+    assert not (saved / "adapter_config.json").exists()

@@ -157,6 +157,23 @@ def test_grpo_with_a_frozen_reference_and_repeated_rollouts(kill_and_resume) -> 
     kill_and_resume(stage, (Trainer, "update", 11))
 
 
+@pytest.mark.parametrize("name", ["between-checkpoints", "while-a-checkpoint-is-written"])
+def test_adapters_killed(kill_and_resume, tmp_path: Path, name: str) -> None:
+    """Of experts too; masks of dropout go by seed and step. A checkpoint has nothing of the base but a router's bias."""
+    attention = ["q_proj", "o_proj", "kv_b_proj"]
+    frozen = {"router_bias_update_rate": 0.0, "optimizer": "adamw"}
+    kill_and_resume({**SFT, **frozen, "lora": {"dropout": 0.2, "target_modules": attention}}, point(name, sft))
+    contents = json.loads((tmp_path / "whole" / "tuned" / "checkpoints" / "step_9" / "contents.json").read_text())
+    assert {".".join(key.split(".")[-2:]) for key in contents if key.startswith("model.")} == {
+        "weight_lora.A", "weight_lora.B", "gate.e_score_correction_bias"
+    }  # fmt: skip
+
+
+def test_grpo_with_adapters_killed(kill_and_resume) -> None:
+    stage = {**GRPO, "ref_model_sync_steps": None, "router_bias_update_rate": 0.0, "lora": {"r": 2, "alpha": 8}}
+    kill_and_resume(stage, (Trainer, "update", 8))
+
+
 AHEAD = {"rollout": {"async_steps": 1}}
 PARTIAL = {"max_prompt_length": 100, "max_completion_length": 32, "partial_rollout_length": 8}
 REFILLED = {"dynamic_sampling_refills": 2, "num_generations": 2}
