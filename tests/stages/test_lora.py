@@ -84,7 +84,7 @@ def test_a_chain_of_adapters(base: Path, train: Callable[..., Any], tmp_path: Pa
 @pytest.mark.parametrize("one_unit_numel", [10**9, 0], ids=["one-unit", "units"])
 @pytest.mark.parametrize("name", lora_cases.MODELS)
 def test_two_ranks(two_ranks: dict[str, Any], lora_models: Path, name: str, one_unit_numel: int) -> None:
-    found, case = two_ranks["lora"], f"{name}-{one_unit_numel}"
+    found, case = two_ranks["lora"][0], f"{name}-{one_unit_numel}"
     plain, _ = load_model(lora_models / name)
     add_adapters(plain, LoraConfig(**lora_cases.LORA))
     parts = [(key, 0, tensor) for key, tensor in plain.state_dict().items()]

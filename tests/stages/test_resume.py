@@ -159,7 +159,7 @@ def test_grpo_with_a_frozen_reference_and_repeated_rollouts(kill_and_resume) -> 
 
 @pytest.mark.parametrize("name", ["between-checkpoints", "while-a-checkpoint-is-written"])
 def test_adapters_killed(kill_and_resume, tmp_path: Path, name: str) -> None:
-    """Of experts too; masks of dropout go by seed and step. A checkpoint has nothing of the base but a router's bias."""
+    """Masks of dropout go by seed and step. Of the base a checkpoint has nothing but a router's bias."""
     attention = ["q_proj", "o_proj", "kv_b_proj"]
     frozen = {"router_bias_update_rate": 0.0, "optimizer": "adamw"}
     kill_and_resume({**SFT, **frozen, "lora": {"dropout": 0.2, "target_modules": attention}}, point(name, sft))
