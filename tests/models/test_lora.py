@@ -201,9 +201,7 @@ def test_generation_reads_merged_weights(bases, family: str, dtype: torch.dtype)
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     with merged(model):
         (samples,) = engine.generate([IDS_T.tolist()], params)
-        most = torch.finfo(dtype).eps * (
-            2 if dtype == torch.float32 else 1
-        )  # fp32: r products are summed
+        most = torch.finfo(dtype).eps * (2 if dtype == torch.float32 else 1)  # fp32: r products are summed
         for name, weight in weights.items():
             a, b, scale = factors[name]
             off = (weight.double() - before[name].double() - Factors(a, b, scale).rows(0, len(b))).abs()
