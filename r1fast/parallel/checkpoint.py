@@ -130,6 +130,21 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer, dist: Dist) -> d
     return extra
 
 
+def load_weights(path: Path, *, model: nn.Module, dist: Dist) -> None:
+    """The model of a checkpoint alone, in place: of one that holds a reference too, the policy. Errors as of `load`."""
+    if problem := verify(path, dist):
+        raise ValueError(f"checkpoint {path} is not usable: {problem}")
+    reshard(model)
+    saved = Reader(path).read_metadata().state_dict_metadata
+    prefix = "model.policy." if any(name.startswith("model.policy.") for name in saved) else "model."
+    state = {prefix + name: tensor for name, tensor in _weights(model, trained_only=True).items()}
+    try:
+        check_fit(path, state, whole=False)
+        dcp.load(state, storage_reader=Reader(path))
+    except (ValueError, CheckpointException) as error:
+        raise ValueError(f"checkpoint {path} cannot be loaded: {_cause(error)}") from error
+
+
 def verify(path: Path, dist: Dist) -> str | None:
     """Why this checkpoint must not be loaded, or None if every file is there with its size and crc32. Collective."""
     problems = dist.all_gather_objects(_problem(path, dist.rank, dist.world_size))
@@ -158,14 +173,18 @@ def set_rng_state(state: dict[str, Any]) -> None:
 def _distributed_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     """The tensors of model and optimizer by name, themselves and no copies; a tied weight under its first name."""
     # What is frozen in a model that is trained can be read from where it came from; not so a reference beside it.
-    options = StateDictOptions(ignore_frozen_params=not isinstance(model, nn.ModuleDict))
-    weights = get_model_state_dict(model, options=options)
-    for _, *aliases in tied_names(model):
-        for alias in aliases:
-            weights.pop(alias, None)
+    weights = _weights(model, trained_only=not isinstance(model, nn.ModuleDict))
     values = get_optimizer_state_dict(model, optimizer)["state"]
     moments = {f"{name}.{key}": tensor for name, of_one in values.items() for key, tensor in of_one.items()}  # type: ignore[union-attr]
     return {"model": weights, "optimizer": moments}
+
+
+def _weights(model: nn.Module, *, trained_only: bool) -> dict[str, Any]:
+    weights = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=trained_only))
+    for _, *aliases in tied_names(model):
+        for alias in aliases:
+            weights.pop(alias, None)
+    return weights
 
 
 def _write_payload(tmp: Path, state: dict[str, Any], own_values: dict[str, Any], rank: int) -> tuple[list[str], dict]:

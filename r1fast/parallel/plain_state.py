@@ -73,10 +73,10 @@ class Reader(dcp.FileSystemReader):
         return Metadata(tensors, planner_data=None, storage_data=places, storage_meta=loaded)  # type: ignore[arg-type]
 
 
-def check_fit(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """ValueError where the names, shapes or dtypes of a checkpoint are not those of `tensors`."""
+def check_fit(folder: Path, tensors: Mapping[str, torch.Tensor], *, whole: bool = True) -> None:
+    """ValueError where names, shapes or dtypes of a checkpoint are not those of `tensors`. whole: it has no others."""
     saved = Reader(folder).read_metadata().state_dict_metadata
-    lacks, more = sorted(tensors.keys() - saved.keys()), sorted(saved.keys() - tensors.keys())
+    lacks, more = sorted(tensors.keys() - saved.keys()), sorted(saved.keys() - tensors.keys()) if whole else []
     if wrong := [f"it lacks {name}" for name in lacks[:1]] + [f"it holds {name} too" for name in more[:1]]:
         raise ValueError("; ".join(wrong))
     for name, tensor in tensors.items():

@@ -22,6 +22,7 @@ from r1fast.models.decoder import Decoder
 from r1fast.models.lora import LoraConfig, add_adapters, init_adapters, is_adapter, merged_blocks, summary
 from r1fast.models.lora_files import export_of, save_adapter
 from r1fast.models.names import Blocks, StateDict
+from r1fast.models.structure import unwrapped
 from r1fast.models.weights import Checkpoint, save_model
 from r1fast.observe.metrics import StageLog
 from r1fast.observe.progress import active_progress
@@ -152,34 +153,52 @@ class StageContext(Generic[S]):
         )  # fmt: skip
 
     def save(self: "StageContext[GenerateOptions]", model: Decoder, tokenizer: Tokenizer) -> None:
-        """Write <stage>/model as a Hugging Face checkpoint, complete or not at all; no rank gathers it whole.
-
-        With `lora` a LoRA folder, or that in a whole model, of which every weight is then written in float32.
-        """
+        """Write <stage>/model as a Hugging Face checkpoint, complete or not at all; no rank gathers it whole."""
         with self.phase("save"):
-            reshard(model)
-            state: StateDict = model.state_dict()
-            blocks: Blocks = gathered_blocks(model, self.dist)
-            adapter = None if self.lora is None else export_of(model, self.lora, whole_tensor)
-            if adapter is not None and self.lora_options is not None and self.lora_options.merge_and_unload:
-                kept = {name: tensor.shape for name, tensor in state.items() if not is_adapter(name)}
-                state = {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in kept.items()}
-                blocks, adapter = merged_blocks(blocks, adapter.factors), None
-            elif adapter is not None:
-                blocks = ()
+            blocks, write_to = self.export(model, tokenizer)
 
             def write(target: Path) -> None:
-                exported = exported_tokenizer(self, tokenizer)
-                source = None if self.stage.kind == "pretrain" else self.model_path(self.model_ref)
                 with replace_folder(target) as folder, _as_os_error(target):
-                    if adapter is None:
-                        save_model(
-                            model.config, state, folder, exported, model.scalar_head, source=source, blocks=blocks
-                        )  # fmt: skip
-                    else:
-                        save_adapter(folder, adapter, model.config, self.model_path(self.model_ref), exported)
+                    write_to(folder)
 
             self._write_artifact("model", write, blocks)
+
+    def export(
+        self: "StageContext[GenerateOptions]", model: Decoder, tokenizer: Tokenizer, *,
+        dtype: torch.dtype | None = None, merge: bool = False,
+    ) -> tuple[Blocks, Callable[[Path], None]]:  # fmt: skip
+        """What writes a model of this stage into a folder; the blocks are what all ranks go through with it.
+
+        dtype: of the weights; None: as they are held, of a merged model float32. With `lora` it is a LoRA folder, or
+        where `merge` or the recipe asks for it, a whole model.
+        """
+        reshard(model)
+        state: StateDict = model.state_dict()
+        blocks: Blocks = gathered_blocks(model, self.dist)
+        adapter = None if self.lora is None else export_of(model, self.lora, whole_tensor)
+        if adapter is not None and (merge or (self.lora_options is not None and self.lora_options.merge_and_unload)):
+            blocks, adapter, dtype = merged_blocks(blocks, adapter.factors), None, dtype or torch.float32
+        elif adapter is not None:
+            blocks = ()
+        if dtype is not None:  # the router's bias, a buffer, stays in float32
+            buffers = {unwrapped(name) for name, _ in model.named_buffers()}
+            state = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype if name in buffers else dtype, device="meta")
+                for name, tensor in state.items()
+                if not is_adapter(name)
+            }
+
+        def write(folder: Path) -> None:
+            exported, source = exported_tokenizer(self, tokenizer), None
+            if self.stage.kind != "pretrain":
+                source = self.model_path(self.model_ref)
+            if adapter is not None:
+                assert source is not None, "pretrain trains no adapter"
+                save_adapter(folder, adapter, model.config, source, exported)
+            else:
+                save_model(model.config, state, folder, exported, model.scalar_head, source=source, blocks=blocks)
+
+        return blocks, write
 
     def write_rows(self, name: str, rows: list[dict]) -> None:
         """Write <stage>/<name> as JSON lines, complete or not at all."""
