@@ -65,8 +65,8 @@ class StageData(BaseModel):
                     self.curves.setdefault(name, []).append((step, value))
         for result in self.validations:
             for name in shares([result]):
-                if (value := score(result, name)) is not None and is_number(step := result.get("step")):
-                    self.curves.setdefault(f"eval/{name}", []).append((int(step), value))
+                if (value := score(result, name)) is not None and is_number(at := result.get("step")):
+                    self.curves.setdefault(f"eval/{name}", []).append((int(at), value))
         tables = [(step, row["moe/load"]) for step, row in rows.items() if _is_table(row.get("moe/load"))]
         self.expert_load = dict([*tables[:1], *tables[-1:]])
         self.samples = _read_samples(folder / "samples")

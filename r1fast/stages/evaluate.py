@@ -75,7 +75,7 @@ def evaluate(
     sampler = Sampler(ctx, model, tokenizer)
     with ctx.phase("evaluate"), Scorer(ctx, stage.eval_rewards, stage.response_format) as scorer:
         how: dict[str, Any] = {"seed": EVAL_SEED, "prompts": sampler.encode(rows)}
-        sampling = {"temperature": stage.eval_temperature, "top_p": stage.eval_top_p}
+        sampling: dict[str, Any] = {"temperature": stage.eval_temperature, "top_p": stage.eval_top_p}
         samples = sampler.generate(rows, n=stage.eval_num_samples, **sampling, **how)
         scorer.score(samples)
         greedy = sampler.generate(rows, n=1, temperature=0.0, **how) if stage.eval_greedy else []
@@ -92,8 +92,8 @@ def evaluate(
     if len(set(files)) > 1:
         result["files"] = {}
         for file in dict.fromkeys(files):
-            of_file = ([one for one in part if files[one.group] == file] for part in (samples, greedy))
-            result["files"][file] = summarize(*of_file, stage.response_format)
+            sampled, first = ([one for one in part if files[one.group] == file] for part in (samples, greedy))
+            result["files"][file] = summarize(sampled, first, stage.response_format)
     settings = {"split": ",".join(stage.eval_files), **sampling, "k": stage.eval_num_samples}
     return result | settings
 

@@ -106,7 +106,7 @@ class Learner:
                     log.samples(step + 1, sample_rows(samples, stage))
                 step += 1
                 self.trainer.save(step, last=step == stage.max_steps)
-        self.trainer.take_best(step)
+            self.trainer.take_best(step)
 
     def train_step(self, step: int) -> tuple[list[Sample], dict[str, float]]:
         samples = self.rollout(step)

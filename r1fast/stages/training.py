@@ -78,7 +78,7 @@ class Trainer:
                 num_tokens, seconds = sum(example.num_inputs for example in examples), time.perf_counter() - start
                 log.log(self.step, metrics | {"num_tokens": num_tokens, "tokens_per_second": num_tokens / seconds})
                 self.save(self.step, last=self.step == self.total_steps)
-        self.take_best(self.step)
+            self.take_best(self.step)
 
     def goes_on(self, progress_step: int, last: int) -> bool:
         """Whether the stage takes another step; evaluates before it says so, where that is due."""

@@ -115,8 +115,8 @@ def _curve(run: str, dist: Dist, folder: Path, steps: int) -> dict[str, list[flo
     policy, tokenizer = ctx.load("-", trainable=True)
     if stage == "sft":
         rows = [{"prompt": a, "completion": b} for a, b in zip(texts(20, 2, 12, 1), texts(20, 1, 20, 2))]
-        with patch.object(Trainer, "save"):
-            train(ctx, policy, encode_examples(rows, tokenizer, ctx.stage), STEPS)
+        with patch.object(Trainer, "_save"):
+            train(ctx, policy, tokenizer, encode_examples(rows, tokenizer, ctx.stage), STEPS)
         found = [json.loads(line) for line in (ctx.stage_dir / "metrics.jsonl").read_text().splitlines()]
     else:
         rows = [{"prompt": text} for text in texts(20, 2, 12, 3)]

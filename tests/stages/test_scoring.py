@@ -61,7 +61,7 @@ def test_where_all_failed_there_is_nothing_to_learn() -> None:
 
 def test_failures_count_as_wrong_in_an_evaluation_and_stand_beside_it() -> None:
     samples = [sample(0, accuracy=1.0), *(sample(group, ("accuracy",), accuracy=NAN) for group in (1, 2))]
-    result = summarize(samples, "think_answer")
+    result = summarize(samples, [], "think_answer")
     assert result["pass@1"] == pytest.approx(1 / 3) and result["n"] == 3
     assert result["failures"] == 2 and result["unscorable"] == 0
     assert result["cons@k"] == 0.0  # no answer in these texts
@@ -78,7 +78,7 @@ def test_a_head_in_float32_makes_another_evaluation() -> None:
 def test_golds_that_cannot_be_read_are_counted_and_left_out() -> None:
     chat = {"prompt": "hello"}
     samples = [sample(0, accuracy=1.0), sample(1, accuracy=NAN), sample(2, accuracy=NAN, row=chat)]
-    result = summarize(samples, "think_answer")
+    result = summarize(samples, [], "think_answer")
     assert (result["pass@1"], result["n"], result["failures"], result["unscorable"]) == (1.0, 1, 0, 1)
 
 
@@ -86,12 +86,12 @@ def test_the_most_frequent_answer_may_be_one_whose_reward_failed() -> None:
     text = "<think>hm</think><answer>1</answer>"
     samples = [sample(0, ("accuracy",), accuracy=NAN, text=text) for _ in range(2)]
     samples.append(sample(0, accuracy=1.0, text=text.replace("1", "2")))
-    assert summarize(samples, "think_answer")["cons@k"] == 0.0
+    assert summarize(samples, [], "think_answer")["cons@k"] == 0.0
 
 
 def test_other_rewards_that_failed_lower_their_mean() -> None:
     samples = [sample(0, accuracy=1.0, format=1.0), sample(1, ("format",), accuracy=1.0, format=NAN)]
-    result = summarize(samples, "think_answer")
+    result = summarize(samples, [], "think_answer")
     assert result["format"] == 0.5 and result["pass@1"] == 1.0 and result["failures"] == 1
 
 
