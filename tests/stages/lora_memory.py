@@ -1,7 +1,7 @@
-"""python -m tests.stages.lora_memory FOLDER {full,lora} {float32,bfloat16}: peak of host memory, in MB, of two steps of SFT.
+"""python -m tests.stages.lora_memory FOLDER {full,lora} {float32,bfloat16}: MB of host memory that two SFT steps take.
 
-Of a Llama of 97M parameters that FOLDER gets, 256 tokens a step, activations recomputed: above what the process held before, and
-what is held between steps. Run by test_lora.py.
+Of a Llama of 97M parameters, which FOLDER gets, and 256 tokens a step, activations recomputed: the peak above what the
+process held before, and what is held between steps.
 """
 
 import sys
