@@ -198,5 +198,6 @@ def test_memory(tmp_path: Path) -> None:
     peaks = {}
     for kind in ("full", "lora"):
         command = [sys.executable, "-m", "tests.stages.lora_memory", str(tmp_path / "model"), kind, "float32"]
-        peaks[kind] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[3])
+        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+        peaks[kind] = float(result.stdout.split()[3])
     assert peaks["lora"] < 0.6 * peaks["full"], peaks
