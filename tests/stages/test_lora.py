@@ -1,6 +1,8 @@
 """Stages that train adapters: what they hand on, the reference, the sampler, resume, two ranks."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,3 +190,14 @@ def test_other_stages_in_bfloat16(base_model: Path, train: Callable[..., Any], t
 )  # fmt: skip
 def test_refused(refuse_recipe: Callable[..., str], stage: dict[str, Any], message: str) -> None:
     assert message in refuse_recipe(stage)
+
+
+@pytest.mark.slow
+def test_memory(tmp_path: Path) -> None:
+    """Gradients, moments and fp32 weights of the base are not there."""
+    peaks = {}
+    for kind in ("full", "lora"):
+        command = [sys.executable, "-m", "tests.stages.lora_memory", str(tmp_path / "model"), kind, "float32"]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+        peaks[kind] = float(result.stdout.split()[3])
+    assert peaks["lora"] < 0.6 * peaks["full"], peaks
