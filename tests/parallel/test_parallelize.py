@@ -33,7 +33,8 @@ LAYOUTS = {
     "one_unit": {},
     "units": {"one_unit_numel": 0},
     "tied": {"one_unit_numel": 0, "tied": True},
-    "recompute": {"one_unit_numel": 0, "activation_checkpointing": True},
+    "recompute": {"one_unit_numel": 0, "activation_checkpointing": "full"},
+    "selective": {"one_unit_numel": 0, "activation_checkpointing": "selective"},
 }
 
 
@@ -184,7 +185,7 @@ def test_frozen_models_keep_their_dtype(dist: Dist) -> None:
 
 
 def test_copy_weights_refreshes_a_reference(dist: Dist) -> None:
-    policy = sharded(dist, activation_checkpointing=True)
+    policy = sharded(dist, activation_checkpointing="full")
     reference = parallelize(TinyDecoder().requires_grad_(False), dist, param_dtype=torch.float32)
     with torch.no_grad():
         reference(tokens_of_rank(0))  # gathered copies must not survive the refresh
@@ -197,7 +198,7 @@ def test_copy_weights_refreshes_a_reference(dist: Dist) -> None:
 
 
 def test_copy_into_a_plain_model_is_what_generation_gathers(dist: Dist) -> None:
-    policy = sharded(dist, activation_checkpointing=True, param_dtype=torch.bfloat16)
+    policy = sharded(dist, activation_checkpointing="full", param_dtype=torch.bfloat16)
     plain = TinyDecoder().bfloat16()
     train(policy, dist, 1)
     copy_weights(policy, plain)
@@ -208,7 +209,7 @@ def test_copy_into_a_plain_model_is_what_generation_gathers(dist: Dist) -> None:
 
 def test_full_state_dict_has_the_plain_names(dist: Dist) -> None:
     plain = TinyDecoder(tied=True)
-    model = sharded(dist, tied=True, activation_checkpointing=True)
+    model = sharded(dist, tied=True, activation_checkpointing="full")
     assert_same(full_state_dict(model, dist), plain.state_dict(), tolerance=0.0)
 
 

@@ -52,8 +52,9 @@ def main(output: Path) -> None:
         "one_unit": gradients(dist),
         "units": gradients(dist, one_unit_numel=0),
         "tied": gradients(dist, tied=True, one_unit_numel=0),
-        "recompute": gradients(dist, one_unit_numel=0, activation_checkpointing=True),
-        "decoder": decoder_gradients(dist, one_unit_numel=0, activation_checkpointing=True),
+        "recompute": gradients(dist, one_unit_numel=0, activation_checkpointing="full"),
+        "selective": gradients(dist, one_unit_numel=0, activation_checkpointing="selective"),
+        "decoder": decoder_gradients(dist, one_unit_numel=0, activation_checkpointing="full"),
         "generation": generation(dist),
         "muon": muon(dist),
         "collectives": {
