@@ -1,15 +1,18 @@
 """Sharded training equals the plain single-device model: gradients, clipping, generation, state dicts."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1fast.models.cache import BlockCache
 from r1fast.parallel.mesh import Dist
 from r1fast.parallel.optim import build_optimizer
 from r1fast.parallel.parallelize import (
+    KEPT_OPS,
     copy_weights,
     generation_phase,
     grad_norm_and_clip,
@@ -109,6 +112,35 @@ def test_two_rank_muon_equals_one_rank(two_ranks: dict[str, Any], dist: Dist) ->
     model = sharded(dist)
     train(model, dist, 3, build_optimizer(model, name="muon", learning_rate=1e-2, weight_decay=0.1))
     assert_same(two_ranks["muon"], full_state_dict(model, dist))
+    assert_same(two_ranks["offloaded"], two_ranks["muon"], tolerance=0.0)
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_computes_no_product_twice(dist: Dist) -> None:
+    """Of all that is computed in the backward pass; norms are computed again, so that this can fail."""
+    calls = {}
+    for kind in ("none", "selective", "full"):
+        model = parallelize(
+            moe_decoder(), dist, param_dtype=torch.float32, activation_checkpointing=kind, one_unit_numel=0
+        )
+        ids_T = tokens_of_rank(0)
+        loss = model(ids_T, torch.tensor([0, len(ids_T)], dtype=torch.int32)).square().sum()
+        with Calls() as found:
+            loss.backward()
+        calls[kind] = found.names
+    again = {kind: calls[kind] - calls["none"] for kind in ("selective", "full")}
+    assert not again["selective"].keys() & KEPT_OPS
+    assert {"r1fast::rms_norm", "aten::silu"} <= again["selective"].keys()
+    assert {"r1fast::moe_experts", "r1fast::packed_attention"} <= again["full"].keys()
 
 
 @pytest.mark.dist
