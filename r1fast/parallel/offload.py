@@ -1,7 +1,7 @@
 """Tensors that are in host memory while their device needs the room for something else (`trainer.offload`).
 
-A storage gives its bytes up and gets them back, so that tensors stay the objects they are, with every alias: DTensors on
-whatever mesh, and FSDP's flat views of its shards. While it is away nothing may read it.
+A storage gives its bytes up and gets them back, so that tensors stay the objects they are, with every alias: DTensors
+on whatever mesh, and FSDP's flat views of its shards. While it is away nothing may read it.
 
     device   [bytes]   away()        -           here()   [the same bytes]
     host        -              [pinned copy]                 kept for next time

@@ -70,12 +70,8 @@ def parallelize(
     if any(param.requires_grad for param in model.parameters()):
         model.float()
     layers = model.get_submodule("layers")
-    if activation_checkpointing != "none":
-        options: dict[str, Any] = {"preserve_rng_state": False}  # no dropout anywhere: nothing to carry over
-        if activation_checkpointing == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
-        for name, layer in list(layers.named_children()):
-            setattr(layers, name, torch_private.checkpoint_wrapper(layer, **options))
+    for name, layer in list(layers.named_children()):
+        setattr(layers, name, checkpointed(layer, activation_checkpointing))
     if compile:
         for layer in layers.children():
             layer.compile()
@@ -92,6 +88,16 @@ def parallelize(
             # A factor alone selects PREMUL_SUM, which gloo does not have and NCCL has had wrong (pytorch#155903).
             unit.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def checkpointed(layer: nn.Module, kind: ActivationCheckpointing) -> nn.Module:
+    """The layer, or what runs it again in the backward pass."""
+    if kind == "none":
+        return layer
+    options: dict[str, Any] = {"preserve_rng_state": False}  # no dropout anywhere: nothing to carry over
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    return torch_private.checkpoint_wrapper(layer, **options)
 
 
 def _keep_products(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
