@@ -42,7 +42,7 @@ class _Hashed:
         return hash(self.key)
 
 
-class _Allocations(torch_private.TorchDispatchMode):
+class _Allocations(torch_private.OperatorMode):
     """Storages that operators make, in the order in which they come (+) and go (-)."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
@@ -90,9 +90,9 @@ def _traced(
         weights = [*layer.parameters(), *layer.buffers(), x_TD]
         with torch.no_grad(), _Allocations(weights) as inference:
             layer(x_TD, step)
-        layer = checkpointed(layer, kind)
+        run = checkpointed(layer, kind)
         with _Allocations(weights) as found:
-            out_TD, _ = layer(x_TD, step)
+            out_TD, _ = run(x_TD, step)
             kept = found.now()
             out_TD.backward(torch.empty_like(out_TD))
         most = found.most(without=[weight.grad for weight in layer.parameters()])
@@ -100,14 +100,9 @@ def _traced(
 
 
 def layer_activations(
-    config: ModelConfig,
-    index: int,
-    num_tokens: int,
-    dtype: torch.dtype,
-    device: str,
-    checkpointing: ActivationCheckpointing,
+    config: ModelConfig, index: int, num_tokens: int, dtype: torch.dtype, device: str, kind: ActivationCheckpointing
 ) -> Layer:
     """Of layer `index`. All of it is linear in tokens: a line through two small numbers of them."""
-    first, second = (_traced(_Hashed(config), index, x, dtype, device, checkpointing) for x in TRACED_TOKENS)
+    first, second = (_traced(_Hashed(config), index, x, dtype, device, kind) for x in TRACED_TOKENS)
     reach = (num_tokens - TRACED_TOKENS[0]) / (TRACED_TOKENS[1] - TRACED_TOKENS[0])
     return Layer(*(max(0, round(a + (b - a) * reach)) for a, b in zip(first, second, strict=True)))

@@ -1,6 +1,6 @@
 """What a stage will take of one rank's memory, phase by phase, from recipe and architecture alone (`--dry-run`).
 
-P parameters, R ranks, b and r bytes of model.dtype and reduce_dtype, U parameters of the largest FSDP unit, V x D the head.
+P parameters, R ranks, b and r bytes of model.dtype and reduce_dtype, U parameters of an FSDP unit.
 
 weights      4 P / R of what is trained, b P / R of a frozen one: the shards (parallel/parallelize.py)
 gathered     b P on one rank, and wherever tokens are sampled; else b (root unit + two layers, one on its way)
@@ -108,12 +108,11 @@ class Estimator:
             return None
         model, found = _Model(config), Estimate(stage.name)
         frozen = [_Model(x) for x in self._frozen(stage) if x is not None]
-        trains = isinstance(stage, TrainOptions)
         rest = self._resident(stage, model, frozen)
         found.phases.append(Phase("load", {"weights": rest["weights"]}))
         if _samples(stage)[0]:
             found.phases.append(Phase("generate", rest | self._generate(stage, model)))
-        if trains:
+        if isinstance(stage, TrainOptions):
             num_tokens, num_batches, found.tokens_per_step = self._batch(stage)
             if isinstance(stage, GRPOStage) and (frozen or stage.num_updates() > stage.max_steps):
                 found.phases.append(Phase("score", self._score(stage, model, frozen, rest, num_tokens)))

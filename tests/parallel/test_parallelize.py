@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1fast.models.cache import BlockCache
 from r1fast.parallel.mesh import Dist
@@ -18,6 +17,7 @@ from r1fast.parallel.parallelize import (
     grad_norm_and_clip,
     parallelize,
 )
+from r1fast_kernels.torch_private import OperatorMode
 from tests.parallel.tiny_model import (
     TinyDecoder,
     backward_all,
@@ -115,7 +115,7 @@ def test_two_rank_muon_equals_one_rank(two_ranks: dict[str, Any], dist: Dist) ->
     assert_same(two_ranks["offloaded"], two_ranks["muon"], tolerance=0.0)
 
 
-class Calls(TorchDispatchMode):
+class Calls(OperatorMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
