@@ -17,7 +17,7 @@ WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five", "six", "
 TEXT = " ".join(WORDS[i * i % len(WORDS)] for i in range(60))
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 DENSE = {
-    "model_type": "llama", "hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 16,
+    "model_type": "llama", "hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 14,
     "num_attention_heads": 10, "num_key_value_heads": 5, "vocab_size": 16000, "max_position_embeddings": 1024,
 }  # fmt: skip
 MOE = {
@@ -30,7 +30,7 @@ MOE = {
 def recipe_of(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """(recipe, the fields of a model to be written, with random weights)."""
     rows = [{"text": TEXT}] * 64
-    prompts = [{"prompt": "one " * 12, "answer": "1"} for _ in range(64)]
+    prompts = [{"prompt": "one " * 40, "answer": "1"} for _ in range(64)]
     for file, content in (("rows.jsonl", rows), ("prompts.jsonl", prompts)):
         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in content))
     train = {"max_steps": 2, "learning_rate": 1e-5}
@@ -39,7 +39,7 @@ def recipe_of(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any] |
                      "vocab_size": 300, "batch_size": 32, **train},
         "moe": {"kind": "sft", "train_files": ["rows.jsonl"], "batch_size": 16, **train},
         "dense": {"kind": "grpo", "train_files": ["prompts.jsonl"], "prompts_per_step": 4, "num_generations": 8,
-                  "max_prompt_length": 96, "max_completion_length": 128, "beta": 0.01,
+                  "max_prompt_length": 64, "max_completion_length": 32, "beta": 0.01,
                   "max_tokens_per_microbatch": 2048, "rewards": {"format": 1.0}, "prompt_template": "plain", **train},
     }  # fmt: skip
     if name != "dense":  # rows are as long as they may be

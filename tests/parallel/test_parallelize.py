@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from r1fast.models.cache import BlockCache
 from r1fast.parallel.mesh import Dist
@@ -17,6 +18,8 @@ from r1fast.parallel.parallelize import (
     grad_norm_and_clip,
     parallelize,
 )
+from r1fast.rollout.engine import RolloutEngine
+from r1fast.rollout.sampling import SamplingParams
 from r1fast_kernels.torch_private import OperatorMode
 from tests.parallel.tiny_model import (
     TinyDecoder,
@@ -113,6 +116,20 @@ def test_two_rank_muon_equals_one_rank(two_ranks: dict[str, Any], dist: Dist) ->
     train(model, dist, 3, build_optimizer(model, name="muon", learning_rate=1e-2, weight_decay=0.1))
     assert_same(two_ranks["muon"], full_state_dict(model, dist))
     assert_same(two_ranks["offloaded"], two_ranks["muon"], tolerance=0.0)
+
+
+def test_a_prefill_in_one_call_leaves_no_weight_gathered(dist: Dist) -> None:
+    """It runs the head and not the norm of one FSDP unit; the next phase would sample with weights of before a step."""
+    model = parallelize(moe_decoder(), dist, param_dtype=torch.float32, one_unit_numel=0)
+    optimizer = build_optimizer(model, learning_rate=1e-2)
+    engine, params = RolloutEngine(model, None), SamplingParams(n=2, max_tokens=3, seed=0)
+    for _ in range(2):
+        with generation_phase(model):
+            engine.generate([[3, 4, 5]], params)
+        assert all(isinstance(param, DTensor) for param in model.parameters())
+        model(tokens_of_rank(0), torch.tensor([0, 7], dtype=torch.int32)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 class Calls(OperatorMode):
