@@ -90,7 +90,7 @@ class FastDecode:
                 input_ids_T, cu_seqlens, cache=cache, slots_T=slots_T, head=head, with_routing=with_routing
             )
         hidden_TD, experts_LTK = self.layers.prefill(input_ids_T, cu_seqlens, cache.buffers, slots_T)
-        # Past hooks, as in Decoder.decode: the head without the norm would leave their FSDP unit in mid-forward, gathered.
+        # Past hooks, as in Decoder.decode: of norm and head, one FSDP unit, the head alone would leave it gathered.
         result = self.model.head.forward(hidden_TD, head)
         return (result, _routing(experts_LTK)) if with_routing else result
 
