@@ -109,15 +109,20 @@ class Estimator:
         model, found = _Model(config), Estimate(stage.name)
         frozen = [_Model(x) for x in self._frozen(stage) if x is not None]
         rest = self._resident(stage, model, frozen)
-        found.phases.append(Phase("load", {"weights": rest["weights"]}))
+        # Frozen models are read after the optimizer is made. On one rank their gathered weights stay, once they ran.
+        found.phases.append(Phase("load", rest if frozen else {"weights": rest["weights"]}))
+        left = [] if self._offloads("reference") else frozen
+        stays = {"gathered": self.dtype.itemsize * sum(x.gathered(self.ranks) for x in left)}
         if _samples(stage)[0]:
-            found.phases.append(Phase("generate", rest | self._generate(stage, model)))
+            generate = rest | self._generate(stage, model)
+            generate["gathered"] += stays["gathered"]
+            found.phases.append(Phase("generate", generate))
         if isinstance(stage, TrainOptions):
             num_tokens, num_batches, found.tokens_per_step = self._batch(stage)
             if isinstance(stage, GRPOStage) and (frozen or stage.num_updates() > stage.max_steps):
                 found.phases.append(Phase("score", self._score(stage, model, frozen, rest, num_tokens)))
             found.phases.append(Phase("update", self._update(stage, model, frozen, rest, num_tokens, num_batches)))
-            found.phases.append(Phase("save", rest | {"optimizer": self._state(stage, model, offloads=False)}))
+            found.phases.append(Phase("save", rest | stays | {"optimizer": self._state(stage, model, offloads=False)}))
         return found
 
     # ---- what stays ----
@@ -195,7 +200,9 @@ class Estimator:
         self, stage: GRPOStage, model: _Model, frozen: list[_Model], rest: dict[str, int], num_tokens: int
     ) -> dict[str, int]:
         found = dict(rest)
-        found["gathered"] = self.dtype.itemsize * sum(x.gathered(self.ranks) for x in (model, *frozen))
+        found["gathered"] = self.dtype.itemsize * sum(
+            x.gathered(self.ranks) for x in ([model] if stage.num_updates() > stage.max_steps else []) + frozen
+        )
         if self._offloads("reference") and stage.has_reference:
             found["weights"] += self.dtype.itemsize * frozen[0].numel // self.ranks
         found["activations"] = self._inference(model, num_tokens)
