@@ -78,6 +78,8 @@ def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> list[str
     for name in recipe.report_to:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"report_to: {name} is not installed; pip install {name}, or take it out of report_to")
+    for problem in _offload_problems(recipe):
+        raise ConfigError(problem)
     for problem in _vllm_problems(recipe, stages) if recipe.rollout.engine == "vllm" else ():
         raise ConfigError(problem)
     try:
@@ -90,6 +92,11 @@ def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> list[str
         for cached in (_rows, checkpoint_of, tokenizer_of):
             cached.cache_clear()
     return notes
+
+
+def _offload_problems(recipe: Recipe) -> Iterator[str]:
+    if recipe.trainer.offload and not torch.cuda.is_available():
+        yield "trainer.offload: there is no CUDA device here, and what trains on a CPU is in host memory: drop it"
 
 
 def _problems(recipe: Recipe, stage: StageBase, notes: list[str]) -> Iterator[str]:

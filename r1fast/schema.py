@@ -101,6 +101,11 @@ class GRPOStage(LossOptions, TrainOptions, ValidationOptions):
     def num_updates(self) -> int:
         return self.max_steps * self.steps_per_generation * self.num_iterations
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a second model: with `lora` the policy without its adapter is the reference."""
+        return (self.loss.beta > 0 and self.lora is None) or self.ref_model is not None
+
     @model_validator(mode="before")
     @classmethod
     def _samples_from_the_policy(cls, raw: Any) -> Any:
@@ -309,6 +314,13 @@ class Recipe(Strict):
     def problems(self) -> Iterator[str]:
         if self.rollout.async_steps and not any(isinstance(stage, GRPOStage) for stage in self.stages):
             yield "rollout.async_steps applies to stages of kind grpo, and there are none: drop it"
+        kept = {
+            "optimizer": any(isinstance(stage, TrainOptions) for stage in self.stages),
+            "reference": any(isinstance(stage, GRPOStage) and stage.has_reference for stage in self.stages),
+        }
+        for name in self.trainer.offload:
+            if not kept[name]:
+                yield f"trainer.offload: no stage has the {name} in memory, so there is nothing to offload: drop it"
 
     def stage(self, name: str) -> StageBase:
         return next(stage for stage in self.stages if stage.name == name)

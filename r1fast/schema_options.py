@@ -9,7 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    create_model,
+    model_validator,
+)
 
 from r1fast import loss_fields
 
@@ -60,10 +70,24 @@ class ModelSection(Strict):
             yield f"revision is that of a Hub id, but path is {self.path!r}: name a Hub id, or drop it"
 
 
+def _checkpointing(value: Any) -> Any:
+    """Older recipes, such as those that runs have saved, say true or false."""
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
 class TrainerSection(Strict):
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradient reduction over ranks
-    activation_checkpointing: bool = False
+    # Of activations for the backward pass, full keeps the input of each layer and computes the rest again, selective
+    # keeps what products and attention gave too (docs/architecture.md, section 5).
+    activation_checkpointing: Annotated[Literal["none", "selective", "full"], BeforeValidator(_checkpointing)] = "none"
+    # Kept in host memory while a GPU needs them not: the optimizer's state but for a step, the reference model but for
+    # its log-probs.
+    offload: list[Literal["optimizer", "reference"]] = []
     compile: bool = False
+
+    def problems(self) -> Iterator[str]:
+        if len(set(self.offload)) < len(self.offload):
+            yield f"offload names something twice: {', '.join(self.offload)}"
 
 
 class KernelsSection(Strict):

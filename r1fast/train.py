@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             request = resolve(args, overrides)
             if args.dry_run:
                 if is_main():
-                    print(dump_recipe(request.recipe), end="")
+                    show(request)
                 return 0
         except (ConfigError, OSError) as error:
             say(reason(error))
@@ -125,6 +125,18 @@ def main(argv: list[str] | None = None) -> int:
             say("stopped by SIGINT before the run began")
             return 130
         return run(request, held)
+
+
+def show(request: CommandLine) -> None:
+    """The recipe on stdout, what it takes of memory on stderr; ConfigError where it cannot fit."""
+    from rich.console import Console
+
+    from r1fast.memory import estimate, memory_table
+
+    num_ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    found = estimate(request.recipe, request.selected, num_ranks, here)
+    print(dump_recipe(request.recipe), end="")
+    Console(stderr=True, width=132).print(memory_table(found, num_ranks))
 
 
 def is_main() -> bool:

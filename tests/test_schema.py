@@ -160,6 +160,24 @@ def test_sampling_ahead_needs_a_stage_that_does(write) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        (["trainer.offload=[optimizer, optimizer]"], "offload names something twice"),
+        (["trainer.offload=[weights]"], "trainer.offload"),
+        (["trainer.offload=[reference]", "stages.zero.beta=0"], "no stage has the reference in memory"),
+        (["trainer.activation_checkpointing=some"], "Input should be 'none', 'selective' or 'full'"),
+    ],
+)
+def test_what_trainer_refuses(zero: str, changes: list[str], part: str) -> None:
+    assert part in message_of(zero, *changes)
+
+
+def test_older_recipes_say_checkpointing_by_true_and_false(zero: str) -> None:
+    for old, new in (("true", "full"), ("false", "none")):
+        assert load_recipe(zero, [f"trainer.activation_checkpointing={old}"]).trainer.activation_checkpointing == new
+
+
 @pytest.mark.parametrize("url", ["http://", "http://a:x", "http://a:99999", "http:// a:1/", "http://\u2028"])
 def test_a_server_that_no_address_leads_to(zero: str, url: str) -> None:
     message = message_of(zero, "rollout.engine=vllm", f"rollout.vllm.server_base_url='{url}'")

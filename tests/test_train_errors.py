@@ -564,3 +564,8 @@ def test_deepseek_checkpoint_with_a_missing_expert(refuse_recipe, tmp_path: Path
     del state["model.layers.1.mlp.experts.2.up_proj.weight"]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     assert "model.layers.1.mlp.experts.2.up_proj.weight" in refuse_recipe(GRPO, model=folder)
+
+
+def test_offload_without_a_gpu(refuse_recipe) -> None:
+    message = refuse_recipe({**GRPO, "beta": 0.1}, trainer={"offload": ["reference"]})
+    assert "trainer.offload: there is no CUDA device here" in message

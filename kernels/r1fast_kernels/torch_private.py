@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _python_dispatch
 
+OperatorMode = _python_dispatch.TorchDispatchMode  # sees every operator that runs inside
 foreach_add_, foreach_mul_ = torch._foreach_add_, torch._foreach_mul_
 foreach_lerp, foreach_lerp_ = torch._foreach_lerp, torch._foreach_lerp_
 
@@ -64,3 +66,10 @@ def onednn_linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None)
 def backward_may_repeat() -> bool:
     """Inside a backward pass: whether it keeps its graph, so that another can follow."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def fake_tensors() -> Any:
+    """Inside, what is made or computed has shape, dtype and device, and takes no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.adamw import adamw
 
+from r1fast.parallel.offload import Offloaded
 from r1fast.parallel.parallelize import local_tensor, reshard
 from r1fast_kernels import torch_private
 
@@ -27,21 +30,31 @@ _STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
 # Lookup tables and outputs have no "matrix" geometry, and the router is small and sensitive: AdamW.
 _NEVER_MUON = frozenset({"embed_tokens", "lm_head", "score", "gate"})
+# Offloaded state comes for so many weights at a time, or those of one larger parameter.
+OFFLOAD_NUMEL = 64 << 20
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class ShardOptimizer(torch.optim.Optimizer):
-    """AdamW (fused) and Muon over parameter groups with an "algorithm" key; made by build_optimizer."""
+    """AdamW (fused) and Muon over parameter groups with an "algorithm" key; made by build_optimizer.
 
-    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    offload: the state is in host memory, and comes for the part of a step that needs it, or inside `here`.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: list[dict[str, Any]], defaults: dict[str, Any], offload: bool = False
+    ) -> None:
         super().__init__(groups, defaults)
         self._model = model
+        self._away: dict[nn.Parameter, Offloaded] = {}
         # Created now and not at the first step: a checkpoint taken or loaded at any time has the same keys.
         for group in self.param_groups:
             for param in group["params"]:
                 self.state[param] = {name: torch.zeros_like(param.detach()) for name in _STATE[group["algorithm"]]}
                 if group["algorithm"] == "adamw":
                     self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+                if offload:
+                    self._away[param] = Offloaded(self.state[param][name] for name in _STATE[group["algorithm"]])
 
     def set_lr(self, multiplier: float) -> None:
         """Learning rate of the next step = learning_rate * multiplier (see lr_at)."""
@@ -55,9 +68,19 @@ class ShardOptimizer(torch.optim.Optimizer):
             params = [param for param in group["params"] if param.grad is not None]
             if group["algorithm"] == "muon":
                 self._step_muon(group, params)
-            elif params:
-                self._step_adamw(group, params)
+                continue
+            for part in _parts(params) if self._away else [params] if params else []:
+                with self.here(part):
+                    self._step_adamw(group, part)
         reshard(self._model)
+
+    @contextmanager
+    def here(self, params: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
+        """Inside, the state of these parameters (None: of all) is on their device, as without offload it always is."""
+        with ExitStack() as held:
+            for param in self._away if params is None else params if self._away else ():
+                held.enter_context(self._away[param].here())
+            yield
 
     def _step_adamw(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
         weights, (beta1, beta2) = [local_tensor(param) for param in params], group["betas"]
@@ -80,9 +103,10 @@ class ShardOptimizer(torch.optim.Optimizer):
         for shape, bucket in buckets.items():
             weights = [local_tensor(param) for param in bucket]
             grads = [local_tensor(param.grad) for param in bucket]  # type: ignore[arg-type]
-            buffers = [local_tensor(self.state[param]["momentum_buffer"]) for param in bucket]
-            torch_private.foreach_lerp_(buffers, grads, 1.0 - momentum)
-            updates = torch_private.foreach_lerp(grads, buffers, momentum)  # Nesterov
+            with self.here(bucket):
+                buffers = [local_tensor(self.state[param]["momentum_buffer"]) for param in bucket]
+                torch_private.foreach_lerp_(buffers, grads, 1.0 - momentum)
+                updates = torch_private.foreach_lerp(grads, buffers, momentum)  # Nesterov
             directions = _orthogonal_shards(torch.stack(updates), bucket[0])
             scale = 0.2 * math.sqrt(max(shape[-2:]))
             torch_private.foreach_mul_(weights, 1.0 - lr * group["weight_decay"])
@@ -98,11 +122,12 @@ def build_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     momentum: float = 0.95,
+    offload: bool = False,
 ) -> ShardOptimizer:
     """The optimizer of a parallelized model's trainable parameters. Weight decay is decoupled and spares vectors.
 
     name "muon": matrices of the blocks (also stacked [E, rows, cols] experts) by Muon with `momentum`; embedding,
-    heads, norms, biases and router by AdamW, as all parameters by name "adamw".
+    heads, norms, biases and router by AdamW, as all parameters by name "adamw". offload: as of ShardOptimizer.
     """
     if name not in _STATE:
         raise ValueError(f"unknown optimizer {name!r}; expected one of {', '.join(_STATE)}")
@@ -120,7 +145,18 @@ def build_optimizer(
         {"params": params, "algorithm": algorithm, "weight_decay": weight_decay if decays else 0.0}
         for (algorithm, decays), params in groups.items()
     ]
-    return ShardOptimizer(model, param_groups, settings)
+    return ShardOptimizer(model, param_groups, settings, offload)
+
+
+def _parts(params: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    part: list[nn.Parameter] = []
+    for param in params:
+        if part and sum(local_tensor(x).numel() for x in (*part, param)) > OFFLOAD_NUMEL:
+            yield part
+            part = []
+        part.append(param)
+    if part:
+        yield part
 
 
 def _orthogonal_shards(stacked_NRC: torch.Tensor, like: nn.Parameter) -> tuple[torch.Tensor, ...]:

@@ -18,6 +18,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.distributed as torch_dist
@@ -25,6 +27,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from r1fast.parallel.mesh import Dist
 from r1fast_kernels import torch_private
@@ -34,6 +37,14 @@ from r1fast_kernels import torch_private
 # 35.1 ms without FSDP, 37.6 in one unit, 41.2 in five.
 ONE_UNIT_NUMEL = 16_000_000
 BLOCK_BYTES = 64 << 20
+ActivationCheckpointing = Literal["none", "selective", "full"]
+# By name: an overload packet (aten.mm) among operators (aten.mm.default) would never be found (pytorch#176065).
+KEPT_OPS = frozenset({
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise",
+    "r1fast::packed_attention", "r1fast::moe_experts", "r1fast::grouped_gemm", "torch_attn::_varlen_attn",
+    "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
+})  # fmt: skip
 _RESHARD_FLAG = "_reshard_after_forward_in_training"  # FSDP has a setter for it and no getter
 
 
@@ -43,7 +54,7 @@ def parallelize(
     *,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype = torch.float32,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: ActivationCheckpointing = "none",
     compile: bool = False,
     one_unit_numel: int = ONE_UNIT_NUMEL,
 ) -> nn.Module:
@@ -51,15 +62,16 @@ def parallelize(
 
     param_dtype: dtype of the gathered weights and of the compute; the shards that the optimizer sees stay fp32 for a
     model that is trained, and keep their dtype for one with frozen weights. reduce_dtype: dtype of the gradient sum.
+    activation_checkpointing: "full" keeps the input of each layer and computes the rest again in the backward pass,
+    "selective" keeps what products and attention gave too (KEPT_OPS), so that norms, activations and sums are all that
+    is computed twice. The gradients have the same bits.
     World size 1 is sharded too: it carries the mixed precision, and state dicts look the same everywhere.
     """
     if all(param.requires_grad for param in model.parameters()):
         model.float()
     layers = model.get_submodule("layers")
-    if activation_checkpointing:
-        for name, layer in list(layers.named_children()):
-            # Nothing draws from a generator that is kept, so there is no state to carry into the recomputation.
-            setattr(layers, name, torch_private.checkpoint_wrapper(layer, preserve_rng_state=False))
+    for name, layer in list(layers.named_children()):
+        setattr(layers, name, checkpointed(layer, activation_checkpointing))
     if compile:
         for layer in layers.children():
             layer.compile()
@@ -76,6 +88,20 @@ def parallelize(
             # A factor alone selects PREMUL_SUM, which gloo does not have and NCCL has had wrong (pytorch#155903).
             unit.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def checkpointed(layer: nn.Module, kind: ActivationCheckpointing) -> nn.Module:
+    """The layer, or what runs it again in the backward pass."""
+    if kind == "none":
+        return layer
+    options: dict[str, Any] = {"preserve_rng_state": False}  # nothing draws from a generator that is kept
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    return torch_private.checkpoint_wrapper(layer, **options)
+
+
+def _keep_products(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op.name() in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _units(model: nn.Module, many_ranks: bool) -> list[tuple[list[nn.Module], bool]]:

@@ -10,8 +10,9 @@ update     steps_per_generation minibatches -> linear_grpo_loss -> clip -> optim
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from r1fast.data.rows import Row, location
 from r1fast.models.decoder import Decoder
 from r1fast.models.lora import adapters_off
+from r1fast.parallel.offload import OffloadedModel
 from r1fast.parallel.parallelize import copy_weights
 from r1fast.policy_loss import linear_own_loss
 from r1fast.schema import GRPOStage
@@ -77,12 +79,16 @@ class Learner:
             self.weights["overlong"] = self.stage.overlong_penalty
         self.unscored_prompts = 0  # in a row
         self.reference: Decoder | None = None
-        if self.stage.loss.beta > 0 and self.stage.ref_model is None and self.stage.lora is not None:
+        self.reference_here: Callable[..., AbstractContextManager[None]] = lambda changed=False: nullcontext()
+        if self.stage.loss.beta > 0 and not self.stage.has_reference:
             self.reference = policy  # without its adapter
-        elif self.stage.loss.beta > 0 or self.stage.ref_model is not None:
+        elif self.stage.has_reference:
             self.reference, _ = ctx.load(self.stage.ref_model or ctx.model_ref, trainable=False)
+            if "reference" in ctx.recipe.trainer.offload:
+                self.reference_here = OffloadedModel(self.reference).here
             if self.stage.ref_model_sync_steps:  # then no file holds it
                 self.trainer.saved = nn.ModuleDict({"policy": policy, "reference": self.reference})
+                self.trainer.offloaded.append(partial(self.reference_here, changed=True))
 
     def train(self) -> None:
         stage = self.stage
@@ -203,7 +209,8 @@ class Learner:
             if stage.steps_per_generation * stage.num_iterations > 1 and stage.old_logprobs == "policy":
                 self._fill(examples, "old", self.policy)
             if self.reference is not None:
-                self._fill(examples, "ref", self.reference)
+                with self.reference_here():
+                    self._fill(examples, "ref", self.reference)
         return examples
 
     def _fill(self, examples: list[Example], name: str, model: Decoder) -> None:
@@ -250,7 +257,8 @@ class Learner:
                     history.append(self.trainer.update(active, loss))
                 every = stage.ref_model_sync_steps
                 if self.reference is not None and every and self.trainer.step % every == 0:
-                    copy_weights(self.policy, self.reference)
+                    with self.reference_here(changed=True):
+                        copy_weights(self.policy, self.reference)
         return numbers(merge(history))
 
 

@@ -6,7 +6,8 @@ by the global count before backward and gradients are summed over ranks, so the 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -49,9 +50,12 @@ class Trainer:
         self.optimizer = build_optimizer(
             model, name=options.optimizer, learning_rate=options.learning_rate,
             betas=(options.adam_beta1, options.adam_beta2), eps=1e-8, weight_decay=options.weight_decay,
+            offload="optimizer" in ctx.recipe.trainer.offload,
         )  # fmt: skip
         self.step = 0
         self.saved: nn.Module = model  # what checkpoints hold; GRPO adds its reference
+        # What a checkpoint holds is on the device inside these, if it was away.
+        self.offloaded: list[Callable[[], AbstractContextManager[None]]] = [self.optimizer.here]
         self.state_at: Callable[[int], dict[str, Any]] = lambda step: {}  # what they hold beside it
         self.saved_step = 0  # of the newest checkpoint
 
@@ -159,9 +163,17 @@ class Trainer:
 
     def _load(self, path: Path) -> dict[str, Any]:
         try:
-            return checkpoint.load(path, model=self.saved, optimizer=self.optimizer, dist=self.ctx.dist)
+            with self._here():
+                return checkpoint.load(path, model=self.saved, optimizer=self.optimizer, dist=self.ctx.dist)
         except ValueError as error:
             raise self.ctx.error(f"{error}; put back what was changed, or start a new run") from error
+
+    @contextmanager
+    def _here(self) -> Iterator[None]:
+        with ExitStack() as held:
+            for here in self.offloaded:
+                held.enter_context(here())
+            yield
 
     def _retained(self) -> tuple[int, int | None]:
         """How many checkpoints are kept, and which beside them."""
@@ -188,7 +200,7 @@ class Trainer:
             if ctx.stage_log is not None:
                 ctx.stage_log.sync()
 
-        with ctx.phase("save"):
+        with ctx.phase("save"), self._here():
             ctx.dist.on_main(sync_log)
             folder, extra = ctx.stage_dir / "checkpoints", {"step": self.step, "clock": ctx.clock(), **state}
             keep, best = self._retained()

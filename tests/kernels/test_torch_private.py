@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import fake_tensor
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+from torch.utils import _python_dispatch
 
 from r1fast_kernels import torch_private as private
 
@@ -24,6 +26,8 @@ NEEDED = {
     FSDPState: ["_lazy_init"],
     checkpoint_wrapper: ["checkpoint_wrapper"],
     filesystem: ["_StorageInfo"],
+    _python_dispatch: ["TorchDispatchMode"],
+    fake_tensor: ["FakeTensorMode"],
 }
 PRIVATE = re.compile(
     r"\btorch(\.\w+)*\._[a-z]\w*|from torch[\w.]*\._|from torch[\w.]* import _"

@@ -178,7 +178,7 @@ def test_a_file_is_read_once_and_again_when_it_has_changed(
     load_model(file)
     (cache / "file").touch()
     monkeypatch.setattr(gguf_file, "cached_assets_path", lambda *_: cache / "file")
-    with pytest.raises(ValueError, match="cannot be written .*; set HF_ASSETS_CACHE to another"):
+    with pytest.raises(ValueError, match=r"cannot be written .*; set HF_ASSETS_CACHE to another"):
         load_model(file)
     assert len(reads) == 2
 

@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 
+from r1fast.parallel import optim
 from r1fast.parallel.mesh import Dist
 from r1fast.parallel.optim import build_optimizer, lr_at, newton_schulz
+from r1fast.parallel.parallelize import local_tensor
 from tests.parallel.tiny_model import (
     TinyDecoder,
     backward_all,
+    full,
     full_state_dict,
     loss_of,
     sharded,
@@ -97,6 +100,22 @@ def test_set_lr_scales_every_group_and_zero_changes_nothing(dist: Dist) -> None:
     optimizer.set_lr(0.0)
     train(model, dist, 1, optimizer)
     assert all(torch.equal(tensor, before[name]) for name, tensor in full_state_dict(model, dist).items())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_offloaded_state_comes_in_parts(dist: Dist, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of a few parameters or one: the bits are those of a step on all, and between steps no state is left."""
+    monkeypatch.setattr(optim, "OFFLOAD_NUMEL", 200)
+    found = []
+    for offload in (False, True):
+        model = sharded(dist)
+        optimizer = build_optimizer(model, name=name, learning_rate=1e-2, weight_decay=0.1, offload=offload)
+        train(model, dist, 3, optimizer)
+        states = [x for state in optimizer.state.values() for key, x in state.items() if key != "step"]
+        assert {local_tensor(x).untyped_storage().nbytes() == 0 for x in states} == {offload}
+        with optimizer.here():
+            found.append([full(x) for x in (*states, *model.parameters())])
+    assert all(torch.equal(got, expected) for got, expected in zip(*found, strict=True))
 
 
 def test_frozen_parameters_are_left_out(dist: Dist) -> None:

@@ -1,20 +1,26 @@
 """Sharded training equals the plain single-device model: gradients, clipping, generation, state dicts."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from r1fast.models.cache import BlockCache
 from r1fast.parallel.mesh import Dist
 from r1fast.parallel.optim import build_optimizer
 from r1fast.parallel.parallelize import (
+    KEPT_OPS,
     copy_weights,
     generation_phase,
     grad_norm_and_clip,
     parallelize,
 )
+from r1fast.rollout.engine import RolloutEngine
+from r1fast.rollout.sampling import SamplingParams
+from r1fast_kernels.torch_private import OperatorMode
 from tests.parallel.tiny_model import (
     TinyDecoder,
     backward_all,
@@ -33,7 +39,8 @@ LAYOUTS = {
     "one_unit": {},
     "units": {"one_unit_numel": 0},
     "tied": {"one_unit_numel": 0, "tied": True},
-    "recompute": {"one_unit_numel": 0, "activation_checkpointing": True},
+    "recompute": {"one_unit_numel": 0, "activation_checkpointing": "full"},
+    "selective": {"one_unit_numel": 0, "activation_checkpointing": "selective"},
 }
 
 
@@ -108,6 +115,49 @@ def test_two_rank_muon_equals_one_rank(two_ranks: dict[str, Any], dist: Dist) ->
     model = sharded(dist)
     train(model, dist, 3, build_optimizer(model, name="muon", learning_rate=1e-2, weight_decay=0.1))
     assert_same(two_ranks["muon"], full_state_dict(model, dist))
+    assert_same(two_ranks["offloaded"], two_ranks["muon"], tolerance=0.0)
+
+
+def test_a_prefill_in_one_call_leaves_no_weight_gathered(dist: Dist) -> None:
+    """It runs the head and not the norm of one FSDP unit; the next phase would sample with weights of before a step."""
+    model = parallelize(moe_decoder(), dist, param_dtype=torch.float32, one_unit_numel=0)
+    optimizer = build_optimizer(model, learning_rate=1e-2)
+    engine, params = RolloutEngine(model, None), SamplingParams(n=2, max_tokens=3, seed=0)
+    for _ in range(2):
+        with generation_phase(model):
+            engine.generate([[3, 4, 5]], params)
+        assert all(isinstance(param, DTensor) for param in model.parameters())
+        model(tokens_of_rank(0), torch.tensor([0, 7], dtype=torch.int32)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Calls(OperatorMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_computes_no_product_twice(dist: Dist) -> None:
+    """Of all that is computed in the backward pass; norms are computed again, so that this can fail."""
+    calls = {}
+    for kind in ("none", "selective", "full"):
+        model = parallelize(
+            moe_decoder(), dist, param_dtype=torch.float32, activation_checkpointing=kind, one_unit_numel=0
+        )
+        ids_T = tokens_of_rank(0)
+        loss = model(ids_T, torch.tensor([0, len(ids_T)], dtype=torch.int32)).square().sum()
+        with Calls() as found:
+            loss.backward()
+        calls[kind] = found.names
+    again = {kind: calls[kind] - calls["none"] for kind in ("selective", "full")}
+    assert not again["selective"].keys() & KEPT_OPS
+    assert {"r1fast::rms_norm", "aten::silu"} <= again["selective"].keys()
+    assert {"r1fast::moe_experts", "r1fast::packed_attention"} <= again["full"].keys()
 
 
 @pytest.mark.dist
@@ -184,7 +234,7 @@ def test_frozen_models_keep_their_dtype(dist: Dist) -> None:
 
 
 def test_copy_weights_refreshes_a_reference(dist: Dist) -> None:
-    policy = sharded(dist, activation_checkpointing=True)
+    policy = sharded(dist, activation_checkpointing="full")
     reference = parallelize(TinyDecoder().requires_grad_(False), dist, param_dtype=torch.float32)
     with torch.no_grad():
         reference(tokens_of_rank(0))  # gathered copies must not survive the refresh
@@ -197,7 +247,7 @@ def test_copy_weights_refreshes_a_reference(dist: Dist) -> None:
 
 
 def test_copy_into_a_plain_model_is_what_generation_gathers(dist: Dist) -> None:
-    policy = sharded(dist, activation_checkpointing=True, param_dtype=torch.bfloat16)
+    policy = sharded(dist, activation_checkpointing="full", param_dtype=torch.bfloat16)
     plain = TinyDecoder().bfloat16()
     train(policy, dist, 1)
     copy_weights(policy, plain)
@@ -208,7 +258,7 @@ def test_copy_into_a_plain_model_is_what_generation_gathers(dist: Dist) -> None:
 
 def test_full_state_dict_has_the_plain_names(dist: Dist) -> None:
     plain = TinyDecoder(tied=True)
-    model = sharded(dist, tied=True, activation_checkpointing=True)
+    model = sharded(dist, tied=True, activation_checkpointing="full")
     assert_same(full_state_dict(model, dist), plain.state_dict(), tolerance=0.0)
 
 

@@ -40,9 +40,10 @@ def generation(dist: Dist) -> dict[str, torch.Tensor]:
     return {"logits": logits} | full_state_dict(model, dist)
 
 
-def muon(dist: Dist) -> dict[str, torch.Tensor]:
+def muon(dist: Dist, offload: bool = False) -> dict[str, torch.Tensor]:
     model = sharded(dist, one_unit_numel=0)
-    train(model, dist, 3, build_optimizer(model, name="muon", learning_rate=1e-2, weight_decay=0.1))
+    settings = {"learning_rate": 1e-2, "weight_decay": 0.1, "offload": offload}
+    train(model, dist, 3, build_optimizer(model, name="muon", **settings))
     return full_state_dict(model, dist)
 
 
@@ -52,10 +53,12 @@ def main(output: Path) -> None:
         "one_unit": gradients(dist),
         "units": gradients(dist, one_unit_numel=0),
         "tied": gradients(dist, tied=True, one_unit_numel=0),
-        "recompute": gradients(dist, one_unit_numel=0, activation_checkpointing=True),
-        "decoder": decoder_gradients(dist, one_unit_numel=0, activation_checkpointing=True),
+        "recompute": gradients(dist, one_unit_numel=0, activation_checkpointing="full"),
+        "selective": gradients(dist, one_unit_numel=0, activation_checkpointing="selective"),
+        "decoder": decoder_gradients(dist, one_unit_numel=0, activation_checkpointing="full"),
         "generation": generation(dist),
         "muon": muon(dist),
+        "offloaded": muon(dist, offload=True),
         "collectives": {
             "sum": dist.all_reduce_sum(torch.tensor(dist.rank + 1)),
             "max": dist.all_reduce_max(torch.tensor(dist.rank + 1)),

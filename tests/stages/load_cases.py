@@ -71,7 +71,7 @@ def same(dist: Dist, folder: Path, output: Path) -> Any:
         for one_unit_numel in (10**9, 0):
             name = f"{path.name}-{one_unit_numel}"
             parallelize.parallelize.__kwdefaults__["one_unit_numel"] = one_unit_numel
-            trainer = {"activation_checkpointing": one_unit_numel == 0}
+            trainer = {"activation_checkpointing": "none" if one_unit_numel else "full"}
             ctx = stage(dist, path, output.with_name(name), trainer=trainer)
             model, tokenizer = ctx.load(str(path), trainable=True)
             ctx.save(model, tokenizer)

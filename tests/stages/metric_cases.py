@@ -41,7 +41,7 @@ WHOLE, SMALL = {"max_tokens_per_microbatch": 4096}, {"max_tokens_per_microbatch"
 
 
 @cache
-def load(dist: Dist, model: str, trainable: bool, scalar_head: bool, checkpointing: bool, compile: bool) -> Any:
+def load(dist: Dist, model: str, trainable: bool, scalar_head: bool, checkpointing: str, compile: bool) -> Any:
     """As nothing moves the weights, each model is loaded once."""
     sections = {"trainer": {"activation_checkpointing": checkpointing, "compile": compile}}
     return context(GRPO, dist, model, **sections).load(model, trainable=trainable, scalar_head=scalar_head)

@@ -61,9 +61,10 @@ def test_micro_batches(case: str, whole, dist: Dist, cut_models: dict[str, str])
     assert_same(measure(case, dist, cut_models, SMALL), whole(case))
 
 
+@pytest.mark.parametrize("kind", ["full", "selective"])
 @pytest.mark.parametrize("case", CASES)
-def test_activation_checkpointing(case: str, whole, dist: Dist, cut_models: dict[str, str]) -> None:
-    got = measure(case, dist, cut_models, WHOLE, trainer={"activation_checkpointing": True})
+def test_activation_checkpointing(case: str, kind: str, whole, dist: Dist, cut_models: dict[str, str]) -> None:
+    got = measure(case, dist, cut_models, WHOLE, trainer={"activation_checkpointing": kind})
     assert got == whole(case)  # to the bit
 
 

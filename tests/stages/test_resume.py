@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from r1fast import preflight
+from r1fast.parallel.parallelize import local_tensor
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.vllm import RolloutError
 from r1fast.stages import grpo, sft
@@ -141,6 +143,37 @@ def test_sft_killed(kill_and_resume, name: str) -> None:
 @pytest.mark.parametrize("name", POINTS)
 def test_grpo_killed(kill_and_resume, name: str) -> None:
     kill_and_resume(GRPO, point(name, grpo))
+
+
+@pytest.mark.parametrize("stage", [GRPO, SFT], ids=["grpo", "sft"])
+def test_offload_changes_no_bit(
+    start, command, stage: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a reference that moves, of Muon and AdamW, killed and resumed; and outside updates all of it is away."""
+    # On a CPU it is refused, as there is no other memory; what it does can still be seen.
+    monkeypatch.setattr(preflight, "_offload_problems", lambda recipe: iter(()))
+    trainer = {"offload": ["optimizer", "reference"] if stage is GRPO else ["optimizer"]}
+    left: list[int] = []
+    rollout = grpo.Learner.rollout
+
+    def look(learner: grpo.Learner, step: int) -> Any:
+        assert learner.reference is not None
+        states = [x for of_one in learner.trainer.optimizer.state.values() for x in of_one.values() if x.ndim]
+        tensors = [local_tensor(x) for x in (*states, *learner.reference.parameters())]
+        left.append(sum(x.untyped_storage().nbytes() for x in tensors))
+        return rollout(learner, step)
+
+    monkeypatch.setattr(grpo.Learner, "rollout", look)
+    assert start("whole", stage) == 0
+    assert all(left)
+    left.clear()
+    with monkeypatch.context() as patch:
+        before_call(patch, Trainer, "update", 8)
+        with pytest.raises(Killed):
+            _ = start("killed", stage, trainer=trainer)
+    assert command("--resume", "--output-dir", "killed") == 0
+    assert_same(results(tmp_path / "killed" / stage["name"]), results(tmp_path / "whole" / stage["name"]))
+    assert not any(left) and len(left) == (9 if stage is GRPO else 0)  # 4 steps, and 5 from the checkpoint of the 2nd
 
 
 def test_grpo_killed_between_the_updates_of_a_rollout(kill_and_resume) -> None:
