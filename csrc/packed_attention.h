@@ -162,7 +162,7 @@ class Task {
   template <typename Value>
   static void copy(Value* out, const T* x, int64_t size) {
     if constexpr (std::is_same_v<Value, T>) {
-      std::copy_n(x, size, out);
+      copy_row(out, x, size);
     } else {
       widen(out, x, size);
     }

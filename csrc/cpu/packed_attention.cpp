@@ -253,7 +253,7 @@ class Backward : Task<T, Unit> {
     }
     narrow(plain, scaled, plain_);
     if (parts != nullptr) {
-      std::copy_n(scaled + plain_, 2 * half_, parts);
+      copy_row(parts, scaled + plain_, 2 * half_);
     } else if (half_ > 0) {
       rotate_back(turned, scaled + plain_, Base::cos(token), Base::sin(token), half_, args_.interleaved);
       narrow(rotary, turned, 2 * half_);
@@ -316,7 +316,7 @@ R1FAST_KERNEL(attention_shared_gradient, AttentionArgs) {
     std::unique_ptr<acc[]> sum(new acc[2 * width]);
     for (int64_t t = begin; t < end; ++t) {
       const acc* parts = static_cast<const acc*>(args.k_pe_parts) + t * args.num_kv_heads * width;
-      std::copy_n(parts, width, sum.get());
+      copy_row(sum.get(), parts, width);
       for (int64_t head = 1; head < args.num_kv_heads; ++head) {
         for (int64_t j = 0; j < width; ++j) {
           sum[j] += parts[head * width + j];
