@@ -14,6 +14,7 @@
 #include "../operator.h"
 #include "../packed_attention.h"
 
+#include <bit>
 #include <numeric>
 
 namespace r1fast {
@@ -380,7 +381,7 @@ class Call {
  private:
   static Heads heads(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
 
-  // The longest first, so that no thread begins with it when all others are done.
+  // The longest first, so that no thread begins with it when all others are done; like ones as they lie in memory.
   void set_sequences() {
     const int32_t* ends = cu_seqlens_.const_data_ptr<int32_t>();
     const int64_t count = cu_seqlens_.size(0) - 1, num_tokens = q_.size(0);
@@ -391,7 +392,7 @@ class Call {
     order_.resize(count);
     std::iota(order_.begin(), order_.end(), 0);
     std::stable_sort(order_.begin(), order_.end(), [ends](int32_t a, int32_t b) {
-      return ends[a + 1] - ends[a] > ends[b + 1] - ends[b];
+      return std::bit_width<uint32_t>(ends[a + 1] - ends[a]) > std::bit_width<uint32_t>(ends[b + 1] - ends[b]);
     });
     args.cu_seqlens = ends;
     args.order = order_.data();
