@@ -85,24 +85,10 @@ class StripSoftmax {
   acc top_[kStrip], total_[kStrip];
 };
 
-// Rows of heads are short: a call of memmove takes longer than a row. The last part may overlap the one before it.
-template <typename T>
-inline void copy_row(T* out, const T* x, int64_t size) {
-  constexpr int64_t part = 16 / sizeof(T);
-  if (size < part) {
-    std::copy_n(x, size, out);
-    return;
-  }
-  for (int64_t i = 0; i < size; i += part) {
-    const int64_t begin = std::min(i, size - part);
-    std::memcpy(out + begin, x + begin, sizeof(T) * part);
-  }
-}
-
 template <typename T>
 inline void widen(acc_t<T>* out, const T* x, int64_t size) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {
-    copy_row(out, x, size);
+    std::copy_n(x, size, out);
   } else {
     for (int64_t i = 0; i < size; ++i) {
       out[i] = x[i];
@@ -110,11 +96,11 @@ inline void widen(acc_t<T>* out, const T* x, int64_t size) {
   }
 }
 
-// Rounds to the nearest, ties to even. A loop that the compiler vectorizes, not pairs of vectors.
+// Rounds to the nearest, ties to even. Rows of heads are short: a loop that the compiler vectorizes, not pairs of vectors.
 template <typename T>
 inline void narrow(T* out, const acc_t<T>* x, int64_t size) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {
-    copy_row(out, x, size);
+    std::copy_n(x, size, out);
   } else {
     for (int64_t i = 0; i < size; ++i) {
       uint32_t bits;

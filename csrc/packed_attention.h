@@ -36,8 +36,6 @@ struct AttentionArgs {
   void* grad_k_pe;                    // [T, R]
 };
 
-constexpr int64_t kFetched = 1 << 15;  // bytes of a sequence in one tensor that are fetched ahead
-
 namespace {
 
 // Pair i of x is turned by the angle of `cos` and `sin`; its halves come out apart.
@@ -139,26 +137,7 @@ class Task {
     kv_head_ = task % args_.num_kv_heads;
     first_ = args_.cu_seqlens[sequence];
     length_ = args_.cu_seqlens[sequence + 1] - first_;
-    if (kv_head_ == 0) {
-      fetch(args_.order[std::min(task / args_.num_kv_heads + 1, args_.num_sequences - 1)]);
-    }
     return true;
-  }
-
-  // Rows of the sequence after this one, where they are few: heads jump through them, and nothing else foresees that.
-  inline __attribute__((always_inline)) void fetch(int64_t sequence) const {
-    const int64_t first = args_.cu_seqlens[sequence], length = args_.cu_seqlens[sequence + 1] - first;
-    const int64_t values = args_.num_heads * args_.value_width;
-    const Heads outs{args_.out, values, 0}, grads{args_.grad_out, values, 0};
-    for (const Heads& rows : {args_.q, args_.k, args_.v, grads, outs}) {
-      const int64_t bytes = length * rows.token_stride * static_cast<int64_t>(sizeof(T));
-      if (rows.data != nullptr && bytes <= kFetched) {
-        const char* begin = reinterpret_cast<const char*>(at(rows, first, 0));
-        for (int64_t i = 0; i < bytes; i += 64) {
-          __builtin_prefetch(begin + i, 0, 2);
-        }
-      }
-    }
   }
 
   static const T* at(const Heads& heads, int64_t token, int64_t head) {
@@ -183,7 +162,7 @@ class Task {
   template <typename Value>
   static void copy(Value* out, const T* x, int64_t size) {
     if constexpr (std::is_same_v<Value, T>) {
-      copy_row(out, x, size);
+      std::copy_n(x, size, out);
     } else {
       widen(out, x, size);
     }

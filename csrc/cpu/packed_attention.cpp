@@ -14,7 +14,6 @@
 #include "../operator.h"
 #include "../packed_attention.h"
 
-#include <bit>
 #include <numeric>
 
 namespace r1fast {
@@ -254,7 +253,7 @@ class Backward : Task<T, Unit> {
     }
     narrow(plain, scaled, plain_);
     if (parts != nullptr) {
-      copy_row(parts, scaled + plain_, 2 * half_);
+      std::copy_n(scaled + plain_, 2 * half_, parts);
     } else if (half_ > 0) {
       rotate_back(turned, scaled + plain_, Base::cos(token), Base::sin(token), half_, args_.interleaved);
       narrow(rotary, turned, 2 * half_);
@@ -317,7 +316,7 @@ R1FAST_KERNEL(attention_shared_gradient, AttentionArgs) {
     std::unique_ptr<acc[]> sum(new acc[2 * width]);
     for (int64_t t = begin; t < end; ++t) {
       const acc* parts = static_cast<const acc*>(args.k_pe_parts) + t * args.num_kv_heads * width;
-      copy_row(sum.get(), parts, width);
+      std::copy_n(parts, width, sum.get());
       for (int64_t head = 1; head < args.num_kv_heads; ++head) {
         for (int64_t j = 0; j < width; ++j) {
           sum[j] += parts[head * width + j];
@@ -381,7 +380,7 @@ class Call {
  private:
   static Heads heads(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
 
-  // The longest first, so that no thread begins with it when all others are done; like ones as they lie in memory.
+  // The longest first, so that no thread begins with it when all others are done.
   void set_sequences() {
     const int32_t* ends = cu_seqlens_.const_data_ptr<int32_t>();
     const int64_t count = cu_seqlens_.size(0) - 1, num_tokens = q_.size(0);
@@ -392,7 +391,7 @@ class Call {
     order_.resize(count);
     std::iota(order_.begin(), order_.end(), 0);
     std::stable_sort(order_.begin(), order_.end(), [ends](int32_t a, int32_t b) {
-      return std::bit_width<uint32_t>(ends[a + 1] - ends[a]) > std::bit_width<uint32_t>(ends[b + 1] - ends[b]);
+      return ends[a + 1] - ends[a] > ends[b + 1] - ends[b];
     });
     args.cu_seqlens = ends;
     args.order = order_.data();
