@@ -83,7 +83,7 @@ class ShardOptimizer(torch.optim.Optimizer):
             torch_private.foreach_lerp_(buffers, grads, 1.0 - momentum)
             updates = torch_private.foreach_lerp(grads, buffers, momentum)  # Nesterov
             torch_private.foreach_mul_(weights, 1.0 - lr * group["weight_decay"])
-            torch_private.foreach_add_(weights, _muon_directions(updates, some), alpha=-lr)
+            torch_private.foreach_add_(weights, _muon_directions(list(updates), some), alpha=-lr)
 
 
 def build_optimizer(
