@@ -16,7 +16,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Exper
 
 from bench import harness, head
 from bench.cases import Case
-from r1fast_kernels import moe_experts
+from r1fast_kernels import hf, moe_experts
 
 Leaves = tuple[Tensor, Tensor, Tensor, Tensor]  # hidden, gate_up, down, weights
 
@@ -36,14 +36,37 @@ def random_layer(case: Case) -> tuple[Leaves, Tensor, Tensor]:
     return (hidden, gate_up, down, weights), ids_TK, normal(T, D)
 
 
-def transformers_experts(leaves: Leaves, ids_TK: Tensor, implementation: str) -> Callable[[], Tensor]:
-    hidden_TD, gate_up, down, weights_TK = leaves
+def experts_module(leaves: Leaves, implementation: str) -> DeepseekV3Experts:
+    """Of transformers, on meta."""
+    hidden_TD, _, down, _ = leaves
     with torch.device("meta"):
         config = DeepseekV3Config(
             hidden_size=hidden_TD.shape[1], moe_intermediate_size=down.shape[2], n_routed_experts=len(down)
         )
         config._experts_implementation = implementation
-        experts = DeepseekV3Experts(config)
+        return DeepseekV3Experts(config)
+
+
+def in_module(leaves: Leaves, ids_TK: Tensor, upstream_TD: Tensor, implementation: str) -> harness.Run:
+    """A training step's part in a model of transformers: its call of the module, and gradients that begin as None."""
+    hidden_TD, gate_up, down, weights_TK = leaves
+    experts = experts_module(leaves, implementation)
+    experts.gate_up_proj, experts.down_proj = torch.nn.Parameter(gate_up.detach()), torch.nn.Parameter(down.detach())
+    wanted = hidden_TD, experts.gate_up_proj, experts.down_proj, weights_TK
+
+    def run() -> harness.Outputs:
+        for leaf in wanted:
+            leaf.grad = None
+        out_TD = experts(hidden_TD, ids_TK, weights_TK).to(upstream_TD.dtype)
+        out_TD.backward(upstream_TD)
+        return [out_TD.detach(), *(leaf.grad for leaf in wanted)]
+
+    return run
+
+
+def transformers_experts(leaves: Leaves, ids_TK: Tensor, implementation: str) -> Callable[[], Tensor]:
+    hidden_TD, gate_up, down, weights_TK = leaves
+    experts = experts_module(leaves, implementation)
     parameters = {"gate_up_proj": gate_up, "down_proj": down}
     return lambda: torch.func.functional_call(experts, parameters, (hidden_TD, ids_TK, weights_TK))
 
@@ -113,7 +136,7 @@ def megablocks_experts(leaves: MegablocksLeaves, ids_TK: Tensor, num_experts: in
 def floor(case: Case, leaves: Leaves) -> harness.Floor:
     T, D, F, K = (case.sizes[letter] for letter in "TDFK")
     dtype = leaves[0].dtype if head.can_multiply(leaves[0]) else torch.float32
-    backward = case.mode == "fwd+bwd"
+    backward = case.mode != "fwd"
 
     def new(*shape: int) -> Tensor:
         return torch.randn(shape, device=harness.DEVICE).to(dtype)  # not zeros: a GPU multiplies those faster
@@ -176,12 +199,17 @@ def test_moe_experts(case: Case, compare: Callable[[harness.Problem], None]) -> 
         # transformers' grouped products return fp32 for bf16 inputs with fp32 weights of the choices, others do not.
         return lambda: [forward().to(upstream_TD.dtype)]
 
-    runs = {
-        name: harness.in_mode(case.mode, outputs_of(forward), leaves, [upstream_TD])
-        for name, forward in contenders(leaves, ids_TK).items()
-    }
+    if case.mode == "module":
+        hf.register()
+        names = {harness.OURS: hf.NAME, "eager": "eager", "grouped_mm": "grouped_mm"}
+        runs = {name: in_module(leaves, ids_TK, upstream_TD, found) for name, found in names.items()}
+    else:
+        runs = {
+            name: harness.in_mode(case.mode, outputs_of(forward), leaves, [upstream_TD])
+            for name, forward in contenders(leaves, ids_TK).items()
+        }
     num_experts = case.sizes["E"]
-    if harness.DEVICE == "cuda" and importlib.util.find_spec("megablocks"):
+    if case.mode != "module" and harness.DEVICE == "cuda" and importlib.util.find_spec("megablocks"):
         own = to_megablocks(leaves)
         forward = megablocks_experts(own, ids_TK, num_experts)
         runs["megablocks"] = harness.in_mode(case.mode, outputs_of(forward), own, [upstream_TD])
@@ -197,6 +225,6 @@ def test_moe_experts(case: Case, compare: Callable[[harness.Problem], None]) -> 
             head.runnable(leaves[0], runs),
             floor=floor(case, leaves),
             check=check,
-            gradient_bytes=sum(x.nbytes for x in leaves) if case.mode == "fwd+bwd" else 0,
+            gradient_bytes=sum(x.nbytes for x in leaves) if case.mode != "fwd" else 0,
         )
     )

@@ -210,6 +210,7 @@ def _experts() -> list[Case]:
     for dtype, times in (("fp32", 1.5), ("bf16", 2.5)):
         targets = faster("grouped_mm", times), faster("eager", times)
         cases.append(Case("moe_experts", "cpu", dtype, "fwd+bwd", small, targets))
+        cases.append(Case("moe_experts", "cpu", dtype, "module", small, targets[:1]))
     modes = "fwd", "fwd+bwd"
     cases += [Case("grouped_gemm", "cpu", dtype, mode, small) for dtype in ("fp32", "bf16") for mode in modes]
     cases += [

@@ -32,7 +32,7 @@ from r1fast.models.cache import BlockCache, free_memory
 from r1fast.models.decoder import Decoder, DecoderLayer
 from r1fast.models.lora import LoraConfig, add_adapters
 from r1fast.models.model_config import ModelConfig
-from r1fast.parallel.optim import OFFLOAD_NUMEL
+from r1fast.parallel.optim import PART_NUMEL
 from r1fast.parallel.parallelize import ONE_UNIT_NUMEL
 from r1fast.preflight_models import architecture_of, checkpoint_of
 from r1fast.rollout.scheduler import num_blocks_of
@@ -278,13 +278,14 @@ class Estimator:
         """Of the optimizer, what comes for a step, or is at work in Muon's."""
         found = {"optimizer": self._state(stage, model, offloads=False)}
         if self._offloads("optimizer"):
-            largest = max(x.numel() for x in (*model.matrices, torch.Size([model.root]))) // self.ranks
-            found["optimizer"] = min(found["optimizer"], 8 * max(largest, OFFLOAD_NUMEL))
+            largest = max(x.numel() for x in (*model.matrices, torch.Size([model.root])))
+            found["optimizer"] = min(found["optimizer"], 8 * max(largest, PART_NUMEL) // self.ranks)
         if stage.optimizer == "muon":
-            # All matrices of one shape: updates and directions, gathered; X, its successor and a product; three grams.
+            # Of the matrices that are whole at one time: updates and directions, gathered; of those of one shape X, its
+            # successor and a product; three grams.
             for shape, number in model.matrices.items() if not model.adapters else ():
-                count = number * shape[:-2].numel()
                 short, long = sorted(shape[-2:])
+                count = min(number * shape[:-2].numel(), max(shape.numel(), PART_NUMEL) // (short * long))
                 needs = count * 4 * (short * long * 5 + 3 * short * short)
                 found["activations"] = max(found.get("activations", 0), needs)
         return found

@@ -15,11 +15,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as torch_dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from r1fast.parallel.offload import Offloaded
@@ -30,8 +31,8 @@ _STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
 # Lookup tables and outputs have no "matrix" geometry, and the router is small and sensitive: AdamW.
 _NEVER_MUON = frozenset({"embed_tokens", "lm_head", "score", "gate"})
-# Offloaded state comes for so many weights at a time, or those of one larger parameter.
-OFFLOAD_NUMEL = 64 << 20
+# Offloaded state comes, and Muon gathers, for so many weights at a time, or those of one larger parameter.
+PART_NUMEL = 64 << 20
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -96,21 +97,15 @@ class ShardOptimizer(torch.optim.Optimizer):
 
     def _step_muon(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
         lr, momentum = group["lr"], group["momentum"]
-        # Matrices of one shape are orthogonalised in one batched call, after one gather.
-        buckets: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
-        for param in params:
-            buckets[tuple(param.shape)].append(param)
-        for shape, bucket in buckets.items():
-            weights = [local_tensor(param) for param in bucket]
-            grads = [local_tensor(param.grad) for param in bucket]  # type: ignore[arg-type]
-            with self.here(bucket):
-                buffers = [local_tensor(self.state[param]["momentum_buffer"]) for param in bucket]
+        for part in _parts(params):
+            weights = [local_tensor(param) for param in part]
+            grads = [local_tensor(param.grad) for param in part]  # type: ignore[arg-type]
+            with self.here(part):
+                buffers = [local_tensor(self.state[param]["momentum_buffer"]) for param in part]
                 torch_private.foreach_lerp_(buffers, grads, 1.0 - momentum)
                 updates = torch_private.foreach_lerp(grads, buffers, momentum)  # Nesterov
-            directions = _orthogonal_shards(torch.stack(updates), bucket[0])
-            scale = 0.2 * math.sqrt(max(shape[-2:]))
             torch_private.foreach_mul_(weights, 1.0 - lr * group["weight_decay"])
-            torch_private.foreach_add_(weights, directions, alpha=-lr * scale)
+            torch_private.foreach_add_(weights, _muon_directions(list(updates), part), alpha=-lr)
 
 
 def build_optimizer(
@@ -149,9 +144,10 @@ def build_optimizer(
 
 
 def _parts(params: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """PART_NUMEL numbers at most, or one parameter."""
     part: list[nn.Parameter] = []
     for param in params:
-        if part and sum(local_tensor(x).numel() for x in (*part, param)) > OFFLOAD_NUMEL:
+        if part and sum(x.numel() for x in (*part, param)) > PART_NUMEL:
             yield part
             part = []
         part.append(param)
@@ -159,32 +155,65 @@ def _parts(params: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield part
 
 
-def _orthogonal_shards(stacked_NRC: torch.Tensor, like: nn.Parameter) -> tuple[torch.Tensor, ...]:
-    """Orthogonalise same-shape updates, stacked shards of this rank; returns this rank's shards of the results."""
-    if not (isinstance(like, DTensor) and like.device_mesh.size() > 1 and like.ndim == 2):
-        # One rank, or experts sharded along E: every matrix is whole here, and nothing has to move.
-        return newton_schulz(stacked_NRC).unbind()
-    mesh, shape = like.device_mesh, torch.Size((len(stacked_NRC), *like.shape))
-    whole = DTensor.from_local(stacked_NRC, mesh, [Shard(1)], shape=shape, stride=(like.numel(), like.shape[1], 1))
-    results = newton_schulz(whole.full_tensor())
-    return distribute_tensor(results, mesh, [Shard(1)], src_data_rank=None).to_local().unbind()
+def _muon_directions(shards: list[torch.Tensor], params: list[nn.Parameter]) -> list[torch.Tensor]:
+    """This rank's shards of the orthogonalised updates, scaled, from its shards of the updates."""
+    matrices = _gather_rows(shards, params)
+    buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, (rows, cols) in enumerate(x.shape[-2:] for x in matrices):
+        buckets[min(rows, cols), max(rows, cols)].append(i)
+    for (low, high), bucket in buckets.items():  # matrices of one shape, and of its transpose, in one batched call
+        stacks = [matrices[i].reshape(-1, *matrices[i].shape[-2:]) for i in bucket]
+        wide = torch.cat([x if x.shape[1:] == (low, high) else x.mT for x in stacks])
+        found = newton_schulz(wide).mul_(0.2 * math.sqrt(high)).split([len(x) for x in stacks])
+        for i, stack, direction in zip(bucket, stacks, found, strict=True):
+            matrices[i] = (direction if stack.shape[1:] == (low, high) else direction.mT).reshape(matrices[i].shape)
+    return [_own_rows(x, param) for x, param in zip(matrices, params, strict=True)]
+
+
+def _rows_are_apart(param: nn.Parameter) -> bool:
+    """Of one matrix. On one rank, or where experts are sharded along E, every matrix is whole where it is."""
+    return isinstance(param, DTensor) and param.device_mesh.size() > 1 and param.ndim == 2
+
+
+def _gather_rows(shards: list[torch.Tensor], params: list[nn.Parameter]) -> list[torch.Tensor]:
+    """Whole matrices, after one gather of all whose rows are apart."""
+    found, apart = list(shards), [i for i, param in enumerate(params) if _rows_are_apart(param)]
+    if not apart:
+        return found
+    mesh = cast(DTensor, params[apart[0]]).device_mesh
+    sizes = [-(-params[i].shape[0] // mesh.size()) * params[i].shape[1] for i in apart]  # the last ranks may have less
+    mine = shards[0].new_zeros(sum(sizes))
+    for i, place in zip(apart, mine.split(sizes), strict=True):
+        place[: shards[i].numel()] = shards[i].flatten()
+    everyone = mine.new_empty(mesh.size() * len(mine))
+    torch_dist.all_gather_into_tensor(everyone, mine, group=mesh.get_group())
+    for i, place in zip(apart, everyone.view(mesh.size(), -1).split(sizes, dim=1), strict=True):
+        rows, cols = params[i].shape
+        found[i] = place.reshape(-1, cols)[:rows]
+    return found
+
+
+def _own_rows(matrix: torch.Tensor, param: nn.Parameter) -> torch.Tensor:
+    if not _rows_are_apart(param):
+        return matrix
+    mesh = cast(DTensor, param).device_mesh
+    size = -(-len(matrix) // mesh.size())
+    return matrix[size * mesh.get_local_rank() :][:size]
 
 
 def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
-    """Approximately U V^T of each [..., rows, cols] matrix (singular values pushed into about 0.7..1.2).
+    """Approximately U V^T of each of [N, rows, cols], rows <= cols (singular values pushed into about 0.7..1.2).
 
-    The quintic a X + (b A + c A^2) X with A = X X^T, from X / |X|_F; FLOPs per matrix with s = min(rows, cols),
-    l = max: 5 (4 s^2 l + 2 s^3). bf16 on GPUs, where the iteration is known to tolerate it; fp32 on CPUs.
+    The quintic a X + (b A + c A^2) X with A = X X^T, from X / |X|_F; FLOPs per matrix 5 (4 rows^2 cols + 2 rows^3).
+    bf16 on GPUs, where the iteration is known to tolerate it; fp32 on CPUs.
     """
     a, b, c = _NEWTON_SCHULZ
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
     for _ in range(5):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.to(matrices.dtype)
 
 
 def lr_at(

