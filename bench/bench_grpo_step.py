@@ -193,5 +193,5 @@ def test_grpo_step(case: Case, compare: Callable[[harness.Problem], None], tmp_p
     try:
         compare(harness.Problem(case, contenders, floor=floor, check=check, repeated=True))
     finally:
-        ours.scorer.close()
+        ours.scorer.__exit__()
         dist.close()

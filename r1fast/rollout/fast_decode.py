@@ -90,7 +90,8 @@ class FastDecode:
                 input_ids_T, cu_seqlens, cache=cache, slots_T=slots_T, head=head, with_routing=with_routing
             )
         hidden_TD, experts_LTK = self.layers.prefill(input_ids_T, cu_seqlens, cache.buffers, slots_T)
-        result = self.model.head(hidden_TD, head)
+        # Past hooks: FSDP's wait for the embedding and the norm, which do not run here, and would keep them gathered.
+        result = self.model.head.forward(hidden_TD, head)
         return (result, _routing(experts_LTK)) if with_routing else result
 
     def decode(
