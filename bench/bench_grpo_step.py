@@ -1,11 +1,13 @@
-"""A whole GRPO step of a small DeepSeek-V3-style model, against TRL's GRPOTrainer: the same checkpoint, in turns.
+"""A whole GRPO step of a small DeepSeek-V3-style model, or of a dense one in the shapes of a released model, against
+TRL's GRPOTrainer: the same checkpoint, in turns.
 
 Rollout of N completions of L tokens, G for each prompt of 20 tokens, a rule reward, group advantages, log-probs of a
-reference model (beta 0.001), one update by AdamW. No completion ends early: the end-of-sequence token is beyond the
-model's vocabulary. Ours is what the grpo stage runs for a step, theirs what TRL's loop does, its experts in grouped_mm
-(faster than eager here), without gradient checkpointing; neither logs nor saves. TRL keeps its weights in the dtype of
-the case; "TRL mixed", its default, in fp32 with bf16 in the update alone. Floor: FLOPs of the active parameters, 2 for
-each new token, token of a distinct prompt and token of the reference, 6 for each token of the update.
+reference model (beta 0.001; the dense models have none), one update by AdamW. No completion ends early: the
+end-of-sequence token is beyond the model's vocabulary. Ours is what the grpo stage runs for a step, theirs what TRL's
+loop does, its experts in grouped_mm (faster than eager here), without gradient checkpointing; neither logs nor saves.
+TRL keeps its weights in the dtype of the case; "TRL mixed", its default, in fp32 with bf16 in the update alone. Floor:
+FLOPs of the active parameters, 2 for each new token, token of a distinct prompt and token of the reference, 6 for each
+token of the update.
 """
 
 import importlib.util
@@ -18,9 +20,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from bench import harness
+from bench.bench_generate import QWEN25, SMOLLM2
 from bench.bench_train_step import CONFIG, active_parameters
 from bench.cases import Case
 from bench.head import can_multiply
@@ -33,7 +36,10 @@ from r1fast.stages.grpo import Learner
 from r1fast.stages.scoring import Scorer
 from r1fast_kernels import group_advantages
 
-BETA, LEARNING_RATE, MAX_STEPS = 0.001, 1e-6, 10_000
+LEARNING_RATE, MAX_STEPS = 1e-6, 10_000
+CONFIGS: dict[str, tuple[PretrainedConfig, float]] = {  # and beta
+    "step": (CONFIG, 0.001), "smollm2-135m": (SMOLLM2, 0.0), "qwen2.5-0.5b": (QWEN25, 0.0),
+}  # fmt: skip
 PROMPT_TOKENS = 20
 RULE = """
 def even(completions, completion_ids, **_):
@@ -47,14 +53,14 @@ def sums(count: int) -> list[str]:
     return [f"What is {' + '.join(str(draw.randrange(10)) for _ in range(8))} ?" for _ in range(count)]
 
 
-def write_checkpoint(folder: Path, prompts: list[str]) -> None:
-    """CONFIG with random weights, and a tokenizer that knows a text for each of its tokens and ends with none."""
+def write_checkpoint(folder: Path, given: PretrainedConfig, prompts: list[str]) -> None:
+    """`given` with random weights, and a tokenizer that knows a text for each of its tokens and ends with none."""
     tokenizer = train_tokenizer(prompts, 300)
-    tokenizer.add_tokens([f"<{i}>" for i in range(len(tokenizer), CONFIG.vocab_size)])
+    tokenizer.add_tokens([f"<{i}>" for i in range(len(tokenizer), given.vocab_size)])
     tokenizer.add_special_tokens({"eos_token": "<end>"})
-    assert tokenizer.eos_token_id == CONFIG.vocab_size
+    assert tokenizer.eos_token_id == given.vocab_size
     torch.manual_seed(0)
-    config = DeepseekV3Config.from_dict(CONFIG.to_dict() | {"eos_token_id": None})
+    config = type(given).from_dict(given.to_dict() | {"eos_token_id": None, "bos_token_id": None})
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -65,7 +71,7 @@ def learner(folder: Path, case: Case, prompts: list[str], dtype: str, dist: Dist
         "rewards": {"even": {"function": f"{folder}/rule.py:even"}},
         "num_generations": case.sizes["G"], "prompts_per_step": case.sizes["N"] // case.sizes["G"],
         "max_prompt_length": PROMPT_TOKENS, "max_completion_length": case.sizes["L"],
-        "beta": BETA, "learning_rate": LEARNING_RATE, "max_steps": MAX_STEPS,
+        "beta": CONFIGS[case.mode][1], "learning_rate": LEARNING_RATE, "max_steps": MAX_STEPS,
     }  # fmt: skip
     recipe = Recipe.model_validate({"model": {"path": str(folder), "dtype": dtype}, "stages": [stage]})
     ctx = StageContext(recipe, recipe.stages[0], dist, folder / "run")
@@ -83,7 +89,7 @@ def our_step(learner: Learner) -> harness.Run:
         return [
             torch.tensor([sample.prompt_ids + sample.completion_ids for sample in samples]),
             torch.tensor([sample.advantage for sample in samples]),
-            torch.tensor(metrics["kl"]),
+            torch.tensor(metrics.get("kl", 0.0)),
             torch.tensor(metrics["grad_norm"]),
             torch.tensor([sample.sampler_logprobs for sample in samples]),
         ]
@@ -97,14 +103,16 @@ def trl_step(folder: Path, case: Case, prompts: list[str], dtype: str, *, autoca
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    experts = {"experts_implementation": "grouped_mm"} if case.mode == "step" else {}
     trainer = GRPOTrainer(
         str(folder),
         reward_funcs=resolve(f"{folder}/rule.py:even"),
         args=GRPOConfig(
             output_dir=str(folder / "trl"), use_cpu=harness.DEVICE == "cpu", bf16=autocast,
-            model_init_kwargs={"dtype": dtype, "experts_implementation": "grouped_mm"}, gradient_checkpointing=False,
+            model_init_kwargs={"dtype": dtype} | experts, gradient_checkpointing=False,
             per_device_train_batch_size=case.sizes["N"], num_generations=case.sizes["G"],
-            max_completion_length=case.sizes["L"], beta=BETA, loss_type="grpo", learning_rate=LEARNING_RATE,
+            max_completion_length=case.sizes["L"], beta=CONFIGS[case.mode][1], loss_type="grpo",
+            learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant", max_steps=MAX_STEPS, report_to="none", logging_strategy="no",
             save_strategy="no",
         ),
@@ -124,7 +132,13 @@ def trl_step(folder: Path, case: Case, prompts: list[str], dtype: str, *, autoca
         model.zero_grad()
         batch: dict[str, Tensor] = trainer._buffered_inputs[0]
         sequences_NS = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        return [sequences_NS, batch["advantages"], torch.tensor(trainer._metrics["train"]["kl"][-1]), grad_norm, None]
+        return [
+            sequences_NS,
+            batch["advantages"],
+            torch.tensor(trainer._metrics["train"].get("kl", [0.0])[-1]),
+            grad_norm,
+            None,
+        ]
 
     return run
 
@@ -152,7 +166,8 @@ def test_grpo_step(case: Case, compare: Callable[[harness.Problem], None], tmp_p
     if not can_multiply(torch.empty(0, dtype=dtype, device=harness.DEVICE)):
         pytest.skip(f"torch has no fast {case.dtype} product on this CPU")
     prompts = sums(64 * N // G)
-    write_checkpoint(tmp_path, prompts)
+    config, beta = CONFIGS[case.mode]
+    write_checkpoint(tmp_path, config, prompts)
     (tmp_path / "rule.py").write_text(RULE)
     oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).to(harness.DEVICE)
     dist, name_of_dtype = init_distributed(harness.DEVICE), str(dtype).removeprefix("torch.")
@@ -173,10 +188,10 @@ def test_grpo_step(case: Case, compare: Callable[[harness.Problem], None], tmp_p
         )
 
     active, num_tokens = active_parameters(oracle), N * (PROMPT_TOKENS + L)
-    flops = 2.0 * active * (N * L + N // G * PROMPT_TOKENS + num_tokens) + 6.0 * active * num_tokens
+    flops = 2.0 * active * (N * L + N // G * PROMPT_TOKENS + (num_tokens if beta else 0)) + 6.0 * active * num_tokens
     floor = harness.products_floor(flops, num_tokens, dtype)
     try:
         compare(harness.Problem(case, contenders, floor=floor, check=check, repeated=True))
     finally:
-        ours.scorer.close()
+        ours.scorer.__exit__()
         dist.close()

@@ -165,6 +165,11 @@ def _grpo_steps() -> list[Case]:
         Case("grpo_step", "cpu", "fp32", "step", sizes, (faster("TRL", 1.7),)),
         Case("grpo_step", "cpu", "bf16", "step", sizes, (faster("TRL", 4), faster("TRL fp32", 4))),
         Case("grpo_step", "cuda", "bf16", "step", sizes),
+        *(
+            Case("grpo_step", "cpu", dtype, model, {"N": 32, "G": 8, "L": 48}, (faster("TRL", 2.2),))
+            for model in ("smollm2-135m", "qwen2.5-0.5b")
+            for dtype in ("fp32", "bf16")
+        ),
     ]
 
 
@@ -189,6 +194,15 @@ def _generation() -> list[Case]:
             )
             for model in times
             for dtype in ("fp32", "bf16")
+        ]
+        + [
+            Case(op, "cpu", dtype, model, size, (target,))
+            for model in ("smollm2-135m", "qwen2.5-0.5b")
+            for dtype, ratio in (("fp32", 3), ("bf16", 3.5))
+            for op, size, target in (
+                ("decode_layers", {"B": 64, "T": 44}, of_floor(0.7)),
+                ("generate", {"N": 64, "L": 48}, faster("transformers", ratio)),
+            )
         ]
         + [
             Case("generate", "cuda", "bf16", "dense", {"N": 256, "L": 64}, (faster("transformers", 10),)),

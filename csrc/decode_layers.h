@@ -12,9 +12,8 @@
 #pragma once
 
 #include "decode_attention.h"
-#include "layer_args.h"
-#include "panels.h"
 #include "route.h"
+#include "row_products.h"
 
 #include <vector>
 
@@ -44,21 +43,24 @@ struct LayersArgs {
   double routed_scaling_factor;
   int64_t* experts;           // [MoE layers, B, K]
   const int64_t* chunk_rows;  // first row of each chunk, and the end
+  Team* team;                 // null: a thread takes its rows through all layers alone
+  int64_t workers;
 };
 
 namespace {
 
-constexpr int64_t kLogits = 1024;  // at a time: those of a whole vocabulary would leave the cache
+constexpr int64_t kLogits = 504;  // at a time, whole strips: those of a vocabulary would leave the cache
 
 // Rows of one thread, in bf16 or fp32 (T), multiplied in units of `Unit`.
 template <typename T, typename Unit>
-class RowsWorker {
-  using V = Vec<float>;
-  using Floats = Sheet<float>;
-  using Units = Sheet<Unit>;
+class RowsWorker : RowProducts<T, Unit> {
+  using Products = RowProducts<T, Unit>;
+  using typename Products::V, typename Products::Floats, typename Products::Units;
+  using Products::linears, Products::project, Products::round, Products::share, Products::part_of;
 
  public:
-  explicit RowsWorker(const LayersArgs& args) : args_(args) {}
+  explicit RowsWorker(const LayersArgs& args)
+      : Products(args.team, args.workers), args_(args), wide_(args.workers), logits_(args.workers) {}
 
   void run(int64_t first, int64_t rows) {
     first_ = first;
@@ -96,21 +98,24 @@ class RowsWorker {
   void write_logits() {
     const Weight& head = args_.head;
     T* out = static_cast<T*>(args_.out) + first_ * head.outputs;
-    for (int64_t begin = 0; begin < head.outputs; begin += kLogits) {
-      const int64_t count = std::min(kLogits, head.outputs - begin);
-      const T* weight = static_cast<const T*>(head.data) + begin * head.inputs;
-      const Floats logits = linear(a_, normed_units_, {weight, count, head.inputs});
-      to_rows<T>([&](int64_t row) { return out + row * head.outputs + begin; }, logits, count, layout_);
-    }
+    share((head.outputs + kLogits - 1) / kLogits, [&](int64_t task, int64_t worker) {
+      const int64_t begin = task * kLogits, count = std::min(kLogits, head.outputs - begin);
+      const Weight part{static_cast<const T*>(head.data) + begin * head.inputs, count, head.inputs};
+      const Floats logits = logits_[worker].get(layout_, count);
+      project(logits, 0, normed_units_, 0, part, layout_, {}, 0, count, worker);
+      round(logits, count, layout_);
+      to_rows<T>([&](int64_t row) { return out + row * head.outputs + begin; }, logits, count, layout_, worker);
+    });
   }
 
   // ---- attention ----
 
   Floats grouped_query_attention(const LayerArgs& layer) {
     const int64_t d = args_.head_width, e = args_.value_width, H = args_.num_heads, K = args_.num_kv_heads;
-    const Floats q = linear(a_, normed_units_, layer[kQ], layer[kQBias]);
-    const Floats k = linear(b_, normed_units_, layer[kK], layer[kKBias]);
-    const Floats v = linear(c_, normed_units_, layer[kV], layer[kVBias]);
+    const Floats q = a_.get(layout_, H * d), k = b_.get(layout_, K * d), v = c_.get(layout_, K * e);
+    linears(
+        normed_units_,
+        {{q, layer[kQ], layer[kQBias]}, {k, layer[kK], layer[kKBias]}, {v, layer[kV], layer[kVBias]}}, layout_);
     turn_heads(q, H, layer[kQHeadNorm]);
     turn_heads(k, K, layer[kKHeadNorm]);
     to_cache(layer.keys, k, K * d);
@@ -183,7 +188,10 @@ class RowsWorker {
         args_.dtype, queries, layer.keys, values, H * d, d, K * d, d, K * value_width, value_width,
         args_.block_table + first_ * args_.table_width, args_.lengths + first_, args_.table_width, H, K, d, e,
         /*tasks_per_row=*/1, args_.scale, out};
-    DecodeWorker<T>(args).tasks(0, layout_.rows);
+    const int64_t per_task = part_of(layout_.rows, 1);
+    share((layout_.rows + per_task - 1) / per_task, [&](int64_t task, int64_t) {
+      DecodeWorker<T>(args).tasks(task * per_task, std::min((task + 1) * per_task, layout_.rows));
+    });
     const Floats attended = attended_.get(layout_, H * e);
     from_rows([&](int64_t row) { return out + row * H * e; }, attended, H * e, layout_);
     return attended;
@@ -253,25 +261,33 @@ class RowsWorker {
 
   // Of the MLP, or of the shared experts, which have no biases.
   Floats mlp(const LayerArgs& layer, Name gate_name, Name up_name, Name down_name) {
-    const Floats gate = linear(a_, normed_units_, layer[gate_name], layer[kGateBias]);
-    const Floats up = linear(b_, normed_units_, layer[up_name], layer[kUpBias]);
-    const Units activated = activate(gate, up, 0, nullptr, layer[gate_name].outputs, layout_);
+    const int64_t inner = layer[gate_name].outputs;
+    const Floats gate = a_.get(layout_, inner), up = b_.get(layout_, inner);
+    linears(
+        normed_units_, {{gate, layer[gate_name], layer[kGateBias]}, {up, layer[up_name], layer[kUpBias]}}, layout_);
+    const Units activated = activate(gate, up, 0, nullptr, inner, layout_);
     return linear(c_, activated, layer[down_name], layer[kDownBias]);
   }
 
   // silu(gate) up, times the weight of a row, in the place of gate; up begins at its channel `up_at`.
   Units activate(const Floats& gate, const Floats& up, int64_t up_at, const Floats* weight, int64_t inner,
                  const Layout& layout) {
-    for (const Panel& panel : layout.panels) {
-      float* g = gate.at(panel);
-      const float *u = up.at(panel, up_at), *w = weight == nullptr ? nullptr : weight->at(panel);
-      for (int64_t i = 0; i < inner * panel.width; i += kLanes<float>) {
-        const V x = V::loadu(g + i), y = x * sigmoid<float>(x) * V::loadu(u + i);
-        (w == nullptr ? y : y * V::loadu(w + i % panel.width)).store(g + i);
+    const Units out = units_of(attended_units_, gate, inner, layout);
+    const int64_t per_task = part_of(inner, kBlock);
+    share((inner + per_task - 1) / per_task, [&](int64_t task, int64_t) {
+      const int64_t begin = task * per_task, end = std::min(begin + per_task, inner);
+      for (const Panel& panel : layout.panels) {
+        float* g = gate.at(panel);
+        const float *u = up.at(panel, up_at), *w = weight == nullptr ? nullptr : weight->at(panel);
+        for (int64_t i = begin * panel.width; i < end * panel.width; i += kLanes<float>) {
+          const V x = V::loadu(g + i), y = x * sigmoid<float>(x) * V::loadu(u + i);
+          (w == nullptr ? y : y * V::loadu(w + i % panel.width)).store(g + i);
+        }
       }
-    }
-    round(gate, inner, layout);
-    return pack(attended_units_, gate, inner, layout);
+      round(gate, begin, end, layout);
+      pack(out, gate, begin, end, layout);
+    });
+    return out;
   }
 
   Floats experts(const LayerArgs& layer, int64_t moe_layer) {
@@ -379,9 +395,9 @@ class RowsWorker {
       transpose(in.at(panel), panel.width, gathered, stride, panel.width, stride);
     }
     const Units in_units = pack(attended_units_, in, width, chosen_);
-    const Floats both = linear(a_, in_units, of_expert(layer[kExpertGateUp], e), {}, chosen_);
+    const Floats both = Products::linear(a_, in_units, of_expert(layer[kExpertGateUp], e), {}, chosen_);
     const Units activated = activate(both, both, inner, &weight, inner, chosen_);
-    const Floats y = linear(b_, activated, of_expert(layer[kExpertDown], e), {}, chosen_);
+    const Floats y = Products::linear(b_, activated, of_expert(layer[kExpertDown], e), {}, chosen_);
     to_rows<float>([&](int64_t m) { return out + m * stride; }, y, width, chosen_);
   }
 
@@ -434,101 +450,31 @@ class RowsWorker {
   }
 
   Floats linear(SheetMemory<float>& memory, const Units& in, const Weight& weight, const Weight& bias = {}) {
-    return linear(memory, in, weight, bias, layout_);
-  }
-
-  Floats linear(SheetMemory<float>& memory, const Units& in, const Weight& weight, const Weight& bias,
-                const Layout& layout) {
-    const Floats out = memory.get(layout, weight.outputs);
-    project(out, 0, in, 0, weight, layout, bias);
-    round(out, weight.outputs, layout);
-    return out;
-  }
-
-  // Channels out_at.. of `out` from channels in_at.. of `in`. Up to a strip, what lies behind is overwritten.
-  template <typename U>
-  void project(const Floats& out, int64_t out_at, const Sheet<U>& in, int64_t in_at, const Weight& weight,
-               const Layout& layout, const Weight& bias_weight = {}) {
-    const T* bias = static_cast<const T*>(bias_weight.data);
-    for (int64_t n = 0; n < weight.outputs; n += kStrip) {
-      const Left<U> weights = strip<U>(weight, n);
-      fetch(weight, n + kStrip);
-      for (const Panel& panel : layout.panels) {
-        float* to = out.at(panel, out_at + n);
-        product<U>(to, panel.width, weights, {in.at(panel, in_at), panel.width}, weight.inputs / kValues<U>,
-                   panel.width, false);
-        for (int64_t i = 0; bias != nullptr && i < std::min(kStrip, weight.outputs - n); ++i) {
-          const V value(static_cast<float>(bias[n + i]));
-          for (int64_t j = i * panel.width; j < (i + 1) * panel.width; j += kLanes<float>) {
-            (V::loadu(to + j) + value).store(to + j);
-          }
-        }
-      }
-    }
-  }
-
-  // Rows n..n + 8 of a weight to the second-level cache.
-  C10_ALWAYS_INLINE static void fetch(const Weight& weight, int64_t n) {
-    const T* first = static_cast<const T*>(weight.data) + n * weight.inputs;
-    const int64_t size = std::min(kStrip, weight.outputs - n) * weight.inputs;
-    for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) {
-      __builtin_prefetch(first + i, 0, 2);
-    }
-  }
-
-  // Rows n..n + 8 of a weight: where they lie, or widened, or with zeros below the last.
-  template <typename U>
-  Left<U> strip(const Weight& weight, int64_t n) {
-    constexpr bool as_it_is = kValues<U> == 2 || std::is_same_v<T, U>;
-    const int64_t inputs = weight.inputs, rows = std::min(kStrip, weight.outputs - n);
-    const T* first = static_cast<const T*>(weight.data) + n * inputs;
-    if (as_it_is && rows == kStrip) {
-      return {reinterpret_cast<const U*>(first), inputs / kValues<U>, 1};
-    }
-    using Value = std::conditional_t<kValues<U> == 2, T, U>;
-    Value* copy = strip_memory<Value>().get(kStrip * inputs);
-    for (int64_t i = 0; i < rows * inputs; ++i) {
-      copy[i] = first[i];
-    }
-    std::fill(copy + rows * inputs, copy + kStrip * inputs, Value(0.f));
-    return {reinterpret_cast<const U*>(copy), inputs / kValues<U>, 1};
-  }
-
-  template <typename Value>
-  Scratch<Value>& strip_memory() {
-    if constexpr (std::is_same_v<Value, float>) {
-      return float_strip_;
-    } else {
-      return strip_;
-    }
-  }
-
-  // To what T holds.
-  static void round(const Floats& x, int64_t channels, const Layout& layout) {
-    if constexpr (!std::is_same_v<T, float>) {
-      for (const Panel& panel : layout.panels) {
-        float* values = x.at(panel);
-        for (int64_t i = 0; i < channels * panel.width; i += kPair<float>) {
-          const auto [a, b] = rounded_pair<T>(V::loadu(values + i), V::loadu(values + i + kLanes<float>));
-          a.store(values + i);
-          b.store(values + i + kLanes<float>);
-        }
-      }
-    }
+    return Products::linear(memory, in, weight, bias, layout_);
   }
 
   // What products read; x holds rounded values.
   static Units pack(SheetMemory<Unit>& memory, const Floats& x, int64_t channels, const Layout& layout) {
+    const Units out = units_of(memory, x, channels, layout);
+    pack(out, x, 0, channels, layout);
+    return out;
+  }
+
+  static Units units_of(SheetMemory<Unit>& memory, const Floats& x, int64_t channels, const Layout& layout) {
     if constexpr (kValues<Unit> == 1) {
       return x;
     } else {
-      const Units out = memory.get(layout, channels / 2);
+      return memory.get(layout, channels / 2);
+    }
+  }
+
+  static void pack(const Units& out, const Floats& x, int64_t begin, int64_t end, const Layout& layout) {
+    if constexpr (kValues<Unit> != 1) {
       for (const Panel& panel : layout.panels) {
-        for (int64_t c = 0; c < channels; c += 2) {
+        for (int64_t c = begin; c < end; c += 2) {
           round_across(out.at(panel, c / 2), x.at(panel, c), x.at(panel, c + 1), panel.width);
         }
       }
-      return out;
     }
   }
 
@@ -537,7 +483,7 @@ class RowsWorker {
   void from_rows(const From& from, const Floats& out, int64_t channels, const Layout& layout) {
     const int64_t columns = padded(channels);
     for (const Panel& panel : layout.panels) {
-      float* wide = wide_.get(kPanel * columns);
+      float* wide = wide_[0].get(kPanel * columns);
       const int64_t count = std::min(panel.width, layout.rows - panel.first);
       for (int64_t i = 0; i < count; ++i) {
         widen(wide + i * columns, from(panel.first + i), channels);
@@ -549,10 +495,10 @@ class RowsWorker {
 
   // to(row): where the channels of a row go.
   template <typename Value, typename To>
-  void to_rows(const To& to, const Floats& x, int64_t channels, const Layout& layout) {
+  void to_rows(const To& to, const Floats& x, int64_t channels, const Layout& layout, int64_t worker = 0) {
     const int64_t columns = padded(channels);
     for (const Panel& panel : layout.panels) {
-      float* wide = wide_.get(kPanel * columns);
+      float* wide = wide_[worker].get(kPanel * columns);
       transpose(wide, columns, x.at(panel), panel.width, columns, panel.width);
       for (int64_t i = 0; i < std::min(panel.width, layout.rows - panel.first); ++i) {
         narrow<Value>(to(panel.first + i), wide + i * columns, channels);
@@ -567,8 +513,10 @@ class RowsWorker {
   Units normed_units_;
   SheetMemory<float> x_memory_, cos_memory_, sin_memory_, normed_memory_, a_, b_, c_, attended_, routed_, chosen_weights_;
   SheetMemory<Unit> normed_unit_memory_, attended_units_;
-  Scratch<float> moved_, wide_, row_memory_, expert_rows_, score_rows_, weight_rows_, gathered_, float_strip_;
-  Scratch<T> query_rows_, out_rows_, turned_, strip_;
+  Scratch<float> moved_, row_memory_, expert_rows_, score_rows_, weight_rows_, gathered_;
+  Scratch<T> query_rows_, out_rows_, turned_;
+  std::vector<Scratch<float>> wide_;  // of each worker
+  std::vector<SheetMemory<float>> logits_;
   std::vector<int32_t> ends_, choice_, place_;
 };
 

@@ -2,6 +2,9 @@
 #include "../decode_layers.h"
 #include "../operator.h"
 
+#include <atomic>
+#include <thread>
+
 namespace r1fast {
 
 R1FAST_KERNEL(decode_layers_chunks, LayersArgs) {
@@ -36,6 +39,14 @@ LayerArgs read_layer(const Weights& weights, int64_t layer, at::ScalarType dtype
   return args;
 }
 
+int64_t bytes_of(const Weights& weights) {
+  int64_t bytes = 0;
+  for (const std::optional<at::Tensor>& weight : weights) {
+    bytes += weight ? static_cast<int64_t>(weight->nbytes()) : 0;
+  }
+  return bytes;
+}
+
 // Where the rows are in their sequences and in the cache, and which rows a thread takes together.
 struct Places {
   std::vector<int64_t> positions, slots, chunk_rows;
@@ -49,11 +60,86 @@ struct Places {
   }
 };
 
+// Bytes of all weights. Those of a small model stay in a cache of all cores, and nobody waits where each thread takes its
+// rows alone. Larger ones come from memory, and each should come once: threads then share every product.
+constexpr int64_t kMostPrivateBytes = 32 << 20;
+
+// One region of threads for a whole step. A thread that does not run just now, because the machine has other work, is
+// not waited for, unless it holds a task: regions of their own for each product would all end with the last to come.
+class StepTeam : public Team {
+ public:
+  // `lead` on this thread, its tasks on all.
+  template <typename F>
+  void step(int64_t threads, const F& lead) {
+    at::parallel_for(0, threads, 1, [&](int64_t worker, int64_t) {
+      if (worker == 0) {
+        const Ending ending{next_};
+        lead();
+      } else {
+        for (int64_t idle = 0; next_.load(std::memory_order_acquire) != kEnd;) {
+          idle = work(worker) ? 0 : idle + 1;
+          pause(idle);
+        }
+      }
+    });
+  }
+
+  void run(Task task, const void* context, int64_t count) override {
+    next_.store(kNone);  // before what it says how to read
+    task_.store(task, std::memory_order_release);
+    context_.store(context, std::memory_order_release);
+    count_.store(count, std::memory_order_release);
+    done_.store(0, std::memory_order_relaxed);
+    next_.store(++job_ << 32, std::memory_order_release);
+    while (work(0)) {
+    }
+    for (int64_t idle = 0; done_.load(std::memory_order_acquire) < count; ++idle) {
+      pause(idle);
+    }
+  }
+
+ private:
+  static constexpr uint64_t kNone = 0xffffffff, kEnd = ~uint64_t{0};
+
+  struct Ending {
+    std::atomic<uint64_t>& next;
+    ~Ending() { next.store(kEnd); }
+  };
+
+  bool work(int64_t worker) {
+    uint64_t next = next_.load(std::memory_order_acquire);
+    const Task task = task_.load(std::memory_order_acquire);
+    const void* context = context_.load(std::memory_order_acquire);
+    const int64_t index = static_cast<int64_t>(next & kNone);
+    if (index >= count_.load(std::memory_order_acquire) ||
+        !next_.compare_exchange_strong(next, next + 1, std::memory_order_acq_rel)) {
+      return index < count_.load(std::memory_order_relaxed) && worker == 0;  // another took it: the next one
+    }
+    task(context, index, worker);
+    done_.fetch_add(1, std::memory_order_release);
+    return true;
+  }
+
+  static void pause(int64_t idle) {
+    if (idle > 1000) {
+      std::this_thread::yield();
+    }
+#ifdef R1FAST_BUILD_X86
+    __builtin_ia32_pause();
+#endif
+  }
+
+  uint64_t job_ = 0;
+  std::atomic<uint64_t> next_{kNone};  // the job, and the next of its tasks
+  std::atomic<Task> task_{nullptr};
+  std::atomic<const void*> context_{nullptr};
+  std::atomic<int64_t> count_{0}, done_{0};
+};
+
 // Their activations stay in the cache of a core. Of prompts more: the last panel of a chunk is half empty.
 constexpr int64_t kMostRows = 128, kMostPromptRows = 160;
 
-int64_t rows_per_chunk(int64_t num_rows, int64_t most) {
-  const int64_t threads = std::max(at::get_num_threads(), 1);
+int64_t rows_per_chunk(int64_t num_rows, int64_t most, int64_t threads) {
   const int64_t chunks = std::max(threads, (num_rows + most - 1) / most);
   return padded((num_rows + chunks - 1) / chunks);
 }
@@ -65,7 +151,8 @@ void check_block(const char* name, int64_t row, int64_t n, int64_t block, int64_
 }
 
 // Each row at the end of a sequence of its own.
-Places decode_places(const at::Tensor& positions_B, const at::Tensor& block_table_BN, int64_t num_blocks) {
+Places decode_places(
+    const at::Tensor& positions_B, const at::Tensor& block_table_BN, int64_t num_blocks, int64_t threads) {
   check_tensor("decode_layers", "positions_B", positions_B, at::kLong, {-1});
   check_tensor("decode_layers", "block_table_BN", block_table_BN, at::kInt, {positions_B.size(0), -1});
   const at::Tensor positions = positions_B.contiguous(), table = block_table_BN.contiguous();
@@ -85,7 +172,7 @@ Places decode_places(const at::Tensor& positions_B, const at::Tensor& block_tabl
     const int64_t block = blocks[b * width + position / kCacheBlock];
     places.add(position, block * kCacheBlock + position % kCacheBlock);
   }
-  for (int64_t row = 0; row < num_rows; row += rows_per_chunk(num_rows, kMostRows)) {
+  for (int64_t row = 0; row < num_rows; row += rows_per_chunk(num_rows, kMostRows, threads)) {
     places.chunk_rows.push_back(row);
   }
   places.chunk_rows.push_back(num_rows);
@@ -93,7 +180,8 @@ Places decode_places(const at::Tensor& positions_B, const at::Tensor& block_tabl
 }
 
 // Whole sequences: token p of one is in slot p % 16 of its block p / 16.
-Places prefill_places(const at::Tensor& cu_seqlens, const at::Tensor& slots_T, int64_t num_blocks) {
+Places prefill_places(
+    const at::Tensor& cu_seqlens, const at::Tensor& slots_T, int64_t num_blocks, int64_t threads) {
   check_tensor("decode_layers", "cu_seqlens", cu_seqlens, at::kInt, {-1});
   check_tensor("decode_layers", "slots_T", slots_T, at::kLong, {-1});
   const at::Tensor ends = cu_seqlens.contiguous(), slots = slots_T.contiguous();
@@ -122,7 +210,7 @@ Places prefill_places(const at::Tensor& cu_seqlens, const at::Tensor& slots_T, i
   places.chunk_rows.push_back(0);
   for (int64_t n = 0; n < num_sequences; ++n) {
     const int64_t first = places.chunk_rows.back();
-    if (end[n] > first && end[n + 1] - first > rows_per_chunk(num_rows, kMostPromptRows)) {
+    if (end[n] > first && end[n + 1] - first > rows_per_chunk(num_rows, kMostPromptRows, threads)) {
       places.chunk_rows.push_back(end[n]);
     }
   }
@@ -139,8 +227,10 @@ std::tuple<at::Tensor, at::Tensor> decode_layers(
     bool interleaved, int64_t num_heads, double scale, double eps, double latent_eps, int64_t top_k, int64_t n_group,
     int64_t topk_group, bool norm_topk_prob, double routed_scaling_factor) {
   const at::Tensor& keys = cache[0];
+  const int64_t threads = std::max(at::get_num_threads(), 1);
+  const bool shares = threads > 1 && bytes_of(weights) + static_cast<int64_t>(head_VD.nbytes()) > kMostPrivateBytes;
   const Places places = (prefills ? prefill_places : decode_places)(
-      first_of_places, second_of_places, keys.size(0) / kCacheBlock);
+      first_of_places, second_of_places, keys.size(0) / kCacheBlock, shares ? 1 : threads);
   const auto dtype = embedding_VD.scalar_type();
   const int64_t num_rows = input_ids.size(0), width = embedding_VD.size(1);
   TORCH_CHECK_VALUE(
@@ -177,6 +267,7 @@ std::tuple<at::Tensor, at::Tensor> decode_layers(
   at::Tensor out = at::empty({num_rows, prefills ? width : head.size(0)}, embedding.options());
   at::Tensor experts = at::empty({num_moe, num_rows, top_k}, ids.options());
   const int64_t value_width = buffers == 2 ? cache[1].size(2) : layers[0][kKvB].inputs;
+  StepTeam team;
   const LayersArgs args{
       dtype, layers.data(), num_layers, {norm.const_data_ptr()}, {head.const_data_ptr(), head.size(0), head.size(1)},
       embedding.const_data_ptr(), !prefills,
@@ -184,10 +275,15 @@ std::tuple<at::Tensor, at::Tensor> decode_layers(
       frequencies.const_data_ptr<float>(), frequencies.numel(), rotary_scale, interleaved, places.slots.data(),
       places.block_table.data(), places.lengths.data(), places.table_width, num_heads, keys.size(1), keys.size(2),
       value_width, scale, eps, latent_eps, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor,
-      experts.mutable_data_ptr<int64_t>(), places.chunk_rows.data()};
-  at::parallel_for(0, static_cast<int64_t>(places.chunk_rows.size()) - 1, 1, [&](int64_t begin, int64_t end) {
-    R1FAST_PICK(decode_layers_chunks)(args, begin, end);
-  });
+      experts.mutable_data_ptr<int64_t>(), places.chunk_rows.data(), shares ? &team : nullptr, shares ? threads : 1};
+  const int64_t num_chunks = static_cast<int64_t>(places.chunk_rows.size()) - 1;
+  if (shares) {
+    team.step(threads, [&] { R1FAST_PICK(decode_layers_chunks)(args, 0, num_chunks); });
+  } else {
+    at::parallel_for(0, num_chunks, 1, [&](int64_t begin, int64_t end) {
+      R1FAST_PICK(decode_layers_chunks)(args, begin, end);
+    });
+  }
   return {out, experts};
 }
 

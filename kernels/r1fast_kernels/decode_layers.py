@@ -5,7 +5,8 @@
     norm -> head
 
 What they compute is defined by the modules of r1fast.models, op after op. Here a thread takes rows of the batch through
-all layers: a step of a small model is neither Python nor threads that wait for each other.
+all layers: a step of a small model is neither Python nor threads that wait for each other. Past 32 MB of weights, which
+then come from memory, all threads share each product of all rows, so that every weight comes once.
 
 Bound by compute at many rows: 2 FLOPs of each weight that a row meets. Weights are read once for 128 rows.
 """
@@ -36,10 +37,6 @@ NAMES = (
 )  # fmt: skip
 
 _QUERIES = ("self_attn.q_proj.weight", "self_attn.q_b_proj.weight")
-
-# Elements of all matrices. Beyond, products are everything, and threads that share each of them are better when rows
-# are few. Not a matter of the number of rows: what a row gets must not depend on the batch.
-MOST_WEIGHTS = 100_000_000
 
 # Longer ones attend faster in packed_attention, and have other threads to share them with.
 MOST_PROMPT_TOKENS = 128
@@ -95,8 +92,6 @@ class DecodeLayers:
             return "the modules for float64"
         names = NAMES * (len(self.weights) // len(NAMES))
         matrices = [(name, w) for name, w in zip(names, self.weights) if w is not None and w.dim() > 1]
-        if self.head_VD.numel() + sum(weight.numel() for _, weight in matrices) > MOST_WEIGHTS:
-            return f"the modules for more than {MOST_WEIGHTS:,} weights"
         sizes = [weight.shape[-1] for _, weight in matrices]
         sizes += [len(weight) // self.num_heads for name, weight in matrices if name in _QUERIES]
         return "the modules for odd widths" if any(size % 2 for size in sizes) else None  # bf16: multiplied in pairs

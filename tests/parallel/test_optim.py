@@ -107,7 +107,7 @@ def test_set_lr_scales_every_group_and_zero_changes_nothing(dist: Dist) -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_offloaded_state_comes_in_parts(dist: Dist, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of a few parameters or one: the bits are those of a step on all, and between steps no state is left."""
-    monkeypatch.setattr(optim, "OFFLOAD_NUMEL", 200)
+    monkeypatch.setattr(optim, "PART_NUMEL", 200)
     found = []
     for offload in (False, True):
         model = sharded(dist)

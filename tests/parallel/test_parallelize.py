@@ -21,6 +21,7 @@ from r1fast.parallel.parallelize import (
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams
 from r1fast_kernels.torch_private import OperatorMode
+from tests import zoo
 from tests.parallel.tiny_model import (
     TinyDecoder,
     backward_all,
@@ -265,3 +266,15 @@ def test_full_state_dict_has_the_plain_names(dist: Dist) -> None:
 def test_clip_needs_gradients(dist: Dist) -> None:
     with pytest.raises(ValueError, match="got no gradient"):
         grad_norm_and_clip(sharded(dist).parameters(), 1.0)
+
+
+def test_weights_of_several_units_are_given_back_after_each_generation(dist: Dist) -> None:
+    """By the one call of C++, which runs the head and not the embedding of its unit; tied, as small models are."""
+    decoder = zoo.decoder("llama", vocab_size=32, tie_word_embeddings=True)
+    model = parallelize(decoder, dist, param_dtype=torch.float32, one_unit_numel=0)
+    engine = RolloutEngine(model, None, max_num_seqs=2)
+    for _ in range(3):
+        with generation_phase(model):
+            engine.generate([[1, 2, 3]], SamplingParams(max_tokens=3))
+        assert all(hasattr(param, "full_tensor") for param in model.parameters())
+        model(torch.arange(4), torch.tensor([0, 4], dtype=torch.int32)).sum().backward()
