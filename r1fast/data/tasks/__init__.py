@@ -1,4 +1,4 @@
-"""Embedded tasks: data that a model trained from scratch on two CPU cores can learn.
+"""Embedded tasks: data that a model trained from scratch on two CPU cores, or a small pretrained one, can learn.
 
 `load("arithmetic", "train")` is what the source `task:arithmetic/train` reads. Splits are by problem, so that a problem
 and its commuted twin (`2 + 3 * 4`, `4 * 3 + 2`) are always on the same side:
@@ -11,7 +11,7 @@ and its commuted twin (`2 + 3 * 4`, `4 * 3 + 2`) are always on the same side:
 from collections.abc import Callable
 from functools import partial
 
-from r1fast.data.tasks import arithmetic, chat, corpus
+from r1fast.data.tasks import arithmetic, chat, corpus, word_problems
 from r1fast.wording import did_you_mean
 
 _LOADERS: dict[str, dict[str, Callable[[], list[dict]]]] = {
@@ -20,6 +20,8 @@ _LOADERS: dict[str, dict[str, Callable[[], list[dict]]]] = {
     "chat": {split: partial(chat.prompts, split) for split in chat.SPLITS}
     | {"sft": chat.sft_rows, "pairs": chat.pair_rows, "labels": chat.label_rows},
     "corpus": {"train": corpus.documents},
+    "word_problems": {split: partial(word_problems.prompts, split) for split in word_problems.SPLITS}
+    | {"cold": word_problems.cold_rows},
 }
 
 
