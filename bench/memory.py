@@ -1,7 +1,7 @@
 """The estimate of r1fast/memory.py beside what stages take: peaks of resident memory by phase, above what the process
 has before it loads a model. On the CPU, a process for each recipe, with freed memory given back to the system at once.
 
-    OMP_NUM_THREADS=1 python bench/bench_memory.py [dense] [moe] [pretrain] [key=value ..]
+    OMP_NUM_THREADS=1 python bench/memory.py [dense] [moe] [pretrain] [key=value ..]
 """
 
 import json
