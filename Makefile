@@ -9,6 +9,10 @@ TESTS ?= tests
 BENCH ?= bench
 BIN := .venv/bin
 # One process per core, two at most: data-parallel processes of one thread each share a busy machine better than threads.
+# Recipe smollm2 is large enough for threads: two processes would spend a third of their time on each other's weights.
+ifneq ($(findstring smollm2,$(ARGS)),)
+NPROC ?= 1
+endif
 NPROC ?= $(shell n=$$(nproc); echo $$((n < 2 ? n : 2)))
 
 .PHONY: run test test-gpu test-vllm bench bench-vllm lint clean

@@ -17,7 +17,7 @@ LANGUAGES = ("en", "zh")
 SPLITS = ("train", "dev", "report")
 FORMAT = RESPONSE_FORMATS["think_answer"]
 WRONG, OTHER_LANGUAGE = 0.33, 0.25  # shares of the cold-start rows
-COLD_PROBLEMS = 32  # of each kind
+COLD_PROBLEMS = 24  # of each kind
 
 
 @dataclass(frozen=True)
