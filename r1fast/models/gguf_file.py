@@ -6,21 +6,34 @@ memory once: a format for small models. Large ones are released as safetensors.
 
 import logging
 import zlib
+from collections.abc import Iterator
 from contextlib import redirect_stderr
 from io import StringIO
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import cached_assets_path
 from huggingface_hub.utils import WeakFileLock
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from transformers import (  # isort: skip
+    AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+)  # fmt: skip
 from transformers import __version__ as transformers_version
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from r1fast.models.model_config import ModelConfig
 from r1fast.run_folder import replace_folder
 from r1fast.wording import one_line
 
 SUFFIX = ".gguf"
+# Keys of an architecture beside those that transformers reads. Any other may change what the model computes.
+_SAID_BY_SHAPES = {
+    "attention.key_length", "attention.value_length", "expert_feed_forward_length", "expert_shared_feed_forward_length",
+}  # fmt: skip
+_NO_EFFECT = {"rope.scaling.type", "tensor_data_layout"}  # without a factor; with one layout for all files
 logger = logging.getLogger(__name__)
 
 
@@ -58,10 +71,9 @@ def _read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def _parse(file: Path) -> tuple[str | None, PreTrainedModel, PreTrainedTokenizerBase]:
     """(what of the file transformers' reader leaves out or changes, what it makes of it)"""
-    from gguf import GGUFReader, TokenType
-
     where = {"gguf_file": file.name, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(file.parent, **where)
+    ModelConfig.from_hf(config)  # what of it is not supported is said before a weight is read
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -69,23 +81,45 @@ def _parse(file: Path) -> tuple[str | None, PreTrainedModel, PreTrainedTokenizer
         parsed = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)
     model.load_state_dict(parsed["tensors"], strict=False, assign=True)
     model.tie_weights()
+    problems = chain(
+        _left_out(file, config, parsed["tensors"]),
+        (f"holds no {name}" for name, parameter in model.named_parameters() if parameter.is_meta),
+        _changed_tokens(parsed["tokenizer"], tokenizer, config),
+    )
+    return next(problems, None), model, tokenizer
+
+
+def _left_out(file: Path, config: PretrainedConfig, tensors: dict[str, Any]) -> Iterator[str]:
+    """Keys and weights of the file that the reader passes over."""
+    from gguf import GGUFReader
 
     reader = GGUFReader(file)
+    prefix = f"{reader.fields['general.architecture'].contents()}."
+    keys = {name: field.contents() for name, field in reader.fields.items() if name.startswith(prefix)}
+    mapping: Any = GGUF_CONFIG_MAPPING[config.model_type.removesuffix("_text")]
+    read = {key for key, name in mapping.items() if name}
+    if keys.get(f"{prefix}rope.dimension_count") == ModelConfig.from_hf(config).attention_head_dim:
+        read.add("rope.dimension_count")
+    for name, value in keys.items():
+        if name.removeprefix(prefix) not in read | _SAID_BY_SHAPES | _NO_EFFECT:
+            yield f"{name}={value!s:.80} is left out by transformers' reader"
+    if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        yield "rope_freqs.weight, which scales the rotary embedding, is left out by transformers' reader"
     num_weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    num_read = sum(tensor.numel() for tensor in parsed["tensors"].values())
-    scaling = [name for name in reader.fields if ".rope.scaling." in name and not name.endswith(".type")]
-    scaling += [tensor.name for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
-    tokens, kinds = (parsed["tokenizer"].get(name, []) for name in ("tokens", "token_type"))
-    special = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind == TokenType.CONTROL}
-    moved = [token for token, i in special.items() if tokenizer.convert_tokens_to_ids(token) != i]
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    problem = None
-    if scaling:
-        problem = f"{scaling[0]} scales the rotary embedding, which transformers' reader leaves out"
-    elif num_read != num_weights:
-        problem = f"holds {num_weights} weights, of which transformers' reader knows {num_read}"
-    elif missing:
-        problem = f"holds no {missing[0]}"
-    elif moved or len(tokenizer) > config.vocab_size:
-        problem = f"its tokenizer does not come out as it is in the file ({moved[0] if moved else len(tokenizer)!r})"
-    return problem, model, tokenizer
+    num_read = sum(tensor.numel() for tensor in tensors.values())
+    if num_read != num_weights:
+        yield f"holds {num_weights} weights, of which transformers' reader knows {num_read}"
+
+
+def _changed_tokens(
+    parsed: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> Iterator[str]:
+    """Tokens that are no pieces of text and did not get their ids: it would cut them into pieces."""
+    from gguf import TokenType
+
+    whole = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    for i, (token, kind) in enumerate(zip(parsed.get("tokens", []), parsed.get("token_type", []))):
+        if kind in whole and token.strip() and tokenizer.convert_tokens_to_ids(token) != i:
+            yield f"its tokenizer does not come out as it is in the file ({token!r})"
+    if len(tokenizer) > config.vocab_size:
+        yield f"its tokenizer comes out with {len(tokenizer)} tokens, for {config.vocab_size} rows of the embedding"

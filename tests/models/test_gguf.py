@@ -53,9 +53,11 @@ def permuted(weight: np.ndarray, num_heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(file: Path, source: Path, *, ascii_only: bool = True, **more: Any) -> Path:
+def write_gguf(
+    file: Path, source: Path, *, ascii_only: bool = True, special: str = "CONTROL", arch: str | None = None, **more: Any
+) -> Path:
     config = json.loads((source / "config.json").read_text())
-    arch = config["model_type"].replace("_", "")
+    arch = arch or config["model_type"].replace("_", "")
     writer = gguf.GGUFWriter(file, arch)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -81,8 +83,8 @@ def write_gguf(file: Path, source: Path, *, ascii_only: bool = True, **more: Any
     writer.add_tokenizer_model("gpt2")
     unused = [f"<unused{i}>" for i in range(config["vocab_size"] - len(tokens))]
     writer.add_token_list(tokens + unused)
-    special, kinds = {added["id"] for added in written["added_tokens"]}, gguf.TokenType
-    writer.add_token_types([kinds.CONTROL if i in special else kinds.NORMAL for i in range(config["vocab_size"])])
+    added, kinds = {added["id"] for added in written["added_tokens"]}, gguf.TokenType
+    writer.add_token_types([kinds[special] if i in added else kinds.NORMAL for i in range(config["vocab_size"])])
     writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_bos_token_id(config["bos_token_id"])
@@ -133,18 +135,51 @@ def llama(tmp_path: Path) -> Path:
     return zoo.write_checkpoint(tmp_path / "llama", **zoo.fields("llama", head_dim=16, pad_token_id=None))
 
 
-def test_what_the_reader_would_leave_out_is_refused(llama: Path, tmp_path: Path) -> None:
-    file = write_gguf(tmp_path / "scaled.gguf", llama, **{"{arch}.rope.scaling.factor": 8.0})
+@pytest.mark.parametrize(
+    "key", ["rope.scaling.factor", "attention.sliding_window", "attention.scale", "logit_scale", "rope.freq_base_swa"]
+)
+def test_a_key_that_the_reader_would_leave_out_is_refused(llama: Path, tmp_path: Path, key: str) -> None:
+    file = write_gguf(tmp_path / "model.gguf", llama, **{f"{{arch}}.{key}": 8.0})
     for read in (load_model, check_checkpoint):
-        with pytest.raises(ValueError, match=r"scaled\.gguf: .*rope\.scaling\.factor scales the rotary embedding"):
+        with pytest.raises(ValueError, match=rf"model\.gguf: llama\.{key}=8\.0 is left out by .*; take"):
             read(file)
+
+
+def test_a_partial_rotation_is_refused(tmp_path: Path) -> None:
+    qwen = zoo.write_checkpoint(tmp_path / "qwen", **zoo.fields("qwen2", head_dim=16, pad_token_id=None))
+    key = "{arch}.rope.dimension_count"
+    load_model(write_gguf(tmp_path / "whole.gguf", qwen, **{key: 16}))
+    with pytest.raises(ValueError, match=r"half\.gguf: qwen2\.rope\.dimension_count=8\.0 is left out"):
+        load_model(write_gguf(tmp_path / "half.gguf", qwen, **{key: 8}))
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("gemma2", "model_type='gemma2', expected one of deepseek_v2"),
+        ("starcoder2", "model_type='starcoder2', expected one of"),
+        ("glm4", "architecture glm4 is not supported"),
+    ],
+)
+def test_other_families_are_refused_before_a_weight_is_read(
+    llama: Path, tmp_path: Path, arch: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, "load_gguf_checkpoint", None)
+    file = write_gguf(tmp_path / "model.gguf", llama, arch=arch)
+    with pytest.raises(ValueError, match=rf"model\.gguf: cannot be read as GGUF .*{message}.*; take") as raised:
+        check_checkpoint(file)
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_that_the_reader_would_leave_out_are_refused(tmp_path: Path) -> None:
     biased = zoo.write_checkpoint(tmp_path / "biased", **zoo.fields("llama", head_dim=16, attention_bias=True))
     with pytest.raises(ValueError, match=r"biased\.gguf: holds \d+ weights, of which transformers' reader knows \d+"):
         load_model(write_gguf(tmp_path / "biased.gguf", biased))
 
 
-def test_a_tokenizer_that_is_read_wrong_is_refused(llama: Path, tmp_path: Path) -> None:
-    file = write_gguf(tmp_path / "model.gguf", llama, ascii_only=False)
+@pytest.mark.parametrize("special", ["CONTROL", "USER_DEFINED"])
+def test_a_tokenizer_that_is_read_wrong_is_refused(llama: Path, tmp_path: Path, special: str) -> None:
+    file = write_gguf(tmp_path / "model.gguf", llama, ascii_only=False, special=special)
     with pytest.raises(ValueError, match=r"model\.gguf: its tokenizer does not come out .*begin▁of▁sentence"):
         load_tokenizer(file)
 
