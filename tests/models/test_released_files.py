@@ -222,17 +222,29 @@ def test_a_head_beside_that_of_the_language_model(tmp_path: Path, caplog: pytest
             {"score.0.weight": (32, 32), "score.0.bias": (32,), "score.2.weight": (1, 32), "score.2.bias": (1,)},
             r"has several layers \(score.0.bias, score.0.weight, score.2.bias and 1 more\), expected one matrix",
         ),
-        ({"score.weight": (2, 32)}, r"score.weight has shape \(2, 32\), expected \(1, 32\)"),
-        ({"value_head.weight": (2, 32)}, r"value_head.weight has shape \(2, 32\), expected \(1, 32\)"),
+        ({"score.weight": (2, 32)}, r"score.weight has shape \(2, 32\), expected \(1, 32\) of a reward model"),
+        ({"value_head.weight": (2, 32)}, r"value_head.weight has shape \(2, 32\), expected \(1, 32\) of a reward"),
+        ({"regression_head.weight": (1, 32)}, r"missing score.weight; unexpected regression_head.weight; "),
     ],
-    ids=["bias", "value-bias", "two-layers", "labels", "values"],
+    ids=["bias", "value-bias", "two-layers", "labels", "values", "another-name"],
 )
 def test_heads_that_are_another_function_are_refused(tmp_path: Path, head: dict, message: str) -> None:
     weights = {name: torch.ones(shape) for name, shape in head.items()}
     folder = reward_model(tmp_path / "model", weights, architectures=["LlamaForSequenceClassification"])
     for read in (load_model, check_checkpoint):
-        with pytest.raises(ValueError, match=f"{folder}: .*{message}"):
+        with pytest.raises(ValueError, match=f"{folder}.*: .*{message}"):
             read(folder)
+
+
+def test_rewards_that_are_shifted_are_refused(tmp_path: Path) -> None:
+    """As OpenRLHF writes them: the mean that it saw counts where normalize_reward is true."""
+    head = {"value_head.weight": torch.ones(1, 32)}
+    settings = {"normalize_reward": False, "value_head_prefix": "value_head", "mean": 0.5, "std": 2.0, "num_labels": 1}
+    folder = reward_model(tmp_path / "model", head, architectures=["LLMForSequenceRegression"], **settings)
+    assert load_model(folder)[0].scalar_head
+    edit_config(folder, normalize_reward=True)
+    with pytest.raises(ValueError, match=r"config.json: model config: normalize_reward=True, expected false"):
+        load_model(folder)
 
 
 # ---- revisions ----
@@ -251,6 +263,19 @@ def test_a_revision_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
     check_checkpoint("owner/model@abc")
     load_model("owner/model")
     assert set(asked) == {("owner/model", "v1"), ("owner/model", "abc"), ("owner/model", None)}
+
+
+def test_a_branch_may_have_a_slash(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def fetch(hub_id: str, revision: str | None, **_: Any) -> str:
+        asked.append(revision)
+        raise OSError
+
+    monkeypatch.setattr(folders, "snapshot_download", fetch)
+    with pytest.raises(ValueError, match=r"owner/model@refs/pr/3: neither a folder nor a Hub repository"):
+        load_model("owner/model", revision="refs/pr/3")
+    assert asked == ["refs/pr/3"]
 
 
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
