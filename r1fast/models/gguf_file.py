@@ -4,6 +4,7 @@ The folder lies in Hugging Face's cache of assets (HF_ASSETS_CACHE), in float32.
 memory once: a format for small models. Large ones are released as safetensors.
 """
 
+import json
 import logging
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import cached_assets_path
 from huggingface_hub.utils import WeakFileLock
+from tokenizers import pre_tokenizers
 
 from transformers import (  # isort: skip
     AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -50,10 +52,18 @@ def converted(file: Path) -> Path:
                 model, tokenizer = _read(file)
                 with replace_folder(folder) as partial, redirect_stderr(StringIO()):  # a progress bar
                     model.save_pretrained(partial)
-                    tokenizer.save_pretrained(partial)
+                    _save(tokenizer, partial)
     except OSError as error:
         raise ValueError(f"{home} cannot be written ({one_line(error)}); set HF_ASSETS_CACHE to another") from error
     return folder
+
+
+def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """So that tokenizer.json is what counts: a class such as Qwen2's splits text in its own way, whatever is there."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    values = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -81,6 +91,9 @@ def _parse(file: Path) -> tuple[str | None, PreTrainedModel, PreTrainedTokenizer
         parsed = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)
     model.load_state_dict(parsed["tensors"], strict=False, assign=True)
     model.tie_weights()
+    if parsed["tokenizer"].get("pre_tokenizer_type") == "smollm":  # the reader splits as GPT-2 does
+        digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     problems = chain(
         _left_out(file, config, parsed["tensors"]),
         (f"holds no {name}" for name, parameter in model.named_parameters() if parameter.is_meta),
@@ -114,9 +127,14 @@ def _left_out(file: Path, config: PretrainedConfig, tensors: dict[str, Any]) -> 
 def _changed_tokens(
     parsed: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> Iterator[str]:
-    """Tokens that are no pieces of text and did not get their ids: it would cut them into pieces."""
+    """A way to split text that the reader does not know, or tokens that it would cut into pieces."""
     from gguf import TokenType
+    from transformers.integrations.gguf import gguf_tokenizer_mapping
 
+    known = {"default", "gpt-2", "smollm", *getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", ())}
+    split = parsed.get("pre_tokenizer_type", "default")
+    if parsed.get("tokenizer_type") == "gpt2" and split not in known:
+        yield f"transformers' reader does not know how its tokenizer splits text (tokenizer.ggml.pre={split!r:.80})"
     whole = (TokenType.CONTROL, TokenType.USER_DEFINED)
     for i, (token, kind) in enumerate(zip(parsed.get("tokens", []), parsed.get("token_type", []))):
         if kind in whole and token.strip() and tokenizer.convert_tokens_to_ids(token) != i:

@@ -54,8 +54,9 @@ def permuted(weight: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def write_gguf(
-    file: Path, source: Path, *, ascii_only: bool = True, special: str = "CONTROL", arch: str | None = None, **more: Any
-) -> Path:
+    file: Path, source: Path, *, ascii_only: bool = True, special: str = "CONTROL", split: str = "default",
+    arch: str | None = None, **more: Any,
+) -> Path:  # fmt: skip
     config = json.loads((source / "config.json").read_text())
     arch = arch or config["model_type"].replace("_", "")
     writer = gguf.GGUFWriter(file, arch)
@@ -81,6 +82,7 @@ def write_gguf(
     if ascii_only:  # transformers reads no others right
         tokens = [token.replace("｜", "|").replace("▁", "_") for token in tokens] + ["<|endoftext|>"]
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split)
     unused = [f"<unused{i}>" for i in range(config["vocab_size"] - len(tokens))]
     writer.add_token_list(tokens + unused)
     added, kinds = {added["id"] for added in written["added_tokens"]}, gguf.TokenType
@@ -181,6 +183,35 @@ def test_weights_that_the_reader_would_leave_out_are_refused(tmp_path: Path) -> 
 def test_a_tokenizer_that_is_read_wrong_is_refused(llama: Path, tmp_path: Path, special: str) -> None:
     file = write_gguf(tmp_path / "model.gguf", llama, ascii_only=False, special=special)
     with pytest.raises(ValueError, match=r"model\.gguf: its tokenizer does not come out .*begin▁of▁sentence"):
+        load_tokenizer(file)
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("gpt-2", ["a", "Ċ", "Ċ", "12"]),
+        ("smollm", ["a", "ĊĊ", "1", "2"]),
+        ("qwen2", ["a", "ĊĊ", "1", "2"]),
+        ("llama-bpe", ["a", "ĊĊ", "12"]),
+    ],
+)
+def test_text_is_split_as_the_file_says(tmp_path: Path, split: str, expected: list[str]) -> None:
+    """And not as its family's class does."""
+    source = zoo.write_checkpoint(tmp_path / "qwen2", **zoo.fields("qwen2", head_dim=16, pad_token_id=None))
+    file = source / "tokenizer.json"
+    values = json.loads(file.read_text())
+    vocabulary, merges = values["model"]["vocab"], values["model"]["merges"]
+    for i, pair in enumerate((["Ċ", "Ċ"], ["1", "2"])):  # in place of the first to go
+        vocabulary["".join(pair)] = vocabulary.pop("".join(merges[-1 - i]))
+        merges[-1 - i] = pair
+    file.write_text(json.dumps(values))
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "model.gguf", source, split=split))
+    assert tokenizer.tokenize("a\n\n12") == expected
+
+
+def test_another_way_to_split_text_is_refused(llama: Path, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "model.gguf", llama, split="deepseek-llm")
+    with pytest.raises(ValueError, match=r"model\.gguf: .* splits text \(tokenizer\.ggml\.pre='deepseek-llm'\); take"):
         load_tokenizer(file)
 
 
