@@ -111,11 +111,15 @@ def _left_out(file: Path, config: PretrainedConfig, tensors: dict[str, Any]) -> 
     keys = {name: field.contents() for name, field in reader.fields.items() if name.startswith(prefix)}
     mapping: Any = GGUF_CONFIG_MAPPING[config.model_type.removesuffix("_text")]
     read = {key for key, name in mapping.items() if name}
-    if keys.get(f"{prefix}rope.dimension_count") == ModelConfig.from_hf(config).attention_head_dim:
+    head_dim = ModelConfig.from_hf(config).attention_head_dim
+    if keys.get(f"{prefix}rope.dimension_count") == head_dim:
         read.add("rope.dimension_count")
     for name, value in keys.items():
         if name.removeprefix(prefix) not in read | _SAID_BY_SHAPES | _NO_EFFECT:
             yield f"{name}={value!s:.80} is left out by transformers' reader"
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    if scalar not in (None, head_dim):
+        yield f"says no query_pre_attn_scalar, for which transformers' reader takes {scalar}, with heads of {head_dim}"
     if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
         yield "rope_freqs.weight, which scales the rotary embedding, is left out by transformers' reader"
     num_weights = sum(int(tensor.n_elements) for tensor in reader.tensors)

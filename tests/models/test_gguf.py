@@ -23,13 +23,28 @@ SUFFIXES = {
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp",
 }  # fmt: skip
+OWN_SUFFIXES = {
+    "gemma3": {
+        "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+    "phi3": {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
+}  # fmt: skip
 WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 # transformers takes what GGUF does not say from the defaults of its config.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": 1},
-    "qwen2": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "llama": {"num_key_value_heads": 1, "head_dim": 16},
+    "qwen2": {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True},
     "qwen3_moe": {"num_key_value_heads": 1, "head_dim": 8, "num_experts": 3, "moe_intermediate_size": 768},
-}
+    "qwen3": {"head_dim": 128},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "sliding_window": None},
+    "gemma3_text": {
+        "head_dim": 256, "query_pre_attn_scalar": 256, "layer_types": ["sliding_attention"] * 2,
+        "rope_parameters": {name: {"rope_type": "default", "rope_theta": theta} for name, theta in (
+            ("full_attention", 5000.0), ("sliding_attention", 10000.0)
+        )},
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +54,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, arch: str) -> str:
     stem, _, kind = name.rpartition(".")
     if stem in WHOLE:
         return f"{WHOLE[stem]}.{kind}"
     layer, suffix = stem.removeprefix("model.layers.").split(".", 1)
-    return f"blk.{layer}.{SUFFIXES[suffix]}.{kind}"
+    return f"blk.{layer}.{(SUFFIXES | OWN_SUFFIXES.get(arch, {}))[suffix]}.{kind}"
 
 
 def permuted(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -58,7 +73,7 @@ def write_gguf(
     arch: str | None = None, **more: Any,
 ) -> Path:  # fmt: skip
     config = json.loads((source / "config.json").read_text())
-    arch = arch or config["model_type"].replace("_", "")
+    arch = arch or config["model_type"].removesuffix("_text").replace("_", "")
     writer = gguf.GGUFWriter(file, arch)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -66,12 +81,16 @@ def write_gguf(
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_key_length(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if arch == "gemma3":
+        writer.add_sliding_window(config["sliding_window"])
     writer.add_vocab_size(config["vocab_size"])
     if arch == "llama":
-        writer.add_rope_dimension_count(config["head_dim"])
+        writer.add_rope_dimension_count(head_dim)
     if "num_local_experts" in config:
         writer.add_expert_count(config["num_local_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])
@@ -90,6 +109,7 @@ def write_gguf(
     writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_pad_token_id(config["eos_token_id"])
     for key, value in more.items():
         writer.add_float32(key.format(arch=arch), value)
     stacks: dict[str, dict[int, np.ndarray]] = {}
@@ -101,7 +121,9 @@ def write_gguf(
             continue
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):
             value = permuted(value, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
-        writer.add_tensor(gguf_name(name), value)
+        if arch == "gemma3" and "norm" in name:
+            value = value + 1
+        writer.add_tensor(gguf_name(name, arch), value)
     for name, experts in stacks.items():
         writer.add_tensor(name, np.stack([experts[i] for i in range(len(experts))]))
     writer.write_header_to_file()
@@ -113,12 +135,16 @@ def write_gguf(
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    changes = {"head_dim": 16, "pad_token_id": None, **FAMILIES[request.param]}
+    changes = {"pad_token_id": None, **FAMILIES[request.param]}
     folder = tmp_path_factory.mktemp(request.param)
     return zoo.write_checkpoint(folder, **zoo.fields(request.param, **changes))
 
 
-def test_weights_and_tokenizer_are_those_of_the_source(source: Path, tmp_path: Path) -> None:
+def test_weights_and_tokenizer_are_those_of_the_source(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "gemma" in source.name:  # a byte-level tokenizer is not one of Gemma's
+        monkeypatch.setattr(gguf_file, "_changed_tokens", lambda *_: iter(()))
     file = write_gguf(tmp_path / "model.gguf", source)
     ours, tokenizer = load_model(file, dtype="float32")
     expected, _ = load_model(source, dtype="float32")
@@ -145,6 +171,14 @@ def test_a_key_that_the_reader_would_leave_out_is_refused(llama: Path, tmp_path:
     for read in (load_model, check_checkpoint):
         with pytest.raises(ValueError, match=rf"model\.gguf: llama\.{key}=8\.0 is left out by .*; take"):
             read(file)
+
+
+def test_what_the_reader_would_make_up_is_refused(tmp_path: Path) -> None:
+    """llama.cpp scales the scores of Gemma 3 by the width of its heads."""
+    fields = zoo.fields("gemma3_text", **(FAMILIES["gemma3_text"] | {"head_dim": 16}))
+    gemma = zoo.write_checkpoint(tmp_path / "gemma", **fields)
+    with pytest.raises(ValueError, match=r"model\.gguf: says no query_pre_attn_scalar, for which .* takes 256, with"):
+        load_model(write_gguf(tmp_path / "model.gguf", gemma))
 
 
 def test_a_partial_rotation_is_refused(tmp_path: Path) -> None:
