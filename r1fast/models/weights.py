@@ -25,7 +25,7 @@ from r1fast.models.folders import (  # isort: skip
 from r1fast.models.lora_files import is_reward_adapter, with_adapter
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.names import Blocks, StateDict, is_left_out, is_mtp, pieces_of, some, standard_name, to_hf_names
-from r1fast.models.tensor_files import CHUNK_BYTES, FLOATS, FP8, SCALE, Stored, TensorFiles, weight_files
+from r1fast.models.tensor_files import CHUNK_BYTES, FLOATS, FP8, POWERS_OF_2, SCALE, Stored, TensorFiles, weight_files
 
 __all__ = ["Checkpoint", "StateDict", "check_checkpoint", "load_model", "load_tokenizer", "save_model", "to_hf_names"]
 logger = logging.getLogger(__name__)
@@ -158,7 +158,8 @@ class Checkpoint:
                 if is_left_out(name, described.config) or 0 in stored.shape:
                     continue
                 if name in found:
-                    raise ValueError(f"{file}: {stored.name} is in another file too; copy or download it again")
+                    again = f"{stored.name} is {found[name].name} of {found[name].file.name} once more"
+                    raise ValueError(f"{file}: {again}; copy or download it again")
                 found[name] = stored
         if skipped:
             text = f"left out {skipped} tensors of multi-token prediction, the layers past the last"
@@ -208,7 +209,10 @@ class Checkpoint:
             "unexpected": {stored.name for name, stored in self._stored.items() if name not in expected},
         }
         if problems := [f"{word} {some(names)}" for word, names in differing.items() if names]:
-            raise ValueError(f"{self.folder}: {'; '.join(problems)}; do the weights belong to this config.json?")
+            advice = "do the weights belong to this config.json?"
+            if _SCORE in differing["missing"]:
+                advice = "a reward model's head is read as score, value_head or v_head.summary: rename it"
+            raise ValueError(f"{self.folder}: {'; '.join(problems)}; {advice}")
         for name, wanted in expected.items():
             found = self._stored[name]
             if found.shape != wanted:
@@ -233,8 +237,10 @@ def _with_scales(found: dict[str, Stored], block: tuple[int, int] | None) -> dic
     """Weights in fp8 with their scales, which are no tensors of the decoder; ValueError for any other dtype."""
     for name, stored in list(found.items()):
         scale = found.get(name + SCALE)
-        if block is None or stored.dtype != FP8 or len(stored.shape) != 2 or scale is None or scale.dtype not in FLOATS:
+        if block is None or stored.dtype != FP8 or len(stored.shape) != 2 or scale is None:
             continue
+        if scale.dtype not in (*FLOATS, POWERS_OF_2):
+            raise ValueError(f"{scale.file}: {scale.name} has dtype {scale.dtype}, expected one of {', '.join(FLOATS)}")
         wanted = tuple(-(-size // part) for size, part in zip(stored.shape, block, strict=True))
         if scale.shape != wanted:
             text = f"{scale.name} has shape {scale.shape}, expected {wanted} for blocks of {block}"
