@@ -12,7 +12,7 @@ import torch
 from r1fast.config import ConfigError
 from r1fast.models.decoder import Decoder
 from r1fast.models.folders import ADAPTER_CONFIG
-from r1fast.models.weights import load_model, save_model
+from r1fast.models.weights import Checkpoint, save_model
 from r1fast.parallel import checkpoint
 from r1fast.parallel.mesh import Dist, init_distributed
 from r1fast.resume import CONFIG, STAGE, read_run
@@ -23,6 +23,7 @@ from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.pretrain import build_model, make_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
+_DEFAULT = torch.bfloat16
 _STEP = re.compile(r"(?:step_)?(\d+)")
 
 
@@ -32,11 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("source", type=Path, help="RUN/STAGE, or RUN/STAGE/STEP for one of its checkpoints")
     parser.add_argument("output", type=Path, help="a folder that is not there yet")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of a whole model (default: bfloat16); adapters are float32")
     parser.add_argument("--merge-and-unload", action="store_true", help="of a stage with lora, write a whole model")
     given = parser.parse_args(arguments)
+    dtype = None if given.dtype is None else getattr(torch, given.dtype)
     try:
-        export(given.source, given.output, getattr(torch, given.dtype), merge_and_unload=given.merge_and_unload)
+        export(given.source, given.output, dtype, merge_and_unload=given.merge_and_unload)
     except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,10 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def export(source: Path, output: Path, dtype: torch.dtype, *, merge_and_unload: bool = False) -> None:
+def export(source: Path, output: Path, dtype: torch.dtype | None = None, *, merge_and_unload: bool = False) -> None:
     """source: RUN/STAGE, its model, or while there is none its newest checkpoint; RUN/STAGE/STEP, that checkpoint.
 
-    dtype: of the weights; of an adapter, float32 whatever is asked. Raises ValueError, OSError or ConfigError, which
+    dtype: of a whole model, None: bfloat16; an adapter is float32. Raises ValueError, OSError or ConfigError, which
     name what is missing.
     """
     if output.exists():
@@ -61,16 +63,24 @@ def export(source: Path, output: Path, dtype: torch.dtype, *, merge_and_unload: 
     if step is None and finished.is_dir():
         if (finished / ADAPTER_CONFIG).is_file() and not merge_and_unload:
             raise ValueError(f"{finished} is a LoRA folder as it is; for a whole model add --merge-and-unload")
-        model, tokenizer = load_model(finished, dtype=dtype)
+        found = Checkpoint(finished)
+        model, blocks = found.decoder(dtype or _DEFAULT), found.blocks(dtype or _DEFAULT)
         with replace_folder(output) as folder:
-            save_model(model.config, model.state_dict(), folder, tokenizer, model.scalar_head, source=finished)
+            save_model(
+                model.config, model.state_dict(), folder, found.tokenizer(), model.scalar_head,
+                source=finished, blocks=blocks,
+            )  # fmt: skip
         return
     dist = init_distributed("cpu")
     try:
-        ctx, found = _context(stage_dir, dist), _checkpoint(stage_dir, step, dist)
+        ctx, path = _context(stage_dir, dist), _checkpoint(stage_dir, step, dist)
+        lora = ctx.lora_options
+        if dtype is not None and lora is not None and not (merge_and_unload or lora.merge_and_unload):
+            text = f"--dtype is that of a whole model, and {stage_dir.name} trains an adapter"
+            raise ValueError(f"{text}: add --merge-and-unload, or drop it")
         model, tokenizer = _start(ctx)
-        checkpoint.load_weights(found, model=model, dist=dist)
-        blocks, write = ctx.export(model, tokenizer, dtype=dtype, merge=merge_and_unload)
+        checkpoint.load_weights(path, model=model, dist=dist)
+        blocks, write = ctx.export(model, tokenizer, dtype=dtype or _DEFAULT, merge=merge_and_unload)
         with replace_folder(output) as folder:
             write(folder)
         deque(blocks, maxlen=0)

@@ -82,6 +82,8 @@ def test_an_adapter_alone_or_in_its_base(run: Path, tmp_path: Path, capsys: pyte
     capsys.readouterr()
     assert main([str(tuned), str(tmp_path / "again")]) == 2
     assert "is a LoRA folder as it is; for a whole model add --merge-and-unload" in capsys.readouterr().err
+    assert main([str(tuned / "2"), str(tmp_path / "again"), "--dtype", "float32"]) == 2
+    assert "--dtype is that of a whole model, and tuned trains an adapter: add" in capsys.readouterr().err
 
 
 def test_a_stage_that_has_no_model_yet_gives_its_newest_checkpoint(run: Path, tmp_path: Path) -> None:

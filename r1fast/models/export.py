@@ -45,10 +45,10 @@ def save_model(
     state_dict: our names, whole tensors on any device. source: the checkpoint that training started from, whose
     generation_config is kept (temperature, ..), but for the ids: the model's, and the tokenizer's end of sequence.
     blocks: where the weights come from instead, every row once; then only names, shapes and dtypes of state_dict count.
-    Raises ValueError if the directory holds weights already and overwrite is False.
+    Raises ValueError if the directory holds weights or an adapter already and overwrite is False.
     """
     directory = Path(directory)
-    stale = sorted([*directory.glob("*.safetensors"), *directory.glob(INDEX_NAME)])
+    stale = sorted(file for name in ("*.safetensors", INDEX_NAME, ADAPTER_CONFIG) for file in directory.glob(name))
     if stale and not overwrite:
         raise ValueError(f"{directory}: already holds {stale[0].name}; choose another directory or pass overwrite=True")
     directory.mkdir(parents=True, exist_ok=True)

@@ -232,6 +232,8 @@ NO_EFFECT = frozenset((
     "pretraining_tp", "ep_size", "use_cache", "return_dict", "output_attentions", "output_hidden_states", "torchscript",
     "use_bfloat16", "chunk_size_feed_forward", "tie_encoder_decoder", "is_decoder", "tf_legacy_loss",
     "attn_implementation", "experts_implementation", "gradient_checkpointing", "tie_last_hidden_states",
+    # of the rewards that OpenRLHF saw, with which it shifts them where normalize_reward is true
+    "mean", "std",
     # layers past num_hidden_layers, whose weights are left out
     "num_nextn_predict_layers", "num_mtp_layers",
     # where a window begins, and whether there is one: sliding_window is None then
@@ -257,6 +259,8 @@ def fixed_values(values: Mapping[str, Any]) -> Fixed:
         "use_mrope": ((False,), "false"),
         "rope_interleaved": ((False,), "false"),
         "qk_layernorm": ((False,), "false"),
+        "normalize_reward": ((False,), "false"),
+        "value_head_prefix": (("score", "value_head"), "score or value_head"),
         "sliding_window": (window, "full attention (use_sliding_window: false)"),
         "layer_types": ((full,), f"full_attention in each of the {len(full)} layers"),
         original: ((rope.get(original, values.get(original)),), "what rope_parameters says"),

@@ -41,26 +41,30 @@ class Described(NamedTuple):
 
 
 def is_local(path: str | Path) -> bool:
-    """A folder, or what can only be meant as one: Hub ids are `name` or `owner/name`."""
-    folder = Path(path).expanduser()
+    """A folder, or what can only be meant as one: Hub ids are `name` or `owner/name`, and may have a @revision."""
+    folder, repo_id = Path(path).expanduser(), Path(str(path).partition("@")[0])
     is_hub_id = (
         isinstance(path, str)
-        and not path.startswith(PACKAGE)
+        and not path.startswith((PACKAGE, "."))
         and not folder.is_absolute()
-        and path[:1] != "."
-        and len(folder.parts) <= 2
+        and len(repo_id.parts) <= 2
     )
-    return not is_hub_id or str(path).startswith(PACKAGE) or folder.suffix == SUFFIX or folder.exists()
+    return not is_hub_id or folder.suffix == SUFFIX or folder.exists()
+
+
+def absolute(path: str | Path) -> str:
+    """A local path, as it can be written down: the same from any working directory."""
+    return str(path) if str(path).startswith(PACKAGE) else str(Path(path).expanduser().resolve())
 
 
 def resolve(path: str | Path, patterns: list[str]) -> Path:
     """A local folder, that of a .gguf file, or the local snapshot of those files of a Hub repository."""
     path = _in_package(str(path)) if str(path).startswith(PACKAGE) else path
+    folder = Path(path).expanduser()
     repo_id, _, revision = str(path).partition("@")
-    if revision and not Path(path).exists() and Path(repo_id).expanduser().exists():
+    if revision and not folder.exists() and Path(repo_id).expanduser().exists():
         raise ValueError(f"{path}: {repo_id} is here and has no revisions, which a Hub id has; drop the revision")
     if is_local(path):
-        folder = Path(path).expanduser()
         if not (folder.is_file() if folder.suffix == SUFFIX else folder.is_dir()):
             kinds = "a checkpoint folder with config.json, a .gguf file, or a Hub id"
             raise ValueError(f"{path}: no such {'file' if folder.suffix == SUFFIX else 'folder'}; expected {kinds}")

@@ -174,7 +174,7 @@ def init_adapters(model: nn.Module, parts: Iterable[tuple[str, int, Tensor]], se
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is the one that the adapters were added to."""
-    found = [lora for *_, lora in adapted(model)]
+    found = [lora for *_, lora in adapted(model) if lora.is_on]  # of one inside another: none
     for lora in found:
         lora._off = True
     try:

@@ -2,12 +2,12 @@
 
     dense     base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight [r, in]        .lora_B.weight [out, r]
     experts   base_model.model.model.layers.3.mlp.experts[.base_layer].lora_A.weight [E r, in]    .. [out, r E]
-    whole     base_model.model.score.weight, of modules_to_save
+    whole     base_model.model.score.weight, of modules_to_save; a bias that is trained
 
 Module names are those of transformers' modules. peft wraps stacked experts once for each parameter, gate_up_proj inside
 (`.base_layer`) where both have an adapter; rows of A count experts first, columns of B ranks first. In: every weight on
 disk gets the factors that are added to its rows as they are read (tensor_files.py), so that any base of any layout will
-do. Out: of the adapters of a decoder (lora.py). What else peft has (DoRA, biases, ..) is refused by name.
+do. Out: of the adapters of a decoder (lora.py). What else peft has (DoRA, biases of B, ..) is refused by name.
 """
 
 import dataclasses
@@ -24,23 +24,24 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from r1fast.models.export import write_generation_config
-from r1fast.models.folders import ADAPTER_CONFIG, AGAIN, Layer, eos_ids, is_local, read_json
+from r1fast.models.folders import ADAPTER_CONFIG, AGAIN, absolute, eos_ids, is_local, read_json, text_of
 from r1fast.models.lora import ALL_LINEAR, Factors, LoraConfig, factors_of, hf_name, matches, target_name
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.names import disk_name, pieces_of
 from r1fast.models.tensor_files import FLOATS, Stored, TensorFiles
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ADAPTER_FILES = (ADAPTER_WEIGHTS, "adapter_model.bin")
 _PREFIX = "base_model.model."
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _KEY = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B)(?:\.weight)?")
-# Keys of adapter_config.json. Which weights have factors, and of what rank, the tensors say.
+# Keys of adapter_config.json. Which weights have factors, and of what rank, and which are others, the tensors say.
 _READ = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "alpha_pattern", "use_rslora"}
 _NO_EFFECT = {
     "auto_mapping", "peft_version", "task_type", "inference_mode", "target_modules", "target_parameters",
     "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "modules_to_save", "rank_pattern",
     "eva_config", "loftq_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size",
-    "runtime_config",
+    "runtime_config", "ensure_weight_tying", "bias",
 }  # fmt: skip
 # Others (pissa, olora, corda, loftq, ..) begin with another base than the one that is named.
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -54,31 +55,33 @@ def with_adapter(found: dict[str, Stored], folder: Path, config: ModelConfig) ->
 
     Raises ValueError naming the file and what of it is not known, or does not fit the base.
     """
-    settings = folder / ADAPTER_CONFIG
-    values = _checked(read_json(settings), settings)
-    file, found = folder / ADAPTER_WEIGHTS, dict(found)
-    if not file.is_file():
-        raise ValueError(f"{folder}: no {ADAPTER_WEIGHTS}; expected a LoRA folder as peft writes it, in safetensors")
+    values, found = adapter_settings(folder), dict(found)
+    file = next((file for name in _ADAPTER_FILES if (file := folder / name).is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder}: no {ADAPTER_WEIGHTS}; expected a LoRA folder as peft writes it, in one file")
     pairs: dict[str, dict[str, Tensor]] = {}
     files = TensorFiles()
-    for stored in files.list(file):
+    if not (tensors := files.list(file)):
+        raise ValueError(f"{file}: holds no tensors; save the adapter again where it was trained")
+    for stored in tensors:
         key = stored.name.removeprefix(_PREFIX)
-        if stored.dtype not in FLOATS or not stored.shape:
-            raise ValueError(f"{file}: {stored.name} is {stored.dtype} {stored.shape}, expected a matrix of numbers")
-        if (part := _KEY.fullmatch(key)) is not None:
-            factor = torch.cat([rows for _, rows in files.rows(stored, 0, stored.shape[0])]).float()
-            if part[2].startswith("embedding"):  # (B A)^T: the other way round
-                pairs.setdefault(part[1], {})["B" if part[2].endswith("A") else "A"] = factor.T
-            else:
-                pairs.setdefault(part[1], {})[part[2]] = factor
-        elif ".lora_" in key or not key.endswith(".weight"):
+        part, name = _KEY.fullmatch(key), _disk_name(key, config)
+        _untie(found, name, config)
+        if part is None and name not in found and name != "score.weight":
             advice = "merge it into its base where it was made"
-            raise ValueError(f"{file}: {stored.name} is no factor of LoRA, nor a whole module; {advice}")
-        else:
-            _untie(found, name := _disk_name(key, config), config)
+            raise ValueError(f"{file}: {stored.name} is no factor of LoRA, nor a tensor of the base; {advice}")
+        if stored.dtype not in FLOATS or 0 in stored.shape or (part and len(stored.shape) != 2):
+            raise ValueError(f"{file}: {stored.name} is {stored.dtype} {stored.shape}, expected a matrix of numbers")
+        if part is None:
             found[name] = stored
             if name == "score.weight":
                 found.pop(_HEAD, None)
+            continue
+        factor = torch.cat([rows for _, rows in files.rows(stored, 0, stored.shape[0])]).float()
+        if part[2].startswith("embedding"):  # (B A)^T: the other way round
+            pairs.setdefault(part[1], {})["B" if part[2].endswith("A") else "A"] = factor.T
+        else:
+            pairs.setdefault(part[1], {})[part[2]] = factor
     files.close()
     for module, pair in pairs.items():
         if pair.keys() != {"A", "B"}:
@@ -92,20 +95,27 @@ def with_adapter(found: dict[str, Stored], folder: Path, config: ModelConfig) ->
     return found
 
 
-def is_reward_adapter(layer: Layer) -> bool:
-    return read_json(layer.folder / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
+def is_reward_adapter(folder: Path) -> bool:
+    return bool(adapter_settings(folder).get("task_type") == "SEQ_CLS")
 
 
-def _checked(values: dict[str, Any], file: Path) -> dict[str, Any]:
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """Of a LoRA folder. ValueError for what is more than LoRA."""
+    values = read_json(file := folder / ADAPTER_CONFIG)
     if values.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type is {values.get('peft_type')!r:.80}, expected LORA; merge it into its base")
-    known = _READ | _NO_EFFECT | {"init_lora_weights", "bias"}
+    known = _READ | _NO_EFFECT | {"init_lora_weights"}
     others = [key for key, value in values.items() if key not in known and value]
-    others += ["bias"] * (values.get("bias", "none") != "none")
     others += ["init_lora_weights"] * (values.get("init_lora_weights") not in _INITS)
     for key in others:
         text = f"{key}={values[key]!r:.80} is more than the two factors of LoRA"
         raise ValueError(f"{file}: {text}; merge the adapter into its base (peft's merge_and_unload) and use that")
+    try:
+        for pattern, alpha in {"": values.get("lora_alpha", 8), **(values.get("alpha_pattern") or {})}.items():
+            re.compile(pattern)
+            float(alpha)
+    except (TypeError, ValueError, re.error) as error:
+        raise ValueError(f"{file}: lora_alpha or alpha_pattern is no number ({text_of(error)}); correct it") from error
     return values
 
 
@@ -206,7 +216,7 @@ def _settings(export: Export, config: ModelConfig, names: Iterable[str], base: s
                 parameters.add(f"{target}.weight")
             else:
                 modules.add(target)
-    path, _, revision = (str(Path(base).expanduser().resolve()), "", "") if is_local(base) else base.partition("@")
+    path, _, revision = (absolute(base), "", "") if is_local(base) else base.partition("@")
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if export.whole else "CAUSAL_LM",
@@ -214,9 +224,8 @@ def _settings(export: Export, config: ModelConfig, names: Iterable[str], base: s
         "revision": revision or None,
         "r": lora.r,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "lora_dropout": 0.0
-        if parameters
-        else lora.dropout,  # peft knows none of parameters, nor uses it in what is loaded
+        # peft knows none of parameters, nor uses it in what is loaded.
+        "lora_dropout": 0.0 if parameters else lora.dropout,
         "target_modules": sorted(modules),
         "target_parameters": sorted(parameters) or None,
         "modules_to_save": sorted({name.partition(".")[0] for name in export.whole}) or None,

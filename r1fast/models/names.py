@@ -85,7 +85,8 @@ def to_hf_names(state_dict: StateDict, config: ModelConfig, *, tied: bool) -> St
 
 def standard_name(name: str) -> str:
     """A name on disk as transformers writes it: base models leave out `model.`, reward heads have other names."""
-    for head in ("value_head.", "v_head.summary."):  # of OpenRLHF; of TRL and LLaMA-Factory
+    # Of OpenRLHF; of TRL and LLaMA-Factory; of a Sequential, which may have more layers.
+    for head in ("value_head.", "v_head.summary.", "score.0."):
         if name.startswith(head):
             return f"score.{name.removeprefix(head)}"
     return name if name.startswith(("model.", "lm_head.", "score.")) else f"model.{name}"

@@ -20,7 +20,7 @@ from r1fast.models.folders import AGAIN, read_json, text_of
 CHUNK_BYTES = 16 << 20
 INDEX_NAME = "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FP8, SCALE = "F8_E4M3", "_scale_inv"
+FP8, POWERS_OF_2, SCALE = "F8_E4M3", "F8_E8M0", "_scale_inv"  # the second: of scales alone
 WORDS = {dtype: word for word, dtype in {**FLOATS, FP8: torch.float8_e4m3fn}.items()}
 # As transformers: one file, or else what the index names; safetensors before pickles.
 _LAYOUTS = (("model.safetensors", INDEX_NAME), ("pytorch_model.bin", "pytorch_model.bin.index.json"))

@@ -6,6 +6,7 @@ no code that a folder brings along is run.
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,8 @@ from r1fast.models.folders import (  # isort: skip
 )  # fmt: skip
 from r1fast.models.lora_files import is_reward_adapter, with_adapter
 from r1fast.models.model_config import ModelConfig
-from r1fast.models.names import StateDict, is_left_out, is_mtp, pieces_of, some, standard_name, to_hf_names
-from r1fast.models.tensor_files import FLOATS, FP8, SCALE, Stored, TensorFiles, weight_files
+from r1fast.models.names import Blocks, StateDict, is_left_out, is_mtp, pieces_of, some, standard_name, to_hf_names
+from r1fast.models.tensor_files import CHUNK_BYTES, FLOATS, FP8, POWERS_OF_2, SCALE, Stored, TensorFiles, weight_files
 
 __all__ = ["Checkpoint", "StateDict", "check_checkpoint", "load_model", "load_tokenizer", "save_model", "to_hf_names"]
 logger = logging.getLogger(__name__)
@@ -59,12 +60,13 @@ def load_model(
 def check_checkpoint(path: str | Path) -> tuple[ModelConfig, bool]:
     """The architecture, and whether it is a reward model, or an error of load_model; no weight is read.
 
-    A Hub id is checked by its config.json alone, the only file that is fetched.
+    A Hub id is checked by its config.json (and adapter_config.json), and no other file is fetched.
     """
     layers = layers_of(path, partial(resolve, patterns=["config.json", ADAPTER_CONFIG]))
     if not all(is_local(layer.ref) for layer in layers):
         described = read_config(layers[-1].folder)
-        return described.config, described.is_reward_model or any(map(is_reward_adapter, layers[:-1]))
+        of_adapters = [is_reward_adapter(layer.folder) for layer in layers[:-1]]  # of all: each is checked
+        return described.config, described.is_reward_model or any(of_adapters)
     checkpoint = Checkpoint(path, headers_only=True)
     return checkpoint.config, checkpoint.scalar_head
 
@@ -72,7 +74,7 @@ def check_checkpoint(path: str | Path) -> tuple[ModelConfig, bool]:
 def _files_of(path: str | Path) -> Path:
     folder = resolve(path, ["*.safetensors", *TOKENIZER_PATTERNS])
     if not is_local(path) and not any(folder.glob("*.safetensors")):
-        folder = resolve(path, ["pytorch_model*.bin", *TOKENIZER_PATTERNS])
+        folder = resolve(path, ["pytorch_model*.bin", "adapter_model.bin", *TOKENIZER_PATTERNS])
     return folder
 
 
@@ -133,6 +135,17 @@ class Checkpoint:
                         target[place : place + len(rows)].copy_(rows)
         self._files.close()
 
+    def blocks(self, dtype: torch.dtype | str = "auto") -> Blocks:
+        """For save_model: every weight once, a few MB at a time."""
+        for name, tensor in self.decoder(dtype).state_dict().items():
+            if name not in self._shapes and name not in self._starts_at_0:  # a tied head
+                continue
+            step = max(1, CHUNK_BYTES // (math.prod(tensor.shape[1:]) * tensor.itemsize))
+            for start in range(0, len(tensor), step):
+                rows = torch.empty((min(step, len(tensor) - start), *tensor.shape[1:]), dtype=tensor.dtype)
+                self.fill([(name, start, rows)])
+                yield name, start, rows
+
     def _listed(self, described: Described) -> dict[str, Stored]:
         """Every tensor of the decoder, by transformers' name."""
         found: dict[str, Stored] = {}
@@ -145,7 +158,8 @@ class Checkpoint:
                 if is_left_out(name, described.config) or 0 in stored.shape:
                     continue
                 if name in found:
-                    raise ValueError(f"{file}: {stored.name} is in another file too; copy or download it again")
+                    again = f"{stored.name} is {found[name].name} of {found[name].file.name} once more"
+                    raise ValueError(f"{file}: {again}; copy or download it again")
                 found[name] = stored
         if skipped:
             text = f"left out {skipped} tensors of multi-token prediction, the layers past the last"
@@ -192,15 +206,19 @@ class Checkpoint:
         expected = {piece.name: piece.shape for piece in pieces}
         differing = {
             "missing": expected.keys() - self._stored.keys(),
-            "unexpected": self._stored.keys() - expected.keys(),
+            "unexpected": {stored.name for name, stored in self._stored.items() if name not in expected},
         }
         if problems := [f"{word} {some(names)}" for word, names in differing.items() if names]:
-            raise ValueError(f"{self.folder}: {'; '.join(problems)}; do the weights belong to this config.json?")
+            advice = "do the weights belong to this config.json?"
+            if _SCORE in differing["missing"]:
+                advice = "a reward model's head is read as score, value_head or v_head.summary: rename it"
+            raise ValueError(f"{self.folder}: {'; '.join(problems)}; {advice}")
         for name, wanted in expected.items():
             found = self._stored[name]
             if found.shape != wanted:
-                text = f"{found.name} has shape {found.shape}, expected {wanted} from config.json"
-                raise ValueError(f"{self.folder}: {text}")
+                text = f"{found.name} has shape {found.shape}, expected {wanted}"
+                said_by = "of a reward model, one number" if name == _SCORE else "from config.json"
+                raise ValueError(f"{found.file}: {text} {said_by}")
 
     def _resolve_dtype(self, dtype: torch.dtype | str) -> torch.dtype:
         """ "auto": what config.json says, or else the dtype of the embeddings."""
@@ -219,8 +237,10 @@ def _with_scales(found: dict[str, Stored], block: tuple[int, int] | None) -> dic
     """Weights in fp8 with their scales, which are no tensors of the decoder; ValueError for any other dtype."""
     for name, stored in list(found.items()):
         scale = found.get(name + SCALE)
-        if block is None or stored.dtype != FP8 or len(stored.shape) != 2 or scale is None or scale.dtype not in FLOATS:
+        if block is None or stored.dtype != FP8 or len(stored.shape) != 2 or scale is None:
             continue
+        if scale.dtype not in (*FLOATS, POWERS_OF_2):
+            raise ValueError(f"{scale.file}: {scale.name} has dtype {scale.dtype}, expected one of {', '.join(FLOATS)}")
         wanted = tuple(-(-size // part) for size, part in zip(stored.shape, block, strict=True))
         if scale.shape != wanted:
             text = f"{scale.name} has shape {scale.shape}, expected {wanted} for blocks of {block}"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from r1fast.models import folders
 from r1fast.models.decoder import Decoder
 
 from r1fast.models.lora import (  # isort: skip
@@ -109,6 +110,8 @@ def test_ours_is_pefts(bases, family: str, tmp_path: Path) -> None:
     # It is read back, and without it there is the base again, to the bit.
     torch.testing.assert_close(run(load_model(tmp_path / "lora", dtype="float64")[0]), logits[0], **CLOSE)
     with adapters_off(ours):
+        with adapters_off(ours):
+            pass
         assert torch.equal(run(ours), run(load_model(base, dtype="float64")[0]))
 
 
@@ -135,12 +138,29 @@ def test_pefts_is_read(bases, family: str, tmp_path: Path) -> None:
         {"target_modules": ["embed_tokens"]},
         {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "norm"]},
         {"target_modules": ["v_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj"], "bias": "all"},
+        {"target_modules": ["q_proj"], "bias": "lora_only"},
+        {"target_modules": ["v_proj"], "modules_to_save": ["k_proj"]},
+        {"target_modules": r".*\.0\.self_attn\.[qk]_proj"},
+        {"target_modules": ["embed_tokens", "v_proj"], "ensure_weight_tying": True},
+        {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ],
-    ids=["rslora", "patterns", "head", "embedding", "modules-to-save", "layers"],
-)
+    ids=[
+        "rslora", "patterns", "head", "embedding", "modules-to-save", "layers", "biases", "its-bias", "biased-module",
+        "regex", "tied", "tied-and-saved",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # tied, and not
 def test_what_peft_can_write_more(bases, tmp_path: Path, family: str, config: dict[str, Any]) -> None:
     folder, expected = peft_saved(bases(family), tmp_path / "lora", **config)
+    torch.testing.assert_close(run(load_model(folder, dtype="float64")[0]), expected, **CLOSE)
+
+
+def test_pickled_adapters_are_read(bases, tmp_path: Path) -> None:
+    folder, expected = peft_saved(bases("llama"), tmp_path / "lora", target_modules=["q_proj"])
+    file = folder / "adapter_model.safetensors"
+    torch.save(load_file(file), folder / "adapter_model.bin")
+    file.unlink()
     torch.testing.assert_close(run(load_model(folder, dtype="float64")[0]), expected, **CLOSE)
 
 
@@ -262,11 +282,14 @@ def test_the_tokenizer_is_that_of_the_base(bases, tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora=True is more than the two factors of LoRA; merge the adapter"),
-    "bias": ({"bias": "lora_only"}, "bias='lora_only' is more"),
+    "bias": ({"lora_bias": True}, "lora_bias=True is more"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is more"),
     "alora": ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens=.3. is more"),
     "tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices=.3. is more"),
     "newer": ({"use_something_new": 1}, "use_something_new=1 is more"),
+    "no-alpha": ({"lora_alpha": None}, "lora_alpha or alpha_pattern is no number"),
+    "no-mapping": ({"alpha_pattern": ["q_proj"]}, "lora_alpha or alpha_pattern is no number"),
+    "no-pattern": ({"alpha_pattern": {"(": 3}}, "lora_alpha or alpha_pattern is no number .*unterminated"),
     "ia3": ({"peft_type": "IA3"}, "peft_type is 'IA3', expected LORA"),
     "no-base": ({"base_model_name_or_path": None}, "base_model_name_or_path: None, expected the folder or Hub id"),
     "moved": ({"base_model_name_or_path": "/gone/base"}, "/gone/base: no such folder.*; correct it there"),
@@ -292,14 +315,59 @@ def test_refused_settings(bases, tmp_path: Path, name: str) -> None:
         (lambda t: t | {f"{Q}.lora_A.weight": torch.ones(3, 33)}, r"adapts model.layers.0.self_attn.q_proj.weight"),
         (lambda t: {k.replace("q_proj", "query"): x for k, x in t.items()}, "self_attn.query.weight .*no such weight"),
         (lambda t: t | {f"{Q}.lora_A.weight": torch.full((3, 32), torch.nan)}, "holds NaN or Inf"),
+        (lambda t: {}, "adapter_model.safetensors: holds no tensors; save the adapter again"),
+        (lambda t: {k: torch.ones(0) for k in t}, r"lora_A.weight is F32 \(0,\), expected a matrix"),
+        (lambda t: t | {f"{Q}.lora_A.weight": torch.ones(3, 0)}, r"lora_A.weight is F32 \(3, 0\), expected a matrix"),
     ],
-    ids=["magnitude", "bias", "half", "shape", "name", "nan"],
+    ids=["magnitude", "bias", "half", "shape", "name", "nan", "empty", "of-another-rank", "no-columns"],
 )  # fmt: skip
 def test_refused_tensors(bases, tmp_path: Path, edit: Any, message: str) -> None:
     folder = save(with_adapters(bases("llama")), tmp_path / "lora", bases("llama"))
     file = folder / "adapter_model.safetensors"
     save_file(edit(load_file(file)), file)
     with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def test_an_adapter_of_a_hub_model_is_checked_without_its_weights(
+    bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = bases("llama")
+    asked: list[tuple[str, str | None]] = []
+
+    def fetch(hub_id: str, revision: str | None, **_: Any) -> str:
+        asked.append((hub_id, revision))
+        return str(base)
+
+    monkeypatch.setattr(folders, "snapshot_download", fetch)
+    folder = save(with_adapters(base), tmp_path / "lora", "owner/model@refs/pr/3")
+    values = json.loads((folder / "adapter_config.json").read_text())
+    assert (values["base_model_name_or_path"], values["revision"]) == ("owner/model", "refs/pr/3")
+    check_checkpoint(folder)
+    assert set(asked) == {("owner/model", "refs/pr/3")}
+    (folder / "adapter_config.json").write_text(json.dumps(values | {"use_dora": True}))
+    with pytest.raises(ValueError, match=r"adapter_config.json: use_dora=True is more"):
+        check_checkpoint(folder)
+
+
+def test_where_the_base_is(bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path is written as an absolute one, a package by its name; a relative one is, as in peft, of where one is."""
+    base, package = bases("llama"), tmp_path / "weights_in_a_wheel"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "base").symlink_to(base)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    expected = run(model := with_adapters(base))
+    for given, written in (("weights_in_a_wheel/base", str(base)), *[(r := "package:weights_in_a_wheel/base", r)]):
+        folder = save(model, tmp_path / "lora", given)
+        file = folder / "adapter_config.json"
+        assert json.loads(file.read_text())["base_model_name_or_path"] == written
+        torch.testing.assert_close(run(load_model(folder, dtype="float64")[0]), expected, **CLOSE)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "./weights_in_a_wheel/base"}))
+    torch.testing.assert_close(run(load_model(folder, dtype="float64")[0]), expected, **CLOSE)
+    monkeypatch.chdir("/")
+    with pytest.raises(ValueError, match=f"{file}: base_model_name_or_path: ./weights_in_a_wheel/base: no such folder"):
         load_model(folder)
 
 

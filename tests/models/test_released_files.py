@@ -92,6 +92,22 @@ def test_fp8_is_dequantized(fp8, dtype: torch.dtype, chunk_bytes: int, monkeypat
     assert check_checkpoint(folder)[0].num_hidden_layers == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e8m0fnu], ids=str)
+def test_scales_may_be_small(fp8, dtype: torch.dtype) -> None:
+    folder, _ = fp8
+    name = "layers.0.mlp.down_proj.weight"
+
+    def shrink(stored: dict[str, Tensor]) -> None:
+        stored.update({name: scale.to(dtype) for name, scale in stored.items() if name.endswith("_scale_inv")})
+
+    stored = edit(folder, shrink)
+    expected = dequantized(stored[f"model.{name}"], stored[f"model.{name}_scale_inv"].float())
+    assert torch.equal(load_model(folder, dtype="float32")[0].state_dict()[name], expected)
+    edit(folder, lambda stored: stored.update({f"model.{name}_scale_inv": torch.ones(2, 3, dtype=torch.int32)}))
+    with pytest.raises(ValueError, match=rf"model.safetensors: model.{name}_scale_inv has dtype I32, expected one of"):
+        load_model(folder)
+
+
 def test_any_rows_of_fp8_are_those_of_the_whole(fp8) -> None:
     """Parts begin and end inside of blocks, as those of ranks do."""
     folder, _ = fp8
@@ -184,7 +200,7 @@ def reward_model(folder: Path, head: dict[str, Tensor], **config: Any) -> Path:
 ARCHITECTURES = ["LlamaForSequenceClassification", "LLMForSequenceRegression", "LlamaForCausalLM"]
 
 
-@pytest.mark.parametrize("name", ["score.weight", "value_head.weight", "v_head.summary.weight"])
+@pytest.mark.parametrize("name", ["score.weight", "score.0.weight", "value_head.weight", "v_head.summary.weight"])
 @pytest.mark.parametrize(
     "architecture", ["LlamaForSequenceClassification", "LLMForSequenceRegression", "LlamaForCausalLM"]
 )
@@ -220,19 +236,32 @@ def test_a_head_beside_that_of_the_language_model(tmp_path: Path, caplog: pytest
         ),
         (
             {"score.0.weight": (32, 32), "score.0.bias": (32,), "score.2.weight": (1, 32), "score.2.bias": (1,)},
-            r"has several layers \(score.0.bias, score.0.weight, score.2.bias and 1 more\), expected one matrix",
+            r"has several layers \(score.0.bias, score.2.bias, score.2.weight\), expected one matrix",
         ),
-        ({"score.weight": (2, 32)}, r"score.weight has shape \(2, 32\), expected \(1, 32\)"),
-        ({"value_head.weight": (2, 32)}, r"value_head.weight has shape \(2, 32\), expected \(1, 32\)"),
+        ({"score.weight": (2, 32)}, r"score.weight has shape \(2, 32\), expected \(1, 32\) of a reward model"),
+        ({"value_head.weight": (2, 32)}, r"value_head.weight has shape \(2, 32\), expected \(1, 32\) of a reward"),
+        ({"regression_head.weight": (1, 32)}, r"missing score.weight; unexpected reg.*_head.weight; a reward"),
+        ({"score.weight": (1, 32), "value_head.weight": (1, 32)}, r"value_head.weight is score.weight of .* once more"),
     ],
-    ids=["bias", "value-bias", "two-layers", "labels", "values"],
+    ids=["bias", "value-bias", "two-layers", "labels", "values", "another-name", "two"],
 )
 def test_heads_that_are_another_function_are_refused(tmp_path: Path, head: dict, message: str) -> None:
     weights = {name: torch.ones(shape) for name, shape in head.items()}
     folder = reward_model(tmp_path / "model", weights, architectures=["LlamaForSequenceClassification"])
     for read in (load_model, check_checkpoint):
-        with pytest.raises(ValueError, match=f"{folder}: .*{message}"):
+        with pytest.raises(ValueError, match=f"{folder}.*: .*{message}"):
             read(folder)
+
+
+def test_rewards_that_are_shifted_are_refused(tmp_path: Path) -> None:
+    """As OpenRLHF writes them: the mean that it saw counts where normalize_reward is true."""
+    head = {"value_head.weight": torch.ones(1, 32)}
+    settings = {"normalize_reward": False, "value_head_prefix": "value_head", "mean": 0.5, "std": 2.0, "num_labels": 1}
+    folder = reward_model(tmp_path / "model", head, architectures=["LLMForSequenceRegression"], **settings)
+    assert load_model(folder)[0].scalar_head
+    edit_config(folder, normalize_reward=True)
+    with pytest.raises(ValueError, match=r"config.json: model config: normalize_reward=True, expected false"):
+        load_model(folder)
 
 
 # ---- revisions ----
@@ -251,6 +280,19 @@ def test_a_revision_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
     check_checkpoint("owner/model@abc")
     load_model("owner/model")
     assert set(asked) == {("owner/model", "v1"), ("owner/model", "abc"), ("owner/model", None)}
+
+
+def test_a_branch_may_have_a_slash(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def fetch(hub_id: str, revision: str | None, **_: Any) -> str:
+        asked.append(revision)
+        raise OSError
+
+    monkeypatch.setattr(folders, "snapshot_download", fetch)
+    with pytest.raises(ValueError, match=r"owner/model@refs/pr/3: neither a folder nor a Hub repository"):
+        load_model("owner/model", revision="refs/pr/3")
+    assert asked == ["refs/pr/3"]
 
 
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
