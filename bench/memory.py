@@ -42,8 +42,6 @@ def recipe_of(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any] |
                   "max_prompt_length": 64, "max_completion_length": 32, "beta": 0.01,
                   "max_tokens_per_microbatch": 2048, "rewards": {"format": 1.0}, "prompt_template": "plain", **train},
     }  # fmt: skip
-    if name != "dense":  # rows are as long as they may be
-        stages[name]["max_length"] = len(tokenizer()(TEXT).input_ids) + 1
     fields = {"dense": DENSE, "moe": MOE}.get(name)
     model = {"path": str(folder / "model")} if fields else {}
     return {"name": name, "model": model, "stages": [{"name": name, **stages[name]}]}, fields
@@ -101,7 +99,7 @@ def measure(name: str, overrides: list[str]) -> None:
             peaks[label] = max(peaks.get(label, 0), resident("VmHWM") - baseline[0])
 
         phase, load = StageContext.phase, StageContext.load
-        labels = {"logprobs": "score"}
+        labels = {"logprobs": "score", "evaluate": "generate"}
 
         def watched_phase(ctx: Any, label: str) -> Any:
             return phase(ctx, label) if ctx._in_phase else watched(phase(ctx, label), labels.get(label, label))
@@ -147,7 +145,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--measure" if sys.argv[1:] else False:
+    if sys.argv[1:2] == ["--measure"]:
         measure(sys.argv[2], sys.argv[3:])
     elif sys.argv[1:2] == ["--write"]:
         write_model(Path("model"), recipe_of(sys.argv[2], Path())[1] or {})

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from r1fast.models.attention import AttentionPlan, ForwardPass
-from r1fast.models.decoder import DecoderLayer
+from r1fast.models.decoder import Decoder, DecoderLayer
+from r1fast.models.lora import LoraConfig, add_adapters
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.rope import Rotary
 from r1fast.parallel.parallelize import ActivationCheckpointing, checkpointed
@@ -30,10 +31,10 @@ class Layer(NamedTuple):
 
 
 class _Hashed:
-    """A config as a key."""
+    """A config, and that of its adapters, as a key."""
 
-    def __init__(self, value: ModelConfig) -> None:
-        self.value, self.key = value, repr(value)
+    def __init__(self, value: ModelConfig, lora: LoraConfig | None) -> None:
+        self.value, self.lora, self.key = value, lora, repr((value, lora))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Hashed) and self.key == other.key
@@ -73,6 +74,14 @@ class _Allocations(torch_private.OperatorMode):
         return sum(size for _, size in self.events)
 
 
+def _layer(config: _Hashed, index: int) -> nn.Module:
+    if config.lora is None:
+        return DecoderLayer(config.value, index)
+    decoder = Decoder(config.value)
+    add_adapters(decoder, config.lora)
+    return decoder.layers[index]
+
+
 @cache
 def _traced(
     config: _Hashed, index: int, num_tokens: int, dtype: torch.dtype, device: str, kind: ActivationCheckpointing
@@ -82,10 +91,10 @@ def _traced(
     ropes = Rotary(config.value).to(device)(plan.positions_T, plan.lengths_T, dtype)
     step = ForwardPass(plan, ropes, None, None, None)
     with torch_private.fake_tensors(), torch.device(device):
-        layer = DecoderLayer(config.value, index)
+        layer = _layer(config, index)
         for module in layer.modules():
             for key, weight in list(module.named_parameters(recurse=False)):
-                setattr(module, key, nn.Parameter(weight.detach().to(dtype)))
+                setattr(module, key, nn.Parameter(weight.detach().to(dtype), requires_grad=weight.requires_grad))
         x_TD = torch.empty(num_tokens, config.value.hidden_size, dtype=dtype, requires_grad=True)
         weights = [*layer.parameters(), *layer.buffers(), x_TD]
         with torch.no_grad(), _Allocations(weights) as inference:
@@ -100,9 +109,10 @@ def _traced(
 
 
 def layer_activations(
-    config: ModelConfig, index: int, num_tokens: int, dtype: torch.dtype, device: str, kind: ActivationCheckpointing
-) -> Layer:
+    config: ModelConfig, index: int, num_tokens: int, dtype: torch.dtype, device: str, kind: ActivationCheckpointing,
+    lora: LoraConfig | None = None,
+) -> Layer:  # fmt: skip
     """Of layer `index`. All of it is linear in tokens: a line through two small numbers of them."""
-    first, second = (_traced(_Hashed(config), index, x, dtype, device, kind) for x in TRACED_TOKENS)
+    first, second = (_traced(_Hashed(config, lora), index, x, dtype, device, kind) for x in TRACED_TOKENS)
     reach = (num_tokens - TRACED_TOKENS[0]) / (TRACED_TOKENS[1] - TRACED_TOKENS[0])
     return Layer(*(max(0, round(a + (b - a) * reach)) for a, b in zip(first, second, strict=True)))

@@ -3,8 +3,8 @@
 P parameters, R ranks, b and r bytes of model.dtype and reduce_dtype, U parameters of an FSDP unit.
 
 weights      4 P / R of what is trained, b P / R of a frozen one: the shards (parallel/parallelize.py); with `lora` the
-             adapters are the P that is trained, of gradients and optimizer too
-gathered     b P on one rank, and wherever tokens are sampled; else b (root unit + two layers, one on its way)
+             adapters are the P that is trained, of gradients and optimizer too; b P of the copy that async_steps reads
+gathered     b P on one rank, and wherever tokens are sampled; else b (root unit + three layers, one on its way)
 gradients    4 P / R; of the unit at work b U and twice r U beside it (FSDP copies them to be reduced, and the result)
 optimizer    8 P / R (AdamW) or 4 of a matrix (Muon); where it is offloaded, the part that a step has brought
 activations  what layers keep for the backward pass, and the most that one has at work: one of each kind is run, forward
@@ -13,32 +13,49 @@ logits       the tiles of head.py, with the head's gradient, which is made in th
 cache        keys and values (rollout/engine.py), of full-length samples
 graphs       what a decode step has at work, kept by the graphs' pool on CUDA
 
-Sequences are taken to be as long as the recipe lets them be. Not counted: the process itself with its libraries, the
-CUDA context (0.5 GB), what an allocator has free between tensors, and rewards.
+Prompts and rows are as long as the files have them (lengths.py), completions as long as the recipe lets them be. Not
+counted: the process itself with its libraries, the CUDA context (0.5 GB), what an allocator has free between tensors,
+rewards, and a vLLM in the process, whose part of the device is gpu_memory_utilization.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from rich import box
 from rich.table import Table
 
+from r1fast import host_memory
 from r1fast.activations import Layer, layer_activations
 from r1fast.config import ConfigError
+from r1fast.lengths import Lengths
 from r1fast.models.cache import BlockCache, free_memory
-from r1fast.models.decoder import Decoder, DecoderLayer
-from r1fast.models.lora import LoraConfig, add_adapters
 from r1fast.models.model_config import ModelConfig
 from r1fast.parallel.optim import PART_NUMEL
 from r1fast.parallel.parallelize import ONE_UNIT_NUMEL
-from r1fast.preflight_models import architecture_of, checkpoint_of
+from r1fast.preflight_models import (
+    architecture_of,
+    checkpoint_of,
+    kinds_of_layers,
+    layer_shapes,
+    lora_config,
+    tokenizer_of,
+    with_adapters,
+)
 from r1fast.rollout.scheduler import num_blocks_of
-from r1fast.schema import GRPOStage, Recipe, RewardModelStage
-from r1fast.schema_options import EvalOptions, FitOptions, LoraOptions, SampleOptions, StageBase, TrainOptions
+from r1fast.schema import CollectStage, DistillStage, GRPOStage, PretrainStage, Recipe, RewardModelStage
+from r1fast.schema_options import (
+    EvalOptions,
+    FitOptions,
+    GenerateOptions,
+    LoraOptions,
+    SampleOptions,
+    StageBase,
+    TrainOptions,
+)
 from r1fast_kernels import head
+from r1fast_kernels.decode_attention import BLOCK
 
 ADVICE = {
     "activations": "lower max_tokens_per_microbatch, or set trainer.activation_checkpointing",
@@ -73,42 +90,35 @@ class Estimate:
 class _Model:
     """Sizes of a decoder, of which a layer of each kind is built on meta."""
 
-    def __init__(self, config: ModelConfig, lora: LoraOptions | None = None) -> None:
-        self.config = config
-        kinds = [(config.is_moe_layer(i), config.layer(i)) for i in range(config.num_hidden_layers)]
-        self.kinds = [kinds.index(kind) for kind in kinds]  # of each layer: the first one of its kind
-        shapes: dict[int, list[torch.Size]] = {}
-        for i in set(self.kinds):
-            with torch.device("meta"):
-                shapes[i] = [x.shape for x in DecoderLayer(config, i).parameters()]
-        self.layers = [sum(x.numel() for x in shapes[i]) for i in self.kinds]
-        self.matrices = Counter(shape for i in self.kinds for shape in shapes[i] if len(shape) > 1)
-        head = config.vocab_size * config.hidden_size
-        self.root = head + config.hidden_size  # norm and head, and the embedding with them where it is tied
-        self.numel = sum(self.layers) + self.root + (0 if config.tie_word_embeddings else head)
-        self.adapters = 0 if lora is None else _adapters(config, lora)
+    def __init__(self, config: ModelConfig, lora: LoraOptions | None = None, *, num_outputs: int | None = None) -> None:
+        """num_outputs: 1 of a reward model, whose head is its own; None: the vocabulary."""
+        self.config, self.num_outputs = config, num_outputs or config.vocab_size
+        self.kinds, shapes = kinds_of_layers(config), layer_shapes(config)
+        self.layers = [sum(x.numel() for x in layer) for layer in shapes]
+        self.matrices = Counter(shape for layer in shapes for shape in layer if len(shape) > 1)
+        self.root = (self.num_outputs + 1) * config.hidden_size  # norm and head; the embedding too where it is the head
+        tied = config.tie_word_embeddings and num_outputs is None
+        embed = 0 if tied else config.vocab_size * config.hidden_size
+        self.numel = sum(self.layers) + self.root + embed
+        self.lora = None if lora is None else lora_config(lora)
+        adapted = () if lora is None else with_adapters(config, lora).parameters()
+        self.adapters = sum(x.numel() for x in adapted if x.requires_grad)
         self.trained = self.numel if lora is None else self.adapters
         self.is_one_unit = self.numel <= ONE_UNIT_NUMEL
-        self.largest_unit = self.numel if self.is_one_unit else max(*self.layers, self.root)
+        self.ends = max(self.root, embed)  # of the units beside the layers
+        self.largest_unit = self.numel if self.is_one_unit else max(*self.layers, self.ends)
 
     def gathered(self, num_ranks: int) -> int:
         """Parameters that a rank has whole while it trains."""
         whole = self.is_one_unit or num_ranks == 1
-        return self.numel if whole else min(self.root + 3 * max(self.layers), self.numel)
-
-
-def _adapters(config: ModelConfig, lora: LoraOptions) -> int:
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    add_adapters(decoder, LoraConfig(**lora.model_dump(exclude={"merge_and_unload"})))
-    return sum(x.numel() for x in decoder.parameters() if x.requires_grad)
+        return self.numel if whole else min(self.ends + 3 * max(self.layers), self.numel)
 
 
 class Estimator:
     """Of a recipe on `num_ranks` ranks, each with a device of this type."""
 
     def __init__(self, recipe: Recipe, num_ranks: int, device: str) -> None:
-        self.recipe, self.ranks, self.device = recipe, num_ranks, device
+        self.recipe, self.ranks, self.device, self.lengths = recipe, num_ranks, device, Lengths(recipe)
         name = recipe.model.dtype if recipe.model.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
         self.dtype: torch.dtype = getattr(torch, name)
 
@@ -118,34 +128,70 @@ class Estimator:
         if config is None:
             return None
         lora = stage.lora if isinstance(stage, TrainOptions) else None
-        model, found = _Model(config, lora), Estimate(stage.name)
-        frozen = [_Model(x) for x in self._frozen(stage) if x is not None]
+        outputs = 1 if isinstance(stage, RewardModelStage) else None
+        model, found = _Model(config, lora, num_outputs=outputs), Estimate(stage.name)
+        for name, other in self._samplers(stage) if isinstance(stage, GenerateOptions) else ():
+            asked = self._asked(stage, of_teacher=True)
+            found.phases.append(Phase(name, {"weights": self._shards(other)} | self._generate(stage, other, asked)))
+        frozen = list(self._frozen(stage))
         rest = self._resident(stage, model, frozen)
-        # Frozen models are read after the optimizer is made. On one rank their gathered weights stay, once they ran.
-        found.phases.append(Phase("load", rest if frozen else {"weights": rest["weights"]}))
-        left = [] if self._offloads("reference") else frozen
-        stays = {"gathered": self.dtype.itemsize * sum(x.gathered(self.ranks) for x in left)}
-        if _samples(stage)[0]:
-            generate = rest | self._generate(stage, model)
+        # Frozen models are read after the optimizer is made. A rank of pretrain makes the model whole and keeps a part.
+        whole = 4 * model.numel if isinstance(stage, PretrainStage) else rest["weights"]
+        away = [x for x in frozen if x not in self._here(stage, frozen)]  # not yet
+        load = rest | {"weights": rest["weights"] + sum(map(self._shards, away))} if frozen else {"weights": whole}
+        found.phases.append(Phase("load", load))
+        # On one rank the gathered weights of frozen models stay, once they ran.
+        stays = {"gathered": self.dtype.itemsize * sum(x.gathered(self.ranks) for x in self._here(stage, frozen))}
+        ahead: dict[str, int] = {}  # what samples meanwhile
+        asked = self._asked(stage)
+        if isinstance(stage, GenerateOptions) and asked[0]:
+            generate = rest | self._generate(stage, model, asked)
             generate["gathered"] += stays["gathered"]
             found.phases.append(Phase("generate", generate))
+            if self._is_ahead(stage):
+                ahead = {name: size for name, size in generate.items() if name not in (*rest, "gathered")}
         if isinstance(stage, TrainOptions):
             num_tokens, num_batches, found.tokens_per_step = self._batch(stage)
-            if isinstance(stage, GRPOStage) and (frozen or stage.num_updates() > stage.max_steps):
-                found.phases.append(Phase("score", self._score(stage, model, frozen, rest, num_tokens)))
-            found.phases.append(Phase("update", self._update(stage, model, frozen, rest, num_tokens, num_batches)))
-            found.phases.append(Phase("save", rest | stays | {"optimizer": self._state(stage, model, offloads=False)}))
+            if isinstance(stage, GRPOStage) and (old_logprobs := self._forwards(stage)) is not None:
+                score = self._score(stage, [model] * old_logprobs, frozen, rest, num_tokens)
+                found.phases.append(Phase("score", _sum(score, ahead)))
+            update = self._update(stage, model, frozen, rest, num_tokens, num_batches)
+            found.phases.append(Phase("update", _sum(update, ahead)))
+            save = rest | stays | {"optimizer": self._state(stage, model, offloads=False)}
+            found.phases.append(Phase("save", save))
         return found
 
     # ---- what stays ----
 
-    def _frozen(self, stage: StageBase) -> list[ModelConfig | None]:
+    def _frozen(self, stage: StageBase) -> Iterator[_Model]:
         """The models beside the one that is trained or sampled from."""
-        refs = []
-        if isinstance(stage, GRPOStage):
-            refs = [stage.ref_model] if stage.has_reference else []
-            refs += [spec.model for spec in stage.reward_models.values()]
-        return [self._config_of(ref, stage) for ref in refs]
+        if not isinstance(stage, GRPOStage):
+            return
+        refs = [(stage.ref_model, None)] if stage.has_reference else []
+        for ref, num_outputs in [*refs, *((spec.model, 1) for spec in stage.reward_models.values())]:
+            if (config := self._config_of(ref, stage)) is not None:
+                yield _Model(config, num_outputs=num_outputs)
+
+    def _samplers(self, stage: StageBase) -> Iterator[tuple[str, _Model]]:
+        """Models that are sampled from while the stage's own is not there, and what they are to it."""
+        ref = stage.teacher if isinstance(stage, DistillStage) else None
+        if isinstance(stage, CollectStage) and stage.few_shot is not None:
+            ref = stage.few_shot.model
+        if ref is not None and (config := self._config_of(ref, stage)) is not None:
+            yield "teacher" if isinstance(stage, DistillStage) else "few_shot", _Model(config)
+
+    def _shards(self, model: _Model) -> int:
+        """Of a frozen one."""
+        return self.dtype.itemsize * model.numel // self.ranks
+
+    def _is_ahead(self, stage: StageBase) -> bool:
+        return isinstance(stage, GRPOStage) and self.recipe.rollout.async_steps > 0
+
+    def _forwards(self, stage: GRPOStage) -> bool | None:
+        """Whether the policy is run for log-probs before an update; None: nothing is."""
+        many = stage.num_updates() > stage.max_steps and stage.old_logprobs == "policy"
+        policy = many or stage.loss.top_entropy_quantile < 1 or (stage.loss.beta > 0 and not stage.has_reference)
+        return policy if policy or stage.has_reference or stage.reward_models else None
 
     def _config_of(self, ref: str | None, stage: StageBase) -> ModelConfig | None:
         if ref is None:
@@ -155,12 +201,17 @@ class Estimator:
     def _offloads(self, name: str) -> bool:
         return name in self.recipe.trainer.offload
 
+    def _here(self, stage: StageBase, frozen: list[_Model]) -> list[_Model]:
+        """Without an offloaded reference, which comes first."""
+        away = self._offloads("reference") and isinstance(stage, GRPOStage) and stage.has_reference
+        return frozen[1:] if away else frozen
+
     def _resident(self, stage: StageBase, model: _Model, frozen: list[_Model]) -> dict[str, int]:
         is_whole = isinstance(stage, TrainOptions) and stage.lora is None
         size = (4 if is_whole else self.dtype.itemsize) * model.numel + 4 * model.adapters
-        first = 1 if self._offloads("reference") and isinstance(stage, GRPOStage) and stage.has_reference else 0
-        size += self.dtype.itemsize * sum(other.numel for other in frozen[first:])
-        found = {"weights": size // self.ranks}
+        found = {"weights": size // self.ranks + sum(map(self._shards, self._here(stage, frozen)))}
+        if self._is_ahead(stage):
+            found["weights"] += self.dtype.itemsize * model.numel
         if isinstance(stage, TrainOptions):
             found["optimizer"] = self._state(stage, model, offloads=self._offloads("optimizer"))
         return found
@@ -176,50 +227,60 @@ class Estimator:
 
     def _batch(self, stage: TrainOptions) -> tuple[int, int, int]:
         """Tokens of a full micro-batch, micro-batches of a step on a rank, tokens of a step in all."""
-        if isinstance(stage, GRPOStage):
-            length = stage.max_prompt_length + stage.max_completion_length - 1
-            count = stage.prompts_per_step * stage.num_generations // stage.steps_per_generation
-        else:
-            assert isinstance(stage, FitOptions)
-            length = min(stage.max_length, stage.max_tokens_per_microbatch)
-            count = stage.batch_size * (2 if isinstance(stage, RewardModelStage) and stage.loss == "pairwise" else 1)
+        if isinstance(stage, FitOptions):
+            return self.lengths.batches(stage, self.ranks)
+        assert isinstance(stage, GRPOStage)
+        length = self.lengths.prompt(stage, ["train_files"]) + stage.max_completion_length - 1
+        count = stage.prompts_per_step * stage.num_generations // stage.steps_per_generation
         mine = -(-count // self.ranks)
         together = max(1, min(mine, stage.max_tokens_per_microbatch // length))
         return length * together, -(-mine // together), count * length
 
-    def _generate(self, stage: Any, model: _Model) -> dict[str, int]:
+    def _asked(self, stage: StageBase, *, of_teacher: bool = False) -> tuple[int, int]:
+        """The most samples that are asked for at a time, and their prompts; very many, where data tell the number."""
+        found = [(0, 0)]
+        if isinstance(stage, GRPOStage):
+            found.append((stage.prompts_per_step * stage.num_generations, stage.prompts_per_step))
+        if isinstance(stage, SampleOptions) and (of_teacher or not isinstance(stage, DistillStage)):
+            prompts = stage.num_prompts or self.lengths.num_rows(stage, "train_files")
+            found.append((prompts * stage.most_samples(), prompts))
+        if isinstance(stage, EvalOptions) and stage.eval_files and not of_teacher:
+            prompts = stage.eval_limit or self.lengths.num_rows(stage, "eval_files")
+            found.append((prompts * stage.eval_num_samples, prompts))
+        return max(found)
+
+    def _generate(self, stage: GenerateOptions, model: _Model, asked: tuple[int, int]) -> dict[str, int]:
         config, size, rollout = model.config, self.dtype.itemsize, self.recipe.rollout
         found = {"gathered": size * model.numel}
         if rollout.engine != "r1fast":
             return found
-        samples, prompts = _samples(stage)
-        rows = min(rollout.max_num_seqs, -(-samples // self.ranks))
-        prompts = min(rows, -(-prompts // self.ranks))
-        shared, own = stage.max_prompt_length // 16, stage.max_prompt_length + stage.max_completion_length - 1
-        blocks = rows * (num_blocks_of(own) - shared) + prompts * num_blocks_of(stage.max_prompt_length)
+        rows, prompts = (min(rollout.max_num_seqs, -(-number // self.ranks)) for number in asked)
+        length = self.lengths.prompt(stage)
+        own = num_blocks_of(length + stage.max_completion_length - 1)
+        blocks = rows * (own - length // BLOCK) + prompts * num_blocks_of(length)
         found["cache"] = blocks * BlockCache.bytes_per_block(config, self.dtype)
         if rollout.kv_cache_memory_bytes is not None:
             found["cache"] = min(found["cache"], rollout.kv_cache_memory_bytes)
         # The step's, and those that samples of a prompt wait for.
         found["logits"] = (rows + prompts) * config.vocab_size * size
-        length = min(stage.max_prompt_length, rollout.max_num_batched_tokens)
-        together = max(1, min(prompts, rollout.max_num_batched_tokens // length))
-        found["activations"] = self._inference(model, length * together)
+        part = min(length, rollout.max_num_batched_tokens)
+        together = max(1, min(prompts, rollout.max_num_batched_tokens // part))
+        found["activations"] = self._inference(model, part * together)
         if self.device == "cuda" and not rollout.enforce_eager:
             found["graphs"] = self._inference(model, rows) + rows * config.vocab_size * size
         return found
 
     def _score(
-        self, stage: GRPOStage, model: _Model, frozen: list[_Model], rest: dict[str, int], num_tokens: int
+        self, stage: GRPOStage, policy: list[_Model], frozen: list[_Model], rest: dict[str, int], num_tokens: int
     ) -> dict[str, int]:
-        found = dict(rest)
-        found["gathered"] = self.dtype.itemsize * sum(
-            x.gathered(self.ranks) for x in ([model] if stage.num_updates() > stage.max_steps else []) + frozen
-        )
+        """policy: itself, where it is run too."""
+        models = policy + frozen
+        found = rest | {"gathered": self.dtype.itemsize * sum(x.gathered(self.ranks) for x in models)}
         if self._offloads("reference") and stage.has_reference:
-            found["weights"] += self.dtype.itemsize * frozen[0].numel // self.ranks
-        found["activations"] = self._inference(model, num_tokens)
-        found["logits"] = min(head.WIDE_TILE_BYTES[self.device], num_tokens * model.config.vocab_size * 4)
+            found["weights"] += self._shards(frozen[0])
+        found["activations"] = max(self._inference(x, num_tokens) for x in models)
+        outputs = max(x.num_outputs for x in models)
+        found["logits"] = min(head.WIDE_TILE_BYTES[self.device], num_tokens * outputs * 4)
         return found
 
     def _inference(self, model: _Model, num_tokens: int) -> int:
@@ -229,7 +290,7 @@ class Estimator:
     def _layers(self, model: _Model, num_tokens: int) -> list[Layer]:
         setting = self.recipe.trainer.activation_checkpointing
         layer = {
-            i: layer_activations(model.config, i, num_tokens, self.dtype, self.device, setting)
+            i: layer_activations(model.config, i, num_tokens, self.dtype, self.device, setting, model.lora)
             for i in set(model.kinds)
         }
         return [layer[i] for i in model.kinds]
@@ -241,15 +302,15 @@ class Estimator:
         """The worst of: the head, each layer's backward, the optimizer's step."""
         size, config = self.dtype.itemsize, model.config
         reduced = torch.float32.itemsize if self.recipe.trainer.reduce_dtype == "float32" else 2
-        left = [] if self._offloads("reference") else frozen
-        base = rest | {"gathered": size * sum(x.gathered(self.ranks) for x in (model, *left))}
+        here = [model, *self._here(stage, frozen)]
+        base = rest | {"gathered": size * sum(x.gathered(self.ranks) for x in here)}
         hidden = num_tokens * config.hidden_size * size
         layers = self._layers(model, num_tokens)
         kept = hidden + sum(layer.kept for layer in layers)
         shards = 4 * model.trained // self.ranks
         every = shards if num_batches > 1 else 0  # of the micro-batches before
         # Final norm, what of it is learned from, and its gradient; the head's own gradient, summed in fp32 over tiles.
-        vocab = 1 if isinstance(stage, RewardModelStage) else config.vocab_size
+        vocab = model.num_outputs
         tile = min(head.TALL_TILE_BYTES[self.device], num_tokens * vocab * size)
         sums = vocab * config.hidden_size * (size if num_tokens * vocab * size <= tile else 4 + size)
         if model.adapters:  # the head has no gradient, and a unit but a small one
@@ -291,42 +352,35 @@ class Estimator:
         return found
 
 
-def _samples(stage: Any) -> tuple[int, int]:
-    """The most samples that a stage asks for at a time, and their prompts; where data tell the number, very many."""
-    many = 1 << 20
-    found = [(0, 0)]
-    if isinstance(stage, GRPOStage):
-        found.append((stage.prompts_per_step * stage.num_generations, stage.prompts_per_step))
-    if isinstance(stage, SampleOptions) and (not hasattr(stage, "teacher") or stage.teacher is not None):
-        prompts = stage.num_prompts or many
-        found.append((prompts * stage.most_samples(), prompts))
-    if isinstance(stage, EvalOptions) and stage.eval_files:
-        prompts = stage.eval_limit or many
-        found.append((prompts * stage.eval_num_samples, prompts))
-    return max(found)
+def _sum(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    return {name: first.get(name, 0) + second.get(name, 0) for name in first | second}
 
 
 def estimate(recipe: Recipe, stages: Sequence[str], num_ranks: int, ranks_here: int) -> list[Estimate]:
     """Of these stages, on the device that there is; ConfigError for the first that cannot fit on it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    free = free_memory(device)
-    room = None if free is None else free // (1 if device.type == "cuda" else ranks_here)
+    room = free_memory(device) if device.type == "cuda" else host_memory.available(ranks_here)
     estimator = Estimator(recipe, num_ranks, device.type)
-    found = [estimator.of_stage(stage) for stage in recipe.stages if stage.name in stages]
+    try:
+        found = [estimator.of_stage(stage) for stage in recipe.stages if stage.name in stages]
+    finally:
+        for cached in (checkpoint_of, tokenizer_of):
+            cached.cache_clear()
     known = [stage for stage in found if stage is not None]
     for stage in known:
         most = max(stage.phases, key=lambda phase: phase.total)
         if room is not None and most.total > room:
             term = max(most.bytes, key=lambda name: most.bytes[name])
             advice = ADVICE.get(term, "take more ranks, a smaller model or model.dtype: bfloat16")
-            needed = f"{most.name} needs {_gib(most.total)} GiB on each of {num_ranks} ranks, {term} most of it"
+            where = f"on each of {num_ranks} ranks, " if num_ranks > 1 else ""
+            needed = f"{most.name} needs {_gib(most.total)} GiB {where}{term} most of it"
             raise ConfigError(f"stages.{stage.stage}: {needed}; {device.type} has {_gib(room)} GiB free: {advice}")
     return known
 
 
 def memory_table(found: Sequence[Estimate], num_ranks: int) -> Table:
     used = [term for term in TERMS if any(phase.bytes.get(term) for stage in found for phase in stage.phases)]
-    title = f"GiB on each of {num_ranks} ranks, at the worst moment of a phase"
+    title = f"GiB on {'the rank' if num_ranks == 1 else f'each of {num_ranks} ranks'}, at the worst moment of a phase"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for heading in ("stage", "tokens/step", "phase", "total", *used):
         table.add_column(heading, justify="left" if heading in ("stage", "phase") else "right", no_wrap=True)
@@ -339,4 +393,4 @@ def memory_table(found: Sequence[Estimate], num_ranks: int) -> Table:
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g}"
+    return f"{size / 2**30:.3g}" if size < 1000 << 30 else f"{size / 2**30:,.0f}"

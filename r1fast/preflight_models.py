@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 
@@ -91,12 +90,22 @@ def _router_problems(stage: StageBase, config: ModelConfig) -> Iterator[str]:
 
 
 def _lora_problems(options: LoraOptions, config: ModelConfig) -> Iterator[str]:
-    with torch.device("meta"):
-        decoder = Decoder(config)
     try:
-        add_adapters(decoder, LoraConfig(**options.model_dump(exclude={"merge_and_unload"})))
+        with_adapters(config, options)
     except ValueError as error:
         yield f"lora.{error}"
+
+
+def with_adapters(config: ModelConfig, options: LoraOptions) -> Decoder:
+    """A decoder with its adapters, on meta; ValueError."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    add_adapters(decoder, lora_config(options))
+    return decoder
+
+
+def lora_config(options: LoraOptions) -> LoraConfig:
+    return LoraConfig(**options.model_dump(exclude={"merge_and_unload"}))
 
 
 def _tokenizer_problems(key: str, ref: str) -> Iterator[str]:
@@ -132,11 +141,21 @@ def _architecture_problems(stage: PretrainStage, num_tokens: int) -> Iterator[st
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Parameters of the decoder: a layer of each kind is built on meta, so that a huge architecture costs nothing."""
-    total = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) + config.hidden_size
-    is_moe = [config.is_moe_layer(i) for i in range(config.num_hidden_layers)]
-    for kind, count in Counter(is_moe).items():
+    """Parameters of the decoder."""
+    ends = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) + config.hidden_size
+    return ends + sum(math.prod(shape) for layer in layer_shapes(config) for shape in layer)
+
+
+def kinds_of_layers(config: ModelConfig) -> list[int]:
+    """Of each layer the first that is built alike."""
+    kinds = [(config.is_moe_layer(i), config.layer(i)) for i in range(config.num_hidden_layers)]
+    return [kinds.index(kind) for kind in kinds]
+
+
+def layer_shapes(config: ModelConfig) -> list[list[torch.Size]]:
+    """Of the parameters of each layer: one of each kind is built on meta, so that a huge architecture costs nothing."""
+    kinds, shapes = kinds_of_layers(config), dict[int, list[torch.Size]]()
+    for i in set(kinds):
         with torch.device("meta"):
-            layer = DecoderLayer(config, is_moe.index(kind))
-        total += count * sum(math.prod(parameter.shape) for parameter in layer.parameters())
-    return total
+            shapes[i] = [parameter.shape for parameter in DecoderLayer(config, i).parameters()]
+    return [shapes[i] for i in kinds]

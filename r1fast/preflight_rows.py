@@ -114,9 +114,11 @@ def row_problems(recipe: Recipe, stage: StageBase, rows_of: Mapping[str, Rows], 
             yield from prompt_problems(stage, rows)
         if isinstance(stage, options.SampleOptions) and "data" in stage.makes:
             yield from _sampling_problems(recipe, stage, rows, notes)
-        elif isinstance(stage, options.EpochOptions) and stage.warmup_steps > (steps := stage.updates_on(len(rows))):
-            # A reward model holds some rows out, so it may have fewer.
-            yield f"warmup_steps: {stage.warmup_steps} is more than the {steps} steps that {len(rows)} rows make"
+        elif isinstance(stage, options.EpochOptions):
+            steps = stage.updates_on(len(rows))  # a reward model holds some rows out, so it may have fewer
+            for name in ("warmup_steps", "eval_steps"):
+                if (value := getattr(stage, name, None) or 0) > steps:
+                    yield f"{name}: {value} is more than the {steps} steps that {len(rows)} rows make"
     if isinstance(stage, schema.CollectStage) and stage.few_shot and "few_shot.examples_files" in rows_of:
         yield from few_shot_problems(stage.few_shot, rows_of["few_shot.examples_files"], rows or ())
 

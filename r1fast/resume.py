@@ -14,13 +14,18 @@ from r1fast.artifacts import fingerprints, inputs_of
 from r1fast.config import ConfigError, apply_overrides, dump_recipe, load_recipe, shown, validate
 from r1fast.run_folder import read_record
 from r1fast.schema import Recipe
-from r1fast.schema_options import GenerateOptions, SampleOptions
+from r1fast.schema_options import EvalOptions, GenerateOptions, SampleOptions
 
 CONFIG, SUMMARY, STAGE = "config.yaml", "summary.json", "stage.json"
 _OF_A_STAGE = (STAGE, "checkpoints", "metrics.jsonl", "model", "data.jsonl")  # stage.json comes before all others
 _HEADER = re.compile(r"# crc32 ([0-9a-f]{8}) .*")
 # A checkpoint holds weights and moments of these; it could not be loaded, or what is changed would go unused.
 _IN_THE_CHECKPOINT = ("kind", "model", "architecture", "tokenizer", "vocab_size", "optimizer", "lora")
+# Its evaluations under way are compared, and only the checkpoint of the best of them is there.
+_IN_THE_VALIDATIONS = (
+    *EvalOptions.__annotations__, *GenerateOptions.__annotations__, "eval_steps_limit", "metric_for_best_model",
+    "load_best_model_at_end",
+)  # fmt: skip
 _IN_THE_SAMPLES = ("teacher", "train_files", "seed", *SampleOptions.__annotations__, *GenerateOptions.__annotations__)
 
 
@@ -214,6 +219,8 @@ def _why_not(path: tuple[str, ...], saved: Saved, recipe: Recipe) -> str:
         return f"stage {name} has begun"
     if key in _IN_THE_CHECKPOINT and _has_checkpoint(saved, name):
         return f"the checkpoint of stage {name} holds it"
+    if entry.get("validations") and key in _IN_THE_VALIDATIONS and getattr(recipe.stage(name), "chooses", False):
+        return f"the best step of stage {name} is chosen by it"
     return f"stage {name} has sampled with it" if has_sampled and key in _IN_THE_SAMPLES else ""
 
 

@@ -198,9 +198,25 @@ def _measured(options: dict[str, Any]) -> dict[str, Any]:
 
 
 Rewards = Annotated[dict[RewardName, Reward], Reads("code")]
+# Of an evaluation, and of its completions: a reward of such a name would hide it, or be hidden.
+_TAKEN = frozenset({
+    "pass@1", "pass@1_ci", "pass@k", "cons@k", "greedy", "n", "k", "split", "temperature", "top_p", "length",
+    "failures", "unscorable", "files", "step", "file", "row", "kind", "prompt", "gold", "completion", "finish_reason",
+    "tokens",
+})  # fmt: skip
+
+
+def _free_names(rewards: dict[str, Any]) -> dict[str, Any]:
+    if taken := sorted(_TAKEN & rewards.keys()):
+        how = f"choose another name, with function: {taken[0]}"
+        raise ValueError(f"{taken[0]!r} is what an evaluation calls something of its own; {how}")
+    return rewards
+
+
 EvalRewards = Annotated[
-    dict[RewardName, Annotated[dict[str, Any], AfterValidator(_measured)]], Field(min_length=1), Reads("code")
-]
+    dict[RewardName, Annotated[dict[str, Any], AfterValidator(_measured)]], Field(min_length=1),
+    AfterValidator(_free_names), Reads("code"),
+]  # fmt: skip
 
 
 def reward_specs(rewards: Mapping[str, float | RewardSpec | dict[str, Any]]) -> dict[str, RewardSpec]:
@@ -253,6 +269,8 @@ class EvalOptions(GenerateOptions):
         if self.eval_files and self.eval_temperature == 0 and (k := self.eval_num_samples) > 1:
             what = f"eval_num_samples = {k} with eval_temperature 0 are {k} equal samples"
             yield f"{what}: set eval_num_samples: 1, or raise eval_temperature"
+        if self.eval_temperature == 0 and self.changed(["eval_top_p"]):
+            yield f"eval_top_p = {self.eval_top_p} does not apply: at eval_temperature 0 the likeliest token is taken"
 
 
 class ValidationOptions(EvalOptions):
@@ -270,12 +288,24 @@ class ValidationOptions(EvalOptions):
         if self.eval_steps is None:
             for name in self.changed(["eval_steps_limit", *best]):
                 yield f"{name} needs eval_steps: without them nothing is evaluated under way"
-        elif "metric_for_best_model" in self.changed(best) and not self.changed(best[1:]):
+            return
+        if "metric_for_best_model" in self.changed(best) and not self.chooses:
             yield "metric_for_best_model needs load_best_model_at_end or early_stopping_patience: set one, or drop it"
-        measured = [*("pass@1", "pass@k", "cons@k", "greedy")[: 4 if self.eval_greedy else 3], *self.eval_rewards]
-        measured = [name for name in measured if name != "accuracy"]
-        if (metric := self.metric_for_best_model) not in measured:
+        if (most := getattr(self, "max_steps", None)) is not None and self.eval_steps > most:
+            yield f"eval_steps = {self.eval_steps} is more than max_steps = {most}: nothing is evaluated under way"
+        if self.eval_limit is not None and (self.eval_steps_limit or 0) > self.eval_limit:
+            yield f"eval_steps_limit = {self.eval_steps_limit} is more than eval_limit = {self.eval_limit}"
+        measured = (
+            ["pass@1", "pass@k", "cons@k", *["greedy"] * self.eval_greedy] if "accuracy" in self.eval_rewards else []
+        )
+        measured += [name for name in self.eval_rewards if name != "accuracy"]
+        if self.chooses and (metric := self.metric_for_best_model) not in measured:
             yield f"metric_for_best_model = {metric!r} is not measured; expected one of {', '.join(measured)}"
+
+    @property
+    def chooses(self) -> bool:
+        """Whether something depends on which evaluation is the best."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
 
 
 class LoraOptions(Strict):
@@ -377,6 +407,8 @@ class SampleOptions(GenerateOptions):
         most = self.most_samples()
         if self.temperature == 0 and most > 1:
             yield f"num_samples = {most} with temperature 0 are {most} equal samples: set it to 1"
+        if self.temperature == 0 and self.changed(["top_p"]):
+            yield f"top_p = {self.top_p} does not apply: at temperature 0 the likeliest token is taken; drop it"
         if self.max_per_prompt is not None and self.max_per_prompt > most:
             yield f"max_per_prompt = {self.max_per_prompt} is more than num_samples = {most}: drop it"
 

@@ -1,16 +1,23 @@
 """The memory estimate: activations against sums by hand, terms against the recipe, and what cannot fit."""
 
+import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from r1fast import memory
+from r1fast import host_memory, memory
 from r1fast.activations import layer_activations
 from r1fast.config import ConfigError, load_recipe
+from r1fast.models.lora import LoraConfig
 from r1fast.models.model_config import ModelConfig
-from tests.tiny_checkpoint import write_recipe
+from r1fast.preflight_models import checkpoint_of
+from tests.tiny_checkpoint import GRPO, PROMPTS, write_checkpoint, write_jsonl, write_recipe
+from tests.zoo import fields
 
 FIELDS = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
@@ -22,12 +29,28 @@ STAGE = {
 }  # fmt: skip
 
 
-def estimate(tmp_path: Path, num_ranks: int = 1, **sections: Any) -> dict[str, memory.Phase]:
-    stage = STAGE | sections.pop("stage", {})
-    recipe = load_recipe(str(write_recipe(tmp_path / "mine.yaml", stage, **sections)), [])
-    found = memory.Estimator(recipe, num_ranks, "cpu").of_stage(recipe.stages[0])
-    assert found is not None and found.tokens_per_step == 8 * 512
+WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five", "six", "seven"]
+ROWS = [{"text": " ".join(WORDS[i * i % 10] for i in range(120))}] * 16  # of one length
+
+
+def estimate(folder: Path, *stages: dict[str, Any], num_ranks: int = 1, **sections: Any) -> memory.Estimate:
+    """Of the last stage."""
+    recipe = load_recipe(str(write_recipe(folder / "mine.yaml", *stages, **sections)), [])
+    found = memory.Estimator(recipe, num_ranks, "cpu").of_stage(recipe.stages[-1])
+    assert found is not None
+    return found
+
+
+def phases(found: memory.Estimate) -> dict[str, memory.Phase]:
     return {phase.name: phase for phase in found.phases}
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    write_jsonl(tmp_path / "train.jsonl", PROMPTS)
+    return tmp_path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -42,30 +65,121 @@ def test_a_layer_keeps_what_can_be_counted_by_hand(dtype: torch.dtype) -> None:
     assert kept["full"] == 1000 * 64 * item
 
 
-def test_the_terms_follow_the_recipe(tmp_path: Path) -> None:
-    one, two = estimate(tmp_path), estimate(tmp_path, num_ranks=2)
+def test_what_adapters_keep_can_be_counted_by_hand() -> None:
+    """Of q alone, r 2: the base keeps no input for a gradient of its weight, A its input, B what A gave."""
     config = ModelConfig.from_dict(FIELDS)
-    numel = memory._Model(config).numel
-    assert one["load"].bytes == {"weights": 4 * numel} and two["load"].total == 2 * numel
-    assert one["update"].bytes["optimizer"] == 8 * numel
+    lora = [LoraConfig(r=2, target_modules=targets) for targets in (["q_proj"], ["q_proj", "down_proj"])]
+    one, two = (layer_activations(config, 0, 1000, torch.float32, "cpu", "none", x).kept for x in lora)
+    assert (
+        two - one == 1000 * (192 + 2) * 4
+        and one < layer_activations(config, 0, 1000, torch.float32, "cpu", "none").kept
+    )
+
+
+def test_the_terms_follow_the_recipe(files: Path) -> None:
+    found = estimate(files, STAGE)
+    length = found.tokens_per_step // 8
+    one, two = phases(found), phases(estimate(files, STAGE, num_ranks=2))
+    numel = memory._Model(ModelConfig.from_dict(FIELDS)).numel
+    # Each rank of pretrain makes the whole model.
+    assert one["load"].bytes == two["load"].bytes == {"weights": 4 * numel}
+    assert one["update"].bytes["optimizer"] == 8 * numel == 2 * two["update"].bytes["optimizer"]
     assert two["update"].bytes["activations"] < 0.6 * one["update"].bytes["activations"]
-    small = estimate(tmp_path, stage={"max_tokens_per_microbatch": 512})
+    small = phases(estimate(files, STAGE | {"max_tokens_per_microbatch": length}))
     assert small["update"].bytes["activations"] < 0.2 * one["update"].bytes["activations"]
     totals = [
-        estimate(tmp_path, trainer={"activation_checkpointing": kind})["update"].total
+        phases(estimate(files, STAGE, trainer={"activation_checkpointing": kind}))["update"].total
         for kind in ("none", "selective", "full")
     ]
     assert totals == sorted(totals, reverse=True) and len(set(totals)) == 3
-    away = estimate(tmp_path, trainer={"offload": ["optimizer"]})
+    away = phases(estimate(files, STAGE, trainer={"offload": ["optimizer"]}))
     assert away["update"].total == one["update"].total - 8 * numel
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load_recipe(str(write_recipe(tmp_path / "mine.yaml", STAGE)), [])
+def test_tokens_are_those_of_the_run(files: Path, command) -> None:
+    """Of rows that differ, encoded by a tokenizer that the stage trains."""
+    write_jsonl(files / "rows.jsonl", [{"text": " ".join(WORDS[: i % 10 + 1])} for i in range(40)])
+    stage = STAGE | {"max_steps": 9}
+    found = estimate(files, stage, name="mine")
+    assert command("--config", "mine.yaml", "--output-dir", "run") == 0
+    lines = (files / "run" / "base" / "metrics.jsonl").read_text().splitlines()
+    assert found.tokens_per_step == max(json.loads(line)["num_tokens"] for line in lines)
+
+
+def test_rows_that_are_still_to_be_made_are_bounded_by_what_makes_them(files: Path) -> None:
+    model = {"path": str(write_checkpoint(files / "model"))}
+    cold = {"name": "cold", "kind": "collect", "train_files": ["train.jsonl"], "max_completion_length": 30}
+    tuned = {"name": "tuned", "kind": "sft", "train_files": ["@cold"], "batch_size": 4}
+    found = estimate(files, cold | {"prompt_template": "plain"}, tuned, model=model)
+    assert 4 * 30 < found.tokens_per_step < 4 * (30 + 60)  # and not 4 * max_length
+
+
+def test_what_else_is_there(files: Path) -> None:
+    """A teacher, which may be larger; the copy that a thread samples from; reward models, whose head is one row."""
+    small, large = (str(write_checkpoint(files / str(size), **fields("qwen2", hidden_size=size))) for size in (32, 128))
+    zero, model = dict(GRPO, beta=0.0), {"path": small}
+    numel, whole = (memory._Model(checkpoint_of(path)[0]).numel for path in (small, large))
+    student = {"name": "student", "kind": "distill", "train_files": ["train.jsonl"], "teacher": large}
+    found = phases(estimate(files, student | {"max_completion_length": 8}, model=model))
+    assert found["teacher"].bytes["gathered"] == 4 * whole > 2 * found["load"].bytes["weights"]
+    assert "generate" not in found
+    plain = phases(estimate(files, zero, model=model))
+    ahead = phases(estimate(files, zero, model=model, rollout={"async_steps": 1}))
+    assert "score" not in plain
+    assert ahead["update"].bytes["weights"] == plain["update"].bytes["weights"] + 4 * numel
+    assert ahead["update"].bytes["cache"] == plain["generate"].bytes["cache"]
+    judged = zero | {"reward_models": {"helpful": {"model": small}}}
+    with_model = phases(estimate(files, judged, model=model))
+    config = checkpoint_of(small)[0]
+    head = 0 if config.tie_word_embeddings else (config.vocab_size - 1) * config.hidden_size
+    more = with_model["update"].bytes["weights"] - plain["update"].bytes["weights"]
+    assert 0 < more <= 4 * (numel - head) + 4 * config.hidden_size
+    # An offloaded reference is away, the reward models beside it are not.
+    both = phases(estimate(files, judged | {"beta": 0.1}, model=model, trainer={"offload": ["reference"]}))
+    assert both["update"].bytes["gathered"] == with_model["update"].bytes["gathered"]
+
+
+def test_what_does_not_fit_is_refused(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(str(write_recipe(files / "mine.yaml", STAGE)), [])
     assert memory.estimate(recipe, ["base"], 1, 1)
-    monkeypatch.setattr(memory, "free_memory", lambda device: 20 << 20)
-    text = (
-        r"stages.base: update needs 0\.\S+ GiB on each of 1 ranks, activations most of it; cpu has 0\.0195 GiB free: "
-    )
-    with pytest.raises(ConfigError, match=text + "lower max_tokens_per_microbatch, or set trainer.activation_check"):
+    monkeypatch.setattr(host_memory, "available", lambda num_processes: (5 << 20) // num_processes)
+    text = r"stages.base: update needs 0\.\S+ GiB {}activations most of it; cpu has {} GiB free: "
+    advice = "lower max_tokens_per_microbatch, or set trainer.activation_check"
+    with pytest.raises(ConfigError, match=text.format("", r"0\.00488") + advice):
         memory.estimate(recipe, ["base"], 1, 1)
+    with pytest.raises(ConfigError, match=text.format("on each of 2 ranks, ", r"0\.00244")):
+        memory.estimate(recipe, ["base"], 2, 2)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """Its own group is mounted as the root, or a group above it has the limit; pages of files can be given back."""
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    monkeypatch.setattr(host_memory, "_PROC", proc)
+    monkeypatch.setattr(host_memory, "_CGROUPS", groups)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert host_memory.available() is None  # no such system
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:     800 kB\nHugePages_Total: 0\n")
+    assert host_memory.available() == 800 << 10 and host_memory.available(2) == 400 << 10
+    controllers, root, names = ("", groups, host_memory._NAMES)
+    if version == 1:
+        controllers, root, names = "memory", groups / "memory", host_memory._OLD_NAMES
+    (proc / "self" / "cgroup").write_text(f"3:cpu:/elsewhere\n7:{controllers}:/outer/inner\n")
+    for folder, limit in ((root, "9000000"), (root / "outer", "300000"), (root / "outer" / "inner", "max")):
+        folder.mkdir(parents=True)
+        for name, value in zip(names, (limit, "100000", None)):
+            if value is not None:
+                (folder / name).write_text(value)
+        (folder / "memory.stat").write_text(f"anon 1\n{names[2]} 20000\n")
+    assert host_memory.available() == 220_000 and host_memory.available(2) == 110_000
+    assert host_memory.total() == 300_000
+
+
+def test_memory_under_ulimit() -> None:
+    """Of each process, however many there are."""
+    code = "from r1fast import host_memory as m; print(m.available(), m.available(1000))"
+    shell = f"ulimit -v 600000; exec {sys.executable} -c '{code}'"
+    done = subprocess.run(["bash", "-c", shell], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    alone, of_many = map(int, done.stdout.split())
+    assert 0 < of_many <= alone < 600_000 << 10, done.stderr

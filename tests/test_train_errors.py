@@ -238,7 +238,7 @@ def test_golds_that_accuracy_cannot_read(refuse_recipe, command, tmp_path: Path,
     )
     assert command("--config", tmp_path / "mine.yaml", "--output-dir", tmp_path / "run", "--dry-run") == 0
     note, *table = capsys.readouterr().err.splitlines()
-    assert table[0].startswith("GiB on each of 1 ranks")
+    assert table[0].startswith("GiB on the rank")
     assert note.startswith(
         "r1fast: note: stages.zero.rewards.accuracy: accuracy cannot read the answer of 3 of 28 rows"
     )
@@ -251,7 +251,7 @@ def test_chat_rows_need_no_gold(refuse_recipe, command, tmp_path: Path, capsys) 
     config = tmp_path / "mine.yaml"
     refuse_recipe({**GRPO, "rewards": {"accuracy": 1.0}, "prompts_per_step": 41})  # writes the recipe
     assert command("--config", config, "--output-dir", "run", "--dry-run", "stages.zero.prompts_per_step=2") == 0
-    assert capsys.readouterr().err.startswith("GiB on each of 1 ranks")
+    assert capsys.readouterr().err.startswith("GiB on the rank")
 
 
 def test_missing_few_shot_examples(refuse_recipe) -> None:

@@ -5,11 +5,10 @@ compressed kv beside the rotated shared key. For DeepSeek-V3 that is 576 values 
 16 b + i is token i of block b. Which blocks a sequence has is the caller's (rollout/blocks.py).
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
+from r1fast import host_memory
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.rope import Ropes
 from r1fast_kernels.decode_attention import BLOCK
@@ -65,10 +64,7 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if device.type == "cpu" and meminfo.exists() else []
-    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(available[0]) * 1024 if available else None
+    return host_memory.available() if device.type == "cpu" else None
 
 
 def _shapes(config: ModelConfig) -> list[tuple[int, int]]:

@@ -4,7 +4,6 @@ What comes back is judged before it is used: a reply answers the request that wa
 and is JSON of the expected form. Anything else costs the process, and the call.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -16,9 +15,9 @@ import subprocess
 import sys
 import time
 from multiprocessing import connection
-from pathlib import Path
 from typing import Any
 
+from r1fast import host_memory
 from r1fast.rewards.keeper import KILL_LIMIT_S
 from r1fast.rewards.worker import HEADER, MAX_REPLY_BYTES, Scored, cut
 
@@ -37,11 +36,7 @@ class CallFailed(Exception):
 
 def memory_share(num_workers: int) -> int:
     """Bytes for each worker: its part of half of the memory that this machine or its container has."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            limits.append(int(Path(path).read_text()))
-    return int(min(limits) * MEMORY_SHARE / num_workers)
+    return int(host_memory.total() * MEMORY_SHARE / num_workers)
 
 
 class WorkerProcess:

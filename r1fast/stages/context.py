@@ -1,6 +1,7 @@
 """What every stage is given: its settings, the run it belongs to, the ranks, and the clock."""
 
 import copy
+import gc
 import json
 import time
 from collections import deque
@@ -108,6 +109,9 @@ class StageContext(Generic[S]):
         A model that is trained is kept in float32, a frozen one in the dtype of the forward pass; with `lora` one that
         is trained is frozen, beside adapters in float32.
         """
+        # A model that nobody holds any more, an earlier stage's or a teacher, is still there, as FSDP's units and hooks
+        # refer to each other. With its optimizer it would take room beside this one until a collection happens to run.
+        gc.collect()
         lora = self.lora if trainable else None
         dtype = torch.float32 if trainable and lora is None else self.param_dtype
         path = self.model_path(ref)

@@ -23,7 +23,7 @@ from r1fast.schema import EvaluateStage
 from r1fast.schema_options import EvalOptions, LossOptions, ValidationOptions
 from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.sampler import Sample, Sampler, by_group, summary_of
-from r1fast.stages.scoring import Scorer
+from r1fast.stages.scoring import NothingScored, Scorer
 
 EVAL_SEED = 1_000_003  # noise of its own: an evaluation never repeats a rollout's
 
@@ -111,13 +111,20 @@ class Validation:
     def is_due(self, step: int) -> bool:
         return self.stage.eval_steps is not None and step > 0 and step % self.stage.eval_steps == 0
 
+    def begin(self, step: int) -> None:
+        """After so many steps: what a stopped run measured later is measured again."""
+        self.found[:] = [result for result in self.found if result["step"] <= step]
+
     def has_patience(self, step: int) -> bool:
         """After so many steps; evaluates, where that is due and not done."""
-        # What a stopped run measured after the checkpoint that it goes on from is measured again.
-        self.found[:] = [result for result in self.found if result["step"] <= step]
         if self.is_due(step) and all(result["step"] < step for result in self.found):
             limit = self.stage.eval_steps_limit
             result = evaluate(self.ctx, self.model, self.tokenizer, f"step_{step:05d}", limit=limit)
+            if self.stage.chooses and (metric := self.stage.metric_for_best_model) not in result:
+                what = (
+                    f"stages.{self.stage.name}: metric_for_best_model = {metric!r} was not measured after step {step}"
+                )
+                raise NothingScored(f"{what}: no row of eval_files has what it needs; name another metric or file")
             self.found.append({"step": step, **result})
             self.ctx.write_entry()
             shown = {name: value for name in shares([result]) if (value := score(result, name)) is not None}
@@ -157,7 +164,7 @@ def check_weights(ctx: StageContext, model: Decoder) -> None:
 def _table_row(file: str, kind: str, sample: Sample, tokenizer: Tokenizer) -> dict[str, Any]:
     """Of evaluations/*.parquet; a reward that does not apply is null."""
     rewards = {name: None if math.isnan(value) else value for name, value in sample.rewards.items()}
-    prompt = tokenizer.decode(sample.prompt_ids, skip_special_tokens=False)
+    prompt = tokenizer.decode(sample.prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     gold = sample.row.get("answer")
     gold = gold if gold is None or isinstance(gold, str) else json.dumps(gold, ensure_ascii=False, default=str)
     said = {"gold": gold, "completion": sample.text, "finish_reason": sample.finish_reason}

@@ -93,6 +93,12 @@ def permutation(size: int, seed: str) -> tuple[int, ...]:
     return tuple(order)
 
 
+def of_step(step: int, size: int, batch_size: int, seed: int) -> Sequence[int]:
+    """The numbers below size that a step takes: all of them in each epoch, which ends with a smaller step."""
+    epoch, place = divmod(step, -(-size // batch_size))
+    return permutation(size, f"{seed},{epoch}")[place * batch_size : (place + 1) * batch_size]
+
+
 def empty_batch(device: torch.device) -> PackedBatch:
     """Two tokens and nothing to learn: a rank that has no work left still takes part in every collective."""
     return collate([Example([0, 0], [], {})], device)

@@ -22,9 +22,7 @@ def run(ctx: StageContext[PretrainStage]) -> dict[str, Any]:
     stage = ctx.stage
     rows = ctx.rows()
     tokenizer = make_tokenizer(ctx, rows)
-    # Rows beyond those that the steps visit would be encoded for nothing.
-    rows = random.Random(ctx.seed).sample(rows, min(stage.max_steps * stage.batch_size, len(rows)))
-    examples = encode_rows(ctx, rows, tokenizer)
+    examples = encode_rows(ctx, visited(stage, rows, ctx.seed), tokenizer)
     model = build_model(ctx, tokenizer)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     train(ctx, model, tokenizer, examples, stage.max_steps)
@@ -33,14 +31,23 @@ def run(ctx: StageContext[PretrainStage]) -> dict[str, Any]:
     return {"eval_after": evaluate_end(ctx, model, tokenizer), "numbers": numbers}
 
 
+def visited(stage: PretrainStage, rows: list[dict], seed: int) -> list[dict]:
+    """The rows that the steps take: others would be encoded for nothing."""
+    return random.Random(seed).sample(rows, min(stage.max_steps * stage.batch_size, len(rows)))
+
+
 def make_tokenizer(ctx: StageContext[PretrainStage], rows: list[dict]) -> Tokenizer:
     if ctx.stage.tokenizer is not None:
         tokenizer = load_tokenizer(ctx.model_path(ctx.stage.tokenizer))
         assert tokenizer is not None, "preflight has read it"
         return tokenizer
+    return tokenizer_of_rows(rows, ctx.stage.vocab_size)
+
+
+def tokenizer_of_rows(rows: list[dict], vocab_size: int) -> Tokenizer:
     texts = (text for row in rows[:20_000] for part in prompt_and_target(row) for text in texts_of(part))
     without_tags = (reduce(lambda text, tag: text.replace(tag, "\n"), TAGS, text) for text in texts)
-    return train_tokenizer(without_tags, ctx.stage.vocab_size)
+    return train_tokenizer(without_tags, vocab_size)
 
 
 def build_model(ctx: StageContext[PretrainStage], tokenizer: Tokenizer) -> Decoder:

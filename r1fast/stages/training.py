@@ -17,7 +17,6 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from r1fast.config import ConfigError
 from r1fast.data.packing import balance, pack
 from r1fast.models.decoder import Decoder
 from r1fast.models.lora import set_noise
@@ -29,7 +28,9 @@ from r1fast.schema_options import TrainOptions
 from r1fast.stages.context import StageContext
 from r1fast.stages.evaluate import Validation
 from r1fast.stages.measures import Mean, Measures, merge, numbers
-from r1fast.stages.packed import Example, PackedBatch, collate, empty_batch, permutation
+from r1fast.stages.packed import Example, PackedBatch, collate, empty_batch, of_step
+from r1fast.stages.sampler import GenerationFailed
+from r1fast.stages.scoring import NothingScored
 from r1fast.stopping import Stopped
 
 # (batch, hidden_TD, weight_VD) -> (loss already divided by the global count, this batch's part of the metrics)
@@ -65,13 +66,10 @@ class Trainer:
         units: of as many examples each, which stay together. loss_of: the loss of a step's units.
         """
         self.restore()
-        per_epoch = -(-len(units) // batch_size)
         with self.ctx.log(self.total_steps, self.step) as log:
             while self.goes_on(self.step, self.total_steps):
                 start = time.perf_counter()
-                epoch, place = divmod(self.step, per_epoch)
-                order = permutation(len(units), f"{self.ctx.seed},{epoch}")
-                chosen = [units[i] for i in order[place * batch_size : (place + 1) * batch_size]]
+                chosen = [units[i] for i in of_step(self.step, len(units), batch_size, self.ctx.seed)]
                 examples = [example for unit in chosen for example in unit]
                 try:
                     with self.ctx.phase("update"):
@@ -90,7 +88,7 @@ class Trainer:
             return progress_step < last
         try:
             return self.validation.has_patience(progress_step) and progress_step < last
-        except (ConfigError, Stopped):
+        except (GenerationFailed, NothingScored, Stopped):  # not where the weights are at fault
             self.save_good(progress_step)
             raise
 
@@ -99,6 +97,8 @@ class Trainer:
         best = None if self.validation is None else self.validation.keeps()
         if progress_step > self.saved_step:  # it was stopped early
             self._save(progress_step)
+        if best is not None:
+            self.ctx.entry["best_step"] = best
         if best is not None and best != progress_step:
             self.ctx.message(f"{self.ctx.stage.name}: step {best} of {progress_step} was the best")
             self._load(self.ctx.stage_dir / "checkpoints" / f"step_{best}")
@@ -147,12 +147,15 @@ class Trainer:
         """Load the newest complete checkpoint of the stage, if any; returns what was saved beside the model."""
         ctx, folder = self.ctx, self.ctx.stage_dir / "checkpoints"
         path = checkpoint.latest(folder, ctx.dist)
+        progress_step = 0 if path is None else int(path.name.removeprefix("step_"))
+        if self.validation is not None:
+            self.validation.begin(progress_step)
         if ctx.dist.is_main:
             checkpoint.tidy(folder, path, *self._retained())
         if path is None:
             return {}
         extra = self._load(path)
-        self.step, self.saved_step = extra["step"], int(path.name.removeprefix("step_"))
+        self.step, self.saved_step = extra["step"], progress_step
         if self.step > self.total_steps:
             advice = "they can become more, or as many as were taken"
             raise ctx.error(

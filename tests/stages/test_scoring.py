@@ -89,6 +89,15 @@ def test_the_most_frequent_answer_may_be_one_whose_reward_failed() -> None:
     assert summarize(samples, [], "think_answer")["cons@k"] == 0.0
 
 
+def test_of_answers_that_are_as_frequent_the_first_counts() -> None:
+    """Numbers by value: 1 and 1.0 are one answer, as frequent as 2."""
+    text = "<think>hm</think><answer>{}</answer>"
+    for said, expected in ((["2", "1", "1.0", "2"], 0.0), (["1.0", "2", "2", "1"], 1.0), (["2", "1", "1.0"], 1.0)):
+        right = [float(answer.startswith("1")) for answer in said]
+        samples = [sample(0, accuracy=x, text=text.format(answer)) for x, answer in zip(right, said, strict=True)]
+        assert summarize(samples, [], "think_answer")["cons@k"] == expected
+
+
 def test_other_rewards_that_failed_lower_their_mean() -> None:
     samples = [sample(0, accuracy=1.0, format=1.0), sample(1, ("format",), accuracy=1.0, format=NAN)]
     result = summarize(samples, [], "think_answer")

@@ -1,5 +1,7 @@
 """Each of two ranks reads its part of a checkpoint and writes its part of an export: the same tensors, less memory."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from torch import Tensor
 
 from r1fast.models.weights import load_model, save_model
 from r1fast.parallel.mesh import init_distributed
+from r1fast.stages import context as context_module
 from tests import zoo
 from tests.parallel.tiny_model import torchrun
+from tests.stages.conftest import SHORT
 from tests.stages.gradient_cases import SFT, context
 from tests.stages.load_cases import embedding_gradient
 from tests.zoo import write_checkpoint
@@ -128,3 +132,31 @@ def test_memory_of_two_ranks(tmp_path: Path) -> None:
         assert rank["load"] < rank["held"] + 100
         assert rank["save"] < 150
     assert alone["load"] < alone["held"] + 100 and alone["save"] < 150
+
+
+@pytest.mark.usefixtures("stage_files")
+def test_a_model_is_gone_before_the_next_is_read(train, taught_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier stage's with its optimizer, and a teacher's; whenever Python would collect them."""
+    read, load = context_module.Checkpoint, context_module.StageContext.load
+    loaded: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        alive.append(sum(parameter() is not None for parameter in loaded))
+        return read(*arguments, **options)
+
+    def noted(ctx: Any, *arguments: Any, **options: Any) -> Any:
+        model, tokenizer = load(ctx, *arguments, **options)
+        loaded.extend(map(weakref.ref, model.parameters()))
+        return model, tokenizer
+
+    monkeypatch.setattr(context_module, "Checkpoint", counted)
+    monkeypatch.setattr(context_module.StageContext, "load", noted)
+    tuned = {"name": "tuned", "kind": "sft", "train_files": ["sft.jsonl"], "max_steps": 1}
+    small = {"name": "small", "kind": "distill", "train_files": ["questions.jsonl"], "teacher": "@tuned", **SHORT}
+    gc.disable()
+    try:
+        train(taught_model, tuned, {**small, "response_format": "think_answer", "max_steps": 1, "min_reward": -1.0})
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0] and loaded

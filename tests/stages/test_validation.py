@@ -69,6 +69,17 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return given
 
 
+def stop_before(patch: pytest.MonkeyPatch, evaluation_name: str) -> None:
+    evaluate = evaluation.evaluate
+
+    def stopped(ctx: Any, model: Any, tokenizer: Any, name: str, **options: Any) -> Any:
+        if name == evaluation_name:
+            raise Stopped(15)
+        return evaluate(ctx, model, tokenizer, name, **options)
+
+    patch.setattr(evaluation, "evaluate", stopped)
+
+
 def weights_of(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
@@ -88,6 +99,7 @@ def test_best_step_is_handed_on(train, taught_model: Path, tmp_path: Path, score
     scores += [0.2, 0.9, 0.3]
     best = train(taught_model, stage)["zero"]
     assert [(one["step"], one["pass@1"]) for one in best["validations"]] == [(2, 0.2), (4, 0.9), (6, 0.3)]
+    assert best["best_step"] == 4
     run = tmp_path / "run"
     assert sorted(path.name for path in (run / "zero" / "checkpoints").iterdir()) == ["step_4", "step_6"]
     assert sorted(path.name for path in (run / "zero" / "evaluations").iterdir()) == [
@@ -112,20 +124,79 @@ def test_early_end_and_its_resume(
     (tmp_path / "run").rename(tmp_path / "whole")
     scores += [0.5]
     config = write_recipe(tmp_path / "mine.yaml", stage, model={"path": str(taught_model)})
-    evaluate = evaluation.evaluate
-
-    def stopped(ctx: Any, model: Any, tokenizer: Any, name: str, **options: Any) -> Any:
-        if name == "step_00004":
-            raise Stopped(15)
-        return evaluate(ctx, model, tokenizer, name, **options)
-
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "evaluate", stopped)
+        stop_before(patch, "step_00004")
         assert command("--config", config, "--output-dir", "run") == 143
     assert (tmp_path / "run" / "zero" / "checkpoints" / "step_4").is_dir()
     scores += [0.5, 0.4]
     assert command("--output-dir", "run", "--resume") == 0
     assert weights_of(tmp_path / "run" / "zero" / "model") == whole
+
+
+UNLABELLED = [{"prompt": row["prompt"]} for row in QUESTIONS[:3]]
+
+
+def test_a_file_without_golds_beside_one(train, taught_model: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "chat.jsonl", UNLABELLED)
+    stage = {"name": "test", "kind": "evaluate", "eval_files": ["questions.jsonl", "chat.jsonl"], **SHORT}
+    found = train(taught_model, stage)["test"]["eval_after"]
+    chat, questions = found["files"]["chat.jsonl"], found["files"]["questions.jsonl"]
+    assert (found["n"], questions["n"], found["unscorable"]) == (8, 8, 0)
+    assert found["pass@1"] == questions["pass@1"] and "pass@1" not in chat and "format" in chat
+    table = pq.read_table(tmp_path / "run" / "test" / "evaluations" / "after.parquet").to_pylist()
+    assert {row["gold"] for row in table if row["file"] == "chat.jsonl"} == {None}
+    assert {row["accuracy"] for row in table if row["file"] == "chat.jsonl"} == {None}
+
+
+def test_a_metric_that_no_row_gives_ends_the_stage(
+    command, taught_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a reward that gives None, or a limit under which no row has a gold. Another metric goes on from there."""
+    write_jsonl(tmp_path / "chat.jsonl", [{**row, "hint": None} for row in QUESTIONS[:3]])
+    stage = dict(TRAINED, eval_files=["chat.jsonl"], early_stopping_patience=1, metric_for_best_model="hinted")
+    stage["eval_rewards"] = {"format": {}, "hinted": {"function": "my_rewards.py:hinted"}}
+    config = write_recipe(tmp_path / "mine.yaml", stage, model={"path": str(taught_model)})
+    assert command("--config", config, "--output-dir", "run") == 1
+    problem = "stages.zero: metric_for_best_model = 'hinted' was not measured after step 2: no row of eval_files"
+    assert problem in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "run" / "zero" / "checkpoints" / "step_2").is_dir()
+    assert command("--output-dir", "run", "--resume", "stages.zero.metric_for_best_model=format") == 0
+
+
+def test_a_model_that_cannot_be_evaluated_is_not_kept(
+    command, taught_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of it would be what a resume goes on with."""
+    check, calls = evaluation.check_weights, []
+
+    def damaged(ctx: Any, model: Any) -> None:
+        calls.append(model)
+        if len(calls) == 2:
+            next(model.parameters()).data.fill_(float("nan"))
+        check(ctx, model)
+
+    monkeypatch.setattr(evaluation, "check_weights", damaged)
+    config = write_recipe(tmp_path / "mine.yaml", dict(TRAINED, save_steps=3), model={"path": str(taught_model)})
+    assert command("--config", config, "--output-dir", "run") == 1
+    assert [path.name for path in (tmp_path / "run" / "zero" / "checkpoints").iterdir()] == ["step_3"]
+
+
+def test_what_the_best_step_is_chosen_by_cannot_change(
+    command, taught_model: Path, tmp_path: Path, scores: list[float], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Evaluations that are not alike would be compared, and of other steps there is no checkpoint."""
+    scores += [0.5]
+    config = write_recipe(tmp_path / "mine.yaml", TRAINED, model={"path": str(taught_model)})
+    with monkeypatch.context() as patch:
+        stop_before(patch, "step_00004")
+        assert command("--config", config, "--output-dir", "run") == 143
+    capsys.readouterr()
+    best = "stages.zero.load_best_model_at_end=true"
+    for changes in ([best], ["stages.zero.early_stopping_patience=1", "stages.zero.eval_num_samples=2"]):
+        assert command("--output-dir", "run", "--resume", *changes) == 2
+        assert "the best step of stage zero is chosen by it" in " ".join(capsys.readouterr().err.split())
+    assert command("--output-dir", "run", "--resume", "stages.zero.eval_num_samples=2") == 0
 
 
 @pytest.mark.parametrize(
@@ -135,9 +206,19 @@ def test_early_end_and_its_resume(
         ({"eval_steps": None, "early_stopping_patience": 2}, "early_stopping_patience needs eval_steps"),
         ({"metric_for_best_model": "cons@k"}, "metric_for_best_model needs load_best_model_at_end"),
         ({"load_best_model_at_end": True, "metric_for_best_model": "helpful"}, "'helpful' is not measured"),
+        ({"load_best_model_at_end": True, "eval_rewards": {"format": {}}}, "'pass@1' is not measured; expected one of"),
+        ({"early_stopping_patience": 1, "metric_for_best_model": "greedy"}, "'greedy' is not measured"),
+        ({"eval_steps": 7}, "eval_steps = 7 is more than max_steps = 6"),
+        ({"eval_steps_limit": 5, "eval_limit": 4}, "eval_steps_limit = 5 is more than eval_limit = 4"),
+        ({"eval_rewards": {"length": {"function": "format"}}}, "'length' is what an evaluation calls something of its"),
         ({"eval_top_p": 0.0}, "eval_top_p"),
+        ({"eval_top_p": 1.5}, "eval_top_p"),
+        ({"eval_temperature": 0.0, "eval_num_samples": 1, "eval_top_p": 0.9}, "eval_top_p = 0.9 does not apply"),
     ],
-    ids=["files", "steps", "metric", "unknown", "top_p"],
+    ids=[
+        "files", "steps", "metric", "unknown", "no-accuracy", "no-greedy", "late", "limits", "name", "top_p", "above-1",
+        "greedy",
+    ],
 )  # fmt: skip
 def test_settings_without_effect(
     command, taught_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict, problem: str

@@ -1,0 +1,110 @@
+"""How many tokens a stage's sequences have, for the memory estimate: its files, encoded as the stage will encode them.
+
+Of rows that a stage of the run is still to make, and where there is no tokenizer yet, only bounds are known.
+"""
+
+import random
+from collections.abc import Sequence
+from functools import cache
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from r1fast.artifacts import inputs_of
+from r1fast.data.packing import balance, pack
+from r1fast.data.sources import load_rows
+from r1fast.preflight_models import origin, tokenizer_of
+from r1fast.schema import DistillStage, PretrainStage, Recipe, RewardModelStage
+from r1fast.schema_options import EpochOptions, FitOptions, GenerateOptions, SampleOptions
+from r1fast.stages.packed import encode_examples, encode_prompts, of_step
+from r1fast.stages.pretrain import tokenizer_of_rows, visited
+from r1fast.stages.reward_model import encode_units
+
+MOST_ROWS, MOST_STEPS = 10_000, 1_000  # that are looked at
+
+
+class Lengths:
+    """Of the stages of a recipe; files are read, and tokenizers trained, once."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._rows = cache(self._read)
+        self._tokenizer = cache(self._find_tokenizer)
+
+    def prompt(self, stage: GenerateOptions, keys: Sequence[str] = ("train_files", "eval_files")) -> int:
+        """Tokens of the longest prompt of these files, at most max_prompt_length."""
+        named = {found.key for found in inputs_of(self.recipe, stage) if found.rows == "prompts"}
+        parts = [self._rows(stage.name, key) for key in keys if key in named]
+        rows = [row for part in parts if part is not None for row in _some(part)]
+        tokenizer = self._tokenizer(stage.name)
+        if tokenizer is None or not rows or None in parts:
+            return stage.max_prompt_length
+        return min(stage.max_prompt_length, max(len(ids) for ids, _ in encode_prompts(rows, tokenizer, stage)))
+
+    def num_rows(self, stage: GenerateOptions, key: str) -> int:
+        """Very many, where they are still to be made."""
+        rows = self._rows(stage.name, key)
+        return MOST_ROWS if rows is None else len(rows)
+
+    def batches(self, stage: FitOptions, num_ranks: int) -> tuple[int, int, int]:
+        """The most tokens of a micro-batch, micro-batches of a rank in a step, and tokens of a step."""
+        seed, room = self.recipe.seed if stage.seed is None else stage.seed, stage.max_tokens_per_microbatch
+        units = [min(length, room) for length in self._units(stage)]
+        steps = stage.updates_on(len(units)) if isinstance(stage, EpochOptions) else stage.num_updates()
+        assert steps is not None, "pretrain says how many"
+        tokens, count, total = [0], [0], [0]
+        for step in range(min(steps, MOST_STEPS)):
+            chosen = [units[i] for i in of_step(step, len(units), stage.batch_size, seed)]
+            total.append(sum(chosen))
+            for indices in balance(chosen, num_ranks):
+                mine = [chosen[i] for i in indices]
+                packs = pack(mine, room)
+                tokens += [sum(mine[i] for i in members) for members in packs]
+                count.append(len(packs))
+        return max(tokens), max(count), max(total)
+
+    def _units(self, stage: FitOptions) -> list[int]:
+        """Inputs of each row."""
+        rows, tokenizer = self._rows(stage.name, "train_files"), self._tokenizer(stage.name)
+        if rows is None or tokenizer is None or (isinstance(stage, DistillStage) and stage.teacher is not None):
+            together = 2 if isinstance(stage, RewardModelStage) and stage.loss == "pairwise" else 1
+            return [together * (min(stage.max_length, self._longest_made(stage)) - 1)] * stage.batch_size
+        if isinstance(stage, PretrainStage):
+            rows = visited(stage, rows, self.recipe.seed if stage.seed is None else stage.seed)
+        if isinstance(stage, RewardModelStage):
+            units = encode_units(_some(rows), tokenizer, stage)
+            return [sum(example.num_inputs for example in unit) for unit in units]
+        assert isinstance(stage, GenerateOptions)
+        return [example.num_inputs for example in encode_examples(_some(rows), tokenizer, stage)]
+
+    def _longest_made(self, stage: FitOptions) -> int:
+        """Tokens of a row that this stage or an earlier one samples."""
+        made = []
+        for found in inputs_of(self.recipe, stage):
+            if found.key == "train_files":
+                maker = stage if found.rows == "prompts" else found.stage and self.recipe.stage(found.stage)
+                if not isinstance(maker, SampleOptions):
+                    return stage.max_length
+                made.append(self.prompt(maker, ["train_files"]) + maker.max_completion_length)
+        return max(made)
+
+    def _read(self, name: str, key: str) -> list[dict] | None:
+        """All rows; None where they are not to be had, as the run makes some of them."""
+        files = [found for found in inputs_of(self.recipe, self.recipe.stage(name)) if found.key == key]
+        if any(found.stage is not None for found in files):
+            return None
+        kinds = {found.rows for found in files if found.rows is not None}
+        try:
+            return [row for kind in kinds for row in load_rows([found.ref for found in files], kind)]
+        except (ValueError, OSError):  # of a stage that is not to be run: preflight has read the others
+            return None
+
+    def _find_tokenizer(self, name: str) -> Tokenizer | None:
+        source = origin(self.recipe, self.recipe.stage(name), of_tokenizer=True)
+        if isinstance(source, str):
+            return tokenizer_of(source)
+        rows = self._rows(source.name, "train_files")
+        return None if rows is None else tokenizer_of_rows(rows, source.vocab_size)
+
+
+def _some(rows: list[dict]) -> list[dict]:
+    return rows if len(rows) <= MOST_ROWS else random.Random(0).sample(rows, MOST_ROWS)
