@@ -51,6 +51,13 @@ class Artifact:
             return "of this version of r1fast"
         if self.ref.startswith("reasoning_gym:"):
             return f"reasoning-gym {metadata.version('reasoning-gym')}"
+        if self.ref.startswith("package:"):
+            from r1fast.models.folders import in_package  # with it comes transformers
+
+            try:
+                return fingerprint(in_package(self.ref))
+            except ValueError:
+                return "missing"
         path = Path(self.place(run_dir)).expanduser()
         if self.stage is not None or path.exists() or self.kind == "code":
             return fingerprint(path)

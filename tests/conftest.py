@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_checkpoint import PROMPTS, tree, write_jsonl, write_recipe
+from tests.tiny_checkpoint import PROMPTS, ZERO, tree, write_jsonl, write_recipe
 
 REWARD_FILE = """
 def needs_gold(completions, gold, **columns):
@@ -20,6 +20,24 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_checkpoint import write_checkpoint
 
     return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "qwen2")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """Writes the text of a recipe; returns its path."""
+
+    def write_recipe(text: str, name: str = "mine.yaml") -> str:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write_recipe
+
+
+@pytest.fixture
+def zero(write: Callable[..., str]) -> str:
+    return write(f"model: {{path: m}}\nstages: [{ZERO}]")
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import yaml
 
 from r1fast.config import RECIPES, ConfigError, dump_recipe, error_lines, load_recipe, validate
 from r1fast.schema import Recipe
+from tests.tiny_checkpoint import ZERO, message_of
 
-ZERO = "{name: zero, kind: grpo, train_files: [a.jsonl]}"
 ALL_KINDS = """
 name: everything
 seed: 3
@@ -43,28 +43,6 @@ stages:
   - {name: student, kind: distill, teacher: "@r1", train_files: [a.jsonl]}
   - {name: test, kind: evaluate, model: "@student", eval_files: [b.jsonl], eval_rewards: {accuracy: {strict: false}}}
 """
-
-
-@pytest.fixture
-def write(tmp_path: Path):
-    def write_recipe(text: str, name: str = "mine.yaml") -> str:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return write_recipe
-
-
-@pytest.fixture
-def zero(write) -> str:
-    return write(f"model: {{path: m}}\nstages: [{ZERO}]")
-
-
-def message_of(config: str, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as error:
-        load_recipe(config, list(overrides))
-    return str(error.value)
 
 
 def test_later_sources_win(write) -> None:

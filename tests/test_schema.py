@@ -1,40 +1,19 @@
 """What a recipe may say: types without surprises, names that a run can use, and no option that changes nothing."""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
-from r1fast.config import ConfigError, load_recipe
+from r1fast.config import load_recipe
+from tests.tiny_checkpoint import ZERO, message_of
 
-ZERO = "{name: zero, kind: grpo, train_files: [a.jsonl]}"
 SFT = "{name: tuned, kind: sft, train_files: [a.jsonl]}"
 PRETRAIN = "{name: base, kind: pretrain, train_files: [a.jsonl], architecture: {model_type: llama}, max_steps: 9}"
 REWARD_MODEL = "{name: rm, kind: reward_model, train_files: [a.jsonl], loss: pointwise}"
 REJECT = "{name: kept, kind: reject, train_files: [a.jsonl]}"
 DISTILL = "{name: student, kind: distill, teacher: t, train_files: [a.jsonl]}"
 EVALUATE = "{name: test, kind: evaluate, eval_files: [a.jsonl]}"
-
-
-@pytest.fixture
-def write(tmp_path: Path):
-    def write_recipe(text: str) -> str:
-        (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
-        return str(tmp_path / "mine.yaml")
-
-    return write_recipe
-
-
-@pytest.fixture
-def zero(write) -> str:
-    return write(f"model: {{path: m}}\nstages: [{ZERO}]")
-
-
-def message_of(config: str, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as error:
-        load_recipe(config, list(overrides))
-    return str(error.value)
 
 
 STRICT = [

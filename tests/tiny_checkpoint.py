@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests import zoo
 from tests.zoo import TEXTS, write_checkpoint
 
 __all__ = [
-    "DEEPSEEK_V3", "GRPO", "PRETRAIN", "PROMPTS", "QWEN2", "SFT", "TEXTS", "tree", "write_checkpoint", "write_jsonl",
-    "write_recipe",
+    "DEEPSEEK_V3", "GRPO", "PRETRAIN", "PROMPTS", "QWEN2", "SFT", "TEXTS", "ZERO", "message_of", "tree",
+    "write_checkpoint", "write_jsonl", "write_recipe",
 ]  # fmt: skip
 QWEN2 = zoo.fields("qwen2", initializer_range=0.1)
 DEEPSEEK_V3 = zoo.fields("deepseek_v3", initializer_range=0.1)
@@ -36,6 +37,18 @@ PRETRAIN: dict[str, Any] = {
     "max_steps": 1,
     "max_length": 128,
 }
+
+
+ZERO = "{name: zero, kind: grpo, train_files: [a.jsonl]}"
+
+
+def message_of(config: str, *overrides: str) -> str:
+    """With which a recipe is refused."""
+    from r1fast.config import ConfigError, load_recipe
+
+    with pytest.raises(ConfigError) as error:
+        load_recipe(config, list(overrides))
+    return str(error.value)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

@@ -59,7 +59,7 @@ def absolute(path: str | Path) -> str:
 
 def resolve(path: str | Path, patterns: list[str]) -> Path:
     """A local folder, that of a .gguf file, or the local snapshot of those files of a Hub repository."""
-    path = _in_package(str(path)) if str(path).startswith(PACKAGE) else path
+    path = in_package(str(path)) if str(path).startswith(PACKAGE) else path
     folder = Path(path).expanduser()
     repo_id, _, revision = str(path).partition("@")
     if revision and not folder.exists() and Path(repo_id).expanduser().exists():
@@ -78,7 +78,7 @@ def resolve(path: str | Path, patterns: list[str]) -> Path:
         raise ValueError(f"{path}: {text}; check the spelling, the network, and HF_TOKEN for gated models") from error
 
 
-def _in_package(path: str) -> Path:
+def in_package(path: str) -> Path:
     """A file or folder of an installed Python package: `package:NAME/PATH`."""
     name, _, inside = path.removeprefix(PACKAGE).partition("/")
     try:

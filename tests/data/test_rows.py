@@ -25,9 +25,29 @@ def system(content: str) -> dict[str, str]:
     return {"role": "system", "content": content}
 
 
+VERL = {
+    "data_source": "gsm8k",
+    "prompt": [user("2+2?")],
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "4"},
+    "extra_info": {"index": 0},
+}
+
+
 @pytest.mark.parametrize(
     ("kind", "row", "expected"),
     [
+        ("prompts", {"problem": "p", "solution": "s"}, {"prompt": "p", "answer": "s"}),
+        ("prompts", {"question": "p", "ground_truth": 4}, {"prompt": "p", "answer": "4"}),
+        ("prompts", {"prompt": "p", "problem": "q", "answer": "a"}, {}),
+        ("prompts", {"prompt": "p"}, {"answer": None}),
+        ("prompts", {"messages": [user("p")], "answer": "4"}, {"prompt": [user("p")]}),
+        ("prompts", VERL, {"answer": "4"}),
+        ("sft", {"prompt": "p", "completion": "c"}, {}),
+        ("sft", {"messages": [user("p"), assistant("c")], "prompt": "kept"}, {}),
+        ("sft", {"text": "t"}, {}),
+        ("pairs", {"question": "p", "chosen": "c", "rejected": "r"}, {"prompt": "p"}),
+        ("labels", {"prompt": "p", "response": "r", "safe": True}, {"label": 1}),
         ("prompts", {"prompt": "p", "answer": math.nan}, {"answer": None}),
         ("prompts", {"prompt": "p", "answer": ["4", 5]}, {"answer": ["4", 5]}),
         ("prompts", {"prompt": "p", "answer": {"target": 3}}, {"answer": {"target": 3}}),
@@ -111,9 +131,9 @@ def system(content: str) -> dict[str, str]:
     ],
 )
 def test_what_rows_hold_is_taken(kind: Any, row: dict, expected: dict) -> None:
+    """And what the row held stays beside it, under its own name."""
     read = canonical(row, kind, WHERE)
-    assert {name: read[name] for name in expected} == expected
-    assert set(row) <= set(read)
+    assert read | row | expected == read
     assert location(read, 3) == WHERE and location(dict(read), 3) == "row 4"
 
 
@@ -121,6 +141,8 @@ def test_what_rows_hold_is_taken(kind: Any, row: dict, expected: dict) -> None:
     ("kind", "row", "message"),
     [
         ("prompts", {"prompt": None, "problem": None}, r"no column 'prompt' \(prompt is null\)"),
+        ("prompts", {"promt": "a", "id": 1}, r"columns present: promt, id; did you mean 'promt'\?"),
+        ("prompts", {"prompt": []}, r"column 'prompt' is list \[\], expected a list of"),
         ("prompts", {"problem": "p", "question": "q"}, r"'problem' and 'question' differ"),
         (
             "prompts",
@@ -129,7 +151,7 @@ def test_what_rows_hold_is_taken(kind: Any, row: dict, expected: dict) -> None:
         ),
         ("sft", {"problem": "p", "solution": "long", "answer": "4"}, r"'answer' and 'solution' differ.*'completion'"),
         ("sft", {"messages": [user("p"), assistant("c")], "completion": "d"}, r"'messages' and 'completion' differ"),
-        ("sft", {"prompt": "p", "text": "t"}, r"no column 'completion'"),
+        ("sft", {"prompt": "p", "text": "t"}, r"no column 'completion'.*; sft rows have messages, or prompt and comp"),
         ("sft", {"prompt": "p", "completion": " "}, r"completion is empty"),
         ("sft", {"text": ""}, r"text is empty"),
         ("sft", {"messages": [assistant("c")]}, r"messages, without its last turn, ends before any turn"),
@@ -139,7 +161,11 @@ def test_what_rows_hold_is_taken(kind: Any, row: dict, expected: dict) -> None:
             r"messages\[1\] has 'tool_calls'",
         ),
         ("sft", {"messages": [{**user("p"), "name": "Ann"}, assistant("c")]}, r"messages\[0\] has 'name' = str 'Ann'"),
-        ("sft", {"messages": [{"role": "tool", "content": "x"}, assistant("c")]}, r"messages\[0\] has role 'tool'"),
+        (
+            "sft",
+            {"messages": [{"role": "tool", "content": "x"}, assistant("c")]},
+            r"messages\[0\] has role 'tool', exp",
+        ),
         ("sft", {"messages": [{**user("p"), "thinking": "r"}, assistant("c")]}, r"'thinking' and role 'user'"),
         (
             "sft",
@@ -170,7 +196,10 @@ def test_what_rows_hold_is_taken(kind: Any, row: dict, expected: dict) -> None:
             r"chosen and rejected differ before their last turn",
         ),
         ("pairs", {"chosen": "c", "rejected": "r"}, r"no column 'prompt'"),
-        ("labels", {"prompt": "p", "response": "r", "label": math.nan}, r"column 'label' is float nan"),
+        ("pairs", {"prompt": "p", "chosen": "c"}, r"no column 'rejected'; columns present: prompt, chosen"),
+        ("sft", {"messages": [{"role": "user"}]}, r"messages\[0\] is dict .*expected \{role, content: string\}"),
+        ("labels", {"prompt": "p", "lable": 1}, r"no column 'response' \(or completion, output\);"),
+        ("labels", {"prompt": "p", "response": "r", "label": math.nan}, r"'label' is float nan, expected 1 \(safe\)"),
         ("labels", {"prompt": "p", "response": "r", "label": [1]}, r"column 'label' is list"),
     ],
 )

@@ -13,8 +13,6 @@ import pytest
 
 from r1fast.data.sources import load_rows
 
-CHAT = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
-
 
 def written(path: Path, rows: list[dict[str, Any]]) -> str:
     if path.suffix == ".parquet":
@@ -39,60 +37,20 @@ def test_sources_follow_each_other(tmp_path: Path) -> None:
     assert [row["text"] for row in load_rows([str(tmp_path)], "sft")] == ["a", "b", "c", "d"]  # a folder of files
 
 
-VERL = {
-    "data_source": "gsm8k",
-    "prompt": [{"role": "user", "content": "2+2?"}],
-    "ability": "math",
-    "reward_model": {"style": "rule", "ground_truth": "4"},
-    "extra_info": {"index": 0},
-}
-
-
 @pytest.mark.parametrize(
-    ("kind", "row", "expected"),
+    ("content", "message"),
     [
-        ("prompts", {"problem": "p", "solution": "s"}, {"prompt": "p", "answer": "s"}),
-        ("prompts", {"question": "p", "ground_truth": 4}, {"prompt": "p", "answer": "4"}),
-        ("prompts", {"prompt": "p", "problem": "q", "answer": "a"}, {"prompt": "p", "problem": "q", "answer": "a"}),
-        ("prompts", {"prompt": "p"}, {"prompt": "p", "answer": None}),
-        ("prompts", {"messages": CHAT[:1], "answer": "4"}, {"prompt": CHAT[:1], "answer": "4"}),
-        ("prompts", VERL, {**VERL, "answer": "4"}),
-        ("sft", {"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "c"}),
-        ("sft", {"instruction": "p", "output": "c"}, {"prompt": "p", "completion": "c"}),
-        ("sft", {"messages": CHAT, "prompt": "kept"}, {"messages": CHAT, "prompt": "kept"}),
-        ("sft", {"text": "t"}, {"text": "t"}),
-        ("pairs", {"question": "p", "chosen": "c", "rejected": "r"}, {"prompt": "p", "chosen": "c", "rejected": "r"}),
-        ("labels", {"prompt": "p", "response": "r", "safe": True}, {"prompt": "p", "response": "r", "label": 1}),
+        ('{"text": "a"}\n\n{"text": oops}\n', r"rows.jsonl:3: wrong JSON at column 10: Expecting value"),
+        ('{"text": "a"}\n[1]\n', r"rows.jsonl:2: got a JSON list, expected an object"),
+        ('{"text": "a"}\n{"text": 3}\n', r"rows.jsonl:2: column 'text' is int 3, expected a string"),
+        ("", r"rows.jsonl has no rows"),
     ],
 )
-def test_columns_become_canonical(tmp_path: Path, kind: Any, row: dict, expected: dict) -> None:
-    """And what the row held stays beside them, under its own name."""
-    assert load_rows([written(tmp_path / "rows.jsonl", [row])], kind) == [{**row, **expected}]
-
-
-@pytest.mark.parametrize(
-    ("content", "kind", "message"),
-    [
-        ('{"text": "a"}\n\n{"text": oops}\n', "sft", r"rows.jsonl:3: wrong JSON at column 10: Expecting value"),
-        ('{"text": "a"}\n[1]\n', "sft", r"rows.jsonl:2: got a JSON list, expected an object"),
-        ('{"prompt": "p", "lable": 1}\n', "labels", r"rows.jsonl:1: no column 'response' \(or completion, output\);"),
-        ('{"promt": "a", "id": 1}\n', "prompts", r"columns present: promt, id; did you mean 'promt'\?"),
-        ('{"prompt": null}\n', "prompts", r"no column 'prompt' \(prompt is null\)"),
-        ('{"text": 3}\n', "sft", r"rows.jsonl:1: column 'text' is int 3, expected a string"),
-        ('{"prompt": "p"}\n', "sft", r"no column 'completion'.*sft rows have messages, or prompt and completion"),
-        ('{"prompt": "p", "chosen": "c"}\n', "pairs", r"no column 'rejected'; columns present: prompt, chosen"),
-        ('{"prompt": "p", "response": "r", "label": 2}\n', "labels", r"column 'label' is int 2, expected 1 \(safe\)"),
-        ('{"messages": [{"role": "bot", "content": "c"}]}\n', "sft", r"messages\[0\] has role 'bot', expected system"),
-        ('{"messages": [{"role": "user"}]}\n', "sft", r"messages\[0\] is dict .*expected \{role, content: string\}"),
-        ('{"prompt": [], "answer": "a"}\n', "prompts", r"column 'prompt' is list \[\], expected a list of"),
-        ("", "sft", r"rows.jsonl has no rows"),
-    ],
-)
-def test_wrong_rows_are_named_by_file_and_line(tmp_path: Path, content: str, kind: Any, message: str) -> None:
+def test_wrong_rows_are_named_by_file_and_line(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        load_rows([str(path)], kind)
+        load_rows([str(path)], "sft")
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,16 @@ import re
 
 import pytest
 
-from r1fast.data.tasks import arithmetic, chat, corpus, load
+from r1fast.data.tasks import arithmetic, chat, corpus, load, word_problems
+from r1fast.rewards.accuracy import accuracy
+from r1fast.rewards.format import format_reward
+from r1fast.rewards.language import language_consistency
 
 
-def test_splits_share_no_problem() -> None:
-    seen = {split: {row["problem"] for row in load("arithmetic", split)} for split in arithmetic.SPLITS}
+@pytest.mark.parametrize("name", ["arithmetic", "word_problems"])
+@pytest.mark.parametrize("column", ["problem", "prompt"])
+def test_splits_share_no_problem(name: str, column: str) -> None:
+    seen = {split: {row[column] for row in load(name, split)} for split in arithmetic.SPLITS}
     assert all(seen.values())
     assert not seen["train"] & seen["dev"] and not seen["train"] & seen["report"] and not seen["dev"] & seen["report"]
 
@@ -52,6 +57,52 @@ def test_working_without_precedence_is_wrong() -> None:
         "first 2 + 3 = 5, then 5 * 4 = 20, so 20",
         20,
     )
+
+
+WORD_PROBLEMS = [problem for split in word_problems.SPLITS for problem in word_problems.problems(split, 9999, 0)]
+EQUATIONS = {"sum": "{}+{}", "more": "{}+{}", "left": "{}-{}", "rows": "{}*{}", "rows_more": "{}*{}+{}"}
+
+
+def _by_equation(row: dict) -> int:
+    """What the numbers of a question come to, whatever the language."""
+    return eval(EQUATIONS[row["problem"].split(",")[0]].format(*re.findall(r"\d+", row["prompt"])))
+
+
+def test_word_problems_in_the_other_order_and_language_are_on_the_same_side() -> None:
+    for problem in WORD_PROBLEMS:
+        twin = word_problems.Problem(problem.kind, problem.b, problem.a, problem.d)
+        assert (twin.split == problem.split) or problem.kind == "left"
+    rows = [row for split in word_problems.SPLITS for row in load("word_problems", split)]
+    assert all(str(_by_equation(row)) == row["answer"] for row in rows)
+    assert {row["language"] for row in rows} == {"en", "zh"}
+
+
+@pytest.mark.parametrize("language", word_problems.LANGUAGES)
+def test_a_right_working_of_a_word_problem_is_worth_every_reward(language: str) -> None:
+    workings = [problem.working(language) for problem in WORD_PROBLEMS]
+    for text, answer in workings:
+        steps = re.findall(r"(\d+ [-+*] \d+) = (\d+)", text)
+        assert steps and all(eval(left) == int(right) for left, right in steps) and steps[-1][1] == str(answer)
+    texts = [word_problems.FORMAT.render(text, str(answer)) for text, answer in workings]
+    golds, none = [str(problem.result) for problem in WORD_PROBLEMS], [[]] * len(texts)
+    assert set(accuracy(texts, texts, none, answer=golds)) == {1.0}
+    assert set(format_reward(texts, texts, none)) == {1.0}
+    for spoken in word_problems.LANGUAGES:
+        assert set(language_consistency(texts, texts, none, language=spoken)) == {float(spoken == language)}
+
+
+def test_cold_rows_of_word_problems_are_bad_as_often_as_they_say() -> None:
+    train = [problem for problem in WORD_PROBLEMS if problem.split == "train"]
+    problems = {problem.question(language): problem for problem in train for language in word_problems.LANGUAGES}
+    rows = load("word_problems", "cold")
+    texts, none = [row["completion"] for row in rows], [[]] * len(rows)
+    golds = [str(problems[row["prompt"]].result) for row in rows]  # KeyError: a problem that is held out
+    right = accuracy(texts, texts, none, answer=golds)
+    own = language_consistency(texts, texts, none, language=[row["language"] for row in rows])
+    assert set(right) == set(own) == {0.0, 1.0}
+    assert 1 - sum(right) / len(rows) == pytest.approx(word_problems.WRONG, abs=0.06)  # two standard deviations of 240
+    assert 1 - sum(own) / len(rows) == pytest.approx(word_problems.OTHER_LANGUAGE, abs=0.06)
+    assert set(format_reward(texts, texts, none)) == {1.0}
 
 
 def test_corpus_holds_no_held_out_problem() -> None:
@@ -110,9 +161,14 @@ def test_every_verb_is_reported() -> None:
 def test_same_rows_every_time() -> None:
     assert corpus.documents(200) == corpus.documents(200)
     assert load("chat", "pairs") == load("chat", "pairs")
+    for split in (*word_problems.SPLITS, "cold"):
+        assert load("word_problems", split) == load("word_problems", split)
 
 
-@pytest.mark.parametrize(("name", "split", "hint"), [("arithmetics", "train", "arithmetic"), ("chat", "pair", "pairs")])
+@pytest.mark.parametrize(
+    ("name", "split", "hint"),
+    [("arithmetics", "train", "arithmetic"), ("chat", "pair", "pairs"), ("word_problems", "coold", "cold")],
+)
 def test_unknown_names_the_nearest(name: str, split: str, hint: str) -> None:
     with pytest.raises(ValueError, match=f"did you mean '{hint}'"):
         load(name, split)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from r1fast_kernels import dispatch
-from tests.kernels.backends import EVERYWHERE, Backend
+from tests.kernels.backends import EVERYWHERE, FP32, TRITON, Backend
 from tests.kernels.heads import TILINGS
 
 LAST_TILING = TILINGS[-1]  # pieces of both
@@ -19,8 +19,9 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Interpreted, a test over several parameters runs where any two of their values meet, and with the tiling that has
-    every loop; all that is left is slow. C++ takes milliseconds for the whole product, and runs it."""
+    """Interpreted, a test over several parameters runs once with each value, one over three or more (dtypes apart)
+    where any two values meet, with the tiling that has every loop; all that is left is slow. C++ takes milliseconds for
+    the whole product, and runs it, as a GPU does."""
     if not dispatch.INTERPRETING:
         return
     cases: dict[Any, list[Any]] = defaultdict(list)
@@ -31,12 +32,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         random.Random(0).shuffle(found)
         met: set[Any] = set()
         for item in found:
-            pairs = set(combinations(((name, str(value)) for name, value in item.callspec.params.items()), 2))
-            other_tiling = item.callspec.params.get("tiling", LAST_TILING) != LAST_TILING
-            if other_tiling or (pairs <= met and len(found) > 1):
+            params = dict(item.callspec.params)
+            backend = params.pop("backend", TRITON)
+            unknown_dtype = params.get("dtype", FP32) not in backend.dtypes
+            if not backend.interpreted or unknown_dtype or item.get_closest_marker("slow"):
+                continue  # does not run, and meets nothing
+            values = [(name, str(value)) for name, value in params.items()]
+            new = set(values)
+            if len(wide := [value for value in values if value[0] != "dtype"]) > 2:
+                new |= set(combinations(wide, 2))
+            if params.get("tiling", LAST_TILING) != LAST_TILING or (values and new <= met):
                 item.add_marker(pytest.mark.slow)
             else:
-                met |= pairs
+                met |= new
 
 
 def _round_to_bf16_as_gpus_do() -> None:

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from r1fast_kernels import group_advantages
-from tests.kernels.backends import FP16, FP64, Backend, assert_as_exact, assert_same_bits, needs_cpp
+from tests.kernels.backends import (
+    FP16,
+    FP64,
+    SLOW_INTERPRETED,
+    Backend,
+    assert_as_exact,
+    assert_same_bits,
+    needs_cpp,
+)
 
 NAN = float("nan")
 
@@ -26,11 +34,11 @@ def random_case(num_samples: int, num_groups: int, seed: int = 0) -> tuple[Tenso
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-@pytest.mark.parametrize("num_samples", [1, 7, 37, 1024, 1031], ids=lambda n: f"N{n}")
+@pytest.mark.parametrize(
+    "num_samples", [1, 7, 37, *(pytest.param(n, marks=SLOW_INTERPRETED) for n in (1024, 1031))], ids=lambda n: f"N{n}"
+)
 def test_as_exact_as_the_reference(backend: Backend, num_samples: int, scale: str) -> None:
     """1024 samples are a block, 1031 a prime beyond it. The result is fp64 rounded once."""
-    if backend.interpreted and num_samples > 100:
-        pytest.skip("test_past_a_block has 3 programs of this size")
     for dtype in backend.dtypes:
         rewards, groups = random_case(num_samples, max(1, num_samples // 5))
         rewards = rewards.to(dtype)

@@ -86,8 +86,6 @@ def test_as_exact_as_torch(
     """Against the two references in fp64, whatever the tiles: loss within 2x, gradients within 3x plain torch."""
     if dtype not in backend.dtypes:
         pytest.skip(f"{backend.name} does not take {dtype}")
-    if backend.interpreted and (dtype == FP16 or (dtype == BF16 and loss_type != "grpo") or tiling == TILINGS[2]):
-        pytest.skip("the interpreter is slow")
     inputs, options = batch(dtype, masked)
     how = {"loss_type": loss_type, "importance_level": level}
     cpu = Backend("reference", "reference", "cpu", ())

@@ -34,7 +34,7 @@ CASES = {
     "some-skipped": {"how": "some-skipped"},
     "all-skipped": {"how": "all-skipped"},
     "empty-experts": {"how": "empty-experts"},
-    "more-experts-than-tokens": {"num_tokens": 3, "num_experts": 23, "k": 2, "width": 67, "inner": 31},
+    "more-experts-than-tokens": {"num_tokens": 3, "num_experts": 11, "k": 2, "width": 19, "inner": 9},
 }
 
 

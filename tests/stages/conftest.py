@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,21 @@ def lessons() -> list[dict]:
 
 def said(text: str) -> dict:
     return {"role": "assistant", "content": text}
+
+
+@pytest.fixture(scope="module")
+def dist() -> Iterator[Any]:
+    """World size 1, in this process, on one thread."""
+    import torch
+
+    from r1fast.parallel.mesh import init_distributed
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    dist = init_distributed("cpu")
+    yield dist
+    dist.close()
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from r1fast.parallel.mesh import Dist, init_distributed
+from r1fast.parallel.mesh import Dist
 from r1fast.stages import grpo, training
 from r1fast_kernels import dispatch
 from tests.golden.runs import CURVES, RUNS, STEPS, curve, distance
@@ -20,16 +19,6 @@ from tests.kernels.backends import needs_cpp
 TOLERANCE = 1e-5
 GOLDEN = json.loads(CURVES.read_text(encoding="utf-8"))
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def dist() -> Iterator[Dist]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    dist = init_distributed("cpu")
-    yield dist
-    dist.close()
-    torch.set_num_threads(num_threads)
 
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param(None, id="default", marks=needs_cpp)])

@@ -1,7 +1,7 @@
 """A metric is a mean over stated items (docs/numerics.md, section 5), whatever cuts them into batches and ranks, or
 computes them twice."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from r1fast.parallel.mesh import Dist, init_distributed
+from r1fast.parallel.mesh import Dist
 from r1fast.stages.measures import Max, Mean, merge, numbers
 from tests.parallel.tiny_model import torchrun
 from tests.stages.metric_cases import (
@@ -28,16 +28,6 @@ from tests.stages.metric_cases import (
 )
 
 EXACT = ("moe/load", "moe/changed_routings", "moe/max_violation", "accuracy")
-
-
-@pytest.fixture(scope="module")
-def dist() -> Iterator[Dist]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    dist = init_distributed("cpu")
-    yield dist
-    dist.close()
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Which samples a step gets: whole groups, sampled in parts or at once; others in place of groups of equal reward."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from r1fast.parallel.mesh import Dist, init_distributed
+from r1fast.parallel.mesh import Dist
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams
 from r1fast.schema import GRPOStage
@@ -238,13 +238,6 @@ def test_overlong_punishment_scores_nothing_that_has_no_score() -> None:
     ]
     punish_overlong(samples, 8, 8)
     assert str(samples[0].rewards["overlong"]) == "nan" and samples[1].rewards["overlong"] == -1.0
-
-
-@pytest.fixture(scope="module")
-def dist() -> Iterator[Dist]:
-    dist = init_distributed("cpu")
-    yield dist
-    dist.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """The router in a training step: experts replayed or compared, their load, and options that a model cannot take."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from r1fast.parallel.mesh import Dist, init_distributed
+from r1fast.parallel.mesh import Dist
 from r1fast.stages.grpo import Learner
 from tests.stages.gradient_cases import GRPO, NoScorer, context
 from tests.tiny_checkpoint import DEEPSEEK_V3, QWEN2, write_checkpoint
@@ -21,13 +20,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "moe": write_checkpoint(tmp_path_factory.mktemp("moe"), **DEEPSEEK_V3),
         "dense": write_checkpoint(tmp_path_factory.mktemp("dense"), **QWEN2),
     }
-
-
-@pytest.fixture(scope="module")
-def dist() -> Iterator[Dist]:
-    dist = init_distributed("cpu")
-    yield dist
-    dist.close()
 
 
 def step(dist: Dist, model: Path, **options: Any) -> tuple[dict[str, Any], list[list[int]], list[list[int]]]:

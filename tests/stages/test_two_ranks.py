@@ -1,14 +1,13 @@
 """Same numbers, however it is cut (docs/architecture.md, section 5): one step on two gloo processes, and in
 micro-batches, is the step of one process in one batch: loss, metrics and the whole gradient in fp32 to 1e-5."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from r1fast.parallel.mesh import init_distributed
+from r1fast.parallel.mesh import Dist
 from tests.stages.gradient_cases import CASES, run_cases
 
 STEPS = [name for name in CASES if name not in ("rollout", "ahead", "sft-local-denominator")]
@@ -16,12 +15,8 @@ MICRO = [name for name in STEPS if name.removesuffix("-micro") in STEPS and name
 
 
 @pytest.fixture(scope="module")
-def one_rank(cut_models: dict[str, str]) -> Iterator[dict[str, Any]]:
-    num_threads = torch.get_num_threads()
-    dist = init_distributed("cpu")
-    yield run_cases(dist, cut_models["moe"])
-    dist.close()
-    torch.set_num_threads(num_threads)
+def one_rank(dist: Dist, cut_models: dict[str, str]) -> dict[str, Any]:
+    return run_cases(dist, cut_models["moe"])
 
 
 def difference(got: dict[str, Any], expected: dict[str, Any]) -> float:
