@@ -1,10 +1,12 @@
 """Fixtures of the tests that run stages: a tiny checkpoint, the command line in this process, and what it refuses."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.tiny_checkpoint import PROMPTS, ZERO, tree, write_jsonl, write_recipe
 
@@ -12,6 +14,25 @@ REWARD_FILE = """
 def needs_gold(completions, gold, **columns):
     return [0.0] * len(completions)
 """
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """A folder that one of the processes that tests run in fills; the others wait for it. Tests only read it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if hasattr(request.config, "workerinput") else base
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder = shared / name
+        with FileLock(shared / f"{name}.lock"):
+            if not (done := shared / f"{name}.done").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Sharded training equals the plain single-device model: gradients, clipping, generation, state dicts."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,9 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor],
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    output: Path = tmp_path_factory.mktemp("two_ranks") / "results.pt"
-    torchrun("two_ranks_parallelize.py", str(output))
-    return torch.load(output, weights_only=False)
+def two_ranks(made_once: Callable[..., Path]) -> dict[str, Any]:
+    folder = made_once("parallelize", lambda folder: torchrun("two_ranks_parallelize.py", str(folder / "out.pt")))
+    return torch.load(folder / "out.pt", weights_only=False)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -145,7 +145,7 @@ def full_state_dict(model: nn.Module, dist: Dist) -> dict[str, torch.Tensor]:
     return state if dist.is_main else {}
 
 
-def torchrun(script: str, *args: str, num_ranks: int = 2, timeout_s: float = 60) -> None:
+def torchrun(script: str, *args: str, num_ranks: int = 2, timeout_s: float = 240) -> None:
     """Run a script of tests/parallel (or a whole path) on gloo processes of one thread each."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,16 @@ def dist() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def taught_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def taught_model(made_once: Callable[..., Path]) -> Path:
     """Made by an sft stage on messages and plain text."""
+    return made_once("taught", teach) / "run" / "taught" / "model"
+
+
+def teach(folder: Path) -> None:
     import torch
 
     from r1fast.train import main
 
-    folder = tmp_path_factory.mktemp("taught")
     start = write_checkpoint(folder / "start", **{**QWEN2, "max_position_embeddings": 256})
     write_jsonl(folder / "lessons.jsonl", lessons())
     stage = {
@@ -81,41 +85,39 @@ def taught_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = write_recipe(folder / "recipe.yaml", stage, model={"path": str(start)})
     torch.set_num_threads(1)
     assert main(["--config", str(recipe), "--output-dir", str(folder / "run")]) == 0
-    return folder / "run" / "taught" / "model"
 
 
 @pytest.fixture(scope="session")
-def cut_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def cut_models(made_once: Callable[..., Path]) -> dict[str, str]:
     """The models of gradient_cases.py and metric_cases.py."""
-    folder = tmp_path_factory.mktemp("cut_models")
     fields = {"moe": DEEPSEEK_V3, "dense": QWEN2}
-    return {name: str(write_checkpoint(folder / name, **fields[name])) for name in fields}
+    folder = made_once("cut_models", partial(write_checkpoints, fields))
+    return {name: str(folder / name) for name in fields}
+
+
+def write_checkpoints(models: dict[str, dict[str, Any]], folder: Path) -> None:
+    for name, fields in models.items():
+        write_checkpoint(folder / name, **fields)
 
 
 @pytest.fixture(scope="session")
-def lora_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lora_models(made_once: Callable[..., Path]) -> Path:
     """The folder of those of lora_cases.py."""
     from tests.stages.lora_cases import MODELS
 
-    folder = tmp_path_factory.mktemp("lora_models")
-    for name, fields in MODELS.items():
-        write_checkpoint(folder / name, **fields)
-    return folder
+    return made_once("lora_models", partial(write_checkpoints, MODELS))
 
 
 @pytest.fixture(scope="session")
-def two_ranks(
-    cut_models: dict[str, str], lora_models: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
+def two_ranks(cut_models: dict[str, str], lora_models: Path, made_once: Callable[..., Path]) -> dict[str, Any]:
     """What rank_cases.py finds on two of them."""
     import torch
 
     from tests.parallel.tiny_model import torchrun
 
-    output = tmp_path_factory.mktemp("two_ranks") / "results.pt"
-    script = str(Path(__file__).with_name("rank_cases.py"))
-    torchrun(script, str(output), *cut_models.values(), str(lora_models), timeout_s=240)
-    return torch.load(output, weights_only=False)
+    script, models = str(Path(__file__).with_name("rank_cases.py")), [*cut_models.values(), str(lora_models)]
+    folder = made_once("rank_cases", lambda folder: torchrun(script, str(folder / "out.pt"), *models))
+    return torch.load(folder / "out.pt", weights_only=False)
 
 
 REWARD_FILE = """

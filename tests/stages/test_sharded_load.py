@@ -32,19 +32,21 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def run(job: str, folder: Path, output: Path, *, num_ranks: int = 2) -> Any:
     script = str(Path(__file__).with_name("load_cases.py"))
-    torchrun(script, job, str(output), str(folder), num_ranks=num_ranks, timeout_s=240)
+    torchrun(script, job, str(output), str(folder), num_ranks=num_ranks)
     return torch.load(output)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
+def folder(made_once: Callable[..., Path]) -> Path:
+    return made_once("sharded_load", write_models)
+
+
+def write_models(folder: Path) -> None:
     for name, fields in MODELS.items():
         write_checkpoint(folder / "sound" / name, **fields)
     write_checkpoint(folder / "damaged", **MODELS["llama"])
     edit(folder / "sound" / "llama", lambda name, tensor: tensor.bfloat16())
     edit(folder / "damaged", lambda name, t: with_nan_at_the_end(t) if "embed" in name else t)
-    return folder
 
 
 def edit(folder: Path, change: Callable[[str, Tensor], Tensor]) -> None:
@@ -59,8 +61,9 @@ def with_nan_at_the_end(tensor: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folder: Path) -> dict[str, Any]:
-    return run("cases", folder, folder / "output")
+def two_ranks(folder: Path, made_once: Callable[..., Path]) -> dict[str, Any]:
+    made_once("load_cases", lambda _: run("cases", folder, folder / "output"))
+    return torch.load(folder / "output")
 
 
 @pytest.mark.dist
