@@ -31,6 +31,7 @@ from r1fast.run_folder import replace_folder
 from r1fast.wording import one_line
 
 SUFFIX = ".gguf"
+_EDITION = 2  # of what is made of a file, and kept: one more when that changes
 # Keys of an architecture beside those that transformers reads. Any other may change what the model computes.
 _SAID_BY_SHAPES = {
     "attention.key_length", "attention.value_length", "expert_feed_forward_length", "expert_shared_feed_forward_length",
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 def converted(file: Path) -> Path:
     """The checkpoint folder of a .gguf file. ValueError where transformers' reader would leave out any of it."""
     status = file.stat()
-    key = f"{file.resolve()},{status.st_size},{status.st_mtime_ns},{transformers_version}"
+    key = f"{file.resolve()},{status.st_size},{status.st_mtime_ns},{transformers_version},{_EDITION}"
     home = cached_assets_path("r1fast", "gguf", f"{file.stem}-{zlib.crc32(key.encode()):08x}")
     folder = home / "model"
     try:

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from r1fast.models import export, folders
+from r1fast.models import export, folders, weights
 from r1fast.models.decoder import Decoder
 from r1fast.models.weights import check_checkpoint, load_model, save_model
 
@@ -65,6 +65,22 @@ def test_shards_in_both_directions(make_checkpoint, tmp_path: Path, name: str, m
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert all(torch.equal(again.state_dict()[key], t) for key, t in checkpoint.oracle.state_dict().items())
     assert torch.equal(logits_of(load_model(tmp_path / "ours")[0]), expected)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3-plain-q-tied", "phi3"])
+def test_a_checkpoint_in_blocks(make_checkpoint, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row once, a tied head not again; none is larger than a chunk, or a row of a stack."""
+    checkpoint = make_checkpoint(name)
+    expected = checkpoint.load().state_dict()
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 2000)
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, start, rows in weights.Checkpoint(checkpoint.folder).blocks("float32"):
+        parts = found.setdefault(name, [])
+        assert start == sum(map(len, parts)) and (rows.nbytes <= 2000 or len(rows) == 1)
+        parts.append(rows)
+    assert expected.keys() - found.keys() <= {"lm_head.weight"}
+    assert all(torch.equal(torch.cat(parts), expected[name]) for name, parts in found.items())
+    assert sum(map(len, found.values())) > len(found)
 
 
 def test_reward_model_round_trip(checkpoint, tmp_path: Path) -> None:
