@@ -70,22 +70,22 @@ class Lengths:
             return [together * (min(stage.max_length, self._longest_made(stage)) - 1)] * stage.batch_size
         if isinstance(stage, PretrainStage):
             rows = visited(stage, rows, self.recipe.seed if stage.seed is None else stage.seed)
-        if isinstance(stage, RewardModelStage):
-            units = encode_units(_some(rows), tokenizer, stage)
-            return [sum(example.num_inputs for example in unit) for unit in units]
-        assert isinstance(stage, GenerateOptions)
-        return [example.num_inputs for example in encode_examples(_some(rows), tokenizer, stage)]
+        return _encoded(stage, rows, tokenizer)
 
     def _longest_made(self, stage: FitOptions) -> int:
-        """Tokens of a row that this stage or an earlier one samples."""
-        made = []
+        """Tokens of a row of train_files, some of which this stage or an earlier one samples."""
+        tokenizer, lengths = self._tokenizer(stage.name), [0]
         for found in inputs_of(self.recipe, stage):
-            if found.key == "train_files":
-                maker = stage if found.rows == "prompts" else found.stage and self.recipe.stage(found.stage)
-                if not isinstance(maker, SampleOptions):
-                    return stage.max_length
-                made.append(self.prompt(maker, ["train_files"]) + maker.max_completion_length)
-        return max(made)
+            maker = stage if found.rows == "prompts" else found.stage and self.recipe.stage(found.stage)
+            if found.key != "train_files":
+                continue
+            if isinstance(maker, SampleOptions):
+                lengths.append(self.prompt(maker, ["train_files"]) + maker.max_completion_length)
+            elif maker is None and tokenizer is not None and found.rows is not None:
+                lengths.append(max(_encoded(stage, load_rows([found.ref], found.rows), tokenizer)) + 1)
+            else:
+                return stage.max_length
+        return max(lengths)
 
     def _read(self, name: str, key: str) -> list[dict] | None:
         """All rows; None where they are not to be had, as the run makes some of them."""
@@ -104,6 +104,15 @@ class Lengths:
             return tokenizer_of(source)
         rows = self._rows(source.name, "train_files")
         return None if rows is None else tokenizer_of_rows(rows, source.vocab_size)
+
+
+def _encoded(stage: FitOptions, rows: list[dict], tokenizer: Tokenizer) -> list[int]:
+    """Inputs of each row, or of so many of them."""
+    if isinstance(stage, RewardModelStage):
+        units = encode_units(_some(rows), tokenizer, stage)
+        return [sum(example.num_inputs for example in unit) for unit in units]
+    assert isinstance(stage, GenerateOptions)
+    return [example.num_inputs for example in encode_examples(_some(rows), tokenizer, stage)]
 
 
 def _some(rows: list[dict]) -> list[dict]:

@@ -136,7 +136,7 @@ def show(request: CommandLine) -> None:
     num_ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     found = estimate(request.recipe, request.selected, num_ranks, here)
     print(dump_recipe(request.recipe), end="")
-    Console(stderr=True, width=132).print(memory_table(found, num_ranks))
+    Console(stderr=True, width=160).print(memory_table(found, num_ranks))
 
 
 def is_main() -> bool:

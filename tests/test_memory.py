@@ -112,6 +112,12 @@ def test_rows_that_are_still_to_be_made_are_bounded_by_what_makes_them(files: Pa
     tuned = {"name": "tuned", "kind": "sft", "train_files": ["@cold"], "batch_size": 4}
     found = estimate(files, cold | {"prompt_template": "plain"}, tuned, model=model)
     assert 4 * 30 < found.tokens_per_step < 4 * (30 + 60)  # and not 4 * max_length
+    # Beside rows that are there the longest counts.
+    write_jsonl(files / "rows.jsonl", [{"text": "a"}, {"text": "b " * 200}])
+    both = estimate(
+        files, cold | {"prompt_template": "plain"}, tuned | {"train_files": ["@cold", "rows.jsonl"]}, model=model
+    )
+    assert 4 * 200 <= both.tokens_per_step <= 4 * 402
 
 
 def test_what_else_is_there(files: Path) -> None:
