@@ -19,7 +19,7 @@ from r1fast.stages.packed import encode_examples, encode_prompts, of_step
 from r1fast.stages.pretrain import tokenizer_of_rows, visited
 from r1fast.stages.reward_model import encode_units
 
-MOST_ROWS, MOST_STEPS = 10_000, 1_000  # that are looked at
+MOST_ROWS, MOST_STEPS = 4_000, 1_000  # that are looked at
 
 
 class Lengths:
@@ -27,8 +27,8 @@ class Lengths:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._rows = cache(self._read)
-        self._tokenizer = cache(self._find_tokenizer)
+        self._load = cache(lambda kind, *refs: load_rows(list(refs), kind))
+        self._tokenizer_from = cache(self._find_tokenizer)
 
     def prompt(self, stage: GenerateOptions, keys: Sequence[str] = ("train_files", "eval_files")) -> int:
         """Tokens of the longest prompt of these files, at most max_prompt_length."""
@@ -82,28 +82,33 @@ class Lengths:
             if isinstance(maker, SampleOptions):
                 lengths.append(self.prompt(maker, ["train_files"]) + maker.max_completion_length)
             elif maker is None and tokenizer is not None and found.rows is not None:
-                lengths.append(max(_encoded(stage, load_rows([found.ref], found.rows), tokenizer)) + 1)
+                lengths.append(max(_encoded(stage, self._load(found.rows, found.ref), tokenizer)) + 1)
             else:
                 return stage.max_length
         return max(lengths)
 
-    def _read(self, name: str, key: str) -> list[dict] | None:
+    def _rows(self, name: str, key: str) -> list[dict] | None:
         """All rows; None where they are not to be had, as the run makes some of them."""
         files = [found for found in inputs_of(self.recipe, self.recipe.stage(name)) if found.key == key]
         if any(found.stage is not None for found in files):
             return None
         kinds = {found.rows for found in files if found.rows is not None}
         try:
-            return [row for kind in kinds for row in load_rows([found.ref for found in files], kind)]
+            return [row for kind in kinds for row in self._load(kind, *(found.ref for found in files))]
         except (ValueError, OSError):  # of a stage that is not to be run: preflight has read the others
             return None
 
-    def _find_tokenizer(self, name: str) -> Tokenizer | None:
+    def _tokenizer(self, name: str) -> Tokenizer | None:
         source = origin(self.recipe, self.recipe.stage(name), of_tokenizer=True)
+        return self._tokenizer_from(source if isinstance(source, str) else self.recipe.stages.index(source))
+
+    def _find_tokenizer(self, source: str | int) -> Tokenizer | None:
         if isinstance(source, str):
             return tokenizer_of(source)
-        rows = self._rows(source.name, "train_files")
-        return None if rows is None else tokenizer_of_rows(rows, source.vocab_size)
+        stage = self.recipe.stages[source]
+        assert isinstance(stage, PretrainStage)
+        rows = self._rows(stage.name, "train_files")
+        return None if rows is None else tokenizer_of_rows(rows, stage.vocab_size)
 
 
 def _encoded(stage: FitOptions, rows: list[dict], tokenizer: Tokenizer) -> list[int]:

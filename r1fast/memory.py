@@ -130,9 +130,10 @@ class Estimator:
         lora = stage.lora if isinstance(stage, TrainOptions) else None
         outputs = 1 if isinstance(stage, RewardModelStage) else None
         model, found = _Model(config, lora, num_outputs=outputs), Estimate(stage.name)
-        for name, other in self._samplers(stage) if isinstance(stage, GenerateOptions) else ():
+        if isinstance(stage, GenerateOptions):
             asked = self._asked(stage, of_teacher=True)
-            found.phases.append(Phase(name, {"weights": self._shards(other)} | self._generate(stage, other, asked)))
+            for name, other in self._samplers(stage):
+                found.phases.append(Phase(name, {"weights": self._shards(other)} | self._generate(stage, other, asked)))
         frozen = list(self._frozen(stage))
         rest = self._resident(stage, model, frozen)
         # Frozen models are read after the optimizer is made. A rank of pretrain makes the model whole and keeps a part.

