@@ -1,4 +1,4 @@
-"""Imports point one way (design.md, section 3), read from the sources, and what must stay light stays light."""
+"""Imports point one way (docs/architecture.md, section 1), read from the sources, and what must stay light stays light."""
 
 import ast
 import subprocess
@@ -124,9 +124,18 @@ def test_nothing_imports_tests_or_benchmarks() -> None:
 )
 def test_torch_is_not_imported_by(statement: str) -> None:
     """A reward worker starts with each pool, and torch costs it a second and 200 MB."""
-    heavy = "torch", "transformers", "numpy"
-    code = f"import sys; {statement}; print([name for name in {heavy!r} if name in sys.modules])"
+    assert imported_by(statement, "torch", "transformers", "numpy") == []
+
+
+def test_torchs_compiler_is_not_imported_by_the_trainer() -> None:
+    """Nor all of transformers' modelling: seconds of each process, two of them for every run."""
+    assert imported_by("import r1fast.pipeline", "torch._dynamo", "transformers.modeling_utils", "datasets") == []
+
+
+def imported_by(statement: str, *heavy: str) -> list[str]:
     paths = [str(ROOT), str(ROOT / "kernels")]
-    code = f"import sys; sys.path[:0] = {paths!r}; {code}"
+    code = f"import sys; sys.path[:0] = {paths!r}; {statement}"
+    code += f"; print(*[name for name in {heavy!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stdout) == (0, "[]\n"), result.stderr
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()

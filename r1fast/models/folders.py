@@ -17,10 +17,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from r1fast.models.families import FAMILIES
-from r1fast.models.gguf_file import SUFFIX, converted
 from r1fast.models.model_config import ModelConfig
 
 PACKAGE = "package:"
+SUFFIX = ".gguf"
 AGAIN = "copy or download it again"
 ADAPTER_CONFIG = "adapter_config.json"  # of a LoRA folder
 GENERATION_NAME = "generation_config.json"
@@ -68,7 +68,11 @@ def resolve(path: str | Path, patterns: list[str]) -> Path:
         if not (folder.is_file() if folder.suffix == SUFFIX else folder.is_dir()):
             kinds = "a checkpoint folder with config.json, a .gguf file, or a Hub id"
             raise ValueError(f"{path}: no such {'file' if folder.suffix == SUFFIX else 'folder'}; expected {kinds}")
-        return converted(folder) if folder.suffix == SUFFIX else folder
+        if folder.suffix != SUFFIX:
+            return folder
+        from r1fast.models.gguf_file import converted  # with it comes all of transformers' modelling: seconds
+
+        return converted(folder)
     try:
         return Path(snapshot_download(
             repo_id, revision=revision or None, allow_patterns=patterns, ignore_patterns=_SAME_AGAIN

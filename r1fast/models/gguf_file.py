@@ -30,7 +30,6 @@ from r1fast.models.model_config import ModelConfig
 from r1fast.run_folder import replace_folder
 from r1fast.wording import one_line
 
-SUFFIX = ".gguf"
 _EDITION = 2  # of what is made of a file, and kept: one more when that changes
 # Keys of an architecture beside those that transformers reads. Any other may change what the model computes.
 _SAID_BY_SHAPES = {

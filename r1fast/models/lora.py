@@ -47,6 +47,8 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(torch.empty(*experts, num_out, config.r, dtype=torch.float32))
         self.scale, self.dropout = config.alpha / config.r, config.dropout
         self._index, self._noise = index, noise
+        # Here, as torch's compiler takes seconds to import.
+        self._drop = torch.compiler.disable(_drop) if config.dropout else None
         self._off = False
 
     @property
@@ -57,18 +59,18 @@ class LoRA(nn.Module):
         """out, which is W x, with the adapter's part. offsets_E: where each expert's rows of x end."""
         if self._off:
             return out
-        x = self._drop(x) if self.training and self.dropout else x
+        if self.training and self._drop is not None:
+            x = self._drop(x, self.dropout, self._noise[0], self._index)
         if offsets_E is None:
             return out + linear(linear(x, self.A) * self.scale, self.B)
         return out + grouped_gemm(grouped_gemm(x, self.A, offsets_E) * self.scale, self.B, offsets_E)
 
-    @torch.compiler.disable
-    def _drop(self, x: Tensor) -> Tensor:
-        """The same mask where activations are recomputed: no state of a generator is carried on."""
-        seed = zlib.crc32(f"{self._noise[0]},{self._index}".encode())
-        generator = torch.Generator(x.device).manual_seed(seed)
-        keep = torch.empty_like(x, requires_grad=False).bernoulli_(1 - self.dropout, generator=generator)
-        return x * keep.div_(1 - self.dropout)
+
+def _drop(x: Tensor, share: float, noise: int, index: int) -> Tensor:
+    """The same mask where activations are recomputed: no state of a generator is carried on."""
+    generator = torch.Generator(x.device).manual_seed(zlib.crc32(f"{noise},{index}".encode()))
+    keep = torch.empty_like(x, requires_grad=False).bernoulli_(1 - share, generator=generator)
+    return x * keep.div_(1 - share)
 
 
 class Adapted(NamedTuple):

@@ -19,7 +19,7 @@ from tests.tiny_checkpoint import DEEPSEEK_V3, PROMPTS, QWEN2, write_checkpoint,
 
 pytestmark = pytest.mark.usefixtures("stage_files")
 
-# design.md, section 4.2, with small numbers
+# The README's, with small numbers
 RECIPE = """
 model: {path: MODEL}            # Hub id or folder
 stages:
