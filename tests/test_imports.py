@@ -1,4 +1,4 @@
-"""Imports point one way (docs/architecture.md, section 1), read from the sources, and what must stay light stays light."""
+"""Imports point one way (docs/architecture.md, section 1), and what must stay light stays light; from the sources."""
 
 import ast
 import subprocess

@@ -252,7 +252,7 @@ def test_dropout(bases) -> None:
     loras = [lora for *_, lora in adapted(model)]
     x, masks = torch.ones(2000, 32, dtype=torch.float64), []
     for lora in loras[:2]:
-        dropped = lora._drop(x)
+        dropped = lora._drop(x, lora.dropout, 0, lora._index)
         assert set(dropped.unique().tolist()) == {0.0, 1 / 0.6} and abs(float(dropped.mean()) - 1) < 0.02
         masks.append(dropped)
     assert not torch.equal(*masks)
