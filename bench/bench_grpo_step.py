@@ -6,8 +6,8 @@ reference model (beta 0.001; the dense models have none), one update by AdamW. N
 end-of-sequence token is beyond the model's vocabulary. Ours is what the grpo stage runs for a step, theirs what TRL's
 loop does, its experts in grouped_mm (faster than eager here), without gradient checkpointing; neither logs nor saves.
 TRL keeps its weights in the dtype of the case; "TRL mixed", its default, in fp32 with bf16 in the update alone. Floor:
-FLOPs of the active parameters, 2 for each new token, token of a distinct prompt and token of the reference, 6 for each
-token of the update.
+FLOPs of the active parameters for each new token and token of a distinct prompt: 2 in the rollout, 2 in the reference,
+6 in the update.
 """
 
 import importlib.util
@@ -187,9 +187,10 @@ def test_grpo_step(case: Case, compare: Callable[[harness.Problem], None], tmp_p
             name, [x if x is None else x.cpu() for x in found]
         )
 
-    active, num_tokens = active_parameters(oracle), N * (PROMPT_TOKENS + L)
-    flops = 2.0 * active * (N * L + N // G * PROMPT_TOKENS + (num_tokens if beta else 0)) + 6.0 * active * num_tokens
-    floor = harness.products_floor(flops, num_tokens, dtype)
+    active = active_parameters(oracle)
+    num_inputs = N * L + N // G * PROMPT_TOKENS
+    flops = 2.0 * active * num_inputs * (2 if beta else 1) + 6.0 * active * num_inputs
+    floor = harness.products_floor(flops, num_inputs, dtype)
     try:
         compare(harness.Problem(case, contenders, floor=floor, check=check, repeated=True))
     finally:

@@ -154,7 +154,7 @@ def products_floor(flops: float, rows: int, dtype: torch.dtype) -> Floor:
     """FLOPs at the rate of products of `rows` rows, 512 channels to 512."""
     x_TD, weight_DD = torch.randn(rows, 512, device=DEVICE).to(dtype), torch.randn(512, 512, device=DEVICE).to(dtype)
     one = 2.0 * rows * 512 * 512
-    repeats = max(1, round(1e9 / one))  # the first finds the caches and the threads as the contender before it left them
+    repeats = max(1, round(1e9 / one))  # the first finds caches and threads as others left them
 
     def run() -> None:
         for _ in range(repeats):

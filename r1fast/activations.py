@@ -16,6 +16,7 @@ from r1fast.models.decoder import Decoder, DecoderLayer
 from r1fast.models.lora import LoraConfig, add_adapters
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.rope import Rotary
+from r1fast.models.shared_tokens import SharedTokens
 from r1fast.parallel.parallelize import ActivationCheckpointing, checkpointed
 from r1fast_kernels import torch_private
 
@@ -84,10 +85,15 @@ def _layer(config: _Hashed, index: int) -> nn.Module:
 
 @cache
 def _traced(
-    config: _Hashed, index: int, num_tokens: int, dtype: torch.dtype, device: str, kind: ActivationCheckpointing
-) -> Layer:
-    """Of layer `index`, on one sequence."""
-    plan = AttentionPlan(torch.tensor([0, num_tokens], dtype=torch.int32), num_tokens, torch.device(device))
+    config: _Hashed, index: int, num_tokens: int, repeated: int, dtype: torch.dtype, device: str,
+    kind: ActivationCheckpointing,
+) -> Layer:  # fmt: skip
+    """Of layer `index`, on one sequence, and another one that repeats the first tokens of it."""
+    where = torch.device(device)
+    every_S = torch.arange(num_tokens + repeated, device=where) % num_tokens
+    shared = SharedTokens(every_S, num_tokens) if repeated else None
+    ends = torch.tensor([0, num_tokens, num_tokens + repeated], dtype=torch.int32)
+    plan = AttentionPlan(ends, len(every_S), where, shared)
     ropes = Rotary(config.value).to(device)(plan.positions_T, plan.lengths_T, dtype)
     step = ForwardPass(plan, ropes, None, None, None)
     with torch_private.fake_tensors(), torch.device(device):
@@ -109,10 +115,17 @@ def _traced(
 
 
 def layer_activations(
-    config: ModelConfig, index: int, num_tokens: int, dtype: torch.dtype, device: str, kind: ActivationCheckpointing,
-    lora: LoraConfig | None = None,
+    config: ModelConfig, index: int, num_tokens: int, num_repeated: int, dtype: torch.dtype, device: str,
+    kind: ActivationCheckpointing, lora: LoraConfig | None = None,
 ) -> Layer:  # fmt: skip
-    """Of layer `index`. All of it is linear in tokens: a line through two small numbers of them."""
-    first, second = (_traced(_Hashed(config, lora), index, x, dtype, device, kind) for x in TRACED_TOKENS)
-    reach = (num_tokens - TRACED_TOKENS[0]) / (TRACED_TOKENS[1] - TRACED_TOKENS[0])
-    return Layer(*(max(0, round(a + (b - a) * reach)) for a, b in zip(first, second, strict=True)))
+    """Of layer `index`. num_repeated: tokens that attention alone takes again (models/shared_tokens.py).
+
+    All of it is linear in both: a line through two small numbers of each.
+    """
+    few, many = TRACED_TOKENS
+    counts = [(few, 0), (many, 0)] + [(few, few)] * bool(num_repeated)
+    first, more, *again = (_traced(_Hashed(config, lora), index, *count, dtype, device, kind) for count in counts)
+    reach, reach_again = (num_tokens - few) / (many - few), num_repeated / few
+    third = again[0] if again else first
+    lines = zip(first, more, third, strict=True)
+    return Layer(*(max(0, round(a + (b - a) * reach + (c - a) * reach_again)) for a, b, c in lines))

@@ -21,6 +21,7 @@ rewards, and a vLLM in the process, whose part of the device is gpu_memory_utili
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from rich import box
@@ -54,6 +55,7 @@ from r1fast.schema_options import (
     StageBase,
     TrainOptions,
 )
+from r1fast.stages.packed import worthwhile
 from r1fast_kernels import head
 from r1fast_kernels.decode_attention import BLOCK
 
@@ -114,6 +116,16 @@ class _Model:
         return self.numel if whole else min(self.ends + 3 * max(self.layers), self.numel)
 
 
+class _Batch(NamedTuple):
+    """A full micro-batch: inputs, and tokens that only attention takes again. Of these a rank's in a step, and the
+    tokens of a step in all."""
+
+    num_tokens: int
+    num_repeated: int
+    number: int
+    tokens_per_step: int
+
+
 class Estimator:
     """Of a recipe on `num_ranks` ranks, each with a device of this type."""
 
@@ -152,11 +164,12 @@ class Estimator:
             if self._is_ahead(stage):
                 ahead = {name: size for name, size in generate.items() if name not in (*rest, "gathered")}
         if isinstance(stage, TrainOptions):
-            num_tokens, num_batches, found.tokens_per_step = self._batch(stage)
+            batch = self._batch(stage)
+            found.tokens_per_step = batch.tokens_per_step
             if isinstance(stage, GRPOStage) and (old_logprobs := self._forwards(stage)) is not None:
-                score = self._score(stage, [model] * old_logprobs, frozen, rest, num_tokens)
+                score = self._score(stage, [model] * old_logprobs, frozen, rest, batch)
                 found.phases.append(Phase("score", _sum(score, ahead)))
-            update = self._update(stage, model, frozen, rest, num_tokens, num_batches)
+            update = self._update(stage, model, frozen, rest, batch)
             found.phases.append(Phase("update", _sum(update, ahead)))
             save = rest | stays | {"optimizer": self._state(stage, model, offloads=False)}
             found.phases.append(Phase("save", save))
@@ -226,16 +239,19 @@ class Estimator:
 
     # ---- phases ----
 
-    def _batch(self, stage: TrainOptions) -> tuple[int, int, int]:
-        """Tokens of a full micro-batch, micro-batches of a step on a rank, tokens of a step in all."""
+    def _batch(self, stage: TrainOptions) -> _Batch:
         if isinstance(stage, FitOptions):
-            return self.lengths.batches(stage, self.ranks)
+            num_tokens, number, tokens_per_step = self.lengths.batches(stage, self.ranks)
+            return _Batch(num_tokens, 0, number, tokens_per_step)
         assert isinstance(stage, GRPOStage)
-        length = self.lengths.prompt(stage, ["train_files"]) + stage.max_completion_length - 1
+        prompt = self.lengths.prompt(stage, ["train_files"])
+        length = prompt + stage.max_completion_length - 1
         count = stage.prompts_per_step * stage.num_generations // stage.steps_per_generation
         mine = -(-count // self.ranks)
         together = max(1, min(mine, stage.max_tokens_per_microbatch // length))
-        return length * together, -(-mine // together), count * length
+        prompts = -(-together * stage.steps_per_generation // stage.num_generations)
+        repeated = worthwhile(max(0, together - prompts) * (prompt - 1), length * together)
+        return _Batch(length * together - repeated, repeated, -(-mine // together), count * length)
 
     def _asked(self, stage: StageBase, *, of_teacher: bool = False) -> tuple[int, int]:
         """The most samples that are asked for at a time, and their prompts; very many, where data tell the number."""
@@ -272,44 +288,45 @@ class Estimator:
         return found
 
     def _score(
-        self, stage: GRPOStage, policy: list[_Model], frozen: list[_Model], rest: dict[str, int], num_tokens: int
+        self, stage: GRPOStage, policy: list[_Model], frozen: list[_Model], rest: dict[str, int], batch: _Batch
     ) -> dict[str, int]:
         """policy: itself, where it is run too."""
         models = policy + frozen
         found = rest | {"gathered": self.dtype.itemsize * sum(x.gathered(self.ranks) for x in models)}
         if self._offloads("reference") and stage.has_reference:
             found["weights"] += self._shards(frozen[0])
-        found["activations"] = max(self._inference(x, num_tokens) for x in models)
+        found["activations"] = max(self._inference(x, batch.num_tokens, batch.num_repeated) for x in models)
         outputs = max(x.num_outputs for x in models)
-        found["logits"] = min(head.WIDE_TILE_BYTES[self.device], num_tokens * outputs * 4)
+        found["logits"] = min(head.WIDE_TILE_BYTES[self.device], batch.num_tokens * outputs * 4)
         return found
 
-    def _inference(self, model: _Model, num_tokens: int) -> int:
+    def _inference(self, model: _Model, num_tokens: int, num_repeated: int = 0) -> int:
         states = 2 * num_tokens * model.config.hidden_size * self.dtype.itemsize
-        return states + max(layer.inference for layer in self._layers(model, num_tokens))
+        return states + max(layer.inference for layer in self._layers(model, num_tokens, num_repeated))
 
-    def _layers(self, model: _Model, num_tokens: int) -> list[Layer]:
+    def _layers(self, model: _Model, num_tokens: int, num_repeated: int) -> list[Layer]:
         setting = self.recipe.trainer.activation_checkpointing
         layer = {
-            i: layer_activations(model.config, i, num_tokens, self.dtype, self.device, setting, model.lora)
+            i: layer_activations(
+                model.config, i, num_tokens, num_repeated, self.dtype, self.device, setting, model.lora
+            )
             for i in set(model.kinds)
         }
         return [layer[i] for i in model.kinds]
 
     def _update(
-        self, stage: TrainOptions, model: _Model, frozen: list[_Model], rest: dict[str, int],
-        num_tokens: int, num_batches: int,
-    ) -> dict[str, int]:  # fmt: skip
+        self, stage: TrainOptions, model: _Model, frozen: list[_Model], rest: dict[str, int], batch: _Batch
+    ) -> dict[str, int]:
         """The worst of: the head, each layer's backward, the optimizer's step."""
-        size, config = self.dtype.itemsize, model.config
+        size, config, num_tokens = self.dtype.itemsize, model.config, batch.num_tokens
         reduced = torch.float32.itemsize if self.recipe.trainer.reduce_dtype == "float32" else 2
         here = [model, *self._here(stage, frozen)]
         base = rest | {"gathered": size * sum(x.gathered(self.ranks) for x in here)}
         hidden = num_tokens * config.hidden_size * size
-        layers = self._layers(model, num_tokens)
+        layers = self._layers(model, num_tokens, batch.num_repeated)
         kept = hidden + sum(layer.kept for layer in layers)
         shards = 4 * model.trained // self.ranks
-        every = shards if num_batches > 1 else 0  # of the micro-batches before
+        every = shards if batch.number > 1 else 0  # of the micro-batches before
         # Final norm, what of it is learned from, and its gradient; the head's own gradient, summed in fp32 over tiles.
         vocab = model.num_outputs
         tile = min(head.TALL_TILE_BYTES[self.device], num_tokens * vocab * size)

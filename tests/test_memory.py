@@ -57,7 +57,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_layer_keeps_what_can_be_counted_by_hand(dtype: torch.dtype) -> None:
     """D 64, q and out of 64, k and v of 32 each, F 192; lse of 4 heads and two rstd in fp32."""
     config, item = ModelConfig.from_dict(FIELDS), dtype.itemsize
-    kept = {kind: layer_activations(config, 0, 1000, dtype, "cpu", kind).kept for kind in ("none", "selective", "full")}
+    kept = {
+        kind: layer_activations(config, 0, 1000, 0, dtype, "cpu", kind).kept for kind in ("none", "selective", "full")
+    }
     #  normed, q k v, out, residual, normed, gate up silu product, the layer's output
     assert kept["none"] == 1000 * ((64 + 128 + 64 + 64 + 64 + 4 * 192 + 64) * item + 4 * 4 + 2 * 4)
     # products: q k v, out and lse, o_proj, gate up, down; the layer's output
@@ -69,10 +71,10 @@ def test_what_adapters_keep_can_be_counted_by_hand() -> None:
     """Of q alone, r 2: the base keeps no input for a gradient of its weight, A its input, B what A gave."""
     config = ModelConfig.from_dict(FIELDS)
     lora = [LoraConfig(r=2, target_modules=targets) for targets in (["q_proj"], ["q_proj", "down_proj"])]
-    one, two = (layer_activations(config, 0, 1000, torch.float32, "cpu", "none", x).kept for x in lora)
+    one, two = (layer_activations(config, 0, 1000, 0, torch.float32, "cpu", "none", x).kept for x in lora)
     assert (
         two - one == 1000 * (192 + 2) * 4
-        and one < layer_activations(config, 0, 1000, torch.float32, "cpu", "none").kept
+        and one < layer_activations(config, 0, 1000, 0, torch.float32, "cpu", "none").kept
     )
 
 

@@ -19,9 +19,10 @@ from r1fast.config import RECIPES, ConfigError, dump_recipe, load_recipe, valida
 from r1fast.data.packing import balance, pack
 from r1fast.rollout.blocks import BlockPool
 from r1fast.stages.grpo import Learner
-from r1fast.stages.packed import Example, collate
+from r1fast.stages.packed import Example, collate, num_repeated
 from r1fast.stages.sampler import Sample
 from r1fast.stages.scoring import punish_overlong
+from r1fast.stages.training import share
 from r1fast_kernels import dispatch, group_advantages
 
 settings.register_profile("short", derandomize=True, deadline=None, max_examples=40, database=None)
@@ -60,10 +61,9 @@ TOKENS = st.integers(0, 99)
 def some_examples(draw: st.DrawFn) -> list[Example]:
     found = []
     for _ in range(draw(st.integers(1, 6))):
-        prompt, completion = (
-            draw(st.lists(TOKENS, min_size=1, max_size=8)),
-            draw(st.lists(TOKENS, min_size=1, max_size=8)),
-        )
+        prompt, completion = (draw(st.lists(TOKENS, min_size=1, max_size=8)) for _ in range(2))
+        if found and draw(st.booleans()):
+            prompt = draw(st.sampled_from(found)).prompt_ids
         values = {"per_token": [float(token) for token in completion], "per_sequence": float(len(completion))}
         found.append(Example(prompt, completion, values, learned=draw(st.booleans())))
     return found
@@ -71,10 +71,13 @@ def some_examples(draw: st.DrawFn) -> list[Example]:
 
 @given(some_examples())
 def test_collate(examples: list[Example]) -> None:
-    """Each learned token's input is the one before it in its own sequence; what is not learned is read alone."""
+    """Each learned token's input is the one before it in its own sequence, and no other's; what is not learned is read
+    alone. Prompts that are given once have those of others left out."""
     batch = collate(examples, CPU)
-    inputs, ends = batch.input_ids_T.tolist(), batch.cu_seqlens.tolist()
-    rows = [inputs[first:end] for first, end in pairwise(ends)]
+    inputs, ends = batch.input_ids_T, batch.cu_seqlens.tolist()
+    assert len(inputs) == sum(example.num_inputs for example in examples) - num_repeated(examples)
+    places = torch.arange(len(inputs)) if batch.shared_S is None else batch.shared_S
+    rows = [inputs[places[first:end]].tolist() for first, end in pairwise(ends)]
     assert rows == [(example.prompt_ids + example.completion_ids)[:-1] for example in examples]
     learned = [(place, example) for place, example in enumerate(examples) if example.learned]
     loss_ends = batch.loss_cu_seqlens.tolist()
@@ -82,22 +85,24 @@ def test_collate(examples: list[Example]) -> None:
     for n, (place, example) in enumerate(learned):
         tokens = slice(loss_ends[n], loss_ends[n + 1])
         assert batch.target_ids_M[tokens].tolist() == example.completion_ids
-        index = batch.loss_index_M[tokens].tolist()
-        assert index == list(range(ends[place] + len(example.prompt_ids) - 1, ends[place + 1]))
+        index = places[ends[place] + len(example.prompt_ids) - 1 : ends[place + 1]]
+        assert torch.equal(batch.loss_index_M[tokens], index) and int((places[:, None] == index).sum()) == len(index)
         assert batch.values["per_token"][tokens].tolist() == example.values["per_token"]
         assert float(batch.values["per_sequence"][n]) == example.values["per_sequence"]
 
 
-@given(some_examples(), some_examples())
-def test_collate_of_two_lists_is_both_side_by_side(first: list[Example], second: list[Example]) -> None:
-    whole, a, b = (collate(examples, CPU) for examples in (first + second, first, second))
-    assert torch.equal(whole.input_ids_T, torch.cat([a.input_ids_T, b.input_ids_T]))
-    assert torch.equal(whole.target_ids_M, torch.cat([a.target_ids_M, b.target_ids_M]))
-    shift = len(a.input_ids_T)
-    assert torch.equal(whole.loss_index_M, torch.cat([a.loss_index_M, b.loss_index_M + shift]))
-    assert torch.equal(whole.cu_seqlens, torch.cat([a.cu_seqlens, b.cu_seqlens[1:] + shift]))
-    shift = len(a.target_ids_M)
-    assert torch.equal(whole.loss_cu_seqlens, torch.cat([a.loss_cu_seqlens, b.loss_cu_seqlens[1:] + shift]))
+@given(some_examples(), st.integers(1, 3), st.integers(15, 60))
+def test_micro_batches_share_out_the_examples(examples: list[Example], num_ranks: int, most: int) -> None:
+    """Each goes to one rank, in micro-batches that are not too long; a prompt's come together where there is room."""
+    shares = []
+    for rank in range(num_ranks):
+        stage, dist = SimpleNamespace(max_tokens_per_microbatch=most), SimpleNamespace(world_size=num_ranks, rank=rank)
+        shares.append(share([[example] for example in examples], SimpleNamespace(stage=stage, dist=dist)))
+    batches = [batch for mine in shares for batch in mine]
+    assert sorted(i for batch in batches for i in batch) == list(range(len(examples)))
+    assert all(sum(examples[i].num_inputs for i in batch) <= most for batch in batches)
+    if num_ranks == 1 and num_repeated(examples) and sum(example.num_inputs for example in examples) <= most:
+        assert len(batches) == 1
 
 
 EDITS = {

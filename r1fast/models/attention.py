@@ -22,6 +22,7 @@ from torch.torch_version import Version
 import r1fast_kernels as kernels
 from r1fast.models.cache import BlockCache
 from r1fast.models.rope import Rope, Ropes
+from r1fast.models.shared_tokens import SharedTokens
 from r1fast_kernels.dispatch import choose, in_use
 
 # A bucket takes sequences down to this share of its longest (or within this many tokens): at most 20% of its
@@ -36,9 +37,12 @@ class AttentionPlan:
     """Where every packed token sits; built once per batch and shared by all layers.
 
     rows_T, positions_T: the sequence of each token and its place in it; lengths_N, max_length: of the sequences.
+    shared: where sequences have tokens in common. A layer then runs on fewer tokens than these.
     """
 
-    def __init__(self, cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, cu_seqlens: Tensor, num_tokens: int, device: torch.device, shared: SharedTokens | None = None
+    ) -> None:
         ends = cu_seqlens.detach().to("cpu", torch.int64)
         self.lengths_cpu_N = ends.diff()
         ok = cu_seqlens.dim() == 1 and len(ends) > 0 and ends[0] == 0 and ends[-1] == num_tokens
@@ -48,7 +52,7 @@ class AttentionPlan:
                 f"{num_tokens} packed tokens"
             )
         rows = torch.repeat_interleave(self.lengths_cpu_N)
-        self.device = device
+        self.device, self.shared = device, shared
         self.num_sequences = len(ends) - 1
         self.max_length = int(self.lengths_cpu_N.max()) if self.num_sequences else 0
         self.cu_seqlens = cu_seqlens.to(device, torch.int32)
@@ -59,6 +63,14 @@ class AttentionPlan:
     def lengths_T(self) -> Tensor:
         """Of the sequence of each token."""
         return self.cu_seqlens.diff()[self.rows_T]
+
+    def repeat(self, x: Tensor) -> Tensor:
+        """From the tokens that a layer runs on to those of the sequences."""
+        return x if self.shared is None else self.shared.repeat(x)
+
+    def once(self, x_T: Tensor) -> Tensor:
+        """And back."""
+        return x_T if self.shared is None else self.shared.once(x_T)
 
     @cached_property
     def padded(self) -> "PaddedLayout":
@@ -106,7 +118,18 @@ def packed_attention(
 ) -> Tensor:
     """Causal attention inside each sequence, of queries and keys that are not yet rotated.
 
-    As r1fast_kernels.packed_attention, which runs on a CPU and, as "reference", anywhere. Else torch's flash kernels
+    Inputs and result are of the tokens that a layer runs on.
+    """
+    qkv = plan.repeat(q_THd), plan.repeat(k_TKd), plan.repeat(v_TKd)
+    k_pe_TR = None if k_pe_TR is None else plan.repeat(k_pe_TR)
+    return plan.once(_attend(*qkv, plan, rope, scale, k_pe_TR, window))
+
+
+def _attend(
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, plan: AttentionPlan, rope: Rope | None, scale: float,
+    k_pe_TR: Tensor | None, window: int | None,
+) -> Tensor:  # fmt: skip
+    """As r1fast_kernels.packed_attention, which runs on a CPU and, as "reference", anywhere. Else torch's flash kernels
     do: they take one head dimension only, so that keys and values are made of one width.
     """
     if in_use() == "reference" or choose("packed_attention", None, q_THd)[0] == "cpp":

@@ -22,6 +22,7 @@ from r1fast.models.mla import LatentAttention
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import MoE, Routing
 from r1fast.models.rope import Rotary
+from r1fast.models.shared_tokens import SharedTokens
 from r1fast.models.structure import structure_of
 
 Attention = GroupedQueryAttention | LatentAttention
@@ -67,12 +68,14 @@ class DecoderLayer(nn.Module):
         return x_TD if name is None else getattr(self, name)(x_TD)
 
 
-def _of_model(routings: list[Routing | None]) -> Routing | None:
-    """The layers' routing as one; None without experts."""
+def _of_model(routings: list[Routing | None], plan: AttentionPlan | None = None) -> Routing | None:
+    """The layers' routing as one, of every token of the sequences; None without experts."""
     if not (found := [routing for routing in routings if routing is not None]):
         return None
     balances = [routing.balance for routing in found if routing.balance is not None]
     expert_ids_TLK = torch.stack([routing.expert_ids for routing in found], dim=1)
+    if plan is not None:
+        expert_ids_TLK = plan.repeat(expert_ids_TLK)
     return Routing(expert_ids_TLK, torch.stack(balances).sum() if balances else None)
 
 
@@ -143,6 +146,7 @@ class Decoder(nn.Module):
         replay_ids_TLK: Tensor | None = None,
         balance_scale: Tensor | None = None,
         with_routing: bool = False,
+        shared_S: Tensor | None = None,
     ) -> Any:
         """Run N packed sequences; cu_seqlens [N+1] (int32) says where each begins.
 
@@ -152,19 +156,24 @@ class Decoder(nn.Module):
         replay_ids_TLK: the experts of each token in each MoE layer, in place of the routers' choice.
         balance_scale: 0-d; this times the balance loss of every layer and sequence is added to what is minimised.
         with_routing: return (result, Routing), or (result, None) without experts.
+        shared_S: where sequences begin alike, the input that each token of the sequences is (models/shared_tokens.py).
+            Sequences, experts and routing are then those of S tokens, and the head's inputs of T.
         """
-        plan = AttentionPlan(cu_seqlens, input_ids_T.numel(), input_ids_T.device)
+        shared = None if shared_S is None else SharedTokens(shared_S, input_ids_T.numel())
+        num_tokens = input_ids_T.numel() if shared_S is None else shared_S.numel()
+        plan = AttentionPlan(cu_seqlens, num_tokens, input_ids_T.device, shared)
+        assert shared is None or cache is None, "a cache has the tokens of each sequence"
         x_TD = self.embed_tokens(input_ids_T)
         ropes = self.rotary(plan.positions_T, plan.lengths_T, x_TD.dtype)
         step = ForwardPass(plan, ropes, cache, slots_T, balance_scale)
-        replayed = iter(() if replay_ids_TLK is None else replay_ids_TLK.unbind(1))
+        replayed = iter(() if replay_ids_TLK is None else plan.once(replay_ids_TLK).unbind(1))
         routings: list[Routing | None] = []
         for i, layer in enumerate(self.layers):
             replay_ids_TK = next(replayed, None) if self.config.is_moe_layer(i) else None
             x_TD, routing = layer(x_TD, step, replay_ids_TK)
             routings.append(routing)
         result = self.head(self.norm(x_TD), head)
-        return (result, _of_model(routings)) if with_routing else result
+        return (result, _of_model(routings, plan)) if with_routing else result
 
     @torch.no_grad()
     def decode(

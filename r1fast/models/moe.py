@@ -138,7 +138,8 @@ class MoE(nn.Module):
         balance = None
         if step is not None and step.balance_scale is not None:
             lengths_N = step.plan.cu_seqlens.diff().long()
-            loss = sequence_balance_loss(logits_TE, expert_ids_TK, lengths_N, step.plan.rows_T, self.gate.scoring)
+            sequences = step.plan.repeat(logits_TE), step.plan.repeat(expert_ids_TK)
+            loss = sequence_balance_loss(*sequences, lengths_N, step.plan.rows_T, self.gate.scoring)
             weights_TK = AddLoss.apply(weights_TK, loss * step.balance_scale)
             balance = loss.detach()
         out_TD = self.experts(x_TD, expert_ids_TK, weights_TK)

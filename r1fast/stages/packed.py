@@ -3,6 +3,9 @@
 p p p c c c (c) | p p c c (c) | p p p p c (c)    inputs: every token but the last of each sequence
     ^ ^ ^ ^         ^ ^ ^             ^ ^        loss_index: positions whose next token is learned from
 cu_seqlens [0, 6, 10, 15]   loss_cu_seqlens [0, 4, 7, 9]
+
+Where examples of one prompt are many, the model is given it once, but for its last token, whose next one each learns:
+p p p c c c (c) | p d d (d)    of the sequences p p p c c c | p p p d d    shared [0 1 2 3 4 5 0 1 6 7 8]
 """
 
 import random
@@ -48,6 +51,16 @@ class Example:
     def num_inputs(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids) - 1
 
+    @property
+    def num_shared(self) -> int:
+        """Inputs that examples of the same prompt have in common."""
+        return len(self.prompt_ids) - 1
+
+    def prompt(self) -> tuple[Any, ...]:
+        """What makes prompts the same: their tokens, and the experts that these took."""
+        routed = self.routed_experts
+        return *self.prompt_ids, None if routed is None else routed[: self.num_shared].tobytes()
+
 
 @dataclass(slots=True)
 class PackedBatch:
@@ -57,21 +70,40 @@ class PackedBatch:
     target_ids_M: Tensor
     loss_cu_seqlens: Tensor  # int32 [N + 1], of the learned tokens; fewer where examples are not learned
     values: dict[str, Tensor]  # of the learned examples
-    routed_TLK: Tensor | None = None  # int64, the experts that the sampler took
+    routed_TLK: Tensor | None = None  # int64, the experts that the sampler took; of every token of the sequences
+    shared_S: Tensor | None = None  # int64, the input that a token of the sequences is, where prompts are given once
+
+
+def num_repeated(examples: Sequence[Example]) -> int:
+    """Inputs that are not given again, as an example before has the same prompt."""
+    once = {example.prompt(): example.num_shared for example in examples}
+    repeated = sum(example.num_shared for example in examples) - sum(once.values())
+    return worthwhile(repeated, sum(example.num_inputs for example in examples))
+
+
+def worthwhile(num_repeated: int, num_inputs: int) -> int:
+    """The former, or 0 up to a sixteenth of all, which is about what attention has to copy then."""
+    return num_repeated if num_repeated * 16 > num_inputs else 0
 
 
 def collate(examples: Sequence[Example], device: torch.device) -> PackedBatch:
     """Pack examples; every prompt has at least one token."""
-    inputs, targets, index = list[int](), list[int](), list[int]()
+    inputs, targets, index, shared = list[int](), list[int](), list[int](), list[int]()
     ends, loss_ends = [0], [0]
+    begins: dict[tuple[Any, ...], int] = {}
+    shares = num_repeated(examples) > 0
     for example in examples:
+        begin = begins.setdefault(example.prompt(), len(inputs)) if shares else len(inputs)
+        known = example.num_shared if begin < len(inputs) else 0
+        own = example.prompt_ids[known:] + example.completion_ids[:-1]
+        shared.extend((*range(begin, begin + known), *range(len(inputs), len(inputs) + len(own))))
         if example.learned:
-            first = len(inputs) + len(example.prompt_ids) - 1
+            first = len(inputs) + example.num_shared - known
             index.extend(range(first, first + len(example.completion_ids)))
             targets.extend(example.completion_ids)
             loss_ends.append(len(targets))
-        inputs += example.prompt_ids + example.completion_ids[:-1]
-        ends.append(len(inputs))
+        inputs += own
+        ends.append(len(shared))
     values: dict[str, Tensor] = {}
     learned = [example for example in examples if example.learned]
     for name in learned[0].values if learned else ():
@@ -82,7 +114,8 @@ def collate(examples: Sequence[Example], device: torch.device) -> PackedBatch:
     inputs_T, index_M, targets_M = (torch.tensor(x, dtype=torch.long, device=device) for x in (inputs, index, targets))
     cu_seqlens, loss_cu_seqlens = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, loss_ends))
     routed_TLK = torch.from_numpy(np.concatenate(routed)).to(device, torch.int64) if routed else None
-    return PackedBatch(inputs_T, cu_seqlens, index_M, targets_M, loss_cu_seqlens, values, routed_TLK)
+    shared_S = torch.tensor(shared, dtype=torch.long, device=device) if len(shared) > len(inputs) else None
+    return PackedBatch(inputs_T, cu_seqlens, index_M, targets_M, loss_cu_seqlens, values, routed_TLK, shared_S)
 
 
 @lru_cache(maxsize=32)  # an epoch of each domain, or of all rows

@@ -80,6 +80,8 @@ def score_examples(
 def score_head(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
     """scores_N: the scalar head at the last input of each sequence."""
     last_N = batch.cu_seqlens[1:].long() - 1
+    if batch.shared_S is not None:
+        last_N = batch.shared_S[last_N]
     return (hidden_TD.index_select(0, last_N).float() @ weight_VD.float().T).squeeze(-1)
 
 

@@ -28,7 +28,7 @@ from r1fast.schema_options import TrainOptions
 from r1fast.stages.context import StageContext
 from r1fast.stages.evaluate import Validation
 from r1fast.stages.measures import Mean, Measures, merge, numbers
-from r1fast.stages.packed import Example, PackedBatch, collate, empty_batch, of_step
+from r1fast.stages.packed import Example, PackedBatch, collate, empty_batch, num_repeated, of_step
 from r1fast.stages.sampler import GenerationFailed
 from r1fast.stages.scoring import NothingScored
 from r1fast.stopping import Stopped
@@ -230,7 +230,7 @@ class Trainer:
         replayed = batch.routed_TLK if self.router_replay else None
         (loss, found), routing = self.model(
             batch.input_ids_T, batch.cu_seqlens, head=head, replay_ids_TLK=replayed, balance_scale=balance_scale,
-            with_routing=True,
+            with_routing=True, shared_S=batch.shared_S,
         )  # fmt: skip
         return loss, found, routing
 
@@ -286,11 +286,30 @@ def count_experts(expert_ids_TLK: Tensor, num_experts: int) -> Tensor:
 
 
 def share(units: Sequence[Sequence[Example]], ctx: StageContext[TrainOptions]) -> list[list[int]]:
-    """This rank's part of the units, as micro-batches of indices."""
+    """This rank's part of the units, as micro-batches of indices. Examples of a prompt come together."""
+    most, num_ranks = ctx.stage.max_tokens_per_microbatch, ctx.dist.world_size
     lengths = [sum(example.num_inputs for example in unit) for unit in units]
-    mine = balance(lengths, ctx.dist.world_size)[ctx.dist.rank]
-    groups = pack([lengths[i] for i in mine], ctx.stage.max_tokens_per_microbatch)
-    return [[mine[i] for i in group] for group in groups]
+    bundles = _bundles(units, lengths, most if num_ranks == 1 else min(most, sum(lengths) // (2 * num_ranks)))
+    costs = [sum(lengths[i] for i in b) - num_repeated([x for i in b for x in units[i]]) for b in bundles]
+    mine = balance(costs, num_ranks)[ctx.dist.rank]
+    groups = pack([sum(lengths[i] for i in bundles[b]) for b in mine], most)
+    return [[i for b in group for i in bundles[mine[b]]] for group in groups]
+
+
+def _bundles(units: Sequence[Sequence[Example]], lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Units that the model is given together, of at most so many tokens: those of one prompt, if that saves work."""
+    if any(len(unit) > 1 for unit in units) or not num_repeated([example for (example,) in units]):
+        return [[i] for i in range(len(units))]
+    bundles = list[list[int]]()
+    last, room = dict[Any, list[int]](), dict[Any, int]()  # of each prompt, and the room that it has
+    for i, (example,) in enumerate(units):
+        prompt = example.prompt()
+        if prompt not in last or room[prompt] < lengths[i]:
+            last[prompt], room[prompt] = [], most
+            bundles.append(last[prompt])
+        last[prompt].append(i)
+        room[prompt] -= lengths[i]
+    return bundles
 
 
 def _no_loss(batch: PackedBatch, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Measures]:
@@ -320,7 +339,10 @@ def map_packed(
     for group in [*groups, *[[]] * (most - len(groups))]:
         batch = collate([examples[i] for i in group], dist.device) if group else empty_batch(dist.device)
         replayed = batch.routed_TLK if router_replay else None
-        found = model(batch.input_ids_T, batch.cu_seqlens, head=partial(head, batch), replay_ids_TLK=replayed)
+        found = model(
+            batch.input_ids_T, batch.cu_seqlens, head=partial(head, batch), replay_ids_TLK=replayed,
+            shared_S=batch.shared_S,
+        )  # fmt: skip
         left = iter(found.float().tolist())
         for i in group:
             results[i] = list(islice(left, examples[i].num_learned)) if per_token else next(left)
