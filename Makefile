@@ -1,4 +1,4 @@
-# run, test, lint, bench: each sets up what it needs (.venv, pinned dependencies, the C++ extension), once.
+# run, test, lint, bench, dist: each sets up what it needs (.venv, pinned dependencies, the C++ extension), once.
 #   make run ARGS="--config tiny --output-dir runs/mine stages.zero.max_steps=20"
 #   make test TESTS=tests/kernels
 #   make bench BENCH=bench/bench_grpo_loss.py ARGS="--results bench/results"
@@ -15,7 +15,7 @@ NPROC ?= 1
 endif
 NPROC ?= $(shell n=$$(nproc); echo $$((n < 2 ? n : 2)))
 
-.PHONY: run test test-gpu test-vllm bench bench-vllm lint clean
+.PHONY: run test test-gpu test-vllm bench bench-vllm lint dist clean
 .DELETE_ON_ERROR:
 
 run: .venv/built $(if $(findstring smollm2,$(ARGS)),.venv/smollm2)
@@ -48,8 +48,14 @@ lint: .venv/built
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# sdist and wheel, out of the objects that are compiled; what earlier builds packed is not packed again.
+dist: .venv/built
+	@rm -rf dist build/lib.* *.egg-info
+	@$(BIN)/python -m build --no-isolation --sdist --wheel . > build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
+	@$(BIN)/python .ci/check_dist.py
+
 clean:
-	rm -rf .venv .venv-vllm build *.egg-info kernels/r1fast_kernels/*.so
+	rm -rf .venv .venv-vllm build dist *.egg-info kernels/r1fast_kernels/*.so
 
 # An NVIDIA GPU gets the current CUDA build of torch, everything else the pinned one.
 .venv/installed: requirements.lock

@@ -1,4 +1,8 @@
-"""Builds the C++ extension, r1fast_kernels._C; everything else about the package is in pyproject.toml."""
+"""Builds the C++ extension, r1fast_kernels._C; everything else about the package is in pyproject.toml.
+
+torch is no requirement of the build there: pip would build against the newest release, in an environment of its own,
+and a library built for another torch than the one it meets does not load.
+"""
 
 import os
 import platform
@@ -11,9 +15,14 @@ from runpy import run_path
 from setuptools import Extension, setup
 
 try:
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
-except ImportError:
-    sys.exit("r1fast: torch is needed to build. Install it first, then: pip install --no-build-isolation -e .")
+except ImportError as error:
+    sys.exit(
+        f"r1fast: its C++ ops are built for the torch that they will run with, which cannot be imported here ({error})."
+        " Install that first (pip install 'torch>=2.11' setuptools ninja), then run the same command with "
+        "--no-build-isolation, without which pip hides it from the build."
+    )
 
 OPS = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
@@ -28,7 +37,9 @@ CAPABILITIES = {
     ],
 }  # fmt: skip
 # -fopenmp when compiling only: its symbols then resolve to the runtime that torch has loaded, never to a second one.
-FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-std=c++20"]
+# -g0 against Python's own -g: debug information is 20 times the code. Names of functions stay, for profilers. Paths are
+# cut at the source tree, so that the library is the same from a checkout and from an sdist.
+FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-std=c++20", f"-ffile-prefix-map={Path.cwd()}/="]
 
 
 # The options of the policy loss as C++ sees them, from their one table.
@@ -41,6 +52,13 @@ enum class LossWord {{ {words} }};
 
 
 class Build(BuildExtension):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # One place for objects, whoever builds: pip install -e would compile in a folder that it deletes, and ninja
+        # compiles only what has changed. Whether torch has, dates of its headers do not tell, so each has its own.
+        self.build_temp = f"build/{sys.implementation.cache_tag}-{platform.machine()}-torch-{torch.__version__}"
+        self.force = True  # to link always: nor do dates tell what a library was linked from
+
     def build_extensions(self) -> None:
         compiler = shlex.split(os.environ.get("CXX") or "c++")[0]  # torch reads the same variable
         if shutil.which(compiler) is None:
@@ -52,7 +70,9 @@ class Build(BuildExtension):
         numbers, words = " ".join(f"X({name})" for name in table["NUMBERS"]), ", ".join(table["WORDS"])
         header = Path(self.build_temp) / "loss_options.h"
         header.parent.mkdir(parents=True, exist_ok=True)
-        header.write_text(OPTIONS_HEADER.format(numbers=numbers, words=words, table=table["TABLE"]))
+        text = OPTIONS_HEADER.format(numbers=numbers, words=words, table=table["TABLE"])
+        if not header.is_file() or header.read_text() != text:  # what is written anew is compiled anew
+            header.write_text(text)
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:

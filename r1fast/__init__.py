@@ -8,7 +8,7 @@ H heads, V vocabulary, E experts, K experts per token, F expert width.
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__: str  # of what is installed, as pyproject.toml says it
 
 # Resolved on first use: reward workers import this package and must not pay for torch.
 _LAZY = {
@@ -24,4 +24,11 @@ __all__ = ["Completion", "PolicyLossInputs", "RolloutEngine", "SamplingParams", 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name == "__version__":
+        from importlib import metadata  # 30 ms, which few ask for
+
+        try:
+            return metadata.version("r1fast")
+        except metadata.PackageNotFoundError:
+            raise AttributeError("r1fast is not installed, only on the path: it has no version") from None
     raise AttributeError(f"module 'r1fast' has no attribute {name!r}")

@@ -16,8 +16,6 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from r1fast import __version__
-
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "math-verify", "numpy")
 _EXTRAS = ("flash-attn", "vllm", "reasoning-gym", "wandb", "trackio", "tensorboard")
 BUILD = "pip install --no-build-isolation -e ."
@@ -26,7 +24,7 @@ BUILD = "pip install --no-build-isolation -e ."
 def versions() -> list[tuple[str, str]]:
     """r1fast, Python, and every package that a run may use; the optional ones in one line."""
     extras = [f"{name} {version}" for name in _EXTRAS if (version := _version(name))]
-    found = [("r1fast", __version__), ("python", platform.python_version())]
+    found = [("r1fast", _version("r1fast") or "not installed, only on the path"), ("python", platform.python_version())]
     found += [(name, _version(name) or "not installed") for name in _PACKAGES]
     return [*found, ("optional", ", ".join(extras) or "none installed")]
 

@@ -68,6 +68,18 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class Version(argparse.Action):
+    """Worked out when asked for; torch is not imported."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        import r1fast
+
+        print(f"r1fast {getattr(r1fast, '__version__', '(not installed)')}, torch {version('torch')}")
+        parser.exit()
+
+
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(
         prog="torchrun -m r1fast.train",
@@ -83,6 +95,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     flag("--resume", help="continue the run in --output-dir (default: runs/latest)")
     flag("--accept-changes", help="with --resume: go on though files or models were changed")
     flag("--dry-run", help="check everything, print the resolved recipe, and stop")
+    parser.add_argument("--version", action=Version, nargs=0, help="print the versions of r1fast and torch, and stop")
     args, overrides = parser.parse_known_args(argv)
     for override in overrides:
         if "=" not in override:

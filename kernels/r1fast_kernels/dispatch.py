@@ -36,7 +36,8 @@ if HAS_EXTENSION:
     except ImportError as error:
         raise ImportError(
             f"r1fast_kernels._C was built for another torch than this one ({torch.__version__}): {error}. "
-            "Build it again: pip install --no-build-isolation -e ."
+            "Build it again: pip install --no-build-isolation -e . in a checkout; elsewhere install r1fast again with "
+            "--no-build-isolation --no-cache-dir --force-reinstall --no-deps (pip keeps the library that it has built)."
         ) from error
 
 # What was chosen so far, (op, implementation) -> reason; each is logged once.
