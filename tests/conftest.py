@@ -1,5 +1,6 @@
 """Fixtures of the tests that run stages: a tiny checkpoint, the command line in this process, and what it refuses."""
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,12 +9,20 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from tests.forks import Forks
 from tests.tiny_checkpoint import PROMPTS, ZERO, tree, write_jsonl, write_recipe
 
 REWARD_FILE = """
 def needs_gold(completions, gold, **columns):
     return [0.0] * len(completions)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports() -> None:
+    """A stage collects garbage before it loads a model: a third of a second, among all that was imported until then."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +42,16 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Trainers, and ranks of the tests of several."""
+    with Forks(
+        "pyarrow.parquet", "rich.console", "r1fast.pipeline", "r1fast.preflight", "r1fast.stages.reject",
+        "transformers.models.qwen2", "tests.parallel.checkpoint_worker", "tests.stages.rank_cases",
+    ) as forks:  # fmt: skip
+        yield forks
 
 
 @pytest.fixture(scope="session")

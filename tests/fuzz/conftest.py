@@ -1,17 +1,16 @@
-"""One server of trainers, one workspace and one run that was left in peace, for all tests of this folder."""
+"""One workspace and one run that was left in peace, for all tests of this folder."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from tests.forks import Forks
 from tests.fuzz.trials import Trainers, outcome, write_workspace
 
 
 @pytest.fixture(scope="session")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainers]:
-    with Trainers(write_workspace(tmp_path_factory.mktemp("one"))) as trainers:
-        yield trainers
+def one_process(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Trainers:
+    return Trainers(write_workspace(tmp_path_factory.mktemp("one")), forks)
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +27,8 @@ def whole(trainers: Trainers) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainers]:
-    with Trainers(write_workspace(tmp_path_factory.mktemp("two")), ranks=2) as trainers:
-        yield trainers
+def two_processes(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Trainers:
+    return Trainers(write_workspace(tmp_path_factory.mktemp("two")), forks, ranks=2)
 
 
 @pytest.fixture(scope="session")

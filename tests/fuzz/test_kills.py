@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.forks import ROOT
 from tests.fuzz.trials import (
-    ROOT,
     Trainers,
     differences,
     leftovers,

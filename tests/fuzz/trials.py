@@ -1,19 +1,17 @@
 """A short chain to kill and to damage: what it is made of, how it is run, and what must be the same at its end."""
 
 import json
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.forks import Forks
 from tests.stages.conftest import QUESTIONS
 from tests.tiny_checkpoint import QWEN2, write_checkpoint, write_jsonl, write_recipe
 
-ROOT = Path(__file__).parents[2]
 CLOCK = ("time", "step_time", "tokens_per_second")  # the metrics that need not be the same
 LENGTHS = {"response_format": "think_answer", "max_prompt_length": 100, "max_completion_length": 32}
 TUNED = {
@@ -47,36 +45,19 @@ def write_workspace(folder: Path, *, tuned: dict[str, Any] | None = None) -> Pat
 
 
 class Trainers:
-    """Runs command lines in forked processes; `with`."""
+    """Runs command lines in a workspace."""
 
-    def __init__(self, cwd: Path, ranks: int = 1) -> None:
-        self.cwd, self.ranks, self.log = cwd, ranks, cwd / "stderr.log"
-        path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-        self.server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "fork_server.py")],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._reply()
-
-    def _reply(self) -> Any:
-        assert self.server.stdout is not None
-        return json.loads(self.server.stdout.readline())
+    def __init__(self, cwd: Path, forks: Forks, ranks: int = 1) -> None:
+        self.cwd, self.forks, self.ranks, self.log = cwd, forks, ranks, cwd / "stderr.log"
 
     def begin(self, *argv: object) -> list[int]:
         """Start a run; returns its processes."""
         self.log.unlink(missing_ok=True)
-        request = {"argv": [str(a) for a in argv], "cwd": str(self.cwd), "log": str(self.log), "ranks": self.ranks}
-        assert self.server.stdin is not None
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return self._reply()["pids"]
+        return self.forks.begin("r1fast.train", *argv, log=self.log, cwd=self.cwd, ranks=self.ranks)
 
     def end(self) -> list[int]:
         """Wait for the run that was begun; returns the exit codes."""
-        return self._reply()["codes"]
+        return self.forks.end()
 
     def run(self, *argv: object) -> int:
         """Exit status of a run, the worst of its ranks."""
@@ -95,14 +76,6 @@ class Trainers:
     def complaints(self) -> list[str]:
         """The lines by which the program speaks of what went wrong."""
         return [line for line in self.said().splitlines() if line.startswith("r1fast: ")]
-
-    def __enter__(self) -> "Trainers":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        assert self.server.stdin is not None
-        self.server.stdin.close()
-        self.server.wait(timeout=60)
 
 
 def outcome(run_dir: Path, without: Collection[str] = ()) -> dict[str, Any]:

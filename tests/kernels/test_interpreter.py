@@ -3,14 +3,13 @@
 Triton decides at import whether it compiles or interprets, hence processes of their own, of one thread.
 """
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from r1fast_kernels import dispatch
+from tests.forks import Forks
 
 HERE = Path(__file__).parent
 # Ops that have Triton kernels; linear ops drive those of selective_logprobs.
@@ -19,25 +18,31 @@ OPS = [op for op, exists in dispatch.IMPLEMENTATIONS.items() if "triton" in exis
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETING, reason="this is the interpreter's process")
 
 
-def interpret(op: str, lane: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", str(HERE / f"test_{op}.py"), "-k", "triton and not cpp", "-m", lane]
-    return subprocess.run(
-        [*command, "-p", "no:cacheprovider"], env=environment, capture_output=True, text=True, cwd=HERE.parents[1]
-    )
+@pytest.fixture(scope="session")
+def interpreters() -> Iterator[Forks]:
+    with Forks("pytest", "hypothesis", "tests.kernels.moe", "tests.kernels.heads", TRITON_INTERPRET="1") as forks:
+        yield forks
+
+
+def interpret(interpreters: Forks, op: str, lane: str, folder: Path) -> tuple[int, str]:
+    """pytest's exit status, and what it printed."""
+    options = ["-k", "triton and not cpp", "-m", lane, "-p", "no:cacheprovider"]
+    out, log = folder / "out", folder / "log"
+    interpreters.begin("pytest", HERE / f"test_{op}.py", *options, out=out, log=log)
+    (code,) = interpreters.end()
+    return code, out.read_text()[-6000:] + log.read_text()[-2000:]
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_interpreted(op: str) -> None:
-    result = interpret(op, "not gpu and not slow")
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+def test_interpreted(interpreters: Forks, op: str, tmp_path: Path) -> None:
+    code, said = interpret(interpreters, op, "not gpu and not slow", tmp_path)
+    assert code == 0 and " passed" in said, said
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("op", OPS)
-def test_interpreted_in_every_combination(op: str) -> None:
+def test_interpreted_in_every_combination(interpreters: Forks, op: str, tmp_path: Path) -> None:
     """conftest.py leaves out of the above what only another combination of parameters adds."""
-    result = interpret(op, "not gpu and slow")
-    assert result.returncode in (0, 5), result.stdout[-6000:] + result.stderr[-2000:]  # 5: nothing is left
+    code, said = interpret(interpreters, op, "not gpu and slow", tmp_path)
+    assert code in (0, 5), said  # 5: nothing is left

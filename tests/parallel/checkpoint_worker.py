@@ -1,9 +1,8 @@
-"""Run by test_checkpoint.py: `killed` kills itself in its second save; `two_ranks` saves, loads, and fails to save."""
+"""For test_checkpoint.py: `killed` kills itself in its second save; `two_ranks` saves, loads, and fails to save."""
 
 import os
 import random
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,5 +81,5 @@ def two_ranks(directory: Path) -> None:
     dist.close()
 
 
-if __name__ == "__main__":
-    {"killed": killed, "two_ranks": two_ranks}[sys.argv[1]](Path(sys.argv[2]))
+def main(argv: list[str]) -> None:
+    {"killed": killed, "two_ranks": two_ranks}[argv[0]](Path(argv[1]))

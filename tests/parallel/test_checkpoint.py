@@ -4,8 +4,6 @@ import json
 import pickle
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ from r1fast.parallel.optim import build_optimizer
 from r1fast.parallel.parallelize import generation_phase, parallelize
 from r1fast.parallel.plain_state import read_plain, write_plain
 from r1fast.run_folder import read_record, write_record
-from tests.parallel.tiny_model import ROOT, TinyDecoder, full_state_dict, sharded, tokens_of_rank, torchrun, train
+from tests.forks import Forks
+from tests.parallel.tiny_model import TinyDecoder, full_state_dict, sharded, tokens_of_rank, train
 
 
 def save(directory: Path, step: int, model: Any, optimizer: Any, dist: Dist, **options: Any) -> Path:
@@ -333,10 +332,9 @@ def test_generation_after_load_uses_the_loaded_weights(dist: Dist, tmp_path: Pat
 
 
 @pytest.mark.dist
-def test_kill_during_a_save_leaves_the_one_before(dist: Dist, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tests/parallel/checkpoint_worker.py"), "killed", str(tmp_path)]
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "OMP_NUM_THREADS": "1"}
-    assert subprocess.run(command, env=environment, timeout=60, check=False).returncode == -9
+def test_kill_during_a_save_leaves_the_one_before(dist: Dist, forks: Forks, tmp_path: Path) -> None:
+    forks.begin("tests.parallel.checkpoint_worker", "killed", tmp_path, log=tmp_path / "tmp_log")
+    assert forks.end() == [-9], (tmp_path / "tmp_log").read_text()
     assert (tmp_path / "tmp_step_2" / "manifest.json").exists()
     path = checkpoint.latest(tmp_path, dist)
     assert path == tmp_path / "step_1"
@@ -347,8 +345,8 @@ def test_kill_during_a_save_leaves_the_one_before(dist: Dist, tmp_path: Path) ->
 
 
 @pytest.mark.dist
-def test_two_ranks_resume_exactly_and_one_rank_loads_theirs(dist: Dist, tmp_path: Path) -> None:
-    torchrun("checkpoint_worker.py", "two_ranks", str(tmp_path), timeout_s=200)
+def test_two_ranks_resume_exactly_and_one_rank_loads_theirs(dist: Dist, forks: Forks, tmp_path: Path) -> None:
+    forks.run("tests.parallel.checkpoint_worker", "two_ranks", tmp_path, ranks=2)
     model = sharded(dist)
     optimizer = build_optimizer(model, name="muon", learning_rate=1e-2)
     assert checkpoint.load(tmp_path / "step_2", model=model, optimizer=optimizer, dist=dist) == {"tokens": 40}

@@ -23,6 +23,7 @@ from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams
 from r1fast_kernels.torch_private import OperatorMode
 from tests import zoo
+from tests.forks import Forks
 from tests.parallel.tiny_model import (
     TinyDecoder,
     backward_all,
@@ -33,7 +34,6 @@ from tests.parallel.tiny_model import (
     moe_decoder,
     sharded,
     tokens_of_rank,
-    torchrun,
     train,
 )
 
@@ -62,8 +62,9 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor],
 
 
 @pytest.fixture(scope="module")
-def two_ranks(made_once: Callable[..., Path]) -> dict[str, Any]:
-    folder = made_once("parallelize", lambda folder: torchrun("two_ranks_parallelize.py", str(folder / "out.pt")))
+def two_ranks(made_once: Callable[..., Path], forks: Forks) -> dict[str, Any]:
+    module = "tests.parallel.two_ranks_parallelize"
+    folder = made_once("parallelize", lambda folder: forks.run(module, folder / "out.pt", ranks=2))
     return torch.load(folder / "out.pt", weights_only=False)
 
 

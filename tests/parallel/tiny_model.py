@@ -3,11 +3,7 @@ parameter it has (matrices, stacked experts, vectors, a buffer, optionally tied 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +17,6 @@ from r1fast.parallel.optim import ShardOptimizer, build_optimizer
 from r1fast.parallel.parallelize import gathered_blocks, parallelize, tied_names
 from tests import zoo
 
-ROOT = Path(__file__).parents[2]
 NUM_TOKENS_OF_RANK = (7, 13)  # unequal: a mean of per-rank means would differ from the mean over tokens
 
 
@@ -143,17 +138,3 @@ def full_state_dict(model: nn.Module, dist: Dist) -> dict[str, torch.Tensor]:
         missing |= dict.fromkeys(others, 0)
     assert set(missing.values()) <= {0}, missing
     return state if dist.is_main else {}
-
-
-def torchrun(script: str, *args: str, num_ranks: int = 2, timeout_s: float = 240) -> None:
-    """Run a script of tests/parallel (or a whole path) on gloo processes of one thread each."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    result = subprocess.run(
-        [*command, str(Path(__file__).parent / script), *args],
-        env=environment,
-        timeout=timeout_s,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]

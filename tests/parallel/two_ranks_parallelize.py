@@ -1,7 +1,5 @@
-"""Run by test_parallelize.py and test_optim.py under torchrun: what two ranks compute, saved for comparison."""
+"""What two ranks compute, for test_parallelize.py. Argument: the file that it is saved in."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +45,8 @@ def muon(dist: Dist, offload: bool = False) -> dict[str, torch.Tensor]:
     return full_state_dict(model, dist)
 
 
-def main(output: Path) -> None:
+def main(argv: list[str]) -> None:
+    (output,) = argv
     dist = init_distributed("cpu")
     results = {
         "one_unit": gradients(dist),
@@ -68,7 +67,3 @@ def main(output: Path) -> None:
     if dist.is_main:
         torch.save(results, output)
     dist.close()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

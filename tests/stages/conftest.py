@@ -1,5 +1,6 @@
 """A model taught to answer in several ways, some of them wrong: what sampling stages need to be tested on."""
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.forks import Forks
 from tests.tiny_checkpoint import DEEPSEEK_V3, PROMPTS, QWEN2, write_checkpoint, write_jsonl, write_recipe
 
 NAMES = {1: "one", 2: "two", 3: "three", 4: "four"}
@@ -109,14 +111,14 @@ def lora_models(made_once: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def two_ranks(cut_models: dict[str, str], lora_models: Path, made_once: Callable[..., Path]) -> dict[str, Any]:
+def two_ranks(
+    cut_models: dict[str, str], lora_models: Path, made_once: Callable[..., Path], forks: Forks
+) -> dict[str, Any]:
     """What rank_cases.py finds on two of them."""
     import torch
 
-    from tests.parallel.tiny_model import torchrun
-
-    script, models = str(Path(__file__).with_name("rank_cases.py")), [*cut_models.values(), str(lora_models)]
-    folder = made_once("rank_cases", lambda folder: torchrun(script, str(folder / "out.pt"), *models))
+    module, models = "tests.stages.rank_cases", [*cut_models.values(), lora_models]
+    folder = made_once("rank_cases", lambda folder: forks.run(module, folder / "out.pt", *models, ranks=2))
     return torch.load(folder / "out.pt", weights_only=False)
 
 
@@ -153,6 +155,25 @@ def train(command: Callable[..., int], tmp_path: Path) -> Callable[..., dict[str
         config = write_recipe(tmp_path / "mine.yaml", *stages, model={"path": str(model), "dtype": dtype})
         assert command("--config", config, "--output-dir", "run") == 0
         return entries(tmp_path)
+
+    return run
+
+
+@pytest.fixture
+def whole(
+    request: pytest.FixtureRequest, start: Callable[..., int], made_once: Callable[..., Path], tmp_path: Path
+) -> Callable[..., None]:
+    """RUN/whole: of stages that the module's `start` took and nobody stopped. All tests that ask for the same have one
+    run, and only read it."""
+
+    def run(*stages: dict[str, Any], **sections: Any) -> None:
+        def fill(folder: Path) -> None:
+            assert start("whole", *stages, **sections) == 0
+            (tmp_path / "whole").rename(folder / "whole")
+
+        settings = json.dumps([request.module.__name__, stages, sections], sort_keys=True)
+        made = made_once(f"whole-{hashlib.sha256(settings.encode()).hexdigest()[:16]}", fill)
+        (tmp_path / "whole").symlink_to(made / "whole")
 
     return run
 

@@ -1,11 +1,10 @@
-"""Run under torchrun: python load_cases.py JOB OUTPUT FOLDER. What ranks hold, read and write of a checkpoint.
+"""What ranks hold, read and write of a checkpoint. Arguments: JOB OUTPUT FOLDER.
 
 cases    FOLDER/sound holds models to load and save, FOLDER/damaged is one; OUTPUT gets what each function returns
 memory   loads and saves FOLDER; OUTPUT gets the peaks of every rank in MB
 """
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +120,10 @@ def cases(dist: Dist, folder: Path, output: Path) -> Any:
     return {case.__name__: case(dist, folder, output) for case in (same, refused, disk_full)}
 
 
-if __name__ == "__main__":
-    job, output, folder = sys.argv[1:]
-    torch.set_num_threads(1)
-    this = init_distributed("cpu")
-    found = {"memory": memory, "cases": cases}[job](this, Path(folder), Path(output))
-    if this.is_main:
+def main(argv: list[str]) -> None:
+    job, output, folder = argv
+    dist = init_distributed("cpu")
+    found = {"memory": memory, "cases": cases}[job](dist, Path(folder), Path(output))
+    if dist.is_main:
         torch.save(found, output)
-    this.close()
+    dist.close()

@@ -3,7 +3,6 @@ computes them twice."""
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import nn
 
 from r1fast.parallel.mesh import Dist
 from r1fast.stages.measures import Max, Mean, merge, numbers
-from tests.parallel.tiny_model import torchrun
+from tests.forks import Forks
 from tests.stages.metric_cases import (
     CASES,
     LOSSES,
@@ -73,11 +72,9 @@ def test_two_ranks(case: str, whole, two_ranks: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def three_ranks(cut_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def three_ranks(cut_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("three_ranks") / "results.pt"
-    torchrun(
-        str(Path(__file__).with_name("rank_cases.py")), str(output), *cut_models.values(), num_ranks=3, timeout_s=240
-    )
+    forks.run("tests.stages.rank_cases", output, *cut_models.values(), ranks=3)
     return torch.load(output, weights_only=False)
 
 

@@ -15,12 +15,13 @@ from r1fast.models.weights import load_model, save_model
 from r1fast.parallel.mesh import init_distributed
 from r1fast.stages import context as context_module
 from tests import zoo
-from tests.parallel.tiny_model import torchrun
+from tests.forks import Forks
 from tests.stages.conftest import SHORT
 from tests.stages.gradient_cases import SFT, context
 from tests.stages.load_cases import embedding_gradient
 from tests.zoo import write_checkpoint
 
+LOAD_CASES = "tests.stages.load_cases"
 # Experts and vocabulary divide by no two ranks; one expert leaves rank 1 none.
 MODELS: dict[str, dict[str, Any]] = {
     "deepseek_v3": zoo.fields("deepseek_v3", n_routed_experts=5),
@@ -28,12 +29,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2-tied": zoo.fields("qwen2"),
     "llama": zoo.fields("llama"),
 }
-
-
-def run(job: str, folder: Path, output: Path, *, num_ranks: int = 2) -> Any:
-    script = str(Path(__file__).with_name("load_cases.py"))
-    torchrun(script, job, str(output), str(folder), num_ranks=num_ranks)
-    return torch.load(output)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +56,8 @@ def with_nan_at_the_end(tensor: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folder: Path, made_once: Callable[..., Path]) -> dict[str, Any]:
-    made_once("load_cases", lambda _: run("cases", folder, folder / "output"))
+def two_ranks(folder: Path, made_once: Callable[..., Path], forks: Forks) -> dict[str, Any]:
+    made_once("load_cases", lambda _: forks.run(LOAD_CASES, "cases", folder / "output", folder, ranks=2))
     return torch.load(folder / "output")
 
 
@@ -118,7 +113,7 @@ def test_a_frozen_model_is_kept_in_the_dtype_of_its_forward_pass(folder: Path, n
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_memory_of_two_ranks(tmp_path: Path) -> None:
+def test_memory_of_two_ranks(tmp_path: Path, forks: Forks) -> None:
     """427 MB, most of it stacked experts: what a rank needs to load it, above what it keeps, and to save it."""
     decoder = zoo.decoder(
         "qwen3_moe", vocab_size=16_000, hidden_size=1024, num_hidden_layers=3, num_attention_heads=8, head_dim=64,
@@ -127,8 +122,9 @@ def test_memory_of_two_ranks(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", **zoo.fields("qwen2"))  # for its tokenizer
     save_model(decoder.config, decoder.state_dict(), tmp_path / "model", overwrite=True)
     del decoder
-    (alone,) = run("memory", tmp_path / "model", tmp_path / "alone", num_ranks=1)
-    both = run("memory", tmp_path / "model", tmp_path / "both")
+    for name, ranks in (("alone", 1), ("both", 2)):
+        forks.run(LOAD_CASES, "memory", tmp_path / name, tmp_path / "model", ranks=ranks)
+    (alone,), both = torch.load(tmp_path / "alone"), torch.load(tmp_path / "both")
     assert alone["held"] > 400
     for rank in both:
         assert rank["load"] < 0.65 * alone["load"]

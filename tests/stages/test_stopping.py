@@ -73,9 +73,9 @@ def send(signum: int) -> Callable[[], None]:
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "ctrl-c"])
 def test_a_signal_ends_the_run_after_the_step(
-    start, command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, signum, code
+    start, whole, command, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, signum, code
 ) -> None:
-    assert start("whole", SFT) == 0
+    whole(SFT)
     with monkeypatch.context() as patch:
         before_update(patch, 2, send(signum))
         capsys.readouterr()
@@ -94,10 +94,10 @@ def test_a_signal_ends_the_run_after_the_step(
 
 @pytest.mark.parametrize("refills", [0, 1])
 def test_sampling_is_interrupted_and_the_steps_before_are_kept(
-    start, command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refills: int
+    start, whole, command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refills: int
 ) -> None:
     stage = {**GRPO, "dynamic_sampling_refills": refills}
-    assert start("whole", stage) == 0
+    whole(stage)
     generate, calls = RolloutEngine.generate, iter(range(1, 1000))
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
@@ -169,9 +169,9 @@ def not_finite(monkeypatch: pytest.MonkeyPatch) -> Callable[[pytest.MonkeyPatch,
     ids=["sft", "grpo", "second-minibatch"],
 )
 def test_a_loss_that_is_not_finite_keeps_the_last_good_step(
-    start, command, not_finite, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, stage, number, saved
+    start, whole, command, not_finite, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, stage, number, saved
 ) -> None:
-    assert start("whole", stage) == 0
+    whole(stage)
     with monkeypatch.context() as patch:
         not_finite(patch, number)
         capsys.readouterr()
@@ -217,11 +217,11 @@ def test_times_of_a_resumed_stage_add_up(start, command, monkeypatch: pytest.Mon
     assert summary["seconds"] == entry["seconds"]
 
 
-def test_a_log_that_cannot_be_written_ends_the_run(start, command, monkeypatch, capsys, tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_ends_the_run(start, whole, command, monkeypatch, capsys, tmp_path: Path) -> None:
     """On every rank: rank 0 tells the others with the next update, or before anything is saved."""
     from r1fast.observe.metrics import StageLog
 
-    assert start("whole", SFT) == 0
+    whole(SFT)
     write_line, calls = StageLog._write_line, iter(range(1, 1000))
 
     def full(log: StageLog, line: bytes) -> None:

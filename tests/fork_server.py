@@ -1,10 +1,16 @@
-"""Starts trainers without the seconds of importing torch: everything is imported once, then each run is forked.
+"""Starts processes without the seconds of importing torch: everything is imported once, then each is forked.
 
-Standard input: one JSON object a line, {"argv", "cwd", "log", "ranks"}. Standard output: {"pids": [...]} when they run
-and {"codes": [...]} when all have ended (negative: by that signal). Several ranks get the environment that torchrun
-would give them, and what it does when one of them fails: the others are told to end, and killed after a while.
+    python -m tests.fork_server MODULE...     these and what they import are there before the first fork
+
+Standard input: one JSON object a line, {"module", "argv", "cwd", "log", "out", "ranks"}: MODULE.main(argv) on each
+rank, which appends what it says to the files `log` (standard error) and `out` (null: nowhere). Standard output:
+{"pids": [...]} when they run and {"codes": [...]} when all have ended (negative: by that signal). Several ranks get the
+environment that torchrun would give them, and what it does when one of them fails: the others are told to end, and
+killed after a while.
 """
 
+import gc
+import importlib
 import json
 import os
 import signal
@@ -22,28 +28,26 @@ def free_port() -> int:
         return unused.getsockname()[1]
 
 
-def become_trainer(request: dict[str, Any], rank: int, port: int) -> None:
+def become(request: dict[str, Any], rank: int, port: int) -> None:
     """In the child; does not return."""
-    from r1fast.train import main
-
     os.chdir(request["cwd"])
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    null = os.open(os.devnull, os.O_RDWR)
-    for target, source in ((0, null), (1, null), (2, log)):
-        os.dup2(source, target)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for target, path in ((1, request["out"] or os.devnull), (2, request["log"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), target)
     if request["ranks"] > 1:
         size = str(request["ranks"])
         names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         os.environ.update(names, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     code = 70
     try:
-        code = main(request["argv"])
+        code = int(importlib.import_module(request["module"]).main(request["argv"]) or 0)
     except SystemExit as stopped:
         code = int(stopped.code or 0)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
@@ -70,20 +74,11 @@ def signal_all(pids: list[int], signum: int) -> None:
         os.kill(pid, signum)
 
 
-def serve() -> None:
-    # Nothing here may start a thread: a fork copies only the one that forks.
-    import pyarrow.parquet  # noqa: F401
-    import rich.console  # noqa: F401
-    import torch
-    import transformers.models.qwen2  # noqa: F401
-
-    import r1fast.pipeline
-    import r1fast.preflight
-    import r1fast.stages.grpo
-    import r1fast.stages.reject
-    import r1fast.stages.sft  # noqa: F401
-
-    torch.set_num_threads(1)
+def serve(modules: list[str]) -> None:
+    # None of them may start a thread: a fork copies only the one that forks.
+    for module in modules:
+        importlib.import_module(module)
+    gc.freeze()  # no child looks through them again
     print(json.dumps({"ready": os.getpid()}), flush=True)
     pids: list[int] = []
     for line in sys.stdin:
@@ -94,11 +89,11 @@ def serve() -> None:
         for rank in range(request["ranks"]):
             pid = os.fork()
             if pid == 0:
-                become_trainer(request, rank, port)
+                become(request, rank, port)
             pids.append(pid)
         print(json.dumps({"pids": pids}), flush=True)
         print(json.dumps({"codes": wait_for(pids)}), flush=True)
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1:])
