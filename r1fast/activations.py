@@ -95,7 +95,7 @@ def _traced(
     ends = torch.tensor([0, num_tokens, num_tokens + repeated], dtype=torch.int32)
     plan = AttentionPlan(ends, len(every_S), where, shared)
     ropes = Rotary(config.value).to(device)(plan.positions_T, plan.lengths_T, dtype)
-    step = ForwardPass(plan, ropes, None, None, None)
+    step = ForwardPass(plan, ropes, None, None)
     with torch_private.fake_tensors(), torch.device(device):
         layer = _layer(config, index)
         for module in layer.modules():

@@ -82,8 +82,7 @@ class ForwardPass(NamedTuple):
 
     plan: AttentionPlan
     ropes: Ropes
-    cache: BlockCache | None  # takes the keys of every token, in its slot
-    slots_T: Tensor | None
+    cache: tuple[BlockCache, Tensor] | None  # takes the keys of every token, in its slot
     balance_scale: Tensor | None
 
 

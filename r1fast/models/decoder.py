@@ -141,8 +141,7 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor,
         *,
         head: HeadFn | None = None,
-        cache: BlockCache | None = None,
-        slots_T: Tensor | None = None,
+        cache: tuple[BlockCache, Tensor] | None = None,
         replay_ids_TLK: Tensor | None = None,
         balance_scale: Tensor | None = None,
         with_routing: bool = False,
@@ -151,7 +150,7 @@ class Decoder(nn.Module):
         """Run N packed sequences; cu_seqlens [N+1] (int32) says where each begins.
 
         head: `fn(hidden_TD, weight_VD)`, run inside the head's own forward; default logits_TV.
-        cache: also keeps the keys of every token in its slot (int64 slots_T), for decode to go on from; a sequence
+        cache: where the keys of every token are kept, and its slot (int64 [T]), for decode to go on from; a sequence
             begins with a block, and token p of it is in place p % 16 of one.
         replay_ids_TLK: the experts of each token in each MoE layer, in place of the routers' choice.
         balance_scale: 0-d; this times the balance loss of every layer and sequence is added to what is minimised.
@@ -165,7 +164,7 @@ class Decoder(nn.Module):
         assert shared is None or cache is None, "a cache has the tokens of each sequence"
         x_TD = self.embed_tokens(input_ids_T)
         ropes = self.rotary(plan.positions_T, plan.lengths_T, x_TD.dtype)
-        step = ForwardPass(plan, ropes, cache, slots_T, balance_scale)
+        step = ForwardPass(plan, ropes, cache, balance_scale)
         replayed = iter(() if replay_ids_TLK is None else plan.once(replay_ids_TLK).unbind(1))
         routings: list[Routing | None] = []
         for i, layer in enumerate(self.layers):

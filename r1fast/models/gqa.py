@@ -31,8 +31,9 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, step: ForwardPass) -> Tensor:
         q_THd, k_TKd, v_TKd = self._project(x_TD)
-        if step.cache is not None and step.slots_T is not None:
-            step.cache.write(self.layer_idx, step.slots_T, rotate(k_TKd, step.ropes, self.rope), v_TKd)
+        if step.cache is not None:
+            cache, slots_T = step.cache
+            cache.write(self.layer_idx, slots_T, rotate(k_TKd, step.ropes, self.rope), v_TKd)
         rope = step.ropes[self.rope] if self.rope else None
         out_THd = packed_attention(q_THd, k_TKd, v_TKd, step.plan, rope, self.scale, window=self.window)
         return self.o_proj(out_THd.flatten(1))

@@ -43,8 +43,9 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, step: ForwardPass) -> Tensor:
         q_THd, (latent_TC, k_pe_TR) = self._queries(x_TD), self._latents(x_TD)
-        if step.cache is not None and step.slots_T is not None:
-            step.cache.write(self.layer_idx, step.slots_T, self._cached(latent_TC, k_pe_TR, step.ropes[ONE_ROPE]))
+        if step.cache is not None:
+            cache, slots_T = step.cache
+            cache.write(self.layer_idx, slots_T, self._cached(latent_TC, k_pe_TR, step.ropes[ONE_ROPE]))
         kv_THd = self.kv_b_proj(latent_TC).unflatten(-1, (self.num_heads, -1))
         k_nope_THd, v_THd = kv_THd.split((self.nope_dim, self.value_dim), dim=-1)
         out_THd = packed_attention(

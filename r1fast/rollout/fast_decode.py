@@ -86,16 +86,13 @@ class FastDecode:
         input_ids_T: Tensor,
         cu_seqlens: Tensor,
         *,
-        cache: BlockCache,
-        slots_T: Tensor,
+        cache: tuple[BlockCache, Tensor],
         head: HeadFn | None = None,
         with_routing: bool = False,
     ) -> Any:
         if int(cu_seqlens.diff().max()) > MOST_PROMPT_TOKENS:
-            return self.model(
-                input_ids_T, cu_seqlens, cache=cache, slots_T=slots_T, head=head, with_routing=with_routing
-            )
-        hidden_TD, experts_LTK = self.layers.prefill(input_ids_T, cu_seqlens, cache.buffers, slots_T)
+            return self.model(input_ids_T, cu_seqlens, cache=cache, head=head, with_routing=with_routing)
+        hidden_TD, experts_LTK = self.layers.prefill(input_ids_T, cu_seqlens, cache[0].buffers, cache[1])
         # Past hooks, as in Decoder.decode: of norm and head, one FSDP unit, the head alone would leave it gathered.
         result = self.model.head.forward(hidden_TD, head)
         return (result, _routing(experts_LTK)) if with_routing else result

@@ -175,12 +175,12 @@ class Scheduler:
         heads = [prompt.ids[:most] for prompt in prompts]
         ends_P = torch.tensor([len(ids) for ids in heads]).cumsum(0)
         last_P = (ends_P - 1).to(self.device)
+        slots_T = torch.cat([self._slots(prompt.blocks, len(ids)) for prompt, ids in zip(prompts, heads)])
         logits_PV, experts_TLK = self._run(
             self.decoder,
             self._int64([i for ids in heads for i in ids]),
             torch.nn.functional.pad(ends_P, (1, 0)).to(self.device, torch.int32),
-            cache=self.cache,
-            slots_T=torch.cat([self._slots(prompt.blocks, len(ids)) for prompt, ids in zip(prompts, heads)]),
+            cache=(self.cache, slots_T),
             head=lambda hidden_TD, weight_VD: linear(hidden_TD[last_P], weight_VD),
         )
         for p, (prompt, end, ids) in enumerate(zip(prompts, ends_P.tolist(), heads)):

@@ -199,7 +199,7 @@ def test_bf16_is_as_near_as_the_modules(name: str, calls: list[int]) -> None:
 def prefill(step: Step, ids_T: Tensor, cu_seqlens: list[int], slots_T: Tensor) -> tuple[Tensor, Routing | None]:
     cu = torch.tensor(cu_seqlens, dtype=torch.int32)
     with torch.no_grad():
-        return decoder_of(step.model)(ids_T, cu, cache=step.cache, slots_T=slots_T, with_routing=True)
+        return decoder_of(step.model)(ids_T, cu, cache=(step.cache, slots_T), with_routing=True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

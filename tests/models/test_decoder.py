@@ -73,9 +73,7 @@ def greedy(decoder: Decoder, documents: list[Tensor], pack: Pack, steps: int) ->
     cache, table, slots, lengths = room_for(decoder, documents, steps)
     last = lengths.cumsum(0) - 1
     with torch.no_grad():
-        logits = decoder(
-            *pack(documents), head=lambda hidden, weight: hidden[last] @ weight.T, cache=cache, slots_T=slots
-        )
+        logits = decoder(*pack(documents), head=lambda hidden, weight: hidden[last] @ weight.T, cache=(cache, slots))
     out = [logits.argmax(-1)]
     for step in range(steps - 1):
         out.append(decoder.decode(out[-1], lengths + step, cache, table).argmax(-1))
@@ -89,7 +87,7 @@ def test_prefill_and_decode_equal_full_forward(checkpoint, documents: list[Tenso
         expected = [decoder(*pack([document])) for document in full]
     cache, table, slots, lengths = room_for(decoder, documents, 5)
     with torch.no_grad():
-        decoder(*pack(documents), cache=cache, slots_T=slots)
+        decoder(*pack(documents), cache=(cache, slots))
     for step in range(5):
         inputs = torch.stack([document[len(document) - 5 + step] for document in full])
         logits = decoder.decode(inputs, lengths + step, cache, table)
@@ -128,7 +126,7 @@ def test_rows_may_share_blocks(checkpoint, documents: list[Tensor], pack: Pack) 
     decoder, document = checkpoint.load(), documents[0].repeat(3)[: BLOCK + 5]
     cache, table, slots, _ = room_for(decoder, [document] * 2, 3)
     with torch.no_grad():
-        decoder(*pack([document]), cache=cache, slots_T=slots[: len(document)])
+        decoder(*pack([document]), cache=(cache, slots[: len(document)]))
         cache.copy_blocks(table[0, 1:2].long(), table[1, 1:2].long())
         table[1, 0] = table[0, 0]
         tokens, place = torch.tensor([5, 9]), torch.tensor([len(document)] * 2)
@@ -177,7 +175,7 @@ def test_bf16_stays_near_fp32(make_checkpoint, name: str, documents: list[Tensor
         expected = decoder(*pack(documents[:1]))
         decoder.to(torch.bfloat16)
         cache, table, slots, lengths = room_for(decoder, documents[:1], 1)
-        logits = decoder(*pack(documents[:1]), cache=cache, slots_T=slots)
+        logits = decoder(*pack(documents[:1]), cache=(cache, slots))
         step = decoder.decode(torch.tensor([5]), lengths, cache, table)
     assert logits.dtype == step.dtype == torch.bfloat16
     assert (logits - expected).abs().mean() < 0.1 * expected.abs().mean()

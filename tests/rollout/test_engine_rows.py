@@ -67,7 +67,7 @@ class HashDecoder(nn.Module):
         self.decode_rows: list[int] = []
 
     def forward(
-        self, input_ids_T: Tensor, cu_seqlens: Tensor, *, head: Callable, cache: HashCache, slots_T: Tensor
+        self, input_ids_T: Tensor, cu_seqlens: Tensor, *, head: Callable, cache: tuple[HashCache, Tensor]
     ) -> Tensor:
         assert not self.training and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         states_T = []
@@ -77,7 +77,7 @@ class HashDecoder(nn.Module):
                 state = hash_step(state, token)
                 states_T.append(state)
             self.prefill_lengths.append(len(ids))
-        cache.state_S[slots_T] = torch.tensor(states_T)
+        cache[0].state_S[cache[1]] = torch.tensor(states_T)
         return self._logits(torch.tensor(states_T), head)
 
     def decode(
