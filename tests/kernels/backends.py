@@ -8,6 +8,7 @@ A test that takes the fixture `backend` runs in each. The interpreter takes abou
 keep T x V small there, and give `backend.small` where a case has a smaller twin.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -126,7 +127,7 @@ for line in sys.stdin:
 @cache
 def _process(capability: str) -> subprocess.Popen[str]:
     """torch reads ATEN_CPU_CAPABILITY once. It ends with this process, as its input does."""
-    environment = os.environ | ({"ATEN_CPU_CAPABILITY": capability} if capability else {})
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", _EVALUATE, root, root / "kernels"]
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -134,11 +135,10 @@ def _process(capability: str) -> subprocess.Popen[str]:
 
 def of_older_processor(capability: str, module: str, expression: str, folder: Path) -> tuple[Any, Any]:
     """`expression`, with the names of tests.kernels.<module>, by the build for `capability` and by the best build."""
-    found = []
-    for name in (capability, ""):
-        process, out = _process(name), folder / f"{name or 'best'}.pt"
-        assert process.stdin is not None and process.stdout is not None
-        print(json.dumps([f"tests.kernels.{module}", expression, str(out)]), file=process.stdin, flush=True)
-        assert process.stdout.readline() == "saved\n", expression
-        found.append(torch.load(out))
-    return found[0], found[1]
+    module, out = f"tests.kernels.{module}", folder / f"{capability}.pt"
+    process = _process(capability)
+    assert process.stdin is not None and process.stdout is not None
+    print(json.dumps([module, expression, str(out)]), file=process.stdin, flush=True)
+    best = eval(expression, vars(importlib.import_module(module)))
+    assert process.stdout.readline() == "saved\n", expression
+    return torch.load(out), best

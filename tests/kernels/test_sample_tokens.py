@@ -157,11 +157,11 @@ def test_truncated_draws_follow_the_renormalised_distribution(backend: Backend) 
 
 
 BY_HAND = [
-    ({"top_p": 0.51}, {0, 1}),
     ({"top_k": 3, "top_p": 0.6}, {0, 1}),  # after top_k: 1/2 1/4 1/8 become 4/7 2/7 1/7
     ({}, {0, 1, 2, 3}),
 ]
 MORE_BY_HAND = [
+    ({"top_p": 0.51}, {0, 1}),
     ({"top_p": 0.49}, {0}),
     ({"top_k": 1}, {0}),
     ({"top_k": 3}, {0, 1, 2}),  # 2 and 3 are equal
@@ -222,7 +222,7 @@ def test_a_large_vocabulary_of_near_ties(backend: Backend, options: dict[str, fl
 @pytest.mark.parametrize("options", EACH_OPTION, ids=str)
 def test_a_row_ignores_its_neighbours(backend: Backend, options: dict[str, float]) -> None:
     """Alone, in another order, or in a batch of another size: the same token and the same log-prob, to the bit."""
-    num_rows = 4 if backend.interpreted else 64
+    num_rows = 3 if backend.interpreted else 64
     logits, seeds = backend.to((logits_of(num_rows, 501), torch.arange(num_rows) * 31))
     shuffle = torch.randperm(num_rows, generator=torch.Generator().manual_seed(1)).to(backend.device)
     for impl in ("reference", backend.impl):
