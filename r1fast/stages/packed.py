@@ -65,7 +65,7 @@ class Example:
 @dataclass(slots=True)
 class PackedBatch:
     input_ids_T: Tensor
-    cu_seqlens: Tensor  # int32 [N + 1], of the inputs
+    cu_seqlens: Tensor  # int32 [N + 1], of the sequences: of the inputs, unless they share prompts
     loss_index_M: Tensor  # positions of the inputs whose next token is learned from
     target_ids_M: Tensor
     loss_cu_seqlens: Tensor  # int32 [N + 1], of the learned tokens; fewer where examples are not learned
