@@ -16,12 +16,14 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from r1fast.config import ConfigError, dump_recipe, error_lines, load_recipe, shown
 from r1fast.resume import Change, Saved, changed_inputs, changes, read_run
 from r1fast.run_folder import locked, read_record
 from r1fast.schema import Recipe
+from r1fast.wording import did_you_mean
 
 if TYPE_CHECKING:  # what imports torch: later, when the threads are chosen and there is a recipe
     from r1fast.parallel.mesh import Dist
@@ -68,6 +70,22 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class Help(argparse.Action):
+    """--help of the command line, --help TOPIC of the options of a stage or a section."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, topic: Any, *others: Any) -> NoReturn:
+        from r1fast.explain import help_text, topics
+
+        if topic is None:
+            parser.print_help()
+        elif topic in topics():
+            print(help_text(topic, get_terminal_size((100, 24)).columns))
+        else:
+            near = did_you_mean(topic[:80], topics())
+            parser.error(f"--help: nothing is called {topic[:80]!r}{near}; known: {', '.join(topics())}")
+        parser.exit()
+
+
 class Version(argparse.Action):
     """Worked out when asked for; torch is not imported."""
 
@@ -87,7 +105,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         epilog="Anything else is an override: key.sub=value, stages.NAME.key=value; --resume takes those of unfinished "
         "stages.",
         allow_abbrev=False,
+        add_help=False,
     )
+    about = "this text, or every option of a kind of stage (grpo, sft, ..) or a section (recipe, model, rollout, ..)"
+    parser.add_argument("-h", "--help", action=Help, nargs="?", metavar="TOPIC", help=about)
     valued, flag = partial(parser.add_argument, action=Once), partial(parser.add_argument, action="store_true")
     valued("--config", metavar="NAME_OR_FILE", help="a recipe of r1fast/recipes or a YAML file (default: tiny)")
     valued("--output-dir", metavar="DIR", help="run directory (default: runs/<recipe>-<time>)")
