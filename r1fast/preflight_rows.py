@@ -137,7 +137,7 @@ def reward_problems(
             yield from _language_problems(f"{key}.{name}", [Row({"language": given}, key)] if given else chosen)
             if given is None and all(row.get("language") is None for row in chosen):
                 yield f"{key}.{name}: no row of {files} has a language; add the column, or take the reward out"
-        if spec.function == "accuracy":
+        if spec.function in ("accuracy", "cosine", "length"):
             yield from _gold_problems(recipe, f"{key}.{name}", chosen, notes)
             if any(row.get("reasoning_gym") for row in chosen):
                 what = f"rows of {files} are of reasoning_gym, whose tasks have verifiers of their own"

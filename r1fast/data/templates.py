@@ -249,8 +249,19 @@ def _render_by_tokenizer(messages: Messages, tokenizer: "Tokenizer | None") -> s
             f"prompt template 'tokenizer' needs a tokenizer with a chat_template, got {type(tokenizer).__name__} "
             "without one; use 'chat', 'r1_zero' or 'plain'"
         )
+    return render_chat(messages, tokenizer)
+
+
+def render_chat(
+    messages: Messages, tokenizer: "Tokenizer", *, continue_final_message: bool = False, **variables: Any
+) -> str:
+    """What the model continues, by the tokenizer's chat template; ValueError where that fails, or leaves out a turn.
+
+    continue_final_message: the last turn is the beginning of the answer. variables: of the template (enable_thinking).
+    """
+    variables["continue_final_message" if continue_final_message else "add_generation_prompt"] = True
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **variables))
     except Exception as error:  # a template is a program: raise_exception, an undefined name, 1 / 0, ...
         raise ValueError(f"the tokenizer's chat template fails on it: {one_line(error)}") from error
     for message in messages:

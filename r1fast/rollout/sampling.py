@@ -5,10 +5,11 @@ that a completion does not depend on the other rows of the batch, on when it ent
 over calls and ranks. The four integers are folded into one 64-bit seed per row, in int64 tensor arithmetic.
 """
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,20 @@ from transformers import PreTrainedTokenizerBase
 
 from r1fast.models.model_config import ModelConfig
 
+logger = logging.getLogger("r1fast")
 FinishReason = Literal["stop", "length"]
+DEFAULT_MAX_TOKENS = 1024  # where neither the caller nor generation_config.json says how many
+# What generation_config.json may say of a default: our name, the type, and the value of transformers that means "off".
+_DEFAULTS: dict[str, tuple[str, type | tuple[type, ...], Any]] = {
+    "temperature": ("temperature", (int, float), None),
+    "top_p": ("top_p", (int, float), None),
+    "top_k": ("top_k", int, -1),
+    "max_new_tokens": ("max_tokens", int, None),
+}
+_NOT_APPLIED = {
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0, "top_h": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,31 @@ class SamplingParams:
         ):
             if not right:
                 raise ValueError(f"SamplingParams.{name} is {getattr(self, name)!r}; expected {expected}")
+
+
+def default_params(generation_config: Mapping[str, Any], most_tokens: int) -> SamplingParams:
+    """As vLLM's `generation_config="auto"`: temperature, top_p, top_k and max_new_tokens of generation_config.json, and
+    our defaults for what it leaves out; `do_sample` counts for nothing. most_tokens: a bound on max_tokens.
+
+    ValueError for a value that cannot be, a line in the log for penalties and the like, which are not applied.
+    """
+    values: dict[str, Any] = {"max_tokens": DEFAULT_MAX_TOKENS}
+    for key, (name, kind, off) in _DEFAULTS.items():
+        value = generation_config.get(key)
+        if value is None or value == off:
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"generation_config.json: {key} is {value!r:.80}, expected a number; correct it there")
+        values[name] = value
+    values["max_tokens"] = min(values["max_tokens"], most_tokens)
+    try:
+        params = SamplingParams(**values)
+    except ValueError as error:
+        raise ValueError(f"generation_config.json: {error}; correct it there") from error
+    if left_out := [f"{key} {generation_config[key]}" for key, off in _NOT_APPLIED.items()
+                    if generation_config.get(key) not in (None, off)]:  # fmt: skip
+        logger.warning("generation_config.json: %s: not applied", ", ".join(left_out))
+    return params
 
 
 @dataclass(slots=True)
