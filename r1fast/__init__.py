@@ -17,8 +17,17 @@ _LAZY = {
     "SamplingParams": "r1fast.rollout.sampling",
     "Completion": "r1fast.rollout.sampling",
     "PolicyLossInputs": "r1fast.policy_loss",
+    "render_prompt": "r1fast.prompts",
 }
-__all__ = ["Completion", "PolicyLossInputs", "RolloutEngine", "SamplingParams", "__version__", "load_model"]
+__all__ = [
+    "Completion",
+    "PolicyLossInputs",
+    "RolloutEngine",
+    "SamplingParams",
+    "__version__",
+    "load_model",
+    "render_prompt",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,26 +1,28 @@
 """Recipes as files: YAML with inheritance, overrides, and errors that name the key. The options: schema.py.
 
 Precedence: defaults < the files under `defaults:` < the recipe file < overrides, left to right. Stages merge by name,
-and an override addresses a stage by its name: `stages.zero.max_steps=20`. Names are TRL's or verl's where they exist.
+and an override addresses a stage by its name or its number: `zero.max_steps=20`, `stages.zero.max_steps=20` or
+`stages.0.max_steps=20`. Names are TRL's or verl's where they exist.
 """
 
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from r1fast.recipe_yaml import MAX_DEPTH, check_text, dump_yaml, load_yaml
 from r1fast.schema import KINDS, Recipe
+from r1fast.unknown_keys import unknown
 
 RECIPES = Path(__file__).parent / "recipes"
 MAX_BYTES = 256 * 1024  # of a recipe file: 30 times the largest of `recipes`
 MAX_PARENTS = 20  # recipes in a row that name each other under `defaults:`
-MAX_LINES, MAX_LINE = 10, 1000  # of an error as it is shown
+MAX_LINES, MAX_LINE = 40, 1000  # of an error as it is shown
 
 
 class ConfigError(ValueError):
@@ -67,8 +69,8 @@ def validate(raw: Mapping[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         problems: dict[str, list[str]] = {}  # by key: the members of a union complain one by one
         for detail in error.errors(include_url=False):
-            key, problem = _explain(detail, raw)
-            problems.setdefault(key, []).append(problem)
+            for key, problem in _explain(detail, raw):
+                problems.setdefault(key, []).append(problem)
         lines = [f"{where}: {key}: {' or '.join(dict.fromkeys(found))}" for key, found in problems.items()]
         raise ConfigError("\n".join(lines)) from None
 
@@ -99,8 +101,7 @@ def _read(config: str, seen: tuple[str, ...] = (), done: dict[str, dict[str, Any
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(raw).__name__}")
     raw = {key: value for key, value in raw.items() if not key.startswith("x-")}  # a place for YAML anchors
-    stages = raw["stages"] if isinstance(raw.get("stages"), list) else []
-    for name, count in Counter(map(_name_of, stages)).items():  # before a merge by name would drop one of two
+    for name, count in Counter(map(_name_of, _stages(raw))).items():  # before a merge by name would drop one of two
         if name is not None and count > 1:
             raise ConfigError(f"{path}: stages: two stages are named {shown(repr(name))}; names must differ")
     parents = raw.pop("defaults", None)
@@ -123,9 +124,10 @@ def _read_text(path: Path, config: str) -> str:
         content = path.read_bytes() if is_file and not is_large else b""
     except (FileNotFoundError, NotADirectoryError):
         names = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
-        raise ConfigError(
-            f"no recipe {shown(config)!r}{_near(config[:80], names)}; give a YAML file or one of {', '.join(names)}"
-        ) from None
+        advice = f"give a YAML file or one of {', '.join(names)}"
+        if os.path.isdir(config):
+            advice = f"it is a folder; to go on with a run: --resume --output-dir {shown(config)}"
+        raise ConfigError(f"no recipe {shown(config)!r}{_near(config[:80], names)}; {advice}") from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"recipe {shown(config, 300)!r}: cannot be read ({why})") from None
@@ -166,31 +168,51 @@ def _name_of(stage: Any) -> str | None:
 
 def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
     where = f"override {shown(key)}"
-    listed = raw.get("stages")
-    stages = {name: stage for stage in listed if (name := _name_of(stage))} if isinstance(listed, list) else {}
-    # The name of a stage is one part, dots and all: of two that fit, the longer.
-    name = max((name for name in stages if key.startswith(f"stages.{name}.")), key=len, default="")
-    path = ["stages", name, *key.removeprefix(f"stages.{name}.").split(".")] if name else key.split(".")
+    stage, rest = _stage_of(raw, key, where)
+    path = rest.split(".")
     if "" in path or len(path) > MAX_DEPTH:
         raise ConfigError(f"{where}: expected names with dots between them, as in stages.NAME.key=value")
-    node, start = raw, 0
-    if isinstance(listed, list) and path[0] == "stages" and len(path) > 1:
-        if path[1] not in stages:
-            near = _near(path[1], stages)
-            raise ConfigError(f"{where}: no stage {shown(path[1])!r}{near}; stages: {', '.join(stages)}")
-        if len(path) == 2:
-            raise ConfigError(f"{where}: name a key of the stage, as in {shown(key)}.max_steps=10")
-        node, start = stages[path[1]], 2
-    for depth, part in enumerate(path[start:-1], start + 1):
+    before = key.removesuffix(rest).split(".")[:-1]
+    node = raw if stage is None else stage
+    for depth, part in enumerate(path[:-1], 1):
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"{where}: {shown('.'.join(path[:depth]))} is {shown(repr(child))}, which has no keys")
+            found = ".".join([*before, *path[:depth]])
+            raise ConfigError(f"{where}: {shown(found)} is {shown(repr(child))}, which has no keys")
         node = child
     node[path[-1]] = value
 
 
-def _explain(detail: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[str, str]:
-    """One mistake: the key as the user wrote it, and what was got and expected there."""
+def _stage_of(raw: dict[str, Any], key: str, where: str) -> tuple[dict[str, Any] | None, str]:
+    """The stage that a key is of, if it is, and its key there: stages.NAME.key, stages.0.key, NAME.key.
+
+    A section of the recipe comes before a stage of its name, and a name before a number. The name of a stage is one
+    part, dots and all: of two that fit, the longer.
+    """
+    rest = key.removeprefix("stages.")
+    stages = {name: stage for stage in _stages(raw) if (name := _name_of(stage))}
+    if rest == key and (not stages or key.split(".")[0] in Recipe.model_fields):
+        return None, key
+    if name := max((name for name in stages if rest.startswith(f"{name}.")), key=len, default=""):
+        return stages[name], rest.removeprefix(f"{name}.")
+    number, _, inner = rest.partition(".")
+    if rest == key or not number or not isinstance(raw.get("stages"), list):
+        return None, key
+    numbered = {str(place): stage for place, stage in enumerate(_stages(raw)) if isinstance(stage, dict)}
+    if inner and number in numbered:
+        return numbered[number], inner
+    if rest in stages:
+        raise ConfigError(f"{where}: name a key of the stage, as in {shown(key)}.max_steps=10")
+    named = shown(rest.partition(".")[0])
+    raise ConfigError(f"{where}: no stage {named!r}{_near(named, stages)}; stages: {', '.join(stages)}")
+
+
+def _stages(raw: Mapping[str, Any]) -> list[Any]:
+    return raw["stages"] if isinstance(raw.get("stages"), list) else []
+
+
+def _explain(detail: Mapping[str, Any], raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """One mistake: the key as the user wrote it, and what was got and expected there; a foreign section has many."""
     loc, kind = detail["loc"], detail["type"]
     names: list[str] = []
     node: Any = raw
@@ -202,28 +224,19 @@ def _explain(detail: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[str, st
         names.append((_name_of(node) if names == ["stages"] else None) or str(part))
     key = ".".join(shown(" ".join(name.split())) for name in names) or "recipe"
     if kind == "extra_forbidden":
-        return key, _unknown(loc)
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        for below, problem in unknown(loc, detail["input"], filter(None, map(_name_of, _stages(raw)))):
+            yield key + shown(" ".join(below.split())), problem
+    elif kind in ("union_tag_invalid", "union_tag_not_found"):
         got = shown(str(detail["ctx"].get("tag", "nothing")))
-        return f"{key}.kind", f"got {got}{_near(got, KINDS)}; expected one of {', '.join(KINDS)}"
-    if kind == "missing":
-        return key, "missing; it has no default"
-    if kind == "value_error":
-        return key, detail["msg"].removeprefix("Value error, ")
-    hint = "; write true or false" if kind == "bool_type" else ""
-    return key, f"{detail['msg']}{hint}; got {shown(repr(detail['input']))}"
-
-
-def _unknown(loc: tuple[Any, ...]) -> str:
-    """Of a key that is not in the schema: those that are there."""
-    model: Any = Recipe
-    if loc[0] == "stages":
-        model, loc = KINDS[loc[2]], loc[3:]
-    for part in loc[:-1]:
-        if part in getattr(model, "model_fields", {}):  # else the user's own name, such as that of a reward model
-            annotation = model.model_fields[part].annotation
-            members = (annotation, *get_args(annotation))
-            model = next((a for a in members if isinstance(a, type) and issubclass(a, BaseModel)), None)
-    known = list(getattr(model, "model_fields", {}))
-    near = get_close_matches(shown(str(loc[-1])), known, n=1)
-    return "unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+        yield f"{key}.kind", f"got {got}{_near(got, KINDS)}; expected one of {', '.join(KINDS)}"
+    elif kind == "missing":
+        yield key, "missing; it has no default"
+    elif kind == "value_error":
+        yield key, detail["msg"].removeprefix("Value error, ")
+    elif kind == "model_type":
+        options = getattr(Recipe.model_fields.get(key), "annotation", None)
+        known = ", ".join(f"{key}.{name}" for name in getattr(options, "model_fields", {}))
+        yield key, f"expected options{f' ({known})' if known else ''}; got {shown(repr(detail['input']))}"
+    else:
+        hint = "; write true or false" if kind == "bool_type" else ""
+        yield key, f"{detail['msg']}{hint}; got {shown(repr(detail['input']))}"

@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args
+from datetime import date
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,8 +13,8 @@ from r1fast.schema_options import (  # isort: skip
     StageBase, Strict, TrainerSection, TrainOptions, ValidationOptions, WeightedSpec, reward_specs,
 )  # fmt: skip
 from r1fast.schema_types import (  # isort: skip
-    AboveZero, Count, Files, FolderName, LearningRate, Made, ModelRef, NonNegative, Plain, Positive, Prompts, Reads,
-    Ref, RewardName, RowKind, Seed, SFTRows, Share,
+    AboveZero, Count, Day, Files, FolderName, LearningRate, Made, ModelRef, NonNegative, Plain, Positive, Prompts,
+    Reads, Ref, RewardName, RowKind, Seed, SFTRows, Share,
 )  # fmt: skip
 
 # Of samples/*.parquet, beside a column for each reward.
@@ -25,16 +26,16 @@ class PretrainStage(FitOptions, ValidationOptions):
 
     makes = ("model",)
     kind: Literal["pretrain"]
-    train_files: Files[SFTRows]
+    train_files: Files[SFTRows]  # text to learn from; the tokenizer too is trained on it
     architecture: dict[str, Plain]  # model_type and the fields of the Hugging Face configuration
     tokenizer: ModelRef | None = None  # @stage or a folder; None: train one of vocab_size on train_files
     # Bytes and special tokens are 265; trainers reserve memory for what is asked.
     vocab_size: Annotated[int, Field(ge=265, le=2**20)] = 1024
     batch_size: Positive = 64
-    max_steps: Positive
-    max_length: Positive = 1024
-    mask_prompt: bool = True
-    prompt_template: PromptTemplate = "chat"
+    max_steps: Positive  # optimizer steps
+    max_length: Positive = 1024  # tokens of a row; a longer one is an error
+    mask_prompt: bool = True  # learn from completions alone
+    prompt_template: PromptTemplate = "chat"  # how rows with a prompt are written
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -55,11 +56,11 @@ class SFTStage(EpochOptions, ValidationOptions):
 
     makes = ("model",)
     kind: Literal["sft"]
-    train_files: Files[SFTRows]
+    train_files: Files[SFTRows]  # rows of prompt and completion, of messages, or of text
     batch_size: Positive = 128
-    num_train_epochs: Positive = 2
+    num_train_epochs: Positive = 2  # passes over the rows
     max_steps: Positive | None = None  # stops earlier than num_train_epochs
-    max_length: Positive = 32768
+    max_length: Positive = 32768  # tokens of a row; a longer one is an error
     learning_rate: LearningRate = 5e-5
     lr_scheduler_type: Schedule = "cosine"
     min_lr_ratio: Share = 0.1
@@ -79,16 +80,17 @@ class GRPOStage(LossOptions, TrainOptions, ValidationOptions):
 
     makes = ("model",)
     kind: Literal["grpo"]
-    train_files: Files[Prompts]
+    train_files: Files[Prompts]  # prompts with what the rewards read of a row, such as its answer
+    # What is paid: a weight, or options; built in, dotted path or file.py:function.
     rewards: Rewards = {"accuracy": 1.0, "format": 1.0}
-    reward_models: dict[RewardName, RewardModelSpec] = {}
+    reward_models: dict[RewardName, RewardModelSpec] = {}  # what models of reward_model stages pay beside them
     domain_weights: dict[str, NonNegative] = {}  # share of a step's prompts by column `domain`; empty: as they come
-    num_generations: Annotated[int, Field(ge=2, lt=2**31)] = 8
+    num_generations: Annotated[int, Field(ge=2, lt=2**31)] = 8  # samples per prompt, a group
     prompts_per_step: Positive = 16  # per rollout
     steps_per_generation: Positive = 1  # optimizer steps (minibatches) per rollout
     num_iterations: Positive = 1  # passes over a rollout
     max_steps: Positive = 200  # rollouts
-    temperature: Annotated[float, Field(ge=0.001, le=1000)] = 1.0
+    temperature: Annotated[float, Field(ge=0.001, le=1000)] = 1.0  # of sampling, and of the log-probs in the loss
     # A completion that max_completion_length cuts is trained on like any other, or its tokens are left out of the loss.
     mask_truncated_completions: bool = False
     partial_rollout_length: Positive | None = None  # tokens a completion gets per step, the next goes on; None: all
@@ -99,7 +101,7 @@ class GRPOStage(LossOptions, TrainOptions, ValidationOptions):
     router_replay: bool = False  # the update takes the experts that the sampler took (mixture of experts)
     skip_zero_variance_groups: bool = False  # leave them out of the update; exact where beta is 0
     log_completions: Count = 16  # rows of samples/*.parquet per logged step
-    log_completions_steps: Positive = 10
+    log_completions_steps: Positive = 10  # steps between those that write them
 
     def num_updates(self) -> int:
         return self.max_steps * self.steps_per_generation * self.num_iterations
@@ -176,9 +178,9 @@ class FewShotOptions(Strict):
 
     model: ModelRef | None = None  # None: the stage's model
     examples_files: Files[Prompts]  # {prompt, reasoning, answer, language}; shown are those in the prompt's language
-    num_examples: Positive = 2
-    num_prompts: Positive | None = None
-    num_samples: Positive = 4
+    num_examples: Positive = 2  # shown in each prompt
+    num_prompts: Positive | None = None  # None: every row of train_files
+    num_samples: Positive = 4  # per prompt
 
 
 class CollectStage(SampleOptions):
@@ -186,9 +188,9 @@ class CollectStage(SampleOptions):
 
     makes = ("data",)
     kind: Literal["collect"]
-    train_files: Files[Prompts]
-    output_format: ResponseFormatName = "special_token"
-    few_shot: FewShotOptions | None = None
+    train_files: Files[Prompts]  # prompts with gold answers
+    output_format: ResponseFormatName = "special_token"  # in which the data are written
+    few_shot: FewShotOptions | None = None  # samples by worked examples, beside those of the model itself; None: none
     limit: Positive | None = None  # rows kept
 
     def most_samples(self) -> int:
@@ -200,7 +202,7 @@ class RejectStage(SampleOptions):
 
     makes = ("data",)
     kind: Literal["reject"]
-    train_files: Files[Prompts]
+    train_files: Files[Prompts]  # prompts with gold answers
     prompt_template: PromptTemplate = "chat"
     response_format: ResponseFormatName = "special_token"
 
@@ -214,13 +216,14 @@ class RewardModelStage(EpochOptions, GenerateOptions):
 
     makes = ("reward model",)
     kind: Literal["reward_model"]
+    # Rows with chosen and rejected (pairwise), or with a label (pointwise).
     train_files: Files[Annotated[Ref, Reads("data", _preference_rows)]]
-    loss: Literal["pairwise", "pointwise"]
-    score_on: ScoredPart = "response"
+    loss: Literal["pairwise", "pointwise"]  # what rows hold: pairs, or labels
+    score_on: ScoredPart = "response"  # what it reads: the whole response, or its answer part
     batch_size: Positive = 256
-    num_train_epochs: Positive = 1
-    max_length: Positive = 8192
-    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    num_train_epochs: Positive = 1  # passes over the rows
+    max_length: Positive = 8192  # tokens of a row; a longer one is an error
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the rows that is held out, and measured on
     center_rewards_coefficient: NonNegative = 0.01  # keeps pairwise scores around 0
     learning_rate: LearningRate = 6e-6
     prompt_template: PromptTemplate = "chat"
@@ -243,6 +246,7 @@ class DistillStage(SFTStage, SampleOptions):
     """SFT of a student on a teacher's samples: those of train_files, or fresh ones when `teacher` is given."""
 
     kind: Literal["distill"]  # type: ignore[assignment]
+    # Rows to learn from; prompts where teacher is given.
     train_files: Files[Annotated[Ref, Reads("data", _distill_rows)]]
     teacher: ModelRef | None = None  # then train_files are prompts
     response_format: ResponseFormatName = "special_token"
@@ -270,7 +274,7 @@ class EvaluateStage(EvalOptions):
     """pass@1 over k samples with a confidence interval, cons@k, greedy, and the means of eval_rewards."""
 
     kind: Literal["evaluate"]
-    eval_files: Files[Prompts]
+    eval_files: Files[Prompts]  # prompts with gold answers
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -288,15 +292,20 @@ KINDS: dict[str, type[StageBase]] = {
 
 
 class Recipe(Strict):
+    """What a run does: the model to begin with, how it is trained, and the stages."""
+
     name: FolderName = "recipe"  # of the folder under runs/
-    seed: Seed = 0
+    seed: Seed = 0  # of every draw: order, samples, initial weights
+    # 2026-01-31: the day that chat templates with a clock write into prompts; None: that on which the run began, which
+    # its config.yaml says and a resume keeps.
+    date: Day | None = None
     model: ModelSection = ModelSection()
     trainer: TrainerSection = TrainerSection()
     kernels: KernelsSection = KernelsSection()
     rollout: RolloutSection = RolloutSection()
     reward_workers: RewardWorkers = RewardWorkers()
-    report_to: list[Literal["wandb", "trackio", "tensorboard"]] = []
-    stages: list[Stage]
+    report_to: list[Literal["wandb", "trackio", "tensorboard"]] = []  # trackers that get the metrics
+    stages: list[Stage]  # what is run, in order
 
     @field_validator("stages")
     @classmethod
@@ -308,6 +317,20 @@ class Recipe(Strict):
         if not stages:
             raise ValueError("no stages; name at least one")
         return stages
+
+    @model_validator(mode="after")
+    def _pass_date_on(self) -> Self:
+        for stage in self.stages:
+            if isinstance(stage, GenerateOptions):
+                stage._today = None if self.date is None else date.fromisoformat(self.date)
+        return self
+
+    def begun_on(self, day: str) -> "Recipe":
+        """With the date of its first day, if a chat template may ask for it and the recipe names none."""
+        templates = [stage.prompt_template for stage in self.stages if isinstance(stage, GenerateOptions)]
+        if self.date is not None or "tokenizer" not in templates:
+            return self
+        return Recipe.model_validate({**self.model_dump(mode="json"), "date": day})
 
     @field_validator("report_to")
     @classmethod

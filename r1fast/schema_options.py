@@ -6,6 +6,7 @@ refused, by value, because the recipe that a run saves names every option: one a
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
@@ -76,6 +77,8 @@ def _checkpointing(value: Any) -> Any:
 
 
 class TrainerSection(Strict):
+    """How every stage trains."""
+
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradient reduction over ranks
     # Of activations for the backward pass, full keeps the input of each layer and computes the rest again, selective
     # keeps what products and attention gave too (docs/architecture.md, section 5).
@@ -83,7 +86,7 @@ class TrainerSection(Strict):
     # Kept in host memory while a GPU needs them not: the optimizer's state but for a step, the reference model but for
     # its log-probs.
     offload: list[Literal["optimizer", "reference"]] = []
-    compile: bool = False
+    compile: bool = False  # torch.compile of the layers
 
     def problems(self) -> Iterator[str]:
         if len(set(self.offload)) < len(self.offload):
@@ -91,6 +94,8 @@ class TrainerSection(Strict):
 
 
 class KernelsSection(Strict):
+    """Implementations of the ops."""
+
     impl: Literal["reference"] | None = None  # None: the best that an op has on this device
 
 
@@ -123,11 +128,13 @@ class VllmOptions(Strict):
 
 
 class RolloutSection(Strict):
-    engine: Literal["r1fast", "vllm"] = "r1fast"
+    """How every stage samples."""
+
+    engine: Literal["r1fast", "vllm"] = "r1fast"  # r1fast decodes with the very weights that are trained
     max_num_seqs: Positive = 512  # samples that are decoded at the same time
-    # Of engine r1fast: prompt tokens of one prefill, and the most that keys and values may take (bytes; default: what
-    # max_num_seqs samples need). With less, fewer samples are decoded at a time; one that does not fit is an error.
-    max_num_batched_tokens: Positive = 8192
+    max_num_batched_tokens: Positive = 8192  # of engine r1fast: prompt tokens of one prefill
+    # Of engine r1fast: bytes that keys and values may take; None: what max_num_seqs samples need. With less, fewer
+    # samples are decoded at a time; one that does not fit is an error.
     kv_cache_memory_bytes: Bytes | None = None
     enforce_eager: bool = False  # decode without CUDA graphs
     # 1: GRPO samples a step ahead, while it updates, from a copy of the weights (a whole model more on every rank).
@@ -150,13 +157,17 @@ class RolloutSection(Strict):
 
 
 class RewardWorkers(Strict):
-    num_workers: Annotated[int, Field(gt=0, le=1024)] = 1
-    timeout_s: Seconds = 30.0
+    """The processes that rewards run in."""
+
+    num_workers: Annotated[int, Field(gt=0, le=1024)] = 1  # processes
+    timeout_s: Seconds = 30.0  # seconds that a call may take; then its process is killed
     memory_limit_gb: Annotated[float, Field(gt=0, le=1e6)] | None = None  # of one; None: its part of half the machine's
 
 
 class WeightedSpec(Strict):
-    weight: Weight = 1.0
+    """What a reward counts, and for which rows."""
+
+    weight: Weight = 1.0  # factor; 0: measured only
     domains: list[str] = []  # that it applies to; all when empty
 
     def applies_to(self, row: Mapping[str, Any]) -> bool:
@@ -174,9 +185,9 @@ class RewardSpec(WeightedSpec):
 class RewardModelSpec(WeightedSpec):
     """A reward model's part in the reward: sigmoid(score) * weight."""
 
-    model: RewardModelRef
+    model: RewardModelRef  # of a reward_model stage
     prompt_template: PromptTemplate = "chat"  # that it was trained with
-    score_on: ScoredPart = "response"
+    score_on: ScoredPart = "response"  # as it was trained
 
 
 def _reward_kind(value: Any) -> str:
@@ -202,7 +213,7 @@ Rewards = Annotated[dict[RewardName, Reward], Reads("code")]
 _TAKEN = frozenset({
     "pass@1", "pass@k", "cons@k", "greedy", "n", "k", "split", "limit", "temperature", "top_p", "length", "failures",
     "unscorable", "files", "step", "file", "row", "kind", "prompt", "gold", "completion", "finish_reason", "tokens",
-    "prompt_template", "response_format", "prefill_think", "max_completion_length",
+    "prompt_template", "response_format", "prefill_think", "chat_template_kwargs", "max_completion_length",
 })  # fmt: skip
 
 
@@ -230,6 +241,8 @@ def reward_specs(rewards: Mapping[str, float | RewardSpec | dict[str, Any]]) -> 
 
 
 class StageBase(Strict):
+    """Of every stage."""
+
     makes: ClassVar[tuple[Made, ...]] = ()  # what other stages may name of it, as @name
     name: StageName  # of a folder in the run directory
     kind: str
@@ -238,11 +251,26 @@ class StageBase(Strict):
 
 
 class GenerateOptions(StageBase):
-    prompt_template: PromptTemplate = "r1_zero"
-    response_format: ResponseFormatName = "think_answer"
+    """Prompts, completions, and their lengths."""
+
+    prompt_template: PromptTemplate = "r1_zero"  # how a prompt is written; tokenizer: its own chat template
+    response_format: ResponseFormatName = "think_answer"  # layout of a completion, which rewards and filters read
     prefill_think: bool = False  # end the prompt with <think>
-    max_prompt_length: Positive = 512
-    max_completion_length: Positive = 512
+    chat_template_kwargs: dict[str, Plain] = {}  # variables of the tokenizer's chat template, as enable_thinking: false
+    max_prompt_length: Positive = 512  # tokens; a longer prompt is an error
+    max_completion_length: Positive = 512  # tokens; sampling stops there
+    _today: date | None = None  # of the recipe
+
+    @property
+    def today(self) -> date | None:
+        """What a chat template takes for the date of today; None: the clock says it."""
+        return self._today
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.chat_template_kwargs and self.prompt_template != "tokenizer":
+            why = f"prompt_template {self.prompt_template} has no variables"
+            yield f"chat_template_kwargs does not apply: {why}; drop it, or use prompt_template: tokenizer"
 
     def unused_lengths(self, why: str) -> Iterator[str]:
         """Lengths of sampling that are set in a stage that does not sample."""
@@ -253,12 +281,12 @@ class GenerateOptions(StageBase):
 class EvalOptions(GenerateOptions):
     """What is measured before and after a stage, on samples at `eval_temperature`."""
 
-    eval_files: list[Prompts] = []
-    eval_rewards: EvalRewards = {"accuracy": {}, "format": {}}
+    eval_files: list[Prompts] = []  # prompts with gold answers; none: nothing is measured
+    eval_rewards: EvalRewards = {"accuracy": {}, "format": {}}  # what is measured, by name, as options of its function
     eval_num_samples: Positive = 4  # k of pass@1 over k samples, of pass@k and cons@k
     eval_temperature: Temperature = 1.0  # R1: 0.6, with eval_top_p 0.95
-    eval_top_p: TopP = 1.0
-    eval_greedy: bool = True
+    eval_top_p: TopP = 1.0  # share of the distribution that is sampled from
+    eval_greedy: bool = True  # one greedy completion per prompt too
     eval_limit: Positive | None = None  # rows of eval_files
     eval_before: bool = True  # of stages that train
 
@@ -277,7 +305,7 @@ class EvalOptions(GenerateOptions):
 class ValidationOptions(EvalOptions):
     """Evaluations while a stage trains."""
 
-    eval_steps: Positive | None = None  # of the stage between two evaluations; None: before and after it alone
+    eval_steps: Positive | None = None  # steps between two evaluations; None: before and after it alone
     eval_steps_limit: Positive | None = None  # rows of eval_files that those take; None: as eval_limit says
     metric_for_best_model: str = "pass@1"  # of an evaluation; more is better
     load_best_model_at_end: bool = False  # of the steps that were evaluated; the stage hands it on
@@ -313,7 +341,7 @@ class ValidationOptions(EvalOptions):
 class LoraOptions(Strict):
     """Low-rank adapters are trained, beside weights that stay as they are, in model.dtype. Names: peft's."""
 
-    r: Positive = 16
+    r: Positive = 16  # rank
     alpha: AboveZero = 32.0  # an adapter counts alpha / r
     # Names of linear layers, or the ends of their names (o_proj, mlp.experts.down_proj); all-linear: all in the blocks,
     # stacked experts too, and not the router.
@@ -323,17 +351,20 @@ class LoraOptions(Strict):
 
 
 class TrainOptions(StageBase):
+    """The update."""
+
     lora: LoraOptions | None = None  # None: every weight is trained
-    learning_rate: LearningRate = 1e-6
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    lr_scheduler_type: Schedule = "constant"
-    warmup_steps: Count = 0
+    learning_rate: LearningRate = 1e-6  # of AdamW; with muon of its matrices too
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices of layers, adamw for all else
+    lr_scheduler_type: Schedule = "constant"  # of the learning rate, after the warmup
+    warmup_steps: Count = 0  # optimizer steps in which it rises to learning_rate
     min_lr_ratio: Share = 0.0  # of learning_rate, at the end of a decaying schedule
     decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.4  # share of the steps that decay (wsd)
-    weight_decay: NonNegative = 0.0
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    max_grad_norm: AboveZero = 1.0
+    weight_decay: NonNegative = 0.0  # decoupled
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of the first moment
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95  # of the second moment
+    max_grad_norm: AboveZero = 1.0  # gradients are scaled down to it
+    # Packed into one forward pass; more of them cost memory, and change no number.
     max_tokens_per_microbatch: Positive = 16384
     # DeepSeek-V3's balance rule. 0 freezes the bias, as V3's last phase does and RL should: a few hundred prompts load
     # experts unevenly for good reasons, and a bias that moves between sampling and update re-routes the same tokens.
@@ -364,13 +395,13 @@ class FitOptions(TrainOptions):
     """Of stages that learn from the rows of files."""
 
     batch_size: Positive  # rows per step
-    max_length: Positive
+    max_length: Positive  # tokens of a row
 
 
 class EpochOptions(FitOptions):
     """Of those that take every row as often."""
 
-    num_train_epochs: Positive
+    num_train_epochs: Positive  # passes over the rows
 
     def updates_on(self, num_rows: int) -> int:
         """Optimizer steps on so many rows."""
@@ -381,21 +412,21 @@ class EpochOptions(FitOptions):
 class FilterOptions(Strict):
     """What keeps a sampled response out of a data set; the first reason that applies is recorded."""
 
-    min_language: Share = 1.0
+    min_language: Share = 1.0  # share of the reasoning in the language of the prompt
     max_repetition: Share = 0.2  # share of repeated 10-grams of words
-    max_paragraph_chars: Positive = 2000
-    allow_code: bool = False
+    max_paragraph_chars: Positive = 2000  # of the reasoning
+    allow_code: bool = False  # in the reasoning
 
 
 class SampleOptions(GenerateOptions):
     """Sampling by a model as it is; what passes the filters is kept."""
 
     num_prompts: Positive | None = None  # None: every row of train_files
-    num_samples: Positive = 4
-    temperature: Temperature = 1.0
-    top_p: TopP = 1.0
+    num_samples: Positive = 4  # per prompt
+    temperature: Temperature = 1.0  # of sampling
+    top_p: TopP = 1.0  # share of the distribution that is sampled from
     rewards: Rewards = {"accuracy": 1.0}  # of which a sample needs min_reward in all, where any applies
-    min_reward: Weight = 1.0
+    min_reward: Weight = 1.0  # sum of rewards that a sample needs
     max_per_prompt: Positive | None = None  # kept, of the samples that pass
     filters: FilterOptions = FilterOptions()
 
@@ -423,11 +454,11 @@ if TYPE_CHECKING:  # what is made from a table is read through `loss`, which is 
         loss_type: str
         sampling_importance_cap: float | Literal["auto"] | None
 else:
-    LossFields = create_model("LossFields", __base__=StageBase, **loss_fields.fields())
+    LossFields = create_model("LossFields", __base__=StageBase, __doc__="The policy's loss.", **loss_fields.fields())
 
 
 class LossOptions(LossFields):
-    """The policy's loss: beside the options here those of r1fast_kernels/loss_options.py, under their names there."""
+    """What the policy's loss reads, beside the options of r1fast_kernels/loss_options.py under their names there."""
 
     loss_aggregation: Literal["sample", "token", "constant"] | None = None  # of a loss of one's own; None: sample
     old_logprobs: Literal["policy", "sampler"] = "policy"  # sampler: what it gave, without a forward pass for them

@@ -1,6 +1,6 @@
-"""The entry: parse, start the process group, run the pipeline.
+"""The entry: parse (command_line.py), start the process group, run the pipeline.
 
-    torchrun --nproc-per-node 2 -m r1fast.train --config NAME_OR_FILE [--output-dir DIR] [--resume] [key=value]
+    torchrun --nproc-per-node 2 -m r1fast.train [NAME_OR_FILE] [--output-dir DIR] [--resume] [key=value]
 
 Exit status: 0 done; 1 a stage failed; 2 the request was wrong (nothing was started and nothing written over); 130 and
 143 stopped by Ctrl-C and SIGTERM. Whatever is not a fault of the program ends in one line that says how to go on.
@@ -13,12 +13,12 @@ import shlex
 import sys
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from r1fast.config import ConfigError, dump_recipe, error_lines, load_recipe, shown
+from r1fast.command_line import is_main, parse, say
+from r1fast.config import ConfigError, dump_recipe, load_recipe, shown
 from r1fast.resume import Change, Saved, changed_inputs, changes, read_run
 from r1fast.run_folder import locked, read_record
 from r1fast.schema import Recipe
@@ -51,61 +51,6 @@ def choose_threads(resumed: Path | None) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        say(f"{message[:500]}; --help lists the options")
-        sys.exit(2)
-
-
-class Once(argparse.Action):
-    """An option with a value that may not be empty, and not be given twice."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        if not values:
-            parser.error(f"{option_string} is empty")
-        if getattr(namespace, self.dest) is not None:
-            parser.error(f"{option_string} is given twice")
-        setattr(namespace, self.dest, values)
-
-
-class Version(argparse.Action):
-    """Worked out when asked for; torch is not imported."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from importlib.metadata import version
-
-        import r1fast
-
-        print(f"r1fast {getattr(r1fast, '__version__', '(not installed)')}, torch {version('torch')}")
-        parser.exit()
-
-
-def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser(
-        prog="torchrun -m r1fast.train",
-        description="Train a model through the DeepSeek-R1 recipe, or through any part of it.",
-        epilog="Anything else is an override: key.sub=value, stages.NAME.key=value; --resume takes those of unfinished "
-        "stages.",
-        allow_abbrev=False,
-    )
-    valued, flag = partial(parser.add_argument, action=Once), partial(parser.add_argument, action="store_true")
-    valued("--config", metavar="NAME_OR_FILE", help="a recipe of r1fast/recipes or a YAML file (default: tiny)")
-    valued("--output-dir", metavar="DIR", help="run directory (default: runs/<recipe>-<time>)")
-    valued("--stages", metavar="A,B", help="run only these stages of the recipe")
-    flag("--resume", help="continue the run in --output-dir (default: runs/latest)")
-    flag("--accept-changes", help="with --resume: go on though files or models were changed")
-    flag("--dry-run", help="check everything, print the resolved recipe, and stop")
-    parser.add_argument("--version", action=Version, nargs=0, help="print the versions of r1fast and torch, and stop")
-    args, overrides = parser.parse_known_args(argv)
-    for override in overrides:
-        if "=" not in override:
-            parser.error(f"{override[:80]!r} is neither an option nor an override key.sub=value")
-    args.output_dir = None if args.output_dir is None else Path(args.output_dir)
-    if args.accept_changes and not args.resume:
-        parser.error("--accept-changes goes with --resume: a new run has nothing to compare with")
-    return args, overrides
-
-
 @dataclass(frozen=True)
 class CommandLine:
     """What is asked for, checked: a recipe in a folder, the stages to run, and the run that is resumed, if one is."""
@@ -131,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
                 if is_main():
                     show(request)
                 return 0
+        except BrokenPipeError:  # of --dry-run
+            raise
         except (ConfigError, OSError) as error:
             say(reason(error))
             return 2
@@ -150,17 +97,6 @@ def show(request: CommandLine) -> None:
     found = estimate(request.recipe, request.selected, num_ranks, here)
     print(dump_recipe(request.recipe), end="")
     Console(stderr=True, width=160).print(memory_table(found, num_ranks))
-
-
-def is_main() -> bool:
-    """Before there is a process group."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(message: str, go_on: str = "") -> None:
-    """One rank speaks: a line for each mistake; go_on ends the last."""
-    if is_main():
-        print("\n".join(error_lines(message)) + go_on, file=sys.stderr)
 
 
 def reason(error: Exception) -> str:
@@ -221,8 +157,10 @@ def run(request: CommandLine, held: ExitStack) -> int:
         dist = init_distributed()
         run_dir = request.run_dir
         try:
-            # Its default name holds the time, which differs between ranks.
-            run_dir = dist.all_gather_objects(run_dir)[0]
+            # Its default name holds the time, which differs between ranks, as the day may.
+            run_dir, today = dist.all_gather_objects((run_dir, time.strftime("%Y-%m-%d")))[0]
+            if request.saved is None:
+                request = replace(request, recipe=request.recipe.begun_on(today))
             if request.saved is None and (problem := begin(run_dir, dist, held)):
                 say(problem)
                 return 2
@@ -298,4 +236,7 @@ def leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    leave(main())
+    try:
+        leave(main())
+    except BrokenPipeError:  # who read the output has seen enough: | head
+        os._exit(0)

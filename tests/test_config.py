@@ -164,7 +164,7 @@ WRONG_OVERRIDES = [
     ("stages.zero.kind=", ["stages.zero.kind", "None", "expected one of", "grpo"]),
     ("stages.zero.name=..", ["stages...", "'..'"]),  # would be a folder outside the run directory
     ("stages.zero.name=a/b", ["stages.a/b", "'a/b'"]),
-    ("rollout=3", ["rollout", "dictionary", "got 3"]),
+    ("rollout=3", ["rollout", "expected options (rollout.engine, ", "got 3"]),
     ("stages=3", ["stages", "list", "got 3"]),
     ("stages.zer.max_steps=3", ["stages.zer.max_steps", "no stage 'zer'", "'zero'"]),
     ("stages.zero=3", ["stages.zero", "stages.zero.max_steps=10"]),
@@ -379,4 +379,4 @@ def test_no_error_is_long(write) -> None:
         assert len(message) < 700
         assert all(len(line) < 1100 for line in error_lines(message + long))
     many = message_of(write("\n".join(f"a{i}: 1" for i in range(1000)) + f"\nstages: [{ZERO}]"))
-    assert len(error_lines(many)) == 11 and error_lines(many)[-1] == "r1fast: and 990 more"
+    assert len(error_lines(many)) == 41 and error_lines(many)[-1] == "r1fast: and 960 more"

@@ -546,7 +546,7 @@ def test_resume_with_a_recipe_that_the_run_did_not_write(refuse, base_model: Pat
         (["--config", "tinny"], "'tiny'"),
         (["stages.zero.max_stepz=3"], "'max_steps'"),
         (["stages.zero.train_files=[a"], "not valid YAML"),
-        (["--outptu-dir", "x"], "--outptu-dir"),
+        (["--outptu-dir", "x"], "outptu-dir: unknown key; did you mean '--output-dir'?"),
         (["zero"], "'zero'"),
     ],
     ids=["recipe", "key", "yaml", "option", "word"],

@@ -89,6 +89,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, *, scalar_head: bool = False) -> None:
         super().__init__()
         self.config, self.scalar_head = config, scalar_head
+        self.generation_config: dict[str, Any] = {}  # of the checkpoint that it was read from: how to sample by default
         scale = config.hidden_size**0.5 if config.family.scales_embedding else 1.0
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, scale)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))

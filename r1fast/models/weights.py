@@ -109,6 +109,8 @@ class Checkpoint:
                 self._starts_at_0.add(_SCORE)
         with torch.device("meta"):
             self._decoder = Decoder(self.config, scalar_head=self.scalar_head)
+        said = (read_generation_config(layer.folder) for layer in self._layers)
+        self._decoder.generation_config = next(filter(None, said), {})
         self._check_fit()
 
     def decoder(self, dtype: torch.dtype | str = "auto") -> Decoder:

@@ -19,9 +19,10 @@ MEASURES = ("pass@1", "greedy", "pass@k", "cons@k")  # of every evaluation that 
 # What must be equal for two scores to be compared, and how it is said. `split` names the files.
 SETTINGS = {
     "limit": "{} rows of them", "k": "{} samples each", "temperature": "temperature {}", "top_p": "top_p {}",
-    "prompt_template": "prompts {}", "prefill_think": "reasoning opened", "max_completion_length": "at most {} tokens",
+    "prompt_template": "prompts {}", "prefill_think": "reasoning opened", "chat_template_kwargs": "chat template's {}",
+    "max_completion_length": "at most {} tokens",
 }  # fmt: skip
-UNSAID = {"top_p": 1.0, "prefill_think": False}  # what goes without saying
+UNSAID: dict[str, Any] = {"top_p": 1.0, "prefill_think": False, "chat_template_kwargs": {}}  # what goes without saying
 COUNTS = ("length", "failures", "unscorable")
 # Of a step: what a person looks at first, in this order. Names without "/" that are not listed are of the stage or the
 # user (a loss's own metrics) and come with the losses.

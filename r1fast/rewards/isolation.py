@@ -12,6 +12,9 @@ A call is one reward on up to 64 rows. When it fails:
 
 Time: one limit for each call, and for steps 1 to 3 of a reward BUDGET_LIMITS limits (a minute at least) in one step of
 training; rows that are not tried by then have no score.
+
+A reward that compares the samples of a prompt would give a row alone another value: after a failed call each group is
+tried by itself, on a fresh worker, and fails as a whole.
 """
 
 import threading
@@ -65,6 +68,30 @@ class Isolation:
                     self._alone(outcome, sorted(outcome.failed))
             except CallFailed as error:
                 self._take_apart(outcome, rows, error)
+        return self._completed(outcome, rows)
+
+    def score_groups(self, groups: Sequence[Sequence[int]]) -> Outcome:
+        """The same for a reward that needs the rows of each group together."""
+        outcome = Outcome()
+        rows = [row for group in groups for row in group]
+        if self._given_up is None:
+            try:
+                self._keep(outcome, rows, self._call(rows, self._timeout_s, empty=False, fresh=False))
+            except CallFailed as error:
+                if error.loading:
+                    self._given_up = str(error)
+                else:
+                    self._groups_alone(outcome, groups)
+        return self._completed(outcome, rows)
+
+    def _groups_alone(self, outcome: Outcome, groups: Sequence[Sequence[int]]) -> None:
+        for group in groups:
+            try:
+                self._keep(outcome, group, self._try(group))
+            except CallFailed as error:
+                outcome.failed |= dict.fromkeys(group, str(error))
+
+    def _completed(self, outcome: Outcome, rows: Sequence[int]) -> Outcome:
         for row in rows:
             if row not in outcome.values:
                 outcome.values[row] = None
@@ -104,7 +131,7 @@ class Isolation:
                 suspects.append(row)  # no need to try
                 continue
             try:
-                self._keep(outcome, [row], self._try(row, share=1.0 if fresh else LATER_TRY, fresh=fresh))
+                self._keep(outcome, [row], self._try([row], share=1.0 if fresh else LATER_TRY, fresh=fresh))
                 fresh = False
             except CallFailed as error:
                 if error.lost and not fresh:
@@ -115,7 +142,7 @@ class Isolation:
         for row in suspects:
             try:
                 self._check_prompt(row)
-                self._keep(outcome, [row], self._try(row))
+                self._keep(outcome, [row], self._try([row]))
             except CallFailed as error:
                 self._blame(outcome, row, error)
 
@@ -135,7 +162,7 @@ class Isolation:
         prompt = self._prompt_of(row)
         if prompt not in self._without_completion:
             try:
-                self._try(row, empty=True)
+                self._try([row], empty=True)
                 self._without_completion[prompt] = None
             except _NoTimeLeft:
                 raise
@@ -144,12 +171,12 @@ class Isolation:
         if (reason := self._without_completion[prompt]) is not None:
             raise CallFailed(f"without its completion too: {reason}", lost=False)
 
-    def _try(self, row: int, *, share: float = 1.0, empty: bool = False, fresh: bool = True) -> Scored:
+    def _try(self, rows: Sequence[int], *, share: float = 1.0, empty: bool = False, fresh: bool = True) -> Scored:
         if self._left_s <= 0:
             raise _NoTimeLeft
         start = time.monotonic()
         try:
-            return self._call([row], self._timeout_s * share, empty=empty, fresh=fresh)
+            return self._call(rows, self._timeout_s * share, empty=empty, fresh=fresh)
         finally:
             with self._lock:
                 self._left_s -= time.monotonic() - start

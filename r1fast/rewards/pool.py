@@ -3,6 +3,7 @@
 A call is one reward on at most 64 rows, in a process (process.py, worker.py) that is killed at a time limit with all
 that it started (keeper.py). A call that fails is taken apart until the rows at fault are known (isolation.py). The
 rewards of r1fast share a process; one of the user's shares it with no other, so that it cannot change their values.
+A reward with a parameter `group_ids` compares the samples of a prompt, so its calls take whole groups.
 """
 
 import inspect
@@ -31,7 +32,9 @@ from r1fast.wording import did_you_mean
 logger = logging.getLogger(__name__)
 
 MAX_CHUNK_ROWS = 64
-_ALWAYS_THERE = {"prompts", "completions", "completion_ids", "response_format", "finish_reason", "prefilled"}
+_ALWAYS_THERE = {
+    "prompts", "completions", "completion_ids", "group_ids", "response_format", "finish_reason", "prefilled",
+}  # fmt: skip
 _PER_COMPLETION = ("completions", "completion_ids", "finish_reason", "prefilled")
 _ONLY_IN_TRL = ("trainer_state", "log_extra", "log_metric", "environments")  # TRL 1.16, GRPOTrainer
 Table = Mapping[str, Sequence[Any]]
@@ -116,7 +119,10 @@ class RewardPool:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
     ) -> RewardResult:
-        """Scores N completions with every reward; each column holds one value per completion."""
+        """Scores N completions with every reward; each column holds one value per completion.
+
+        Column `group_ids`: an integer that is the same for the samples of a prompt.
+        """
         if not self._closer.alive:
             raise ValueError("this RewardPool is closed, make a new one")
         table = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
@@ -126,12 +132,16 @@ class RewardPool:
         self._require(set(table))
         chunk_rows = max(1, min(MAX_CHUNK_ROWS, math.ceil(num_rows / self._num_workers)))
         chunks = [range(i, min(i + chunk_rows, num_rows)) for i in range(0, num_rows, chunk_rows)]
+        group_chunks = _whole_groups(table["group_ids"], chunk_rows) if "group_ids" in table else []
         prompt_of = partial(_without_completion, table)
         with ThreadPoolExecutor(self._num_workers) as executor:
             parts = {}
             for reward in self._rewards:
                 isolation = Isolation(partial(self._call, reward, table), self.timeout_s, prompt_of)
-                parts[reward.name] = executor.map(isolation.score, chunks)
+                if reward.compares:
+                    parts[reward.name] = executor.map(isolation.score_groups, group_chunks)
+                else:
+                    parts[reward.name] = executor.map(isolation.score, chunks)
             outcomes = {name: reduce(Outcome.__or__, outcome, Outcome()) for name, outcome in parts.items()}
         return self._gather(outcomes, num_rows)
 
@@ -214,6 +224,22 @@ def _without_completion(table: Table, row: int) -> bytes:
     return pickle.dumps([column[row] for name, column in table.items() if name not in _PER_COMPLETION])
 
 
+def _whole_groups(group_ids: Sequence[int], chunk_rows: int) -> list[list[list[int]]]:
+    """For each call the rows of its groups: as many groups as chunk_rows hold, one at least."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for row, group in enumerate(group_ids):
+        groups[group].append(row)
+    chunks: list[list[list[int]]] = []
+    room = 0
+    for rows in groups.values():
+        if len(rows) > room:
+            chunks.append([])
+            room = chunk_rows
+        chunks[-1].append(rows)
+        room -= len(rows)
+    return chunks
+
+
 class _Reward:
     """How a reward is found, and what it is called with."""
 
@@ -222,7 +248,7 @@ class _Reward:
         function = resolve(name)
         parameters = _signature(name, function)
         named = {key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        allowed = sorted(named - {"prompts", "completions", "completion_ids"})
+        allowed = sorted(named - {"prompts", "completions", "completion_ids", "group_ids"})
         if unknown := [key for key in self.options if key not in allowed]:
             what = f"reward {name!r} has no keyword {unknown[0]!r}, expected one of {allowed}"
             raise ValueError(what + did_you_mean(unknown[0], allowed))
@@ -231,6 +257,7 @@ class _Reward:
         self.accepted = None if takes_all else named
         self.required_columns = {key for key in named if parameters[key].default is inspect.Parameter.empty}
         self.required_columns -= self.options.keys()
+        self.compares = "group_ids" in named
         if absent := self.required_columns.intersection(_ONLY_IN_TRL):
             raise ValueError(
                 f"reward {name!r} needs {sorted(absent)}, which only TRL's trainer passes; give the parameter a default"

@@ -17,7 +17,9 @@ RewardFunction = Callable[..., Any]
 
 REWARDS: dict[str, RewardFunction] = {}
 _VERL_ROW = ("data_source", "solution_str", "ground_truth", "extra_info")
-_BUILTIN_MODULES = ("accuracy", "format", "language", "repetition", "reasoning_gym")
+_BUILTIN_MODULES = (
+    "accuracy", "cosine", "format", "language", "length", "reasoning_gym", "repetition", "tag_count",
+)  # fmt: skip
 
 
 def reward(name: str) -> Callable[[RewardFunction], RewardFunction]:

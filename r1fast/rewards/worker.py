@@ -17,6 +17,7 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Set
+from functools import cache
 from itertools import islice
 from numbers import Complex, Real
 from typing import Any
@@ -85,9 +86,7 @@ def _call(function: Callable[..., Any], name: str, kwargs: dict[str, Any], num_r
     """
     values = function(**kwargs)
     if inspect.isawaitable(values):
-        import asyncio  # 50 ms that most rewards never need
-
-        values = asyncio.run(_awaited(values))
+        values = _runner().run(_awaited(values))
     # Sets have no order, and of a mapping the keys would be taken.
     if isinstance(values, str | bytes | bytearray | Set | Mapping) or not hasattr(values, "__iter__"):
         raise ValueError(f"reward {name!r} returned {type(values).__name__}, expected a list of {num_rows} numbers")
@@ -104,6 +103,14 @@ def _call(function: Callable[..., Any], name: str, kwargs: dict[str, Any], num_r
             reason = f"reward {name!r} returned {item!r:.80}, expected a finite number or None"
             reasons[row] = cut(reason, MAX_LINE_CHARS)
     return checked, reasons
+
+
+@cache
+def _runner() -> Any:
+    """One event loop for all calls: a client that a module keeps, of HTTP say, belongs to the loop that it began in."""
+    import asyncio  # 50 ms that most rewards never need
+
+    return asyncio.Runner()
 
 
 async def _awaited(values: Any) -> Any:

@@ -1,7 +1,8 @@
 """Generation with the trainer's own weights: the engine that callers see. How rows decode together: scheduler.py."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -9,12 +10,16 @@ from transformers import PreTrainedTokenizerBase
 from r1fast.models.cache import BlockCache, free_memory
 from r1fast.models.decoder import Decoder
 from r1fast.rollout.graphs import CAPTURES, StepGraphs
-from r1fast.rollout.sampling import Completion, SamplingParams, completions_of, sample_keys, stop_ids_of
+from r1fast.rollout.sampling import (
+    Completion,
+    SamplingParams,
+    default_params,
+    sample_keys,
+)
 from r1fast.rollout.scheduler import Limits, Scheduler, SequenceGroup, num_blocks_of
-from r1fast.rollout.tokenization import encode_text_prompts
+from r1fast.rollout.texts import OnText, Texts, Watcher, completions_of
+from r1fast.rollout.tokenization import Chat, RawPrompt, encode_raw_prompts, is_chat
 from r1fast_kernels.dispatch import in_use
-
-RawPrompt = str | Sequence[int]
 
 
 @dataclass(eq=False, repr=False)
@@ -47,34 +52,94 @@ class RolloutEngine:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {expected}")
         self.longest = length
 
-    @torch.no_grad()  # not inference_mode: its tensors may not take part in autograd later, and FSDP keeps some
+    def default_sampling_params(self) -> SamplingParams:
+        """What `generate` and `chat` take where no params are given: the checkpoint's generation_config.json, and for
+        what it leaves out our own, max_tokens 1024 (at most what max_model_len has room for)."""
+        return default_params(self.model.generation_config, self.longest - 1)
+
+    def chat(
+        self,
+        messages: Chat | Sequence[Chat],
+        params: SamplingParams | None = None,
+        *,
+        sequence_ids: Sequence[int] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+        on_text: OnText | None = None,
+    ) -> list[list[Completion]]:
+        """As `generate`, of one conversation ([{"role", "content"}, ..]) or a list of them, by the tokenizer's chat
+        template: that of a model trained here renders the prompts of its training.
+
+        chat_template_kwargs: variables of the template. continue_final_message: the last message is the assistant's,
+        and completions go on with it. ValueError also for messages that the template, or any of ours, cannot render.
+        """
+        conversations = cast(list[Chat], [messages] if is_chat(messages) else list(messages))
+        for index, chat in enumerate(conversations):
+            if not is_chat(chat):
+                expected = 'expected messages, [{"role": "user", "content": "..."}]'
+                raise ValueError(f"conversation {index} is {chat!r:.80}; {expected}; generate takes text as it is")
+        variables = {**(chat_template_kwargs or {}), "continue_final_message": continue_final_message}
+        prompt_ids = encode_raw_prompts(conversations, self.tokenizer, **variables)
+        return self._sample(prompt_ids, params, sequence_ids, on_text)
+
     def generate(
-        self, prompts: Sequence[RawPrompt], params: SamplingParams, *, sequence_ids: Sequence[int] | None = None
+        self,
+        prompts: str | Sequence[RawPrompt],
+        params: SamplingParams | None = None,
+        *,
+        sequence_ids: Sequence[int] | None = None,
+        on_text: OnText | None = None,
     ) -> list[list[Completion]]:
         """`params.n` completions for each prompt, in order.
 
+        prompts: text, which is continued as it is, without a template; lists of token ids; and lists of messages, as
+        `chat` takes them. One text alone is one prompt.
+        params: None: default_sampling_params(), with the tokens that the longest prompt leaves room for.
         sequence_ids: one integer per prompt that stands for it in the noise (default: its index), so that it gets the
         same completions in whichever call or rank it is sampled.
+        on_text: is called with (index of the prompt, index of the sample, text) for each piece of a completion's text,
+        under way; the pieces make up `Completion.text`. What it raises ends the call.
         Raises ValueError, before any work, for a prompt that is empty, too long or not of the vocabulary; and
         FloatingPointError when the model's logits are not finite.
         """
-        prompt_ids = self._encode(prompts)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if bare := next((prompt for prompt in prompts if isinstance(prompt, (int, Mapping))), None):
+            kind = "list of token ids" if isinstance(bare, int) else "conversation"
+            raise ValueError(f"prompts is one {kind}; expected a list of prompts (wrap it: [prompt])")
+        return self._sample(encode_raw_prompts(prompts, self.tokenizer), params, sequence_ids, on_text)
+
+    @torch.no_grad()  # not inference_mode: its tensors may not take part in autograd later, and FSDP keeps some
+    def _sample(
+        self,
+        prompt_ids: list[list[int]],
+        params: SamplingParams | None,
+        sequence_ids: Sequence[int] | None,
+        on_text: OnText | None,
+    ) -> list[list[Completion]]:
+        if params is None:
+            room = self.longest - max(map(len, prompt_ids), default=0)
+            params = self.default_sampling_params()
+            params = replace(params, max_tokens=min(params.max_tokens, max(room, 1)))
         self._check_prompts(prompt_ids, params.max_tokens)
         sequence_ids = range(len(prompt_ids)) if sequence_ids is None else sequence_ids
         if len(sequence_ids) != len(prompt_ids):
             raise ValueError(f"got {len(sequence_ids)} sequence_ids for {len(prompt_ids)} prompts; expected one each")
 
+        config = self.model.config
+        texts = Texts(params, config, self.tokenizer)
         num_total = len(prompt_ids) * params.n
         if not num_total:
             return []
-        config = self.model.config
         distinct = self._distinct(prompt_ids, sequence_ids, params)
         max_rows = min(self.max_num_seqs, num_total)
         graphs = self._graphs(max_rows)
         num_blocks = self._num_blocks(distinct, max_rows, params.max_tokens, spare=0 if graphs is None else 1)
         limits = Limits(num_blocks, max_rows, self.max_num_batched_tokens)
-        stop_ids, record = stop_ids_of(params, config, self.tokenizer), self.enable_return_routed_experts
-        samples = Scheduler(self.model, distinct, params, stop_ids, limits, record_experts=record, graphs=graphs).run()
+        watcher = Watcher(texts, on_text) if texts.stop or on_text is not None else None
+        samples = Scheduler(
+            self.model, distinct, params, sorted(texts.stop_ids), limits, graphs=graphs, watcher=watcher,
+            record_experts=self.enable_return_routed_experts,
+        ).run()  # fmt: skip
         was_training = self.model.training
         self.model.eval()
         try:
@@ -126,15 +191,6 @@ class RolloutEngine:
                 "kv_cache_memory_bytes below that, or lower max_num_seqs or max_tokens"
             )
         return needed
-
-    def _encode(self, prompts: Sequence[RawPrompt]) -> list[list[int]]:
-        if isinstance(prompts, str):
-            raise ValueError("prompts is one string; expected a list of prompts (wrap it: [prompt])")
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        if texts and self.tokenizer is None:
-            raise ValueError("got string prompts but no tokenizer; give RolloutEngine one, or prompts as token ids")
-        encoded = iter(encode_text_prompts(texts, self.tokenizer) if self.tokenizer is not None else ())
-        return [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
 
     def _check_prompts(self, prompt_ids: list[list[int]], max_tokens: int) -> None:
         last = self.model.config.vocab_size - 1

@@ -1,10 +1,68 @@
-"""Text prompts as token ids, the same for training, evaluation and `generate`."""
+"""Prompts as token ids: text, the same for training, evaluation and `generate`, and chats."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from r1fast.data.rows import canonical
+from r1fast.data.templates import Messages, render_chat
 from r1fast.wording import one_line
+
+Chat = Sequence[Mapping[str, Any]]  # {"role", "content"}
+RawPrompt = str | Sequence[int] | Chat
+
+
+def is_chat(prompt: object) -> bool:
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def encode_raw_prompts(
+    prompts: Sequence[RawPrompt], tokenizer: PreTrainedTokenizerBase | None, **chat_options: Any
+) -> list[list[int]]:
+    """Text as the tokenizer encodes it by default, chats by its chat template (chat_options: render_chat's), ids as
+    they are. ValueError where the tokenizer is missing, or cannot."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    chats = [(index, prompt) for index, prompt in enumerate(prompts) if is_chat(prompt)]
+    if tokenizer is None:
+        if texts or chats:
+            kind = "string prompts" if texts else "messages"
+            raise ValueError(f"got {kind} but no tokenizer; give RolloutEngine one, or prompts as token ids")
+        return [list(prompt) for prompt in prompts]  # type: ignore[arg-type]
+    of_texts = iter(encode_text_prompts(texts, tokenizer))
+    # The template writes BOS itself.
+    rendered = [_rendered(chat, tokenizer, f"prompt {index}", **chat_options) for index, chat in chats]  # type: ignore[arg-type]
+    of_chats = iter(encode_texts(rendered, tokenizer))
+    return [
+        next(of_texts) if isinstance(prompt, str) else next(of_chats) if is_chat(prompt) else list(prompt)  # type: ignore[arg-type]
+        for prompt in prompts
+    ]
+
+
+def _rendered(
+    chat: Chat,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    *,
+    continue_final_message: bool = False,
+    **variables: Any,
+) -> str:
+    """Messages are read as those of a data set's rows."""
+    if not tokenizer.chat_template:
+        advice = "render the prompt yourself (r1fast.render_prompt) and give generate the text or its token ids"
+        raise ValueError(f"{where} is a chat, and the tokenizer has no chat template; {advice}")
+    asked = [dict(turn) if isinstance(turn, Mapping) else turn for turn in chat]
+    opening: Messages = []
+    if continue_final_message:
+        asked, opening = asked[:-1], asked[-1:]
+        if opening[0].get("role") != "assistant" or not isinstance(opening[0].get("content"), str):
+            got = "expected {role: assistant, content: string} as the last message, whose content the model continues"
+            raise ValueError(f"{where}: continue_final_message: {got}")
+    messages = canonical({"prompt": asked}, "prompts", where)["prompt"]
+    try:
+        return render_chat([*messages, *opening], tokenizer, continue_final_message=continue_final_message, **variables)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

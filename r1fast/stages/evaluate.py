@@ -25,7 +25,8 @@ from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.sampler import Sample, Sampler, by_group, summary_of
 from r1fast.stages.scoring import NothingScored, Scorer
 
-_ASKED = ("prompt_template", "response_format", "prefill_think", "max_completion_length")  # how the model was asked
+# How the model was asked.
+_ASKED = ("prompt_template", "response_format", "prefill_think", "chat_template_kwargs", "max_completion_length")
 EVAL_SEED = 1_000_003  # noise of its own: an evaluation never repeats a rollout's
 
 

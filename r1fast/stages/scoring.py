@@ -79,6 +79,7 @@ class Scorer(AbstractContextManager["Scorer"]):
         ours = ("prompt", "completion", "completion_ids")
         names = dict.fromkeys(name for sample in samples for name in sample.row if name not in ours)
         return {name: [sample.row.get(name) for sample in samples] for name in names} | {
+            "group_ids": [sample.group for sample in samples],
             "response_format": [self.response_format] * len(samples),
             "finish_reason": [sample.finish_reason for sample in samples],
             "prefilled": [sample.prefilled for sample in samples],

@@ -38,7 +38,8 @@ def test_metrics_go_by_their_names_and_intervals_are_none() -> None:
 @pytest.mark.parametrize(
     "other",
     [{"split": "b.jsonl"}, {"k": 16}, {"temperature": 0.6}, {"top_p": 0.95}, {"prompt_template": "r1_zero"},
-     {"limit": 64}, {"max_completion_length": 64}, {"prefill_think": True}],
+     {"limit": 64}, {"chat_template_kwargs": {"enable_thinking": True}},
+     {"max_completion_length": 64}, {"prefill_think": True}],
     ids=lambda other: next(iter(other)),
 )  # fmt: skip
 def test_what_was_measured_otherwise_is_another_group(other: dict[str, Any]) -> None:

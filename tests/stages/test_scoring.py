@@ -1,13 +1,14 @@
 """What a failed reward does to totals, evaluations and filters; by hand, without a model."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from r1fast.schema import GRPOStage
-from r1fast.schema_options import FilterOptions, RewardSpec
+from r1fast.schema_options import FilterOptions, RewardSpec, RewardWorkers
 from r1fast.stages import reject
 from r1fast.stages.evaluate import _key, summarize
 from r1fast.stages.grpo import Learner, rollout_metrics
@@ -188,3 +189,19 @@ def test_unscorable_samples_are_a_metric() -> None:
     total_rewards(group, {"accuracy": 1.0})
     metrics = rollout_metrics(group)
     assert metrics["frac_unscorable"] == 0.5 and metrics["rewards/accuracy/mean"] == 1.0
+
+
+def test_samples_are_compared_with_those_of_their_prompt() -> None:
+    """Of two prompts whose samples lie one after the other, as a scorer passes them to the reward `length`."""
+    ctx: Any = SimpleNamespace(
+        dist=SimpleNamespace(is_main=True, all_gather_objects=lambda value: [value]),
+        recipe=SimpleNamespace(reward_workers=RewardWorkers()),
+        phase=lambda _: nullcontext(),
+    )
+    text = "<think>some thought</think><answer>1</answer>"
+    samples = [sample(group, text=text, row={"prompt": "p", "answer": "1"}) for group in (0, 1, 0, 1)]
+    for found, tokens in zip(samples, (10, 1000, 20, 2000), strict=True):
+        found.completion_ids = [1] * tokens
+    with Scorer(ctx, {"length": 1.0}, "think_answer") as scorer:
+        assert scorer.score(samples) == 0
+    assert [found.rewards["length"] for found in samples] == [0.5, 0.5, -0.5, -0.5]
