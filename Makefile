@@ -1,4 +1,4 @@
-# run, test, lint, bench, dist: each sets up what it needs (.venv, pinned dependencies, the C++ extension), once.
+# run, test, lint, docs, bench, dist: each sets up what it needs (.venv, pinned dependencies, the C++ extension), once.
 #   make run ARGS="--config tiny --output-dir runs/mine stages.zero.max_steps=20"
 #   make test TESTS=tests/kernels
 #   make bench BENCH=bench/bench_grpo_loss.py ARGS="--results bench/results"
@@ -15,7 +15,7 @@ NPROC ?= 1
 endif
 NPROC ?= $(shell n=$$(nproc); echo $$((n < 2 ? n : 2)))
 
-.PHONY: run test test-gpu test-vllm bench bench-vllm lint dist clean
+.PHONY: run test test-gpu test-vllm bench bench-vllm lint docs dist clean
 .DELETE_ON_ERROR:
 
 run: .venv/built $(if $(findstring smollm2,$(ARGS)),.venv/smollm2)
@@ -47,6 +47,11 @@ lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A link or anchor that leads nowhere, a page that is not in the menu: an error.
+docs: .venv/built
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "r1fast: build/site/index.html"
 
 # sdist and wheel, out of the objects that are compiled; what earlier builds packed is not packed again.
 dist: .venv/built

@@ -55,7 +55,7 @@ def export(source: Path, output: Path, dtype: torch.dtype | None = None, *, merg
     """
     if output.exists():
         raise ValueError(f"{output} is there already; choose another folder")
-    stage_dir, step = _split(source)
+    stage_dir, step = stage_and_step(source)
     if not (stage_dir.parent / CONFIG).is_file():
         raise ValueError(
             f"{source}: {stage_dir.parent} holds no run (no {CONFIG}); expected RUN/STAGE or RUN/STAGE/STEP"
@@ -90,7 +90,7 @@ def export(source: Path, output: Path, dtype: torch.dtype | None = None, *, merg
         dist.close()
 
 
-def _split(source: Path) -> tuple[Path, int | None]:
+def stage_and_step(source: Path) -> tuple[Path, int | None]:
     """RUN/STAGE and the step: `20`, `step_20` or `checkpoints/step_20`."""
     step = _STEP.fullmatch(source.name)
     if step is None or (source / STAGE).is_file():

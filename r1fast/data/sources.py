@@ -40,7 +40,7 @@ def load_rows(sources: list[str], kind: Kind) -> list[dict]:
     for source in sources:
         before = len(rows)
         try:
-            rows.extend(canonical(columns, kind, where) for where, columns in _read(source))
+            rows.extend(canonical(columns, kind, where) for where, columns in read_source(source))
         except OSError as error:  # no permission, a name of 5,000 characters, a disk that fails
             raise ValueError(f"{source[:200]}: cannot be read: {error.strerror or one_line(error)}") from error
         if len(rows) == before:
@@ -48,7 +48,8 @@ def load_rows(sources: list[str], kind: Kind) -> list[dict]:
     return rows
 
 
-def _read(source: str) -> Iterator[Located]:
+def read_source(source: str) -> Iterator[Located]:
+    """Rows as they are, with where they stand."""
     if not source or "\0" in source:
         raise ValueError(f"{source!r} names nothing; expected a file, a folder, a task or a data set of the Hub")
     if source.startswith("task:"):

@@ -13,12 +13,11 @@ from r1fast.rollout.graphs import CAPTURES, StepGraphs
 from r1fast.rollout.sampling import (
     Completion,
     SamplingParams,
-    completions_of,
     default_params,
     sample_keys,
-    stop_ids_of,
 )
 from r1fast.rollout.scheduler import Limits, Scheduler, SequenceGroup, num_blocks_of
+from r1fast.rollout.texts import OnText, Texts, Watcher, completions_of
 from r1fast.rollout.tokenization import Chat, RawPrompt, encode_raw_prompts, is_chat
 from r1fast_kernels.dispatch import in_use
 
@@ -66,6 +65,7 @@ class RolloutEngine:
         sequence_ids: Sequence[int] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
+        on_text: OnText | None = None,
     ) -> list[list[Completion]]:
         """As `generate`, of one conversation ([{"role", "content"}, ..]) or a list of them, by the tokenizer's chat
         template: that of a model trained here renders the prompts of its training.
@@ -80,7 +80,7 @@ class RolloutEngine:
                 raise ValueError(f"conversation {index} is {chat!r:.80}; {expected}; generate takes text as it is")
         variables = {**(chat_template_kwargs or {}), "continue_final_message": continue_final_message}
         prompt_ids = encode_raw_prompts(conversations, self.tokenizer, **variables)
-        return self._sample(prompt_ids, params, sequence_ids)
+        return self._sample(prompt_ids, params, sequence_ids, on_text)
 
     def generate(
         self,
@@ -88,6 +88,7 @@ class RolloutEngine:
         params: SamplingParams | None = None,
         *,
         sequence_ids: Sequence[int] | None = None,
+        on_text: OnText | None = None,
     ) -> list[list[Completion]]:
         """`params.n` completions for each prompt, in order.
 
@@ -96,6 +97,8 @@ class RolloutEngine:
         params: None: default_sampling_params(), with the tokens that the longest prompt leaves room for.
         sequence_ids: one integer per prompt that stands for it in the noise (default: its index), so that it gets the
         same completions in whichever call or rank it is sampled.
+        on_text: is called with (index of the prompt, index of the sample, text) for each piece of a completion's text,
+        under way; the pieces make up `Completion.text`. What it raises ends the call.
         Raises ValueError, before any work, for a prompt that is empty, too long or not of the vocabulary; and
         FloatingPointError when the model's logits are not finite.
         """
@@ -103,11 +106,15 @@ class RolloutEngine:
         if bare := next((prompt for prompt in prompts if isinstance(prompt, (int, Mapping))), None):
             kind = "list of token ids" if isinstance(bare, int) else "conversation"
             raise ValueError(f"prompts is one {kind}; expected a list of prompts (wrap it: [prompt])")
-        return self._sample(encode_raw_prompts(prompts, self.tokenizer), params, sequence_ids)
+        return self._sample(encode_raw_prompts(prompts, self.tokenizer), params, sequence_ids, on_text)
 
     @torch.no_grad()  # not inference_mode: its tensors may not take part in autograd later, and FSDP keeps some
     def _sample(
-        self, prompt_ids: list[list[int]], params: SamplingParams | None, sequence_ids: Sequence[int] | None
+        self,
+        prompt_ids: list[list[int]],
+        params: SamplingParams | None,
+        sequence_ids: Sequence[int] | None,
+        on_text: OnText | None,
     ) -> list[list[Completion]]:
         if params is None:
             room = self.longest - max(map(len, prompt_ids), default=0)
@@ -118,17 +125,21 @@ class RolloutEngine:
         if len(sequence_ids) != len(prompt_ids):
             raise ValueError(f"got {len(sequence_ids)} sequence_ids for {len(prompt_ids)} prompts; expected one each")
 
+        config = self.model.config
+        texts = Texts(params, config, self.tokenizer)
         num_total = len(prompt_ids) * params.n
         if not num_total:
             return []
-        config = self.model.config
         distinct = self._distinct(prompt_ids, sequence_ids, params)
         max_rows = min(self.max_num_seqs, num_total)
         graphs = self._graphs(max_rows)
         num_blocks = self._num_blocks(distinct, max_rows, params.max_tokens, spare=0 if graphs is None else 1)
         limits = Limits(num_blocks, max_rows, self.max_num_batched_tokens)
-        stop_ids, record = stop_ids_of(params, config, self.tokenizer), self.enable_return_routed_experts
-        samples = Scheduler(self.model, distinct, params, stop_ids, limits, record_experts=record, graphs=graphs).run()
+        watcher = Watcher(texts, on_text) if texts.stop or on_text is not None else None
+        samples = Scheduler(
+            self.model, distinct, params, sorted(texts.stop_ids), limits, graphs=graphs, watcher=watcher,
+            record_experts=self.enable_return_routed_experts,
+        ).run()  # fmt: skip
         was_training = self.model.training
         self.model.eval()
         try:

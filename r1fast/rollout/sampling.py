@@ -7,7 +7,7 @@ over calls and ranks. The four integers are folded into one 64-bit seed per row,
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +40,8 @@ class SamplingParams:
 
     n: completions per prompt. max_tokens: tokens per completion, the stop token included. min_tokens: no stop token is
     drawn before that many tokens. temperature 0 is greedy. top_p 1.0 and top_k 0 keep the whole vocabulary.
+    stop: strings that end a completion (texts.py): its tokens are kept to the one that completed the first such string,
+    its text ends before it, or with include_stop_str_in_output behind it. All is decoded under way then, which costs.
     stop_token_ids: end a completion like the model's own end-of-sequence tokens, which `ignore_eos` disables.
     """
 
@@ -49,12 +51,15 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         stop_ids = self.stop_token_ids or ()
+        are_texts = all(isinstance(text, str) and text for text in self.stop_strings)
         for name, right, expected in (
             ("n", self.n >= 1, "at least 1 completion per prompt"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
@@ -62,10 +67,15 @@ class SamplingParams:
             ("temperature", 0 <= self.temperature < math.inf, "a finite number >= 0 (0 is greedy)"),
             ("top_p", 0 < self.top_p <= 1, "a number in (0, 1] (1.0 keeps every token)"),
             ("top_k", self.top_k >= 0, "an integer >= 0 (0 keeps every token)"),
+            ("stop", are_texts, "a string or a list of strings, none of them empty"),
             ("stop_token_ids", all(isinstance(i, int) and i >= 0 for i in stop_ids), "token ids >= 0"),
         ):
             if not right:
                 raise ValueError(f"SamplingParams.{name} is {getattr(self, name)!r}; expected {expected}")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 def default_params(generation_config: Mapping[str, Any], most_tokens: int) -> SamplingParams:
@@ -110,8 +120,9 @@ class Completion:
     token_ids hold the sampled tokens with the stop token, because the trainer learns from it; text leaves out the stop
     token and every end-of-sequence, padding and beginning-of-sequence token, and keeps all other special tokens (tags
     such as `<think>` may be special). logprobs are those of the untruncated tempered distribution, of the untempered
-    one when greedy. finish_reason: "stop" if a stop token ended it, "length" if max_tokens did. routed_experts: int16
-    [prompt + completion - 1, L, K], the experts of every token but the last in each of the L MoE layers, if asked for.
+    one when greedy. finish_reason: "stop" if a stop token or string ended it, "length" if max_tokens did.
+    routed_experts: int16 [prompt + completion - 1, L, K], the experts of every token but the last in each of the L MoE
+    layers, if asked for.
     """
 
     text: str
@@ -129,30 +140,11 @@ def stop_ids_of(params: SamplingParams, config: ModelConfig, tokenizer: PreTrain
             f"stop_token_ids has {max(asked)}; expected ids below the vocabulary size, {config.vocab_size}"
         )
     eos_ids = set() if params.ignore_eos else eos_token_ids(config, tokenizer)
-    return sorted(i for i in asked | eos_ids if i < config.vocab_size)
-
-
-def completions_of(
-    sampled: Sequence[SampledTokens],
-    params: SamplingParams,
-    config: ModelConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> list[list[Completion]]:
-    """Of each prompt, whose samples follow each other.
-
-    FloatingPointError when a log-prob is NaN or infinite: then so were the logits, and the tokens mean nothing.
-    """
-    if bad := sum(not math.isfinite(sum(sample.logprobs)) for sample in sampled):
-        raise FloatingPointError(
-            f"the model's logits are not finite in {bad} of {len(sampled)} completions: its weights hold NaN or Inf, "
-            "or overflow in its dtype; take an earlier checkpoint, or another dtype"
-        )
-    stop_ids, completions = stop_ids_of(params, config, tokenizer), []
-    for x in sampled:
-        stopped = x.token_ids[-1] in stop_ids
-        text = completion_text(x.token_ids[:-1] if stopped else x.token_ids, config, tokenizer)
-        completions.append(Completion(text, x.token_ids, x.logprobs, "stop" if stopped else "length", x.routed_experts))
-    return [completions[start : start + params.n] for start in range(0, len(completions), params.n)]
+    # A string that is a token which texts leave out could not be found in them.
+    by_name = set()
+    if tokenizer is not None and (strings := params.stop_strings):
+        by_name = {i for i in _left_out(config, tokenizer) if str(tokenizer.convert_ids_to_tokens(i)) in strings}
+    return sorted(i for i in asked | eos_ids | by_name if i < config.vocab_size)
 
 
 def eos_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
@@ -164,12 +156,26 @@ def eos_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None
 
 def completion_text(ids: Sequence[int], config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """Of a completion whose stop token is left out already; see Completion."""
+    return text_decoder(config, tokenizer)(ids)
+
+
+def text_decoder(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Sequence[int]], str]:
+    """completion_text of many; without a tokenizer texts are empty."""
     if tokenizer is None:
-        return ""
-    # Not skip_special_tokens: tags such as <think> are special tokens in some vocabularies, and rewards read them.
-    dropped = eos_token_ids(config, tokenizer) | {tokenizer.pad_token_id, tokenizer.bos_token_id}
-    shown = [i for i in ids if i not in dropped]
-    return tokenizer.batch_decode([shown], skip_special_tokens=False, clean_up_tokenization_spaces=False)[0]
+        return lambda ids: ""
+    dropped = _left_out(config, tokenizer)
+
+    def decode(ids: Sequence[int]) -> str:
+        # Not skip_special_tokens: tags such as <think> are special tokens in some vocabularies, and rewards read them.
+        shown = [i for i in ids if i not in dropped]
+        return tokenizer.batch_decode([shown], skip_special_tokens=False, clean_up_tokenization_spaces=False)[0]
+
+    return decode
+
+
+def _left_out(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    padding_and_bos = {tokenizer.pad_token_id, tokenizer.bos_token_id}
+    return eos_token_ids(config, tokenizer) | {i for i in padding_and_bos if i is not None}
 
 
 def sample_keys(seed: int, sequence_ids_N: Tensor, sample_ids_N: Tensor) -> Tensor:

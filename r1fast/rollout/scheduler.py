@@ -29,6 +29,7 @@ from r1fast.rollout.fast_decode import fast_decode
 from r1fast.rollout.graphs import StepGraphs
 from r1fast.rollout.input_batch import InputBatch, RowState, RowViews
 from r1fast.rollout.sampling import SampledTokens, SamplingParams, fold_in
+from r1fast.rollout.texts import Watcher
 from r1fast_kernels import sample_tokens, selective_logprobs
 from r1fast_kernels.decode_attention import BLOCK
 from r1fast_kernels.products import linear
@@ -68,6 +69,7 @@ class _Sequence:
     line: int  # of the buffers
     prompt: SequenceGroup
     blocks: list[int]
+    num_seen: int = 0  # tokens, by the watcher
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class Limits:
 
 
 class Scheduler:
-    """Samples what waits in `prompts`. graphs: of the steps; the last block is then that of their padding."""
+    """Samples what waits in `prompts`. graphs: of the steps; the last block is then that of their padding. watcher: is
+    shown all tokens at each look at the stop flags, and may end rows there."""
 
     def __init__(
         self,
@@ -90,8 +93,9 @@ class Scheduler:
         *,
         record_experts: bool,
         graphs: StepGraphs | None,
+        watcher: Watcher | None = None,
     ) -> None:
-        self.model, self.params, self.limits, self.graphs = model, params, limits, graphs
+        self.model, self.params, self.limits, self.graphs, self.watcher = model, params, limits, graphs, watcher
         self.queue = deque(prompts)
         self.decoder = fast_decode(model) or model  # in C++ where it can, or the modules
         weight_VD = model.embed_tokens.weight
@@ -273,9 +277,13 @@ class Scheduler:
         """The rows that have stopped. The one host read of a step."""
         rows = self.rows.span(0, len(self.running))
         live = rows.live_B.tolist()
-        if all(live):
+        if self.watcher is None and all(live):
             return
         counts = rows.num_sampled_B.tolist()
+        if self.watcher is not None:
+            self._show(self.watcher, rows, live, counts)
+        if all(live):
+            return
         leaving = [(sequence, count) for sequence, count, lives in zip(self.running, counts, live) if not lives]
         lines_B, most = self._int64([sequence.line for sequence, _ in leaving]), max(count for _, count in leaving)
         ids, logprobs = (x_RS[lines_B, :most].tolist() for x_RS in (self.ids_RS, self.logprobs_RS))
@@ -290,6 +298,19 @@ class Scheduler:
         positions = [position for position, lives in enumerate(live) if lives]
         self.rows.keep(positions, len(self.running))
         self.running = [self.running[position] for position in positions]
+
+    def _show(self, watcher: Watcher, rows: RowViews, live: list[int], counts: list[int]) -> None:
+        """New tokens; `live` and `counts` become those of rows that end with them, or before."""
+        seen = [sequence.num_seen for sequence in self.running]
+        most = max((count - known for count, known in zip(counts, seen, strict=True)), default=0)
+        columns_BS = self._int64(seen)[:, None] + torch.arange(most, device=self.device)
+        ids = self.ids_RS[rows.line_B[:, None], columns_BS.clamp(max=self.params.max_tokens)].tolist()
+        for position, sequence in enumerate(self.running):
+            new = ids[position][: counts[position] - sequence.num_seen]
+            sequence.num_seen = counts[position]
+            kept = watcher.see(sequence.index, new, has_ended=not live[position])
+            if kept is not None:
+                live[position], counts[position] = 0, kept
 
     def _addresses(self) -> list[int]:
         return [] if self.graphs is None else [param.data_ptr() for param in self.model.parameters()]

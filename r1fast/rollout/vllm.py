@@ -28,7 +28,8 @@ from r1fast.models.model_config import ModelConfig
 from r1fast.models.structure import unwrapped
 from r1fast.models.weights import StateDict
 from r1fast.rollout import sampling
-from r1fast.rollout.sampling import Completion, SampledTokens, SamplingParams, completions_of, stop_ids_of
+from r1fast.rollout.sampling import Completion, SampledTokens, SamplingParams, stop_ids_of
+from r1fast.rollout.texts import completions_of
 from r1fast_kernels import selective_logprobs
 from r1fast_kernels.torch_private import persistent_buffers
 

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from r1fast.models.weights import load_model
 from r1fast.rollout.engine import RolloutEngine
-from r1fast.rollout.sampling import Completion, SampledTokens, SamplingParams, completions_of
+from r1fast.rollout.sampling import Completion, SampledTokens, SamplingParams
+from r1fast.rollout.texts import completions_of
 from tests import zoo
 
 TAG = "|special_token|"
