@@ -48,7 +48,7 @@ def text_problems(recipe: Recipe, stage: StageBase, key: str, kind: RowKind, row
         if ref is not None and not ref.startswith("@"):
             yield from _encoding_problems(recipe, stage, key, kind, rows, ref)
         elif stage.prompt_template != "tokenizer":
-            of_rows(rows, lambda part: render_prompts(_prompts(part, kind), None, stage))
+            of_rows(rows, lambda part: _render(part, kind, stage))
     except ConfigError as error:
         yield f"{key}: {error}"
 
@@ -61,8 +61,10 @@ def _read(row: dict, kind: RowKind) -> list[Any]:
     return [row[name] for name in ("prompt", *others)]
 
 
-def _prompts(rows: Rows, kind: RowKind) -> list[Any]:
-    return [prompt for prompt, *_ in (_read(row, kind) for row in rows) if prompt is not None]
+def _render(rows: Rows, kind: RowKind, stage: options.GenerateOptions) -> list[str]:
+    prompts = [(prompt, row.get("tools")) for row, (prompt, *_) in ((row, _read(row, kind)) for row in rows)]
+    asked = [(prompt, tools) for prompt, tools in prompts if prompt is not None]
+    return render_prompts([prompt for prompt, _ in asked], None, stage, tools=[tools for _, tools in asked])
 
 
 def _encoding_problems(

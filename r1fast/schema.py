@@ -3,8 +3,9 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
+from datetime import date
 from fractions import Fraction
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,8 +15,8 @@ from r1fast.schema_options import (  # isort: skip
     StageBase, Strict, TrainerSection, TrainOptions, ValidationOptions, WeightedSpec, reward_specs,
 )  # fmt: skip
 from r1fast.schema_types import (  # isort: skip
-    AboveZero, Count, Files, FolderName, LearningRate, Listed, Made, ModelRef, NonNegative, Plain, Positive, Prompts,
-    Reads, Ref, RewardName, RowKind, Seed, SFTRows, Share,
+    AboveZero, Count, Day, Files, FolderName, LearningRate, Listed, Made, ModelRef, NonNegative, Plain, Positive,
+    Prompts, Reads, Ref, RewardName, RowKind, Seed, SFTRows, Share,
 )  # fmt: skip
 
 
@@ -311,6 +312,9 @@ class Recipe(Strict):
 
     name: FolderName = "recipe"  # of the folder under runs/
     seed: Seed = 0  # of every draw: order, samples, initial weights
+    # 2026-01-31: the day that chat templates with a clock write into prompts; None: that on which the run began, which
+    # its config.yaml says and a resume keeps.
+    date: Day | None = None
     model: ModelSection = ModelSection()
     trainer: TrainerSection = TrainerSection()
     kernels: KernelsSection = KernelsSection()
@@ -329,6 +333,20 @@ class Recipe(Strict):
         if not stages:
             raise ValueError("no stages; name at least one")
         return stages
+
+    @model_validator(mode="after")
+    def _pass_date_on(self) -> Self:
+        for stage in self.stages:
+            if isinstance(stage, GenerateOptions):
+                stage._today = None if self.date is None else date.fromisoformat(self.date)
+        return self
+
+    def begun_on(self, day: str) -> "Recipe":
+        """With the date of its first day, if a chat template may ask for it and the recipe names none."""
+        templates = [stage.prompt_template for stage in self.stages if isinstance(stage, GenerateOptions)]
+        if self.date is not None or "tokenizer" not in templates:
+            return self
+        return Recipe.model_validate({**self.model_dump(mode="json"), "date": day})
 
     @field_validator("report_to")
     @classmethod

@@ -6,6 +6,7 @@ refused, by value, because the recipe that a run saves names every option: one a
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
@@ -254,8 +255,21 @@ class GenerateOptions(StageBase):
     prompt_template: PromptTemplate = "r1_zero"  # how a prompt is written; tokenizer: its own chat template
     response_format: ResponseFormatName = "think_answer"  # layout of a completion, which rewards and filters read
     prefill_think: bool = False  # end the prompt with <think>
+    chat_template_kwargs: dict[str, Plain] = {}  # variables of the tokenizer's chat template, as enable_thinking: false
     max_prompt_length: Positive = 512  # tokens; a longer prompt is an error
     max_completion_length: Positive = 512  # tokens; sampling stops there
+    _today: date | None = None  # of the recipe
+
+    @property
+    def today(self) -> date | None:
+        """What a chat template takes for the date of today; None: the clock says it."""
+        return self._today
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.chat_template_kwargs and self.prompt_template != "tokenizer":
+            why = f"prompt_template {self.prompt_template} has no variables"
+            yield f"chat_template_kwargs does not apply: {why}; drop it, or use prompt_template: tokenizer"
 
     def unused_lengths(self, why: str) -> Iterator[str]:
         """Lengths of sampling that are set in a stage that does not sample."""

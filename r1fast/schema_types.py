@@ -1,8 +1,10 @@
 """The types that options have: finite, no larger than what they count can be, and marked where they name an input."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -68,6 +70,13 @@ def _stage_name(name: str) -> str:
     return _folder(name)
 
 
+def _day(text: str) -> str:
+    if not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+        raise ValueError(f"{text[:60]!r} is no date; expected 2026-01-31, say")
+    date.fromisoformat(text)
+    return text
+
+
 def plain(value: Any) -> Any:
     """What YAML can hold, and a saved recipe gives back."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -79,4 +88,5 @@ def plain(value: Any) -> Any:
 
 FolderName = Annotated[str, AfterValidator(_folder)]
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"), AfterValidator(_stage_name)]
+Day = Annotated[str, AfterValidator(_day)]
 Plain = Annotated[Any, AfterValidator(plain)]

@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -167,8 +167,10 @@ def run(request: CommandLine, held: ExitStack) -> int:
         dist = init_distributed()
         run_dir = request.run_dir
         try:
-            # Its default name holds the time, which differs between ranks.
-            run_dir = dist.all_gather_objects(run_dir)[0]
+            # Its default name holds the time, which differs between ranks, as the day may.
+            run_dir, today = dist.all_gather_objects((run_dir, time.strftime("%Y-%m-%d")))[0]
+            if request.saved is None:
+                request = replace(request, recipe=request.recipe.begun_on(today))
             if request.saved is None and (problem := begin(run_dir, dist, held)):
                 say(problem)
                 return 2

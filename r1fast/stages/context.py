@@ -289,7 +289,7 @@ def exported_tokenizer(ctx: StageContext[GenerateOptions], tokenizer: Tokenizer)
         ctx.message(f"{stage.name}: few_shot prompts are no chat: the saved model keeps the tokenizer's chat template")
     template = chat_template(
         stage.prompt_template, tokenizer=tokenizer, response_format=stage.response_format,
-        prefill_think=stage.prefill_think,
+        prefill_think=stage.prefill_think, variables=stage.chat_template_kwargs,
         leading=str(tokenizer.decode(leading_ids(tokenizer), skip_special_tokens=False)),
     )  # fmt: skip
     if template is not None:

@@ -54,7 +54,7 @@ def evaluate_end(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Toke
 def _key(ctx: StageContext[EvalOptions], ref: str) -> str:
     stage = ctx.stage
     names = [name for name in EvalOptions.model_fields if name.startswith("eval_") and name != "eval_before"]
-    names += ["prompt_template", "response_format", "prefill_think", "max_completion_length"]
+    names += ["prompt_template", "response_format", "prefill_think", "chat_template_kwargs", "max_completion_length"]
     head = ["lm_head_fp32"] if isinstance(stage, LossOptions) and stage.lm_head_fp32 else []
     return json.dumps([ref, *(getattr(stage, name) for name in names), *head], sort_keys=True)
 
