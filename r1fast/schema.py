@@ -17,6 +17,9 @@ from r1fast.schema_types import (  # isort: skip
     Reads, Ref, RewardName, RowKind, Seed, SFTRows, Share,
 )  # fmt: skip
 
+# Of samples/*.parquet, beside a column for each reward.
+_SAMPLE_COLUMNS = frozenset({"step", "prompt", "gold", "completion", "finish_reason", "tokens", "reward", "advantage"})
+
 
 class PretrainStage(FitOptions, ValidationOptions):
     """Next-token training of a model from scratch; trains its tokenizer too unless it takes one."""
@@ -143,6 +146,8 @@ class GRPOStage(LossOptions, TrainOptions, ValidationOptions):
             yield "rewards and reward_models are both empty; name at least one"
         if not any(spec.weight for spec in specs):
             yield "every reward has weight 0, so nothing is learned; give one a weight"
+        for name in _SAMPLE_COLUMNS & {*self.rewards, *self.reward_models}:
+            yield f"a reward is named {name!r}, as a column of samples/*.parquet is; rename it, with function: {name}"
         for name in self.rewards.keys() & self.reward_models.keys():
             yield f"a reward and a reward model are both named {name!r}; rename one"
         if self.domain_weights and not any(self.domain_weights.values()):

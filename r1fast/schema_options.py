@@ -211,14 +211,15 @@ def _measured(options: dict[str, Any]) -> dict[str, Any]:
 Rewards = Annotated[dict[RewardName, Reward], Reads("code")]
 # Of an evaluation, and of its completions: a reward of such a name would hide it, or be hidden.
 _TAKEN = frozenset({
-    "pass@1", "pass@1_ci", "pass@k", "cons@k", "greedy", "n", "k", "split", "temperature", "top_p", "length",
-    "failures", "unscorable", "files", "step", "file", "row", "kind", "prompt", "gold", "completion", "finish_reason",
-    "tokens",
+    "pass@1", "pass@k", "cons@k", "greedy", "n", "k", "split", "limit", "temperature", "top_p", "length", "failures",
+    "unscorable", "files", "step", "file", "row", "kind", "prompt", "gold", "completion", "finish_reason", "tokens",
+    "prompt_template", "response_format", "prefill_think", "chat_template_kwargs", "max_completion_length",
 })  # fmt: skip
 
 
 def _free_names(rewards: dict[str, Any]) -> dict[str, Any]:
-    if taken := sorted(_TAKEN & rewards.keys()):
+    taken = [name for name in rewards if name in _TAKEN or name.endswith("_ci") or name.startswith("greedy/")]
+    if taken:
         how = f"choose another name, with function: {taken[0]}"
         raise ValueError(f"{taken[0]!r} is what an evaluation calls something of its own; {how}")
     return rewards
@@ -323,10 +324,11 @@ class ValidationOptions(EvalOptions):
             yield f"eval_steps = {self.eval_steps} is more than max_steps = {most}: nothing is evaluated under way"
         if self.eval_limit is not None and (self.eval_steps_limit or 0) > self.eval_limit:
             yield f"eval_steps_limit = {self.eval_steps_limit} is more than eval_limit = {self.eval_limit}"
-        measured = (
-            ["pass@1", "pass@k", "cons@k", *["greedy"] * self.eval_greedy] if "accuracy" in self.eval_rewards else []
-        )
-        measured += [name for name in self.eval_rewards if name != "accuracy"]
+        others = [name for name in self.eval_rewards if name != "accuracy"]
+        ways, greedy = ["pass@1", "pass@k", "cons@k"], ["greedy"]
+        measured = [*(ways if len(others) < len(self.eval_rewards) else []), *others]
+        greedy = [*(greedy if len(others) < len(self.eval_rewards) else []), *(f"greedy/{name}" for name in others)]
+        measured += greedy if self.eval_greedy else []
         if self.chooses and (metric := self.metric_for_best_model) not in measured:
             yield f"metric_for_best_model = {metric!r} is not measured; expected one of {', '.join(measured)}"
 
@@ -369,6 +371,7 @@ class TrainOptions(StageBase):
     router_bias_update_rate: NonNegative = 0.0
     router_aux_loss_coef: NonNegative = 0.0  # factor of the balance loss within each sequence (V3: 1e-4)
     save_steps: Positive = 100  # the last step is always saved
+    logging_steps: Positive = 1  # console and trackers get the means of so many steps; metrics.jsonl has every step
     save_total_limit: Positive = 2  # checkpoints that are kept, beside the best one
 
     def num_updates(self) -> int | None:

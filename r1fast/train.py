@@ -190,8 +190,9 @@ def begin(run_dir: Path, dist: "Dist", held: ExitStack) -> str:
 
 
 def execute(request: CommandLine, run_dir: Path, dist: "Dist", stop: "Stop") -> None:
+    from r1fast.observe.live import LivePage
     from r1fast.observe.page import build_report
-    from r1fast.observe.progress import print_summary
+    from r1fast.observe.table import print_summary
     from r1fast.pipeline import Run
 
     chain = Run(request.recipe, run_dir, dist, stop)
@@ -199,7 +200,8 @@ def execute(request: CommandLine, run_dir: Path, dist: "Dist", stop: "Stop") -> 
         chain.resume(request.saved.summary, request.changes)
     chain.start()
     try:
-        chain.execute(request.selected)
+        with LivePage(run_dir, is_main=dist.is_main):
+            chain.execute(request.selected)
     except BaseException:
         if dist.is_main:
             with suppress(OSError, ValueError):  # a disk that is full or gone: what ended the run tells so

@@ -105,6 +105,19 @@ def test_other_rewards_that_failed_lower_their_mean() -> None:
     assert result["format"] == 0.5 and result["pass@1"] == 1.0 and result["failures"] == 1
 
 
+def test_every_metric_has_its_interval_and_greedy_answers_their_own() -> None:
+    rows = [{"prompt": str(i), "answer": "1", "problem": "same"} for i in range(2)] + [{"prompt": "2", "answer": "1"}]
+    samples = [sample(i, accuracy=x, mine=2.0 * x, row=rows[i]) for i, x in ((0, 1.0), (0, 0.0), (1, 1.0), (2, 0.0))]
+    greedy = [sample(i, accuracy=1.0, mine=NAN if i else 3.0, row=rows[i]) for i in range(3)]
+    result = summarize(samples, greedy, "think_answer")
+    # Means of prompts 0.5, 1, 0; the first two are one problem: deviations 0.5 and -0.5 of two problems.
+    half = 1.96 * (0.5**2 * 2 * 2 / 1) ** 0.5 / 3
+    assert result["pass@1"] == 0.5 and result["pass@1_ci"] == pytest.approx(half)
+    assert result["mine"] == 1.0 and result["mine_ci"] == pytest.approx(2 * half)
+    assert result["greedy"] == 1.0 and result["greedy_ci"] == 0.0 and result["greedy/mine"] == 3.0
+    assert "greedy/mine_ci" not in result  # of one prompt nobody knows
+
+
 @pytest.mark.parametrize(
     ("failed", "accuracy", "row", "reason"),
     [

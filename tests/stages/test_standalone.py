@@ -5,6 +5,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -92,6 +93,13 @@ def test_grpo_with_a_reward_of_ones_own(
     assert (zero / "checkpoints" / "step_20" / "manifest.json").is_file()
 
 
+def asked(row: dict[str, Any]) -> str:
+    """The question of a sample, whose prompt is as the model read it."""
+    text = row["prompt"].partition("<｜User｜>")[2]
+    assert text.endswith("<｜Assistant｜>")
+    return str(text.removesuffix("<｜Assistant｜>"))
+
+
 def test_grpo_samples_hold_what_the_update_saw(train, base_model: Path, tmp_path: Path) -> None:
     stage = {"name": "zero", "kind": "grpo", "train_files": ["train.jsonl"], **SHORT, "num_generations": 4}
     stage |= {"rewards": {"red": {"function": "my_rewards.py:say_red", "weight": 2.0}}, "prompts_per_step": 2}
@@ -101,7 +109,9 @@ def test_grpo_samples_hold_what_the_update_saw(train, base_model: Path, tmp_path
     assert [file.stem for file in files] == ["step_00001", "step_00002", "step_00003"]
     for step, file in enumerate(files):
         rows = pq.read_table(file).to_pylist()
-        assert len(rows) == 8 and {row["prompt"] for row in rows} <= {row["prompt"] for row in PROMPTS}
+        assert len(rows) == 8 and {asked(row) for row in rows} <= {row["prompt"] for row in PROMPTS}
+        golds = {row["prompt"]: row["answer"] for row in PROMPTS}
+        assert all(row["gold"] == golds[asked(row)] and row["tokens"] <= 8 for row in rows)
         assert [row["reward"] for row in rows] == pytest.approx([2 * row["red"] for row in rows])
         for group in (rows[:4], rows[4:]):
             rewards = torch.tensor([row["reward"] for row in group])
@@ -458,7 +468,7 @@ def test_reward_model_ranks_what_it_has_not_seen(train, base_model: Path, tmp_pa
     rows = pq.read_table(tmp_path / "run" / "zero" / "samples" / "step_00001.parquet").to_pylist()
     assert len({row["good"] for row in rows}) > 4
     for row in rows:
-        score = torch.tensor(score_of(model, row["prompt"], row["completion"]))
+        score = torch.tensor(score_of(model, asked(row), row["completion"]))
         assert row["good"] == pytest.approx(float(score.sigmoid()), abs=1e-4) and row["reward"] == 2 * row["good"]
 
 
