@@ -116,15 +116,22 @@ def row_problems(recipe: Recipe, stage: StageBase, rows_of: Mapping[str, Rows], 
     if rows is not None:
         if isinstance(stage, schema.GRPOStage):
             yield from prompt_problems(stage, rows)
+            steps = stage.steps_on(len(rows))
+            yield from _step_problems(stage, steps, steps * stage.updates_per_step, len(rows))
         if isinstance(stage, options.SampleOptions) and "data" in stage.makes:
             yield from _sampling_problems(recipe, stage, rows, notes)
         elif isinstance(stage, options.EpochOptions):
             steps = stage.updates_on(len(rows))  # a reward model holds some rows out, so it may have fewer
-            for name in ("warmup_steps", "eval_steps"):
-                if (value := getattr(stage, name, None) or 0) > steps:
-                    yield f"{name}: {value} is more than the {steps} steps that {len(rows)} rows make"
+            yield from _step_problems(stage, steps, steps, len(rows))
     if isinstance(stage, schema.CollectStage) and stage.few_shot and "few_shot.examples_files" in rows_of:
         yield from few_shot_problems(stage.few_shot, rows_of["few_shot.examples_files"], rows or ())
+
+
+def _step_problems(stage: options.TrainOptions, steps: int, updates: int, num_rows: int) -> Iterator[str]:
+    """Options that count steps beyond those that the rows make."""
+    for name, most in (("warmup_steps", updates), ("eval_steps", steps)):
+        if (value := getattr(stage, name, None) or 0) > most:
+            yield f"{name}: {value} is more than the {most} steps that {num_rows} rows make"
 
 
 def reward_problems(

@@ -25,8 +25,8 @@ from pydantic import (
 from r1fast import loss_fields
 
 from r1fast.schema_types import (  # isort: skip
-    AboveZero, Bytes, Count, LearningRate, Made, ModelRef, NonNegative, Plain, Positive, Prompts, Reads, Ref,
-    RewardModelRef, RewardName, Seconds, Seed, Share, StageName, Temperature, TopP, Weight,
+    AboveZero, Bytes, Count, Files, LearningRate, Listed, Made, ModelRef, NonNegative, Plain, Positive, Prompts,
+    Reads, Ref, RewardModelRef, RewardName, Seconds, Seed, Share, StageName, Temperature, TopP, Weight,
 )  # fmt: skip
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -85,7 +85,7 @@ class TrainerSection(Strict):
     activation_checkpointing: Annotated[Literal["none", "selective", "full"], BeforeValidator(_checkpointing)] = "none"
     # Kept in host memory while a GPU needs them not: the optimizer's state but for a step, the reference model but for
     # its log-probs.
-    offload: list[Literal["optimizer", "reference"]] = []
+    offload: Listed[Literal["optimizer", "reference"]] = []
     compile: bool = False  # torch.compile of the layers
 
     def problems(self) -> Iterator[str]:
@@ -168,7 +168,7 @@ class WeightedSpec(Strict):
     """What a reward counts, and for which rows."""
 
     weight: Weight = 1.0  # factor; 0: measured only
-    domains: list[str] = []  # that it applies to; all when empty
+    domains: Listed[str] = []  # that it applies to; all when empty
 
     def applies_to(self, row: Mapping[str, Any]) -> bool:
         return not self.domains or row.get("domain") in self.domains
@@ -281,7 +281,7 @@ class GenerateOptions(StageBase):
 class EvalOptions(GenerateOptions):
     """What is measured before and after a stage, on samples at `eval_temperature`."""
 
-    eval_files: list[Prompts] = []  # prompts with gold answers; none: nothing is measured
+    eval_files: Listed[Prompts] = []  # prompts with gold answers; none: nothing is measured
     eval_rewards: EvalRewards = {"accuracy": {}, "format": {}}  # what is measured, by name, as options of its function
     eval_num_samples: Positive = 4  # k of pass@1 over k samples, of pass@k and cons@k
     eval_temperature: Temperature = 1.0  # R1: 0.6, with eval_top_p 0.95
@@ -345,7 +345,7 @@ class LoraOptions(Strict):
     alpha: AboveZero = 32.0  # an adapter counts alpha / r
     # Names of linear layers, or the ends of their names (o_proj, mlp.experts.down_proj); all-linear: all in the blocks,
     # stacked experts too, and not the router.
-    target_modules: Literal["all-linear"] | Annotated[list[Ref], Field(min_length=1)] = "all-linear"
+    target_modules: Literal["all-linear"] | Files[Ref] = "all-linear"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of what an adapter reads, in updates
     merge_and_unload: bool = False  # the stage hands on a whole model; false: a LoRA folder, which names its base
 

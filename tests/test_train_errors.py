@@ -125,7 +125,7 @@ def test_missing_data_names_the_nearest(refuse_recipe, tmp_path: Path, file: str
         ({"messages": [{"role": "user", "content": "one ?"}]}, ["sft.jsonl:5", "'user'", "assistant"]),
         (
             {"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]},
-            ["sft.jsonl:5", "'tool'"],
+            ["sft.jsonl:5", "shows no tools"],
         ),
         ({"prompt": "one ?", "completion": "red " * 40}, ["max_length = 30", "one ?"]),
     ],

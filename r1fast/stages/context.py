@@ -19,6 +19,7 @@ from r1fast.artifacts import Artifact, fingerprint, inputs_of, start_model
 from r1fast.config import ConfigError
 from r1fast.data.chat_templates import chat_template
 from r1fast.data.sources import load_rows
+from r1fast.layouts import layout_of, taught_format, write_layout
 from r1fast.models.decoder import Decoder
 from r1fast.models.lora import LoraConfig, add_adapters, init_adapters, is_adapter, merged_blocks, summary
 from r1fast.models.lora_files import export_of, save_adapter
@@ -203,6 +204,7 @@ class StageContext(Generic[S]):
                 save_adapter(folder, adapter, model.config, source, exported)
             else:
                 save_model(model.config, state, folder, exported, model.scalar_head, source=source, blocks=blocks)
+            write_layout(folder, layout_of(self.stage, taught_format(self.recipe, self.stage)))
 
         return blocks, write
 

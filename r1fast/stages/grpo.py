@@ -67,9 +67,10 @@ class Learner:
     ) -> None:
         self.ctx, self.policy, self.tokenizer, self.scorer = ctx, policy, tokenizer, scorer
         self.stage = ctx.stage
+        self.num_steps = self.stage.steps_on(len(rows))
         self.rollouts = Rollouts(ctx, policy, tokenizer, rows)
         self.trainer = Trainer(
-            ctx, policy, self.stage.num_updates(), validation=Validation(ctx, policy, tokenizer),
+            ctx, policy, self.num_steps * self.stage.updates_per_step, validation=Validation(ctx, policy, tokenizer),
             router_replay=self.stage.router_replay,
         )  # fmt: skip
         self.trainer.state_at = lambda step: {"rollouts": step, "sampling": self.rollouts.state()}
@@ -96,9 +97,9 @@ class Learner:
         done = saved.get("rollouts", 0)
         if saved:
             self.rollouts.load_state(saved["sampling"])
-        with self.ctx.log(stage.max_steps, done) as log:
+        with self.ctx.log(self.num_steps, done) as log:
             step = done
-            while self.trainer.goes_on(step, stage.max_steps):
+            while self.trainer.goes_on(step, self.num_steps):
                 start = time.perf_counter()
                 try:
                     samples, metrics = self.train_step(step)
@@ -111,7 +112,7 @@ class Learner:
                 if stage.log_completions and (step == 0 or (step + 1) % stage.log_completions_steps == 0):
                     log.samples(step + 1, sample_rows(samples, stage, self.tokenizer))
                 step += 1
-                self.trainer.save(step, last=step == stage.max_steps)
+                self.trainer.save(step, last=step == self.num_steps)
             self.trainer.take_best(step)
 
     def train_step(self, step: int) -> tuple[list[Sample], dict[str, float]]:
@@ -144,7 +145,7 @@ class Learner:
 
     def _sample_ahead(self, step: int) -> None:
         """With async_steps: begin the next rollout, with the weights of this moment."""
-        if self.ctx.recipe.rollout.async_steps and step + 1 < self.stage.max_steps:
+        if self.ctx.recipe.rollout.async_steps and step + 1 < self.num_steps:
             self.rollouts.begin()
 
     def reward(self, samples: list[Sample]) -> int:

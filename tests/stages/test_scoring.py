@@ -69,7 +69,7 @@ def test_failures_count_as_wrong_in_an_evaluation_and_stand_beside_it() -> None:
 
 
 def test_a_head_in_float32_makes_another_evaluation() -> None:
-    stage = {"name": "zero", "kind": "grpo", "train_files": ["-"]}
+    stage = {"name": "zero", "kind": "grpo", "train_files": ["-"], "max_steps": 2}
     contexts: list[Any] = [
         SimpleNamespace(stage=GRPOStage.model_validate({**stage, "lm_head_fp32": in_fp32})) for in_fp32 in (False, True)
     ]
@@ -124,13 +124,17 @@ def test_every_metric_has_its_interval_and_greedy_answers_their_own() -> None:
         (("accuracy",), NAN, None, "reward failed"),
         (("accuracy",), 0.0, None, "reward failed"),
         ((), NAN, None, "gold unreadable"),
-        ((), 0.0, None, "incorrect"),
-        ((), NAN, {"prompt": "hello"}, "malformed"),  # no gold: only the form is judged
+        ((), 0.0, {"text": "<think>one and one</think><answer>3</answer>"}, "incorrect"),
+        ((), 0.0, None, "not in format think_answer"),
+        ((), 0.0, {"finish_reason": "length"}, "truncated"),
+        ((), NAN, {"prompt": "hello"}, "not in format think_answer"),  # no gold: only the form is judged
     ],
 )
 def test_why_a_sample_is_dropped(failed: tuple[str, ...], accuracy: float, row: Any, reason: str) -> None:
     stage: Any = SimpleNamespace(filters=FilterOptions(), min_reward=1.0, rewards={"accuracy": 1.0})
-    made = sample(0, failed, accuracy=accuracy, row=row, text="no tags")
+    found = row or {}
+    made = sample(0, failed, accuracy=accuracy, row=None if "prompt" not in found else row, text="no tags")
+    made.text, made.finish_reason = found.get("text", made.text), found.get("finish_reason", "stop")
     made.reward = accuracy
     assert drop_reason(made, stage, "think_answer") == reason
 

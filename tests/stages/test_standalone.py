@@ -122,6 +122,17 @@ def test_grpo_samples_hold_what_the_update_saw(train, base_model: Path, tmp_path
         )
 
 
+def test_grpo_in_epochs_sees_every_prompt_once(train, base_model: Path, tmp_path: Path) -> None:
+    """20 prompts, 8 in a step: three steps, the last of which begins the next pass."""
+    stage = {"name": "zero", "kind": "grpo", "train_files": "train.jsonl", **SHORT, "num_generations": 2}
+    stage |= {"num_train_epochs": 1, "prompts_per_step": 8, "max_completion_length": 4, "log_completions": 16}
+    train(base_model, {**stage, "rewards": {"red": {"function": "my_rewards.py:say_red"}}, "log_completions_steps": 1})
+    files = sorted((tmp_path / "run" / "zero" / "samples").glob("*.parquet"))
+    drawn = [row["prompt"] for file in files for row in pq.read_table(file).to_pylist()[::2]]
+    assert len(files) == 3 and len(drawn) == 24
+    assert len(set(drawn[:20])) == len(PROMPTS) == 20
+
+
 def test_grpo_off_policy_on_a_mixture_of_experts(train, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "moe", **DEEPSEEK_V3)
     write_jsonl(tmp_path / "red.jsonl", [{**row, "domain": "red"} for row in PROMPTS])
@@ -273,9 +284,9 @@ def test_reject_keeps_only_what_is_right(train, taught_model: Path, tmp_path: Pa
     reasons = check_record(kept, numbers)
     assert numbers["sampled"] == 16 * len(QUESTIONS)
     # Taught: a quarter wrong, a quarter malformed, half right, of which all but one per question are duplicates.
-    assert min(reasons["incorrect"], reasons["malformed"], reasons["duplicate"]) > 12
+    assert min(reasons["incorrect"], reasons["not in format think_answer"], reasons["duplicate"]) > 12
     for row in rows_of(kept / "dropped.jsonl"):
-        if row["reason"] == "malformed":
+        if row["reason"] == "not in format think_answer":
             assert not re.fullmatch(r"<think>[^<]+</think>\s*<answer>[^<]+</answer>", row["completion"])
 
 
@@ -314,8 +325,9 @@ def test_reject_of_everything_says_why(
     stage = {"name": "kept", "kind": "reject", "train_files": ["questions.jsonl"], **SHORT, "num_samples": 2}
     config = write_recipe(tmp_path / "mine.yaml", stage, model={"path": str(base_model)})
     assert command("--config", config, "--output-dir", "run") == 1
-    assert "stages.kept: none of 16 samples passed: {'incorrect': 16}" in capsys.readouterr().err
-    assert len(rows_of(tmp_path / "run" / "kept" / "dropped.jsonl")) == 16
+    assert "stages.kept: none of 16 samples passed: {" in capsys.readouterr().err
+    reasons = Counter(row["reason"] for row in rows_of(tmp_path / "run" / "kept" / "dropped.jsonl"))
+    assert set(reasons) == {"truncated", "not in format special_token"} and reasons.total() == 16
 
 
 def test_collect_brings_both_sources_into_the_cold_start_form(train, taught_model: Path, tmp_path: Path) -> None:
