@@ -193,6 +193,8 @@ def test_returned_text_that_is_no_value() -> None:
         (f"<think>{fenced('1')}</think>{fenced('2')}", "2\n"),
         (f"<think>{fenced('1')}</think><answer>none</answer>", "1\n"),
         ("`" * 10**5, None),
+        ("```" + "a" * 10**5 + "`", None),
+        ("```" + " " * 10**5 + "`", None),
         ("```python\n" * 10**4, None),
     ],
 )
