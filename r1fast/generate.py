@@ -67,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help=asking.SOURCE)
     add("--input", required=True, help="rows with a prompt: all that train_files of a grpo stage may name")
     add("--output", required=True, type=Path, help=f"a file that is not there yet ({' or '.join(SUFFIXES)})")
-    add("--n", type=int, default=1, help="completions of each row (default: 1)")
+    # Not --n: torchrun reads what follows -m too, and takes that for one of its own options, but does not know which.
+    add("-n", "--num-generations", dest="n", type=int, default=1, help="completions of each row (default: 1)")
     add("--limit", type=int, metavar="ROWS", help="only the first so many rows")
     add("--token-ids", action="store_true", help=f"write the column {_IDS} too")
     add("--overwrite", action="store_true", help="replace the output, and begin a batch that was stopped anew")
@@ -115,7 +116,7 @@ def run(given: argparse.Namespace, dist: Dist) -> None:
 
 def _read(given: argparse.Namespace) -> list[Row]:
     """The rows as they are, each known to hold a prompt."""
-    for name, value in (("--n", given.n), ("--limit", given.limit)):
+    for name, value in (("-n", given.n), ("--limit", given.limit)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
     rows = []
