@@ -61,6 +61,9 @@ class Artifact:
         path = Path(self.place(run_dir)).expanduser()
         if self.stage is not None or path.exists() or self.kind == "code":
             return fingerprint(path)
+        folder, _, split = self.ref.rpartition(":")  # of data: the split of a folder
+        if self.kind == "data" and folder and Path(folder).is_dir():
+            return f"{fingerprint(Path(folder))}, split {split}"
         repo_id, _, _ = self.ref.partition(":")
         return f"Hub, commit {hub_commit(repo_id, 'dataset' if self.kind == 'data' else 'model')}"
 

@@ -61,4 +61,4 @@ def render_prompt(
     row = canonical(columns, "prompts", "the prompt")
     if tokenize:
         return encode_prompts([row], tokenizer, options)[0].ids
-    return render_prompts([row["prompt"]], tokenizer, options)[0]
+    return render_prompts([row["prompt"]], tokenizer, options, tools=[row.get("tools")])[0]

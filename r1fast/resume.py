@@ -62,7 +62,9 @@ class Saved:
         """The run's recipe, or another one in its place, with overrides. ConfigError."""
         if config is None:
             return apply_overrides(self.recipe.model_dump(mode="json"), overrides, str(self.run_dir / CONFIG))
-        return load_recipe(config, overrides).model_copy(update={"name": self.recipe.name})
+        recipe = load_recipe(config, overrides)
+        recipe = recipe if self.recipe.date is None else recipe.begun_on(self.recipe.date)
+        return recipe.model_copy(update={"name": self.recipe.name})
 
     def is_done(self, name: str) -> bool:
         return self.entry(name)["status"] == "done"
@@ -83,6 +85,7 @@ class _Entry(_Named):
     status: Literal["pending", "running", "stopped", "failed", "done"]
     seconds: float = 0.0
     phases: dict[str, float] = {}
+    memory: dict[str, int] = {}
     settings: dict[str, Any] = {}
     fingerprints: dict[str, str] = {}
     files: dict[str, str] = {}

@@ -1,11 +1,13 @@
 """The types that options have: finite, no larger than what they count can be, and marked where they name an input."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 T = TypeVar("T")
 Made = Literal["model", "reward model", "data"]
@@ -39,7 +41,14 @@ ModelRef = Annotated[Ref, Reads("model")]
 RewardModelRef = Annotated[Ref, Reads("reward model")]
 Prompts = Annotated[Ref, Reads("data", "prompts")]
 SFTRows = Annotated[Ref, Reads("data", "sft")]
-Files = Annotated[list[T], Field(min_length=1)]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Listed = Annotated[list[T], BeforeValidator(_listed)]  # of one thing, that thing alone will do
+Files = Annotated[list[T], Field(min_length=1), BeforeValidator(_listed)]
 
 MAX_NAME_BYTES = 200  # of a folder, with room for an ending: file systems take 255
 # In a run folder, or beside it; upper and lower case are one name on some file systems.
@@ -61,6 +70,13 @@ def _stage_name(name: str) -> str:
     return _folder(name)
 
 
+def _day(text: str) -> str:
+    if not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+        raise ValueError(f"{text[:60]!r} is no date; expected 2026-01-31, say")
+    date.fromisoformat(text)
+    return text
+
+
 def plain(value: Any) -> Any:
     """What YAML can hold, and a saved recipe gives back."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -72,4 +88,5 @@ def plain(value: Any) -> Any:
 
 FolderName = Annotated[str, AfterValidator(_folder)]
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"), AfterValidator(_stage_name)]
+Day = Annotated[str, AfterValidator(_day)]
 Plain = Annotated[Any, AfterValidator(plain)]

@@ -6,7 +6,8 @@ with the assistant's turn, as in supervised fine-tuning.
 """
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from r1fast.data.templates import ASSISTANT, PROMPT_TEMPLATES, USER, get_response_format, render_prompt
 
@@ -28,10 +29,12 @@ def chat_template(
     response_format: str | None = None,
     prefill_think: bool = False,
     leading: str = "",
+    variables: Mapping[str, Any] | None = None,
 ) -> str | dict[str, str] | None:
     """The Jinja template that renders what render_prompt does with these options; None: the tokenizer's own does.
 
     leading: the text of the special tokens that the tokenizer puts before a text by default.
+    variables: of the tokenizer's own template; where a call gives them none, they have these values.
     `few_shot` holds worked examples, which are no chat: None.
     """
     chosen = PROMPT_TEMPLATES[template]
@@ -39,7 +42,7 @@ def chat_template(
     if template == "chat":
         return _chat(tokenizer, prefill, leading)
     if template == "tokenizer":
-        return _tokenizers_own(tokenizer, prefill)
+        return _tokenizers_own(tokenizer, prefill, variables or {})
     if template == "few_shot":
         return None
     start = _write(leading + chosen.before)
@@ -71,15 +74,36 @@ def _chat(tokenizer: "Tokenizer", prefill: str, leading: str) -> str:
     )
 
 
-def _tokenizers_own(tokenizer: "Tokenizer", prefill: str) -> str | dict[str, str] | None:
-    """The tokenizer's template, which opens the reasoning at the end where it does not by itself."""
-    if not prefill or render_prompt("a", "tokenizer", tokenizer=tokenizer).rstrip().endswith(prefill.rstrip()):
+def _tokenizers_own(tokenizer: "Tokenizer", prefill: str, variables: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The tokenizer's templates with `variables`, which open the reasoning at the end where they do not themselves."""
+    rendered = render_prompt("a", "tokenizer", tokenizer=tokenizer, variables=variables) if prefill else ""
+    end = "" if rendered.rstrip().endswith(prefill.rstrip()) else prefill
+    if not end and not variables:
         return None
     templates = tokenizer.chat_template
-    own = templates["default"] if isinstance(templates, dict) else templates
-    # Jinja drops one newline at the end of a template; here that is no longer the end. The plus keeps other blanks.
-    own = own.removesuffix("\n") + "{%+ if add_generation_prompt %}{{ " + _quote(prefill) + " }}{% endif %}"
-    return templates | {"default": own} if isinstance(templates, dict) else own
+    if isinstance(templates, dict):
+        return {name: _extended(own, end, variables) for name, own in templates.items()}
+    return _extended(templates, end, variables)
+
+
+def _extended(own: str, end: str, variables: Mapping[str, Any]) -> str:
+    # The plus keeps the blanks of the template itself.
+    start = "".join(
+        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif +%}}"
+        for name, value in variables.items()
+    )
+    if end:  # Jinja drops one newline at the end of a template; here that is no longer the end
+        own = own.removesuffix("\n") + "{%+ if add_generation_prompt %}{{ " + _quote(end) + " }}{% endif %}"
+    return start + own
+
+
+def _literal(value: Any) -> str:
+    """As Jinja writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_quote(name)}: {_literal(entry)}" for name, entry in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _write(text: str) -> str:

@@ -1,15 +1,18 @@
-"""JSON lines, JSON and Parquet files as located columns; what a library raises becomes one error with file and row.
+"""JSON lines, JSON, CSV and Parquet files as located columns; what a library raises becomes one error with its row.
 
 JSON is read as written: a key that is there twice, half of a surrogate pair, and a number that no float holds are
-refused. NaN and the infinities, which Python's json writes and reads, mean "no value": None.
+refused. NaN and the infinities, which Python's json writes and reads, mean "no value": None. Of a CSV file every value
+is text, "007" and "1e5" too, and an empty field has none. Parquet's decimals and times become what people write: 4.50,
+2024-01-31, 2024-01-31 05:00:00 (midnight without a zone is a date: many tables have no other type for one).
 """
 
 import codecs
+import csv
 import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from datetime import date, time
+from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,6 +131,44 @@ def _located(row: Any, where: str) -> Located:
     return where, plain_columns(row, where)
 
 
+# CSV
+
+MAX_FIELD = 1 << 30  # characters; csv's own limit of 131,072 is less than a long reasoning
+
+
+def read_csv(path: Path, delimiter: str = "") -> Iterator[Located]:
+    """Text with commas, or tabs in a .tsv file; the first line names the columns."""
+    lines = _lines_of_csv(path, delimiter or ("\t" if path.suffix == ".tsv" else ","))
+    where, names = next(lines, (str(path), []))
+    if twice := _twice(names):
+        raise ValueError(
+            f"{where}: two columns are named {twice[0]!r}, and which one counts is not known; take one out"
+        )
+    for where, fields in lines:
+        if len(fields) != len(names):
+            raise ValueError(f"{where}: {len(fields)} fields, expected one for each of the {len(names)} columns")
+        yield where, plain_columns({name: field or None for name, field in zip(names, fields)}, where)
+
+
+def _lines_of_csv(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    csv.field_size_limit(MAX_FIELD)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        found = csv.reader(file, strict=True, delimiter=delimiter)
+        while True:
+            where = f"{path}:{found.line_num + 1}"
+            try:
+                fields = next(found, None)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+            except csv.Error as error:
+                rule = "a field with quotes or line breaks stands in quotes, and its own quotes are doubled"
+                raise ValueError(f"{where}: wrong CSV: {error}; {rule}") from error
+            if fields is None:
+                return
+            if fields:  # no empty line
+                yield where, fields
+
+
 # Parquet
 
 
@@ -174,9 +215,11 @@ def _plain(value: Any, column: str, level: int) -> Any:
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, float | Decimal):
-        return None if not math.isfinite(value) else value if isinstance(value, float) else str(value)
-    if isinstance(value, date | time):  # datetime is a date
-        return value.isoformat()
+        return None if not math.isfinite(value) else value if isinstance(value, float) else f"{value:f}"
+    if isinstance(value, datetime) and value.tzinfo is None and value.time() == time():
+        value = value.date()
+    if isinstance(value, date | time):
+        return str(value)
     if level > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep; flatten it")
     if isinstance(value, list) and value and all(isinstance(entry, tuple) and len(entry) == 2 for entry in value):

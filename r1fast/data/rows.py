@@ -6,22 +6,24 @@
 - A missing column is taken from an alias (those of TRL, open-r1 and verl), which stays beside it. Of two aliases of
   equal rank that differ, none is taken: which one is meant is not known.
 - Alpaca's `input` and Dolly's `context` belong to `instruction`: the prompt is both, with a blank line between. A
-  column `system` or `system_prompt` is the prompt's system turn. Tools, images and the like, which others put into a
-  prompt and no template here does, are refused.
-- prompt, completion, chosen, rejected and response hold text or a chat. A chat's last turn, the assistant's, is what is
-  learned or scored; its earlier turns are the prompt, or repeat it, or go on after it. pairs and labels then need no
-  `prompt` of their own.
-- An sft row of several forms is read as messages, else as prompt and completion, else as text.
+  column `system` or `system_prompt` is the prompt's system turn, `tools` (a list, or its JSON) goes to the tokenizer's
+  chat template. Images and the like, which others put into a prompt and no template here does, are refused.
+- prompt, completion, chosen, rejected and response hold text, a list of its parts, or a chat (chats.py). A chat's last
+  turn, the assistant's, is what is learned or scored; its earlier turns are the prompt, or repeat it, or go on after
+  it. pairs and labels then need no `prompt` of their own.
+- An sft row of several forms is read as messages (or ShareGPT's conversations), else as prompt and completion, else as
+  text.
 - The reasoning_content (or reasoning, thinking) of the last turn is rendered in the response format of the stage; so is
   an sft row's column of such a name, unless what is learned holds a reasoning of its own. That of earlier turns is left
-  to the template. Any other field of a turn that says something (tool_calls, name, images, ...) is refused.
+  to the template. The last turn calls no tool: what a call looks like is the template's matter.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from r1fast.data.templates import RESPONSE_FORMATS, Messages
+from r1fast.data.chats import REASONING, REASONING_ENDS, chat, reasoning_of, says_nothing, shown, text_or_chat, tools_of
+from r1fast.data.templates import Messages
 from r1fast.wording import did_you_mean
 
 Kind = Literal["prompts", "sft", "pairs", "labels"]
@@ -30,19 +32,20 @@ Target = str | Messages  # text, or a chat of one turn that has a reasoning
 _PROMPT = (("problem", "question", "instruction", "query"),)
 ALIASES: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
     "prompts": {
-        "prompt": (*_PROMPT, ("messages",)),
+        "prompt": (*_PROMPT, ("messages",), ("conversations",)),
         "answer": (("solution",), ("ground_truth",), ("gold",), ("target",)),
     },
     "sft": {"prompt": _PROMPT, "completion": (("response", "output"), ("answer", "solution"))},
-    "pairs": {"prompt": _PROMPT, "chosen": (), "rejected": ()},
-    "labels": {"prompt": _PROMPT, "response": (("completion", "output"),), "label": (("safe", "is_safe"),)},
+    "pairs": {"prompt": (*_PROMPT, ("conversations",)), "chosen": (), "rejected": ()},
+    "labels": {
+        "prompt": (*_PROMPT, ("conversations",)),
+        "response": (("completion", "output"),),
+        "label": (("safe", "is_safe"),),
+    },
 }
-_ROLES = ("system", "user", "assistant")  # those that every template renders
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-_FIELDS = frozenset(("role", "content", *_REASONING))
+_CHATS = ("messages", "conversations")
 _SYSTEM = ("system", "system_prompt")
-_NOT_RENDERED = ("tools", "chat_template_kwargs", "image", "images", "video", "videos", "audio", "audios")
-_REASONING_ENDS = tuple(layout.think_close for layout in RESPONSE_FORMATS.values())
+_NOT_RENDERED = ("chat_template_kwargs", "image", "images", "video", "videos", "audio", "audios")
 
 
 class Row(dict[str, Any]):
@@ -65,10 +68,12 @@ def canonical(columns: Mapping[str, Any], kind: Kind, where: str) -> Row:
     row = Row(columns, where)
     try:
         for name in _NOT_RENDERED:
-            if not _says_nothing(row.get(name)):
+            if not says_nothing(row.get(name)):
                 what = f"column {name!r} is {shown(row[name])}, which no prompt would show the model"
                 raise ValueError(f"{what}; write it into the prompt, take it out, or drop the row")
         _READERS[kind](row)
+        if not says_nothing(row.get("tools")):
+            row["tools"] = tools_of(row["tools"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return row
@@ -89,16 +94,7 @@ def texts_of(value: str | Messages | None) -> list[str]:
     return [turn[name] for turn in turns for name in ("reasoning_content", "content") if turn.get(name)]
 
 
-def shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
-
-
 # Columns
-
-
-def _says_nothing(value: Any) -> bool:
-    return value is None or value in ("", [], {})
 
 
 def _find(row: Row, column: str, kind: Kind) -> Any:
@@ -130,9 +126,9 @@ def _instruction(row: Row) -> Any:
     """Alpaca and Dolly: what to do, and what to do it with."""
     if not isinstance(row["instruction"], str):
         return row["instruction"]
-    if not _says_nothing(row.get("history")):
+    if not says_nothing(row.get("history")):
         raise ValueError("column 'history' would be lost; write the turns as a chat in 'messages'")
-    given = {name: row[name] for name in ("input", "context") if not _says_nothing(row.get(name))}
+    given = {name: row[name] for name in ("input", "context") if not says_nothing(row.get(name))}
     for name, value in given.items():
         _text(value, name, "the text that instruction is about")
     return "\n\n".join([row["instruction"], *(value for value in given.values() if value.strip())])
@@ -141,7 +137,7 @@ def _instruction(row: Row) -> Any:
 def _with_system(prompt: str | Messages, row: Row) -> str | Messages:
     """The prompt after the row's own system turn, where it does not begin with that."""
     for name in _SYSTEM:
-        if _says_nothing(system := row.get(name)):
+        if says_nothing(system := row.get(name)):
             continue
         turns = _turns(prompt)
         turn = {"role": "system", "content": _text(system, name)}
@@ -165,12 +161,15 @@ def _read_prompts(row: Row) -> None:
 
 
 def _read_sft(row: Row) -> None:
-    if row.get("messages") is not None:
-        before, target = _split(row["messages"], "messages", learned=True)
-        _ending_with_user(before, "messages, without its last turn,")
+    chats = [name for name in _CHATS if row.get(name) is not None]
+    if chats:
+        before, target = _split(row[chats[0]], chats[0], learned=True)
+        _ending_with_prompt(before, f"{chats[0]}, without its last turn,")
+        for other in [*chats[1:], *(name for name in ("completion",) if row.get(name) is not None)]:
+            if _split(row[other], other)[1] != target:
+                what = f"columns {chats[0]!r} and {other!r} differ, and either may be learned"
+                raise ValueError(f"{what}; drop one of them")
         row["messages"] = [*_with_system(before, row), *_turns(_with_reasoning(target, row), "assistant")]
-        if row.get("completion") is not None and _split(row["completion"], "completion")[1] != target:
-            raise ValueError("columns 'messages' and 'completion' differ, and either may be learned; drop one of them")
         return
     named = row.get("prompt") is not None or row.get("completion") is not None
     if not named and row.get("text") is not None and None in (_find(row, x, "sft") for x in ("prompt", "completion")):
@@ -182,16 +181,18 @@ def _read_sft(row: Row) -> None:
 
 def _with_reasoning(target: Target, row: Row) -> Target:
     """With the reasoning that stands in a column of its own."""
-    if not isinstance(target, str) or any(end in target for end in _REASONING_ENDS):
+    if not isinstance(target, str) or any(end in target for end in REASONING_ENDS):
         return target
     turn: dict[str, Any] = {"role": "assistant", "content": target}
-    turn |= _reasoning({**turn, **{name: row.get(name) for name in _REASONING}}, target, "the row")
+    turn |= reasoning_of({name: row.get(name) for name in REASONING}, target, "the row")
     return [turn] if "reasoning_content" in turn else target
 
 
 def _read_labels(row: Row) -> None:
     _read_targets(row, "labels", ("response",))
     label = _need(row, "label", "labels")
+    if isinstance(label, str):  # of a CSV file
+        label = {"0": 0, "1": 1, "false": 0, "true": 1}.get(label.lower(), label)
     if label not in (0, 1):  # True and False too
         raise ValueError(f"column 'label' is {shown(label)}, expected 1 (safe) or 0")
     row["label"] = int(label)
@@ -228,13 +229,13 @@ def _read_targets(row: Row, kind: Kind, columns: tuple[str, ...]) -> None:
 
 def _split(value: Any, column: str, *, learned: bool = False) -> tuple[Messages, Target]:
     """(earlier turns, the last turn); text is a last turn. learned: an empty one would teach an immediate end."""
-    if isinstance(value, str) and column != "messages":
-        before, last = [], {"role": "assistant", "content": value}
-    else:
-        *before, last = _chat(value, column)
+    *before, last = chat(value, column) if column in _CHATS else _turns(text_or_chat(value, column), "assistant")
     if last["role"] != "assistant":
         ending = f"{column} ends with a turn of {last['role']!r}"
         raise ValueError(f"{ending}, expected 'assistant': its last turn is what is learned")
+    if last.get("tool_calls"):
+        what = f"{column} ends with a tool call, which only turns before the last may hold"
+        raise ValueError(f"{what}; write it into content, or drop the row")
     if learned:
         _not_blank(last["content"], column)
     return before, [last] if "reasoning_content" in last else last["content"]
@@ -261,11 +262,12 @@ def _turns(value: str | Messages, role: str = "user") -> Messages:
 
 
 def _prompt(value: Any) -> str | Messages:
-    return value if isinstance(value, str) else _ending_with_user(_chat(value, "prompt"), "prompt")
+    found = text_or_chat(value, "prompt")
+    return found if isinstance(found, str) else _ending_with_prompt(found, "prompt")
 
 
-def _ending_with_user(turns: Messages, column: str) -> Messages:
-    if not turns or turns[-1]["role"] != "user":
+def _ending_with_prompt(turns: Messages, column: str) -> Messages:
+    if not turns or turns[-1]["role"] not in ("user", "tool"):
         ending = f"with a turn of {turns[-1]['role']!r}" if turns else "before any turn"
         raise ValueError(f"{column} ends {ending}, expected 'user': the model answers that turn")
     return turns
@@ -280,54 +282,3 @@ def _text(value: Any, column: str, expected: str = "a string") -> str:
 def _not_blank(text: str, column: str) -> None:
     if not text.strip():
         raise ValueError(f"{column} is empty and would teach the model to say nothing; drop the row")
-
-
-# Chats
-
-
-def _chat(value: Any, column: str) -> Messages:
-    if not isinstance(value, list) or not value:
-        or_text = "" if column == "messages" or isinstance(value, list) else "a string or "
-        raise ValueError(f"column {column!r} is {shown(value)}, expected {or_text}a list of {{role, content}}")
-    return [_turn(turn, f"{column}[{index}]") for index, turn in enumerate(value)]
-
-
-def _turn(turn: Any, where: str) -> dict[str, Any]:
-    """{role, content}, and reasoning_content where there is one."""
-    if not isinstance(turn, dict):
-        raise ValueError(f"{where} is {shown(turn)}, expected {{role, content: string}}")
-    for name, value in turn.items():
-        if name not in _FIELDS and not _says_nothing(value):
-            what = f"{where} has {name!r} = {shown(value)}, which would not be learned"
-            raise ValueError(f"{what}; write it into content, take it out, or drop the row")
-    if turn.get("role") not in _ROLES:
-        raise ValueError(f"{where} has role {turn.get('role')!r}, expected {', '.join(_ROLES)}")
-    content = turn.get("content")
-    if isinstance(content, list) and content:
-        content = "".join(_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
-    if not isinstance(content, str):
-        raise ValueError(f"{where} is {shown(turn)}, expected {{role, content: string}}")
-    return {"role": turn["role"], "content": content, **_reasoning(turn, content, where)}
-
-
-def _part(part: Any, where: str) -> str:
-    is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-    if not is_text or not all(name in ("type", "text") or _says_nothing(value) for name, value in part.items()):
-        raise ValueError(f"{where} is {shown(part)}, expected {{type: text, text: string}}: the models read text only")
-    return part["text"]
-
-
-def _reasoning(turn: dict[str, Any], content: str, where: str) -> dict[str, str]:
-    """{"reasoning_content": ...} where the turn has one that content does not hold already."""
-    given = {name: turn[name] for name in _REASONING if not _says_nothing(turn.get(name))}
-    if not given:
-        return {}
-    name, reasoning = next(iter(given.items()))
-    if not all(isinstance(value, str) for value in given.values()) or len(set(given.values())) > 1:
-        raise ValueError(f"{where} has {shown(given)}, expected one reasoning, a string")
-    if turn["role"] != "assistant":
-        raise ValueError(f"{where} has {name!r} and role {turn['role']!r}, expected it in turns of the assistant only")
-    held = any(end in content for end in _REASONING_ENDS)
-    if held and reasoning.strip() not in content:
-        raise ValueError(f"{where} has {name!r}, and another reasoning in content; leave one of them")
-    return {} if held or not reasoning.strip() else {"reasoning_content": reasoning}

@@ -1,11 +1,11 @@
 """Rows from anywhere, under one set of column names; every error says which file, which row, and what was expected.
 
 A source is one of
-    train.jsonl  train.json  train.parquet     files
-    some/folder                                written by datasets.save_to_disk, or holding such files
+    train.jsonl  .json  .parquet  .csv  .tsv   files
+    some/folder  or  some/folder:split         written by datasets.save_to_disk, or holding such files (folders.py)
     task:NAME/SPLIT                            embedded tasks
     reasoning_gym:NAME?size=100&seed=0         generated (needs the extra `tasks`)
-    org/name  or  org/name:split               a data set of the Hub (split: train)
+    org/name  org/name:split  org/name:config:split    a data set of the Hub (split: train)
 What a row must hold, and under which names: rows.py.
 """
 
@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from r1fast.data.files import Located, guarded, plain_columns, read_json, read_jsonl, read_parquet
+from r1fast.data.files import Located, guarded, plain_columns, read_csv, read_json, read_jsonl, read_parquet
+from r1fast.data.folders import files_by_split, split_folder
 from r1fast.data.rows import ALIASES, Kind, canonical
 from r1fast.recipe_yaml import load_yaml
 from r1fast.wording import did_you_mean, one_line
 
-_FILE_READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
+_FILE_READERS = {
+    ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv, ".tsv": read_csv,
+}  # fmt: skip
 FILE_SUFFIXES = tuple(_FILE_READERS)
 
 
@@ -66,35 +69,64 @@ def read_source(source: str) -> Iterator[Located]:
             hint = did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
             raise ValueError(f"{source}: there is no such file{hint}")
         return _FILE_READERS[path.suffix](path)
+    if found := split_folder(source):
+        return _read_folder(*found)
     if path.exists():
         raise ValueError(f"{source}: unknown kind of file {path.suffix!r}; expected {', '.join(FILE_SUFFIXES)}")
     return _read_hub(source)
 
 
-def _read_folder(path: Path) -> Iterator[Located]:
-    what = f"{path}: cannot be read"
+def _read_folder(path: Path, split: str = "") -> Iterator[Located]:
+    """split: "" for all that is there, which is an error where that is several splits."""
     if (path / "dataset_dict.json").is_file():
-        splits = guarded(what, lambda: json.loads((path / "dataset_dict.json").read_bytes())["splits"])
-        listed = guarded(what, lambda: ", ".join(str(path / split) for split in splits))
-        raise ValueError(f"{path} holds several splits; name one of {listed}")
+        what = f"{path}: cannot be read"
+        splits = guarded(what, lambda: list(json.loads((path / "dataset_dict.json").read_bytes())["splits"]))
+        return _read_folder(path / _chosen(path, split, splits))
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
         from datasets import load_from_disk
 
-        return _of_data_set(str(path), guarded(what, lambda: load_from_disk(str(path))))
-    files = sorted(file for file in path.iterdir() if file.suffix in FILE_SUFFIXES and file.is_file())
-    if not files:
-        raise ValueError(f"{path}: neither a folder of datasets.save_to_disk nor one with {', '.join(FILE_SUFFIXES)}")
+        return _of_data_set(str(path), guarded(f"{path}: cannot be read", lambda: load_from_disk(str(path))))
+    by_split = files_by_split(path, FILE_SUFFIXES)
+    if not by_split:
+        kinds = ", ".join(FILE_SUFFIXES)
+        raise ValueError(f"{path}: neither a folder of datasets.save_to_disk nor one that holds {kinds}")
+    named = [name for name in by_split if name]
+    if split or len(named) > 1:
+        by_split = {split: by_split[_chosen(path, split, named)]}
+    files = sorted(file for files in by_split.values() for file in files)
     return (located for file in files for located in _FILE_READERS[file.suffix](file))
 
 
-def _read_hub(source: str) -> Iterator[Located]:
-    name, _, split = source.partition(":")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{source}: there is no such file or folder")
-    from datasets import load_dataset
+def _chosen(path: Path, split: str, splits: list[str]) -> str:
+    if split in splits:
+        return split
+    if not split and len(splits) == 1:
+        return splits[0]
+    holds = f"holds the splits {', '.join(splits)}" if splits else "holds no splits"
+    listed = f"; name one of {', '.join(f'{path}:{name}' for name in splits)}" if splits else f"; name {path} alone"
+    raise ValueError(f"{path}{f' has no split {split!r}: it' if split else ''} {holds}{listed}")
 
+
+def _read_hub(source: str) -> Iterator[Located]:
+    name, *rest = source.split(":")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or len(rest) > 2:
+        raise ValueError(f"{source}: there is no such file or folder")
+    config, split = [*[None] * (2 - len(rest)), *rest] if rest else (None, None)
     what = f"{source}: no such file or folder here, and as a Hub data set it failed"
-    return _of_data_set(source, guarded(what, lambda: load_dataset(name, split=split or "train")))
+    return _of_data_set(source, guarded(what, lambda: load_hub(name, config, split or "train")))
+
+
+def load_hub(name: str, config: str | None, split: str) -> Iterable[Any]:
+    from datasets import DownloadManager, load_dataset, load_dataset_builder
+
+    how = {} if config is None else {"name": config}
+    files = load_dataset_builder(name, **how).config.data_files
+    if files is None or not all(str(file).endswith((".csv", ".tsv")) for file in files.get(split, [""])):
+        return load_dataset(name, split=split, **how)
+    # pandas would read the text 007 as the number 7, and None and N/A as no value.
+    found = zip(files[split], DownloadManager().download(list(files[split])))
+    read = [read_csv(Path(path), "\t" if str(file).endswith(".tsv") else ",") for file, path in found]
+    return (columns for located in read for _, columns in located)
 
 
 def _of_data_set(source: str, rows: Iterable[Any]) -> Iterator[Located]:

@@ -4,9 +4,12 @@ Parsing is linear-time string search: what a model writes may be hostile.
 Sources: DeepSeek-R1 v1 Table 1 and section 2.3.1, v2 listings 5-7, the tokenizer_config of the released checkpoints.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from r1fast.wording import did_you_mean, one_line
@@ -179,6 +182,12 @@ class PromptTemplate:
     gap: str = ""  # before a prefill
 
 
+# Of a call of a chat template.
+_SET_BY_THE_CALL = frozenset((
+    "messages", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "strftime_now", "tokenize", "today",
+))  # fmt: skip
+
 PROMPT_TEMPLATES: dict[str, PromptTemplate] = {
     "r1_zero": PromptTemplate("think_answer", R1_ZERO, ". Assistant:", gap=" "),
     "chat": PromptTemplate("think_summary"),
@@ -196,22 +205,26 @@ def render_prompt(
     examples: Sequence[dict[str, str]] = FEW_SHOT_EXAMPLES,
     response_format: str | None = None,
     prefill_think: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """The text that the model continues.
 
-    prompt: a question, or chat messages ({"role", "content"}) that end with the user's turn.
+    prompt: a question, or chat messages ({"role", "content"}) that end with the user's turn, or the answer of a tool.
     tokenizer: for 'tokenizer' its chat template; for 'chat' its bos and eos tokens (default: DeepSeek's).
     examples: for 'few_shot', dicts with prompt, reasoning and answer.
     response_format: layout of the examples and of the prefill (default: the template's own).
     prefill_think: end the prompt with the opening of the reasoning; rewards then need `prefilled`.
+    variables: for 'tokenizer' what render_chat takes: tools, today, and variables of the chat template.
     """
     chosen = PROMPT_TEMPLATES[template]
     layout = get_response_format(response_format or chosen.response_format)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if template != "tokenizer" and ((variables or {}).get("tools") or any(map(_is_of_tools, messages))):
+        raise ValueError(f"prompt template {template!r} shows no tools, their calls and answers; use 'tokenizer'")
     if template == "chat":
         text = _render_chat(messages, tokenizer)
     elif template == "tokenizer":
-        text = _render_by_tokenizer(messages, tokenizer)
+        text = _render_by_tokenizer(messages, tokenizer, variables or {})
         prefill_think = prefill_think and not layout.is_prefilled(text)  # R1-Distill's own already opens the reasoning
     else:
         if len(messages) != 1:
@@ -243,31 +256,76 @@ def _without_reasoning(turn: dict[str, Any]) -> str:
     return content.rpartition("</think>")[2] if turn["role"] == "assistant" else content
 
 
-def _render_by_tokenizer(messages: Messages, tokenizer: "Tokenizer | None") -> str:
+def _is_of_tools(turn: dict[str, Any]) -> bool:
+    return turn["role"] == "tool" or "tool_calls" in turn
+
+
+def _render_by_tokenizer(messages: Messages, tokenizer: "Tokenizer | None", variables: Mapping[str, Any]) -> str:
     if tokenizer is None or not tokenizer.chat_template:
         raise ValueError(
             f"prompt template 'tokenizer' needs a tokenizer with a chat_template, got {type(tokenizer).__name__} "
             "without one; use 'chat', 'r1_zero' or 'plain'"
         )
-    return render_chat(messages, tokenizer)
+    return render_chat(messages, tokenizer, **variables)
 
 
 def render_chat(
-    messages: Messages, tokenizer: "Tokenizer", *, continue_final_message: bool = False, **variables: Any
+    messages: Messages,
+    tokenizer: "Tokenizer",
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    today: date | None = None,
+    continue_final_message: bool = False,
+    **variables: Any,
 ) -> str:
     """What the model continues, by the tokenizer's chat template; ValueError where that fails, or leaves out a turn.
 
+    tools: functions that the model may call. today: what strftime_now says; None: the clock.
     continue_final_message: the last turn is the beginning of the answer. variables: of the template (enable_thinking).
     """
     variables["continue_final_message" if continue_final_message else "add_generation_prompt"] = True
+    if tools:
+        variables["tools"] = tools
     try:
+        if today is not None and "strftime_now" in str(tokenizer.chat_template):
+            variables["chat_template"] = _without_clock(tokenizer.get_chat_template(tools=tools or None), today)
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, **variables))
     except Exception as error:  # a template is a program: raise_exception, an undefined name, 1 / 0, ...
         raise ValueError(f"the tokenizer's chat template fails on it: {one_line(error)}") from error
     for message in messages:
-        if (content := _without_reasoning(message).strip()) not in text:
+        content = _without_reasoning(message).strip()
+        # Llama's writes what a tool answers as JSON.
+        if content not in text and not (message["role"] == "tool" and _inside_json(content) in text):
             raise ValueError(
                 f"the tokenizer's chat template leaves out the turn of {message['role']!r} {content[:40]!r}; "
                 "put it into another turn, or use another prompt_template"
             )
+    called = [call for message in messages for call in message.get("tool_calls", ())]
+    for what, named in (("tool", tools or ()), ("call of", called)):
+        for name in (tool.get("function", tool)["name"] for tool in named):
+            if name not in text:
+                raise ValueError(f"the tokenizer's chat template leaves out the {what} {name}; take it out of the rows")
     return text
+
+
+@lru_cache(maxsize=64)
+def check_variables(template: str, names: tuple[str, ...]) -> None:
+    """ValueError for a name that is no variable of this chat template, or that the call sets itself."""
+    read = set(re.findall(r"[A-Za-z_]\w*", template))
+    for name in names:
+        if name in _SET_BY_THE_CALL:
+            raise ValueError(f"chat_template_kwargs: {name} is what the prompt itself says; drop it")
+        if name not in read:
+            what = f"chat_template_kwargs: the tokenizer's chat template does not read {name!r}"
+            raise ValueError(f"{what}, so that it would change nothing; drop it{did_you_mean(name, read)}")
+
+
+def _inside_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _without_clock(template: str, today: date) -> str:
+    """The template with a strftime_now of its own: a function that is passed becomes a text in transformers 5."""
+    directives = [*("%-" + letter for letter in "dHIjmMSy"), *("%" + letter for letter in "aAbBcdDeFHIjmMpSTuwxXyY")]
+    replaced = "".join(f"|replace({name!r}, {today.strftime(name)!r})" for name in directives)
+    return "{%- macro strftime_now(format) -%}{{- format" + replaced + " -}}{%- endmacro +%}" + template

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -21,7 +22,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from r1fast.config import ConfigError
 from r1fast.data.rows import location, prompt_and_target
-from r1fast.data.templates import RESPONSE_FORMATS, Messages, render_prompt, target_text, without_opening
+from r1fast.data.templates import (
+    RESPONSE_FORMATS,
+    Messages,
+    check_variables,
+    render_prompt,
+    target_text,
+    without_opening,
+)
 from r1fast.rollout.tokenization import encode_text_prompts, encode_texts
 from r1fast.schema import PretrainStage
 from r1fast.schema_options import FitOptions, GenerateOptions
@@ -151,14 +159,31 @@ def encode_prompts(rows: Sequence[dict], tokenizer: Tokenizer, options: Generate
     """
 
     def encode(part: Sequence[dict]) -> list[Prompt]:
-        return encode_rendered(render_prompts([row["prompt"] for row in part], tokenizer, options), tokenizer, options)
+        texts = render_prompts([row["prompt"] for row in part], tokenizer, options, tools=tools_of(part))
+        return encode_rendered(texts, tokenizer, options)
 
     return of_rows(rows, encode)
 
 
-def render_prompts(prompts: Sequence[Text], tokenizer: Tokenizer | None, options: GenerateOptions) -> list[str]:
+def render_prompts(
+    prompts: Sequence[Text], tokenizer: Tokenizer | None, options: GenerateOptions, *, tools: Sequence[Any] = ()
+) -> list[str]:
+    """tools: of each prompt the functions that the model may call, or None."""
     how: dict[str, Any] = {"response_format": options.response_format, "prefill_think": options.prefill_think}
-    return [render_prompt(prompt, options.prompt_template, tokenizer=tokenizer, **how) for prompt in prompts]
+    given = options.chat_template_kwargs
+    if given and tokenizer is not None:
+        check_variables(str(tokenizer.chat_template), tuple(given))
+    return [
+        render_prompt(
+            prompt, options.prompt_template, tokenizer=tokenizer,
+            variables={**given, "tools": offered, "today": options.today}, **how,
+        )
+        for prompt, offered in zip(prompts, tools or repeat(None, len(prompts)), strict=True)
+    ]  # fmt: skip
+
+
+def tools_of(rows: Sequence[dict]) -> list[Any]:
+    return [row.get("tools") for row in rows]
 
 
 def encode_rendered(texts: Sequence[str], tokenizer: Tokenizer, options: GenerateOptions) -> list[Prompt]:
@@ -181,7 +206,7 @@ def encode_examples(rows: Sequence[dict], tokenizer: Tokenizer, options: Generat
 
     def encode(part: Sequence[dict]) -> list[Example]:
         prompts, targets = zip(*map(prompt_and_target, part), strict=True) if part else ((), ())
-        prompt_ids, target_ids = encode_with_targets(prompts, targets, tokenizer, options)
+        prompt_ids, target_ids = encode_with_targets(prompts, targets, tokenizer, options, tools_of(part))
         if [] in target_ids:
             gone = "without its end token, and what the prompt holds already"
             raise ValueError(f"{gone}, nothing is left to learn; drop the row")
@@ -194,7 +219,11 @@ def encode_examples(rows: Sequence[dict], tokenizer: Tokenizer, options: Generat
 
 
 def encode_with_targets(
-    prompts: Sequence[Text | None], targets: Sequence[Text], tokenizer: Tokenizer, options: GenerateOptions
+    prompts: Sequence[Text | None],
+    targets: Sequence[Text],
+    tokenizer: Tokenizer,
+    options: GenerateOptions,
+    tools: Sequence[Any],
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of prompts (None: text without one) and of what follows each: text, or a chat's last turn.
 
@@ -204,9 +233,9 @@ def encode_with_targets(
     texts = [_without_eos(target_text(target, layout), tokenizer) for target in targets]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     prompt_ids = [[start] for _ in prompts]
-    index = [i for i, prompt in enumerate(prompts) if prompt is not None]
-    rendered = render_prompts([prompt for prompt in prompts if prompt is not None], tokenizer, options)
-    for i, text, (ids, _) in zip(index, rendered, encode_rendered(rendered, tokenizer, options), strict=True):
+    asked = {i: prompt for i, prompt in enumerate(prompts) if prompt is not None}
+    rendered = render_prompts(list(asked.values()), tokenizer, options, tools=[tools[i] for i in asked])
+    for i, text, (ids, _) in zip(asked, rendered, encode_rendered(rendered, tokenizer, options), strict=True):
         prompt_ids[i], texts[i] = ids, without_opening(texts[i], text, layout)
     return prompt_ids, encode_texts(texts, tokenizer)
 

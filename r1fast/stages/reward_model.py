@@ -4,6 +4,7 @@ A model reads only what `score_on` names: the paper scores helpfulness on the fi
 response (2501.12948, section 2.3.4). As a reward the score is squashed by a sigmoid.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from r1fast.schema import GRPOStage, RewardModelStage
 from r1fast.schema_options import GenerateOptions
 from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.measures import Mean, Measures
-from r1fast.stages.packed import Example, PackedBatch, Text, encode_with_targets, length_problems, of_rows
+from r1fast.stages.packed import Example, PackedBatch, Text, encode_with_targets, length_problems, of_rows, tools_of
 from r1fast.stages.sampler import Sample, summary_of
 from r1fast.stages.training import LossFn, Trainer, map_packed
 
@@ -71,7 +72,8 @@ def score_examples(
     tokenizer: Tokenizer, rows: Sequence[dict], targets: Sequence[Text], options: GenerateOptions
 ) -> list[Example]:
     """Prompt and what is scored (text, or a chat's last turn), ended by EOS, at whose position the head is read."""
-    prompts, texts = encode_with_targets([row["prompt"] for row in rows], targets, tokenizer, options)
+    asked = [row["prompt"] for row in rows]
+    prompts, texts = encode_with_targets(asked, targets, tokenizer, options, tools_of(rows))
     eos = tokenizer.eos_token_id
     # The second EOS is the target of the first, which makes the first an input; the head never looks at targets.
     return [Example(prompt, [*ids, eos, eos], {}) for prompt, ids in zip(prompts, texts, strict=True)]
@@ -114,7 +116,9 @@ def _agreement(ctx: StageContext[RewardModelStage], model: Decoder, units: list[
         right = [chosen > rejected for chosen, rejected in zip(scores[0::2], scores[1::2])]
     else:
         right = [(score > 0) == (unit[0].values["label"] > 0.5) for score, unit in zip(scores, units)]
-    return {"held_out_accuracy": sum(right) / len(right)}
+    share = sum(right) / len(right)
+    half = 1.96 * math.sqrt(share * (1 - share) / len(right))
+    return {"held_out_accuracy": share, "held_out_accuracy_ci": half, "held_out_rows": len(right)}
 
 
 class RewardModels:
@@ -140,7 +144,12 @@ class RewardModels:
             if spec.score_on == "summary":
                 texts = [summary_of(s.text, stage.response_format, s.prefilled) for s in chosen]
             # The policy's prompts may be rendered otherwise than those that the reward model learned from.
-            options = stage.model_copy(update={"prompt_template": spec.prompt_template, "prefill_think": False})
+            own: dict[str, Any] = {
+                "prompt_template": spec.prompt_template,
+                "prefill_think": False,
+                "chat_template_kwargs": {},
+            }
+            options = stage.model_copy(update=own)
             with self.ctx.phase("reward"):
                 examples = score_examples(tokenizer, [s.row for s in chosen], texts, options)
                 scores = map_packed(self.ctx, model, examples, score_head, per_token=False)

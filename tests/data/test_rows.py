@@ -1,7 +1,7 @@
 """What rows hold is used, kept beside, or refused with its place; chats, aliases, reasoning, values of other types."""
 
 import math
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -48,6 +48,8 @@ VERL = {
         ("sft", {"text": "t"}, {}),
         ("pairs", {"question": "p", "chosen": "c", "rejected": "r"}, {"prompt": "p"}),
         ("labels", {"prompt": "p", "response": "r", "safe": True}, {"label": 1}),
+        ("labels", {"prompt": "p", "response": "r", "safe": "False"}, {"label": 0}),
+        ("labels", {"prompt": "p", "response": "r", "label": "1"}, {"label": 1}),
         ("prompts", {"prompt": "p", "answer": math.nan}, {"answer": None}),
         ("prompts", {"prompt": "p", "answer": ["4", 5]}, {"answer": ["4", 5]}),
         ("prompts", {"prompt": "p", "answer": {"target": 3}}, {"answer": {"target": 3}}),
@@ -158,13 +160,13 @@ def test_what_rows_hold_is_taken(kind: Any, row: dict, expected: dict) -> None:
         (
             "sft",
             {"messages": [user("p"), assistant("", tool_calls=[{"name": "f"}])]},
-            r"messages\[1\] has 'tool_calls'",
+            r"messages ends with a tool call",
         ),
         ("sft", {"messages": [{**user("p"), "name": "Ann"}, assistant("c")]}, r"messages\[0\] has 'name' = str 'Ann'"),
         (
             "sft",
-            {"messages": [{"role": "tool", "content": "x"}, assistant("c")]},
-            r"messages\[0\] has role 'tool', exp",
+            {"messages": [{"role": "critic", "content": "x"}, assistant("c")]},
+            r"messages\[0\] has role 'critic', exp",
         ),
         ("sft", {"messages": [{**user("p"), "thinking": "r"}, assistant("c")]}, r"'thinking' and role 'user'"),
         (
@@ -185,7 +187,6 @@ def test_what_rows_hold_is_taken(kind: Any, row: dict, expected: dict) -> None:
         ("sft", {"instruction": "i", "input": 3, "output": "o"}, r"column 'input' is int 3"),
         ("sft", {"instruction": "i", "history": [["a", "b"]], "output": "o"}, r"column 'history' would be lost"),
         ("sft", {"prompt": "p", "completion": "c", "thinking": ["r"]}, r"the row has dict .*expected one reasoning"),
-        ("sft", {"messages": [user("p"), assistant("c")], "tools": [{"name": "f"}]}, r"column 'tools' is list"),
         ("prompts", {"prompt": "p", "image": "a.png"}, r"column 'image' is str 'a.png', which no prompt would show"),
         ("prompts", {"prompt": [system("s"), user("p")], "system": "t"}, r"column 'system' is not the prompt's system"),
         ("prompts", {"prompt": "p", "system": 3}, r"column 'system' is int 3, expected a string"),
@@ -201,6 +202,7 @@ def test_what_rows_hold_is_taken(kind: Any, row: dict, expected: dict) -> None:
         ("labels", {"prompt": "p", "lable": 1}, r"no column 'response' \(or completion, output\);"),
         ("labels", {"prompt": "p", "response": "r", "label": math.nan}, r"'label' is float nan, expected 1 \(safe\)"),
         ("labels", {"prompt": "p", "response": "r", "label": [1]}, r"column 'label' is list"),
+        ("labels", {"prompt": "p", "response": "r", "label": "safe"}, r"column 'label' is str 'safe', expected 1"),
     ],
 )
 def test_what_cannot_be_taken_is_refused_with_its_place(kind: Any, row: dict, message: str) -> None:
@@ -215,8 +217,13 @@ def test_what_cannot_be_taken_is_refused_with_its_place(kind: Any, row: dict, me
         (-math.inf, None),
         ([1.5, math.nan, {"a": math.inf}], [1.5, None, {"a": None}]),
         (Decimal("4.50"), "4.50"),
+        (Decimal("1E+3"), "1000"),
+        (Decimal("-0.0000001"), "-0.0000001"),
         (date(2024, 1, 31), "2024-01-31"),
-        (datetime(2024, 1, 31, 5), "2024-01-31T05:00:00"),
+        (datetime(2024, 1, 31, 5), "2024-01-31 05:00:00"),
+        (datetime(2024, 1, 31), "2024-01-31"),
+        (datetime(2024, 1, 31, tzinfo=UTC), "2024-01-31 00:00:00+00:00"),
+        (time(5, 30), "05:30:00"),
         ([("a", 1), ("b", 2)], {"a": 1, "b": 2}),
         ([], []),
     ],

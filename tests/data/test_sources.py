@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from r1fast.data.sources import load_rows
+from r1fast.data.sources import load_hub, load_rows
 
 
 def written(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -121,13 +121,13 @@ def test_files_that_are_not_what_they_say(tmp_path: Path) -> None:
     (tmp_path / "lines.json").write_text('{"text": "a"}\n{"text": "b"}\n')
     (tmp_path / "number.json").write_text("3")
     (tmp_path / "text.parquet").write_text("hello")
-    (tmp_path / "rows.csv").write_text("text\na\n")
+    (tmp_path / "rows.xlsx").write_text("text")
     for name, message in [
         ("latin.jsonl", r"latin.jsonl:1: not UTF-8"),
         ("lines.json", r"lines.json:2: wrong JSON.*\.jsonl file"),
         ("number.json", r"number.json: got a JSON int, expected a list of rows"),
         ("text.parquet", r"text.parquet: not a readable parquet file"),
-        ("rows.csv", r"unknown kind of file '\.csv'; expected \.jsonl, \.json, \.parquet"),
+        ("rows.xlsx", r"unknown kind of file '\.xlsx'; expected \.jsonl, \.json, \.parquet, \.csv, \.tsv"),
         ("txt.parquet", r"there is no such file; did you mean 'text\.parquet'\?"),
         ("absent/rows.jsonl", r"there is no such file, nor the folder"),
         ("absent", r"there is no such file or folder"),
@@ -166,26 +166,114 @@ def test_folders_of_datasets(tmp_path: Path) -> None:
     data = datasets.Dataset.from_list([{"prompt": "p", "answer": "a"}])
     data.save_to_disk(str(tmp_path / "one"))
     assert load_rows([str(tmp_path / "one")], "prompts") == [{"prompt": "p", "answer": "a"}]
-    datasets.DatasetDict({"train": data}).save_to_disk(str(tmp_path / "many"))
-    with pytest.raises(ValueError, match=r"holds several splits; name one of .*many/train"):
+    datasets.DatasetDict({"train": data}).save_to_disk(str(tmp_path / "dict"))
+    assert load_rows([str(tmp_path / "dict")], "prompts") == [{"prompt": "p", "answer": "a"}]
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(str(tmp_path / "many"))
+    with pytest.raises(ValueError, match=r"many holds the splits train, test; name one of .*many:train, .*many:test"):
         load_rows([str(tmp_path / "many")], "prompts")
+    for source in ("many:test", "many/test"):
+        assert load_rows([str(tmp_path / source)], "prompts") == [{"prompt": "p", "answer": "a"}]
 
 
 def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load_dataset(name: str, split: str) -> list[dict[str, str]]:
-        if name == "org/absent":
-            raise FileNotFoundError("404")
-        asked.append((name, split))
+    def load_dataset(path: str, split: str, **how: Any) -> list[dict[str, str]]:
+        asked.append((path, split, how))
         return [{"text": "t"}]
 
+    def load_dataset_builder(path: str, **_: Any) -> Any:
+        if path == "org/absent":
+            raise FileNotFoundError("404")
+        return types.SimpleNamespace(config=types.SimpleNamespace(data_files={"train": ["a.parquet"]}))
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load_rows(["org/name", "org/name:test"], "sft") == [{"text": "t"}] * 2
-    assert asked == [("org/name", "train"), ("org/name", "test")]
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    assert load_rows(["org/name", "org/name:test", "org/name:main:test"], "sft") == [{"text": "t"}] * 3
+    assert asked == [("org/name", "train", {}), ("org/name", "test", {}), ("org/name", "test", {"name": "main"})]
     with pytest.raises(ValueError, match="org/absent: no such file or folder here, and as a Hub data set it failed"):
         load_rows(["org/absent"], "sft")
+
+
+def test_values_of_a_csv_file_of_the_hub_are_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pandas would infer of them: a number, no value."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("prompt,answer\na,007\nb,None\nc,1e5\nd,\n")
+    rows = load_hub(str(tmp_path / "data"), None, "train")
+    assert [row["answer"] for row in rows] == ["007", "None", "1e5", None]
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_values_of_tables_are_text(tmp_path: Path, separator: str) -> None:
+    """With a byte order mark, Windows' line ends, pandas' unnamed index, quotes, a line break, an empty line."""
+    golds = ["007", "1e5", "None", "true", "2024-01-31", '"1, 2"', '"a ""b""\t\r\nc"', ""]
+    lines = ["\ufeff,prompt,answer", *(f"{i},p{i},{gold}" for i, gold in enumerate(golds)), ""]
+    text = "\r\n".join(lines).replace(",", separator).replace("1\t 2", "1, 2")
+    path = tmp_path / f"rows.{'csv' if separator == ',' else 'tsv'}"
+    path.write_bytes(text.encode())
+    read = [row["answer"] for row in load_rows([str(path)], "prompts")]
+    assert read == ["007", "1e5", "None", "true", "2024-01-31", "1, 2", 'a "b"\t\r\nc', None]
+    assert load_rows([str(path)], "prompts")[7] == {"": "7", "prompt": "p7", "answer": None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"text\na\n\nb,c\n", r"rows.csv:4: 2 fields, expected one for each of the 1 columns"),
+        (b"text,text\na,b\n", r"rows.csv:1: two columns are named 'text'"),
+        (b'text\na\n"b\nc\n', r"rows.csv:3: wrong CSV: unexpected end of data; a field with quotes"),
+        (b'text\n"a" b\n', r"rows.csv:2: wrong CSV: ',' expected after '\"'"),
+        (b"text\n\xe9\n", r"rows.csv: not UTF-8"),
+        (b"text\n", r"rows.csv has no rows"),
+        (b"", r"rows.csv has no rows"),
+        (b"txt;id\na;b\n", r"rows.csv:2: no column .*columns present: txt;id"),
+    ],
+    ids=["fields", "twice", "open", "quote", "latin", "header", "empty", "semicolons"],
+)
+def test_wrong_tables_are_named_by_line(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "rows.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows([str(tmp_path / "rows.csv")], "sft")
+
+
+def test_a_long_field(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text\n" + "x" * 200_000 + "\n")
+    assert len(load_rows([str(tmp_path / "rows.csv")], "sft")[0]["text"]) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"], {"": [0, 1], ":train": [0, 1]}),
+        (
+            ["data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl", "more.jsonl", "dataset_infos.json"],
+            {":train": [0], ":test": [1], "": r"holds the splits test, train; name one of .*:test, .*:train"},
+        ),
+        (
+            ["train.jsonl", "test.csv"],
+            {":train": [0], ":test": [1], "": "holds the splits", ":dev": "no split 'dev': it"},
+        ),
+        (["gsm8k_train.jsonl", "gsm8k_valid.jsonl"], {":train": [0], ":validation": [1]}),
+        (["math/train/algebra.jsonl", "math/test/algebra.jsonl"], {":train": [0], ":test": [1]}),
+        (["a.jsonl", "trainer.jsonl", "sub/b.jsonl", ".hidden.jsonl"], {"": [0, 1], ":train": "holds no splits; name"}),
+        (["a.jsonl", "train.jsonl"], {"": [0, 1], ":train": [1]}),
+    ],
+    ids=["shards", "splits", "files", "names", "folders", "none", "one"],
+)
+def test_folders_of_the_hub(tmp_path: Path, files: list[str], expected: dict[str, Any]) -> None:
+    for number, name in enumerate(files):
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"text\n{number}\n" if path.suffix == ".csv" else json.dumps({"text": str(number)}) + "\n")
+    for split, found in expected.items():
+        source = f"{tmp_path / 'set'}{split}"
+        if isinstance(found, str):
+            with pytest.raises(ValueError, match=found):
+                load_rows([source], "sft")
+        else:
+            assert [int(row["text"]) for row in load_rows([source], "sft")] == found
 
 
 def test_reasoning_gym() -> None:

@@ -125,6 +125,7 @@ def read_by_model(kind: str, row: dict, tokenizer: Any) -> str:
 
     options = SimpleNamespace(
         prompt_template="chat", response_format="think_summary", prefill_think=False, score_on="response",
+        chat_template_kwargs={}, today=None,
         loss="pairwise" if kind == "pairs" else "pointwise",
     )  # fmt: skip
     if kind == "prompts":

@@ -51,6 +51,7 @@ def make_run(directory: Path, *, stop_in: str | None = None) -> Path:
                 after = _evaluation(accuracy, language) if accuracy is not None and language is not None else {}
                 scores[name] = after
                 entry |= {"eval_after": after, "seconds": seconds, "phases": _phases(kind, seconds)}
+                entry["memory"] = {name: int((1 + noise.random()) * 4e8) for name in entry["phases"]}
                 entry["numbers"] = _numbers(kind)
             if not stopped:
                 done = steps // 2 if name == stop_in else steps
@@ -80,20 +81,13 @@ def make_run(directory: Path, *, stop_in: str | None = None) -> Path:
 
 
 def _evaluation(accuracy: float, language: float) -> dict[str, Any]:
-    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / 400)
-    return {
-        "pass@1": accuracy,
-        "pass@1_ci": half,
-        "n": 400,
-        "k": 4,
-        "cons@k": min(1.0, accuracy + 0.08),
-        "greedy": min(1.0, accuracy + 0.11),
-        "format": 0.6 + 0.39 * accuracy,
-        "language": language,
-        "length": 9.7 + 14 * accuracy,
-        "split": "test",
-        "temperature": 1.0,
-    }
+    scores = {
+        "pass@1": accuracy, "cons@k": min(1.0, accuracy + 0.08), "greedy": min(1.0, accuracy + 0.11),
+        "format": 0.6 + 0.39 * accuracy, "language": language, "greedy/format": 0.7 + 0.29 * accuracy,
+    }  # fmt: skip
+    halves = {f"{name}_ci": 1.96 * math.sqrt(value * (1 - value) / 400) for name, value in scores.items()}
+    settings = {"split": "report.jsonl", "temperature": 1.0, "top_p": 1.0, "prompt_template": "chat"}
+    return {**scores, **halves, **settings, "n": 400, "k": 4, "length": 9.7 + 14 * accuracy}
 
 
 def _phases(kind: str, seconds: float) -> dict[str, float]:
@@ -108,10 +102,12 @@ def _phases(kind: str, seconds: float) -> dict[str, float]:
 def _numbers(kind: str) -> dict[str, Any]:
     if kind == "reject":
         dropped = {"incorrect": 1904, "mixed_language": 1311, "duplicate": 622, "too_long": 88, "repetition": 38}
-        return {"kept": 1637, "dropped": dropped, "prompts": 1400, "samples_per_prompt": 4}
+        return {"sampled": 5600, "kept": 1637, "dropped": dropped}
     if kind == "collect":
-        return {"rows": 300, "refined": 120, "mean_length": 21.4}
-    return {"parameters": 228_416, "tokens": 2_310_144, "peak_memory_mb": 412.7}
+        return {"sampled": 420, "kept": 300, "kept_from": {"zero": 180, "few_shot": 120}, "dropped": {"incorrect": 120}}
+    if kind == "reward_model":
+        return {"rows": 900, "held_out_accuracy": 0.912, "held_out_accuracy_ci": 0.055, "held_out_rows": 100}
+    return {"parameters": 228_416, "tokens": 2_310_144}
 
 
 def _write_steps(
@@ -158,7 +154,6 @@ def _metrics(
 def _sample(i: int, noise: random.Random) -> dict[str, Any]:
     right = i % 3 != 0
     reasoning = "先算 7 * 6 = 42。然后 42 + 5 = 47。" if i % 2 else "first 7 * 6 = 42 . then 42 + 5 = 47 . <b>so</b>"
-    language = "zh" if i % 2 else "en"
     return {
         "prompt": "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
         "User: what is 7 * 6 + 5 ? Assistant:",
@@ -169,8 +164,7 @@ def _sample(i: int, noise: random.Random) -> dict[str, Any]:
         "language": None if i == 5 else round(noise.random(), 3),
         "reward": float(right) + 0.3 + noise.random(),
         "advantage": (1.0 if right else -1.4) + 0.2 * noise.random(),
-        "answer": "47",
-        "target": language,
+        "gold": "47",
     }
 
 

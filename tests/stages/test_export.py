@@ -58,10 +58,13 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     return make_tokenizer(request.param)
 
 
-def stage_of(template: str, response_format: str = "think_summary", prefill: bool = False) -> SimpleNamespace:
+def stage_of(
+    template: str, response_format: str = "think_summary", prefill: bool = False, **variables: Any
+) -> SimpleNamespace:
     return SimpleNamespace(
-        name="s", kind="sft", prompt_template=template, response_format=response_format, prefill_think=prefill
-    )
+        name="s", kind="sft", prompt_template=template, response_format=response_format, prefill_think=prefill,
+        chat_template_kwargs=variables, today=None,
+    )  # fmt: skip
 
 
 def tiny_decoder(tokenizer: PreTrainedTokenizerBase, **fields: Any) -> Decoder:
@@ -129,6 +132,20 @@ def test_a_template_that_opens_the_reasoning_is_kept(tokenizer: PreTrainedTokeni
     opening.chat_template = CHATML.removesuffix("{% endif %}\n") + "<think>\n\n{% endif %}"
     folder = saved(opening, stage_of("tokenizer", prefill=True), tmp_path)
     assert AutoTokenizer.from_pretrained(folder).chat_template == opening.chat_template
+
+
+@pytest.mark.parametrize("prefill", [False, True], ids=["open", "prefilled"])
+def test_variables_of_the_training_are_the_defaults_of_the_folder(tmp_path: Path, prefill: bool) -> None:
+    made = make_tokenizer("adds-bos")
+    made.chat_template = "{% if tone %}[{{ tone }}, {{ words }}]\n{% endif %}" + CHATML
+    stage = stage_of("tokenizer", prefill=prefill, tone='calm "1"', words=[True, None, {"most": 2.5}])
+    loaded = AutoTokenizer.from_pretrained(saved(made, stage, tmp_path))
+    asked = [{"role": "user", "content": "one ?"}]
+    (prompt,) = encode_prompts([{"prompt": asked}], made, stage)
+    assert made.decode(prompt.ids).startswith("[calm \"1\", [True, None, {'most': 2.5}]]\n<|im_start|>user")
+    assert loaded.apply_chat_template(asked, add_generation_prompt=True)["input_ids"] == prompt.ids
+    other = loaded.apply_chat_template(asked, add_generation_prompt=True, tone="", tokenize=False)
+    assert other.startswith("<|im_start|>user")
 
 
 @pytest.mark.parametrize("template", ["chat", "r1_zero", "plain"])

@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {"prompt_template": "chat", "response_format": "think_
 
 
 def options(**changes: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{**OPTIONS, **changes})
+    return SimpleNamespace(**{**OPTIONS, "chat_template_kwargs": {}, "today": None, **changes})
 
 
 @pytest.fixture(scope="module")
