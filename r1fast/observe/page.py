@@ -7,6 +7,7 @@ and searches the completions, from the JSON that `page_data` puts into the page.
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def render(run: RunData, *, live: bool = False) -> str:
     )  # fmt: skip
 
 
+@cache
 def template(name: str) -> Any:
     """A template of this folder, with the style, the script and the filters that all of them use."""
     folder = Path(__file__).parent
@@ -90,7 +92,8 @@ def headline(run: RunData, group: ScoreGroup | None, most: int = 3) -> Iterator[
     trained = [name for name in group.rows if name in kinds] or list(group.rows)
     names = [name for name in trained if kinds.get(name) != "distill"] or trained
     last, first = max(reversed(names), key=lambda name: depth.get(name, 0)), next(iter(group.rows))
-    for metric in [name for name in group.metrics if not name.startswith("greedy")][:most]:
+    others = ("greedy", "pass@k", "cons@k")
+    for metric in [name for name in group.metrics if not name.startswith(others)][:most]:
         now, was = group.scores(metric).get(last), group.scores(metric).get(first)
         if now is not None:
             is_share = group.is_share(metric)

@@ -19,7 +19,7 @@ MEASURES = ("pass@1", "greedy", "pass@k", "cons@k")  # of every evaluation that 
 # What must be equal for two scores to be compared, and how it is said. `split` names the files.
 SETTINGS = {
     "limit": "{} rows of them", "k": "{} samples each", "temperature": "temperature {}", "top_p": "top_p {}",
-    "prompt_template": "prompts {}", "prefill_think": "reasoning opened", "chat_template_kwargs": "chat template's {}",
+    "prompt_template": "template {}", "prefill_think": "reasoning opened", "chat_template_kwargs": "chat template's {}",
     "max_completion_length": "at most {} tokens",
 }  # fmt: skip
 UNSAID: dict[str, Any] = {"top_p": 1.0, "prefill_think": False, "chat_template_kwargs": {}}  # what goes without saying

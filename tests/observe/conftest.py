@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,23 @@ CHAIN = [
 ]
 
 
+LONG = "rewards_of_a_package_with_a_long_name.and_a_module.is_answered_politely_and_in_full"
+
+
 @pytest.fixture
 def write_run() -> Callable[..., Path]:
     return make_run
 
 
-def make_run(directory: Path, *, stop_in: str | None = None) -> Path:
+def make_run(directory: Path, *, stop_in: str | None = None, chain: Sequence[tuple[Any, ...]] = CHAIN) -> Path:
     """Write the run; with `stop_in`, that stage stops half way and the later ones are pending."""
     noise = random.Random(0)
     entries: list[dict[str, Any]] = []
     scores: dict[str | None, dict[str, Any]] = {"Qwen/Qwen2.5-0.5B": _evaluation(0.049, 0.52)}
     stopped = False
-    settings = {stage["name"]: stage for stage in _config()["stages"]}
-    with ChainProgress([row[0] for row in CHAIN], is_main=False):
-        for name, kind, model, inputs, steps, seconds, accuracy, language in CHAIN:
+    settings = {stage["name"]: stage for stage in _config(chain)["stages"]}
+    with ChainProgress([row[0] for row in chain], is_main=False):
+        for name, kind, model, inputs, steps, seconds, accuracy, language in chain:
             entry: dict[str, Any] = {"name": name, "kind": kind, "model": model, "inputs": inputs, "status": "done"}
             entry["eval_before"] = scores.get(model, {}) if accuracy is not None and not stopped else {}
             if stopped or name == stop_in:
@@ -76,7 +79,25 @@ def make_run(directory: Path, *, stop_in: str | None = None) -> Path:
         "stages": entries,
     }
     (directory / "summary.json").write_text(json.dumps(summary))
-    (directory / "config.yaml").write_text(yaml.safe_dump(_config(), sort_keys=False))
+    (directory / "config.yaml").write_text(yaml.safe_dump(_config(chain), sort_keys=False))
+    return directory
+
+
+def make_long_run(directory: Path) -> Path:
+    """Sixteen stages, of which the fourteenth is at work, with long names of stages, files and metrics."""
+    make_run(directory, chain=[*CHAIN, *((f"another_student_with_a_long_name_{i}", *CHAIN[-1][1:]) for i in range(5))],
+             stop_in="another_student_with_a_long_name_2")  # fmt: skip
+    path = directory / "summary.json"
+    summary = json.loads(path.read_text())
+    for entry in summary["stages"]:
+        for evaluation in (entry.get("eval_before"), entry.get("eval_after")):
+            if evaluation:
+                evaluation |= {LONG: evaluation["pass@1"] / 2, f"{LONG}_ci": 0.02, "turns": 3.25}
+                evaluation["split"] = "/data/sets/of/many/people/with-a-long-name-that-has-no-end/report-2026-03.jsonl"
+    path.write_text(json.dumps(summary))
+    lines = [json.loads(line) for line in (directory / "zero" / "metrics.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps(line | {f"rewards/{LONG}/mean": 0.5}) + "\n" for line in lines)
+    (directory / "zero" / "metrics.jsonl").write_text(text)
     return directory
 
 
@@ -168,10 +189,10 @@ def _sample(i: int, noise: random.Random) -> dict[str, Any]:
     }
 
 
-def _config() -> dict[str, Any]:
+def _config(chain: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
     grpo = {"num_generations": 16, "prompts_per_step": 32, "rewards": {"accuracy": 1.0, "format": 0.3}, "beta": 0.01}
     stages = []
-    for name, kind, model, inputs, steps, *_ in CHAIN:
+    for name, kind, model, inputs, steps, *_ in chain:
         stage: dict[str, Any] = {"name": name, "kind": kind, "model": model, "inputs": inputs, "max_steps": steps}
         stages.append(stage | {"learning_rate": 5e-4, "lr_scheduler_type": "wsd"} | (grpo if kind == "grpo" else {}))
     return {"name": "tiny", "seed": 0, "model": {"model_type": "deepseek_v3", "hidden_size": 64}, "stages": stages}

@@ -18,7 +18,10 @@ def until(found: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_written_at_once_and_again(tmp_path: Path, write_run: Callable[..., Path]) -> None:
+def test_written_at_once_and_again(
+    tmp_path: Path, write_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "SHARE", 1.0)
     page = write_run(tmp_path, stop_in="dev2") / "report.html"
     with LivePage(tmp_path, seconds=0.01):
         until(page.is_file)

@@ -63,11 +63,11 @@ def test_whole_chain(tmp_path: Path, write_run: Callable[..., Path]) -> None:
     assert "This run is not complete" not in page.text and "reloads itself" not in page.text
     for expected in (
         "pass@1 77.6 % ± 4.1 r1, 8.1% in base", "11 of 11 stages done",
-        "Scores: report.jsonl 400 prompts, 4 samples each, temperature 1, prompts chat; with 95% intervals",
+        "Scores: report.jsonl 400 prompts, 4 samples each, temperature 1, template chat; with 95% intervals",
         "pass@1 % 8.1 ± 2.7 79.1 ± 4.0 +71.0 ± 4.8", "greedy/format % 72.3 ± 4.4", "mean length, tokens 10.8 20.8",
         "from base with cold", "kept 1,637 of 5,600 (29.2%)", "held-out accuracy 91.2 ± 5.5%",
         "rewards/accuracy/mean", "mixed language 1,311 23%", "generate 15.9 s 24%", "MB",
-        "Load of experts, by layer step 1 step 60", "The resolved recipe", "zero: 24 of 3 of 3 logged steps",
+        "Load of experts, by layer step 1 step 60", "The resolved recipe", "zero: 24 from 3 of 3 logged steps",
     ):  # fmt: skip
         assert expected in page.text
 
@@ -125,9 +125,9 @@ def test_scores_of_other_settings_stand_apart(tmp_path: Path, write_run: Callabl
 
     page = Page(change(write_run(tmp_path), edit))
     for expected in (
-        "Scores: report.jsonl 400 prompts, 4 samples each, temperature 0.6, top_p 0.95, prompts chat",
-        "Scores: report.jsonl 400 prompts, 16 samples each, temperature 1, prompts chat",
-        "Scores: chat.jsonl 4 samples each, temperature 1, prompts chat",
+        "Scores: report.jsonl 400 prompts, 4 samples each, temperature 0.6, top_p 0.95, template chat",
+        "Scores: report.jsonl 400 prompts, 16 samples each, temperature 1, template chat",
+        "Scores: chat.jsonl 4 samples each, temperature 1, template chat",
         "polite % r1 75.0 ± 10.0", "turns r1 3.2",  # a mean above 1 is no share
     ):  # fmt: skip
         assert expected in page.text
@@ -195,7 +195,7 @@ def test_files_cut_short_by_a_kill(tmp_path: Path, write_run: Callable[..., Path
         file.write('{"step": 61, "rew')
     page = Page(run)
     assert "Stage zero stopped at step 60." in page.text and "77.6 ± 4.1" in page.text  # of r1, from its stage.json
-    assert "79.1" not in page.text and "zero: 16 of 2 of 3 logged steps" in page.text
+    assert "79.1" not in page.text and "zero: 16 from 2 of 3 logged steps" in page.text
 
 
 @pytest.mark.parametrize(("name", "content"), [
