@@ -1,6 +1,7 @@
 """The model that `r1fast.chat` and `r1fast.generate` ask: where it is, how it samples, and what they both take."""
 
 import argparse
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -79,13 +80,22 @@ def _engine(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> RolloutEng
 def prompt_ids(
     prompt: str | Sequence[Mapping[str, Any]] | Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    prompt_template: str | None,
+    given: argparse.Namespace,
 ) -> list[int]:
-    """prompt_template: None: the model's own, which training has saved with it."""
-    if prompt_template is None and not tokenizer.chat_template:
+    """By --prompt-template, or else the model's own, which training has saved with it. ValueError where it has none."""
+    template = given.prompt_template or "tokenizer"
+    if template == "tokenizer" and not tokenizer.chat_template:
         others = ", ".join(name for name in PROMPT_TEMPLATES if name != "tokenizer")
         raise ValueError(f"the model has no chat template; say how to ask it: --prompt-template {others}")
-    return render_prompt(prompt, tokenizer, prompt_template=prompt_template or "tokenizer", tokenize=True)
+    variables = given.chat_template_kwargs
+    return render_prompt(prompt, tokenizer, prompt_template=template, chat_template_kwargs=variables, tokenize=True)
+
+
+def _variables(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(text)
+    return found
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +113,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--stop", action="append", metavar="TEXT", help="end a completion before this text; may be given several times")
     add("--seed", type=int, default=0, help="the same seed gives the same completions (default: 0)")
     add("--prompt-template", choices=tuple(PROMPT_TEMPLATES), help="how to ask (default: as the model was trained)")
+    variables = 'of the model\'s chat template, as JSON: {"enable_thinking": false}'
+    add("--chat-template-kwargs", type=_variables, metavar="JSON", help=variables)
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights (default: that of the checkpoint)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
 

@@ -6,6 +6,7 @@ FILE             JSON lines or Parquet, all rows in order, when the last chunk i
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,6 +21,7 @@ from r1fast.wording import one_line
 
 SUFFIXES = (".jsonl", ".parquet")
 _SETTINGS = "settings.json"
+_FAILED = "failed"
 _BEGIN_ANEW = "or begin anew with --overwrite"
 Columns = dict[str, Any]
 
@@ -73,7 +75,31 @@ class BatchFile:
         if differing := [name for name, value in settings.items() if found.get(name) != value]:
             text = f"{folder} holds the beginning of a batch with another {' and '.join(differing)}"
             raise OSError(f"{text}; give the same command, choose another --output, {_BEGIN_ANEW}")
+        for left in (*folder.glob("*.taken"), folder / _FAILED):  # by processes that are gone
+            left.unlink(missing_ok=True)
         return cls(output, num_rows, found["rows_per_chunk"])
+
+    def take(self, chunk: int) -> bool:
+        """Whether no other process has taken it, or has failed."""
+        if self._has_failed():
+            return False
+        try:
+            (_folder(self.output) / f"{chunk:05}.taken").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def fail(self) -> None:
+        """Let nobody wait for chunks that will not come."""
+        (_folder(self.output) / _FAILED).touch()
+
+    def wait(self) -> None:
+        """For the chunks that others make; a collective would wait half an hour at most."""
+        while self.missing() and not self._has_failed():
+            time.sleep(0.1)
+
+    def _has_failed(self) -> bool:
+        return (_folder(self.output) / _FAILED).exists()
 
     def missing(self) -> list[int]:
         """Chunks that are still to be made."""

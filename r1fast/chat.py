@@ -166,7 +166,7 @@ class Conversation:
         return Answer(reasoning.text, reasoning, note)
 
     def _encode(self, turns: Messages) -> list[int]:
-        return asking.prompt_ids(self.with_system(turns), self.tokenizer, self.given.prompt_template)
+        return asking.prompt_ids(self.with_system(turns), self.tokenizer, self.given)
 
 
 def answer_lines(conversation: Conversation, lines: Iterable[str]) -> None:

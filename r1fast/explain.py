@@ -30,7 +30,11 @@ SIMPLE = {str: "text", bool: "true or false", int: "integer", float: "number", t
 _BOUNDS: dict[type, str] = {
     annotated_types.Ge: ">=", annotated_types.Gt: ">", annotated_types.Le: "<=", annotated_types.Lt: "<",
 }  # fmt: skip
-NAMED_ROWS: dict[Any, str] = {"prompts": "file of prompts", "sft": "file of rows to learn from"}
+NAMED_ROWS: dict[Any, str] = {
+    "prompts": "files of prompts",
+    "sft": "files of rows to learn from",
+    "pairs": "files of pairs",
+}
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ def _alternatives(hint: Any) -> list[str]:
         extras = [part for extra in args[1:] for part in getattr(extra, "metadata", [extra])]
         for extra in extras:
             if isinstance(extra, Reads) and extra.kind != "code":
-                return [extra.kind if extra.kind != "data" else NAMED_ROWS.get(extra.rows, "data")]
+                return [extra.kind if extra.kind != "data" else NAMED_ROWS.get(extra.rows, "files")]
         first, *others = _alternatives(args[0])
         return [_bounded(first, extras), *others]
     if origin is Literal:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from r1fast.config import ConfigError
+from r1fast.layouts import read_layout, write_layout
 from r1fast.models.decoder import Decoder
 from r1fast.models.folders import ADAPTER_CONFIG
 from r1fast.models.weights import Checkpoint, save_model
@@ -70,6 +71,7 @@ def export(source: Path, output: Path, dtype: torch.dtype | None = None, *, merg
                 model.config, model.state_dict(), folder, found.tokenizer(), model.scalar_head,
                 source=finished, blocks=blocks,
             )  # fmt: skip
+            write_layout(folder, read_layout(finished))
         return
     dist = init_distributed("cpu")
     try:

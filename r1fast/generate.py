@@ -1,6 +1,6 @@
 """python -m r1fast.generate --model M --input ROWS --output FILE: completions for every row of a data set.
 
-Each process of torchrun has the whole model and takes its share of the chunks (batch_file.py). A command that was
+Each process of torchrun has the whole model and takes one chunk after another (batch_file.py). A command that was
 stopped goes on when it is given again. A row's noise is a function of the seed and its number, so that completions
 depend neither on chunks nor on the number of processes.
 """
@@ -91,20 +91,21 @@ def run(given: argparse.Namespace, dist: Dist) -> None:
     console.print(f"model: {source.description}")
     if (num_done := batch.num_done()) > 0:
         console.print(f"going on after {num_done:,} of {len(rows):,} rows")
-    mine = dist.on_main(batch.missing)[dist.rank :: dist.world_size]
+    missing = dist.on_main(batch.missing)
 
     def sample() -> None:
         with _Progress(batch, console) as progress:
-            for chunk in mine:
+            for chunk in filter(batch.take, missing):
                 index = batch.rows_of(chunk)
                 try:
                     outputs = engine.generate([prompts[i] for i in index], params, sequence_ids=index)
-                    batch.write(
-                        chunk, [_output(rows[i], group, given) for i, group in zip(index, outputs, strict=True)]
-                    )
-                except (FloatingPointError, OSError) as error:  # `on_all` hands a ValueError to every rank
-                    raise ValueError(str(error)) from error
+                    made = zip((rows[i] for i in index), outputs, strict=True)
+                    batch.write(chunk, [_output(row, group, given.token_ids) for row, group in made])
+                except (FloatingPointError, ValueError, OSError) as error:
+                    batch.fail()
+                    raise ValueError(str(error)) from error  # which `on_all` hands to every rank
                 progress.add(outputs)
+            batch.wait()
 
     dist.on_all(sample)
     dist.on_main(batch.finish)
@@ -141,7 +142,7 @@ def _prepare(
     for row in rows:
         try:
             asked = _with_system(row, given.system)
-            prompts.append(asking.prompt_ids(asked, engine.tokenizer, given.prompt_template))
+            prompts.append(asking.prompt_ids(asked, engine.tokenizer, given))
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from error
     params = asking.params_of(given, engine)
@@ -167,23 +168,24 @@ def _settings(
     given: argparse.Namespace, source: asking.Source, rows: list[Row], params: SamplingParams
 ) -> dict[str, Any]:
     """What the output depends on."""
+    asked = ("system", "prompt_template", "chat_template_kwargs", "dtype", "token_ids")
     content = "".join(json.dumps(row, sort_keys=True) for row in rows)
     return {
         "model": fingerprint(Path(source.path)) if Path(source.path).exists() else source.path,
         "input": hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
-        **{name: getattr(given, name) for name in ("system", "prompt_template", "dtype", "token_ids")},
+        **{name: getattr(given, name) for name in asked},
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(params).items()},
     }
 
 
-def _output(row: Row, group: list[Completion], given: argparse.Namespace) -> dict[str, Any]:
+def _output(row: Row, group: list[Completion], token_ids: bool) -> dict[str, Any]:
     columns = (
         [completion.text for completion in group],
         [completion.finish_reason for completion in group],
         [len(completion.token_ids) for completion in group],
         [sum(completion.logprobs) for completion in group],
     )
-    ids = {_IDS: [completion.token_ids for completion in group]} if given.token_ids else {}
+    ids = {_IDS: [completion.token_ids for completion in group]} if token_ids else {}
     return {**row, **dict(zip(ADDED, columns, strict=True)), **ids}
 
 

@@ -203,7 +203,7 @@ class Estimator:
 
     def _forwards(self, stage: GRPOStage) -> bool | None:
         """Whether the policy is run for log-probs before an update; None: nothing is."""
-        many = stage.num_updates() > stage.max_steps and stage.old_logprobs == "policy"
+        many = stage.updates_per_step > 1 and stage.old_logprobs == "policy"
         policy = many or stage.loss.top_entropy_quantile < 1 or (stage.loss.beta > 0 and not stage.has_reference)
         return policy if policy or stage.has_reference or stage.reward_models else None
 

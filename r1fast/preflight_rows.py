@@ -17,8 +17,10 @@ from r1fast.data.rows import Row, location, parts_of, shown, texts_of
 from r1fast.data.templates import render_prompt
 from r1fast.preflight_models import architecture_of, checkpoint_of, tokenizer_of
 from r1fast.rewards.answers import plain_number
+from r1fast.rewards.code import read_row
 from r1fast.rewards.language import target_scripts
 from r1fast.rewards.pool import RewardPool
+from r1fast.rewards.sandbox import Sandbox, SandboxError
 from r1fast.schema import Recipe
 from r1fast.schema_options import StageBase
 from r1fast.schema_types import RowKind
@@ -106,15 +108,22 @@ def row_problems(recipe: Recipe, stage: StageBase, rows_of: Mapping[str, Rows], 
     if rows is not None:
         if isinstance(stage, schema.GRPOStage):
             yield from prompt_problems(stage, rows)
+            steps = stage.steps_on(len(rows))
+            yield from _step_problems(stage, steps, steps * stage.updates_per_step, len(rows))
         if isinstance(stage, options.SampleOptions) and "data" in stage.makes:
             yield from _sampling_problems(recipe, stage, rows, notes)
         elif isinstance(stage, options.EpochOptions):
             steps = stage.updates_on(len(rows))  # a reward model holds some rows out, so it may have fewer
-            for name in ("warmup_steps", "eval_steps"):
-                if (value := getattr(stage, name, None) or 0) > steps:
-                    yield f"{name}: {value} is more than the {steps} steps that {len(rows)} rows make"
+            yield from _step_problems(stage, steps, steps, len(rows))
     if isinstance(stage, schema.CollectStage) and stage.few_shot and "few_shot.examples_files" in rows_of:
         yield from few_shot_problems(stage.few_shot, rows_of["few_shot.examples_files"], rows or ())
+
+
+def _step_problems(stage: options.TrainOptions, steps: int, updates: int, num_rows: int) -> Iterator[str]:
+    """Options that count steps beyond those that the rows make."""
+    for name, most in (("warmup_steps", updates), ("eval_steps", steps)):
+        if (value := getattr(stage, name, None) or 0) > most:
+            yield f"{name}: {value} is more than the {most} steps that {num_rows} rows make"
 
 
 def reward_problems(
@@ -131,6 +140,8 @@ def reward_problems(
             yield from _language_problems(f"{key}.{name}", [Row({"language": given}, key)] if given else chosen)
             if given is None and all(row.get("language") is None for row in chosen):
                 yield f"{key}.{name}: no row of {files} has a language; add the column, or take the reward out"
+        if spec.function == "code":
+            yield from _code_problems(f"{key}.{name}", chosen, notes)
         if spec.function in ("accuracy", "cosine", "length"):
             yield from _gold_problems(recipe, f"{key}.{name}", chosen, notes)
             if any(row.get("reasoning_gym") for row in chosen):
@@ -188,6 +199,25 @@ def _gold_problems(recipe: Recipe, key: str, rows: Rows, notes: list[str]) -> It
     among = "" if len(tried) == len(golds) else f" ({len(tried)} of {len(golds)} different answers were tried)"
     rows_read = f"accuracy cannot read the answer of {len(wrong)} of {len(rows)} rows{among}"
     notes.append(f"{key}: {rows_read} and will not score them; {first}")
+
+
+def _code_problems(key: str, rows: Rows, notes: list[str]) -> Iterator[str]:
+    """The same for rows whose tests the code reward cannot read; and programs must be confined here."""
+    wrong = []
+    for i, row in enumerate(rows):
+        try:
+            read_row(row)
+        except ValueError as error:
+            wrong.append(f"{location(row, i)}: {error}")
+    if wrong and len(wrong) == len(rows):
+        yield f"{key}: code can read the tests of no row, so it would score none; the first: {wrong[0]}"
+    elif wrong:
+        what = f"code cannot read the tests of {len(wrong)} of {len(rows)} rows and will not score them"
+        notes.append(f"{key}: {what}; the first: {wrong[0]}")
+    try:
+        Sandbox().close()
+    except SandboxError as error:
+        yield f"{key}: {error}"
 
 
 def _spelled(gold: Any) -> str:

@@ -17,14 +17,14 @@ Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 @overload
 def render_prompt(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, prompt_template: str = ..., response_format: str = ...,
-    prefill_think: bool = ..., tokenize: Literal[False] = ...,
+    prefill_think: bool = ..., chat_template_kwargs: Mapping[str, Any] | None = ..., tokenize: Literal[False] = ...,
 ) -> str: ...  # fmt: skip
 
 
 @overload
 def render_prompt(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, prompt_template: str = ..., response_format: str = ...,
-    prefill_think: bool = ..., tokenize: Literal[True],
+    prefill_think: bool = ..., chat_template_kwargs: Mapping[str, Any] | None = ..., tokenize: Literal[True],
 ) -> list[int]: ...  # fmt: skip
 
 
@@ -35,6 +35,7 @@ def render_prompt(
     prompt_template: str = "tokenizer",
     response_format: str = "think_answer",
     prefill_think: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     tokenize: bool = False,
 ) -> str | list[int]:
     """The prompt of a stage with these options, by the code of the stages, as text or (tokenize) as token ids.
@@ -42,7 +43,7 @@ def render_prompt(
     prompt: a question, messages ([{"role", "content"}, ..]), or a row of a data set under any of the names that stages
     read (`prompt`, `messages`, `problem`, with `system`, ..).
     prompt_template: "tokenizer", the tokenizer's own chat template, is that of the training for a model trained here;
-    before the training give the stage's own values of these three options.
+    before the training give the stage's own values of these four options.
     Ids are what the model saw: `RolloutEngine.generate([ids])`. Text that is given to `generate` gets the tokenizer's
     BOS where it has none yet; a chat template of others may mean to have none.
     ValueError for a row without a prompt, an unknown name, or messages that the template cannot render.
@@ -52,10 +53,15 @@ def render_prompt(
         expected = f"expected one of {', '.join(PROMPT_TEMPLATES)}{hint}"
         raise ValueError(f"unknown prompt template {prompt_template!r}, {expected}")
     get_response_format(response_format)
+    if chat_template_kwargs and prompt_template != "tokenizer":
+        raise ValueError(
+            f"chat_template_kwargs are of the tokenizer's template; {prompt_template!r} reads none: drop them"
+        )
     options: GenerateOptions = GenerateOptions.model_construct(
         prompt_template=prompt_template,  # type: ignore[arg-type]
         response_format=response_format,  # type: ignore[arg-type]
         prefill_think=prefill_think,
+        chat_template_kwargs=dict(chat_template_kwargs or {}),
     )
     columns = prompt if isinstance(prompt, Mapping) else {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
     row = canonical(columns, "prompts", "the prompt")

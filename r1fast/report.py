@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from r1fast.observe.page import build_report, load_run
-from r1fast.observe.progress import print_summary
+from r1fast.observe.page import build_report
+from r1fast.observe.run_files import load_run
+from r1fast.observe.table import print_summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -88,6 +88,7 @@ class _Entry(_Named):
     status: Literal["pending", "running", "stopped", "failed", "done"]
     seconds: float = 0.0
     phases: dict[str, float] = {}
+    memory: dict[str, int] = {}
     settings: dict[str, Any] = {}
     fingerprints: dict[str, str] = {}
     files: dict[str, str] = {}

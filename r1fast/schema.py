@@ -1,8 +1,10 @@
 """Every stage of a recipe with its options, and the recipe. Names are TRL's or verl's where they exist."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from datetime import date
+from fractions import Fraction
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
@@ -13,9 +15,12 @@ from r1fast.schema_options import (  # isort: skip
     StageBase, Strict, TrainerSection, TrainOptions, ValidationOptions, WeightedSpec, reward_specs,
 )  # fmt: skip
 from r1fast.schema_types import (  # isort: skip
-    AboveZero, Count, Day, Files, FolderName, LearningRate, Made, ModelRef, NonNegative, Plain, Positive, Prompts,
-    Reads, Ref, RewardName, RowKind, Seed, SFTRows, Share,
+    AboveZero, Count, Day, Files, FolderName, LearningRate, Listed, Made, ModelRef, NonNegative, Plain, Positive,
+    Prompts, Reads, Ref, RewardName, RowKind, Seed, SFTRows, Share,
 )  # fmt: skip
+
+# Of samples/*.parquet, beside a column for each reward.
+_SAMPLE_COLUMNS = frozenset({"step", "prompt", "gold", "completion", "finish_reason", "tokens", "reward", "advantage"})
 
 
 class PretrainStage(FitOptions, ValidationOptions):
@@ -86,7 +91,10 @@ class GRPOStage(LossOptions, TrainOptions, ValidationOptions):
     prompts_per_step: Positive = 16  # per rollout
     steps_per_generation: Positive = 1  # optimizer steps (minibatches) per rollout
     num_iterations: Positive = 1  # passes over a rollout
-    max_steps: Positive = 200  # rollouts
+    max_steps: Positive | None = None  # rollouts; or num_train_epochs says how many
+    # Passes over the prompts of train_files, in place of max_steps; half a pass is 0.5. Prompts that
+    # dynamic_sampling_refills draws beside are not counted.
+    num_train_epochs: AboveZero | None = None
     temperature: Annotated[float, Field(ge=0.001, le=1000)] = 1.0  # of sampling, and of the log-probs in the loss
     # A completion that max_completion_length cuts is trained on like any other, or its tokens are left out of the loss.
     mask_truncated_completions: bool = False
@@ -100,8 +108,19 @@ class GRPOStage(LossOptions, TrainOptions, ValidationOptions):
     log_completions: Count = 16  # rows of samples/*.parquet per logged step
     log_completions_steps: Positive = 10  # steps between those that write them
 
-    def num_updates(self) -> int:
-        return self.max_steps * self.steps_per_generation * self.num_iterations
+    def num_updates(self) -> int | None:
+        return None if self.max_steps is None else self.max_steps * self.updates_per_step
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.steps_per_generation * self.num_iterations
+
+    def steps_on(self, num_prompts: int) -> int:
+        """Rollouts of a stage with so many prompts in its files; the last of an epoch's may begin the next one."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.num_train_epochs is not None, "one of the two is given"
+        return math.ceil(Fraction(str(self.num_train_epochs)) * num_prompts / self.prompts_per_step)
 
     @property
     def has_reference(self) -> bool:
@@ -120,6 +139,11 @@ class GRPOStage(LossOptions, TrainOptions, ValidationOptions):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
+        if self.max_steps is None and self.num_train_epochs is None:
+            yield "neither max_steps (rollouts) nor num_train_epochs (passes over train_files) is given: set one"
+        if self.max_steps is not None and self.num_train_epochs is not None:
+            both = f"max_steps = {self.max_steps} and num_train_epochs = {self.num_train_epochs:g}"
+            yield f"{both} both say how long: drop one, or set it to null"
         yield from self._reward_problems()
         yield from self._length_problems()
         num_samples = self.prompts_per_step * self.num_generations
@@ -143,6 +167,8 @@ class GRPOStage(LossOptions, TrainOptions, ValidationOptions):
             yield "rewards and reward_models are both empty; name at least one"
         if not any(spec.weight for spec in specs):
             yield "every reward has weight 0, so nothing is learned; give one a weight"
+        for name in _SAMPLE_COLUMNS & {*self.rewards, *self.reward_models}:
+            yield f"a reward is named {name!r}, as a column of samples/*.parquet is; rename it, with function: {name}"
         for name in self.rewards.keys() & self.reward_models.keys():
             yield f"a reward and a reward model are both named {name!r}; rename one"
         if self.domain_weights and not any(self.domain_weights.values()):
@@ -299,7 +325,7 @@ class Recipe(Strict):
     kernels: KernelsSection = KernelsSection()
     rollout: RolloutSection = RolloutSection()
     reward_workers: RewardWorkers = RewardWorkers()
-    report_to: list[Literal["wandb", "trackio", "tensorboard"]] = []  # trackers that get the metrics
+    report_to: Listed[Literal["wandb", "trackio", "tensorboard"]] = []  # trackers that get the metrics
     stages: list[Stage]  # what is run, in order
 
     @field_validator("stages")

@@ -25,8 +25,8 @@ from pydantic import (
 from r1fast import loss_fields
 
 from r1fast.schema_types import (  # isort: skip
-    AboveZero, Bytes, Count, LearningRate, Made, ModelRef, NonNegative, Plain, Positive, Prompts, Reads, Ref,
-    RewardModelRef, RewardName, Seconds, Seed, Share, StageName, Temperature, TopP, Weight,
+    AboveZero, Bytes, Count, Files, LearningRate, Listed, Made, ModelRef, NonNegative, Plain, Positive, Prompts,
+    Reads, Ref, RewardModelRef, RewardName, Seconds, Seed, Share, StageName, Temperature, TopP, Weight,
 )  # fmt: skip
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -85,7 +85,7 @@ class TrainerSection(Strict):
     activation_checkpointing: Annotated[Literal["none", "selective", "full"], BeforeValidator(_checkpointing)] = "none"
     # Kept in host memory while a GPU needs them not: the optimizer's state but for a step, the reference model but for
     # its log-probs.
-    offload: list[Literal["optimizer", "reference"]] = []
+    offload: Listed[Literal["optimizer", "reference"]] = []
     compile: bool = False  # torch.compile of the layers
 
     def problems(self) -> Iterator[str]:
@@ -168,7 +168,7 @@ class WeightedSpec(Strict):
     """What a reward counts, and for which rows."""
 
     weight: Weight = 1.0  # factor; 0: measured only
-    domains: list[str] = []  # that it applies to; all when empty
+    domains: Listed[str] = []  # that it applies to; all when empty
 
     def applies_to(self, row: Mapping[str, Any]) -> bool:
         return not self.domains or row.get("domain") in self.domains
@@ -211,14 +211,15 @@ def _measured(options: dict[str, Any]) -> dict[str, Any]:
 Rewards = Annotated[dict[RewardName, Reward], Reads("code")]
 # Of an evaluation, and of its completions: a reward of such a name would hide it, or be hidden.
 _TAKEN = frozenset({
-    "pass@1", "pass@1_ci", "pass@k", "cons@k", "greedy", "n", "k", "split", "temperature", "top_p", "length",
-    "failures", "unscorable", "files", "step", "file", "row", "kind", "prompt", "gold", "completion", "finish_reason",
-    "tokens",
+    "pass@1", "pass@k", "cons@k", "greedy", "n", "k", "split", "limit", "temperature", "top_p", "length", "failures",
+    "unscorable", "files", "step", "file", "row", "kind", "prompt", "gold", "completion", "finish_reason", "tokens",
+    "prompt_template", "response_format", "prefill_think", "chat_template_kwargs", "max_completion_length",
 })  # fmt: skip
 
 
 def _free_names(rewards: dict[str, Any]) -> dict[str, Any]:
-    if taken := sorted(_TAKEN & rewards.keys()):
+    taken = [name for name in rewards if name in _TAKEN or name.endswith("_ci") or name.startswith("greedy/")]
+    if taken:
         how = f"choose another name, with function: {taken[0]}"
         raise ValueError(f"{taken[0]!r} is what an evaluation calls something of its own; {how}")
     return rewards
@@ -280,7 +281,7 @@ class GenerateOptions(StageBase):
 class EvalOptions(GenerateOptions):
     """What is measured before and after a stage, on samples at `eval_temperature`."""
 
-    eval_files: list[Prompts] = []  # prompts with gold answers; none: nothing is measured
+    eval_files: Listed[Prompts] = []  # prompts with gold answers; none: nothing is measured
     eval_rewards: EvalRewards = {"accuracy": {}, "format": {}}  # what is measured, by name, as options of its function
     eval_num_samples: Positive = 4  # k of pass@1 over k samples, of pass@k and cons@k
     eval_temperature: Temperature = 1.0  # R1: 0.6, with eval_top_p 0.95
@@ -323,10 +324,11 @@ class ValidationOptions(EvalOptions):
             yield f"eval_steps = {self.eval_steps} is more than max_steps = {most}: nothing is evaluated under way"
         if self.eval_limit is not None and (self.eval_steps_limit or 0) > self.eval_limit:
             yield f"eval_steps_limit = {self.eval_steps_limit} is more than eval_limit = {self.eval_limit}"
-        measured = (
-            ["pass@1", "pass@k", "cons@k", *["greedy"] * self.eval_greedy] if "accuracy" in self.eval_rewards else []
-        )
-        measured += [name for name in self.eval_rewards if name != "accuracy"]
+        others = [name for name in self.eval_rewards if name != "accuracy"]
+        ways, greedy = ["pass@1", "pass@k", "cons@k"], ["greedy"]
+        measured = [*(ways if len(others) < len(self.eval_rewards) else []), *others]
+        greedy = [*(greedy if len(others) < len(self.eval_rewards) else []), *(f"greedy/{name}" for name in others)]
+        measured += greedy if self.eval_greedy else []
         if self.chooses and (metric := self.metric_for_best_model) not in measured:
             yield f"metric_for_best_model = {metric!r} is not measured; expected one of {', '.join(measured)}"
 
@@ -343,7 +345,7 @@ class LoraOptions(Strict):
     alpha: AboveZero = 32.0  # an adapter counts alpha / r
     # Names of linear layers, or the ends of their names (o_proj, mlp.experts.down_proj); all-linear: all in the blocks,
     # stacked experts too, and not the router.
-    target_modules: Literal["all-linear"] | Annotated[list[Ref], Field(min_length=1)] = "all-linear"
+    target_modules: Literal["all-linear"] | Files[Ref] = "all-linear"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of what an adapter reads, in updates
     merge_and_unload: bool = False  # the stage hands on a whole model; false: a LoRA folder, which names its base
 
@@ -394,6 +396,7 @@ class TrainOptions(TrainFilesOptions):
     router_bias_update_rate: NonNegative = 0.0
     router_aux_loss_coef: NonNegative = 0.0  # factor of the balance loss within each sequence (V3: 1e-4)
     save_steps: Positive = 100  # the last step is always saved
+    logging_steps: Positive = 1  # console and trackers get the means of so many steps; metrics.jsonl has every step
     save_total_limit: Positive = 2  # checkpoints that are kept, beside the best one
 
     def num_updates(self) -> int | None:

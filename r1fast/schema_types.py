@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 T = TypeVar("T")
 Made = Literal["model", "reward model", "data"]
@@ -41,7 +41,14 @@ ModelRef = Annotated[Ref, Reads("model")]
 RewardModelRef = Annotated[Ref, Reads("reward model")]
 Prompts = Annotated[Ref, Reads("data", "prompts")]
 SFTRows = Annotated[Ref, Reads("data", "sft")]
-Files = Annotated[list[T], Field(min_length=1)]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Listed = Annotated[list[T], BeforeValidator(_listed)]  # of one thing, that thing alone will do
+Files = Annotated[list[T], Field(min_length=1), BeforeValidator(_listed)]
 
 MAX_NAME_BYTES = 200  # of a folder, with room for an ending: file systems take 255
 # In a run folder, or beside it; upper and lower case are one name on some file systems.

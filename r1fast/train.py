@@ -115,10 +115,10 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> CommandLine:
     if args.resume:
         run_dir = args.output_dir or (RUNS / "latest").resolve()
         saved = read_run(run_dir, args.config)
-        recipe = saved.with_changes(args.config, overrides)
+        recipe, taken = laid_out(saved.with_changes(args.config, overrides))
         changed = changes(saved, recipe)
     else:
-        recipe = load_recipe(args.config or "tiny", overrides)
+        recipe, taken = laid_out(load_recipe(args.config or "tiny", overrides))
         run_dir = args.output_dir or RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = [stage.name for stage in recipe.stages]
     selected = args.stages.split(",") if args.stages else names
@@ -133,7 +133,7 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> CommandLine:
     left = [name for name in selected if saved is None or not saved.is_done(name)]
     check_references(recipe, left, run_dir)
     check_output(run_dir, resume=args.resume, stages=left)
-    notes = [f"note: {note}" for note in check_inputs(recipe, left, run_dir)]
+    notes = [f"note: {note}" for note in (*taken, *check_inputs(recipe, left, run_dir))]
     if saved is not None:
         reports, found = changed_inputs(saved, recipe, left)
         if found and not args.accept_changes:
@@ -144,6 +144,16 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> CommandLine:
     for note in notes:
         say(note)
     return CommandLine(recipe, run_dir, selected, saved, changed, args.stages)
+
+
+def laid_out(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """With what stages take from the models that they sample; ConfigError."""
+    from r1fast.layouts import with_layouts  # with it comes what reads rows
+
+    try:
+        return with_layouts(recipe)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def run(request: CommandLine, held: ExitStack) -> int:
@@ -190,8 +200,9 @@ def begin(run_dir: Path, dist: "Dist", held: ExitStack) -> str:
 
 
 def execute(request: CommandLine, run_dir: Path, dist: "Dist", stop: "Stop") -> None:
+    from r1fast.observe.live import LivePage
     from r1fast.observe.page import build_report
-    from r1fast.observe.progress import print_summary
+    from r1fast.observe.table import print_summary
     from r1fast.pipeline import Run
 
     chain = Run(request.recipe, run_dir, dist, stop)
@@ -199,7 +210,8 @@ def execute(request: CommandLine, run_dir: Path, dist: "Dist", stop: "Stop") -> 
         chain.resume(request.saved.summary, request.changes)
     chain.start()
     try:
-        chain.execute(request.selected)
+        with LivePage(run_dir, is_main=dist.is_main):
+            chain.execute(request.selected)
     except BaseException:
         if dist.is_main:
             with suppress(OSError, ValueError):  # a disk that is full or gone: what ended the run tells so

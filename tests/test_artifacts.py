@@ -11,7 +11,9 @@ from r1fast.schema import KINDS, Recipe
 from tests.test_pipeline import STAGES
 
 ARCHITECTURE = Path(__file__).parents[1] / "docs" / "architecture.md"
-NEEDED: dict[str, Any] = {"pretrain": {"architecture": {}, "max_steps": 1}, "evaluate": {"eval_files": ["e"]}}
+NEEDED: dict[str, Any] = {
+    "pretrain": {"architecture": {}, "max_steps": 1}, "grpo": {"max_steps": 1}, "evaluate": {"eval_files": ["e"]},
+}  # fmt: skip
 VARIANTS = [*((kind, "") for kind in KINDS if kind != "reward_model"), ("distill", "teacher: t")]
 VARIANTS += [("reward_model", "loss: pairwise"), ("reward_model", "loss: pointwise")]
 
@@ -35,7 +37,7 @@ def test_the_table_of_stages_in_the_docs(kind: str, setting: str) -> None:
 
 def test_files_of_reward_functions_are_inputs() -> None:
     rewards = {"mine": {"function": "a/b.py:f"}, "c.py:g": 1.0, "accuracy": 1.0}
-    recipe = recipe_of({"name": "zero", "kind": "grpo", "train_files": ["t"], "rewards": rewards})
+    recipe = recipe_of({"name": "zero", "kind": "grpo", "train_files": ["t"], "rewards": rewards, "max_steps": 2})
     found = {(found.key, found.ref) for found in inputs_of(recipe, recipe.stages[0]) if found.kind == "code"}
     assert found == {("rewards.mine", "a/b.py"), ("rewards.c.py:g", "c.py")}
 

@@ -1,6 +1,7 @@
 """python -m r1fast.generate: what it asks and writes, how it goes on, several processes, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from r1fast import RolloutEngine, SamplingParams, generate, load_model
+from r1fast.batch_file import BatchFile
 from tests.forks import Forks
 from tests.tiny_checkpoint import write_jsonl
 from tests.zoo import fields, write_checkpoint
@@ -107,9 +109,7 @@ def test_a_batch_that_was_stopped_goes_on(
     assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
-def test_two_processes_share_the_rows(
-    command: Any, model: Path, tmp_path: Path, forks: Forks, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_share_the_rows(command: Any, model: Path, tmp_path: Path, forks: Forks) -> None:
     assert command("--output", "one.jsonl", *QUICK) == 0
     argv = ["--model", model, "--input", "rows.jsonl", "--output", "two.jsonl", "--device", "cpu", *QUICK]
     forks.begin("r1fast.generate", *argv, log=tmp_path / "log", out=tmp_path / "said", cwd=tmp_path, ranks=2)
@@ -119,6 +119,42 @@ def test_two_processes_share_the_rows(
     forks.begin("r1fast.generate", *argv, log=tmp_path / "log", cwd=tmp_path, ranks=2)
     assert forks.end() == [2, 2]
     assert (tmp_path / "log").read_text().count("error: --output two.jsonl is there already") == 1
+
+
+def test_a_rank_that_fails_is_not_waited_for(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Chunks go to whoever comes first, and nobody waits for one that will not come."""
+    batch = BatchFile.open(tmp_path / "a.jsonl", {}, 6, 2, overwrite=False)
+    other = BatchFile.open(tmp_path / "a.jsonl", {}, 6, 3, overwrite=False)
+    assert other == batch and batch.take(0) and not other.take(0) and other.take(1)
+    other.fail()
+    batch.wait()
+    assert not batch.take(2)
+    again = BatchFile.open(tmp_path / "a.jsonl", {}, 6, 2, overwrite=False)
+    assert again.take(0) and again.missing() == [0, 1, 2]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise FloatingPointError("the model's logits are not finite")
+
+    monkeypatch.setattr(RolloutEngine, "generate", fail)
+    assert command("--output", "out.jsonl", *QUICK) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: the model's logits are not finite"
+
+
+def test_the_template_gets_its_variables(command: Any, tmp_path: Path, model: Path) -> None:
+    thinking = shutil.copytree(model, tmp_path / "thinking")
+    (thinking / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}{% if enable_thinking %} <think>{% endif %}"
+    )
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "red"}])
+    options = ("--model", thinking, "--token-ids", *QUICK)
+    for output, more in (("no.jsonl", ()), ("yes.jsonl", ("--chat-template-kwargs", '{"enable_thinking": true}'))):
+        assert command("--output", output, *options, *more) == 0
+    assert rows_of(tmp_path / "no.jsonl") != rows_of(tmp_path / "yes.jsonl")
+    assert command("--output", "o.jsonl", *options, "--chat-template-kwargs", '{"thought": true}') == 2
+    with pytest.raises(SystemExit):
+        command("--output", "o.jsonl", *options, "--chat-template-kwargs", "true")
 
 
 def test_defaults_are_the_models_and_fit(command: Any, model: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tests.tiny_checkpoint import GRPO, PROMPTS, write_jsonl, write_recipe
 
 STAGES: list[dict[str, Any]] = [
     {"name": "base", "kind": "pretrain", "train_files": ["t"], "architecture": {}, "max_steps": 1},
-    {"name": "zero", "kind": "grpo", "train_files": ["a", "b"]},
+    {"name": "zero", "kind": "grpo", "train_files": ["a", "b"], "max_steps": 2},
     {
         "name": "cold",
         "kind": "collect",
@@ -35,6 +35,7 @@ STAGES: list[dict[str, Any]] = [
     {
         "name": "r1",
         "kind": "grpo",
+        "max_steps": 2,
         "model": "@dev",
         "train_files": ["@cold"],
         "reward_models": {"helpful": {"model": "@rm"}},

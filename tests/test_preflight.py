@@ -98,6 +98,12 @@ def test_warm_up_longer_than_the_rows_last(refuse_recipe) -> None:
     assert "stages.tuned.warmup_steps: 3 is more than the 2 steps that 4 rows make" in message
 
 
+def test_steps_beyond_the_epochs_of_grpo(refuse_recipe) -> None:
+    stage = {**GRPO, "max_steps": None, "num_train_epochs": 0.5, "steps_per_generation": 2, "eval_files": "train.jsonl"}
+    assert "eval_steps: 6 is more than the 5 steps that 20 rows make" in refuse_recipe({**stage, "eval_steps": 6})
+    assert "warmup_steps: 11 is more than the 10 steps" in refuse_recipe({**stage, "warmup_steps": 11})
+
+
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
@@ -146,7 +152,7 @@ def test_a_source_that_no_file_system_takes(refuse_recipe) -> None:
         (["--output-dir", "a\0b"], "--output-dir 'a\\x00b' holds the character U+0000"),
         (["--output-dir", "x" * 300], "--output-dir xxx"),
         (["--output-dir", "/".join(["x" * 100] * 60)], "File name too long"),
-        (["--" + "x" * 100_000], "is neither an option nor an override"),
+        (["--" + "x" * 100_000], "xxx... has no value"),
         (["x" * 100_000 + "=1"], "unknown key"),
         (["name=a\0b"], "holds the character U+0000"),
         (["stages.zero.seed=18446744073709551616"], "more than 64 bits"),

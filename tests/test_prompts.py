@@ -62,10 +62,12 @@ def test_a_stage_samples_from_these_tokens(
     assert sampled[-1] == render_prompt("What is 2 + 3 * 4?", before, tokenize=True, **options)
 
 
-def test_unknown_names_are_refused(tmp_path: Path) -> None:
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown prompt template 'r1zero'.*did you mean 'r1_zero'"):
         render_prompt("a", None, prompt_template="r1zero")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="unknown response format 'think'"):
         render_prompt("a", None, prompt_template="plain", response_format="think")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match=r"chat_template_kwargs are of the tokenizer's template; 'plain' reads none"):
+        render_prompt("a", None, prompt_template="plain", chat_template_kwargs={"x": 1})  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="the prompt: no column 'prompt'"):
         render_prompt({"question_text": "a"}, None, prompt_template="plain")  # type: ignore[call-overload]

@@ -118,7 +118,7 @@ EDITS = {
     "seed": st.none() | st.integers(0, 2**31 - 1),
     "train_files": st.lists(st.text("abc/.@ :#'\"é", min_size=1, max_size=12), min_size=1, max_size=3),
 }
-GRPO: dict[str, Any] = {"name": "zero", "kind": "grpo", "train_files": ["train.jsonl"]}
+GRPO: dict[str, Any] = {"name": "zero", "kind": "grpo", "train_files": ["train.jsonl"], "max_steps": 200}
 
 
 def recipe(stage: dict[str, Any]) -> dict[str, Any]:

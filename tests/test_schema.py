@@ -1,11 +1,15 @@
 """What a recipe may say: types without surprises, names that a run can use, and no option that changes nothing."""
 
 import re
+from typing import get_type_hints
 
 import pytest
 import yaml
+from pydantic import ConfigDict, TypeAdapter
 
 from r1fast.config import load_recipe
+from r1fast.explain import options_of, topics
+from r1fast.schema import GRPOStage
 from tests.tiny_checkpoint import ZERO, message_of
 
 SFT = "{name: tuned, kind: sft, train_files: [a.jsonl]}"
@@ -93,7 +97,10 @@ SENSELESS = [
     (ZERO, ["eval_files=[a]", "eval_temperature=0"], "eval_num_samples = 4 with eval_temperature 0 are"),
     (ZERO, ["eval_files=[a]", "eval_rewards={}"], "at least 1 item"),
     (ZERO, ["eval_files=[a]", "eval_rewards={accuracy: {weight: 1.0}}"], "weight does not apply to a reward that is"),
-    (ZERO, ["eval_files=[a]", "eval_rewards={accuracy: {domains: math}}"], "domains"),
+    (ZERO, ["eval_files=[a]", "eval_rewards={accuracy: {domains: 3}}"], "domains"),
+    (ZERO, ["max_steps=null"], "neither max_steps (rollouts) nor num_train_epochs (passes over train_files) is given"),
+    (ZERO, ["num_train_epochs=0.5"], "max_steps = 200 and num_train_epochs = 0.5 both say how long: drop one"),
+    (ZERO, ["max_steps=null", "num_train_epochs=0"], "greater than 0"),
     (ZERO, ["rewards={accuracy: 0.0, format: 0}"], "every reward has weight 0"),
     (ZERO, ["rewards={h: {function: accuracy}}", "reward_models={h: {model: m}}"], "both named 'h'"),
     (ZERO, ["domain_weights={a: 0, b: 0}"], "domain_weights are all 0"),
@@ -161,3 +168,45 @@ def test_older_recipes_say_checkpointing_by_true_and_false(zero: str) -> None:
 def test_a_server_that_no_address_leads_to(zero: str, url: str) -> None:
     message = message_of(zero, "rollout.engine=vllm", f"rollout.vllm.server_base_url='{url}'")
     assert "expected http://host:port" in message
+
+
+ONE = [
+    ("zero.train_files=b.jsonl", "train_files", ["b.jsonl"]),
+    ("zero.train_files=@base", "train_files", ["@base"]),
+    ("zero.eval_files=task:arithmetic/report", "eval_files", ["task:arithmetic/report"]),
+    ("zero.rewards={accuracy: {domains: math}}", "rewards", {"accuracy": ["math"]}),
+    ("zero.lora={target_modules: o_proj}", "lora", ["o_proj"]),
+    ("zero.lora={target_modules: all-linear}", "lora", "all-linear"),
+]
+
+
+@pytest.mark.parametrize(("override", "key", "value"), ONE, ids=[override for override, _, _ in ONE])
+def test_of_a_list_one_thing_alone_will_do(zero: str, override: str, key: str, value: object) -> None:
+    stage = load_recipe(zero, [override]).stage("zero").model_dump()
+    found = stage[key]
+    if key == "rewards":
+        found = {name: spec["domains"] for name, spec in found.items()}
+    assert (found["target_modules"] if key == "lora" else found) == value
+
+
+def test_every_list_of_the_schema_takes_one_thing() -> None:
+    """But for stages themselves, which are no text."""
+    lists = [(topic, o.name) for topic in topics() for o in options_of(topic) if o.type.startswith("list of")]
+    assert len(lists) > 20
+    for topic, name in lists:
+        model, *path = topics()[topic], *name.split(".")
+        if len(path) == 1 and path[0] != "stages":
+            adapter = TypeAdapter(get_type_hints(model, include_extras=True)[name], config=ConfigDict(strict=True))
+            word = {"offload": "optimizer", "report_to": "wandb"}.get(name, "one")
+            assert adapter.validate_python(word) == [word], (topic, name)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "num_prompts", "steps"), [(1, 40, 10), (2, 40, 20), (0.5, 40, 5), (1, 41, 11), (0.1, 120, 3), (3, 1, 1)]
+)
+def test_grpo_in_epochs_is_so_many_steps(zero: str, epochs: float, num_prompts: int, steps: int) -> None:
+    changes = ["max_steps=null", f"num_train_epochs={epochs}", "prompts_per_step=4", "steps_per_generation=2"]
+    stage = load_recipe(zero, [f"zero.{change}" for change in changes]).stage("zero")
+    assert isinstance(stage, GRPOStage)
+    assert stage.steps_on(num_prompts) == steps and stage.num_updates() is None
+    assert load_recipe(zero, []).stage("zero").num_updates() == 200

@@ -125,7 +125,7 @@ def test_missing_data_names_the_nearest(refuse_recipe, tmp_path: Path, file: str
         ({"messages": [{"role": "user", "content": "one ?"}]}, ["sft.jsonl:5", "'user'", "assistant"]),
         (
             {"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]},
-            ["sft.jsonl:5", "'tool'"],
+            ["sft.jsonl:5", "shows no tools"],
         ),
         ({"prompt": "one ?", "completion": "red " * 40}, ["max_length = 30", "one ?"]),
     ],
@@ -243,6 +243,25 @@ def test_golds_that_accuracy_cannot_read(refuse_recipe, command, tmp_path: Path,
         "r1fast: note: stages.zero.rewards.accuracy: accuracy cannot read the answer of 3 of 28 rows"
     )
     assert "train.jsonl:6" in note
+
+
+def test_tests_that_code_cannot_read(refuse_recipe, command, tmp_path: Path, capsys) -> None:
+    """None of them, or no row has any: nothing to learn from. Some: a note."""
+    assert "train.jsonl:1: answer: it is str '0', expected an object" in refuse_recipe(
+        {**GRPO, "rewards": {"code": 1.0}}
+    )
+    rows: list[dict] = [{**row, "verification_info": {"language": "java"}} for row in PROMPTS]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    message = refuse_recipe({**GRPO, "rewards": {"code": 1.0}})
+    assert "stages.zero.rewards.code: code can read the tests of no row" in message
+    assert "train.jsonl:1: verification_info: language is str 'java'" in message
+    rows[0]["verification_info"] = {"test_cases": [{"input": "1", "output": "1"}]}
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    assert command("--config", tmp_path / "mine.yaml", "--output-dir", tmp_path / "run", "--dry-run") == 0
+    note = capsys.readouterr().err.splitlines()[0]
+    assert note.startswith("r1fast: note: stages.zero.rewards.code: code cannot read the tests of 19 of 20 rows")
+    assert "train.jsonl:2: verification_info: language is" in note
+    assert "timeout_s is -1" in refuse_recipe({**GRPO, "rewards": {"code": {"timeout_s": -1}}})
 
 
 def test_chat_rows_need_no_gold(refuse_recipe, command, tmp_path: Path, capsys) -> None:

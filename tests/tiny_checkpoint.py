@@ -39,7 +39,7 @@ PRETRAIN: dict[str, Any] = {
 }
 
 
-ZERO = "{name: zero, kind: grpo, train_files: [a.jsonl]}"
+ZERO = "{name: zero, kind: grpo, train_files: [a.jsonl], max_steps: 200}"
 
 
 def message_of(config: str, *overrides: str) -> str:

@@ -1,13 +1,8 @@
-"""How numbers are written, on the console and on the page, and what is read of an evaluation."""
+"""How numbers are written, on the console and on the page."""
 
-from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 LARGEST = 1e300  # of a number that is shown: sums and distances of some must be numbers too
-_FIRST = ("pass@1", "pass@k", "cons@k", "greedy")
-_NO_SHARES = {  # of an evaluation
-    "pass@1_ci", "n", "k", "split", "temperature", "top_p", "length", "failures", "unscorable", "files", "step",
-}  # fmt: skip
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -46,26 +41,13 @@ def format_seconds(seconds: Any) -> str:
     return f"{minutes} m {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
 
 
-def score(evaluation: Mapping[str, Any] | None, key: str) -> float | None:
-    """One finite number of an evaluation, or None."""
-    value = (evaluation or {}).get(key)
-    return float(value) if is_number(value) else None
+def format_bytes(count: Any) -> str:
+    """512 MB, 1.4 GB, in powers of 1000."""
+    if not is_number(count):
+        return "–"
+    return f"{count / 1e6:.0f} MB" if count < 999.5e6 else f"{count / 1e9:.3g} GB"
 
 
-def shares(evaluations: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What evaluations measure as shares of one: accuracy in its ways, then the other rewards."""
-    names = dict.fromkeys(name for evaluation in evaluations for name in evaluation if name not in _NO_SHARES)
-    return [*(name for name in _FIRST if name in names), *(name for name in names if name not in _FIRST)]
-
-
-def interval(evaluation: Mapping[str, Any] | None) -> tuple[float, float] | None:
-    """The confidence interval of pass@1 as (low, high), from its half-width."""
-    half, mean = score(evaluation, "pass@1_ci"), score(evaluation, "pass@1")
-    return None if half is None or mean is None else (max(0.0, mean - half), min(1.0, mean + half))
-
-
-def losses(evaluation: Mapping[str, Any] | None) -> list[str]:
-    """What stands beside the scores of an evaluation: how much of it is not the model's doing. Empty: nothing."""
-    named = (("failures", "samples with a failed reward (scored 0)"), ("unscorable", "prompts without a readable gold"))
-    counts = [(int(score(evaluation, key) or 0), words) for key, words in named]
-    return [f"{count} {words}" for count, words in counts if count]
+def plural(count: int, noun: str) -> str:
+    """1 prompt, 1,200 prompts."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ class StageLog(AbstractContextManager["StageLog"]):
     stage_dir: Path  # its name is the stage's
     _: KW_ONLY
     total_steps: int | None = None  # for the progress bar
+    logging_steps: int = 1  # console and trackers get the means of that many steps; metrics.jsonl has every step
     trackers: Sequence[Tracker] = ()  # they see the metrics as `<stage>/<metric>`
+    phases: Mapping[str, float] = field(default_factory=dict)  # seconds so far by phase; each step says what it took
     is_main: bool = True
     # A resumed stage drops lines and samples after this step, which the killed run left, and says which lines before it
     # are damaged or gone: the curves then lack them, the training does not. None appends.
@@ -40,6 +42,9 @@ class StageLog(AbstractContextManager["StageLog"]):
     def __post_init__(self) -> None:
         self._progress = active_progress()
         self._broken = False
+        self._unsaid: list[dict[str, float]] = []  # steps of which console and trackers do not know yet
+        self._before = dict(self.phases)
+        self.step = self.resume_step or 0
         self._file: io.FileIO | None = None
         if self.is_main:
             self._try(self._open)
@@ -68,15 +73,32 @@ class StageLog(AbstractContextManager["StageLog"]):
             return
         tables = {name: value for name, value in metrics.items() if isinstance(value, list)}
         numbers = {name: float(x) for name, x in metrics.items() if x is not None and name not in tables}
+        taken = {name: total - self._before.get(name, 0.0) for name, total in self.phases.items()}
+        self._before = dict(self.phases)
+        numbers |= {f"seconds/{name}": round(seconds, 4) for name, seconds in taken.items() if seconds > 0}
         row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         row |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         if step == 1 or step % TABLE_STEPS == 0 or step == self.total_steps:
             row |= {name: [[round(x, 3) for x in line] for line in table] for name, table in tables.items()}
         self._try(lambda: self._write_line(json.dumps(row).encode() + b"\n"))
+        self.step = step
+        self._unsaid.append({name: value for name, value in numbers.items() if math.isfinite(value)})
+        if step % self.logging_steps == 0 or step == self.total_steps:
+            self._say()
+        elif self._progress is not None:
+            self._progress.step(step, None)
+
+    def _say(self) -> None:
+        names = dict.fromkeys(name for numbers in self._unsaid for name in numbers)
+        known = {name: [numbers[name] for numbers in self._unsaid if name in numbers] for name in names}
+        means = {
+            name: max(values) if name.endswith("/max") else sum(values) / len(values) for name, values in known.items()
+        }
+        self._unsaid = []
         for tracker in self.trackers:
-            tracker.log(self.stage_dir.name, step, numbers)
+            tracker.log(self.stage_dir.name, self.step, means)
         if self._progress is not None:
-            self._progress.step(step, numbers)
+            self._progress.step(self.step, means)
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> Path | None:
         """Write sample completions to samples/step_00010.parquet; rows may lack columns."""
@@ -109,6 +131,8 @@ class StageLog(AbstractContextManager["StageLog"]):
             self.on_failure(error)
 
     def close(self) -> None:
+        if self._unsaid:  # the stage ended early
+            self._say()
         if self._file is not None:
             self._file.close()
 

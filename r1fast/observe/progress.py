@@ -1,35 +1,28 @@
 """The terminal: a bar over the chain's stages, a bar over the stage's steps, live key numbers and a curve.
 
-On a terminal it is one live block at the bottom; elsewhere (a log file, CI) it is plain lines. Then the final table.
+On a terminal it is one live block at the bottom; elsewhere (a log file, CI) it is plain lines, with the time since the
+stage's first step and the time left, at most one of steps every few seconds.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
-from rich.table import Table
 from rich.text import Text
 
-from r1fast.observe.formats import format_number, format_percent, format_seconds, interval, losses, score, shares
+from r1fast.observe.formats import format_number, format_seconds
+from r1fast.observe.scores import Evaluation, first_of_step, losses, number_of, said
+from r1fast.observe.table import COLOURS
 
-# Label -> metric names that carry it, best first, in reading order.
-KEY_METRICS = {
-    "reward": ("reward",),
-    "accuracy": ("rewards/accuracy/mean", "accuracy"),
-    "language": ("rewards/language/mean",),
-    "loss": ("loss",),
-    "kl": ("kl",),
-    "length": ("completions/mean_length",),
-    "lr": ("learning_rate",),
-    "tok/s": ("tokens_per_second",),
-}
+LINE_SECONDS = 5.0  # between two lines of steps, outside a terminal
+_LABELS = {"completions/mean_length": "length", "learning_rate": "lr", "tokens_per_second": "tok/s"}
+_ON_THE_PAGE = ("entropy", "grad_norm")  # alone: a line has little room
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_MARKS = {"done": ("✓", "green"), "running": ("●", "cyan"), "failed": ("✗", "red"), "stopped": ("■", "yellow")}
-_MARKS["pending"] = ("·", "dim")
+_MARKS = {"done": "✓", "running": "●", "failed": "✗", "stopped": "■", "pending": "·"}
 _active: list["ChainProgress"] = []
 
 
@@ -39,11 +32,11 @@ def active_progress() -> "ChainProgress | None":
 
 
 def key_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The key metrics that are present, by label."""
+    """What a line has room for of a step's metrics, by label; each reward goes by its own name."""
     found: dict[str, float] = {}
-    for label, name in ((label, name) for label, names in KEY_METRICS.items() for name in names):
-        if (value := score(metrics, name)) is not None:
-            found.setdefault(label, value)
+    for name in [*first_of_step(metrics), "tokens_per_second"]:
+        if name not in _ON_THE_PAGE and (value := number_of(metrics, name)) is not None:
+            found[_LABELS.get(name, name.removeprefix("rewards/").removesuffix("/mean"))] = value
     return found
 
 
@@ -67,7 +60,7 @@ class _Clock(ProgressColumn):
 class ChainProgress:
     """The display of one chain, on stderr by default.
 
-    with ChainProgress(["base", "zero"], title="tiny", is_main=dist.rank == 0) as progress:
+    with ChainProgress(["base", "zero"], title="mine", is_main=dist.rank == 0) as progress:
         progress.start_stage("base", "pretrain")        # then StageLog feeds the steps
         progress.finish_stage("base", seconds=57.0, evaluation={"pass@1": 0.08})
     """
@@ -86,6 +79,8 @@ class ChainProgress:
         self._bars = Progress(*columns, auto_refresh=False, speed_estimate_period=1e9)
         self._chain = self._bars.add_task("chain", total=len(stages), is_chain=True)
         self._total_steps: int | None = None
+        self._done_before = 0  # steps that an earlier process took
+        self._began = self._last_line = time.monotonic()
         self._steps: TaskID | None = None
         live = is_main and self.console.is_terminal
         self._live = Live(self, console=self.console, refresh_per_second=4, transient=True) if live else None
@@ -99,19 +94,32 @@ class ChainProgress:
 
     def begin_steps(self, total_steps: int | None, done: int = 0) -> None:
         """The stage's steps begin (after its set-up), `done` of them before a resume."""
-        self._total_steps, self.numbers, self.curve = total_steps, {}, []
+        self._total_steps, self._done_before, self.numbers, self.curve = total_steps, done, {}, []
+        self._began, self._last_line = time.monotonic(), float("-inf")
         if self._steps is not None:
             self._bars.reset(self._steps, total=total_steps, completed=done)
 
-    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One step is done."""
-        self.numbers = key_numbers(metrics)
-        self.curve += [self.numbers[label] for label in ("reward", "loss") if label in self.numbers][:1]
+    def step(self, step: int, metrics: Mapping[str, Any] | None) -> None:
+        """One step is done. metrics: what is said of it; None: nothing."""
         if self._steps is not None:
             self._bars.update(self._steps, completed=step)
-        count = f"{step}/{self._total_steps}" if self._total_steps else str(step)
-        numbers = "  ".join(f"{label} {format_number(value)}" for label, value in self.numbers.items())
-        self._plain(f"{self.label} {count}  {numbers}".rstrip())
+        if metrics is None:
+            return
+        self.numbers = key_numbers(metrics)
+        self.curve += [self.numbers[label] for label in ("reward", "loss") if label in self.numbers][:1]
+        now = time.monotonic()
+        if step == self._total_steps or now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            numbers = "".join(f"  {label} {format_number(value)}" for label, value in self.numbers.items())
+            self._plain(f"{self.label} {self._where(step, now - self._began)}{numbers}")
+
+    def _where(self, step: int, seconds: float) -> str:
+        """12/60  1 m 12 s, 4 m 48 s left: estimated from all steps of this process, as some take minutes."""
+        total, taken = self._total_steps, step - self._done_before
+        if not total:
+            return f"{step}  {format_seconds(seconds)}"
+        left = f", {format_seconds(seconds / taken * (total - step))} left" if taken > 0 and step < total else ""
+        return f"{step}/{total}  {format_seconds(seconds)}{left}"
 
     def finish_stage(
         self,
@@ -119,9 +127,9 @@ class ChainProgress:
         *,
         status: str = "done",
         seconds: float | None = None,
-        evaluation: Mapping[str, Any] | None = None,
+        evaluation: Evaluation | None = None,
     ) -> None:
-        """Close a stage; prints one line that stays."""
+        """Close a stage; prints a line that stays, and one more for each file that it was evaluated on."""
         label = self.label if self.status[name] == "running" else name
         self.status[name] = status
         if self._steps is not None:
@@ -129,16 +137,17 @@ class ChainProgress:
         self._steps, self.numbers, self.curve = None, {}, []
         if not self.is_main:
             return
-        mark, colour = _MARKS[status]
-        line = Text.assemble((f"{mark} ", colour), (label, "bold"), f"  {status}")
+        line = Text.assemble((f"{_MARKS[status]} ", COLOURS[status]), (label, "bold"), f"  {status}")
         if seconds is not None:
             line.append(f"  {format_seconds(seconds)}", "dim")
-        for key in ("pass@1", "language", "format"):
-            if (value := score(evaluation, key)) is not None:
-                line.append(f"  {key} ").append(format_percent(value), "bold")
+        scores = said(evaluation or {})
+        if len(scores) == 1:
+            line.append(f"  {scores[0]}")
         for loss in losses(evaluation):
             line.append(f"  {loss}", "red")
         self.console.print(line, soft_wrap=True)
+        for text in scores if len(scores) > 1 else ():
+            self.message(f"    {text}")
 
     def message(self, text: str) -> None:
         """One line that stays, above the live block."""
@@ -165,8 +174,8 @@ class ChainProgress:
         self._bars.update(self._chain, completed=list(self.status.values()).count("done"))
         marks = Text(f"{self.title}  " if self.title else "", "bold")
         for name, status in self.status.items():
-            mark, colour = _MARKS[status]
-            marks.append(f"{mark} {name}  ", "bold cyan" if status == "running" else f"not bold {colour}")
+            style = f"{'' if status == 'running' else 'not '}bold {COLOURS[status]}"
+            marks.append(f"{_MARKS[status]} {name}  ", style)
         line, numbers, curve = Text(), dict(self.numbers), list(self.curve)
         main = "reward" if "reward" in numbers else "loss"
         if curve and main in numbers:
@@ -175,57 +184,3 @@ class ChainProgress:
         for label, value in numbers.items():
             line.append(f"   {label} ", "dim").append(format_number(value))
         return Group(marks, self._bars, *([line] if line else []))
-
-
-_CHANGING = ("pass@1", "language")  # of which the score before stands there too
-_LOSSES = ("failures", "unscorable")  # counts, where there are any
-
-
-def print_summary(summary: Mapping[str, Any]) -> None:
-    """The chain's result on stdout; in a file it has the room that its columns need."""
-    console = Console()
-    (console if console.is_terminal else Console(width=132)).print(summary_table(summary))
-
-
-def summary_table(summary: Mapping[str, Any]) -> Table:
-    """One row per stage, from summary.json; all scores are percentages; columns without content are left out."""
-    stages = summary.get("stages") or []
-    title = f"{summary.get('recipe') or 'run'}: scores in %{_sample_size(stages)}"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    table.caption, table.caption_justify = f"total {format_seconds(summary.get('seconds'))}", "left"
-    table.add_column("stage", overflow="fold", style="bold")
-    table.add_column("kind", overflow="fold")
-    measured = shares(stage.get("eval_after") or {} for stage in stages)
-    names = ["CI", *(name for name in measured if name not in ("pass@1", "greedy")), *_LOSSES]
-    rows = [_scores(stage, ["pass@1", *names]) for stage in stages]
-    used = ["pass@1", *(name for name in names if any(row[name] for row in rows))]
-    for heading in ("time", *used):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for stage, row in zip(stages, rows):
-        name = Text(stage["name"])
-        if (status := stage["status"]) != "done":
-            name.append(f" {status}", _MARKS.get(status, _MARKS["pending"])[1])
-        seconds = format_seconds(stage["seconds"]) if stage.get("seconds") is not None else ""
-        table.add_row(name, stage["kind"], seconds, *(row[key] for key in used))
-    return table
-
-
-def _sample_size(stages: Sequence[Mapping[str, Any]]) -> str:
-    """What pass@1 was measured on, if every stage was measured alike."""
-    evaluations = [evaluation for stage in stages if (evaluation := stage.get("eval_after"))]
-    found = {tuple(evaluation.get(key) for key in ("n", "k", "temperature")) for evaluation in evaluations}
-    if len(found) != 1 or None in (size := found.pop()):
-        return ""
-    return f" ({size[0]} prompts, {size[1]} samples each, temperature {format_number(size[2])})"
-
-
-def _scores(stage: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
-    before, after = stage.get("eval_before") or {}, stage.get("eval_after") or {}
-    row = {}
-    for key in names:
-        shown = [score(evaluation, key) for evaluation in ((before, after) if key in _CHANGING else (after,))]
-        texts = [format_percent(value) for value in shown if value is not None]
-        row[key] = " → ".join(texts) if shown[-1] is not None else ""
-    bounds = interval(after)
-    row["CI"] = "–".join(map(format_percent, bounds)) if bounds else ""
-    return row | {key: format_number(int(count)) if (count := score(after, key)) else "" for key in _LOSSES}

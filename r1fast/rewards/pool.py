@@ -25,7 +25,7 @@ import numpy as np
 
 from r1fast.rewards.isolation import Isolation, Outcome
 from r1fast.rewards.process import WorkerProcess, memory_share
-from r1fast.rewards.registry import is_builtin, locate, resolve, takes_messages
+from r1fast.rewards.registry import SECONDS_PER_ROW, is_builtin, locate, resolve, takes_messages
 from r1fast.rewards.worker import Scored
 from r1fast.wording import did_you_mean
 
@@ -137,7 +137,9 @@ class RewardPool:
         with ThreadPoolExecutor(self._num_workers) as executor:
             parts = {}
             for reward in self._rewards:
-                isolation = Isolation(partial(self._call, reward, table), self.timeout_s, prompt_of)
+                # More for one that bounds each row's time itself: it knows which row is slow, and goes on with others.
+                timeout_s = self.timeout_s + chunk_rows * reward.seconds_per_row
+                isolation = Isolation(partial(self._call, reward, table), timeout_s, prompt_of)
                 if reward.compares:
                     parts[reward.name] = executor.map(isolation.score_groups, group_chunks)
                 else:
@@ -265,6 +267,7 @@ class _Reward:
         self.location = locate(name)
         self.process = "r1fast" if is_builtin(function) else self.location  # shared by all with the same word here
         self.takes_messages = takes_messages(name, function)
+        self.seconds_per_row = SECONDS_PER_ROW[name](**options) if name in SECONDS_PER_ROW else 0.0
 
     def arguments(self, table: Table, rows: Sequence[int]) -> dict[str, Any]:
         """Keyword arguments of the call on these rows."""

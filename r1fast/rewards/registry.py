@@ -16,14 +16,22 @@ from r1fast.wording import did_you_mean
 RewardFunction = Callable[..., Any]
 
 REWARDS: dict[str, RewardFunction] = {}
+# Of rewards that keep to a time of their own: its seconds for a row, as a function of the reward's options.
+SECONDS_PER_ROW: dict[str, Callable[..., float]] = {}
 _VERL_ROW = ("data_source", "solution_str", "ground_truth", "extra_info")
 _BUILTIN_MODULES = (
-    "accuracy", "cosine", "format", "language", "length", "reasoning_gym", "repetition", "tag_count",
+    "accuracy", "code", "cosine", "format", "language", "length", "reasoning_gym", "repetition", "tag_count",
 )  # fmt: skip
 
 
-def reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
-    """Decorator: registers a reward under a name that recipes can use."""
+def reward(
+    name: str, *, seconds_per_row: Callable[..., float] | None = None
+) -> Callable[[RewardFunction], RewardFunction]:
+    """Decorator: registers a reward under a name that recipes can use.
+
+    seconds_per_row: for a reward that itself bounds the time of a row, that bound, given its options (ValueError for
+    wrong ones); its calls then have so much more time than others.
+    """
 
     def register(function: RewardFunction) -> RewardFunction:
         known = REWARDS.get(name)
@@ -32,6 +40,8 @@ def reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
                 f"reward {name!r} is registered twice: {_dotted(known)} and {_dotted(function)}; rename one"
             )
         REWARDS[name] = function
+        if seconds_per_row is not None:
+            SECONDS_PER_ROW[name] = seconds_per_row
         return function
 
     return register

@@ -70,8 +70,8 @@ class RolloutEngine:
         """As `generate`, of one conversation ([{"role", "content"}, ..]) or a list of them, by the tokenizer's chat
         template: that of a model trained here renders the prompts of its training.
 
-        chat_template_kwargs: variables of the template. continue_final_message: the last message is the assistant's,
-        and completions go on with it. ValueError also for messages that the template, or any of ours, cannot render.
+        chat_template_kwargs: variables of the template, and `tools`. continue_final_message: the last message is the
+        assistant's, and completions go on with it. ValueError also for what the template cannot render.
         """
         conversations = cast(list[Chat], [messages] if is_chat(messages) else list(messages))
         for index, chat in enumerate(conversations):

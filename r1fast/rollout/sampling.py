@@ -28,9 +28,10 @@ _DEFAULTS: dict[str, tuple[str, type | tuple[type, ...], Any]] = {
     "top_k": ("top_k", int, -1),
     "max_new_tokens": ("max_tokens", int, None),
 }
-_NOT_APPLIED = {
-    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0, "top_h": None,
+_NOT_APPLIED: dict[str, Any] = {
+    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0, "typical_p": 1.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None, "no_repeat_ngram_size": 0, "num_beams": 1,
+    "bad_words_ids": None, "suppress_tokens": None, "stop_strings": None,
 }  # fmt: skip
 
 

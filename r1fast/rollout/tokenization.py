@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from r1fast.data.rows import canonical
-from r1fast.data.templates import Messages, render_chat
+from r1fast.data.templates import Messages, check_variables, render_chat
 from r1fast.wording import one_line
 
 Chat = Sequence[Mapping[str, Any]]  # {"role", "content"}
@@ -60,6 +60,7 @@ def _rendered(
             raise ValueError(f"{where}: continue_final_message: {got}")
     messages = canonical({"prompt": asked}, "prompts", where)["prompt"]
     try:
+        check_variables(str(tokenizer.chat_template), tuple(name for name in variables if name != "tools"))
         return render_chat([*messages, *opening], tokenizer, continue_final_message=continue_final_message, **variables)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

@@ -81,6 +81,7 @@ def few_shot_problems(few_shot: FewShotOptions, examples: Sequence[dict], rows: 
 
 def _reformat(sample: Sample, written: str, wanted: str) -> None:
     """Rewrite a well-formed response from one form into another; leave others for the filter to drop."""
+    sample.asked_format = written
     parsed = RESPONSE_FORMATS[written].parse(sample.text, prefilled=sample.prefilled)
     if parsed.well_formed and parsed.reasoning and parsed.answer:
         sample.text = RESPONSE_FORMATS[wanted].render(parsed.reasoning, parsed.answer.removeprefix("Summary:").strip())

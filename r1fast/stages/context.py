@@ -19,6 +19,7 @@ from r1fast.artifacts import Artifact, fingerprint, inputs_of, start_model
 from r1fast.config import ConfigError
 from r1fast.data.chat_templates import chat_template
 from r1fast.data.sources import load_rows
+from r1fast.layouts import layout_of, taught_format, write_layout
 from r1fast.models.decoder import Decoder
 from r1fast.models.lora import LoraConfig, add_adapters, init_adapters, is_adapter, merged_blocks, summary
 from r1fast.models.lora_files import export_of, save_adapter
@@ -42,6 +43,7 @@ from r1fast.schema_options import (
     TrainOptions,
 )
 from r1fast.stages.train_rows import LEFT_OUT, choose_rows, counts_of, describe, nothing_left, tested_key
+from r1fast.stages.peak_memory import begin_peak, peak_bytes
 from r1fast.stopping import Stop
 
 S = TypeVar("S", bound=StageBase, covariant=True)
@@ -58,6 +60,7 @@ class StageContext(Generic[S]):
     trackers: Sequence[Tracker] = ()
     evaluations: dict[str, dict] = field(default_factory=dict)  # by model and settings: nothing is measured twice
     phases: dict[str, float] = field(default_factory=dict)  # seconds by phase, of this process
+    peaks: dict[str, int] = field(default_factory=dict)  # bytes at most by phase, of this process
     started: float = field(default_factory=time.monotonic)
     stop: Stop = field(default_factory=Stop)
     entry: dict[str, Any] = field(default_factory=dict)  # what summary.json says of this stage
@@ -228,6 +231,7 @@ class StageContext(Generic[S]):
                 save_adapter(folder, adapter, model.config, source, exported)
             else:
                 save_model(model.config, state, folder, exported, model.scalar_head, source=source, blocks=blocks)
+            write_layout(folder, layout_of(self.stage, taught_format(self.recipe, self.stage)))
 
         return blocks, write
 
@@ -273,16 +277,19 @@ class StageContext(Generic[S]):
     def log(self, total_steps: int, resume_step: int = 0) -> StageLog:
         self.stage_log = StageLog(
             self.stage_dir, total_steps=total_steps, trackers=self.trackers, is_main=self.dist.is_main,
-            resume_step=resume_step, on_failure=lambda error: setattr(self.stop, "problem", error),
+            resume_step=resume_step, phases=self.phases, logging_steps=getattr(self.stage, "logging_steps", 1),
+            on_failure=lambda error: setattr(self.stop, "problem", error),
         )  # fmt: skip
         return self.stage_log
 
     def clock(self) -> dict[str, Any]:
-        """Seconds that the stage took, in all and by phase, with those of the processes before this one."""
+        """Seconds that the stage took, in all and by phase, with those of the processes before this one; peak bytes."""
         seconds = self.earlier.get("seconds", 0.0) + time.monotonic() - self.started
         before, here = self.earlier.get("phases", {}), self.phases
         phases = {name: round(before.get(name, 0.0) + here.get(name, 0.0), 2) for name in {**before, **here}}
-        return {"seconds": round(seconds, 2), "phases": phases}
+        peaks: dict[str, int] = self.earlier.get("memory", {})
+        memory = {name: max(peaks.get(name, 0), self.peaks.get(name, 0)) for name in {**peaks, **self.peaks}}
+        return {"seconds": round(seconds, 2), "phases": phases, "memory": memory}
 
     def resume_clock(self, saved: dict[str, Any]) -> None:
         """A checkpoint's clock counts where it is ahead of summary.json's, which a kill left behind."""
@@ -300,10 +307,13 @@ class StageContext(Generic[S]):
             yield
             return
         start, self._in_phase = time.perf_counter(), True
+        begin_peak(self.dist.device)
         try:
             yield
         finally:
             self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+            if (peak := peak_bytes(self.dist.device)) is not None:
+                self.peaks[name] = max(peak, self.peaks.get(name, 0))
             self._in_phase = False
 
 

@@ -15,8 +15,8 @@ import torch
 from r1fast.data.rows import location
 from r1fast.models.decoder import Decoder
 from r1fast.models.names import some
-from r1fast.observe.formats import format_percent, score, shares
 from r1fast.observe.metrics import write_parquet
+from r1fast.observe.scores import metrics_of, number_of, said
 from r1fast.parallel.parallelize import local_tensor
 from r1fast.rewards.answers import last_box, plain_number
 from r1fast.schema import EvaluateStage
@@ -25,6 +25,8 @@ from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.sampler import Sample, Sampler, by_group, summary_of
 from r1fast.stages.scoring import NothingScored, Scorer
 
+# How the model was asked.
+_ASKED = ("prompt_template", "response_format", "prefill_think", "chat_template_kwargs", "max_completion_length")
 EVAL_SEED = 1_000_003  # noise of its own: an evaluation never repeats a rollout's
 
 
@@ -54,7 +56,7 @@ def evaluate_end(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Toke
 def _key(ctx: StageContext[EvalOptions], ref: str) -> str:
     stage = ctx.stage
     names = [name for name in EvalOptions.model_fields if name.startswith("eval_") and name != "eval_before"]
-    names += ["prompt_template", "response_format", "prefill_think", "chat_template_kwargs", "max_completion_length"]
+    names += _ASKED
     head = ["lm_head_fp32"] if isinstance(stage, LossOptions) and stage.lm_head_fp32 else []
     return json.dumps([ref, *(getattr(stage, name) for name in names), *head], sort_keys=True)
 
@@ -68,8 +70,9 @@ def evaluate(
     """
     stage, limit = ctx.stage, limit or ctx.stage.eval_limit
     found = [(file, row) for file, rows in ctx.rows_by_file("eval_files") for row in rows]
+    limited = {}
     if limit is not None and limit < len(found):
-        found = random.Random(0).sample(found, limit)  # from every file, the same in every run
+        found, limited = random.Random(0).sample(found, limit), {"limit": limit}  # of all files, the same in every run
     files, rows = [file for file, _ in found], [row for _, row in found]
     check_weights(ctx, model)
     sampler = Sampler(ctx, model, tokenizer)
@@ -94,8 +97,8 @@ def evaluate(
         for file in dict.fromkeys(files):
             sampled, first = ([one for one in part if files[one.group] == file] for part in (samples, greedy))
             result["files"][file] = summarize(sampled, first, stage.response_format)
-    settings = {"split": ",".join(stage.eval_files), **sampling, "k": stage.eval_num_samples}
-    return result | settings
+    asked = {name: getattr(stage, name) for name in _ASKED}
+    return result | {"split": ",".join(stage.eval_files), **limited, **sampling, "k": stage.eval_num_samples, **asked}
 
 
 class Validation:
@@ -127,11 +130,11 @@ class Validation:
                 raise NothingScored(f"{what}: no row of eval_files has what it needs; name another metric or file")
             self.found.append({"step": step, **result})
             self.ctx.write_entry()
-            shown = {name: value for name in shares([result]) if (value := score(result, name)) is not None}
-            text = "  ".join(f"{name} {format_percent(value)}" for name, value in shown.items())
-            self.ctx.message(f"{self.stage.name} after step {step}: {text}")
+            for line in said(result):
+                self.ctx.message(f"{self.stage.name} after step {step}: {line}")
+            shown = {f"eval/{name}": number_of(result, name) for name in metrics_of([result])}
             for tracker in self.ctx.trackers:
-                tracker.log(self.stage.name, step, {f"eval/{name}": value for name, value in shown.items()})
+                tracker.log(self.stage.name, step, {name: value for name, value in shown.items() if value is not None})
         patience, best = self.stage.early_stopping_patience, self.best_step()
         return patience is None or best is None or sum(result["step"] > best for result in self.found) < patience
 
@@ -162,18 +165,25 @@ def check_weights(ctx: StageContext, model: Decoder) -> None:
 
 
 def _table_row(file: str, kind: str, sample: Sample, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Of evaluations/*.parquet; a reward that does not apply is null."""
+    """Of evaluations/*.parquet."""
+    where = {"file": file, "row": location(sample.row, sample.group), "kind": kind}
+    return {**where, **sample_columns(sample, tokenizer)}
+
+
+def sample_columns(sample: Sample, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A sample as tables have it: the prompt as the model read it; a reward that does not apply is null."""
     rewards = {name: None if math.isnan(value) else value for name, value in sample.rewards.items()}
     prompt = tokenizer.decode(sample.prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     gold = sample.row.get("answer")
     gold = gold if gold is None or isinstance(gold, str) else json.dumps(gold, ensure_ascii=False, default=str)
-    said = {"gold": gold, "completion": sample.text, "finish_reason": sample.finish_reason}
-    where = {"file": file, "row": location(sample.row, sample.group), "kind": kind}
-    return {**where, "prompt": prompt, **said, "tokens": len(sample.completion_ids), **rewards}
+    said = {"prompt": prompt, "gold": gold, "completion": sample.text, "finish_reason": sample.finish_reason}
+    return {**said, "tokens": len(sample.completion_ids), **rewards}
 
 
 def summarize(samples: list[Sample], greedy: list[Sample], response_format: str) -> dict[str, Any]:
-    """pass@1 is the mean accuracy over k samples a prompt (how sure that is: `_half_width`), pass@k that of the best.
+    """pass@1 is the mean accuracy over k samples a prompt, pass@k that of the best; other rewards go by their names.
+
+    `m_ci` is half of the 95% interval of m (`_half_width`); `greedy` and `greedy/m` are of greedy answers.
 
     failures: samples on which a reward failed; they score 0. unscorable: prompts whose gold answer gives no accuracy
     at all; n leaves them out.
@@ -181,20 +191,27 @@ def summarize(samples: list[Sample], greedy: list[Sample], response_format: str)
     groups = by_group(samples)
     scored = [group for group in groups if not math.isnan(_mean(_scores(group, "accuracy")))]
     result: dict[str, Any] = {}
-    if scored:
-        means = np.array([_mean(_scores(group, "accuracy")) for group in scored])
+
+    def measure(name: str, groups: list[list[Sample]], values: list[float], mean: float | None = None) -> None:
+        """The mean of a value a prompt, and its interval; prompts to which it does not apply (nan) do not count."""
+        known = [(group[0], value) for group, value in zip(groups, values) if not math.isnan(value)]
         # Prompts of one `problem` ask the same; one without it is a problem of its own.
-        asked = {first.group: first.row.get("problem") for first, *_ in scored}
-        problems = [f"prompt {i}" if problem is None else str(problem) for i, problem in asked.items()]
-        result["pass@1"], result["pass@1_ci"] = float(means.mean()), _half_width(means, problems)
+        asked = [(one.group, one.row.get("problem")) for one, _ in known]
+        problems = [f"prompt {i}" if problem is None else str(problem) for i, problem in asked]
+        result[name] = _mean(values) if mean is None else mean
+        result[f"{name}_ci"] = _half_width(np.array([value for _, value in known]), problems)
+
+    if scored:
+        measure("pass@1", scored, [_mean(_scores(group, "accuracy")) for group in scored])
         result["n"] = len(scored)
-        result["pass@k"] = _mean([float(np.nanmax(_scores(group, "accuracy"))) for group in scored])
-        result["cons@k"] = _mean([_majority(group, response_format) for group in scored])
-    for name in samples[0].rewards if samples else ():
-        if name != "accuracy":
-            result[name] = _mean(_scores(samples, name))
-    if greedy:
-        result["greedy"] = _mean(_scores(greedy, "accuracy"))
+        measure("pass@k", scored, [float(np.nanmax(_scores(group, "accuracy"))) for group in scored])
+        measure("cons@k", scored, [_majority(group, response_format) for group in scored])
+    for kind, part in (("", groups), ("greedy/", by_group(greedy))):
+        for name in samples[0].rewards if part else ():
+            if name != "accuracy" or kind:
+                label = "greedy" if name == "accuracy" else f"{kind}{name}"
+                every = _mean([value for group in part for value in _scores(group, name)])
+                measure(label, part, [_mean(_scores(group, name)) for group in part], every)
     result["failures"] = sum(bool(sample.failed_rewards) for sample in [*samples, *greedy])
     if samples and "accuracy" in samples[0].rewards:
         golds = [sum(group[0].row.get("answer") is not None for group in part) for part in (groups, scored)]
@@ -204,17 +221,17 @@ def summarize(samples: list[Sample], greedy: list[Sample], response_format: str)
 
 
 def _half_width(means: np.ndarray, problems: list[str]) -> float:
-    """Half of the 95% interval of the mean over prompts.
+    """Half of the 95% interval of the mean over prompts; nan of fewer than two.
 
     Prompts that ask the same problem (column `problem`: in another language, say) are not independent: their deviations
     are added up before they are squared.
     """
+    if len(set(problems)) < 2:
+        return math.nan
     sums: dict[str, float] = defaultdict(float)
     for problem, deviation in zip(problems, means - means.mean()):
         sums[problem] += float(deviation)
     count = len(sums)
-    if count < 2:
-        return 0.0
     variance = sum(value**2 for value in sums.values()) * count / (count - 1) / len(means) ** 2
     return float(1.96 * math.sqrt(variance))
 

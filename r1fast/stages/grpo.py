@@ -28,7 +28,7 @@ from r1fast.parallel.parallelize import copy_weights
 from r1fast.policy_loss import linear_own_loss
 from r1fast.schema import GRPOStage
 from r1fast.stages.context import StageContext, Tokenizer
-from r1fast.stages.evaluate import Validation, evaluate_end, evaluate_start
+from r1fast.stages.evaluate import Validation, evaluate_end, evaluate_start, sample_columns
 from r1fast.stages.measures import Max, Mean, Measures, merge, numbers
 from r1fast.stages.packed import Example, PackedBatch, permutation
 from r1fast.stages.reward_model import RewardModels
@@ -65,11 +65,12 @@ class Learner:
     def __init__(
         self, ctx: StageContext[GRPOStage], policy: Decoder, tokenizer: Tokenizer, scorer: Scorer, rows: list[dict]
     ) -> None:
-        self.ctx, self.policy, self.scorer = ctx, policy, scorer
+        self.ctx, self.policy, self.tokenizer, self.scorer = ctx, policy, tokenizer, scorer
         self.stage = ctx.stage
+        self.num_steps = self.stage.steps_on(len(rows))
         self.rollouts = Rollouts(ctx, policy, tokenizer, rows)
         self.trainer = Trainer(
-            ctx, policy, self.stage.num_updates(), validation=Validation(ctx, policy, tokenizer),
+            ctx, policy, self.num_steps * self.stage.updates_per_step, validation=Validation(ctx, policy, tokenizer),
             router_replay=self.stage.router_replay,
         )  # fmt: skip
         self.trainer.state_at = lambda step: {"rollouts": step, "sampling": self.rollouts.state()}
@@ -96,9 +97,9 @@ class Learner:
         done = saved.get("rollouts", 0)
         if saved:
             self.rollouts.load_state(saved["sampling"])
-        with self.ctx.log(stage.max_steps, done) as log:
+        with self.ctx.log(self.num_steps, done) as log:
             step = done
-            while self.trainer.goes_on(step, stage.max_steps):
+            while self.trainer.goes_on(step, self.num_steps):
                 start = time.perf_counter()
                 try:
                     samples, metrics = self.train_step(step)
@@ -109,9 +110,9 @@ class Learner:
                 metrics |= {"step_time": seconds, "tokens_per_second": metrics["num_tokens"] / seconds}
                 log.log(step + 1, metrics)
                 if stage.log_completions and (step == 0 or (step + 1) % stage.log_completions_steps == 0):
-                    log.samples(step + 1, sample_rows(samples, stage))
+                    log.samples(step + 1, sample_rows(samples, stage, self.tokenizer))
                 step += 1
-                self.trainer.save(step, last=step == stage.max_steps)
+                self.trainer.save(step, last=step == self.num_steps)
             self.trainer.take_best(step)
 
     def train_step(self, step: int) -> tuple[list[Sample], dict[str, float]]:
@@ -144,7 +145,7 @@ class Learner:
 
     def _sample_ahead(self, step: int) -> None:
         """With async_steps: begin the next rollout, with the weights of this moment."""
-        if self.ctx.recipe.rollout.async_steps and step + 1 < self.stage.max_steps:
+        if self.ctx.recipe.rollout.async_steps and step + 1 < self.num_steps:
             self.rollouts.begin()
 
     def reward(self, samples: list[Sample]) -> int:
@@ -354,12 +355,10 @@ def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
     return metrics
 
 
-def sample_rows(samples: list[Sample], stage: GRPOStage) -> list[dict[str, Any]]:
+def sample_rows(samples: list[Sample], stage: GRPOStage, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """The first completions of evenly spread prompts, for samples/*.parquet."""
     stride = max(1, len(samples) // stage.log_completions)
-    rows = []
-    for sample in samples[::stride][: stage.log_completions]:
-        row = {"prompt": sample.row["prompt"], "completion": sample.text, "finish_reason": sample.finish_reason}
-        row |= {name: None if np.isnan(value) else value for name, value in sample.rewards.items()}
-        rows.append(row | {"reward": sample.reward, "advantage": sample.advantage})
-    return rows
+    return [
+        sample_columns(sample, tokenizer) | {"reward": sample.reward, "advantage": sample.advantage}
+        for sample in samples[::stride][: stage.log_completions]
+    ]

@@ -4,6 +4,7 @@ A model reads only what `score_on` names: the paper scores helpfulness on the fi
 response (2501.12948, section 2.3.4). As a reward the score is squashed by a sigmoid.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from functools import partial
@@ -115,7 +116,9 @@ def _agreement(ctx: StageContext[RewardModelStage], model: Decoder, units: list[
         right = [chosen > rejected for chosen, rejected in zip(scores[0::2], scores[1::2])]
     else:
         right = [(score > 0) == (unit[0].values["label"] > 0.5) for score, unit in zip(scores, units)]
-    return {"held_out_accuracy": sum(right) / len(right)}
+    share = sum(right) / len(right)
+    half = 1.96 * math.sqrt(share * (1 - share) / len(right))
+    return {"held_out_accuracy": share, "held_out_accuracy_ci": half, "held_out_rows": len(right)}
 
 
 class RewardModels:

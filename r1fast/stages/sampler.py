@@ -46,6 +46,7 @@ class Sample:
     finish_reason: str
     text: str
     prefilled: bool  # the prompt opened the reasoning
+    asked_format: str = ""  # in which it was to be, where that is not the one it is judged in
     routed_experts: np.ndarray | None = None  # of every token but the last: [., L, K]
     rewards: dict[str, float] = field(default_factory=dict)  # by name; nan = does not apply
     failed_rewards: Sequence[str] = ()  # whose call failed: without a value, or 0 where the completion was at fault

@@ -142,8 +142,11 @@ def check_command(words: list[str], command: Callable[..., int], takes: Callable
         from torch.distributed.run import get_args_parser
 
         launched = get_args_parser().parse_args(rest)
-        assert launched.module and launched.training_script == "r1fast.train"
-        check_run(launched.training_script_args, command)
+        assert launched.module
+        if launched.training_script == "r1fast.train":
+            check_run(launched.training_script_args, command)
+        else:
+            takes(launched.training_script, launched.training_script_args)
     elif program == "python" and rest[:2] == ["-m", "r1fast.train"]:
         check_run(rest[2:], command)
     elif program == "python" and rest[0] == "-m":

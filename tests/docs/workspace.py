@@ -77,4 +77,5 @@ def recipe_text(block: Block) -> str:
     raw = load_yaml(block.text)
     if isinstance(raw, list):
         return f"stages:\n{block.text}"
-    return block.text if "stages" in raw else f"{block.text}\nstages: [{{name: a, kind: grpo, train_files: [a.jsonl]}}]"
+    stage = "{name: a, kind: grpo, train_files: a.jsonl, max_steps: 1}"
+    return block.text if "stages" in raw else f"{block.text}\nstages: [{stage}]"

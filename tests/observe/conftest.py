@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,23 @@ CHAIN = [
 ]
 
 
+LONG = "rewards_of_a_package_with_a_long_name.and_a_module.is_answered_politely_and_in_full"
+
+
 @pytest.fixture
 def write_run() -> Callable[..., Path]:
     return make_run
 
 
-def make_run(directory: Path, *, stop_in: str | None = None) -> Path:
+def make_run(directory: Path, *, stop_in: str | None = None, chain: Sequence[tuple[Any, ...]] = CHAIN) -> Path:
     """Write the run; with `stop_in`, that stage stops half way and the later ones are pending."""
     noise = random.Random(0)
     entries: list[dict[str, Any]] = []
     scores: dict[str | None, dict[str, Any]] = {"Qwen/Qwen2.5-0.5B": _evaluation(0.049, 0.52)}
     stopped = False
-    settings = {stage["name"]: stage for stage in _config()["stages"]}
-    with ChainProgress([row[0] for row in CHAIN], is_main=False):
-        for name, kind, model, inputs, steps, seconds, accuracy, language in CHAIN:
+    settings = {stage["name"]: stage for stage in _config(chain)["stages"]}
+    with ChainProgress([row[0] for row in chain], is_main=False):
+        for name, kind, model, inputs, steps, seconds, accuracy, language in chain:
             entry: dict[str, Any] = {"name": name, "kind": kind, "model": model, "inputs": inputs, "status": "done"}
             entry["eval_before"] = scores.get(model, {}) if accuracy is not None and not stopped else {}
             if stopped or name == stop_in:
@@ -51,6 +54,7 @@ def make_run(directory: Path, *, stop_in: str | None = None) -> Path:
                 after = _evaluation(accuracy, language) if accuracy is not None and language is not None else {}
                 scores[name] = after
                 entry |= {"eval_after": after, "seconds": seconds, "phases": _phases(kind, seconds)}
+                entry["memory"] = {name: int((1 + noise.random()) * 4e8) for name in entry["phases"]}
                 entry["numbers"] = _numbers(kind)
             if not stopped:
                 done = steps // 2 if name == stop_in else steps
@@ -75,25 +79,36 @@ def make_run(directory: Path, *, stop_in: str | None = None) -> Path:
         "stages": entries,
     }
     (directory / "summary.json").write_text(json.dumps(summary))
-    (directory / "config.yaml").write_text(yaml.safe_dump(_config(), sort_keys=False))
+    (directory / "config.yaml").write_text(yaml.safe_dump(_config(chain), sort_keys=False))
+    return directory
+
+
+def make_long_run(directory: Path) -> Path:
+    """Sixteen stages, of which the fourteenth is at work, with long names of stages, files and metrics."""
+    make_run(directory, chain=[*CHAIN, *((f"another_student_with_a_long_name_{i}", *CHAIN[-1][1:]) for i in range(5))],
+             stop_in="another_student_with_a_long_name_2")  # fmt: skip
+    path = directory / "summary.json"
+    summary = json.loads(path.read_text())
+    for entry in summary["stages"]:
+        for evaluation in (entry.get("eval_before"), entry.get("eval_after")):
+            if evaluation:
+                evaluation |= {LONG: evaluation["pass@1"] / 2, f"{LONG}_ci": 0.02, "turns": 3.25}
+                evaluation["split"] = "/data/sets/of/many/people/with-a-long-name-that-has-no-end/report-2026-03.jsonl"
+    path.write_text(json.dumps(summary))
+    lines = [json.loads(line) for line in (directory / "zero" / "metrics.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps(line | {f"rewards/{LONG}/mean": 0.5}) + "\n" for line in lines)
+    (directory / "zero" / "metrics.jsonl").write_text(text)
     return directory
 
 
 def _evaluation(accuracy: float, language: float) -> dict[str, Any]:
-    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / 400)
-    return {
-        "pass@1": accuracy,
-        "pass@1_ci": half,
-        "n": 400,
-        "k": 4,
-        "cons@k": min(1.0, accuracy + 0.08),
-        "greedy": min(1.0, accuracy + 0.11),
-        "format": 0.6 + 0.39 * accuracy,
-        "language": language,
-        "length": 9.7 + 14 * accuracy,
-        "split": "test",
-        "temperature": 1.0,
-    }
+    scores = {
+        "pass@1": accuracy, "cons@k": min(1.0, accuracy + 0.08), "greedy": min(1.0, accuracy + 0.11),
+        "format": 0.6 + 0.39 * accuracy, "language": language, "greedy/format": 0.7 + 0.29 * accuracy,
+    }  # fmt: skip
+    halves = {f"{name}_ci": 1.96 * math.sqrt(value * (1 - value) / 400) for name, value in scores.items()}
+    settings = {"split": "report.jsonl", "temperature": 1.0, "top_p": 1.0, "prompt_template": "chat"}
+    return {**scores, **halves, **settings, "n": 400, "k": 4, "length": 9.7 + 14 * accuracy}
 
 
 def _phases(kind: str, seconds: float) -> dict[str, float]:
@@ -108,10 +123,12 @@ def _phases(kind: str, seconds: float) -> dict[str, float]:
 def _numbers(kind: str) -> dict[str, Any]:
     if kind == "reject":
         dropped = {"incorrect": 1904, "mixed_language": 1311, "duplicate": 622, "too_long": 88, "repetition": 38}
-        return {"kept": 1637, "dropped": dropped, "prompts": 1400, "samples_per_prompt": 4}
+        return {"sampled": 5600, "kept": 1637, "dropped": dropped}
     if kind == "collect":
-        return {"rows": 300, "refined": 120, "mean_length": 21.4}
-    return {"parameters": 228_416, "tokens": 2_310_144, "peak_memory_mb": 412.7}
+        return {"sampled": 420, "kept": 300, "kept_from": {"zero": 180, "few_shot": 120}, "dropped": {"incorrect": 120}}
+    if kind == "reward_model":
+        return {"rows": 900, "held_out_accuracy": 0.912, "held_out_accuracy_ci": 0.055, "held_out_rows": 100}
+    return {"parameters": 228_416, "tokens": 2_310_144}
 
 
 def _write_steps(
@@ -158,7 +175,6 @@ def _metrics(
 def _sample(i: int, noise: random.Random) -> dict[str, Any]:
     right = i % 3 != 0
     reasoning = "先算 7 * 6 = 42。然后 42 + 5 = 47。" if i % 2 else "first 7 * 6 = 42 . then 42 + 5 = 47 . <b>so</b>"
-    language = "zh" if i % 2 else "en"
     return {
         "prompt": "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
         "User: what is 7 * 6 + 5 ? Assistant:",
@@ -169,15 +185,14 @@ def _sample(i: int, noise: random.Random) -> dict[str, Any]:
         "language": None if i == 5 else round(noise.random(), 3),
         "reward": float(right) + 0.3 + noise.random(),
         "advantage": (1.0 if right else -1.4) + 0.2 * noise.random(),
-        "answer": "47",
-        "target": language,
+        "gold": "47",
     }
 
 
-def _config() -> dict[str, Any]:
+def _config(chain: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
     grpo = {"num_generations": 16, "prompts_per_step": 32, "rewards": {"accuracy": 1.0, "format": 0.3}, "beta": 0.01}
     stages = []
-    for name, kind, model, inputs, steps, *_ in CHAIN:
+    for name, kind, model, inputs, steps, *_ in chain:
         stage: dict[str, Any] = {"name": name, "kind": kind, "model": model, "inputs": inputs, "max_steps": steps}
         stages.append(stage | {"learning_rate": 5e-4, "lr_scheduler_type": "wsd"} | (grpo if kind == "grpo" else {}))
     return {"name": "tiny", "seed": 0, "model": {"model_type": "deepseek_v3", "hidden_size": 64}, "stages": stages}

@@ -1,10 +1,10 @@
-"""Numbers as people read them, and the forms that a confidence interval may take."""
+"""Numbers as people read them."""
 
 import math
 
 import pytest
 
-from r1fast.observe.formats import format_number, format_percent, format_seconds, interval
+from r1fast.observe.formats import format_bytes, format_number, format_percent, format_seconds
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,5 @@ def test_format_percent_of_a_missing_score_is_a_dash() -> None:
     assert format_percent(None) == format_percent(math.nan) == "–"
 
 
-def test_interval_stays_within_all_and_nothing() -> None:
-    assert interval({"pass@1": 0.98, "pass@1_ci": 0.05}) == pytest.approx((0.93, 1.0))
-    assert interval({"pass@1": 0.98}) is None
-    assert interval(None) is None
+def test_format_bytes() -> None:
+    assert [format_bytes(n) for n in (512_400_000, 999_600_000, 14e9, None)] == ["512 MB", "1 GB", "14 GB", "–"]

@@ -91,7 +91,30 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_step_is_a_line_of_the_open_display(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_and_trackers_get_the_means_of_logging_steps(tmp_path: Path) -> None:
+    tracker = _Recorder()
+    with StageLog(tmp_path / "zero", total_steps=9, logging_steps=3, trackers=[tracker]) as log:
+        for step in range(1, 9):  # the stage ends early
+            log.log(step, {"loss": float(step), "x/max": float(step), "kl": math.nan if step % 3 else 1.0})
+    assert tracker.rows == [
+        ("zero", 3, {"loss": 2.0, "x/max": 3.0, "kl": 1.0}),
+        ("zero", 6, {"loss": 5.0, "x/max": 6.0, "kl": 1.0}),
+        ("zero", 8, {"loss": 7.5, "x/max": 8.0}),
+    ]
+    assert [row["step"] for row in _lines(tmp_path / "zero" / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_each_step_says_how_long_its_phases_took(tmp_path: Path) -> None:
+    phases = {"evaluate": 5.0}  # before the first step
+    with StageLog(tmp_path / "zero", phases=phases) as log:
+        for step in (1, 2):
+            phases["update"] = 2.0 * step
+            log.log(step, {"loss": 1.0})
+    assert [row.get("seconds/update") for row in _lines(tmp_path / "zero" / "metrics.jsonl")] == [2.0, 2.0]
+    assert "seconds/evaluate" not in _lines(tmp_path / "zero" / "metrics.jsonl")[0]
+
+
+def test_first_and_last_step_are_lines_of_the_display(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with ChainProgress(["zero"]) as progress:
         progress.start_stage("zero", "grpo")
         with StageLog(tmp_path / "zero", total_steps=2) as log:
@@ -100,7 +123,8 @@ def test_every_step_is_a_line_of_the_open_display(tmp_path: Path, capsys: pytest
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "zero (grpo) starts",
-        *(f"zero (grpo) {step}/2  reward 0.5  length 21.3  lr 5e-4" for step in (1, 2)),
+        "zero (grpo) 1/2  0.0 s, 0.0 s left  reward 0.5  length 21.3  lr 5e-4",
+        "zero (grpo) 2/2  0.0 s  reward 0.5  length 21.3  lr 5e-4",
     ]
 
 

@@ -1,15 +1,13 @@
-"""The display: plain lines, the live block, the sparkline, the final table."""
+"""The display: plain lines, the live block, the sparkline."""
 
 import io
-import json
 import math
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from r1fast.observe.progress import ChainProgress, active_progress, key_numbers, sparkline, summary_table
+from r1fast.observe import progress as progress_module
+from r1fast.observe.progress import ChainProgress, active_progress, key_numbers, sparkline
 
 
 def _console(*, terminal: bool) -> Console:
@@ -38,7 +36,7 @@ def test_plain_lines_outside_a_terminal() -> None:
     assert active_progress() is None
     assert _printed(console).splitlines() == [
         "base (pretrain) starts",
-        "base (pretrain) 1/2  loss 5",
+        "base (pretrain) 1/2  0.0 s, 0.0 s left  loss 5",
         "✓ base (pretrain)  done  57.0 s  pass@1 8.1",
         "zero (grpo) starts",
         "✗ zero (grpo)  failed",
@@ -81,38 +79,37 @@ def test_sparkline(values: list[float], expected: str) -> None:
     assert sparkline(values, width=4) == expected
 
 
-def test_key_numbers_take_the_first_name_that_has_a_finite_value() -> None:
-    metrics = {"loss": 0.25, "rewards/accuracy/mean": math.nan, "accuracy": 0.5, "tokens_per_second": 15_512.0}
-    assert key_numbers(metrics) == {"accuracy": 0.5, "loss": 0.25, "tok/s": 15_512.0}
+def test_key_numbers_are_every_reward_and_metric_of_ones_own_that_is_finite() -> None:
+    metrics = {"loss": 0.25, "rewards/b/mean": math.nan, "rewards/a/mean": 0.5, "mine": 2.0, "grad_norm": 1.0}
+    metrics |= {"sampling/x": 1.0, "tokens_per_second": 15_512.0, "learning_rate": 1e-6, "num_tokens": 1.0}
+    assert key_numbers(metrics) == {"a": 0.5, "loss": 0.25, "mine": 2.0, "lr": 1e-6, "tok/s": 15_512.0}
 
 
-def test_summary_table_has_a_row_per_stage_and_only_columns_with_content(
-    tmp_path: Path, write_run: Callable[..., Path]
-) -> None:
-    summary = json.loads((write_run(tmp_path, stop_in="dev2") / "summary.json").read_text())
-    console = Console(file=io.StringIO(), width=160)
-    console.print(summary_table(summary))
-    text = _printed(console)
-    assert "8.1 → 79.1" in text and "75.1–83.1" in text
-    assert "dev2 running" in text and "r1 pending" in text
-    assert "cons@k" in text and "harmless" not in text
-
-
-def test_summary_table_of_an_empty_summary() -> None:
-    assert summary_table({}).row_count == 0
-
-
-def test_every_reward_and_the_failures_stand_with_the_scores() -> None:
+def test_lines_of_steps_tell_the_time_and_are_seconds_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     console = _console(terminal=False)
-    evaluation = {"pass@1": 0.5, "n": 8, "mine": 0.25, "failures": 3, "unscorable": 0}
     with ChainProgress(["zero"], console=console) as progress:
-        progress.finish_stage("zero", evaluation=evaluation)
-    assert _printed(console) == "✓ zero  done  pass@1 50.0  3 samples with a failed reward (scored 0)\n"
-    stages = [{"name": "zero", "kind": "grpo", "status": "done", "seconds": 1.0, "eval_after": evaluation}]
-    console.print(summary_table({"recipe": "mine", "seconds": 1.0, "stages": stages}))
-    assert "failures" in _printed(console) and "unscorable" not in _printed(console)
-    assert "mine" in _printed(console) and "25.0" in _printed(console)
+        progress.start_stage("zero", "grpo")
+        progress.begin_steps(100, done=20)  # resumed
+        for step in range(21, 101):
+            now[0] += 2.0
+            progress.step(step, {"reward": 0.5} if step % 2 == 0 else None)
+    lines = _printed(console).splitlines()[1:]
+    assert lines[0] == "zero (grpo) 22/100  4.0 s, 2 m 36 s left  reward 0.5"
+    assert lines[1] == "zero (grpo) 26/100  12.0 s, 2 m 28 s left  reward 0.5"  # 8 s later: 24 was too soon
+    assert lines[-1] == "zero (grpo) 100/100  2 m 40 s  reward 0.5" and len(lines) == 21
+
+
+def test_every_file_and_the_failures_stand_with_the_scores() -> None:
     console = _console(terminal=False)
-    stages[0]["eval_after"] = {**evaluation, "failures": 0}
-    console.print(summary_table({"recipe": "mine", "seconds": 1.0, "stages": stages}))
-    assert "failures" not in _printed(console)
+    with ChainProgress(["zero", "r1"], console=console) as progress:
+        progress.finish_stage("zero", evaluation={"pass@1": 0.5, "mine": 0.25, "n": 8, "failures": 3, "unscorable": 0})
+        files = {"a.jsonl": {"pass@1": 0.5, "pass@1_ci": 0.1}, "b.jsonl": {"mine": 0.25}}
+        progress.finish_stage("r1", evaluation={"pass@1": 0.5, "mine": 0.25, "files": files})
+    assert _printed(console).splitlines() == [
+        "✓ zero  done  pass@1 50.0  mine 25.0  3 samples with a failed reward (scored 0)",
+        "✓ r1  done",
+        "    a.jsonl: pass@1 50.0 ± 10.0",
+        "    b.jsonl: mine 25.0",
+    ]

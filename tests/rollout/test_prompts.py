@@ -73,6 +73,8 @@ def test_a_template_gets_its_variables(engine: RolloutEngine, monkeypatch: pytes
     monkeypatch.setattr(engine.tokenizer, "chat_template", template)
     engine.chat([USER], GREEDY, chat_template_kwargs={"enable_thinking": True})
     assert engine.tokenizer.decode(engine.asked[0][0][0]) == USER["content"] + "yes"
+    with pytest.raises(ValueError, match=r"prompt 0: .*does not read 'enable_thought'.*did you mean 'enable_thinking'"):
+        engine.chat([USER], GREEDY, chat_template_kwargs={"enable_thought": True})
 
 
 @pytest.mark.parametrize(
@@ -132,5 +134,5 @@ def test_defaults_that_cannot_be_name_the_file(said: dict) -> None:
 
 def test_penalties_that_are_not_applied_are_named(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "r1fast"):
-        default_params({"repetition_penalty": 1.1, "min_p": 0.0}, 100)
-    assert caplog.messages == ["generation_config.json: repetition_penalty 1.1: not applied"]
+        default_params({"repetition_penalty": 1.1, "min_p": 0.0, "presence_penalty": 1.5}, 100)
+    assert caplog.messages == ["generation_config.json: repetition_penalty 1.1, presence_penalty 1.5: not applied"]

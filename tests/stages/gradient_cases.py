@@ -27,6 +27,7 @@ SFT = {
 GRPO = {
     "name": "grpo", "kind": "grpo", "train_files": ["-"], "rewards": {"length": 1.0}, "num_generations": 4,
     "prompts_per_step": 3, "max_completion_length": 12, "max_prompt_length": 16, "prompt_template": "plain",
+    "max_steps": 9,
 }  # fmt: skip
 PAIRWISE = {"name": "rm", "kind": "reward_model", "train_files": ["-"], "loss": "pairwise"}
 WHOLE, SMALL = {"max_tokens_per_microbatch": 4096}, {"max_tokens_per_microbatch": 30}

@@ -72,6 +72,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Rollouts, S
         monkeypatch.setattr(module, "Sampler", ScriptedSampler)
         rows = [{"prompt": str(i), "domain": "ab"[i % 2]} for i in range(7)]
         stage = {"name": "zero", "kind": "grpo", "train_files": ["-"], "num_generations": G, "prompts_per_step": 4}
+        stage |= {"max_steps": 9}
         stage |= {"max_completion_length": LONGEST, **options}
         recipe = SimpleNamespace(rollout=SimpleNamespace(async_steps=0))
         ctx: Any = SimpleNamespace(stage=GRPOStage.model_validate(stage), seed=seed, recipe=recipe)

@@ -69,7 +69,7 @@ def test_failures_count_as_wrong_in_an_evaluation_and_stand_beside_it() -> None:
 
 
 def test_a_head_in_float32_makes_another_evaluation() -> None:
-    stage = {"name": "zero", "kind": "grpo", "train_files": ["-"]}
+    stage = {"name": "zero", "kind": "grpo", "train_files": ["-"], "max_steps": 2}
     contexts: list[Any] = [
         SimpleNamespace(stage=GRPOStage.model_validate({**stage, "lm_head_fp32": in_fp32})) for in_fp32 in (False, True)
     ]
@@ -105,19 +105,36 @@ def test_other_rewards_that_failed_lower_their_mean() -> None:
     assert result["format"] == 0.5 and result["pass@1"] == 1.0 and result["failures"] == 1
 
 
+def test_every_metric_has_its_interval_and_greedy_answers_their_own() -> None:
+    rows = [{"prompt": str(i), "answer": "1", "problem": "same"} for i in range(2)] + [{"prompt": "2", "answer": "1"}]
+    samples = [sample(i, accuracy=x, mine=2.0 * x, row=rows[i]) for i, x in ((0, 1.0), (0, 0.0), (1, 1.0), (2, 0.0))]
+    greedy = [sample(i, accuracy=1.0, mine=NAN if i else 3.0, row=rows[i]) for i in range(3)]
+    result = summarize(samples, greedy, "think_answer")
+    # Means of prompts 0.5, 1, 0; the first two are one problem: deviations 0.5 and -0.5 of two problems.
+    half = 1.96 * (0.5**2 * 2 * 2 / 1) ** 0.5 / 3
+    assert result["pass@1"] == 0.5 and result["pass@1_ci"] == pytest.approx(half)
+    assert result["mine"] == 1.0 and result["mine_ci"] == pytest.approx(2 * half)
+    assert result["greedy"] == 1.0 and result["greedy_ci"] == 0.0 and result["greedy/mine"] == 3.0
+    assert "greedy/mine_ci" not in result  # of one prompt nobody knows
+
+
 @pytest.mark.parametrize(
     ("failed", "accuracy", "row", "reason"),
     [
         (("accuracy",), NAN, None, "reward failed"),
         (("accuracy",), 0.0, None, "reward failed"),
         ((), NAN, None, "gold unreadable"),
-        ((), 0.0, None, "incorrect"),
-        ((), NAN, {"prompt": "hello"}, "malformed"),  # no gold: only the form is judged
+        ((), 0.0, {"text": "<think>one and one</think><answer>3</answer>"}, "incorrect"),
+        ((), 0.0, None, "not in format think_answer"),
+        ((), 0.0, {"finish_reason": "length"}, "truncated"),
+        ((), NAN, {"prompt": "hello"}, "not in format think_answer"),  # no gold: only the form is judged
     ],
 )
 def test_why_a_sample_is_dropped(failed: tuple[str, ...], accuracy: float, row: Any, reason: str) -> None:
     stage: Any = SimpleNamespace(filters=FilterOptions(), min_reward=1.0, rewards={"accuracy": 1.0})
-    made = sample(0, failed, accuracy=accuracy, row=row, text="no tags")
+    found = row or {}
+    made = sample(0, failed, accuracy=accuracy, row=None if "prompt" not in found else row, text="no tags")
+    made.text, made.finish_reason = found.get("text", made.text), found.get("finish_reason", "stop")
     made.reward = accuracy
     assert drop_reason(made, stage, "think_answer") == reason
 

@@ -5,6 +5,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -92,6 +93,13 @@ def test_grpo_with_a_reward_of_ones_own(
     assert (zero / "checkpoints" / "step_20" / "manifest.json").is_file()
 
 
+def asked(row: dict[str, Any]) -> str:
+    """The question of a sample, whose prompt is as the model read it."""
+    text = row["prompt"].partition("<｜User｜>")[2]
+    assert text.endswith("<｜Assistant｜>")
+    return str(text.removesuffix("<｜Assistant｜>"))
+
+
 def test_grpo_samples_hold_what_the_update_saw(train, base_model: Path, tmp_path: Path) -> None:
     stage = {"name": "zero", "kind": "grpo", "train_files": ["train.jsonl"], **SHORT, "num_generations": 4}
     stage |= {"rewards": {"red": {"function": "my_rewards.py:say_red", "weight": 2.0}}, "prompts_per_step": 2}
@@ -101,7 +109,9 @@ def test_grpo_samples_hold_what_the_update_saw(train, base_model: Path, tmp_path
     assert [file.stem for file in files] == ["step_00001", "step_00002", "step_00003"]
     for step, file in enumerate(files):
         rows = pq.read_table(file).to_pylist()
-        assert len(rows) == 8 and {row["prompt"] for row in rows} <= {row["prompt"] for row in PROMPTS}
+        assert len(rows) == 8 and {asked(row) for row in rows} <= {row["prompt"] for row in PROMPTS}
+        golds = {row["prompt"]: row["answer"] for row in PROMPTS}
+        assert all(row["gold"] == golds[asked(row)] and row["tokens"] <= 8 for row in rows)
         assert [row["reward"] for row in rows] == pytest.approx([2 * row["red"] for row in rows])
         for group in (rows[:4], rows[4:]):
             rewards = torch.tensor([row["reward"] for row in group])
@@ -110,6 +120,17 @@ def test_grpo_samples_hold_what_the_update_saw(train, base_model: Path, tmp_path
         assert metrics(tmp_path / "run" / "zero", "reward")[step] == pytest.approx(
             mean([row["reward"] for row in rows])
         )
+
+
+def test_grpo_in_epochs_sees_every_prompt_once(train, base_model: Path, tmp_path: Path) -> None:
+    """20 prompts, 8 in a step: three steps, the last of which begins the next pass."""
+    stage = {"name": "zero", "kind": "grpo", "train_files": "train.jsonl", **SHORT, "num_generations": 2}
+    stage |= {"num_train_epochs": 1, "prompts_per_step": 8, "max_completion_length": 4, "log_completions": 16}
+    train(base_model, {**stage, "rewards": {"red": {"function": "my_rewards.py:say_red"}}, "log_completions_steps": 1})
+    files = sorted((tmp_path / "run" / "zero" / "samples").glob("*.parquet"))
+    drawn = [row["prompt"] for file in files for row in pq.read_table(file).to_pylist()[::2]]
+    assert len(files) == 3 and len(drawn) == 24
+    assert len(set(drawn[:20])) == len(PROMPTS) == 20
 
 
 def test_grpo_off_policy_on_a_mixture_of_experts(train, tmp_path: Path) -> None:
@@ -263,9 +284,9 @@ def test_reject_keeps_only_what_is_right(train, taught_model: Path, tmp_path: Pa
     reasons = check_record(kept, numbers)
     assert numbers["sampled"] == 16 * len(QUESTIONS)
     # Taught: a quarter wrong, a quarter malformed, half right, of which all but one per question are duplicates.
-    assert min(reasons["incorrect"], reasons["malformed"], reasons["duplicate"]) > 12
+    assert min(reasons["incorrect"], reasons["not in format think_answer"], reasons["duplicate"]) > 12
     for row in rows_of(kept / "dropped.jsonl"):
-        if row["reason"] == "malformed":
+        if row["reason"] == "not in format think_answer":
             assert not re.fullmatch(r"<think>[^<]+</think>\s*<answer>[^<]+</answer>", row["completion"])
 
 
@@ -304,8 +325,9 @@ def test_reject_of_everything_says_why(
     stage = {"name": "kept", "kind": "reject", "train_files": ["questions.jsonl"], **SHORT, "num_samples": 2}
     config = write_recipe(tmp_path / "mine.yaml", stage, model={"path": str(base_model)})
     assert command("--config", config, "--output-dir", "run") == 1
-    assert "stages.kept: none of 16 samples passed: {'incorrect': 16}" in capsys.readouterr().err
-    assert len(rows_of(tmp_path / "run" / "kept" / "dropped.jsonl")) == 16
+    assert "stages.kept: none of 16 samples passed: {" in capsys.readouterr().err
+    reasons = Counter(row["reason"] for row in rows_of(tmp_path / "run" / "kept" / "dropped.jsonl"))
+    assert set(reasons) == {"truncated", "not in format special_token"} and reasons.total() == 16
 
 
 def test_collect_brings_both_sources_into_the_cold_start_form(train, taught_model: Path, tmp_path: Path) -> None:
@@ -458,7 +480,7 @@ def test_reward_model_ranks_what_it_has_not_seen(train, base_model: Path, tmp_pa
     rows = pq.read_table(tmp_path / "run" / "zero" / "samples" / "step_00001.parquet").to_pylist()
     assert len({row["good"] for row in rows}) > 4
     for row in rows:
-        score = torch.tensor(score_of(model, row["prompt"], row["completion"]))
+        score = torch.tensor(score_of(model, asked(row), row["completion"]))
         assert row["good"] == pytest.approx(float(score.sigmoid()), abs=1e-4) and row["reward"] == 2 * row["good"]
 
 

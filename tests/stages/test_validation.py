@@ -211,12 +211,16 @@ def test_what_the_best_step_is_chosen_by_cannot_change(
         ({"eval_steps": 7}, "eval_steps = 7 is more than max_steps = 6"),
         ({"eval_steps_limit": 5, "eval_limit": 4}, "eval_steps_limit = 5 is more than eval_limit = 4"),
         ({"eval_rewards": {"length": {"function": "format"}}}, "'length' is what an evaluation calls something of its"),
+        ({"eval_rewards": {"mine_ci": {"function": "format"}}}, "'mine_ci' is what an evaluation calls something"),
+        ({"eval_rewards": {"greedy/x": {"function": "format"}}}, "'greedy/x' is what an evaluation calls something"),
+        ({"rewards": {"advantage": {"function": "format"}}}, "'advantage', as a column of samples/*.parquet is"),
         ({"eval_top_p": 0.0}, "eval_top_p"),
         ({"eval_top_p": 1.5}, "eval_top_p"),
         ({"eval_temperature": 0.0, "eval_num_samples": 1, "eval_top_p": 0.9}, "eval_top_p = 0.9 does not apply"),
     ],
     ids=[
-        "files", "steps", "metric", "unknown", "no-accuracy", "no-greedy", "late", "limits", "name", "top_p", "above-1",
+        "files", "steps", "metric", "unknown", "no-accuracy", "no-greedy", "late", "limits", "name",
+        "interval", "greedy-name", "column", "top_p", "above-1",
         "greedy",
     ],
 )  # fmt: skip
