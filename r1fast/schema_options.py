@@ -354,7 +354,7 @@ class DecontaminateOptions(Strict):
     """Rows of train_files are left out whose prompt has a run of words in common with a prompt of a test."""
 
     ngram: Positive = 13  # words, or Chinese and Japanese characters; a prompt of fewer has to be the same as a whole
-    files: list[Prompts] = []  # the tests; none: the stage's eval_files
+    files: Listed[Prompts] = []  # the tests; none: the stage's eval_files
 
 
 class DeduplicateOptions(Strict):

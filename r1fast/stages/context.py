@@ -42,8 +42,8 @@ from r1fast.schema_options import (
     TrainFilesOptions,
     TrainOptions,
 )
-from r1fast.stages.train_rows import LEFT_OUT, choose_rows, counts_of, describe, nothing_left, tested_key
 from r1fast.stages.peak_memory import begin_peak, peak_bytes
+from r1fast.stages.train_rows import LEFT_OUT, choose_rows, counts_of, describe, nothing_left, tested_key
 from r1fast.stopping import Stop
 
 S = TypeVar("S", bound=StageBase, covariant=True)
