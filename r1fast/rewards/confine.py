@@ -74,7 +74,7 @@ def confine_program(memory_bytes: int, cpu_s: int) -> None:
         hard = resource.getrlimit(what)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(what, (limit, limit))
-    instructions = _filter(platform.machine())
+    instructions = seccomp_filter(platform.machine())
     code = ctypes.create_string_buffer(b"".join(instructions))
     sock_fprog = struct.pack("HxxxxxxQ", len(instructions), ctypes.addressof(code))
     program = ctypes.create_string_buffer(sock_fprog)
@@ -138,7 +138,7 @@ def _enter_namespaces(folders: list[str]) -> bool:
         # A place where no Python is installed, and which the new root does not have.
         root = "/proc"
         _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV)
-        for folder in folders:
+        for folder in sorted(folders, key=os.path.realpath):  # one within another comes with that
             _bring_in(folder, root)
         os.chroot(root)
         os.chdir("/")
@@ -151,7 +151,7 @@ def _bring_in(folder: str, root: str) -> None:
     """At its place below root, and where it is reached by a link that too."""
     real = os.path.realpath(folder)
     place = root + real
-    if not os.path.exists(place):  # else it came with a folder around it
+    if not os.path.exists(place):
         if os.path.isdir(real):
             os.makedirs(place)
         else:
@@ -225,8 +225,11 @@ _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _LOAD, _EQUAL, _AND, _RETURN = 0x20, 0x15, 0x54, 0x06  # linux/bpf_common.h: LD|W|ABS, JMP|JEQ|K, ALU|AND|K, RET|K
 
 
-def _filter(machine: str) -> list[bytes]:
-    """The instructions; for each system call a comparison and what follows of it, so that every jump is short."""
+def seccomp_filter(machine: str) -> list[bytes]:
+    """The instructions (struct sock_filter): for each system call a comparison and what follows, so jumps are short.
+
+    Raises CannotConfine for a machine whose numbers are not known.
+    """
     if machine not in _AUDIT_ARCH or sys.byteorder != "little":
         known = " and ".join(_AUDIT_ARCH)
         raise CannotConfine(f"a seccomp filter for {machine} (there are some for {known})")

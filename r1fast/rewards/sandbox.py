@@ -147,23 +147,24 @@ def _memory_file(content: bytes) -> int:
 
 def _watch(pid: int, read_end: int, timeout_s: float) -> Ended:
     """What the process writes until it has ended, and the limit that it has passed."""
-    pieces: list[bytes] = []
-    room = MAX_OUTPUT_BYTES
+    output = bytearray()
+    poll = select.poll()
+    poll.register(read_end, select.POLLIN)
     end = time.monotonic() + CLOCK_LIMITS * timeout_s
     is_open, next_look = True, 0.0
     while True:
-        if is_open and select.select([read_end], [], [], _POLL_S)[0]:
-            pieces.append(os.read(read_end, 1 << 16))
-            room -= len(pieces[-1])
-            is_open = pieces[-1] != b""
-        if room < 0:
+        if is_open and poll.poll(_POLL_S * 1000):
+            piece = os.read(read_end, 1 << 16)
+            output += piece
+            is_open = piece != b""
+        if len(output) > MAX_OUTPUT_BYTES:
             return Ended(b"", f"more than {MAX_OUTPUT_BYTES} bytes of output")
         if is_open and time.monotonic() < next_look:
             continue
         next_look = time.monotonic() + _POLL_S
         state, processor_s, threads = _look_at(pid)
         if state in (b"Z", b"X") and not is_open:
-            return Ended(b"".join(pieces), "")
+            return Ended(bytes(output), "")
         if processor_s > timeout_s or time.monotonic() > end:
             return Ended(b"", f"more than {timeout_s:g} s", out_of_time=True)
         if threads > MAX_THREADS:

@@ -3,16 +3,18 @@
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zoneinfo
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from r1fast.rewards.code_tests import CodeTest, passes
-from r1fast.rewards.confine import LAYERS
+from r1fast.rewards.confine import LAYERS, CannotConfine, seccomp_filter
 from r1fast.rewards.sandbox import Ended, Program, Sandbox, SandboxError
 from tests.rewards.hostile_programs import LIMITED, POINTLESS, REFUSED, refused
 
@@ -100,6 +102,7 @@ def check_limited(sandbox: Sandbox, name: str, folder: Path) -> None:
     assert re.search(fault, ended.fault), ended
 
 
+TIME_ZONES = str(any(os.path.exists(f"{path}/UTC") for path in zoneinfo.TZPATH))
 HONEST = {
     "sums": ("print(sum(map(int, input().split())))", "3"),
     "reads_all": ("import sys; print(len(sys.stdin.read().split()))", "2"),
@@ -124,6 +127,7 @@ HONEST = {
     "numpy": ("import numpy; print(int(numpy.arange(4).sum()))", "6"),
     "main": ("def main(): print(1)\nif __name__ == '__main__': main()", "1"),
     "a_clock": ("import time; time.sleep(0.01); print(time.perf_counter() > 0)", "True"),
+    "time_zones": ("import os, zoneinfo; print(any(os.path.exists(p + '/UTC') for p in zoneinfo.TZPATH))", TIME_ZONES),
     "the_same_order": ("print(list({'a', 'b', 'c', 'd'}), __import__('random').random())", None),
 }
 
@@ -165,6 +169,61 @@ def test_without_a_way_to_hide_files_nothing_runs() -> None:
     with pytest.raises(SandboxError, match=r"cannot be confined on this machine: neither Landlock.*runs none"):
         Sandbox([])
     assert state() == before
+
+
+ALLOW, EPERM, ENOTTY, ENOSYS, KILL = 0x7FFF0000, 0x50001, 0x50019, 0x50026, 0x80000000
+ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+
+def verdict(machine: str, number: int, *arguments: int, arch: int | None = None) -> int:
+    """What the filter says to a system call: linux/filter.h, interpreted."""
+    words = [number, arch or ARCH[machine], 0, 0]
+    for argument in (*arguments, 0, 0, 0, 0, 0, 0)[:6]:
+        words += [argument & 0xFFFFFFFF, argument >> 32]
+    program = [struct.unpack("HBBI", instruction) for instruction in seccomp_filter(machine)]
+    at = register = 0
+    while True:
+        code, if_true, if_false, value = program[at]
+        at += 1
+        if code == 0x20:
+            register = words[value // 4]
+        elif code == 0x54:
+            register &= value
+        elif code == 0x15:
+            at += if_true if register == value else if_false
+        else:
+            assert code == 0x06
+            return value
+
+
+@pytest.mark.parametrize(
+    ("machine", "names"),
+    [
+        ("x86_64", {"read": 0, "write": 1, "openat": 257, "clone": 56, "fcntl": 72, "prlimit64": 302, "ioctl": 16}),
+        ("aarch64", {"read": 63, "write": 64, "openat": 56, "clone": 220, "fcntl": 25, "prlimit64": 261, "ioctl": 29}),
+    ],
+)
+def test_filter(machine: str, names: dict[str, int]) -> None:
+    assert verdict(machine, names["read"]) == verdict(machine, names["write"]) == ALLOW
+    assert verdict(machine, names["ioctl"], 0, 0x5412) == ENOTTY and verdict(machine, 435) == ENOSYS
+    assert verdict(machine, names["read"], arch=0x40000003) == KILL
+    for flags, says in ((os.O_RDONLY, ALLOW), (os.O_CLOEXEC | os.O_DIRECTORY, ALLOW), (os.O_WRONLY, EPERM)):
+        assert verdict(machine, names["openat"], 0, 0, flags) == says
+    for flags in (os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_TMPFILE | os.O_RDWR, 3):
+        assert verdict(machine, names["openat"], 0, 0, flags) == EPERM
+    thread = 0x3D0F00  # what the C library asks for
+    assert verdict(machine, names["clone"], thread) == ALLOW
+    for flags in (17, thread & ~0x10000, thread | 0x10000000, thread | 0x40000000):
+        assert verdict(machine, names["clone"], flags) == EPERM
+    assert [verdict(machine, names["fcntl"], 1, command) for command in (3, 8, 10)] == [ALLOW, EPERM, EPERM]
+    assert [verdict(machine, names["prlimit64"], pid) for pid in (0, 1, 1 << 32 | 1)] == [ALLOW, EPERM, EPERM]
+    allowed = [number for number in range(600) if verdict(machine, number) != EPERM]
+    assert len(allowed) < 90 and verdict(machine, 0x40000000) == EPERM
+
+
+def test_other_processors_are_refused() -> None:
+    with pytest.raises(CannotConfine, match="a seccomp filter for riscv64"):
+        seccomp_filter("riscv64")
 
 
 def test_memory_and_descriptors_do_not_grow(sandbox: Sandbox) -> None:
