@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from r1fast.artifacts import inputs_of
+from r1fast.artifacts import Artifact, inputs_of
 from r1fast.config import ConfigError, shown
 from r1fast.policy_loss import loss_problems
 from r1fast.preflight_models import model_problems
@@ -25,9 +25,15 @@ from r1fast.rollout.vllm import INSTALL, LOWEST_TEMPERATURE, RolloutError
 from r1fast.rollout.vllm_server import Client, server_problems
 from r1fast.run_folder import holds_nothing
 from r1fast.schema import GRPOStage, Recipe
+<<<<<<< HEAD
 from r1fast.schema_options import EvalOptions, SampleOptions, StageBase, reward_specs
+=======
+from r1fast.schema_options import EvalOptions, SampleOptions, StageBase, TrainFilesOptions, reward_specs
+from r1fast.schema_types import RowKind
+>>>>>>> main
 from r1fast.stages.rollouts import unrewarded_problems
 from r1fast.stages.scoring import pool_arguments
+from r1fast.stages.train_rows import choose_rows, describe, nothing_left, tested_key
 
 
 def check_output(run_dir: Path, *, resume: bool, stages: Sequence[str] = ()) -> None:
@@ -108,6 +114,8 @@ def _problems(recipe: Recipe, stage: StageBase, notes: list[str]) -> Iterator[st
         if None not in refs:
             rows_of[key] = rows
         yield from text_problems(recipe, stage, key, kind, rows)
+    if isinstance(stage, TrainFilesOptions):
+        yield from _choose(stage, data, rows_of, notes)
     yield from row_problems(recipe, stage, rows_of, notes)
     if isinstance(stage, GRPOStage) and stage.is_own_loss:
         yield from loss_problems(stage.loss_type)
@@ -128,6 +136,33 @@ def _problems(recipe: Recipe, stage: StageBase, notes: list[str]) -> Iterator[st
         yield from unrewarded_problems(stage, rows_of["train_files"])
 
 
+<<<<<<< HEAD
+=======
+def _choose(
+    stage: TrainFilesOptions, data: Sequence[Artifact], rows_of: dict[str, Sequence[dict]], notes: list[str]
+) -> Iterator[str]:
+    """Take what the stage will leave out of train_files, and say so; where it compares with rows that exist."""
+    if stage.decontaminate is None and stage.deduplicate is None:
+        return
+    rows, key = rows_of.get("train_files"), tested_key(stage)
+    if rows is None or (key is not None and key not in rows_of):
+        return
+    kind = next(found.rows for found in data if found.key == "train_files")
+    assert kind is not None, "train_files hold rows"
+    chosen, left_out = choose_rows(stage, kind, rows, rows_of[key] if key else ())
+    if not chosen:
+        yield nothing_left(left_out, len(rows))
+    elif left_out:
+        notes.append(describe(left_out, len(rows)))
+    rows_of["train_files"] = chosen
+
+
+@cache
+def _rows(sources: tuple[str, ...], kind: RowKind) -> list[dict]:
+    return load_rows(list(sources), kind) if sources else []
+
+
+>>>>>>> main
 def _check_rewards(rewards: Mapping[str, Any], columns: set[str] | None) -> None:
     for arguments in pool_arguments(reward_specs(rewards)).values():
         with RewardPool(arguments) as pool:
