@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m r1fast.export", description="Write a Hugging Face checkpoint of what a stage has trained."
     )
     parser.add_argument("source", type=Path, help="RUN/STAGE, or RUN/STAGE/STEP for one of its checkpoints")
-    parser.add_argument("output", type=Path, help="a folder that is not there yet")
+    parser.add_argument("output", type=Path, help="a folder that is not there yet; those above it are made")
     parser.add_argument("--dtype", choices=DTYPES, help="of a whole model (default: bfloat16); adapters are float32")
     parser.add_argument("--merge-and-unload", action="store_true", help="of a stage with lora, write a whole model")
     given = parser.parse_args(arguments)
@@ -66,6 +66,7 @@ def export(source: Path, output: Path, dtype: torch.dtype | None = None, *, merg
             raise ValueError(f"{finished} is a LoRA folder as it is; for a whole model add --merge-and-unload")
         found = Checkpoint(finished)
         model, blocks = found.decoder(dtype or _DEFAULT), found.blocks(dtype or _DEFAULT)
+        output.parent.mkdir(parents=True, exist_ok=True)
         with replace_folder(output) as folder:
             save_model(
                 model.config, model.state_dict(), folder, found.tokenizer(), model.scalar_head,
@@ -83,6 +84,7 @@ def export(source: Path, output: Path, dtype: torch.dtype | None = None, *, merg
         model, tokenizer = _start(ctx)
         checkpoint.load_weights(path, model=model, dist=dist)
         blocks, write = ctx.export(model, tokenizer, dtype=dtype or _DEFAULT, merge=merge_and_unload)
+        output.parent.mkdir(parents=True, exist_ok=True)
         with replace_folder(output) as folder:
             write(folder)
         deque(blocks, maxlen=0)

@@ -57,6 +57,12 @@ def test_the_last_step_is_the_model_and_the_one_before_another(run: Path, stage:
     torch.testing.assert_close(theirs, logits(tmp_path / "1"), rtol=1e-4, atol=1e-5)
 
 
+def test_folders_above_the_output_are_made(run: Path, tmp_path: Path) -> None:
+    for source, output in (("zero", "a/b/whole"), ("zero/1", "c/step")):
+        assert main([str(run / source), str(tmp_path / output)]) == 0
+        assert (tmp_path / output / "config.json").is_file()
+
+
 def test_dtype_is_that_of_every_weight_but_the_routers_bias(run: Path, tmp_path: Path) -> None:
     for source, output in (("zero/2", "checkpoint"), ("zero", "model")):
         assert main([str(run / source), str(tmp_path / output)]) == 0

@@ -5,10 +5,12 @@ the slow one they are typed, with tiny models and data. What needs several machi
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +21,9 @@ import pytest
 
 from r1fast.command_line import parse
 from r1fast.config import RECIPES, load_recipe
-from r1fast.unknown_keys import FLAGS
 from tests.docs.pages import ALL_BLOCKS, PAGES, ROOT, Block, blocks, prose
 from tests.docs.test_facts import defaults_of_trl
-from tests.docs.workspace import commands, fill, inline_commands, recipe_text, substituted
+from tests.docs.workspace import ROW, commands, fill, inline_commands, made_small, recipe_text, substituted
 
 LANGUAGES = {"sh", "yaml", "python", "jsonl", ""}
 PROGRAMS = ("make", "torchrun", "python", "pip", "vllm", "srun")
@@ -206,28 +207,73 @@ def test_what_is_only_parsed_says_why() -> None:
 # Typed
 
 
+@pytest.fixture(scope="session")
+def taught(model: Path, made_once: Callable[..., Path]) -> Path:
+    """The model, after it has learned the one answer of the data: samples of it pass filters."""
+
+    def teach(folder: Path) -> None:
+        options = ["batch_size=8", "learning_rate=1e-2", "num_train_epochs=8", "prompt_template=r1_zero"]
+        (folder / "rows.jsonl").write_text("\n".join([json.dumps(ROW)] * 64), encoding="utf-8")
+        recipe = "stages: [{name: taught, kind: sft, train_files: [rows.jsonl]}]"
+        (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        overrides = [f"model.path={model}", *(f"taught.{option}" for option in options)]
+        run_typed([sys.executable, "-m", "r1fast.train", "recipe.yaml", "--output-dir", "run", *overrides], folder)
+
+    return made_once("taught", teach) / "run" / "taught" / "model"
+
+
+def newest_step(stage: Path) -> int:
+    return max((int(path.name.removeprefix("step_")) for path in stage.glob("checkpoints/step_*")), default=0)
+
+
+def run_typed(line: list[str], folder: Path, *, stopped: Path | None = None) -> None:
+    """A process that must end well; stopped: the folder of a stage after whose next checkpoint it is told to stop."""
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (folder / "log").open("w+") as log:
+        process = subprocess.Popen(line, cwd=folder, env=environment, stdout=log, stderr=log)
+        before = newest_step(stopped) if stopped else 0
+        while stopped is not None and process.poll() is None:
+            if newest_step(stopped) > before:
+                process.terminate()
+                break
+            time.sleep(0.05)
+        status = process.wait(200)
+    said = (folder / "log").read_text(encoding="utf-8", errors="replace")
+    if stopped is None:
+        assert status == 0, f"{' '.join(line)}\n{said[-3000:]}"
+    else:
+        assert "go on with:" in said, said
+
+
 def typed(words: list[str]) -> list[str] | None:
-    """As a process here: two ranks at most, dry runs included; None for what sets a machine up."""
-    if words[0] in ("make", "pip", "vllm"):
+    """As a process here: two ranks at most; None for what sets a machine up."""
+    if words[0] in ("make", "pip", "vllm") or (words[0] == "python" and words[1] != "-m"):
         return None
     words = [re.sub(r"^8$", "2", word) for word in words]
-    if words[0] == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", *words[1:]]
-    return [sys.executable, *words[1:]] if words[1] == "-m" else None
+    launcher = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
+    return [sys.executable, *launcher, *words[1:]]
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "multi-node.md"], ids=lambda page: page.name)
-def test_commands_run_as_they_are_typed(page: Path, model: Path, tmp_path: Path) -> None:
-    """The page's commands in its order, each a process: later ones resume, export and ask what earlier ones made."""
-    fill(tmp_path, page, model, small=True)
-    paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def test_commands_run_as_they_are_typed(page: Path, taught: Path, tmp_path: Path) -> None:
+    """The page's commands in its order, each a process: later ones resume, export and ask what earlier ones made.
+
+    A run that the page resumes later is stopped on its way, and again before each resume but the last.
+    """
+    fill(tmp_path, page, taught)
     shell = [block for block in blocks(page) if block.language == "sh" and not block.limit]
-    for words in [words for block in shell for words in commands(block.text)]:
-        line = typed(words)
-        if line is None or any("--config=tiny" in word for word in line) or line[-1] in FLAGS:
-            continue
-        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
-        assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-3000:]}"
+    lines = [line for block in shell for words in commands(block.text) if (line := typed(words))]
+    resumed = [i for i, line in enumerate(lines) if "--resume" in line]
+    for i, line in enumerate(lines):
+        stopped = None
+        if "r1fast.train" in line:
+            args, _ = parse(line[line.index("r1fast.train") + 1 :])
+            if resumed and i < resumed[-1] and args.output_dir == Path("runs/mine") and not args.dry_run:
+                stopped = tmp_path / "runs/mine/zero"
+            if args.config is not None and not (RECIPES / f"{args.config}.yaml").is_file():
+                line = [*line, *made_small(str(tmp_path / args.config), **({"max_steps": 20} if stopped else {}))]
+        line = [word.replace("max_steps=400", "max_steps=24").replace("zero/300", "zero/23") for word in line]
+        run_typed(line, tmp_path, stopped=stopped)

@@ -20,37 +20,52 @@ VERL = {
 }  # fmt: skip
 HUB_MODEL = re.compile(r"(?:Qwen|meta-llama)/[\w.-]+")
 HUB_DATA = re.compile(r"trl-lib/[\w.-]+")
-# What makes a step of a documented size one of seconds.
+# What makes a stage of a documented size one of seconds: the most that it has.
 SMALL = {
-    "max_steps": 2, "num_generations": 2, "prompts_per_step": 2, "steps_per_generation": 1, "max_completion_length": 8,
-    "save_steps": 1, "eval_steps": 1, "num_samples": 2, "max_per_prompt": 1, "batch_size": 2,
+    "max_steps": 2, "num_generations": 2, "prompts_per_step": 2, "steps_per_generation": 1, "max_completion_length": 48,
+    "save_steps": 1, "eval_steps": 1, "num_samples": 2, "max_per_prompt": 1, "batch_size": 2, "warmup_steps": 1,
+    "num_train_epochs": 1,
 }  # fmt: skip
 
 
-def substituted(text: str, model: Path, *, small: bool = False) -> str:
-    """Names of the Hub as what is here; small: with sizes for a test."""
-    text = HUB_DATA.sub("hub.jsonl", HUB_MODEL.sub(str(model), text))
-    for name, value in SMALL.items() if small else ():
-        text = re.sub(rf"\b{name}: \d+", f"{name}: {value}", text)
-    return text
+def substituted(text: str, model: Path) -> str:
+    """Names of the Hub as what is here."""
+    return HUB_DATA.sub("hub.jsonl", HUB_MODEL.sub(str(model), text))
 
 
-def fill(folder: Path, page: Path, model: Path, *, small: bool = False) -> None:
+def made_small(config: str, **sizes: int) -> list[str]:
+    """Overrides that make every stage of a recipe small. sizes: other ones than SMALL's."""
+    from r1fast.config import load_recipe
+
+    overrides = []
+    for stage in load_recipe(config, []).stages:
+        samples = stage.samples() if hasattr(stage, "samples") else stage.kind not in ("pretrain", "reward_model")
+        for name, most in {**SMALL, **sizes}.items():
+            value = getattr(stage, name, None)
+            if value is not None and value > most and (samples or name != "max_completion_length"):
+                overrides.append(f"stages.{stage.name}.{name}={most}")
+        if getattr(stage, "eval_files", None):
+            overrides.append(f"stages.{stage.name}.eval_limit=2")
+        if "num_prompts" in type(stage).model_fields:
+            overrides.append(f"stages.{stage.name}.num_prompts=4")
+    return overrides
+
+
+def fill(folder: Path, page: Path, model: Path) -> None:
     """The named files of a page and of the first one, and the data that they read, rows enough for any step."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count, many = (8, 8) if small else (64, 1024)
     for block in [*blocks(ROOT / "docs" / "index.md"), *blocks(page)]:
         if block.name is not None and block.limit != "not run":
-            (folder / block.name).write_text(substituted(block.text, model, small=small), encoding="utf-8")
+            (folder / block.name).write_text(substituted(block.text, model), encoding="utf-8")
         for name in re.findall(r"[\w/-]+\.(?:jsonl|parquet)", substituted(block.text, model)):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".jsonl":
-                path.write_text("\n".join([json.dumps(ROW)] * count), encoding="utf-8")
+                path.write_text("\n".join([json.dumps(ROW)] * 64), encoding="utf-8")
             else:
-                pq.write_table(pa.Table.from_pylist([VERL] * many), path)
+                pq.write_table(pa.Table.from_pylist([VERL] * 1024), path)
 
 
 def commands(text: str) -> Iterator[list[str]]:
