@@ -75,7 +75,8 @@ def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> list[str
     notes: list[str] = []
     stages = [stage for stage in recipe.stages if stage.name in selected]
     for name in recipe.report_to:
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # without an origin: a folder of that name, such as wandb leaves
             raise ConfigError(f"report_to: {name} is not installed; pip install {name}, or take it out of report_to")
     for problem in _offload_problems(recipe):
         raise ConfigError(problem)
