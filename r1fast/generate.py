@@ -67,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help=asking.SOURCE)
     add("--input", required=True, help="rows with a prompt: all that train_files of a grpo stage may name")
     add("--output", required=True, type=Path, help=f"a file that is not there yet ({' or '.join(SUFFIXES)})")
-    add("--n", type=int, default=1, help="completions of each row (default: 1)")
+    # Not --n: torchrun reads what follows -m too, and takes that for one of its own options, but does not know which.
+    add("-n", "--num-generations", dest="n", type=int, default=1, help="completions of each row (default: 1)")
     add("--limit", type=int, metavar="ROWS", help="only the first so many rows")
     add("--token-ids", action="store_true", help=f"write the column {_IDS} too")
     add("--overwrite", action="store_true", help="replace the output, and begin a batch that was stopped anew")
@@ -94,7 +95,7 @@ def run(given: argparse.Namespace, dist: Dist) -> None:
     missing = dist.on_main(batch.missing)
 
     def sample() -> None:
-        with _Progress(batch, console) as progress:
+        with _Progress(batch, console, "rank 0: " if dist.world_size > 1 else "") as progress:
             for chunk in filter(batch.take, missing):
                 index = batch.rows_of(chunk)
                 try:
@@ -115,7 +116,7 @@ def run(given: argparse.Namespace, dist: Dist) -> None:
 
 def _read(given: argparse.Namespace) -> list[Row]:
     """The rows as they are, each known to hold a prompt."""
-    for name, value in (("--n", given.n), ("--limit", given.limit)):
+    for name, value in (("-n", given.n), ("--limit", given.limit)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
     rows = []
@@ -192,8 +193,9 @@ def _output(row: Row, group: list[Completion], token_ids: bool) -> dict[str, Any
 class _Progress:
     """Rows of all processes, a bar on a terminal and a line now and then elsewhere; and what came of them."""
 
-    def __init__(self, batch: BatchFile, console: Console) -> None:
-        self.batch, self.console = batch, console
+    def __init__(self, batch: BatchFile, console: Console, whose: str) -> None:
+        """whose: tokens are counted."""
+        self.batch, self.console, self.whose = batch, console, whose
         self.started = self.last_line = time.monotonic()
         self.num_tokens = self.num_completions = self.num_cut = 0
         columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -211,7 +213,7 @@ class _Progress:
         if self.num_completions:
             seconds = time.monotonic() - self.started
             self.console.print(
-                f"{self.num_completions:,} completions of {self.num_tokens:,} tokens in {seconds:,.1f} s, "
+                f"{self.whose}{self.num_completions:,} completions of {self.num_tokens:,} tokens in {seconds:,.1f} s, "
                 f"{self.num_cut:,} of them cut at their longest"
             )
 
@@ -220,7 +222,8 @@ class _Progress:
         self.num_completions += len(found)
         self.num_tokens += sum(len(completion.token_ids) for completion in found)
         self.num_cut += sum(completion.finish_reason == "length" for completion in found)
-        done, rate = self.batch.num_done(), f"{self.num_tokens / (time.monotonic() - self.started):,.0f} tokens/s"
+        done = self.batch.num_done()
+        rate = f"{self.whose}{self.num_tokens / (time.monotonic() - self.started):,.0f} tokens/s"
         self.bar.update(self.task, completed=done, rate=rate)
         if not self.console.is_terminal and time.monotonic() - self.last_line > LINE_SECONDS:
             self.last_line = time.monotonic()

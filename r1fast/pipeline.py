@@ -149,6 +149,8 @@ class Run:
                     self.write_entry(entry)
             progress.finish_stage(stage.name, status=status, seconds=entry["seconds"])
             raise
+        if (left_out := entry.pop("left_out", None)) is not None:  # of train_files; noted there for a resume
+            result["numbers"] = {**result.get("numbers", {}), "left_out": left_out}
         entry |= {"status": "done", **ctx.clock()}
         entry |= {key: value for key, value in result.items() if value is not None}
         write_entry()

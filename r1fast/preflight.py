@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from r1fast.artifacts import inputs_of
+from r1fast.artifacts import Artifact, inputs_of
 from r1fast.config import ConfigError, shown
 from r1fast.data.sources import load_rows
 from r1fast.policy_loss import loss_problems
@@ -26,10 +26,11 @@ from r1fast.rollout.vllm import INSTALL, LOWEST_TEMPERATURE, RolloutError
 from r1fast.rollout.vllm_server import Client, server_problems
 from r1fast.run_folder import holds_nothing
 from r1fast.schema import GRPOStage, Recipe
-from r1fast.schema_options import EvalOptions, SampleOptions, StageBase, reward_specs
+from r1fast.schema_options import EvalOptions, SampleOptions, StageBase, TrainFilesOptions, reward_specs
 from r1fast.schema_types import RowKind
 from r1fast.stages.rollouts import unrewarded_problems
 from r1fast.stages.scoring import pool_arguments
+from r1fast.stages.train_rows import choose_rows, describe, nothing_left, tested_key
 
 
 def check_output(run_dir: Path, *, resume: bool, stages: Sequence[str] = ()) -> None:
@@ -114,6 +115,8 @@ def _problems(recipe: Recipe, stage: StageBase, notes: list[str]) -> Iterator[st
         if None not in refs:
             rows_of[key] = rows
         yield from text_problems(recipe, stage, key, kind, rows)
+    if isinstance(stage, TrainFilesOptions):
+        yield from _choose(stage, data, rows_of, notes)
     yield from row_problems(recipe, stage, rows_of, notes)
     if isinstance(stage, GRPOStage) and stage.is_own_loss:
         yield from loss_problems(stage.loss_type)
@@ -132,6 +135,25 @@ def _problems(recipe: Recipe, stage: StageBase, notes: list[str]) -> Iterator[st
             yield from reward_problems(recipe, key, files, reward_specs(specs), rows_of[files], notes)
     if isinstance(stage, GRPOStage) and "train_files" in rows_of:
         yield from unrewarded_problems(stage, rows_of["train_files"])
+
+
+def _choose(
+    stage: TrainFilesOptions, data: Sequence[Artifact], rows_of: dict[str, Sequence[dict]], notes: list[str]
+) -> Iterator[str]:
+    """Take what the stage will leave out of train_files, and say so; where it compares with rows that exist."""
+    if stage.decontaminate is None and stage.deduplicate is None:
+        return
+    rows, key = rows_of.get("train_files"), tested_key(stage)
+    if rows is None or (key is not None and key not in rows_of):
+        return
+    kind = next(found.rows for found in data if found.key == "train_files")
+    assert kind is not None, "train_files hold rows"
+    chosen, left_out = choose_rows(stage, kind, rows, rows_of[key] if key else ())
+    if not chosen:
+        yield nothing_left(left_out, len(rows))
+    elif left_out:
+        notes.append(describe(left_out, len(rows)))
+    rows_of["train_files"] = chosen
 
 
 @cache

@@ -13,7 +13,7 @@ from r1fast import schema
 from r1fast import schema_options as options
 from r1fast.artifacts import start_model
 from r1fast.config import ConfigError
-from r1fast.data.rows import Row, location, prompt_and_target, shown, texts_of
+from r1fast.data.rows import Row, location, parts_of, shown, texts_of
 from r1fast.data.templates import render_prompt
 from r1fast.preflight_models import architecture_of, checkpoint_of, tokenizer_of
 from r1fast.rewards.answers import plain_number
@@ -39,7 +39,7 @@ Rows = Sequence[dict]
 def text_problems(recipe: Recipe, stage: StageBase, key: str, kind: RowKind, rows: Rows) -> Iterator[str]:
     """Rows that the template or the tokenizer cannot take, or too long; without a tokenizer before the run, less."""
     assert isinstance(stage, options.GenerateOptions)
-    if key.startswith("few_shot."):
+    if key.startswith(("few_shot.", "decontaminate.")):
         return
     ref = stage.tokenizer if isinstance(stage, schema.PretrainStage) else start_model(recipe, stage)
     if isinstance(stage, schema.DistillStage) and key == "train_files":
@@ -55,16 +55,8 @@ def text_problems(recipe: Recipe, stage: StageBase, key: str, kind: RowKind, row
         yield f"{key}: {error}"
 
 
-def _read(row: dict, kind: RowKind) -> list[Any]:
-    """What is encoded of a row, the prompt first (None: plain text without one). Other columns may hold anything."""
-    if kind == "sft":
-        return list(prompt_and_target(row))
-    others = {"prompts": (), "pairs": ("chosen", "rejected"), "labels": ("response",)}[kind]
-    return [row[name] for name in ("prompt", *others)]
-
-
 def _render(rows: Rows, kind: RowKind, stage: options.GenerateOptions) -> list[str]:
-    prompts = [(prompt, row.get("tools")) for row, (prompt, *_) in ((row, _read(row, kind)) for row in rows)]
+    prompts = [(prompt, row.get("tools")) for row, (prompt, *_) in ((row, parts_of(row, kind)) for row in rows)]
     asked = [(prompt, tools) for prompt, tools in prompts if prompt is not None]
     return render_prompts([prompt for prompt, _ in asked], None, stage, tools=[tools for _, tools in asked])
 
@@ -84,7 +76,7 @@ def _encoding_problems(
     # Encoding a file of one line takes minutes. Normalisation may shorten a text, hence the factor.
     most = 4 * limit * max(map(len, vocabulary))
     for i, row in enumerate(rows):
-        if (size := max(sum(map(len, texts_of(value))) for value in _read(row, kind))) > most:
+        if (size := max(sum(map(len, texts_of(value))) for value in parts_of(row, kind))) > most:
             text = f"a text of {size} characters cannot be {limit} tokens or less"
             raise ConfigError(f"{location(row, i)}: {text}; shorten the row")
     if kind == "prompts":

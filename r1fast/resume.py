@@ -14,7 +14,7 @@ from r1fast.artifacts import fingerprints, inputs_of
 from r1fast.config import ConfigError, apply_overrides, dump_recipe, load_recipe, shown, validate
 from r1fast.run_folder import read_record
 from r1fast.schema import Recipe
-from r1fast.schema_options import EvalOptions, GenerateOptions, SampleOptions
+from r1fast.schema_options import EvalOptions, GenerateOptions, SampleOptions, TrainFilesOptions
 
 CONFIG, SUMMARY, STAGE = "config.yaml", "summary.json", "stage.json"
 _OF_A_STAGE = (STAGE, "checkpoints", "metrics.jsonl", "model", "data.jsonl")  # stage.json comes before all others
@@ -26,7 +26,10 @@ _IN_THE_VALIDATIONS = (
     *EvalOptions.__annotations__, *GenerateOptions.__annotations__, "eval_steps_limit", "metric_for_best_model",
     "load_best_model_at_end",
 )  # fmt: skip
-_IN_THE_SAMPLES = ("teacher", "train_files", "seed", *SampleOptions.__annotations__, *GenerateOptions.__annotations__)
+_IN_THE_SAMPLES = (
+    "teacher", "train_files", "seed", *TrainFilesOptions.__annotations__, *SampleOptions.__annotations__,
+    *GenerateOptions.__annotations__,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -350,7 +350,32 @@ class LoraOptions(Strict):
     merge_and_unload: bool = False  # the stage hands on a whole model; false: a LoRA folder, which names its base
 
 
-class TrainOptions(StageBase):
+class DecontaminateOptions(Strict):
+    """Rows of train_files are left out whose prompt has a run of words in common with a prompt of a test."""
+
+    ngram: Positive = 13  # words, or Chinese and Japanese characters; a prompt of fewer has to be the same as a whole
+    files: Listed[Prompts] = []  # the tests; none: the stage's eval_files
+
+
+class DeduplicateOptions(Strict):
+    """Rows of train_files are left out that nearly repeat an earlier one."""
+
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.8  # Jaccard similarity of their runs of 5 words
+
+
+class TrainFilesOptions(StageBase):
+    """Rows of train_files that are left out; <stage>/left_out.jsonl names each with its reason."""
+
+    decontaminate: DecontaminateOptions | None = None  # {}: by 13 words of a prompt of eval_files; None: nothing is
+    deduplicate: DeduplicateOptions | None = None  # {}: by a similarity of 0.8; None: nothing is
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.decontaminate is not None and not (self.decontaminate.files or getattr(self, "eval_files", [])):
+            yield "decontaminate: the stage has no eval_files to compare with; name some in decontaminate.files"
+
+
+class TrainOptions(TrainFilesOptions):
     """The update."""
 
     lora: LoraOptions | None = None  # None: every weight is trained
@@ -418,7 +443,7 @@ class FilterOptions(Strict):
     allow_code: bool = False  # in the reasoning
 
 
-class SampleOptions(GenerateOptions):
+class SampleOptions(TrainFilesOptions, GenerateOptions):
     """Sampling by a model as it is; what passes the filters is kept."""
 
     num_prompts: Positive | None = None  # None: every row of train_files

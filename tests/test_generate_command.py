@@ -21,7 +21,7 @@ ROWS: list[dict[str, Any]] = [
     {"problem": "the dog ?", "solution": "lazy", "difficulty": 0.5, "id": "c"},
     *({"prompt": f"What is {i} * {i} ?", "id": str(i)} for i in range(7)),
 ]
-QUICK = ("--n", "2", "--max-tokens", "6", "--seed", "3")
+QUICK = ("-n", "2", "--max-tokens", "6", "--seed", "3")
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,17 @@ def test_the_template_gets_its_variables(command: Any, tmp_path: Path, model: Pa
         command("--output", "o.jsonl", *options, "--chat-template-kwargs", "true")
 
 
+@pytest.mark.parametrize(
+    "option", [option for action in generate._parser()._actions for option in action.option_strings if option != "-h"]
+)
+def test_torchrun_leaves_every_option_alone(option: str) -> None:
+    """Of what follows -m it refuses a word that may be short for several options of its own."""
+    from torch.distributed.run import get_args_parser
+
+    words = ["-m", "r1fast.generate", "--model", "m", option, "1"]
+    assert get_args_parser().parse_args(words).training_script_args == words[2:]
+
+
 def test_defaults_are_the_models_and_fit(command: Any, model: Path, tmp_path: Path) -> None:
     """No --max-tokens: what the longest prompt leaves, and not an error of positions."""
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "red " * 90}, {"prompt": "red"}])
@@ -177,7 +188,7 @@ def test_defaults_are_the_models_and_fit(command: Any, model: Path, tmp_path: Pa
         (["--output", "o.jsonl", "--input", "long.jsonl", "--max-tokens", "90"], "with --max-tokens 90"),
         (["--output", "o.jsonl", "--input", "taken.jsonl"], "a column 'completions', which is that of the output"),
         (["--output", "o.parquet", "--input", "mixed.jsonl"], "do not fit into Parquet"),
-        (["--output", "o.jsonl", "--n", "0"], "--n is 0; expected at least 1"),
+        (["--output", "o.jsonl", "--n", "0"], "-n is 0; expected at least 1"),
         (["--output", "o.jsonl", "--temperature", "-1"], "temperature is -1.0; expected"),
         (["--output", "o.jsonl", "--model", "nowhere/at/all"], "nowhere/at/all: no such folder"),
         (["--output", "o.jsonl", "--device", "cuda:77"], "--device cuda:77: torch sees "),

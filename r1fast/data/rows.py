@@ -88,6 +88,14 @@ def prompt_and_target(row: Mapping[str, Any]) -> tuple[str | Messages | None, Ta
     return None, row["text"]
 
 
+def parts_of(row: Mapping[str, Any], kind: Kind) -> list[str | Messages | None]:
+    """What a stage reads of a row, the prompt first (None: plain text without one). Other columns may hold anything."""
+    if kind == "sft":
+        return list(prompt_and_target(row))
+    others = {"prompts": (), "pairs": ("chosen", "rejected"), "labels": ("response",)}[kind]
+    return [row[name] for name in ("prompt", *others)]
+
+
 def texts_of(value: str | Messages | None) -> list[str]:
     """Every text of a prompt or a target."""
     turns = _turns(value or "")

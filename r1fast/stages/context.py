@@ -34,8 +34,16 @@ from r1fast.parallel.parallelize import gathered_blocks, local_parts, paralleliz
 from r1fast.rollout.tokenization import leading_ids
 from r1fast.run_folder import replace_file, replace_folder
 from r1fast.schema import Recipe
-from r1fast.schema_options import GenerateOptions, LoraOptions, LossOptions, StageBase, TrainOptions
+from r1fast.schema_options import (
+    GenerateOptions,
+    LoraOptions,
+    LossOptions,
+    StageBase,
+    TrainFilesOptions,
+    TrainOptions,
+)
 from r1fast.stages.peak_memory import begin_peak, peak_bytes
+from r1fast.stages.train_rows import LEFT_OUT, choose_rows, counts_of, describe, nothing_left, tested_key
 from r1fast.stopping import Stop
 
 S = TypeVar("S", bound=StageBase, covariant=True)
@@ -89,8 +97,27 @@ class StageContext(Generic[S]):
         return Artifact("model", ref, "model").place(self.run_dir)
 
     def rows(self, key: str = "train_files") -> list[dict]:
-        """What the files of an option hold."""
-        return [row for _, rows in self.rows_by_file(key) for row in rows]
+        """What the files of an option hold; of train_files what is trained on."""
+        rows = [row for _, rows in self.rows_by_file(key) for row in rows]
+        return self._chosen(rows) if key == "train_files" else rows
+
+    def _chosen(self, rows: list[dict]) -> list[dict]:
+        """Rank 0 writes which are left out, while the stage runs: an export reads its rows again."""
+        stage = self.stage
+        if not isinstance(stage, TrainFilesOptions) or (stage.decontaminate is None and stage.deduplicate is None):
+            return rows
+        kind = next(found.rows for found in inputs_of(self.recipe, stage) if found.key == "train_files")
+        assert kind is not None, "train_files hold rows"
+        key = tested_key(stage)
+        chosen, left_out = choose_rows(stage, kind, rows, self.rows(key) if key else ())
+        if not chosen:
+            raise self.error(nothing_left(left_out, len(rows)))
+        if self.entry:
+            self.entry["left_out"] = counts_of(left_out)
+            self.write_rows(LEFT_OUT, left_out)
+            if left_out:
+                self.message(f"{stage.name}: {describe(left_out, len(rows))}")
+        return chosen
 
     def rows_by_file(self, key: str) -> list[tuple[str, list[dict]]]:
         """The same, each file by itself, as the recipe names it."""
