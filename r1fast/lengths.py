@@ -6,15 +6,16 @@ Of rows that a stage of the run is still to make, and where there is no tokenize
 import random
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from r1fast.artifacts import inputs_of
 from r1fast.data.packing import balance, pack
-from r1fast.data.sources import load_rows
 from r1fast.preflight_models import origin, tokenizer_of
+from r1fast.read_once import rows_of
 from r1fast.schema import DistillStage, PretrainStage, Recipe, RewardModelStage
-from r1fast.schema_options import EpochOptions, FitOptions, GenerateOptions, SampleOptions
+from r1fast.schema_options import EpochOptions, FitOptions, GenerateOptions, SampleOptions, StageBase
 from r1fast.stages.packed import encode_examples, encode_prompts, of_step
 from r1fast.stages.pretrain import tokenizer_of_rows, visited
 from r1fast.stages.reward_model import encode_units
@@ -23,22 +24,41 @@ MOST_ROWS, MOST_STEPS = 4_000, 1_000  # that are looked at
 
 
 class Lengths:
-    """Of the stages of a recipe; files are read, and tokenizers trained, once."""
+    """Of the stages of a recipe; prompts are encoded, and tokenizers trained, once."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._load = cache(lambda kind, *refs: load_rows(list(refs), kind))
         self._tokenizer_from = cache(self._find_tokenizer)
+        self._longest: dict[Any, int] = {}  # prompt, by files and how they are rendered
 
     def prompt(self, stage: GenerateOptions, keys: Sequence[str] = ("train_files", "eval_files")) -> int:
         """Tokens of the longest prompt of these files, at most max_prompt_length."""
         named = {found.key for found in inputs_of(self.recipe, stage) if found.rows == "prompts"}
-        parts = [self._rows(stage.name, key) for key in keys if key in named]
-        rows = [row for part in parts if part is not None for row in _some(part)]
-        tokenizer = self._tokenizer(stage.name)
-        if tokenizer is None or not rows or None in parts:
+        longest = [self._longest_of(stage, key) for key in keys if key in named]
+        known = [length for length in longest if length is not None]
+        if not known or len(known) < len(longest):
             return stage.max_prompt_length
-        return min(stage.max_prompt_length, max(len(ids) for ids, _ in encode_prompts(rows, tokenizer, stage)))
+        return min(stage.max_prompt_length, max(known))
+
+    def _longest_of(self, stage: GenerateOptions, key: str) -> int | None:
+        rows, tokenizer = self._rows(stage.name, key), self._tokenizer(stage.name)
+        if not rows or tokenizer is None:
+            return None
+        refs = [found.ref for found in inputs_of(self.recipe, stage) if found.key == key]
+        how = stage.prompt_template, stage.response_format, stage.prefill_think, repr(stage.chat_template_kwargs)
+        asked = (id(tokenizer), *refs, *how)
+        if asked not in self._longest:
+            prompts = encode_prompts(_some(rows), tokenizer, stage)
+            self._longest[asked] = max(len(ids) for ids, _ in prompts)
+        return self._longest[asked]
+
+    def files(self, stage: StageBase, key: str) -> dict[str, int | None]:
+        """Rows of each file of an option; None where the run is still to make them."""
+        found: dict[str, int | None] = {}
+        for one in inputs_of(self.recipe, stage):
+            if one.key == key and one.rows is not None:
+                found[one.ref] = None if one.stage is not None else len(rows_of(one.ref, one.rows))
+        return found
 
     def num_rows(self, stage: GenerateOptions, key: str) -> int:
         """Very many, where they are still to be made."""
@@ -82,7 +102,7 @@ class Lengths:
             if isinstance(maker, SampleOptions):
                 lengths.append(self.prompt(maker, ["train_files"]) + maker.max_completion_length)
             elif maker is None and tokenizer is not None and found.rows is not None:
-                lengths.append(max(_encoded(stage, self._load(found.rows, found.ref), tokenizer)) + 1)
+                lengths.append(max(_encoded(stage, rows_of(found.ref, found.rows), tokenizer)) + 1)
             else:
                 return stage.max_length
         return max(lengths)
@@ -92,9 +112,8 @@ class Lengths:
         files = [found for found in inputs_of(self.recipe, self.recipe.stage(name)) if found.key == key]
         if any(found.stage is not None for found in files):
             return None
-        kinds = {found.rows for found in files if found.rows is not None}
         try:
-            return [row for kind in kinds for row in self._load(kind, *(found.ref for found in files))]
+            return [row for one in files if one.rows is not None for row in rows_of(one.ref, one.rows)]
         except (ValueError, OSError):  # of a stage that is not to be run: preflight has read the others
             return None
 

@@ -41,7 +41,6 @@ from r1fast.preflight_models import (
     kinds_of_layers,
     layer_shapes,
     lora_config,
-    tokenizer_of,
     with_adapters,
 )
 from r1fast.rollout.scheduler import num_blocks_of
@@ -129,8 +128,8 @@ class _Batch(NamedTuple):
 class Estimator:
     """Of a recipe on `num_ranks` ranks, each with a device of this type."""
 
-    def __init__(self, recipe: Recipe, num_ranks: int, device: str) -> None:
-        self.recipe, self.ranks, self.device, self.lengths = recipe, num_ranks, device, Lengths(recipe)
+    def __init__(self, recipe: Recipe, num_ranks: int, device: str, lengths: Lengths) -> None:
+        self.recipe, self.ranks, self.device, self.lengths = recipe, num_ranks, device, lengths
         name = recipe.model.dtype if recipe.model.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
         self.dtype: torch.dtype = getattr(torch, name)
 
@@ -374,16 +373,14 @@ def _sum(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
     return {name: first.get(name, 0) + second.get(name, 0) for name in first | second}
 
 
-def estimate(recipe: Recipe, stages: Sequence[str], num_ranks: int, ranks_here: int) -> list[Estimate]:
+def estimate(
+    recipe: Recipe, stages: Sequence[str], num_ranks: int, ranks_here: int, lengths: Lengths
+) -> list[Estimate]:
     """Of these stages, on the device that there is; ConfigError for the first that cannot fit on it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     room = free_memory(device) if device.type == "cuda" else host_memory.available(ranks_here)
-    estimator = Estimator(recipe, num_ranks, device.type)
-    try:
-        found = [estimator.of_stage(stage) for stage in recipe.stages if stage.name in stages]
-    finally:
-        for cached in (checkpoint_of, tokenizer_of):
-            cached.cache_clear()
+    estimator = Estimator(recipe, num_ranks, device.type, lengths)
+    found = [estimator.of_stage(stage) for stage in recipe.stages if stage.name in stages]
     known = [stage for stage in found if stage is not None]
     for stage in known:
         most = max(stage.phases, key=lambda phase: phase.total)

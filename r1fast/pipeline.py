@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from contextlib import suppress
 from datetime import datetime
 from importlib import import_module
@@ -14,7 +15,7 @@ from r1fast.artifacts import fingerprints, inputs_of, start_model
 from r1fast.config import ConfigError
 from r1fast.doctor import cpu_name
 from r1fast.observe.progress import ChainProgress
-from r1fast.observe.trackers import Tracker, open_trackers
+from r1fast.observe.trackers import TrackedRun, Trackers, open_trackers
 from r1fast.parallel.mesh import Dist
 from r1fast.resume import STAGE, SUMMARY, Change, config_text
 from r1fast.run_folder import PARTIAL, remove_leftovers, replace_file, write_record
@@ -106,12 +107,9 @@ class Run:
 
     def execute(self, selected: list[str]) -> None:
         """Run the selected stages that are not done, in the recipe's order."""
-        trackers = open_trackers(
-            self.recipe.report_to, run_dir=self.run_dir, run_name=self.recipe.name,
-            config=self.recipe.model_dump(mode="json"), is_main=self.dist.is_main,
-        )  # fmt: skip
         names = [stage.name for stage in self.recipe.stages if stage.name in selected]
-        with ChainProgress(names, title=self.recipe.name, is_main=self.dist.is_main) as progress:
+        display = ChainProgress(names, title=self.recipe.name, is_main=self.dist.is_main)
+        with display as progress, self._trackers() as trackers:
             for stage in self.recipe.stages:
                 entry = self.entry(stage.name)
                 if stage.name not in selected:
@@ -123,10 +121,21 @@ class Run:
                 self.stop.check(self.dist)
                 with use(self.recipe.kernels.impl):
                     self._stage(stage, entry, progress, trackers)
-        for tracker in trackers:
-            tracker.close()
 
-    def _stage(self, stage: StageBase, entry: dict[str, Any], progress: ChainProgress, trackers: list[Tracker]) -> None:
+    def _trackers(self) -> Trackers:
+        """On the main rank those that the recipe names; ConfigError, on every rank, where one cannot start."""
+        tracking, started = self.recipe.tracking, re.sub(r"[^\d]", "", self.summary["started"][:19])
+        name = tracking.name or f"{self.recipe.name}-seed{self.recipe.seed}-{started[:8]}-{started[8:]}"
+        run = TrackedRun(
+            self.run_dir, name, self.recipe.model_dump(mode="json"), tracking.project, tracking.group,
+            is_named=tracking.name is not None,
+        )  # fmt: skip
+        try:
+            return self.dist.on_all(lambda: open_trackers(self.recipe.report_to if self.dist.is_main else [], run))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _stage(self, stage: StageBase, entry: dict[str, Any], progress: ChainProgress, trackers: Trackers) -> None:
         def write_entry() -> None:
             self.dist.on_main(lambda: self.write_entry(entry))
 

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,22 @@ import torch
 
 from r1fast.artifacts import Artifact, inputs_of
 from r1fast.config import ConfigError, shown
-from r1fast.data.sources import load_rows
 from r1fast.policy_loss import loss_problems
-from r1fast.preflight_models import checkpoint_of, model_problems, tokenizer_of
+from r1fast.preflight_models import model_problems
 from r1fast.preflight_rows import reward_problems, row_problems, text_problems
+from r1fast.read_once import rows_of as rows_of_source
 from r1fast.recipe_yaml import check_text
 from r1fast.rewards.pool import RewardPool
 from r1fast.rollout.vllm import INSTALL, LOWEST_TEMPERATURE, RolloutError
 from r1fast.rollout.vllm_server import Client, server_problems
 from r1fast.run_folder import holds_nothing
 from r1fast.schema import GRPOStage, Recipe
+<<<<<<< HEAD
+from r1fast.schema_options import EvalOptions, SampleOptions, StageBase, reward_specs
+=======
 from r1fast.schema_options import EvalOptions, SampleOptions, StageBase, TrainFilesOptions, reward_specs
 from r1fast.schema_types import RowKind
+>>>>>>> main
 from r1fast.stages.rollouts import unrewarded_problems
 from r1fast.stages.scoring import pool_arguments
 from r1fast.stages.train_rows import choose_rows, describe, nothing_left, tested_key
@@ -72,26 +75,23 @@ def _output_problems(run_dir: Path, resume: bool, stages: Sequence[str]) -> Iter
 def check_inputs(recipe: Recipe, selected: list[str], run_dir: Path) -> list[str]:
     """Every file, model and reward that the recipe names from outside the run can be used; else ConfigError.
 
-    Returns notes: what a user should know and that stops nothing.
+    Returns notes: what a user should know and that stops nothing. What was read is kept until read_once.forget.
     """
     notes: list[str] = []
     stages = [stage for stage in recipe.stages if stage.name in selected]
     for name in recipe.report_to:
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # without an origin: a folder of that name, such as wandb leaves
             raise ConfigError(f"report_to: {name} is not installed; pip install {name}, or take it out of report_to")
     for problem in _offload_problems(recipe):
         raise ConfigError(problem)
     for problem in _vllm_problems(recipe, stages) if recipe.rollout.engine == "vllm" else ():
         raise ConfigError(problem)
-    try:
-        for stage in stages:
-            found: list[str] = []
-            for problem in _problems(recipe, stage, found):
-                raise ConfigError(f"stages.{stage.name}.{' '.join(problem.splitlines())}")
-            notes += [f"stages.{stage.name}.{' '.join(note.splitlines())}" for note in found]
-    finally:
-        for cached in (_rows, checkpoint_of, tokenizer_of):
-            cached.cache_clear()
+    for stage in stages:
+        found: list[str] = []
+        for problem in _problems(recipe, stage, found):
+            raise ConfigError(f"stages.{stage.name}.{' '.join(problem.splitlines())}")
+        notes += [f"stages.{stage.name}.{' '.join(note.splitlines())}" for note in found]
     return notes
 
 
@@ -108,7 +108,7 @@ def _problems(recipe: Recipe, stage: StageBase, notes: list[str]) -> Iterator[st
     for (key, kind), named in groupby(data, lambda found: (found.key, found.rows)):
         refs = [found.ref if found.stage is None else None for found in named]
         try:
-            rows = _rows(tuple(ref for ref in refs if ref is not None), kind)
+            rows = [row for ref in refs if ref is not None for row in rows_of_source(ref, kind)]
         except (ValueError, OSError) as error:  # a name that no file system takes, a folder that may not be read
             yield f"{key}: {error}"
             continue
@@ -137,6 +137,8 @@ def _problems(recipe: Recipe, stage: StageBase, notes: list[str]) -> Iterator[st
         yield from unrewarded_problems(stage, rows_of["train_files"])
 
 
+<<<<<<< HEAD
+=======
 def _choose(
     stage: TrainFilesOptions, data: Sequence[Artifact], rows_of: dict[str, Sequence[dict]], notes: list[str]
 ) -> Iterator[str]:
@@ -161,6 +163,7 @@ def _rows(sources: tuple[str, ...], kind: RowKind) -> list[dict]:
     return load_rows(list(sources), kind) if sources else []
 
 
+>>>>>>> main
 def _check_rewards(rewards: Mapping[str, Any], columns: set[str] | None) -> None:
     for arguments in pool_arguments(reward_specs(rewards)).values():
         with RewardPool(arguments) as pool:

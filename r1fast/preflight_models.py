@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,17 +12,18 @@ from r1fast.models import weights
 from r1fast.models.decoder import Decoder, DecoderLayer
 from r1fast.models.lora import LoraConfig, add_adapters
 from r1fast.models.model_config import ModelConfig
+from r1fast.read_once import once
 from r1fast.schema import PretrainStage, Recipe
 from r1fast.schema_options import LoraOptions, StageBase, TrainOptions
 
 
-@cache
+@once
 def checkpoint_of(ref: str) -> tuple[ModelConfig, bool]:
     """(architecture, whether it is a reward model)."""
     return weights.check_checkpoint(ref)
 
 
-@cache
+@once
 def tokenizer_of(ref: str) -> PreTrainedTokenizerBase | None:
     return weights.load_tokenizer(ref)
 

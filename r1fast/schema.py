@@ -7,12 +7,12 @@ from datetime import date
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from r1fast.schema_options import (  # isort: skip
     EpochOptions, EvalOptions, FitOptions, GenerateOptions, KernelsSection, LossOptions, ModelSection, PromptTemplate,
     ResponseFormatName, RewardModelSpec, Rewards, RewardWorkers, RolloutSection, SampleOptions, Schedule, ScoredPart,
-    StageBase, Strict, TrainerSection, TrainOptions, ValidationOptions, WeightedSpec, reward_specs,
+    StageBase, Strict, TrackingSection, TrainerSection, TrainOptions, ValidationOptions, WeightedSpec, reward_specs,
 )  # fmt: skip
 from r1fast.schema_types import (  # isort: skip
     AboveZero, Count, Day, Files, FolderName, LearningRate, Listed, Made, ModelRef, NonNegative, Plain, Positive,
@@ -312,6 +312,10 @@ KINDS: dict[str, type[StageBase]] = {
 }
 
 
+def _none_is_empty(value: Any) -> Any:
+    return [] if value in ("none", ["none"]) else value
+
+
 class Recipe(Strict):
     """What a run does: the model to begin with, how it is trained, and the stages."""
 
@@ -325,7 +329,9 @@ class Recipe(Strict):
     kernels: KernelsSection = KernelsSection()
     rollout: RolloutSection = RolloutSection()
     reward_workers: RewardWorkers = RewardWorkers()
-    report_to: Listed[Literal["wandb", "trackio", "tensorboard"]] = []  # trackers that get the metrics
+    # Trackers that get the metrics; none: [].
+    report_to: Annotated[Listed[Literal["wandb", "trackio", "tensorboard"]], BeforeValidator(_none_is_empty)] = []
+    tracking: TrackingSection = TrackingSection()
     stages: list[Stage]  # what is run, in order
 
     @field_validator("stages")

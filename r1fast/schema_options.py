@@ -93,6 +93,14 @@ class TrainerSection(Strict):
             yield f"offload names something twice: {', '.join(self.offload)}"
 
 
+class TrackingSection(Strict):
+    """What the trackers of report_to call the run."""
+
+    project: Ref | None = None  # None: WANDB_PROJECT or TRACKIO_PROJECT, else r1fast
+    name: Ref | None = None  # None: WANDB_NAME, else the recipe's name with seed and time
+    group: Ref | None = None  # of runs; None: WANDB_RUN_GROUP
+
+
 class KernelsSection(Strict):
     """Implementations of the ops."""
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from r1fast.command_line import is_main, parse, say
 from r1fast.config import ConfigError, dump_recipe, load_recipe, shown
+from r1fast.read_once import forget
 from r1fast.resume import Change, Saved, changed_inputs, changes, read_run
 from r1fast.run_folder import locked, read_record
 from r1fast.schema import Recipe
@@ -84,19 +85,26 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             say("stopped by SIGINT before the run began")
             return 130
+        finally:
+            forget()
         return run(request, held)
 
 
 def show(request: CommandLine) -> None:
-    """The recipe on stdout, what it takes of memory on stderr; ConfigError where it cannot fit."""
+    """The recipe on stdout, what it takes of memory and will do on stderr; ConfigError where it cannot fit."""
     from rich.console import Console
 
+    from r1fast.lengths import Lengths
     from r1fast.memory import estimate, memory_table
+    from r1fast.plan import plan_lines
 
     num_ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    found = estimate(request.recipe, request.selected, num_ranks, here)
+    lengths = Lengths(request.recipe)
+    found = estimate(request.recipe, request.selected, num_ranks, here, lengths)
+    plan = plan_lines(request.recipe, request.selected, lengths, num_ranks)
     print(dump_recipe(request.recipe), end="")
     Console(stderr=True, width=160).print(memory_table(found, num_ranks))
+    print("\n".join([*plan, "OK"]), file=sys.stderr)
 
 
 def reason(error: Exception) -> str:

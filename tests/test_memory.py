@@ -13,9 +13,11 @@ import torch
 from r1fast import host_memory, memory
 from r1fast.activations import layer_activations
 from r1fast.config import ConfigError, load_recipe
+from r1fast.lengths import Lengths
 from r1fast.models.lora import LoraConfig
 from r1fast.models.model_config import ModelConfig
 from r1fast.preflight_models import checkpoint_of
+from r1fast.read_once import forget
 from tests.tiny_checkpoint import GRPO, PROMPTS, write_checkpoint, write_jsonl, write_recipe
 from tests.zoo import fields
 
@@ -36,7 +38,8 @@ ROWS = [{"text": " ".join(WORDS[i * i % 10] for i in range(120))}] * 16  # of on
 def estimate(folder: Path, *stages: dict[str, Any], num_ranks: int = 1, **sections: Any) -> memory.Estimate:
     """Of the last stage."""
     recipe = load_recipe(str(write_recipe(folder / "mine.yaml", *stages, **sections)), [])
-    found = memory.Estimator(recipe, num_ranks, "cpu").of_stage(recipe.stages[-1])
+    forget()  # files of another test have the same names
+    found = memory.Estimator(recipe, num_ranks, "cpu", Lengths(recipe)).of_stage(recipe.stages[-1])
     assert found is not None
     return found
 
@@ -149,14 +152,14 @@ def test_what_else_is_there(files: Path) -> None:
 
 def test_what_does_not_fit_is_refused(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(str(write_recipe(files / "mine.yaml", STAGE)), [])
-    assert memory.estimate(recipe, ["base"], 1, 1)
+    assert memory.estimate(recipe, ["base"], 1, 1, Lengths(recipe))
     monkeypatch.setattr(host_memory, "available", lambda num_processes: (5 << 20) // num_processes)
     text = r"stages.base: update needs 0\.\S+ GiB {}activations most of it; cpu has {} GiB free: "
     advice = "lower max_tokens_per_microbatch, or set trainer.activation_check"
     with pytest.raises(ConfigError, match=text.format("", r"0\.00488") + advice):
-        memory.estimate(recipe, ["base"], 1, 1)
+        memory.estimate(recipe, ["base"], 1, 1, Lengths(recipe))
     with pytest.raises(ConfigError, match=text.format("on each of 2 ranks, ", r"0\.00244")):
-        memory.estimate(recipe, ["base"], 2, 2)
+        memory.estimate(recipe, ["base"], 2, 2, Lengths(recipe))
 
 
 @pytest.mark.parametrize("version", [1, 2])

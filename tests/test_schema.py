@@ -50,6 +50,7 @@ STRICT = [
     ("name=a/b", "'a/b' is no name of a folder"),
     ("name=" + "é" * 150, "has 300 bytes"),
     ("report_to=[wandb, wandb]", "names a tracker twice"),
+    ("report_to=[none, wandb]", "got 'none'"),
     ("rollout.async_steps=1 ", None),
 ]
 

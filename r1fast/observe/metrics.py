@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from r1fast.observe.progress import active_progress
-from r1fast.observe.trackers import Tracker
+from r1fast.observe.trackers import Trackers
 from r1fast.run_folder import replace_file
 
 TABLE_STEPS = 10  # a table may be large: 58 layers of 256 experts are 90 kB
@@ -30,7 +30,7 @@ class StageLog(AbstractContextManager["StageLog"]):
     _: KW_ONLY
     total_steps: int | None = None  # for the progress bar
     logging_steps: int = 1  # console and trackers get the means of that many steps; metrics.jsonl has every step
-    trackers: Sequence[Tracker] = ()  # they see the metrics as `<stage>/<metric>`
+    trackers: Trackers = field(default_factory=Trackers)  # they see the metrics as `<stage>/<metric>`
     phases: Mapping[str, float] = field(default_factory=dict)  # seconds so far by phase; each step says what it took
     is_main: bool = True
     # A resumed stage drops lines and samples after this step, which the killed run left, and says which lines before it
@@ -95,8 +95,7 @@ class StageLog(AbstractContextManager["StageLog"]):
             name: max(values) if name.endswith("/max") else sum(values) / len(values) for name, values in known.items()
         }
         self._unsaid = []
-        for tracker in self.trackers:
-            tracker.log(self.stage_dir.name, self.step, means)
+        self.trackers.log(self.stage_dir.name, self.step, means)
         if self._progress is not None:
             self._progress.step(self.step, means)
 
@@ -107,6 +106,9 @@ class StageLog(AbstractContextManager["StageLog"]):
             return None
         path = self.stage_dir / "samples" / f"step_{step:05d}.parquet"
         self._try(lambda: write_parquet(path, filled))
+        names = dict.fromkeys(name for row in filled for name in row)
+        table = [{name: _cell(row.get(name)) for name in names} for row in filled]
+        self.trackers.table(self.stage_dir.name, step, "samples", table)
         return path
 
     def sync(self) -> None:

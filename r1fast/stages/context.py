@@ -5,7 +5,7 @@ import gc
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from r1fast.models.structure import unwrapped
 from r1fast.models.weights import Checkpoint, save_model
 from r1fast.observe.metrics import StageLog
 from r1fast.observe.progress import active_progress
-from r1fast.observe.trackers import Tracker
+from r1fast.observe.trackers import Trackers
 from r1fast.parallel.mesh import Dist
 from r1fast.parallel.parallelize import gathered_blocks, local_parts, parallelize, reshard, whole_tensor
 from r1fast.rollout.tokenization import leading_ids
@@ -57,7 +57,7 @@ class StageContext(Generic[S]):
     stage: S
     dist: Dist
     run_dir: Path
-    trackers: Sequence[Tracker] = ()
+    trackers: Trackers = field(default_factory=Trackers)
     evaluations: dict[str, dict] = field(default_factory=dict)  # by model and settings: nothing is measured twice
     phases: dict[str, float] = field(default_factory=dict)  # seconds by phase, of this process
     peaks: dict[str, int] = field(default_factory=dict)  # bytes at most by phase, of this process

@@ -27,12 +27,15 @@ from r1fast.stages.scoring import NothingScored, Scorer
 
 # How the model was asked.
 _ASKED = ("prompt_template", "response_format", "prefill_think", "chat_template_kwargs", "max_completion_length")
+_TRACKED_ROWS = 100  # completions of an evaluation that trackers get
 EVAL_SEED = 1_000_003  # noise of its own: an evaluation never repeats a rollout's
 
 
 def run(ctx: StageContext[EvaluateStage]) -> dict[str, Any]:
     model, tokenizer = ctx.load(ctx.model_ref, trainable=False)
-    return {"eval_after": evaluate(ctx, model, tokenizer, "after")}
+    result = evaluate(ctx, model, tokenizer, "after")
+    _track(ctx, result, 0)
+    return {"eval_after": result}
 
 
 def evaluate_start(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Tokenizer) -> dict[str, Any] | None:
@@ -43,6 +46,7 @@ def evaluate_start(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: To
     key = _key(ctx, ctx.model_ref)
     if key not in ctx.evaluations:
         ctx.evaluations[key] = evaluate(ctx, model, tokenizer, "before")
+    _track(ctx, ctx.evaluations[key], 0)
     return ctx.evaluations[key]
 
 
@@ -50,7 +54,15 @@ def evaluate_end(ctx: StageContext[EvalOptions], model: Decoder, tokenizer: Toke
     if not ctx.stage.eval_files:
         return None
     ctx.evaluations[_key(ctx, f"@{ctx.stage.name}")] = result = evaluate(ctx, model, tokenizer, "after")
+    _track(ctx, result, 0 if ctx.stage_log is None else ctx.stage_log.step)
     return result
+
+
+def _track(ctx: StageContext[EvalOptions], result: dict[str, Any], step: int) -> None:
+    """Tell the trackers what was measured after so many steps, of all files and of each."""
+    for prefix, part in (("eval", result), *((f"eval/{file}", part) for file, part in result.get("files", {}).items())):
+        found = {f"{prefix}/{name}": number_of(part, name) for name in metrics_of([part])}
+        ctx.trackers.log(ctx.stage.name, step, {name: value for name, value in found.items() if value is not None})
 
 
 def _key(ctx: StageContext[EvalOptions], ref: str) -> str:
@@ -89,6 +101,8 @@ def evaluate(
         kinds = [(one, "sampled") for one in samples] + [(one, "greedy") for one in greedy]
         table = [_table_row(files[one.group], kind, one, tokenizer) for one, kind in kinds]
         write_parquet(ctx.stage_dir / "evaluations" / f"{name}.parquet", table)
+        step = 0 if name == "before" or ctx.stage_log is None else ctx.stage_log.step
+        ctx.trackers.table(stage.name, step, "eval/completions", table[:_TRACKED_ROWS])
 
     ctx.dist.on_main(keep)
     result = summarize(samples, greedy, stage.response_format)
@@ -132,9 +146,7 @@ class Validation:
             self.ctx.write_entry()
             for line in said(result):
                 self.ctx.message(f"{self.stage.name} after step {step}: {line}")
-            shown = {f"eval/{name}": number_of(result, name) for name in metrics_of([result])}
-            for tracker in self.ctx.trackers:
-                tracker.log(self.stage.name, step, {name: value for name, value in shown.items() if value is not None})
+            _track(self.ctx, result, step)
         patience, best = self.stage.early_stopping_patience, self.best_step()
         return patience is None or best is None or sum(result["step"] > best for result in self.found) < patience
 

@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,19 +12,22 @@ import torch
 
 from r1fast.observe.metrics import StageLog
 from r1fast.observe.progress import ChainProgress
+from r1fast.observe.trackers import Trackers
 
 
-class _Recorder:
-    """A tracker that keeps what it is told."""
+class _Recorder(Trackers):
+    """Keeps what trackers are told."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.rows: list[tuple[str, int, dict[str, float]]] = []
+        self.tables: list[tuple[str, int, str, Sequence[Mapping[str, Any]]]] = []
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         self.rows.append((stage, step, dict(metrics)))
 
-    def close(self) -> None:
-        pass
+    def table(self, stage: str, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.tables.append((stage, step, name, rows))
 
 
 def _lines(path: Path) -> list[dict[str, object]]:
@@ -32,7 +36,7 @@ def _lines(path: Path) -> list[dict[str, object]]:
 
 def test_one_line_per_step_with_non_finite_values_as_null(tmp_path: Path) -> None:
     tracker = _Recorder()
-    with StageLog(tmp_path / "zero", total_steps=2, trackers=[tracker]) as log:
+    with StageLog(tmp_path / "zero", total_steps=2, trackers=tracker) as log:
         log.log(1, {"reward": 0.5, "kl": math.nan, "loss": torch.tensor(0.25)})
         log.log(2, {"reward": math.inf, "entropy": None})
     first, second = _lines(tmp_path / "zero" / "metrics.jsonl")
@@ -74,13 +78,15 @@ def test_without_resume_step_a_half_line_goes_and_the_rest_stays(tmp_path: Path)
 
 
 def test_samples_with_ragged_rows_and_chat_prompts(tmp_path: Path) -> None:
-    with StageLog(tmp_path / "zero") as log:
+    tracker = _Recorder()
+    with StageLog(tmp_path / "zero", trackers=tracker) as log:
         path = log.samples(10, [{"prompt": [{"role": "user", "content": "饭"}], "accuracy": 1.0}, {"prompt": "q"}])
         assert log.samples(11, []) is None
     assert path is not None and path.name == "step_00010.parquet"
     rows = pq.read_table(path).to_pylist()
     assert json.loads(rows[0]["prompt"]) == [{"role": "user", "content": "饭"}]
     assert rows[1] == {"step": 10, "prompt": "q", "accuracy": None}
+    assert tracker.tables == [("zero", 10, "samples", rows)]
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -93,7 +99,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_console_and_trackers_get_the_means_of_logging_steps(tmp_path: Path) -> None:
     tracker = _Recorder()
-    with StageLog(tmp_path / "zero", total_steps=9, logging_steps=3, trackers=[tracker]) as log:
+    with StageLog(tmp_path / "zero", total_steps=9, logging_steps=3, trackers=tracker) as log:
         for step in range(1, 9):  # the stage ends early
             log.log(step, {"loss": float(step), "x/max": float(step), "kl": math.nan if step % 3 else 1.0})
     assert tracker.rows == [
@@ -130,7 +136,7 @@ def test_first_and_last_step_are_lines_of_the_display(tmp_path: Path, capsys: py
 
 def test_tables_are_kept_of_every_tenth_step(tmp_path: Path) -> None:
     tracker = _Recorder()
-    with StageLog(tmp_path / "zero", total_steps=13, trackers=[tracker]) as log:
+    with StageLog(tmp_path / "zero", total_steps=13, trackers=tracker) as log:
         for step in range(1, 14):
             log.log(step, {"reward": 0.5, "moe/load": [[1.23456, 0.5], [1.0, 2.0]]})
     rows = _lines(tmp_path / "zero" / "metrics.jsonl")
