@@ -25,12 +25,7 @@ from r1fast.rollout.vllm import INSTALL, LOWEST_TEMPERATURE, RolloutError
 from r1fast.rollout.vllm_server import Client, server_problems
 from r1fast.run_folder import holds_nothing
 from r1fast.schema import GRPOStage, Recipe
-<<<<<<< HEAD
-from r1fast.schema_options import EvalOptions, SampleOptions, StageBase, reward_specs
-=======
 from r1fast.schema_options import EvalOptions, SampleOptions, StageBase, TrainFilesOptions, reward_specs
-from r1fast.schema_types import RowKind
->>>>>>> main
 from r1fast.stages.rollouts import unrewarded_problems
 from r1fast.stages.scoring import pool_arguments
 from r1fast.stages.train_rows import choose_rows, describe, nothing_left, tested_key
@@ -137,8 +132,6 @@ def _problems(recipe: Recipe, stage: StageBase, notes: list[str]) -> Iterator[st
         yield from unrewarded_problems(stage, rows_of["train_files"])
 
 
-<<<<<<< HEAD
-=======
 def _choose(
     stage: TrainFilesOptions, data: Sequence[Artifact], rows_of: dict[str, Sequence[dict]], notes: list[str]
 ) -> Iterator[str]:
@@ -158,12 +151,6 @@ def _choose(
     rows_of["train_files"] = chosen
 
 
-@cache
-def _rows(sources: tuple[str, ...], kind: RowKind) -> list[dict]:
-    return load_rows(list(sources), kind) if sources else []
-
-
->>>>>>> main
 def _check_rewards(rewards: Mapping[str, Any], columns: set[str] | None) -> None:
     for arguments in pool_arguments(reward_specs(rewards)).values():
         with RewardPool(arguments) as pool:

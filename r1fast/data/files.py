@@ -11,7 +11,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path
@@ -180,13 +180,23 @@ def read_parquet(path: Path) -> Iterator[Located]:
     names = guarded(what, lambda: file.schema_arrow.names)
     if twice := _twice(names):
         raise ValueError(f"{path}: two columns are named {twice[0]!r}, and which one counts is not known; take one out")
+    singles = [field.name for field in file.schema_arrow if str(field.type) == "float"]  # Arrow's word for 32 bits
     batches = file.iter_batches()
     index = 0
     while (batch := guarded(what, lambda: next(batches, None))) is not None:
         for row in _rows_of(batch, path, index):
             where = f"{path}: row {index}"
-            yield where, plain_columns(row, where)
+            yield where, plain_columns(as_written(row, singles), where)
             index += 1
+
+
+def as_written(row: Columns, singles: Sequence[str]) -> Columns:
+    """With the numbers of these columns, of 32 bits, as somebody wrote them: 0.1, not 0.10000000149011612."""
+    if not singles:
+        return row
+    from numpy import float32
+
+    return row | {name: float(str(float32(row[name]))) for name in singles if row[name] is not None}
 
 
 def _rows_of(batch: Any, path: Path, first: int) -> list[Columns]:

@@ -43,7 +43,7 @@ ALIASES: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
         "label": (("safe", "is_safe"),),
     },
 }
-_CHATS = ("messages", "conversations")
+CHAT_COLUMNS = ("messages", "conversations")  # of which an sft row is read, whatever else it holds
 _SYSTEM = ("system", "system_prompt")
 _NOT_RENDERED = ("chat_template_kwargs", "image", "images", "video", "videos", "audio", "audios")
 
@@ -169,7 +169,7 @@ def _read_prompts(row: Row) -> None:
 
 
 def _read_sft(row: Row) -> None:
-    chats = [name for name in _CHATS if row.get(name) is not None]
+    chats = [name for name in CHAT_COLUMNS if row.get(name) is not None]
     if chats:
         before, target = _split(row[chats[0]], chats[0], learned=True)
         _ending_with_prompt(before, f"{chats[0]}, without its last turn,")
@@ -237,7 +237,7 @@ def _read_targets(row: Row, kind: Kind, columns: tuple[str, ...]) -> None:
 
 def _split(value: Any, column: str, *, learned: bool = False) -> tuple[Messages, Target]:
     """(earlier turns, the last turn); text is a last turn. learned: an empty one would teach an immediate end."""
-    *before, last = chat(value, column) if column in _CHATS else _turns(text_or_chat(value, column), "assistant")
+    *before, last = chat(value, column) if column in CHAT_COLUMNS else _turns(text_or_chat(value, column), "assistant")
     if last["role"] != "assistant":
         ending = f"{column} ends with a turn of {last['role']!r}"
         raise ValueError(f"{ending}, expected 'assistant': its last turn is what is learned")

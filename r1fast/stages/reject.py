@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from r1fast.data.rows import CHAT_COLUMNS
 from r1fast.data.templates import RESPONSE_FORMATS
 from r1fast.rewards.filters import check_completion
 from r1fast.schema import RejectStage
@@ -105,5 +106,5 @@ def sft_row(sample: Sample, response_format: str) -> dict[str, Any]:
     """A kept sample as an SFT row: its columns, and the completion with its reasoning opened."""
     opening = RESPONSE_FORMATS[response_format].prefill if sample.prefilled else ""
     # Other forms of the row's own solution would be learned from in place of the sample.
-    row = {name: value for name, value in sample.row.items() if name not in ("messages", "text")}
+    row = {name: value for name, value in sample.row.items() if name not in (*CHAT_COLUMNS, "text")}
     return {**row, "completion": opening + sample.text}

@@ -39,7 +39,7 @@ def part(text: str, **fields: Any) -> dict[str, Any]:
         ("sft", {"conversations": [user("p"), assistant("c")]}, {"messages": [user("p"), assistant("c")]}),
         (
             "sft",
-            {"messages": None, "conversations": [said("user", "p"), said("chatgpt", "c")], "system": "s"},
+            {"messages": None, "conversations": [said("user", "p"), said("assistant", "c")], "system": "s"},
             {"messages": [{"role": "system", "content": "s"}, user("p"), assistant("c")]},
         ),
         (

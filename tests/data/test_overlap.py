@@ -32,6 +32,12 @@ def test_a_run_of_words_of_a_test(text: str, n: int, hit: str | None) -> None:
     assert contaminated(["other", text], [TEST], n) == ({} if hit is None else {1: hit})
 
 
+def test_lines_and_signs_do_not_hide_a_test() -> None:
+    """A text that is wrapped otherwise, or has the test in the middle of something longer."""
+    wrapped = TEST.replace(" ", "\n\n* ")
+    assert set(contaminated([f"Story. {'filler ' * 500} {wrapped} {'more ' * 500}"], [TEST], 13)) == {0}
+
+
 def test_short_prompts_are_compared_as_a_whole() -> None:
     texts = ["What is 2 + 3?", "what is 2+3", "What is 2 + 4?", "So what is 2 + 3?", "hello"]
     assert set(contaminated(texts, ["What is 2+3 ?", "Hello!"], 13)) == {0, 1, 4}

@@ -105,6 +105,17 @@ def test_parquet_that_python_cannot_hold(tmp_path: Path) -> None:
     assert load_rows([str(tmp_path / "x.parquet")], "sft") == [{"text": "a", "x": None}]
 
 
+def test_numbers_of_32_bits_are_what_was_written(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    numbers = pa.array([0.1, 3.14, None, float("nan"), 16777217.0], pa.float32())
+    table = pa.table({"prompt": list("abcde"), "answer": numbers})
+    pq.write_table(table, tmp_path / "x.parquet")
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+    for source in ("x.parquet", "saved"):
+        read = [row["answer"] for row in load_rows([str(tmp_path / source)], "prompts")]
+        assert read == ["0.1", "3.14", None, None, "16777216.0"]
+
+
 def test_sources_that_are_no_names(tmp_path: Path) -> None:
     for source in ("", "a\0b.jsonl"):
         with pytest.raises(ValueError, match="names nothing"):
@@ -208,13 +219,13 @@ def test_values_of_a_csv_file_of_the_hub_are_text(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("separator", [",", "\t"])
 def test_values_of_tables_are_text(tmp_path: Path, separator: str) -> None:
     """With a byte order mark, Windows' line ends, pandas' unnamed index, quotes, a line break, an empty line."""
-    golds = ["007", "1e5", "None", "true", "2024-01-31", '"1, 2"', '"a ""b""\t\r\nc"', ""]
+    golds = ["007", "1e5", "null", "true", "2024-01-31", '"1, 2"', '"a ""b""\t\r\nc"', ""]
     lines = ["\ufeff,prompt,answer", *(f"{i},p{i},{gold}" for i, gold in enumerate(golds)), ""]
     text = "\r\n".join(lines).replace(",", separator).replace("1\t 2", "1, 2")
     path = tmp_path / f"rows.{'csv' if separator == ',' else 'tsv'}"
     path.write_bytes(text.encode())
     read = [row["answer"] for row in load_rows([str(path)], "prompts")]
-    assert read == ["007", "1e5", "None", "true", "2024-01-31", "1, 2", 'a "b"\t\r\nc', None]
+    assert read == ["007", "1e5", "null", "true", "2024-01-31", "1, 2", 'a "b"\t\r\nc', None]
     assert load_rows([str(path)], "prompts")[7] == {"": "7", "prompt": "p7", "answer": None}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from r1fast.data.rows import canonical, prompt_and_target, texts_of
 from r1fast.schema import GRPOStage
 from r1fast.schema_options import FilterOptions, RewardSpec, RewardWorkers
 from r1fast.stages import reject
@@ -209,3 +210,19 @@ def test_samples_are_compared_with_those_of_their_prompt() -> None:
     with Scorer(ctx, {"length": 1.0}, "think_answer") as scorer:
         assert scorer.score(samples) == 0
     assert [found.rewards["length"] for found in samples] == [0.5, 0.5, -0.5, -0.5]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": "p", "answer": "1", "text": "another form"},
+        {"messages": [{"role": "user", "content": "p"}], "solution": "1"},
+        {"conversations": [{"from": "human", "value": "p"}]},
+    ],
+    ids=lambda columns: next(iter(columns)),
+)
+def test_a_kept_sample_is_an_sft_row(columns: dict[str, Any]) -> None:
+    """Whatever form its prompt came in: that would be read in place of the sample."""
+    kept = sample(0, text="<think>why</think>1", row=canonical(columns, "prompts", "a.jsonl:1"))
+    prompt, target = prompt_and_target(canonical(reject.sft_row(kept, "think_answer"), "sft", "data.jsonl:1"))
+    assert texts_of(prompt) == ["p"] and target == "<think>why</think>1"
