@@ -102,7 +102,7 @@ def show(request: CommandLine) -> None:
     lengths = Lengths(request.recipe)
     found = estimate(request.recipe, request.selected, num_ranks, here, lengths)
     plan = plan_lines(request.recipe, request.selected, lengths, num_ranks)
-    print(dump_recipe(request.recipe), end="")
+    print(dump_recipe(request.recipe), end="", flush=True)
     Console(stderr=True, width=160).print(memory_table(found, num_ranks))
     print("\n".join([*plan, "OK"]), file=sys.stderr)
 

@@ -15,7 +15,7 @@ _BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _NAME = re.compile(r"# ([\w-]+\.(?:yaml|py))\n")
-_LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 @dataclass(frozen=True)
