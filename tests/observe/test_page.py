@@ -137,7 +137,7 @@ def test_scores_of_other_settings_stand_apart(tmp_path: Path, write_run: Callabl
 def test_the_page_of_a_run_at_work_says_so_and_reloads(tmp_path: Path, write_run: Callable[..., Path]) -> None:
     run = write_run(tmp_path, stop_in="dev2")
     source = build_report(run, live=True).read_text()
-    assert '<html lang="en" data-reload="60">' in source and "This run is at work" in source
+    assert '<html lang="en" data-reload="60" data-written="' in source and "This run is at work" in source
     assert "data-reload" not in build_report(run).read_text()
 
 

@@ -1,5 +1,7 @@
 """The page in a real browser: nothing cut off or overflowing at any width, no complaint, search and zoom at work."""
 
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,16 @@ def test_the_menu_leads_to_every_stage(browser: Browser, pages: dict[str, Path])
     browser.run("[...document.querySelectorAll('.menu a')].at(-1).click()")
     assert browser.run("scrollY") > 1000 and not browser.run("document.querySelector('.menu').open")
     assert browser.errors == []
+
+
+def test_the_page_of_a_killed_run_says_that_it_is_old(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:
+    page, said = tmp_path / "report.html", "document.querySelector('.notice').textContent"
+    source = pages["long"].read_text()
+    page.write_text(re.sub('data-written="[0-9]+"', f'data-written="{int(time.time()) - 3600}"', source))
+    browser.open(page, 1400)
+    assert "Nothing has been written for 60 minutes" in browser.run(said)
+    browser.open(pages["long"], 1400)
+    assert "Nothing has been written" not in browser.run(said) and browser.errors == []
 
 
 def test_light_and_dark(browser: Browser, pages: dict[str, Path]) -> None:
