@@ -15,10 +15,11 @@ from r1fast.data.packing import balance, pack
 from r1fast.preflight_models import origin, tokenizer_of
 from r1fast.read_once import rows_of
 from r1fast.schema import DistillStage, PretrainStage, Recipe, RewardModelStage
-from r1fast.schema_options import EpochOptions, FitOptions, GenerateOptions, SampleOptions, StageBase
+from r1fast.schema_options import EpochOptions, FitOptions, GenerateOptions, SampleOptions, StageBase, TrainFilesOptions
 from r1fast.stages.packed import encode_examples, encode_prompts, of_step
 from r1fast.stages.pretrain import tokenizer_of_rows, visited
 from r1fast.stages.reward_model import encode_units
+from r1fast.stages.train_rows import choose_rows, tested_key
 
 MOST_ROWS, MOST_STEPS = 4_000, 1_000  # that are looked at
 
@@ -29,6 +30,7 @@ class Lengths:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._tokenizer_from = cache(self._find_tokenizer)
+        self._known: dict[tuple[str, str], list[dict] | None] = {}  # rows of a stage's option
         self._longest: dict[Any, int] = {}  # prompt, by files and how they are rendered
 
     def prompt(self, stage: GenerateOptions, keys: Sequence[str] = ("train_files", "eval_files")) -> int:
@@ -60,7 +62,7 @@ class Lengths:
                 found[one.ref] = None if one.stage is not None else len(rows_of(one.ref, one.rows))
         return found
 
-    def num_rows(self, stage: GenerateOptions, key: str) -> int:
+    def num_rows(self, stage: StageBase, key: str) -> int:
         """Very many, where they are still to be made."""
         rows = self._rows(stage.name, key)
         return MOST_ROWS if rows is None else len(rows)
@@ -108,14 +110,26 @@ class Lengths:
         return max(lengths)
 
     def _rows(self, name: str, key: str) -> list[dict] | None:
-        """All rows; None where they are not to be had, as the run makes some of them."""
-        files = [found for found in inputs_of(self.recipe, self.recipe.stage(name)) if found.key == key]
+        """All rows, of train_files those that are not left out; None where the run still makes some of them."""
+        if (name, key) not in self._known:
+            self._known[name, key] = self._read(name, key)
+        return self._known[name, key]
+
+    def _read(self, name: str, key: str) -> list[dict] | None:
+        stage = self.recipe.stage(name)
+        files = [found for found in inputs_of(self.recipe, stage) if found.key == key]
         if any(found.stage is not None for found in files):
             return None
         try:
-            return [row for one in files if one.rows is not None for row in rows_of(one.ref, one.rows)]
+            rows = [row for one in files if one.rows is not None for row in rows_of(one.ref, one.rows)]
         except (ValueError, OSError):  # of a stage that is not to be run: preflight has read the others
             return None
+        if key != "train_files" or not isinstance(stage, TrainFilesOptions) or not stage.leaves_out:
+            return rows
+        compared = tested_key(stage)
+        tested = [] if compared is None else self._rows(name, compared)
+        kind = files[0].rows
+        return rows if tested is None or kind is None else choose_rows(stage, kind, rows, tested)[0]
 
     def _tokenizer(self, name: str) -> Tokenizer | None:
         source = origin(self.recipe, self.recipe.stage(name), of_tokenizer=True)

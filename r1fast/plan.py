@@ -38,7 +38,9 @@ def _of_stage(stage: StageBase, lengths: Lengths, num_ranks: int) -> Iterator[tu
             said = ", ".join(f"{ref} {_number(count, 'row')}" for ref, count in files.items())
             yield key, f"{said}{_left_out(stage) if key == 'train_files' else ''}"
             if key == "train_files":
-                rows = None if None in files.values() else sum(count or 0 for count in files.values())
+                rows = None if None in files.values() else lengths.num_rows(stage, key)
+                if rows is not None and (left_out := sum(count or 0 for count in files.values()) - rows):
+                    yield "left_out", f"{_number(left_out, 'row')} of train_files (decontaminate, deduplicate)"
     if isinstance(stage, SampleOptions) and (not isinstance(stage, DistillStage) or stage.teacher is not None):
         yield "samples", _sampled(stage, rows)
         rows = None  # of those that are kept

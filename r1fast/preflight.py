@@ -136,7 +136,7 @@ def _choose(
     stage: TrainFilesOptions, data: Sequence[Artifact], rows_of: dict[str, Sequence[dict]], notes: list[str]
 ) -> Iterator[str]:
     """Take what the stage will leave out of train_files, and say so; where it compares with rows that exist."""
-    if stage.decontaminate is None and stage.deduplicate is None:
+    if not stage.leaves_out:
         return
     rows, key = rows_of.get("train_files"), tested_key(stage)
     if rows is None or (key is not None and key not in rows_of):

@@ -377,6 +377,11 @@ class TrainFilesOptions(StageBase):
     decontaminate: DecontaminateOptions | None = None  # {}: by 13 words of a prompt of eval_files; None: nothing is
     deduplicate: DeduplicateOptions | None = None  # {}: by a similarity of 0.8; None: nothing is
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether rows may be left out."""
+        return self.decontaminate is not None or self.deduplicate is not None
+
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.decontaminate is not None and not (self.decontaminate.files or getattr(self, "eval_files", [])):

@@ -51,6 +51,13 @@ def test_grpo_by_hand(plan: Callable[..., dict[str, str]]) -> None:
     assert found["checkpoints"] == "3, of which 2 stay (every 3 steps, and the last)"
 
 
+def test_rows_that_are_left_out_make_no_steps(plan: Callable[..., dict[str, str]]) -> None:
+    found = plan({**SFT, "batch_size": 1, "num_train_epochs": 3, "deduplicate": {}})  # ten rows, all the same
+    assert found["train_files"] == "sft.jsonl 10 rows"
+    assert found["left_out"] == "9 rows of train_files (decontaminate, deduplicate)"
+    assert found["steps"] == "3 steps of 1 rows; 3.00 passes of 1 rows"
+
+
 def test_sft_and_what_is_still_to_be_made(plan: Callable[..., dict[str, str]]) -> None:
     found = plan({**SFT, "batch_size": 4, "num_train_epochs": 3})
     assert found["steps"] == "9 steps of 4 rows; 3.60 passes of 10 rows"

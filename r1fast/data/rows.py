@@ -165,7 +165,7 @@ def _read_prompts(row: Row) -> None:
     # Rewards may do without an answer: format, a preference model.
     if isinstance(answer, bool) or not isinstance(answer, str | int | float | list | dict | None):
         raise ValueError(f"column 'answer' is {shown(answer)}, expected a string, a number or a list of them")
-    row["answer"] = str(answer) if isinstance(answer, int | float) else answer
+    row["answer"] = answer  # numbers too, as TRL hands them to rewards
 
 
 def _read_sft(row: Row) -> None:

@@ -317,6 +317,11 @@ document.addEventListener('keydown', event => { if (event.key === 'Escape' && me
 // The page of a run at work loads itself again, unless somebody is reading in it with mouse or keyboard.
 const every = Number(document.documentElement.dataset.reload ?? 0) * 1000;
 if (every) {
+  const silent = Math.floor(Date.now() / 60000 - document.documentElement.dataset.written / 60);
+  if (silent > 5) {
+    const words = ` Nothing has been written for ${silent} minutes: the run may have been killed.`;
+    document.querySelector('.notice')?.append(tag('b', '', words));
+  }
   let touched = 0, loaded = Date.now();
   ['pointerdown', 'keydown', 'wheel'].forEach(kind => addEventListener(kind, () => { touched = Date.now(); }, {passive: true}));
   setInterval(() => { if (Date.now() - loaded > every && Date.now() - touched > every / 2) location.reload(); }, 1000);

@@ -39,7 +39,8 @@ def render(run: RunData, *, live: bool = False) -> str:
     groups, colours = group_scores(run.entries), phase_colours(run.stages)
     main = max(groups, key=lambda group: len(group.rows), default=None)
     return template("page.html.jinja").render(
-        run=run, colours=colours, live=live, written=time.strftime("%Y-%m-%d %H:%M:%S"), reload=RELOAD_SECONDS,
+        run=run, colours=colours, live=live, reload=RELOAD_SECONDS,
+        written=time.strftime("%Y-%m-%d %H:%M:%S"), now=int(time.time()),
         groups=[(group, score_charts(group)) for group in groups], main=main, tiles=list(headline(run, main)),
         chain=chain(run.stages), memory=memory_chart(run.stages, colours), data=page_data(run),
     )  # fmt: skip

@@ -21,6 +21,7 @@ from r1fast.run_folder import read_record, write_record
 PROJECT = "r1fast"
 RECORD = "trackers.json"  # of a run folder: what a resumed run continues
 CLOSE_SECONDS = 60.0  # that a tracker may take for what it has not sent yet; it can be sent later
+TABLE_ROWS = 1000  # of a table that is sent with all its rows each time
 Row = Mapping[str, Any]
 
 
@@ -59,6 +60,7 @@ class WandbTracker:
         options["resume"] = given.get("WANDB_RESUME") or "allow"
         self.run = self.wandb.init(**options)
         self.stages: set[str] = set()
+        self.rows: dict[tuple[str, str], list[Row]] = {}
 
     def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         if stage not in self.stages:
@@ -68,8 +70,12 @@ class WandbTracker:
         self.run.log(_of_stage(stage, {"step": step, **metrics}))
 
     def table(self, stage: str, step: int, name: str, rows: Sequence[Row]) -> None:
-        columns = list(rows[0])
-        data = [[row.get(column) for column in columns] for row in rows]
+        """With the rows of earlier steps: of a table that is logged again wandb shows the last one alone."""
+        found = self.rows.setdefault((stage, name), [])
+        found += [{"step": step, **row} for row in rows]
+        del found[:-TABLE_ROWS]
+        columns = list(dict.fromkeys(column for row in found for column in row))
+        data = [[row.get(column) for column in columns] for row in found]
         self.log(stage, step, {name: self.wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
 
     def close(self, failed: bool) -> None:

@@ -151,6 +151,10 @@ def generation_phase(model: nn.Module) -> Iterator[nn.Module]:
                 unit.unshard()
             yield model
         finally:
+            # For FSDP a forward that a signal has interrupted still runs, and its unit gives up only what it would give
+            # up behind it.
+            for unit in units:
+                unit.set_reshard_after_forward(True, recurse=False)
             reshard(model)
             for unit in units:
                 unit.set_reshard_after_forward(getattr(unit, _RESHARD_FLAG), recurse=False)

@@ -21,7 +21,7 @@ from r1fast.rewards.sandbox import CLOCK_LIMITS, Program, Sandbox, SandboxError
 
 _COLUMNS = ("verification_info", "input_output", "answer")
 ALL_TESTS_LIMITS = 6.0  # time on the clock for all tests of a row, in limits of one test
-_BLOCK = re.compile(r"```[ \t]*([^\s`]*)[^\n`]*\n(.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"```[ \t]*+([^\s`]*+)[^\n`]*+\n(.*?)```", re.DOTALL)  # possessive: linear on any text
 _TAGS = ("python", "python3", "py")
 
 

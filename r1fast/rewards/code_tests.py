@@ -4,11 +4,13 @@
                                           {"type": "function_call", "fn_name": name, "input": [..], "output": value}]}
     {"inputs": [..], "outputs": [..], "fn_name": name}        of APPS, TACO and LiveCodeBench; fn_name may be missing
 
-the first as open-r1 has it; both also as JSON text. Input and output of a script are texts, or lists of lines. Input of
-a function is the list of its arguments, or a text with the JSON of one on each line; its output may also be JSON text,
-or stand alone in a list: data sets have all of these.
+the first as open-r1 has it. Each may be text, JSON or as Python writes it, at any level, and stand in `ground_truth`;
+the cases may also be a list alone, or say testtype (stdin, functional) and metadata.func_name. Input and output of a
+script are texts, or lists of lines. Input of a function is the list of its arguments, or a text with the JSON of one on
+each line; its output may also be JSON text, or stand alone in a list: data sets have all of these.
 """
 
+import ast
 import json
 import math
 import re
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple
 
 TOLERANCE = 1e-6  # absolute, or relative above 1: what judges allow
 _LANGUAGES = ("python", "python3", "py")
-_TYPES = {"stdin_stdout": False, "function_call": True}  # whether it names a function
+_TYPES = {"stdin_stdout": False, "stdin": False, "function_call": True, "functional": True}  # whether it has a name
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 
@@ -34,36 +36,39 @@ class CodeTest(NamedTuple):
 def read_tests(column: Any) -> list[CodeTest]:
     """At least one test, or ValueError with what cannot be read."""
     row = _plain(column)
-    if not isinstance(row, Mapping):
-        raise ValueError(f"it is {_shown(column)}, expected an object with test_cases, or with inputs and outputs")
-    language = row.get("language") or "python"
-    if str(language).lower() not in _LANGUAGES:
+    if isinstance(row, Mapping) and str(language := row.get("language") or "python").lower() not in _LANGUAGES:
         raise ValueError(f"language is {_shown(language)}, and only Python programs are run")
-    tests = list(_cases(row))
+    tests = list(_tests(row))
     if not tests:
         raise ValueError("it holds no test")
     return tests
 
 
-def _cases(row: Mapping[str, Any]) -> Iterator[CodeTest]:
-    if row.get("test_cases") is not None:
-        cases = _plain(row["test_cases"])
-        if not isinstance(cases, list) or not all(isinstance(case, Mapping) for case in cases):
-            raise ValueError(f"test_cases is {_shown(cases)}, expected a list of objects")
-        for i, case in enumerate(cases):
-            kind = case.get("type") or ("function_call" if case.get("fn_name") else "stdin_stdout")
-            if kind not in _TYPES:
-                raise ValueError(f"test_cases[{i}].type is {_shown(kind)}, expected one of {list(_TYPES)}")
-            function = (case.get("fn_name") or row.get("fn_name") or "") if _TYPES[kind] else None
-            yield _case(f"test_cases[{i}]", function, case.get("input"), case.get("output"))
-        return
-    inputs, outputs = row.get("inputs"), row.get("outputs")
-    if not isinstance(inputs, list) or not isinstance(outputs, list):
+def _tests(row: Any) -> Iterator[CodeTest]:
+    row = _plain(row)
+    if isinstance(row, list) and all(isinstance(case, Mapping) for case in row):
+        for i, case in enumerate(row):
+            yield _typed_case(f"test_cases[{i}]", case)
+    elif not isinstance(row, Mapping):
+        raise ValueError(f"it is {_shown(row)}, expected an object with test_cases, or with inputs and outputs")
+    elif name := next((name for name in ("test_cases", "ground_truth") if row.get(name) is not None), None):
+        yield from _tests(row[name])
+    elif not isinstance(inputs := row.get("inputs"), list) or not isinstance(outputs := row.get("outputs"), list):
         raise ValueError(f"its keys are {sorted(map(str, row))}, expected test_cases, or inputs and outputs")
-    if len(inputs) != len(outputs):
+    elif len(inputs) != len(outputs):
         raise ValueError(f"it has {len(inputs)} inputs and {len(outputs)} outputs")
-    for i, (given, expected) in enumerate(zip(inputs, outputs)):
-        yield _case(f"inputs[{i}]", row.get("fn_name") or None, given, expected)
+    else:
+        for i, (given, expected) in enumerate(zip(inputs, outputs)):
+            yield _case(f"inputs[{i}]", row.get("fn_name") or None, given, expected)
+
+
+def _typed_case(where: str, case: Mapping[str, Any]) -> CodeTest:
+    metadata = case.get("metadata")
+    function = case.get("fn_name") or (metadata.get("func_name") if isinstance(metadata, Mapping) else None) or ""
+    kind = case.get("type") or case.get("testtype") or ("function_call" if function else "stdin_stdout")
+    if kind not in _TYPES:
+        raise ValueError(f"{where}.type is {_shown(kind)}, expected one of {list(_TYPES)}")
+    return _case(where, function if _TYPES[kind] else None, case.get("input"), case.get("output"))
 
 
 def _case(where: str, function: str | None, given: Any, expected: Any) -> CodeTest:
@@ -94,10 +99,12 @@ def _lines(where: str, name: str, value: Any) -> str:
 def _plain(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is {_shown(value)}, which is no JSON: {error}") from None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    raise ValueError(f"it is {_shown(value)}, which is neither JSON nor a Python literal")
 
 
 def _shown(value: Any) -> str:

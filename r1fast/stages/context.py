@@ -104,7 +104,7 @@ class StageContext(Generic[S]):
     def _chosen(self, rows: list[dict]) -> list[dict]:
         """Rank 0 writes which are left out, while the stage runs: an export reads its rows again."""
         stage = self.stage
-        if not isinstance(stage, TrainFilesOptions) or (stage.decontaminate is None and stage.deduplicate is None):
+        if not isinstance(stage, TrainFilesOptions) or not stage.leaves_out:
             return rows
         kind = next(found.rows for found in inputs_of(self.recipe, stage) if found.key == "train_files")
         assert kind is not None, "train_files hold rows"

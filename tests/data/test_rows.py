@@ -38,7 +38,7 @@ VERL = {
     ("kind", "row", "expected"),
     [
         ("prompts", {"problem": "p", "solution": "s"}, {"prompt": "p", "answer": "s"}),
-        ("prompts", {"question": "p", "ground_truth": 4}, {"prompt": "p", "answer": "4"}),
+        ("prompts", {"question": "p", "ground_truth": 4}, {"prompt": "p", "answer": 4}),
         ("prompts", {"prompt": "p", "problem": "q", "answer": "a"}, {}),
         ("prompts", {"prompt": "p"}, {"answer": None}),
         ("prompts", {"messages": [user("p")], "answer": "4"}, {"prompt": [user("p")]}),

@@ -113,7 +113,7 @@ def test_numbers_of_32_bits_are_what_was_written(tmp_path: Path) -> None:
     datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
     for source in ("x.parquet", "saved"):
         read = [row["answer"] for row in load_rows([str(tmp_path / source)], "prompts")]
-        assert read == ["0.1", "3.14", None, None, "16777216.0"]
+        assert read == [0.1, 3.14, None, None, 16777216.0]
 
 
 def test_sources_that_are_no_names(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import pytest
 
 from r1fast.command_line import parse
 from r1fast.config import RECIPES, load_recipe
+from r1fast.data.rows import ALIASES, canonical
 from tests.docs.pages import ALL_BLOCKS, PAGES, ROOT, Block, blocks, prose
 from tests.docs.test_facts import defaults_of_trl
 from tests.docs.workspace import ROW, commands, fill, inline_commands, made_small, recipe_text, substituted
@@ -92,6 +94,18 @@ def test_yaml_is_a_recipe_or_a_part_of_one(block: Block, tmp_path: Path) -> None
     path = tmp_path / "block.yaml"
     path.write_text(recipe_text(block), encoding="utf-8")
     assert load_recipe(str(path), []).stages
+
+
+@pytest.mark.parametrize("block", WITH["jsonl"], ids=str)
+def test_rows_are_read_by_some_stage(block: Block) -> None:
+    for line in block.text.splitlines():
+        refusals = []
+        for kind in ALIASES:
+            try:
+                canonical(json.loads(line), kind, str(block))  # type: ignore[arg-type]
+            except ValueError as error:
+                refusals.append(str(error))
+        assert len(refusals) < len(ALIASES), refusals
 
 
 # Python
@@ -222,6 +236,18 @@ def taught(model: Path, made_once: Callable[..., Path]) -> Path:
     return made_once("taught", teach) / "run" / "taught" / "model"
 
 
+@pytest.fixture(scope="session")
+def ran(taught: Path, made_once: Callable[..., Path]) -> Path:
+    """A finished run of what the first page begins with, for pages that take it as there."""
+
+    def run(folder: Path) -> None:
+        fill(folder, ROOT / "docs" / "index.md", taught)
+        options = made_small(str(folder / "mine.yaml"))
+        run_typed([sys.executable, "-m", "r1fast.train", "mine.yaml", "--output-dir", "runs/mine", *options], folder)
+
+    return made_once("ran", run) / "runs" / "mine"
+
+
 def newest_step(stage: Path) -> int:
     return max((int(path.name.removeprefix("step_")) for path in stage.glob("checkpoints/step_*")), default=0)
 
@@ -231,7 +257,7 @@ def run_typed(line: list[str], folder: Path, *, stopped: Path | None = None) -> 
     paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with (folder / "log").open("w+") as log:
-        process = subprocess.Popen(line, cwd=folder, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(line, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         before = newest_step(stopped) if stopped else 0
         while stopped is not None and process.poll() is None:
             if newest_step(stopped) > before:
@@ -258,7 +284,7 @@ def typed(words: list[str]) -> list[str] | None:
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "multi-node.md"], ids=lambda page: page.name)
-def test_commands_run_as_they_are_typed(page: Path, taught: Path, tmp_path: Path) -> None:
+def test_commands_run_as_they_are_typed(page: Path, taught: Path, ran: Path, tmp_path: Path) -> None:
     """The page's commands in its order, each a process: later ones resume, export and ask what earlier ones made.
 
     A run that the page resumes later is stopped on its way, and again before each resume but the last.
@@ -267,6 +293,8 @@ def test_commands_run_as_they_are_typed(page: Path, taught: Path, tmp_path: Path
     shell = [block for block in blocks(page) if block.language == "sh" and not block.limit]
     lines = [line for block in shell for words in commands(block.text) if (line := typed(words))]
     resumed = [i for i, line in enumerate(lines) if "--resume" in line]
+    if not resumed:
+        shutil.copytree(ran, tmp_path / "runs" / "mine")
     for i, line in enumerate(lines):
         stopped = None
         if "r1fast.train" in line and "--help" not in line:

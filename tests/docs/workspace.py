@@ -19,7 +19,8 @@ VERL = {
     "reward_model": {"style": "rule", "ground_truth": "2"}, "extra_info": {"index": 0},
 }  # fmt: skip
 HUB_MODEL = re.compile(r"(?:Qwen|meta-llama)/[\w.-]+")
-HUB_DATA = re.compile(r"trl-lib/[\w.-]+")
+HUB_DATA = re.compile(r"(?:trl-lib|org)/[\w.-]+(?::\w+)?")
+DATA = re.compile(r"(?<![\w/-])(?<!--output )[\w/-]+\.(?:jsonl|parquet)\b")
 # What makes a stage of a documented size one of seconds: the most that it has.
 SMALL = {
     "max_steps": 2, "num_generations": 2, "prompts_per_step": 2, "steps_per_generation": 1, "max_completion_length": 48,
@@ -59,7 +60,7 @@ def fill(folder: Path, page: Path, model: Path) -> None:
     for block in [*blocks(ROOT / "docs" / "index.md"), *blocks(page)]:
         if block.name is not None and block.limit != "not run":
             (folder / block.name).write_text(substituted(block.text, model), encoding="utf-8")
-        for name in re.findall(r"[\w/-]+\.(?:jsonl|parquet)", substituted(block.text, model)):
+        for name in DATA.findall(substituted(block.text, model)):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".jsonl":
@@ -74,6 +75,8 @@ def commands(text: str) -> Iterator[list[str]]:
         words = shlex.split(line, comments=True) if not re.match(r"\w+=\$\(", line) else []
         while words and re.fullmatch(r"\w+=\S*", words[0]):
             words = words[1:]
+        if "|" in words:  # what writes into the last one is not looked at
+            words = words[len(words) - words[::-1].index("|") :]
         if words:
             yield words[1:] if words[0] == "srun" else words
 

@@ -16,15 +16,16 @@ from r1fast.report import main
 class Page(HTMLParser):
     """A page as a reader has it: every tag closed in order, its text, its links, the JSON of its charts."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, place: Path) -> None:
+        """place: a run, whose page is made, or a page."""
         super().__init__()
         self.open: list[str] = []
         self.ids: list[str] = []
         self.links: list[str] = []
         self.words: list[str] = []
         self.data: Any = None
-        path = build_report(run_dir)
-        assert path == run_dir / "report.html"
+        path = build_report(place) if place.is_dir() else place
+        assert path in (place, place / "report.html")
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
         assert self.open == [], "unclosed tags"
@@ -136,7 +137,7 @@ def test_scores_of_other_settings_stand_apart(tmp_path: Path, write_run: Callabl
 def test_the_page_of_a_run_at_work_says_so_and_reloads(tmp_path: Path, write_run: Callable[..., Path]) -> None:
     run = write_run(tmp_path, stop_in="dev2")
     source = build_report(run, live=True).read_text()
-    assert '<html lang="en" data-reload="60">' in source and "This run is at work" in source
+    assert '<html lang="en" data-reload="60" data-written="' in source and "This run is at work" in source
     assert "data-reload" not in build_report(run).read_text()
 
 

@@ -1,11 +1,14 @@
 """The page in a real browser: nothing cut off or overflowing at any width, no complaint, search and zoom at work."""
 
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from r1fast.observe.comparison import build_comparison
 from r1fast.observe.page import build_report
 from tests.observe.browser import NAMES, Browser, find_browser
 from tests.observe.conftest import make_long_run, make_run
@@ -19,11 +22,11 @@ PROBLEMS = """(() => {
   const shown = one => one.checkVisibility({visibilityProperty: true});
   if (page.scrollWidth > innerWidth) found.push(`the page is ${page.scrollWidth} wide`);
   for (const one of document.querySelectorAll('body *')) {
-    if (!shown(one) || one.closest('script, option')) continue;
+    if (!shown(one) || one.closest('script, option, .scroll *')) continue;  // what scrolls
     const box = one.getBoundingClientRect(), style = getComputedStyle(one);
     if (box.right > innerWidth + 1 || box.left < -1) found.push(`outside of the window: ${name(one)}`);
-    const clips = one instanceof HTMLElement && style.overflowX !== 'visible' && one.clientWidth;
-    if (clips && one.scrollWidth > one.clientWidth + 1) found.push(`cut off: ${name(one)}`);
+    const clips = one instanceof HTMLElement && style.overflowX !== 'visible' && !one.matches('.scroll');
+    if (clips && one.clientWidth && one.scrollWidth > one.clientWidth + 1) found.push(`cut off: ${name(one)}`);
     if (style.textOverflow === 'ellipsis') found.push(`ellipsis: ${name(one)}`);
     const svg = one.ownerSVGElement?.getBoundingClientRect();
     const outside = svg && (box.left < svg.left - 1 || box.right > svg.right + 1 || box.bottom > svg.bottom + 1);
@@ -46,15 +49,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of a run as most are, and of sixteen stages with long names, one at work."""
+    """Of a run as most are, of sixteen stages with long names, one at work, and of both together."""
     runs = {name: tmp_path_factory.mktemp(name) for name in ("whole", "long")}
     make_run(runs["whole"])
     make_long_run(runs["long"])
-    return {"whole": build_report(runs["whole"]), "long": build_report(runs["long"], live=True)}
+    both = build_comparison([runs["whole"], runs["long"]], runs["whole"] / "comparison.html")
+    return {"whole": build_report(runs["whole"]), "long": build_report(runs["long"], live=True), "both": both}
 
 
 @pytest.mark.parametrize("width", [390, 1400])
-@pytest.mark.parametrize("name", ["whole", "long"])
+@pytest.mark.parametrize("name", ["whole", "long", "both"])
 def test_nothing_is_cut_off(browser: Browser, pages: dict[str, Path], name: str, width: int) -> None:
     browser.open(pages[name], width)
     assert browser.run(PROBLEMS) == []
@@ -153,6 +157,16 @@ def test_the_menu_leads_to_every_stage(browser: Browser, pages: dict[str, Path])
     browser.run("[...document.querySelectorAll('.menu a')].at(-1).click()")
     assert browser.run("scrollY") > 1000 and not browser.run("document.querySelector('.menu').open")
     assert browser.errors == []
+
+
+def test_the_page_of_a_killed_run_says_that_it_is_old(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:
+    page, said = tmp_path / "report.html", "document.querySelector('.notice').textContent"
+    source = pages["long"].read_text()
+    page.write_text(re.sub('data-written="[0-9]+"', f'data-written="{int(time.time()) - 3600}"', source))
+    browser.open(page, 1400)
+    assert "Nothing has been written for 60 minutes" in browser.run(said)
+    browser.open(pages["long"], 1400)
+    assert "Nothing has been written" not in browser.run(said) and browser.errors == []
 
 
 def test_light_and_dark(browser: Browser, pages: dict[str, Path]) -> None:

@@ -70,14 +70,19 @@ def test_wandb_gets_one_step_axis_per_stage_and_tables(tmp_path: Path, wandb: Wa
     with open_trackers(["wandb"], run_in(tmp_path)) as trackers:
         trackers.log("zero", 1, {"reward": 0.5})
         trackers.log("zero", 2, {"reward": 0.6})
-        trackers.table("zero", 2, "samples", ROWS)
+        trackers.table("zero", 1, "samples", ROWS)
+        trackers.table("zero", 2, "samples", [{"prompt": "3", "language": 0.5}])
         trackers.table("zero", 2, "samples", [])
     assert wandb.calls[1:] == [
         ("zero/step", None),
         ("zero/*", "zero/step"),
         {"zero/step": 1, "zero/reward": 0.5},
         {"zero/step": 2, "zero/reward": 0.6},
-        {"zero/step": 2, "zero/samples": [["1 + 1", 1.0], ["# 2", None]]},
+        {"zero/step": 1, "zero/samples": [[1, "1 + 1", 1.0], [1, "# 2", None]]},
+        {
+            "zero/step": 2,
+            "zero/samples": [[1, "1 + 1", 1.0, None], [1, "# 2", None, None], [2, "3", None, 0.5]],
+        },
         0,
     ]
 

@@ -208,6 +208,21 @@ def test_generation_leaves_a_clean_model_after_an_error(dist: Dist) -> None:
     assert_same({name: full(p.grad) for name, p in model.named_parameters()}, drop_norm(plain_gradients()))
 
 
+def test_generation_gives_the_shards_back_when_a_forward_is_interrupted(dist: Dist) -> None:
+    """Ctrl-C in a prefill: FSDP still counts the unit as running, and would keep its gathered weights."""
+    model = sharded(dist, one_unit_numel=0)
+    before = full_state_dict(model, dist)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model.layers[1].down_proj.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), generation_phase(model):
+        model(tokens_of_rank(0))
+    assert all(isinstance(param, DTensor) for param in model.parameters())
+    assert_same(full_state_dict(model, dist), before, tolerance=0.0)
+
+
 def drop_norm(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in gradients.items() if name != "norm"}
 

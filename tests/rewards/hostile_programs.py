@@ -171,7 +171,7 @@ LIMITED = {
     "errors_flood": (_TIME, "import sys\nwhile True: sys.stderr.write('x' * 65536)"),
     "output_flood": ("bytes of output", "import sys\nwhile True: sys.stdout.write('x' * 65536)"),
     "output_flood_by_descriptor": ("bytes of output", "import os\nwhile True: os.write(1, b'x' * 65536)"),
-    "memory": (_MEMORY, "x = [bytearray(1 << 24) for _ in range(1 << 12)]"),
+    "memory": (_MEMORY, "x = [bytes(1 << 24) for _ in range(1 << 12)]"),
     "memory_at_once": (_MEMORY, "x = bytearray(1 << 40)"),
     "shared_memory_map": (_MEMORY, "import mmap\nx = [mmap.mmap(-1, 1 << 26) for _ in range(1 << 10)]"),
     "memory_of_integers": (f"{_TIME}|{_MEMORY}", "x = 1\nwhile True: x = x << (1 << 26) | 1"),
@@ -213,6 +213,13 @@ LIMITED = {
         "ctypes.CDLL(None).syscall(60 if __import__('platform').machine() == 'x86_64' else 93, 0)",
     ),
 }
+if platform.machine() == "x86_64":
+    # mov eax, 2; int 0x80: fork by the numbers of another ABI
+    LIMITED["system_call_of_32_bits"] = (
+        "signal (11|31)",
+        "import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7)\nm.write(b'\\xb8\\x02\\0\\0\\0\\xcd\\x80\\xc3')\n"
+        "print('ESCAPED', ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))())",
+    )
 
 POINTLESS = {
     "nothing": "",

@@ -74,13 +74,16 @@ def test_function_calls() -> None:
     [
         (None, "it is NoneType None, expected an object"),
         ("7", "expected an object with test_cases"),
-        ("{broken", "which is no JSON"),
+        ("{broken", "which is neither JSON nor a Python literal"),
         ({}, r"its keys are \[\], expected test_cases, or inputs and outputs"),
         ({"language": "cpp", "test_cases": [case("", "")]}, "language is str 'cpp', and only Python programs are run"),
         ({"test_cases": []}, "it holds no test"),
         ({"inputs": [], "outputs": []}, "it holds no test"),
         ({"inputs": ["1"], "outputs": []}, "1 inputs and 0 outputs"),
-        ({"test_cases": "[1]"}, "expected a list of objects"),
+        ({"test_cases": "[1]"}, r"it is list \[1\], expected an object with test_cases"),
+        ({"test_cases": {"inputs": 3}}, r"its keys are \['inputs'\], expected test_cases, or inputs and outputs"),
+        ("print(1)", "neither JSON nor a Python literal"),
+        ("(" * 10**5, "neither JSON nor a Python literal"),
         ({"test_cases": [case("", ""), {"type": "shell"}]}, r"test_cases\[1\].type is str 'shell', expected one of"),
         ({"test_cases": [{"input": "", "output": None}]}, r"test_cases\[0\]: output is NoneType None"),
         ({"test_cases": [{"input": 3, "output": "3"}]}, "input is int 3, expected text or a list of lines"),
@@ -98,7 +101,7 @@ def test_rows_that_cannot_be_read_are_not_scored(info: Any, why: str) -> None:
 def test_rows_without_tests() -> None:
     with pytest.raises(ValueError, match="none of the columns verification_info, input_output, answer holds tests"):
         read_row({"answer": None})
-    with pytest.raises(ValueError, match="answer: it is str 'x=3', which is no JSON"):
+    with pytest.raises(ValueError, match="answer: it is str 'x=3', which is neither JSON"):
         read_row({"answer": "x=3"})
     assert code(["", ""], [answered(ADDS)] * 2, [[], []]) == [None, None]
 
@@ -106,6 +109,25 @@ def test_rows_without_tests() -> None:
 def test_lists_of_lines_and_missing_languages() -> None:
     assert read_tests({"inputs": [["1", "2"]], "outputs": [["3"]]}) == [CodeTest(None, "1\n2", "3")]
     assert read_tests({"language": None, "test_cases": json.dumps([{"input": "1", "output": "2"}])})[0].given == "1"
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        repr({"language": "python", "test_cases": [{"type": "stdin_stdout", "input": "1", "output": "2"}]}),
+        {"ground_truth": json.dumps([{"type": "stdin_stdout", "input": "1", "output": "2"}]), "dataset_type": "x"},
+        {"test_cases": json.dumps({"inputs": ["1"], "outputs": ["2"]})},
+        json.dumps([{"testtype": "stdin", "input": "1", "output": "2"}]),
+    ],
+    ids=["python", "ground-truth", "inputs-inside", "testtype"],
+)
+def test_layouts_of_data_sets(column: Any) -> None:
+    assert read_tests(column) == [CodeTest(None, "1", "2")]
+
+
+def test_functions_of_livecodebench() -> None:
+    row = [{"testtype": "functional", "metadata": {"func_name": "f"}, "input": "[1]\n2", "output": "3"}]
+    assert read_tests(row) == [CodeTest("f", [[1], 2], "3")]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +215,8 @@ def test_returned_text_that_is_no_value() -> None:
         (f"<think>{fenced('1')}</think>{fenced('2')}", "2\n"),
         (f"<think>{fenced('1')}</think><answer>none</answer>", "1\n"),
         ("`" * 10**5, None),
+        ("```" + "a" * 10**5 + "`", None),
+        ("```" + " " * 10**5 + "`", None),
         ("```python\n" * 10**4, None),
     ],
 )
