@@ -15,10 +15,9 @@ from r1fast.schema_options import (
     FitOptions,
     SampleOptions,
     StageBase,
-    TrainFilesOptions,
     TrainOptions,
     ValidationOptions,
-)  # fmt: skip
+)
 
 
 def plan_lines(recipe: Recipe, stages: Sequence[str], lengths: Lengths, num_ranks: int) -> list[str]:
@@ -35,8 +34,7 @@ def _of_stage(stage: StageBase, lengths: Lengths, num_ranks: int) -> Iterator[tu
     rows: int | None = None
     for key in ("train_files", "eval_files"):
         if files := lengths.files(stage, key):
-            said = ", ".join(f"{ref} {_number(count, 'row')}" for ref, count in files.items())
-            yield key, f"{said}{_left_out(stage) if key == 'train_files' else ''}"
+            yield key, ", ".join(f"{ref} {_number(count, 'row')}" for ref, count in files.items())
             if key == "train_files":
                 rows = None if None in files.values() else lengths.num_rows(stage, key)
                 if rows is not None and (left_out := sum(count or 0 for count in files.values()) - rows):
@@ -57,12 +55,6 @@ def _of_stage(stage: StageBase, lengths: Lengths, num_ranks: int) -> Iterator[tu
         saved = -(-steps // stage.save_steps)
         kept = min(saved, stage.save_total_limit)
         yield "checkpoints", f"{saved:,}, of which {kept:,} stay (every {stage.save_steps:,} steps, and the last)"
-
-
-def _left_out(stage: StageBase) -> str:
-    """Of rows that are compared with others, and may not be trained on; the notes say how many."""
-    chooses = isinstance(stage, TrainFilesOptions) and (stage.decontaminate or stage.deduplicate)
-    return "; what is left out of them is counted here too" if chooses else ""
 
 
 def _of_grpo(stage: GRPOStage, steps: int | None, rows: int | None, lengths: Lengths) -> Iterator[tuple[str, str]]:
