@@ -25,6 +25,7 @@ from torch import Tensor
 from .dispatch import INTERPRETING, choose, product_dtype, register
 from .ids import check_offsets
 from .moe_dispatch import tile_table
+from .products import save_factors
 
 
 def grouped_gemm_reference(x_MD: Tensor, weight: Tensor, offsets_E: Tensor, transpose_weight: bool) -> Tensor:
@@ -226,8 +227,8 @@ def _launch(x_MD: Tensor, weight: Tensor, offsets_E: Tensor, transpose_weight: b
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.transpose_weight = inputs[3]
+    x_MD, weight, offsets_E, ctx.transpose_weight = inputs
+    save_factors(ctx, x_MD, weight, offsets_E)
 
 
 def _backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

@@ -31,10 +31,16 @@ def _takes_onednn(x: Tensor) -> bool:
     return onednn_is_faster() and not torch.is_autocast_enabled("cpu")
 
 
+def save_factors(ctx: Any, x: Tensor, weight: Tensor, *others: Tensor) -> None:
+    """The first two of an op's inputs, each where the other has a gradient: a frozen weight keeps no activations."""
+    needs_x, needs_weight, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, *others)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_TK, weight_NK)
+        save_factors(ctx, x_TK, weight_NK)
         return onednn_linear(x_TK, weight_NK, bias_N)
 
     @staticmethod
@@ -62,16 +68,17 @@ _PIECE = 2048
 class _LinearFp32(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TK, weight_NK)
+        save_factors(ctx, x_TK, weight_NK)
+        ctx.dtype = x_TK.dtype
         return torch.cat([F.linear(x_MK.float(), weight_NK) for x_MK in x_TK.split(_PIECE)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (grad_TN,), (x_TK, weight_NK) = grads, ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
-        grad_x = torch.empty_like(x_TK) if needs_x else None
-        grad_weight = torch.zeros_like(weight_NK) if needs_weight else None
-        for start in range(0, len(x_TK), _PIECE):
+        grad_x = grad_TN.new_empty(len(grad_TN), weight_NK.shape[1], dtype=ctx.dtype) if needs_x else None
+        grad_weight = grad_TN.new_zeros(grad_TN.shape[1], x_TK.shape[1]) if needs_weight else None
+        for start in range(0, len(grad_TN), _PIECE):
             rows = slice(start, start + _PIECE)
             if grad_x is not None:
                 grad_x[rows] = grad_TN[rows] @ weight_NK

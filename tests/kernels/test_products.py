@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1fast_kernels import products
+from r1fast_kernels import grouped_gemm, products
 from tests.kernels.backends import FP32, FP64, assert_as_exact, assert_same_bits
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -48,6 +49,30 @@ def test_no_bias_views_and_a_frozen_side() -> None:
     (want,) = torch.autograd.grad(F.linear(view, part), part, expanded)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(products.linear(view, part), F.linear(view, part))
+
+
+@pytest.mark.parametrize("product", ["linear", "linear_fp32", "grouped_gemm"])
+def test_a_frozen_weight_keeps_no_activations(product: str) -> None:
+    """As those beside LoRA's adapters; and an input without a gradient keeps no weight."""
+    x, weight, *_ = random_case(300, 24, 16)
+    run: Callable[..., Tensor] = getattr(products, product, grouped_gemm)
+    x, others = x.bfloat16() if product == "linear_fp32" else x, ()
+    if product == "grouped_gemm":
+        weight, others = weight.view(2, 8, 24), (torch.tensor([100, 300], dtype=torch.int32),)
+    saved: list[Tensor] = []
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    for x_learns, kept in ((True, weight), (False, x)):
+        saved.clear()
+        leaves = x.requires_grad_(x_learns), weight.requires_grad_(not x_learns)
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            out = run(*leaves, *others)
+        assert [t.data_ptr() for t in saved if t.numel() > 2] == [kept.data_ptr()]
+        out.sum().backward()
+        assert leaves[not x_learns].grad is not None
 
 
 def test_what_stays_torchs_own() -> None:
