@@ -247,9 +247,7 @@ def test_golds_that_accuracy_cannot_read(refuse_recipe, command, tmp_path: Path,
 
 def test_tests_that_code_cannot_read(refuse_recipe, command, tmp_path: Path, capsys) -> None:
     """None of them, or no row has any: nothing to learn from. Some: a note."""
-    assert "train.jsonl:1: answer: it is int 0, expected an object" in refuse_recipe(
-        {**GRPO, "rewards": {"code": 1.0}}
-    )
+    assert "train.jsonl:1: answer: it is int 0, expected an object" in refuse_recipe({**GRPO, "rewards": {"code": 1.0}})
     rows: list[dict] = [{**row, "verification_info": {"language": "java"}} for row in PROMPTS]
     write_jsonl(tmp_path / "train.jsonl", rows)
     message = refuse_recipe({**GRPO, "rewards": {"code": 1.0}})
