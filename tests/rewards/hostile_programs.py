@@ -171,7 +171,7 @@ LIMITED = {
     "errors_flood": (_TIME, "import sys\nwhile True: sys.stderr.write('x' * 65536)"),
     "output_flood": ("bytes of output", "import sys\nwhile True: sys.stdout.write('x' * 65536)"),
     "output_flood_by_descriptor": ("bytes of output", "import os\nwhile True: os.write(1, b'x' * 65536)"),
-    "memory": (_MEMORY, "x = [bytearray(1 << 24) for _ in range(1 << 12)]"),
+    "memory": (_MEMORY, "x = [bytes(1 << 24) for _ in range(1 << 12)]"),
     "memory_at_once": (_MEMORY, "x = bytearray(1 << 40)"),
     "shared_memory_map": (_MEMORY, "import mmap\nx = [mmap.mmap(-1, 1 << 26) for _ in range(1 << 10)]"),
     "memory_of_integers": (f"{_TIME}|{_MEMORY}", "x = 1\nwhile True: x = x << (1 << 26) | 1"),
