@@ -239,4 +239,5 @@ def _explain(detail: Mapping[str, Any], raw: Mapping[str, Any]) -> Iterator[tupl
         yield key, f"expected options{f' ({known})' if known else ''}; got {shown(repr(detail['input']))}"
     else:
         hint = "; write true or false" if kind == "bool_type" else ""
+        hint = "; write null" if detail["input"] == "None" else hint
         yield key, f"{detail['msg']}{hint}; got {shown(repr(detail['input']))}"

@@ -2,12 +2,13 @@
 
 A stage that trains leaves `r1fast.json` in its model folder: prompt template, response format, and whether prompts open
 the reasoning. `collect`, `reject`, `distill`, `reward_model` and `evaluate` take what their recipe does not say from
-the model that they sample: an earlier stage of the recipe, or a folder with such a file.
+the model that they sample: an earlier stage of the recipe, or a folder with such a file. Stages that learn from rows
+take the response format that those have.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ from r1fast.artifacts import start_model
 from r1fast.data.rows import prompt_and_target
 from r1fast.data.sources import load_rows
 from r1fast.data.templates import RESPONSE_FORMATS, target_text
+from r1fast.read_once import rows_of
 from r1fast.schema import (
     CollectStage,
     DistillStage,
@@ -72,7 +74,11 @@ def format_of(rows: Sequence[dict], stage: GenerateOptions) -> str | None:
     return name if 2 * count > len(texts) else None
 
 
-def taught_format(recipe: Recipe, stage: StageBase) -> str | None:
+def _read(source: str) -> list[dict]:
+    return load_rows([source], "sft")
+
+
+def taught_format(recipe: Recipe, stage: StageBase, read: Callable[[str], list[dict]] = _read) -> str | None:
     """The response format of a stage's model: what was rewarded, sampled, or what its rows have; None: it is not known.
 
     Reads files that are not the run's own; of those that cannot be read nothing is known.
@@ -87,7 +93,7 @@ def taught_format(recipe: Recipe, stage: StageBase) -> str | None:
             found.add(getattr(maker, key, None))
             continue
         try:
-            found.add(format_of(load_rows([source], "sft"), stage))
+            found.add(format_of(read(source), stage))
         except (ValueError, OSError):
             return None
     found.discard(None)  # chats beside the reasoning
@@ -103,22 +109,26 @@ def with_layouts(recipe: Recipe) -> tuple[Recipe, list[str]]:
     notes: list[str] = []
     for place, stage in enumerate(recipe.stages):
         taken: dict[str, Any] = {}
-        for key, ref, known in _offers(recipe, stage):
+        for key, known, whence in _offers(recipe, stage):
             given = getattr(stage, key)
             if key not in stage.model_fields_set:
                 taken[key] = known
                 if known != given:
-                    notes.append(f"stages.{stage.name}.{key}: {known}, with which {ref} was trained")
+                    notes.append(f"stages.{stage.name}.{key}: {known}, {whence}")
             elif given != known:
-                notes.append(f"stages.{stage.name}.{key} = {given}, but {ref} was trained with {known}")
+                notes.append(f"stages.{stage.name}.{key} = {given}, and not {known}, {whence}")
         stages = [*recipe.stages[:place], stage.model_copy(update=taken), *recipe.stages[place + 1 :]]
         recipe = recipe.model_copy(update={"stages": stages})
     return recipe, notes
 
 
-def _offers(recipe: Recipe, stage: StageBase) -> Iterator[tuple[str, str, Any]]:
-    """Options that a stage may take: key, the model that is sampled, and what that was trained with."""
+def _offers(recipe: Recipe, stage: StageBase) -> Iterator[tuple[str, Any, str]]:
+    """Options that a stage may take: key, value, and where that comes from."""
     keys: tuple[str, ...] = KEYS
+    if isinstance(stage, SFTStage) and getattr(stage, "teacher", None) is None:
+        if "response_format" not in stage.model_fields_set and (known := taught_format(recipe, stage, _read_once)):
+            yield "response_format", known, "which its rows have"
+        return
     if isinstance(stage, DistillStage):
         ref = stage.teacher
     elif isinstance(stage, CollectStage | RejectStage | RewardModelStage | EvaluateStage):
@@ -130,7 +140,13 @@ def _offers(recipe: Recipe, stage: StageBase) -> Iterator[tuple[str, str, Any]]:
         return
     if ref.startswith("@"):
         maker = next((one for one in recipe.stages if one.name == ref[1:]), None)
-        known = layout_of(maker, taught_format(recipe, maker)) if isinstance(maker, GenerateOptions) else {}
+        layout = {}
+        if isinstance(maker, GenerateOptions):
+            layout = layout_of(maker, taught_format(recipe, maker, _read_once))
     else:
-        known = read_layout(ref)
-    yield from ((key, ref, known[key]) for key in keys if key in known)
+        layout = read_layout(ref)
+    yield from ((key, layout[key], f"with which {ref} was trained") for key in keys if key in layout)
+
+
+def _read_once(source: str) -> list[dict]:
+    return rows_of(source, "sft")

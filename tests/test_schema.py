@@ -35,6 +35,7 @@ STRICT = [
     ("stages.zero.rewards={accuracy: {limit: .inf}}", "got inf, expected a finite number"),
     ("stages.zero.rewards={accuracy: {function: ''}}", "at least 1 character"),
     ("stages.zero.router_replay=yes", "valid boolean; write true or false; got 'yes'"),
+    ("stages.zero.epsilon_high=None", "write null; got 'None'"),
     ("stages.zero.router_replay=1", "valid boolean; write true or false; got 1"),
     ("stages.zero.model=1", "valid string; got 1"),
     ("stages.zero.model=''", "at least 1 character"),
@@ -210,4 +211,6 @@ def test_grpo_in_epochs_is_so_many_steps(zero: str, epochs: float, num_prompts: 
     stage = load_recipe(zero, [f"zero.{change}" for change in changes]).stage("zero")
     assert isinstance(stage, GRPOStage)
     assert stage.steps_on(num_prompts) == steps and stage.num_updates() is None
+    # A pass is over prompts: how often each is answered is no part of it.
+    assert stage.model_copy(update={"num_generations": 64}).steps_on(num_prompts) == steps
     assert load_recipe(zero, []).stage("zero").num_updates() == 200

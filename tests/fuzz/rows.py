@@ -1,5 +1,6 @@
 """Data files of every kind, damaged at random: rows, how they are written, bytes. A case is a function of its seed."""
 
+import csv
 import gzip
 import io
 import json
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from r1fast.data.templates import BOS, EOS
 
 KINDS = ("prompts", "sft", "pairs", "labels")
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 WORDS = (
     "red",
     "blue fox",
@@ -48,6 +49,8 @@ def make_case(seed: int) -> Case:
         _mutate(rng.choice(rows), rng)
     if suffix == ".parquet":
         content = _parquet(rows, rng)
+    elif suffix in (".csv", ".tsv"):
+        content = _table(rows, rng, "\t" if suffix == ".tsv" else ",")
     else:
         content = _json(rows, rng, lines=suffix == ".jsonl")
     if rng.random() < 0.25:
@@ -195,6 +198,15 @@ def _json(rows: list[Columns], rng: random.Random, *, lines: bool) -> bytes:
 def _has_halves(row: Columns) -> bool:
     text = json.dumps(row, ensure_ascii=False)
     return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _table(rows: list[Columns], rng: random.Random, delimiter: str) -> bytes:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    sink = io.StringIO(newline="")
+    quoting = rng.choice((csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+    writer = csv.writer(sink, delimiter=delimiter, quoting=quoting, lineterminator=rng.choice(("\n", "\r\n")))
+    writer.writerows([names, *([row.get(name) for name in names] for row in rows)])
+    return ("\ufeff" * (rng.random() < 0.1) + sink.getvalue()).encode("utf-8", "surrogatepass")
 
 
 def _parquet(rows: list[Columns], rng: random.Random) -> bytes:

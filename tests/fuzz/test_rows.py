@@ -19,7 +19,7 @@ from r1fast.data.tokenizer import EOS
 from r1fast.models.weights import load_tokenizer
 from r1fast.stages.packed import encode_examples, encode_prompts
 from r1fast.stages.reward_model import encode_units
-from tests.fuzz.rows import KINDS, Case, make_case
+from tests.fuzz.rows import KINDS, SUFFIXES, Case, make_case
 from tests.tiny_checkpoint import GRPO, write_recipe
 
 SHORT = range(60)
@@ -54,7 +54,7 @@ def run_cases(seeds: range, command: Callable[..., int], base_model: Path, folde
     """How many were accepted."""
     configs = {}
     for kind in KINDS:
-        for suffix in (".jsonl", ".json", ".parquet"):
+        for suffix in SUFFIXES:
             stage = {**STAGES[kind], "train_files": [f"case{suffix}"]}
             path = folder / f"{kind}{suffix}.yaml"
             configs[kind, suffix] = write_recipe(path, stage, model={"path": str(base_model)})
@@ -96,6 +96,7 @@ def check_nothing_vanished(case: Case, rows: list[dict], tokenizer: Any, shown: 
 
 def plain_rows(case: Case) -> list[dict[str, Any]]:
     """The file as any program would read it."""
+    import csv
     import io
     import json
 
@@ -104,6 +105,10 @@ def plain_rows(case: Case) -> list[dict[str, Any]]:
     if case.name.endswith(".parquet"):
         return pq.read_table(io.BytesIO(case.content)).to_pylist()
     text = case.content.decode("utf-8-sig")
+    if case.name.endswith((".csv", ".tsv")):
+        separator = "\t" if case.name.endswith(".tsv") else ","
+        lines = [line for line in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if line]
+        return [{name: value or None for name, value in zip(lines[0], line)} for line in lines[1:]]
     if case.name.endswith(".jsonl"):
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     content = json.loads(text)

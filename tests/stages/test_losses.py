@@ -54,8 +54,10 @@ def losses(tmp_path: Path) -> None:
 def test_every_option_of_the_table_is_a_key() -> None:
     fields = GRPOStage.model_fields
     assert {option.key for option in OPTIONS if not option.about.derived} <= fields.keys()
-    stage = GRPOStage(name="a", kind="grpo", train_files=["-"], delta=3.0, sampling_importance_mode="sequence_mask",
-                      sampling_importance_cap=3.0, sampling_importance_min=0.5)  # fmt: skip
+    stage = GRPOStage(
+        name="a", kind="grpo", train_files=["-"], max_steps=1, delta=3.0, sampling_importance_mode="sequence_mask",
+        sampling_importance_cap=3.0, sampling_importance_min=0.5,
+    )  # fmt: skip
     for option in OPTIONS:
         if not option.about.derived and option.key not in loss_fields.DEFAULTS:
             assert fields[option.key].default == option.default, option.name
