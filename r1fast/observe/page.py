@@ -41,7 +41,8 @@ def render(run: RunData, *, live: bool = False) -> str:
     return template("page.html.jinja").render(
         run=run, colours=colours, live=live, reload=RELOAD_SECONDS,
         written=time.strftime("%Y-%m-%d %H:%M:%S"), now=int(time.time()),
-        groups=[(group, score_charts(group)) for group in groups], main=main, tiles=list(headline(run, main)),
+        groups=[(group, score_charts(group)) for group in groups], main=main, shown=first_scores(main),
+        tiles=list(headline(run, main)),
         chain=chain(run.stages), memory=memory_chart(run.stages, colours), data=page_data(run),
     )  # fmt: skip
 
@@ -79,6 +80,12 @@ def score_charts(group: ScoreGroup) -> list[DotChart]:
     return charts
 
 
+def first_scores(group: ScoreGroup | None) -> list[str]:
+    """The metrics of one setting to see first: of sampled answers, each reward."""
+    others = ("greedy", "pass@k", "cons@k")
+    return [name for name in group.metrics if not name.startswith(others)] if group is not None else []
+
+
 def headline(run: RunData, group: ScoreGroup | None, most: int = 3) -> Iterator[dict[str, str]]:
     """The first metrics of the model that the chain is about, beside those of the model that it began with.
 
@@ -93,8 +100,7 @@ def headline(run: RunData, group: ScoreGroup | None, most: int = 3) -> Iterator[
     trained = [name for name in group.rows if name in kinds] or list(group.rows)
     names = [name for name in trained if kinds.get(name) != "distill"] or trained
     last, first = max(reversed(names), key=lambda name: depth.get(name, 0)), next(iter(group.rows))
-    others = ("greedy", "pass@k", "cons@k")
-    for metric in [name for name in group.metrics if not name.startswith(others)][:most]:
+    for metric in first_scores(group)[:most]:
         now, was = group.scores(metric).get(last), group.scores(metric).get(first)
         if now is not None:
             is_share = group.is_share(metric)

@@ -191,8 +191,10 @@ def entries_of(stages: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Evalu
 def outcome(numbers: Mapping[str, Any]) -> list[str]:
     """What stages that are not evaluated came to: rows kept of those sampled, what held-out rows say."""
     parts = []
-    kept, sampled = number_of(numbers, "kept"), number_of(numbers, "sampled")
+    kept, dropped = number_of(numbers, "kept"), numbers.get("dropped")
     if kept is not None:
+        left_out = dropped.values() if isinstance(dropped, Mapping) else ()
+        sampled = kept + sum(int(count) for count in left_out if is_number(count))
         of = f" of {int(sampled):,} ({format_percent(kept / sampled)}%)" if sampled else ""
         parts.append(f"kept {int(kept):,}{of}")
     for name in metrics_of([{key: value for key, value in numbers.items() if key.startswith("held_out_")}]):

@@ -51,7 +51,7 @@ def score_tables(group: ScoreGroup, width: int) -> Iterator[Table]:
     names = max(len(name) for name in group.rows)
     cells = {metric: [_cell(group, metric, name) for name in group.rows] for metric in group.metrics}
     wide = {metric: max(len(metric) + 2, *map(len, texts)) for metric, texts in cells.items()}
-    for j, part in enumerate(_parts(wide, width - min(names, 40) - 4)):
+    for j, part in enumerate(_parts(wide, width - min(names, 40) - 3)):
         table = _table(f"{group.files}: {group.how}" if j == 0 else "")
         table.add_column("model", overflow="fold", style="bold", max_width=40)
         for metric in part:
@@ -71,11 +71,11 @@ def _parts(wide: Mapping[str, int], room: int) -> Iterator[Sequence[str]]:
     part: list[str] = []
     used = 0
     for metric, size in wide.items():
-        if part and used + size + 2 > room:
+        if part and used + size + 3 > room:
             yield part
             part, used = [], 0
         part.append(metric)
-        used += size + 2
+        used += size + 3  # and what is between columns
     if part:
         yield part
 

@@ -236,10 +236,13 @@ def _half_width(means: np.ndarray, problems: list[str]) -> float:
     """Half of the 95% interval of the mean over prompts; nan of fewer than two.
 
     Prompts that ask the same problem (column `problem`: in another language, say) are not independent: their deviations
-    are added up before they are squared.
+    are added up before they are squared. Where all have succeeded, or all failed, nothing deviates, and yet the next
+    might: then it is 3 / problems, the bound of 95% on an outcome that none of so many had.
     """
     if len(set(problems)) < 2:
         return math.nan
+    if set(means) <= {0.0} or set(means) <= {1.0}:
+        return min(1.0, 3 / len(set(problems)))
     sums: dict[str, float] = defaultdict(float)
     for problem, deviation in zip(problems, means - means.mean()):
         sums[problem] += float(deviation)

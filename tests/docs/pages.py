@@ -53,10 +53,10 @@ def links(page: Path) -> list[str]:
     return _LINK.findall(prose(page))
 
 
-def anchors(page: Path) -> set[str]:
-    """Of its headings, as the site names them."""
+def anchors(page: Path) -> list[str]:
+    """Of its headings, as the site names them; of two of a name the site numbers the second."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
-    return {slugify(re.sub(r"[`*]", "", heading), "-") for heading in headings}
+    return [slugify(re.sub(r"[`*]", "", heading), "-") for heading in headings]
 
 
 ALL_BLOCKS = [block for page in PAGES for block in blocks(page)]

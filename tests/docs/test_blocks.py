@@ -293,8 +293,8 @@ def test_commands_run_as_they_are_typed(page: Path, taught: Path, ran: Path, tmp
     shell = [block for block in blocks(page) if block.language == "sh" and not block.limit]
     lines = [line for block in shell for words in commands(block.text) if (line := typed(words))]
     resumed = [i for i, line in enumerate(lines) if "--resume" in line]
-    if not resumed:
-        shutil.copytree(ran, tmp_path / "runs" / "mine")
+    for name in ("mine", "seed0", "seed1") if not resumed else ():
+        shutil.copytree(ran, tmp_path / "runs" / name)
     for i, line in enumerate(lines):
         stopped = None
         line = [substituted(word, taught) for word in line]

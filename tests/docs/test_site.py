@@ -11,6 +11,7 @@ from r1fast.rewards import registry
 from r1fast.schema import KINDS
 from r1fast.translations import translations
 from tests.docs.pages import PAGES, ROOT, anchors, links, prose
+from tests.observe.browser import Browser, find_browser
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,29 @@ def test_pages_load_nothing_from_the_network(site: Path) -> None:
         assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet
 
 
+@pytest.mark.skipif(find_browser() is None, reason="needs a browser")
+def test_pages_fit_and_are_searched_as_files(site: Path, tmp_path: Path) -> None:
+    with Browser(tmp_path) as browser:
+        for page in ("index.html", "troubleshooting.html", "options/grpo.html", "coming-from.html"):
+            for width in (390, 1400):
+                browser.open(site / page, width)
+                assert browser.run("document.documentElement.scrollWidth <= innerWidth"), (page, width)
+        browser.run(SEARCH.format(words="overlong_buffer_length"))
+        assert "Options of grpo" in browser.run(FOUND)
+        assert browser.errors == []
+
+
+SEARCH = """
+const box = document.querySelector('.md-search__input');
+box.focus(); box.value = '{words}'; box.dispatchEvent(new Event('keyup'));
+"""
+FOUND = """new Promise(async (done, failed) => {
+  const results = document.querySelector('.md-search-result__list');
+  for (let i = 0; i < 200 && !results.textContent; i++) await new Promise(later => setTimeout(later, 50));
+  done(results.textContent);
+})"""
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_what_is_there(page: Path) -> None:
     """In the repository, as they are read there; made pages are followed on the site."""
@@ -65,6 +89,12 @@ def test_links_lead_to_what_is_there(page: Path) -> None:
         assert target.exists(), f"{page.name}: {link}"
         if anchor:
             assert anchor in anchors(target), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_headings_of_a_page_differ(page: Path) -> None:
+    found = anchors(page)
+    assert found and sorted(set(found)) == sorted(found)
 
 
 def test_every_option_is_on_its_page(site: Path) -> None:

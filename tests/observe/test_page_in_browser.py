@@ -121,6 +121,8 @@ def test_search(browser: Browser, pages: dict[str, Path]) -> None:
     said = "document.querySelector('.search output').textContent"
     total = int(browser.run(said).split(" of ")[1])
     assert browser.run(shown) == 12 and total > 50
+    colours = "[...document.querySelectorAll('.chips b')].map(one => getComputedStyle(one).color)"
+    assert len(set(browser.run(colours))) == 3  # text, and advantages of either sign
     browser.run("document.querySelector('.more').click()")
     assert browser.run(shown) == 24
 

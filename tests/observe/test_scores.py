@@ -83,7 +83,7 @@ def test_ticks_hold_all(low: float, high: float) -> None:
 
 
 def test_what_stages_without_scores_came_to() -> None:
-    assert outcome({"sampled": 3200, "kept": 816, "dropped": {}}) == ["kept 816 of 3,200 (25.5%)"]
+    assert outcome({"kept": 816, "dropped": {"incorrect": 84, "duplicate": 2300}}) == ["kept 816 of 3,200 (25.5%)"]
     measured = {"held_out_accuracy": 0.912, "held_out_accuracy_ci": 0.055, "held_out_rows": 100}
     assert outcome(measured) == ["held-out accuracy 91.2 ± 5.5%"]
     assert outcome({"parameters": 5}) == []
@@ -106,7 +106,7 @@ def test_the_printed_summary(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=80)
     stages = [
         {"name": "zero", "kind": "grpo", "status": "done", "seconds": 33.0, "eval_after": {**ONE, "failures": 3}},
-        {"name": "rej", "kind": "reject", "status": "done", "numbers": {"sampled": 10, "kept": 4}},
+        {"name": "rej", "kind": "reject", "status": "done", "numbers": {"kept": 4, "dropped": {"incorrect": 6}}},
         {"name": "r1", "kind": "grpo", "status": "running"},
     ]
     print_summary({"recipe": "mine", "seconds": 34.0, "stages": stages}, console)

@@ -115,7 +115,7 @@ def test_every_metric_has_its_interval_and_greedy_answers_their_own() -> None:
     half = 1.96 * (0.5**2 * 2 * 2 / 1) ** 0.5 / 3
     assert result["pass@1"] == 0.5 and result["pass@1_ci"] == pytest.approx(half)
     assert result["mine"] == 1.0 and result["mine_ci"] == pytest.approx(2 * half)
-    assert result["greedy"] == 1.0 and result["greedy_ci"] == 0.0 and result["greedy/mine"] == 3.0
+    assert result["greedy"] == 1.0 and result["greedy_ci"] == 1.0 and result["greedy/mine"] == 3.0
     assert "greedy/mine_ci" not in result  # of one prompt nobody knows
 
 
