@@ -58,6 +58,7 @@ def score_chart(title: str, rows: Sequence[tuple[str, str, Score]], is_share: bo
     """rows: (name, colour, score); the axis holds every interval, and no more of what is not there than it must."""
     write = format_percent if is_share else format_number
     found = ticks(min(score.bounds[0] for *_, score in rows), max(score.bounds[1] for *_, score in rows))
+    found = [tick for tick in found if 0 <= tick <= 1] if is_share else found  # around one value there was room added
     place = _scale(found)
     drawn = []
     for name, colour, score in rows:

@@ -74,6 +74,7 @@ def test_axes_fit_the_values_with_their_intervals() -> None:
     assert [label for _, label in chart.ticks] == ["90", "92", "94", "96"]
     assert all(0 <= mark.low <= mark.at <= mark.high <= 100 for row in chart.rows for mark in row.marks)
     assert (chart.rows[0].text, chart.rows[0].note) == ("91.0", "± 1.0")
+    assert [label for _, label in score_chart("pass@1", [("a", "c1", Score(0.0, 0.0))], True).ticks] == ["0", "100"]
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (0.3, 0.3), (-2.0, 7.0), (1e-9, 3e-9), (0, 1.6e10)])
