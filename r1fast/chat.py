@@ -190,7 +190,7 @@ def talk(conversation: Conversation, console: Console, description: str, read: C
     """Until the end of the input. read: shows its argument and returns a line."""
     with suppress(ImportError):
         import readline  # noqa: F401  input() then has a history, where Python was built with it
-    console.print(Text(f"model: {description}; /help lists what is no question", style="dim"))
+    console.print(Text(f"model: {description}; /help lists what is no question", style="dim"), soft_wrap=True)
     if conversation.single:
         console.print(Text("each question is asked alone, as the model's template takes no turns", style="dim"))
     while True:
@@ -205,11 +205,11 @@ def talk(conversation: Conversation, console: Console, description: str, read: C
             if _COMMAND.fullmatch(line.split(" ", 1)[0]):
                 if line == "/exit":
                     return
-                console.print(Text(_command(conversation, *line.split(" ", 1)), style="dim"))
+                console.print(Text(_command(conversation, *line.split(" ", 1)), style="dim"), soft_wrap=True)
             elif line:
                 _show(conversation, line, console)
         except (ValueError, OSError, FloatingPointError) as error:
-            console.print(Text(str(error), style="red"))
+            console.print(Text(str(error), style="red"), soft_wrap=True)  # a path stays whole
 
 
 def _show(conversation: Conversation, question: str, console: Console) -> None:
