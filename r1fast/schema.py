@@ -127,16 +127,6 @@ class GRPOStage(LossOptions, TrainOptions, ValidationOptions):
         """Whether there is a second model: with `lora` the policy without its adapter is the reference."""
         return (self.loss.beta > 0 and self.lora is None) or self.ref_model is not None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _samples_from_the_policy(cls, raw: Any) -> Any:
-        for name in ("top_p", "top_k", "min_p", "min_tokens", "repetition_penalty"):
-            if isinstance(raw, dict) and name in raw:
-                why = "what is trained on is sampled from the policy's whole distribution"
-                bias = "because any other would bias the importance ratio; drop it"
-                raise ValueError(f"{name} = {raw[name]!r} does not apply: {why}, {bias}")
-        return raw
-
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.max_steps is None and self.num_train_epochs is None:

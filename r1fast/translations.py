@@ -98,6 +98,7 @@ _TRL = [
     ("top_p", "", _SAMPLED),
     ("top_k", "", _SAMPLED),
     ("min_p", "", _SAMPLED),
+    ("min_tokens", "", _SAMPLED),
     ("repetition_penalty", "", _SAMPLED),
     ("cache_implementation", "", "the engine has one cache"),
     ("transformers_continuous_batching_config", "rollout.engine", "r1fast batches continuously by itself"),
