@@ -4,7 +4,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,10 @@ _IN_THE_SAMPLES = (
     "teacher", "train_files", "seed", *TrainFilesOptions.__annotations__, *SampleOptions.__annotations__,
     *GenerateOptions.__annotations__,
 )  # fmt: skip
+_LENGTHS = (
+    "max_steps",
+    "num_train_epochs",
+)  # a finished stage may be made longer, and goes on from its last checkpoint
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,18 @@ class Saved:
 
     def is_done(self, name: str) -> bool:
         return self.entry(name)["status"] == "done"
+
+    def reopened(self, changes: list[Change]) -> "Saved":
+        """With finished stages that are made longer as stopped ones; what they came to is measured anew."""
+        keys = {change.key for change in changes}
+        stages = [
+            {name: value for name, value in entry.items() if name not in ("eval_after", "numbers")}
+            | {"status": "stopped"}
+            if self.is_done(entry["name"]) and any(f"stages.{entry['name']}.{key}" in keys for key in _LENGTHS)
+            else entry
+            for entry in self.summary.get("stages", [])
+        ]
+        return replace(self, summary={**self.summary, "stages": stages})
 
 
 # What is relied on in the records: one that another version has written may lack it, for all its checksum.
@@ -220,7 +236,8 @@ def _why_not(path: tuple[str, ...], saved: Saved, recipe: Recipe) -> str:
     entry = saved.entry(name)
     has_sampled = entry.get("kind") == "distill" and "data.jsonl" in entry.get("files", {})
     if entry["status"] == "done":
-        return f"stage {name} is finished"
+        why = _why_no_longer(saved, recipe, name) if key in _LENGTHS and len(path) == 3 else ""
+        return "" if why is None else f"stage {name} is finished{why}"
     if entry["status"] != "pending" and key is None:
         return f"stage {name} has begun"
     if key in _IN_THE_CHECKPOINT and _has_checkpoint(saved, name):
@@ -228,6 +245,19 @@ def _why_not(path: tuple[str, ...], saved: Saved, recipe: Recipe) -> str:
     if entry.get("validations") and key in _IN_THE_VALIDATIONS and getattr(recipe.stage(name), "chooses", False):
         return f"the best step of stage {name} is chosen by it"
     return f"stage {name} has sampled with it" if has_sampled and key in _IN_THE_SAMPLES else ""
+
+
+def _why_no_longer(saved: Saved, recipe: Recipe, name: str) -> str | None:
+    """Why a finished stage cannot become what the recipe says; None where it can go on: it takes more steps."""
+    settings, stage = saved.entry(name).get("settings", {}), recipe.stage(name)
+    lengths = [(settings.get(key), getattr(stage, key, None)) for key in _LENGTHS]
+    given = [(old, new) for old, new in lengths if (old, new) != (None, None)]
+    if any(old is None or new is None or new < old for old, new in given):
+        return ", and can only take more steps"
+    for user in recipe.stages:
+        if saved.entry(user.name)["status"] != "pending" and any(x.stage == name for x in inputs_of(recipe, user)):
+            return f", and {user.name} has begun with what it made"
+    return None if _has_checkpoint(saved, name) else ", and its checkpoints are gone"
 
 
 def _has_checkpoint(saved: Saved, name: str) -> bool:

@@ -125,6 +125,7 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> CommandLine:
         saved = read_run(run_dir, args.config)
         recipe, taken = laid_out(saved.with_changes(args.config, overrides))
         changed = changes(saved, recipe)
+        saved = saved.reopened(changed)
     else:
         recipe, taken = laid_out(load_recipe(args.config or "tiny", overrides))
         run_dir = args.output_dir or RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"

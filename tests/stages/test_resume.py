@@ -176,6 +176,27 @@ def test_offload_changes_no_bit(
     assert not any(left) and len(left) == (9 if stage is GRPO else 0)  # 4 steps, and 5 from the checkpoint of the 2nd
 
 
+@pytest.mark.parametrize(
+    ("stage", "key", "few"),
+    [({**GRPO, "lr_scheduler_type": "constant"}, "max_steps", 4),
+     ({**SFT, "lr_scheduler_type": "constant", "num_train_epochs": 3}, "num_train_epochs", 2)],
+    ids=["grpo", "sft"],
+)  # fmt: skip
+def test_a_finished_stage_made_longer(
+    start, whole, command, stage: dict[str, Any], key: str, few: int, tmp_path: Path
+) -> None:
+    """Ends as the longer one does; 4 steps of GRPO end on a checkpoint, 2 epochs of SFT between two."""
+    whole(stage)
+    assert start("longer", {**stage, key: few}) == 0
+    assert command("--resume", "--output-dir", "longer", f"{stage['name']}.{key}={stage[key]}") == 0
+    got, expected = (results(tmp_path / run / stage["name"]) for run in ("longer", "whole"))
+    # Of its last step more is said and saved, and the shorter one had a last step of its own.
+    got["checkpoints"] = expected["checkpoints"]
+    for row in (*got["metrics"], *expected["metrics"]):
+        row.pop("moe/load", None)
+    assert_same(got, expected)
+
+
 def test_grpo_killed_between_the_updates_of_a_rollout(kill_and_resume) -> None:
     """Step 4 begins at update 7 and has two: the rollout is sampled again from the checkpoint of step 2."""
     kill_and_resume(GRPO, (Trainer, "update", 8))
