@@ -162,10 +162,7 @@ def _read_prompts(row: Row) -> None:
     answer = _find(row, "answer", "prompts")
     if isinstance(answer, float) and not math.isfinite(answer):
         answer = None
-    # Rewards may do without an answer: format, a preference model.
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float | list | dict | None):
-        raise ValueError(f"column 'answer' is {shown(answer)}, expected a string, a number or a list of them")
-    row["answer"] = answer  # numbers too, as TRL hands them to rewards
+    row["answer"] = answer  # as it is: TRL hands numbers to rewards, and some do without (format, a preference model)
 
 
 def _read_sft(row: Row) -> None:

@@ -74,6 +74,25 @@ def part(text: str, **fields: Any) -> dict[str, Any]:
             {"conversations": [said("human", "p")], "response": [said("gpt", "c")], "label": 0},
             {"prompt": [user("p")], "response": "c"},
         ),
+        (
+            "sft",  # OpenAI's newer and older roles, Gemma's
+            {
+                "messages": [
+                    {"role": "developer", "content": "s"},
+                    user("p"),
+                    {"role": "function", "name": "f", "content": "1"},
+                    {"role": "model", "content": "c"},
+                ]
+            },
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    user("p"),
+                    {"role": "tool", "name": "f", "content": "1"},
+                    assistant("c"),
+                ]
+            },
+        ),
         ("prompts", {"prompt": [part("2+"), part("2?", image=None)]}, {"prompt": "2+2?"}),
         ("sft", {"prompt": "p", "completion": [part("c")]}, {"completion": "c"}),
         (
