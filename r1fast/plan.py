@@ -59,11 +59,11 @@ def _of_stage(stage: StageBase, lengths: Lengths, num_ranks: int) -> Iterator[tu
 
 def _of_grpo(stage: GRPOStage, steps: int | None, rows: int | None, lengths: Lengths) -> Iterator[tuple[str, str]]:
     samples = stage.prompts_per_step * stage.num_generations
-    said = f"{_steps(steps)} of {stage.prompts_per_step:,} prompts x {stage.num_generations:,} samples"
+    said = f"{_steps(steps)} of {_number(stage.prompts_per_step, 'prompt')} x {stage.num_generations:,} samples"
     if steps is not None:
-        said += f" = {steps * stage.updates_per_step:,} optimizer steps"
+        said += f" = {_number(steps * stage.updates_per_step, 'optimizer step')}"
         if rows is not None:
-            said += f"; {_passes(steps * stage.prompts_per_step, rows)} of {rows:,} prompts"
+            said += f"; {_passes(steps * stage.prompts_per_step, rows)} of {_number(rows, 'prompt')}"
     yield "steps", said
     longest = lengths.prompt(stage, ["train_files"])
     said = f"at most {samples * (longest + stage.max_completion_length):,} a step"
@@ -77,9 +77,10 @@ def _of_fit(
     stage: FitOptions, steps: int | None, rows: int | None, lengths: Lengths, num_ranks: int
 ) -> Iterator[tuple[str, str]]:
     held_out = isinstance(stage, RewardModelStage) and stage.eval_fraction > 0 and steps is not None
-    said = f"{'at most ' if held_out else ''}{_steps(steps)} of {stage.batch_size:,} rows"
+    said = f"{'at most ' if held_out else ''}{_steps(steps)} of {_number(stage.batch_size, 'row')}"
     if steps is not None and rows is not None:
-        said += f"; {_passes(steps * stage.batch_size, rows)} of {rows:,} rows"
+        whole, rest = divmod(steps, -(-rows // stage.batch_size))  # the last step of a pass takes what is left
+        said += f"; {_passes(whole * rows + rest * stage.batch_size, rows)} of {_number(rows, 'row')}"
     elif isinstance(stage, EpochOptions):
         said += f"; {stage.num_train_epochs:,} passes, over rows that are still to be made"
     yield "steps", said
@@ -121,7 +122,7 @@ def _evaluated(stage: EvalOptions, steps: int | None, lengths: Lengths) -> str:
         part = rows if limit is None else limit if rows is None else min(rows, limit)
         said += f" and {under_way:,} under way of {_number(part, 'prompt')}"
         completions = None if completions is None or part is None else completions + under_way * part * each
-    said += f", {each:,} completions each"
+    said += f", {_number(each, 'completion')} each"
     return said if completions is None else f"{said}, at most {completions * stage.max_completion_length:,} tokens"
 
 

@@ -257,6 +257,9 @@ def _why_no_longer(saved: Saved, recipe: Recipe, name: str) -> str | None:
     given = [(old, new) for old, new in lengths if (old, new) != (None, None)]
     if any(old is None or new is None or new < old for old, new in given):
         return ", and can only take more steps"
+    most = getattr(stage, "max_steps", None)
+    if most is not None and (saved.run_dir / name / "checkpoints" / f"step_{most}").exists():
+        return f", and max_steps = {most} ended it"
     for user in recipe.stages:
         if saved.entry(user.name)["status"] != "pending" and any(x.stage == name for x in inputs_of(recipe, user)):
             return f", and {user.name} has begun with what it made"

@@ -271,6 +271,8 @@ _OPEN_R1 = [
     ("wandb_project", "tracking.project", ""),
     ("wandb_run_group", "tracking.group", ""),
     ("wandb_entity", "", "set WANDB_ENTITY"),
+    ("wandb_run_name", "tracking.name", ""),
+    ("wandb_*", "report_to", "wandb; its variables WANDB_* are honoured"),
     ("code_provider", "rewards", "programs run on this machine, in a process of their own"),
     ("e2b_router_url", "rewards", "programs run on this machine, in a process of their own"),
     ("morph_router_url", "rewards", "programs run on this machine, in a process of their own"),

@@ -55,12 +55,15 @@ def test_rows_that_are_left_out_make_no_steps(plan: Callable[..., dict[str, str]
     found = plan({**SFT, "batch_size": 1, "num_train_epochs": 3, "deduplicate": {}})  # ten rows, all the same
     assert found["train_files"] == "sft.jsonl 10 rows"
     assert found["left_out"] == "9 rows of train_files (decontaminate, deduplicate)"
-    assert found["steps"] == "3 steps of 1 rows; 3.00 passes of 1 rows"
+    assert found["steps"] == "3 steps of 1 row; 3.00 passes of 1 row"
 
 
 def test_sft_and_what_is_still_to_be_made(plan: Callable[..., dict[str, str]]) -> None:
     found = plan({**SFT, "batch_size": 4, "num_train_epochs": 3})
-    assert found["steps"] == "9 steps of 4 rows; 3.60 passes of 10 rows"
+    assert found["steps"] == "9 steps of 4 rows; 3.00 passes of 10 rows"  # of 4, 4 and 2 rows in each pass
+    found = plan({**SFT, "batch_size": 4, "num_train_epochs": 3, "max_steps": 5})
+    assert found["steps"] == "5 steps of 4 rows; 1.80 passes of 10 rows"
+    assert plan(SFT)["steps"] == "2 steps of 128 rows; 2.00 passes of 10 rows"
     kept = {"name": "kept", "kind": "reject", "train_files": "train.jsonl", "prompt_template": "chat"}
     kept |= {"max_prompt_length": 40, "max_completion_length": 8, "num_samples": 5, "num_prompts": 7}
     assert plan(kept)["samples"] == "35 of 7 prompts, at most 280 tokens"

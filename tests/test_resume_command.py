@@ -274,6 +274,7 @@ def test_another_recipe_is_held_to_the_same(resume, refuse, stopped: Path, tmp_p
     [
         ("stages.first.learning_rate=1", "stages.first.learning_rate: 5e-05 -> 1 (stage first is finished)"),
         ("stages.first.max_steps=1", "(stage first is finished, and can only take more steps)"),
+        ("stages.first.num_train_epochs=9", "(stage first is finished, and max_steps = 2 ended it)"),
         ("stages.first.max_steps=9", "(stage first is finished, and second has begun with what it made)"),
         ("stages.second.optimizer=muon", "(the checkpoint of stage second holds it)"),
         ("stages.second.model=x", "stages.second.model: "),

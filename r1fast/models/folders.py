@@ -125,7 +125,9 @@ def read_config(folder: Path) -> Described:
     """The architecture, and what else decides how weights are read."""
     file = folder / "config.json"
     if not file.is_file():
-        raise ValueError(f"{folder}: no config.json; expected a Hugging Face checkpoint folder")
+        inner = folder / "model"
+        there = f"; {inner} holds one" if (inner / "config.json").is_file() else ""
+        raise ValueError(f"{folder}: no config.json; expected a Hugging Face checkpoint folder{there}")
     values = read_json(file)
     model_type = values.get("model_type")
     if model_type not in tuple(FAMILIES):

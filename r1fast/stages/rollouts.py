@@ -211,7 +211,8 @@ class PromptOrder:
 def prompt_problems(stage: GRPOStage, rows: Sequence[dict]) -> Iterator[str]:
     """Too few prompts for a step, and domains without a weight or a prompt."""
     if len(rows) < stage.prompts_per_step:
-        yield f"train_files: {len(rows)} prompts, fewer than prompts_per_step = {stage.prompts_per_step}"
+        least = f"prompts_per_step = {stage.prompts_per_step}"
+        yield f"train_files: {len(rows)} prompts, fewer than {least}; lower it, or add prompts"
     weights = stage.domain_weights
     yield from (problems := list(domain_problems("domain_weights", "train_files", weights, rows)))
     for name in sorted({str(row.get("domain")) for row in rows} - weights.keys()) if weights and not problems else ():

@@ -207,9 +207,13 @@ def test_unsupported_config(make_checkpoint, tmp_path: Path, config: dict[str, o
 def test_folders_that_are_no_checkpoint(make_checkpoint, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path}/nowhere: no such folder"):
         load_model(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=f"{tmp_path}: no config.json"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: no config.json; expected a Hugging Face checkpoint folder$"):
         load_model(tmp_path)
     folder = damaged(make_checkpoint("llama").folder, tmp_path)
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "model").symlink_to(folder)
+    with pytest.raises(ValueError, match=f"no config.json; .*; {tmp_path}/stage/model holds one"):
+        load_model(tmp_path / "stage")
     (folder / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match=r"model.safetensors: not a readable safetensors file"):
         load_model(folder)
