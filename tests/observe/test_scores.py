@@ -77,6 +77,14 @@ def test_axes_fit_the_values_with_their_intervals() -> None:
     assert [label for _, label in score_chart("pass@1", [("a", "c1", Score(0.0, 0.0))], True).ticks] == ["0", "100"]
 
 
+def test_labels_of_an_axis_do_not_meet() -> None:
+    """Ticks are there without; the shortest axis has 66 pixels."""
+    for values, labels in (((-3.2, 1.2e8), ["-50M", "", "50M", "", "150M"]), ((2.0, 1e299), ["0", "", "1e299"]),
+                           ((0.0, 3.0), ["0", "1", "2", "3"])):  # fmt: skip
+        chart = score_chart("turns", [(str(value), "c1", Score(value)) for value in values], False)
+        assert [label for _, label in chart.ticks] == labels
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (0.3, 0.3), (-2.0, 7.0), (1e-9, 3e-9), (0, 1.6e10)])
 def test_ticks_hold_all(low: float, high: float) -> None:
     found = ticks(low, high)
@@ -106,14 +114,20 @@ def test_tables_are_cut_to_the_room() -> None:
 def test_the_printed_summary(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=80)
     stages = [
-        {"name": "zero", "kind": "grpo", "status": "done", "seconds": 33.0, "eval_after": {**ONE, "failures": 3}},
+        {
+            "name": "zero",
+            "kind": "grpo",
+            "status": "done",
+            "seconds": 33.0,
+            "eval_after": {**ONE, "failures": 3, "unscorable": 1},
+        },
         {"name": "rej", "kind": "reject", "status": "done", "numbers": {"kept": 4, "dropped": {"incorrect": 6}}},
         {"name": "r1", "kind": "grpo", "status": "running"},
     ]
     print_summary({"recipe": "mine", "seconds": 34.0, "stages": stages}, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("kept 4 of 10 (40.0%)", "r1 running", "3 samples with a failed", "50.0 ± 10.0", "greedy/mine %",
-                 "a.jsonl: 8 prompts, 4 samples each, temperature 1", "total 34.0 s"):  # fmt: skip
+    for part in ("kept 4 of 10 (40.0%)", "r1 running", "3 samples with a failed", "1 prompt without", "50.0 ± 10.0",
+                 "greedy/mine %", "a.jsonl: 8 prompts, 4 samples each, temperature 1", "total 34.0 s"):  # fmt: skip
         assert part in text
     empty = Console(file=io.StringIO())
     print_summary({}, empty)
