@@ -10,6 +10,7 @@ from rich.console import Console
 
 from r1fast.observe import scores
 from r1fast.observe.charts import chain, score_chart, ticks
+from r1fast.observe.progress import ChainProgress
 from r1fast.observe.run_files import StageData
 from r1fast.observe.scores import Score, first_of_step, group_scores, metrics_of, outcome, said
 from r1fast.observe.table import print_summary, score_tables
@@ -129,8 +130,19 @@ def test_the_printed_summary(tmp_path: Path) -> None:
     for part in ("kept 4 of 10 (40.0%)", "r1 running", "3 samples with a failed", "1 prompt without", "50.0 ± 10.0",
                  "greedy/mine %", "a.jsonl: 8 prompts, 4 samples each, temperature 1", "total 34.0 s"):  # fmt: skip
         assert part in text
-    empty = Console(file=io.StringIO())
-    print_summary({}, empty)
+    print_summary({}, Console(file=io.StringIO()))
+
+
+def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich would take [brackets] for a style, and :train: for a picture."""
+    odd = {"pass@1": 0.5, "my[/x]": 2.0, "split": "[bold]org/name:train:7"}
+    print_summary({"recipe": "[/y]", "stages": [{"name": "zero", "kind": "grpo", "status": "done", "eval_after": odd}]})
+    with ChainProgress(["zero"]) as progress:
+        progress.message("org/name:train: 3 rows [red]")
+        progress.finish_stage("zero", evaluation=odd)
+    out, err = capsys.readouterr()
+    assert all(part in out for part in ("my[/x]", "[bold]org/name:train:7", "[/y]"))
+    assert err.splitlines() == ["org/name:train: 3 rows [red]", "✓ zero  done  pass@1 50.0  my[/x] 2"]
 
 
 def test_rails_of_the_chain() -> None:
