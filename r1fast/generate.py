@@ -118,6 +118,8 @@ def run(given: argparse.Namespace, dist: Dist) -> None:
 
 def _read(given: argparse.Namespace) -> list[Row]:
     """The rows as they are, each known to hold a prompt."""
+    if given.output.exists() and Path(given.input).resolve() == given.output.resolve():
+        raise ValueError(f"--output {given.output} is the input; choose another file")
     for name, value in (("-n", given.n), ("--limit", given.limit)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
