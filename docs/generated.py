@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from r1fast.explain import OptionText, heading, options_of  # noqa: E402
 from r1fast.schema import KINDS  # noqa: E402
-from r1fast.translations import translations  # noqa: E402
+from r1fast.translations import translations, values  # noqa: E402
 
 COPIED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}  # a page, and the file that it is
 OPTIONS = "options.md"  # of a recipe; those of a kind of stage are in options/KIND.md
@@ -34,6 +34,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     for page, name in COPIED.items():
         markdown = re.sub(rf"\]\((?:\.\./)?{re.escape(name)}", f"]({page}", markdown)
     markdown = re.sub(r"\]\(docs/", "](", markdown)
+    markdown = markdown.replace("<!-- values -->", values_there())
     return re.sub(r"<!-- names of (.+?) -->", lambda found: names_of(found[1]), markdown)
 
 
@@ -78,6 +79,13 @@ def names_of(peer: str) -> str:
     if not rows:
         raise ValueError(f"no names of {peer!r}; expected one of {sorted({row.peer for row in translations()})}")
     return table((peer, "here", ""), rows)
+
+
+def values_there() -> str:
+    """Values that other trainers have, and what they are here."""
+    places = dict(option_places())
+    rows = [(linked(option, places), f"`{theirs}`", escaped(ours)) for option, theirs, ours in values()]
+    return table(("option", "there", "here"), rows)
 
 
 def option_places() -> Iterator[tuple[str, str]]:

@@ -22,6 +22,7 @@ from r1fast.explain import help_text, options_of, topics
 from r1fast.unknown_keys import FLAGS, VALUED
 from r1fast.wording import did_you_mean
 
+_HELP = ("--help", "-h")
 _KEY = re.compile(r"(--)?[A-Za-z0-9_][^=]*")
 _ABOUT = {
     "--config": "a recipe by name or a YAML file, as the first argument is",
@@ -87,7 +88,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options, recipes, overrides = _sort(argv, parser)
     args = parser.parse_args(options)
     if len(recipes) > 1:
-        parser.error(f"two recipes: {shown(recipes[0])!r} and {shown(recipes[1])!r}")
+        parser.error(f"two recipes: {shown(recipes[0])!r} and {shown(recipes[1])!r} (an override is key=value)")
     if recipes and args.config is not None:
         parser.error(f"two recipes: {shown(recipes[0])!r} and --config {shown(args.config)}")
     args.config = recipes[0] if recipes else args.config
@@ -106,15 +107,17 @@ def _sort(argv: list[str], parser: Parser) -> tuple[list[str], list[str], list[s
     while left:
         token = left.pop(0)
         name, is_joined, value = token.partition("=")
-        if name in (*FLAGS, *VALUED, "--help", "-h"):
-            takes_next = not is_joined and name not in FLAGS and left
+        if name in (*FLAGS, *VALUED, *_HELP):
+            is_next_option = bool(left) and left[0].partition("=")[0] in (*FLAGS, *VALUED, *_HELP)
+            takes_next = not is_joined and name not in FLAGS and left and not is_next_option
+            name = "--help" if name == "-h" else name
             # With "=", so that a value may begin with a dash.
-            options.append(f"{name}={left.pop(0)}" if takes_next and name != "-h" else token)
+            options.append(f"{name}={left.pop(0)}" if takes_next else token)
         elif is_joined and _KEY.fullmatch(name) and not _is_path(token):
             overrides.append(f"{name.removeprefix('--')}={value}")
         elif not is_joined and name.startswith("--") and _KEY.fullmatch(name):
             overrides.append(f"{name[2:]}={_value(name, left, parser)}")
-        elif token.startswith(("-", "=")) or not token:
+        elif token.startswith(("-", "+", "~")) or (is_joined and not _is_path(token)) or not token:
             parser.error(f"{shown(token)!r} is neither an option nor an override key.sub=value")
         else:
             recipes.append(token)

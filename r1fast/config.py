@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from r1fast.recipe_yaml import MAX_DEPTH, check_text, dump_yaml, load_yaml
 from r1fast.schema import KINDS, Recipe
+from r1fast.translations import translate_value
 from r1fast.unknown_keys import unknown
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -228,9 +229,11 @@ def _explain(detail: Mapping[str, Any], raw: Mapping[str, Any]) -> Iterator[tupl
             yield key + shown(" ".join(below.split())), problem
     elif kind in ("union_tag_invalid", "union_tag_not_found"):
         got = shown(str(detail["ctx"].get("tag", "nothing")))
-        yield f"{key}.kind", f"got {got}{_near(got, KINDS)}; expected one of {', '.join(KINDS)}"
+        yield f"{key}.kind", f"got {got}{_near(got.lower(), KINDS)}; expected one of {', '.join(KINDS)}"
     elif kind == "missing":
-        yield key, "missing; it has no default"
+        yield key, "missing; it has no default" if key != "stages" else "missing; a list of {name: .., kind: .., ..}"
+    elif said := translate_value(next((name for name in reversed(names) if not name.isdecimal()), ""), detail["input"]):
+        yield key, f"got {detail['input']!r}; here {said}"
     elif kind == "value_error":
         yield key, detail["msg"].removeprefix("Value error, ")
     elif kind == "model_type":
@@ -238,6 +241,16 @@ def _explain(detail: Mapping[str, Any], raw: Mapping[str, Any]) -> Iterator[tupl
         known = ", ".join(f"{key}.{name}" for name in getattr(options, "model_fields", {}))
         yield key, f"expected options{f' ({known})' if known else ''}; got {shown(repr(detail['input']))}"
     else:
-        hint = "; write true or false" if kind == "bool_type" else ""
-        hint = "; write null" if detail["input"] == "None" else hint
-        yield key, f"{detail['msg']}{hint}; got {shown(repr(detail['input']))}"
+        yield key, f"{_expected(kind, detail['msg'], detail['input'])}; got {shown(repr(detail['input']))}"
+
+
+def _expected(kind: str, message: str, got: Any) -> str:
+    """Pydantic's message, in the words of YAML where those help."""
+    if kind == "dict_type":
+        names = [got] if isinstance(got, str) else got if isinstance(got, list) else []
+        shape = ", ".join(f"{name}: .." for name in names if isinstance(name, str)) or "NAME: .."
+        return f"expected a mapping, {{{shown(shape)}}}"
+    if kind == "list_type" and isinstance(got, dict):
+        return "expected a list, each of its entries with a dash before it"
+    hint = "; write true or false" if kind == "bool_type" else ""
+    return f"{message}{'; None is written null' if got == 'None' else hint}"

@@ -1,12 +1,13 @@
 """The options of the policy loss as fields of a recipe, from the one table in r1fast_kernels/loss_options.py."""
 
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from r1fast.schema_types import Reads
 
@@ -20,8 +21,16 @@ LOSS_TYPES: tuple[str, ...] = _TABLE["LOSS_TYPES"]
 
 # Where a recipe begins otherwise than the op. auto: 2.0 where the sampler is not just the policy (grpo.py), else None.
 DEFAULTS = {"beta": 0.001, "sampling_importance_cap": "auto"}
+
+
 # A loss of one's own: my_losses.py:name, package.module.name
-OwnLoss = Annotated[str, Field(pattern=r"^(.+\.py:\w+|\w+(\.\w+)+)$", max_length=4096)]
+def _own_loss(name: str) -> str:
+    if not re.fullmatch(r".+\.py:\w+|\w+(\.\w+)+", name):
+        raise ValueError("file.py:name or package.module.name for a loss of your own")
+    return name
+
+
+OwnLoss = Annotated[str, Field(max_length=4096), AfterValidator(_own_loss)]
 
 
 def _type_of(option: Any) -> Any:

@@ -17,7 +17,7 @@ from r1fast.doctor import cpu_name
 from r1fast.observe.progress import ChainProgress
 from r1fast.observe.trackers import TrackedRun, Trackers, open_trackers
 from r1fast.parallel.mesh import Dist
-from r1fast.resume import STAGE, SUMMARY, Change, config_text
+from r1fast.resume import STAGE, SUMMARY, Change, Saved, config_text
 from r1fast.run_folder import PARTIAL, remove_leftovers, replace_file, write_record
 from r1fast.schema import Recipe
 from r1fast.schema_options import StageBase
@@ -26,8 +26,8 @@ from r1fast.stopping import Stop, Stopped
 from r1fast_kernels import use
 
 
-def check_references(recipe: Recipe, selected: list[str], run_dir: Path) -> None:
-    """Every @stage names an earlier stage that makes what is wanted, and that runs or has run."""
+def check_references(recipe: Recipe, selected: list[str], run_dir: Path, saved: Saved | None = None) -> None:
+    """Every @stage names an earlier stage that makes what is wanted, and that runs or has run (saved: in which run)."""
     earlier: dict[str, StageBase] = {}
     for stage in recipe.stages:
         for found in inputs_of(recipe, stage):
@@ -40,9 +40,13 @@ def check_references(recipe: Recipe, selected: list[str], run_dir: Path) -> None
                 made = f"{' and '.join(earlier[name].makes) or 'nothing'} (kind {earlier[name].kind})"
                 raise ConfigError(f"{where} makes {made}, expected a stage that makes {found.kind}")
             path = Path(found.place(run_dir))
-            if stage.name in selected and name not in selected and not path.exists():
+            if stage.name not in selected or name in selected:
+                continue
+            if not path.exists():
                 problem = f"{path} does not exist, and {name} is not among the stages to run"
                 raise ConfigError(f"{where}: {problem}; put it back, or run that stage first")
+            if saved is not None and saved.is_outdated(found):
+                raise ConfigError(f"{where}: {name} is still to go on, and will make {path} anew; run that stage first")
         if stage.kind != "pretrain" and start_model(recipe, stage) is None:
             raise ConfigError(f"stages.{stage.name}.model: missing, and the recipe has no model.path; name one")
         earlier[stage.name] = stage

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from r1fast.artifacts import fingerprints, inputs_of
+from r1fast.artifacts import Artifact, fingerprints, inputs_of
 from r1fast.config import ConfigError, apply_overrides, dump_recipe, load_recipe, shown, validate
 from r1fast.run_folder import read_record
 from r1fast.schema import Recipe
-from r1fast.schema_options import EvalOptions, GenerateOptions, SampleOptions, TrainFilesOptions
+from r1fast.schema_options import EvalOptions, GenerateOptions, SampleOptions, TrainFilesOptions, ValidationOptions
 
 CONFIG, SUMMARY, STAGE = "config.yaml", "summary.json", "stage.json"
 _OF_A_STAGE = (STAGE, "checkpoints", "metrics.jsonl", "model", "data.jsonl")  # stage.json comes before all others
@@ -30,10 +30,7 @@ _IN_THE_SAMPLES = (
     "teacher", "train_files", "seed", *TrainFilesOptions.__annotations__, *SampleOptions.__annotations__,
     *GenerateOptions.__annotations__,
 )  # fmt: skip
-_LENGTHS = (
-    "max_steps",
-    "num_train_epochs",
-)  # a finished stage may be made longer, and goes on from its last checkpoint
+_LENGTHS = ("max_steps", "num_train_epochs")  # a finished stage may be made longer, from its last checkpoint on
 
 
 @dataclass(frozen=True)
@@ -76,16 +73,21 @@ class Saved:
     def is_done(self, name: str) -> bool:
         return self.entry(name)["status"] == "done"
 
+    def is_outdated(self, made: Artifact) -> bool:
+        """Whether the stage that makes it has begun, and will still write it."""
+        entry = self.entry(made.stage or "")
+        return entry["status"] not in ("pending", "done") and made.file not in entry.get("files", {})
+
     def reopened(self, changes: list[Change]) -> "Saved":
-        """With finished stages that are made longer as stopped ones; what they came to is measured anew."""
+        """With finished stages that are made longer as stopped ones; what they came to is made and measured anew."""
         keys = {change.key for change in changes}
-        stages = [
-            {name: value for name, value in entry.items() if name not in ("eval_after", "numbers")}
-            | {"status": "stopped"}
-            if self.is_done(entry["name"]) and any(f"stages.{entry['name']}.{key}" in keys for key in _LENGTHS)
-            else entry
-            for entry in self.summary.get("stages", [])
-        ]
+        stages = []
+        for entry in self.summary.get("stages", []):
+            if entry["status"] == "done" and any(f"stages.{entry['name']}.{key}" in keys for key in _LENGTHS):
+                kept = {name: value for name, value in entry.items() if name not in ("eval_after", "numbers")}
+                files = {name: value for name, value in entry.get("files", {}).items() if name != "model"}
+                entry = {**kept, "status": "stopped", "files": files}
+            stages.append(entry)
         return replace(self, summary={**self.summary, "stages": stages})
 
 
@@ -249,7 +251,8 @@ def _why_not(path: tuple[str, ...], saved: Saved, recipe: Recipe) -> str:
 
 def _why_no_longer(saved: Saved, recipe: Recipe, name: str) -> str | None:
     """Why a finished stage cannot become what the recipe says; None where it can go on: it takes more steps."""
-    settings, stage = saved.entry(name).get("settings", {}), recipe.stage(name)
+    entry, stage = saved.entry(name), recipe.stage(name)
+    settings = entry.get("settings", {})
     lengths = [(settings.get(key), getattr(stage, key, None)) for key in _LENGTHS]
     given = [(old, new) for old, new in lengths if (old, new) != (None, None)]
     if any(old is None or new is None or new < old for old, new in given):
@@ -257,6 +260,8 @@ def _why_no_longer(saved: Saved, recipe: Recipe, name: str) -> str | None:
     for user in recipe.stages:
         if saved.entry(user.name)["status"] != "pending" and any(x.stage == name for x in inputs_of(recipe, user)):
             return f", and {user.name} has begun with what it made"
+    if isinstance(stage, ValidationOptions) and not stage.has_patience(entry.get("validations", [])):
+        return f", and early_stopping_patience = {stage.early_stopping_patience} ended it"
     return None if _has_checkpoint(saved, name) else ", and its checkpoints are gone"
 
 

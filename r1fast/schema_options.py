@@ -5,7 +5,7 @@ refused, by value, because the recipe that a run saves names every option: one a
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
@@ -344,6 +344,17 @@ class ValidationOptions(EvalOptions):
     def chooses(self) -> bool:
         """Whether something depends on which evaluation is the best."""
         return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+    def best_step(self, found: Sequence[Mapping[str, Any]]) -> int | None:
+        """Of evaluations under way, each with its `step`, the first of the best; None: none has the metric."""
+        metric = self.metric_for_best_model
+        known = [(result[metric], -result["step"]) for result in found if metric in result]
+        return -max(known)[1] if known else None
+
+    def has_patience(self, found: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the stage goes on after these evaluations."""
+        patience, best = self.early_stopping_patience, self.best_step(found)
+        return patience is None or best is None or sum(result["step"] > best for result in found) < patience
 
 
 class LoraOptions(Strict):

@@ -44,10 +44,10 @@ SFTRows = Annotated[Ref, Reads("data", "sft")]
 
 
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str) else [] if value is None else value
 
 
-Listed = Annotated[list[T], BeforeValidator(_listed)]  # of one thing, that thing alone will do
+Listed = Annotated[list[T], BeforeValidator(_listed)]  # of one thing, that thing alone will do; of none null
 Files = Annotated[list[T], Field(min_length=1), BeforeValidator(_listed)]
 
 MAX_NAME_BYTES = 200  # of a folder, with room for an ending: file systems take 255

@@ -142,7 +142,7 @@ def resolve(args: argparse.Namespace, overrides: list[str]) -> CommandLine:
     from r1fast.preflight import check_inputs, check_output
 
     left = [name for name in selected if saved is None or not saved.is_done(name)]
-    check_references(recipe, left, run_dir)
+    check_references(recipe, left, run_dir, saved)
     check_output(run_dir, resume=args.resume, stages=left)
     notes = [f"note: {note}" for note in (*taken, *check_inputs(recipe, left, run_dir))]
     if saved is not None:

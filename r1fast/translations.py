@@ -1,11 +1,13 @@
 """What other trainers call things, and what a recipe says for them.
 
-An unknown key is answered with its row here, and the documentation prints the whole table. A name that means the same
+An unknown key is answered with its row here, a value that an option of ours does not have with one of `values`, and the
+documentation prints both tables. A name that means the same
 in a recipe has no row; one that means something else there has a note (its unit, or what is counted).
 """
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 TRL, OPEN_R1, VERL = "TRL", "open-r1", "verl"  # TRL's configurations are transformers' TrainingArguments, and more
 
@@ -42,6 +44,24 @@ def translate(key: str) -> Translation | None:
     return max(fit, key=lambda row: len(row.theirs), default=None)
 
 
+def translate_last(name: str) -> Translation | None:
+    """The row of the last part of a name of verl's, where all that end so mean the same."""
+    rows = [row for row in translations() if row.theirs.endswith(f".{name}")]
+    return rows[0] if len({row.ours for row in rows}) == 1 else None
+
+
+@cache
+def values() -> tuple[tuple[str, str, str], ...]:
+    """Option of ours, what other trainers say there as YAML has it, and what a recipe says for it."""
+    return tuple((key, theirs, ours) for key, rows in _VALUES.items() for theirs, ours in rows.items())
+
+
+def translate_value(key: str, value: Any) -> str:
+    """What a recipe says for this value of an option (by its last part); "" where no trainer has it."""
+    word = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return next((ours for option, theirs, ours in values() if (option.split(".")[-1], theirs) == (key, word)), "")
+
+
 _PACKED = "tokens are always packed, none is padded"
 _BATCH = "samples of an optimizer step are prompts_per_step * num_generations / steps_per_generation, over all ranks"
 _MICRO = "a micro-batch is so many tokens; it changes speed and memory, no number"
@@ -50,6 +70,42 @@ _NO_CRITIC = "there is no critic: advantages are those of a group"
 _UPLOAD = "nothing is uploaded: RUN/STAGE/model is a folder for the Hub"
 _LAUNCH = "torchrun says how many processes there are; weights are sharded over all of them (FSDP2)"
 
+_OWN = "a function of your own: file.py:name"
+_VALUES: dict[str, dict[str, str]] = {
+    "lr_scheduler_type": {
+        "constant_with_warmup": "constant, with warmup_steps",
+        "cosine_with_min_lr": "cosine, with min_lr_ratio",
+        "cosine_warmup_with_min_lr": "cosine, with min_lr_ratio and warmup_steps",
+        "warmup_stable_decay": "wsd, with warmup_steps and decay_ratio",
+    },
+    "loss_type": {
+        "sapo": "r1fast.losses.sapo",
+        "gspo": "grpo, with importance_sampling_level: sequence",
+        "vespo": _OWN,
+        "vanilla": "grpo, dapo or dr_grpo, as loss_agg_mode says",
+        "token-mean": "dapo",
+        "seq-mean-token-mean": "grpo",
+        "seq-mean-token-sum-norm": "dr_grpo",
+    },
+    "importance_sampling_level": {"sequence_token": "token, with loss_type: r1fast.losses.gspo_token"},
+    "scale_rewards": {"true": "group", "false": "none"},
+    "kl_estimator": {"kl": "k1", "mse": "k2", "low_var_kl": "k3"},
+    "sampling_importance_mode": {"token": "token_truncate", "sequence": "sequence_truncate"},
+    "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw"},
+    "max_steps": {"-1": "null, with num_train_epochs"},
+    "save_steps": {"-1": "as many as max_steps: the last step is always saved"},
+    "eval_steps": {"-1": "null", "0": "null"},
+    "model.dtype": {
+        "bf16": "bfloat16",
+        "torch.bfloat16": "bfloat16",
+        "fp32": "float32",
+        "torch.float32": "float32",
+        "fp16": "bfloat16 or float32",
+        "float16": "bfloat16 or float32",
+    },
+    "rollout.engine": {"hf": "r1fast", "sglang": "r1fast or vllm"},
+    "report_to": {"console": "the trackers alone: the console and metrics.jsonl are always written"},
+}
 _TRL = [
     ("model_name_or_path", "model.path", ""),
     ("model_revision", "model.revision", ""),
@@ -203,6 +259,7 @@ _OPEN_R1 = [
     ("dataset_prompt_column", "train_files", "prompt, problem or question; others are renamed in the file"),
     ("system_prompt", "train_files prompt_template", "column system of a row; r1_zero has the paper's"),
     ("chat_template", "prompt_template", "tokenizer: the template that the model comes with"),
+    ("max_new_tokens", "max_completion_length", ""),
     ("benchmarks", "eval_files", "measured before, after and every eval_steps"),
     ("callbacks", "", "a run is watched by its page, and by trackers"),
     ("cosine_*", "rewards.cosine", "options of the reward, without the first word of their names"),

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from r1fast.schema import KINDS, Recipe
-from r1fast.translations import translate, translations
+from r1fast.translations import translate, translate_last, translations
 
 # Of the command line, with a value and without.
 VALUED, FLAGS = ("--config", "--output-dir", "--stages"), ("--resume", "--accept-changes", "--dry-run", "--version")
@@ -24,22 +24,24 @@ def unknown(loc: tuple[Any, ...], value: Any, stage_names: Iterable[str]) -> Ite
     Returns pairs: keys below it, with dots before ("" for itself), and what to say.
     """
     kind = loc[2] if loc[0] == "stages" else None
-    path = [str(part) for part in (loc[3:] if kind else loc)]
+    path = [str(part).replace("-", "_") for part in (loc[3:] if kind else loc)]  # as argument parsers write them
+    names = list(stage_names)
     section = ".".join(path)
     if isinstance(value, dict) and any(row.theirs.startswith(f"{section}.") for row in translations()):
         for below in _leaves(value):
             row = translate(f"{section}.{below}")
             yield f".{below}", f"unknown key {row}" if row else f"unknown key; nor is {section} a section of a recipe"
         return
+    known, is_bare = _known(kind, path[:-1]), len(path) == 1
     if row := translate(section):
         yield "", f"unknown key {row}"
-    elif place := _elsewhere(path[-1], kind) if len(path) == 1 else "":
+    elif place := _elsewhere(path[-1], kind, names) if is_bare and path[-1] not in known else "":
         yield "", f"unknown key; {place}"
-    elif row := translate(path[-1]):
+    elif row := translate(path[-1]) or (translate_last(path[-1]) if is_bare else None):
         yield "", f"unknown key {row}"
     else:
-        options = (*VALUED, *FLAGS, *stage_names) if section == path[-1] and kind is None else ()
-        yield "", f"unknown key{_near(path[-1], _known(kind, path[:-1]), options, kind)}"
+        options = (*VALUED, *FLAGS, *names) if is_bare and kind is None else ()
+        yield "", f"unknown key{_near(path[-1], known, options, kind)}"
 
 
 def _leaves(value: dict[Any, Any]) -> Iterator[str]:
@@ -50,11 +52,12 @@ def _leaves(value: dict[Any, Any]) -> Iterator[str]:
             yield str(name)
 
 
-def _elsewhere(name: str, kind: str | None) -> str:
+def _elsewhere(name: str, kind: str | None, stage_names: list[str]) -> str:
     """Where a recipe has an option of this name, in words."""
     kinds = [other for other, stage in KINDS.items() if name in stage.model_fields]
     if kind is None and kinds:
-        return f"stages of kind {', '.join(kinds)} have it: write NAME.{name} with the name of one"
+        override = f"{stage_names[0] if len(stage_names) == 1 else 'NAME'}.{name}=VALUE"
+        return f"stages of kind {', '.join(kinds)} have it: write it in one of them, or on the command line {override}"
     sections = [part for part, field in Recipe.model_fields.items() if name in _options(field.annotation)]
     if sections:
         return f"write {sections[0]}.{name}, beside stages"

@@ -76,6 +76,12 @@ WRONG = [
     (["--config", "a", "--config", "b"], "--config is given twice"),
     (["--output-dir="], "--output-dir is empty"),
     (["--output-dir"], "expected one argument"),
+    (["--output-dir", "--dry-run"], "--output-dir: expected one argument"),
+    (["--stages", "--resume"], "--stages: expected one argument"),
+    (["+trainer.total_epochs=2"], "'+trainer.total_epochs=2' is neither an option nor an override"),
+    (["~zero.beta"], "'~zero.beta' is neither an option nor an override"),
+    ([".x=2"], "neither an option nor an override"),
+    (["a.yaml", "zero.beta", "0"], "two recipes: 'a.yaml' and 'zero.beta' (an override is key=value)"),
     (["-x"], "'-x' is neither an option nor an override"),
     (["=3"], "neither an option nor an override"),
     ([""], "neither an option nor an override"),
@@ -98,6 +104,17 @@ def test_help_lists_recipes_options_and_topics(capsys: pytest.CaptureFixture[str
     for name in (*VALUED, *FLAGS, *(path.stem for path in (ROOT / "r1fast" / "recipes").glob("*.yaml")), *topics()):
         assert name in text
     assert "The whole R1 chain from scratch, on two CPU cores" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "begin"),
+    [(["-h", "lora"], "lora: "), (["--help=lora"], "lora: "), (["a.yaml", "--help", "--dry-run"], "torchrun -m "),
+     (["-h", "--resume"], "torchrun -m ")],
+)  # fmt: skip
+def test_help_is_asked_for_in_every_form(capsys: pytest.CaptureFixture[str], argv: list[str], begin: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(argv)
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith(begin)
 
 
 def test_help_into_a_pipe_that_is_closed() -> None:
@@ -139,7 +156,7 @@ def test_bare_names_with_dots(write) -> None:
 
 def test_a_bare_name_that_is_misspelt(zero: str) -> None:
     assert "did you mean 'zero'?" in message_of(zero, "zer.max_steps=7")
-    assert "write NAME.max_steps" in message_of(zero, "max_steps=7")
+    assert "on the command line zero.max_steps" in message_of(zero, "max_steps=7")
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:

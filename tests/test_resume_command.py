@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from r1fast.artifacts import Artifact, fingerprint, hub_commit
-from r1fast.config import ConfigError
-from r1fast.resume import read_run
+from r1fast.config import ConfigError, apply_overrides, validate
+from r1fast.resume import Saved, changes, read_run
 from r1fast.run_folder import (
     locked,
     read_record,
@@ -281,6 +281,44 @@ def test_another_recipe_is_held_to_the_same(resume, refuse, stopped: Path, tmp_p
 )
 def test_changes_that_come_too_late_are_refused_by_key(refuse, override: str, part: str) -> None:
     assert part.replace("-> 1 ", "-> 1.0 ") in refuse(override)
+
+
+def test_nothing_is_made_from_a_stage_that_is_still_to_become_longer(
+    command, resume, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"a {i} ?", "completion": "red"} for i in range(6)])
+    second = {**SECOND, "train_files": ["a.jsonl"], "max_steps": 1}
+    write_recipe(tmp_path / "mine.yaml", FIRST, second, model={"path": str(base_model)})
+    assert command("mine.yaml", "--output-dir", "run", "--stages", "first") == 0
+    run, stale = tmp_path / "run", "stages.second.model: @first: first is still to go on, and will make "
+    before = tree(run)
+    code, (line,) = resume("--stages", "second", "first.max_steps=4")
+    assert code == 2 and line.startswith(stale) and tree(run) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no more")))
+        assert resume("first.max_steps=4")[0] == 1
+    assert "eval_after" not in entry(run, "first") and (run / "first" / "model").exists()
+    code, (line,) = resume("--stages", "second")
+    assert code == 2 and line.startswith(stale)
+    assert resume()[0] == 0 and (run / "first" / "checkpoints" / "step_4").exists()
+    assert [entry(run, name)["status"] for name in ("first", "second")] == ["done", "done"]
+
+
+def test_a_stage_that_lost_patience_becomes_no_longer(tmp_path: Path) -> None:
+    stage = {**FIRST, "eval_files": ["a.jsonl"], "eval_steps": 1, "early_stopping_patience": 1}
+    recipe = validate({"stages": [stage], "model": {"path": "m"}}, "mine.yaml")
+    longer = apply_overrides(recipe.model_dump(mode="json"), ["first.max_steps=9"], "mine.yaml")
+    (tmp_path / "first" / "checkpoints" / "step_2").mkdir(parents=True)
+
+    def changed(*scores: float) -> list[str]:
+        found = [{"step": step, "pass@1": score} for step, score in enumerate(scores, 1)]
+        done = {"name": "first", "status": "done", "settings": recipe.stages[0].model_dump(mode="json")}
+        saved = Saved(tmp_path, recipe, {"stages": [{**done, "validations": found}]}, [])
+        return [change.key for change in changes(saved, longer)]
+
+    assert changed(0.1, 0.2) == ["stages.first.max_steps"]
+    with pytest.raises(ConfigError, match="stage first is finished, and early_stopping_patience = 1 ended it"):
+        changed(0.2, 0.2)
 
 
 def test_the_model_of_the_recipe_is_what_stages_began_with(refuse) -> None:

@@ -35,7 +35,7 @@ STRICT = [
     ("stages.zero.rewards={accuracy: {limit: .inf}}", "got inf, expected a finite number"),
     ("stages.zero.rewards={accuracy: {function: ''}}", "at least 1 character"),
     ("stages.zero.router_replay=yes", "valid boolean; write true or false; got 'yes'"),
-    ("stages.zero.epsilon_high=None", "write null; got 'None'"),
+    ("stages.zero.epsilon_high=None", "None is written null; got 'None'"),
     ("stages.zero.router_replay=1", "valid boolean; write true or false; got 1"),
     ("stages.zero.model=1", "valid string; got 1"),
     ("stages.zero.model=''", "at least 1 character"),
@@ -52,6 +52,11 @@ STRICT = [
     ("name=" + "é" * 150, "has 300 bytes"),
     ("report_to=[wandb, wandb]", "names a tracker twice"),
     ("report_to=[none, wandb]", "got 'none'"),
+    ("stages.zero.loss_type=ppo", "got 'ppo' or file.py:name or package.module.name for a loss of your own"),
+    ("stages.zero.rewards=[accuracy, format]", "expected a mapping, {accuracy: .., format: ..}; got ['accuracy'"),
+    ("stages.zero.rewards=accuracy", "expected a mapping, {accuracy: ..}; got 'accuracy'"),
+    ("stages.zero.kind=GRPO", "got GRPO (did you mean 'grpo'?); expected one of"),
+    ("stages={zero: {kind: grpo}}", "stages: expected a list, each of its entries with a dash before it; got {"),
     ("rollout.async_steps=1 ", None),
 ]
 

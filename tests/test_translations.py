@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from r1fast.config import load_recipe
 from r1fast.explain import options_of, topics
 from r1fast.schema import KINDS, Recipe
-from r1fast.translations import translate, translations
+from r1fast.translations import translate, translate_last, translations, values
 from r1fast.unknown_keys import FLAGS, VALUED
 from tests.tiny_checkpoint import ZERO, message_of
 
@@ -38,6 +39,9 @@ def test_nearest_prefix_wins() -> None:
         row = translate(key)
         assert row is not None and row.theirs == theirs
     assert translate("max_stepz") is None
+    row = translate_last("clip_ratio_high")
+    assert row is not None and row.ours == ("epsilon_high",)
+    assert translate_last("enable") is None and translate_last("path") is None  # two that differ
 
 
 def fields_of(file: str, name: str) -> list[str]:
@@ -64,7 +68,11 @@ def test_all_that_trl_has_is_known(file: str, name: str) -> None:
 WRITTEN = [
     ("per_device_train_batch_size: 8", "per_device_train_batch_size: unknown key of TRL; here prompts_per_step and"),
     ("use_vllm: true", "use_vllm: unknown key of TRL; here rollout.engine: vllm"),
-    ("temperature: 1.0", "temperature: unknown key; stages of kind grpo, collect, reject, distill have it: write"),
+    ("temperature: 1.0", "temperature: unknown key; stages of kind grpo, collect, reject, distill have it: write it in "
+     "one of them, or on the command line zero.temperature=VALUE"),
+    ("kl_loss_coef: 0.1", "kl_loss_coef: unknown key of verl; here beta"),
+    ("per-device-train-batch-size: 8", "per-device-train-batch-size: unknown key of TRL; here prompts_per_step and"),
+    ("max-steps: 8", "max-steps: unknown key; stages of kind pretrain, sft, grpo, distill have it"),
     ("hub_token: x", "hub_token: unknown key of TRL; nothing here: nothing is uploaded"),
     ("data: {train_batch_size: 256}", "data.train_batch_size: unknown key of verl; here prompts_per_step"),
     ("actor_rollout_ref: {actor: {clip_ratio: 0.2, optim: {lr: 1}}}",
@@ -86,7 +94,18 @@ def test_a_key_of_another_trainer_is_translated(write, line: str, message: str) 
         assert message.split(": ", 1)[-1] in message_of(write(f"stages: [{ZERO}]"), f"{key}={value}")
 
 
+def test_a_value_of_another_trainer_is_translated(zero: str) -> None:
+    places = {"model.dtype": "model.dtype", "rollout.engine": "rollout.engine", "report_to": "report_to"}
+    for option, theirs, ours in values():
+        key = places.get(option, f"stages.zero.{option}")
+        message = message_of(zero, f"{key}={theirs}")
+        assert message.endswith(f"here {ours}") and "\n" not in message and "Input should" not in message
+    assert "report_to.1: got 'console'; here the trackers alone" in message_of(zero, "report_to=[wandb, console]")
+    assert load_recipe(zero, ["stages.zero.eval_files=null", "report_to=null"]).report_to == []
+
+
 def test_in_a_stage_too(zero: str) -> None:
+    assert "zero.learning-rate: unknown key; did you mean 'learning_rate'?" in message_of(zero, "zero.learning-rate=1")
     assert "stages.zero.lora_r: unknown key of TRL; here lora.r" in message_of(zero, "zero.lora_r=8")
     assert "zero.rollout: unknown key; it stands beside stages" in message_of(zero, "zero.rollout.n=8")
     assert "zero.dtype: unknown key; write model.dtype, beside stages" in message_of(zero, "zero.dtype=auto")

@@ -1,6 +1,7 @@
 """The turns of a chat under one spelling: {role, content}, and what else a template reads of them.
 
-- ShareGPT's {from, value} is read as {role, content}: human, gpt, function_call, observation, ... are roles there.
+- ShareGPT's {from, value} is read as {role, content}: human, gpt, function_call, observation, ... are roles there. The
+  roles developer and function are system and tool, model (Gemma's) is assistant.
 - Content may be a list of parts {type: text, text}, which are joined; parts of another type are refused.
 - reasoning_content (or reasoning, thinking) stands in turns of the assistant.
 - tool_calls, of turns before the last, are OpenAI's: [{type: function, function: {name, arguments}}], or name and
@@ -9,6 +10,8 @@
 - Any other field of a turn that says something (images, weight, ...) is refused.
 """
 
+import ast
+import contextlib
 import json
 from typing import Any
 
@@ -17,10 +20,12 @@ from r1fast.data.templates import RESPONSE_FORMATS, Messages
 REASONING = ("reasoning_content", "reasoning", "thinking")
 REASONING_ENDS = tuple(layout.think_close for layout in RESPONSE_FORMATS.values())
 ROLES = ("system", "user", "assistant", "tool")
-_FROM = {
-    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
-    "assistant": "assistant", "function_call": "assistant", "observation": "tool", "tool": "tool",
+_SPOKEN = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "tool": "tool", "function": "tool",
+    "observation": "tool",
 }  # fmt: skip
+_FROM = _SPOKEN | {"function_call": "assistant"}
 _FIELDS = {
     "system": ("role", "content"),
     "user": ("role", "content"),
@@ -53,8 +58,9 @@ def text_or_chat(value: Any, column: str) -> str | Messages:
 
 
 def chat(value: Any, column: str) -> Messages:
-    """The same where only a chat will do."""
-    found = None if isinstance(value, str) else text_or_chat(value, column)
+    """The same where only a chat will do, or its text: JSON, or as pandas writes lists into a CSV file."""
+    held = _held(value) if isinstance(value, str) else value
+    found = None if isinstance(held, str) else text_or_chat(held, column)
     if not isinstance(found, list):
         raise ValueError(f"column {column!r} is {shown(value)}, expected a list of {{role, content}}")
     return found
@@ -95,9 +101,9 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} is {shown(turn)}, expected {{role, content: string}}")
     if not says_nothing(turn.get("from")) and says_nothing(turn.get("role")):
         turn = _of_sharegpt(turn, where)
-    role = turn.get("role")
-    if role not in ROLES:
-        raise ValueError(f"{where} has role {role!r}, expected {', '.join(ROLES)}")
+    role = _SPOKEN.get(turn["role"]) if isinstance(turn.get("role"), str) else None
+    if role is None:
+        raise ValueError(f"{where} has role {turn.get('role')!r}, expected {', '.join(ROLES)}")
     for name, value in turn.items():
         if name in _FIELDS[role] or says_nothing(value):
             continue
@@ -161,6 +167,14 @@ def _decoded(value: Any, what: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         raise ValueError(f"{what} is {shown(value)}, expected JSON") from None
+
+
+def _held(text: str) -> Any:
+    """The list that a text stands for; the text itself where it is none."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return read(text)
+    return text
 
 
 def _without_nulls(value: Any) -> Any:

@@ -11,7 +11,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path
@@ -140,6 +140,7 @@ def read_csv(path: Path, delimiter: str = "") -> Iterator[Located]:
     """Text with commas, or tabs in a .tsv file; the first line names the columns."""
     lines = _lines_of_csv(path, delimiter or ("\t" if path.suffix == ".tsv" else ","))
     where, names = next(lines, (str(path), []))
+    names = [name.strip() for name in names]  # "prompt, answer"
     if twice := _twice(names):
         raise ValueError(
             f"{where}: two columns are named {twice[0]!r}, and which one counts is not known; take one out"
@@ -180,23 +181,44 @@ def read_parquet(path: Path) -> Iterator[Located]:
     names = guarded(what, lambda: file.schema_arrow.names)
     if twice := _twice(names):
         raise ValueError(f"{path}: two columns are named {twice[0]!r}, and which one counts is not known; take one out")
-    singles = [field.name for field in file.schema_arrow if str(field.type) == "float"]  # Arrow's word for 32 bits
+    narrow = narrow_columns({field.name: field.type for field in file.schema_arrow})
     batches = file.iter_batches()
     index = 0
     while (batch := guarded(what, lambda: next(batches, None))) is not None:
         for row in _rows_of(batch, path, index):
             where = f"{path}: row {index}"
-            yield where, plain_columns(as_written(row, singles), where)
+            yield where, plain_columns(as_written(row, narrow), where)
             index += 1
 
 
-def as_written(row: Columns, singles: Sequence[str]) -> Columns:
-    """With the numbers of these columns, of 32 bits, as somebody wrote them: 0.1, not 0.10000000149011612."""
-    if not singles:
-        return row
-    from numpy import float32
+_FLOATS = {
+    "halffloat": "float16", "float": "float32", "double": "float64",  # Arrow's words
+    "float16": "float16", "float32": "float32", "float64": "float64",
+}  # fmt: skip
 
-    return row | {name: float(str(float32(row[name]))) for name in singles if row[name] is not None}
+
+def narrow_columns(types: Mapping[str, Any]) -> dict[str, str]:
+    """The columns whose numbers, in lists and objects too, have 16 or 32 bits, and NumPy's name for these."""
+    found = {
+        name: {_FLOATS[word] for word in re.findall(r"\w+", str(kind)) if word in _FLOATS}
+        for name, kind in types.items()
+    }
+    return {name: kinds.pop() for name, kinds in found.items() if kinds in ({"float16"}, {"float32"})}
+
+
+def as_written(row: Columns, narrow: Mapping[str, str]) -> Columns:
+    """With the numbers of `narrow_columns` as somebody wrote them: 0.1, not 0.10000000149011612."""
+    return row | {name: _as_written(row[name], kind) for name, kind in narrow.items()}
+
+
+def _as_written(value: Any, kind: str) -> Any:
+    import numpy as np
+
+    if isinstance(value, float):
+        return float(str(np.dtype(kind).type(value)))
+    if isinstance(value, list):
+        return [_as_written(entry, kind) for entry in value]
+    return {name: _as_written(entry, kind) for name, entry in value.items()} if isinstance(value, dict) else value
 
 
 def _rows_of(batch: Any, path: Path, first: int) -> list[Columns]:

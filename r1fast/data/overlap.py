@@ -1,13 +1,14 @@
 """What rows have in common: runs of words with the prompts of a test, and rows that nearly repeat an earlier one.
 
-Words are compared: letters and digits in lower case (NFKC), without signs between them; a character of Chinese or
-Japanese is a word. What is found is a function of the texts and their order alone.
+Words are compared: letters and digits in lower case (NFKC, without accents) and the signs of arithmetic between them,
+so that 2+3 is not 2-3; no other signs. A character of Chinese or Japanese is a word. What is found is a function of the
+texts and their order alone.
 """
 
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from fractions import Fraction
 from itertools import islice
 from math import ceil
@@ -16,12 +17,21 @@ SHINGLE = 5  # words; the Jaccard similarity of two texts is that of their sets 
 MOST_LISTED, MOST_COMPARED = 200, 20  # earlier texts that one is compared with
 BOILERPLATE = 10  # different test prompts that may have an n-gram in common before it says nothing about them
 _ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
+_BEFORE, _AFTER = r"(?:(?<=[\d)])|(?<=[\d)] )|(?<=\b[^\W\d_])|(?<=\b[^\W\d_] ))", r"(?= ?[-(\d]| ?[^\W\d_]\b)"
+_SIGN = rf"{_BEFORE}[-+*/=<>]+{_AFTER}|(?<![^\s(=+*/<>,])-(?=\d)"
+_SPELLED = str.maketrans("−–×÷", "--*/")
+_VOICED = "\u3099\u309a"  # か and が are two letters
+_WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+|{_SIGN}")
 
 
 def words_of(text: str) -> list[str]:
     """A text without any is its only word."""
-    words = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    plain = unicodedata.normalize("NFKC", text)
+    if not plain.isascii():  # marks are no letters for re, and would part the words of Hindi or Thai
+        decomposed = unicodedata.normalize("NFD", plain)
+        marks = {ord(char) for char in {*decomposed} - {*_VOICED} if unicodedata.category(char).startswith("M")}
+        plain = unicodedata.normalize("NFC", decomposed.translate(dict.fromkeys(marks))).translate(_SPELLED)
+    words = _WORD.findall(plain.lower())
     return words or text.split()
 
 
@@ -34,20 +44,30 @@ def ngrams(words: Sequence[str], n: int) -> Iterator[str]:
 def contaminated(texts: Sequence[str], known: Sequence[str], n: int) -> dict[int, str]:
     """index -> the n-gram that this text has in common with one of `known`.
 
-    What more than BOILERPLATE different ones of these have is an instruction around them: it counts for nothing. A
-    text of fewer than n words has to be the same as a whole (of GPT-3's rule, arXiv 2005.14165, appendix C, with words
-    as open-r1 has them).
+    What more than BOILERPLATE different ones of these have is an instruction around them: its words count for nothing.
+    A text of fewer than n other words has to be the same as a whole (of GPT-3's rule, arXiv 2005.14165, appendix C).
     """
-    counts: Counter[str] = Counter()
-    for words in dict.fromkeys(tuple(words_of(text)) for text in known):
-        counts.update(set(ngrams(words, n)))
-    tested = {ngram for ngram, count in counts.items() if count <= BOILERPLATE}
+    tests = dict.fromkeys(tuple(words_of(text)) for text in known)
+    counts = Counter(ngram for words in tests for ngram in set(ngrams(words, n)))
+    common = {ngram for ngram, count in counts.items() if count > BOILERPLATE}
+    tested = {ngram for words in tests for ngram in ngrams(_without(common, words, n), n)} - {""}
     found: dict[int, str] = {}
     for index, text in enumerate(texts):
-        hit = next((ngram for ngram in ngrams(words_of(text), n) if ngram in tested), None)
+        hit = next((ngram for ngram in ngrams(_without(common, words_of(text), n), n) if ngram in tested), None)
         if hit is not None:
             found[index] = hit
     return found
+
+
+def _without(common: Set[str], words: Sequence[str], n: int) -> Sequence[str]:
+    """Without the words of these n-grams."""
+    dropped = {
+        place
+        for start, ngram in enumerate(ngrams(words, n) if common else ())
+        if ngram in common
+        for place in range(start, start + n)
+    }
+    return [word for place, word in enumerate(words) if place not in dropped] if dropped else words
 
 
 def near_duplicates(texts: Sequence[str], threshold: float) -> dict[int, int]:

@@ -112,6 +112,8 @@ def _find(row: Row, column: str, kind: Kind) -> Any:
         if other := next((name for name in given[1:] if row[name] != row[given[0]]), None):
             what = f"columns {given[0]!r} and {other!r} differ, and either may be the {column}"
             raise ValueError(f"{what}; name the one that is meant {column!r}")
+        if given and given[0] in CHAT_COLUMNS:
+            return chat(row[given[0]], given[0])
         if given:
             return _instruction(row) if given[0] == "instruction" else row[given[0]]
     return None
@@ -162,10 +164,7 @@ def _read_prompts(row: Row) -> None:
     answer = _find(row, "answer", "prompts")
     if isinstance(answer, float) and not math.isfinite(answer):
         answer = None
-    # Rewards may do without an answer: format, a preference model.
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float | list | dict | None):
-        raise ValueError(f"column 'answer' is {shown(answer)}, expected a string, a number or a list of them")
-    row["answer"] = answer  # numbers too, as TRL hands them to rewards
+    row["answer"] = answer  # as it is: TRL hands numbers to rewards, and some do without (format, a preference model)
 
 
 def _read_sft(row: Row) -> None:

@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from r1fast.data.files import Located, as_written, guarded, plain_columns, read_csv, read_json, read_jsonl, read_parquet
+from r1fast.data.files import (
+    Located,
+    as_written,
+    guarded,
+    narrow_columns,
+    plain_columns,
+    read_csv,
+    read_json,
+    read_jsonl,
+    read_parquet,
+)  # fmt: skip
 from r1fast.data.folders import files_by_split, split_folder
 from r1fast.data.rows import ALIASES, Kind, canonical
 from r1fast.recipe_yaml import load_yaml
@@ -130,9 +140,8 @@ def load_hub(name: str, config: str | None, split: str) -> Iterable[Any]:
 
 
 def _of_data_set(source: str, rows: Iterable[Any]) -> Iterator[Located]:
-    features = getattr(rows, "features", None) or {}
-    singles = [name for name, feature in features.items() if getattr(feature, "dtype", "") == "float32"]
-    return ((where, plain_columns(as_written(row, singles), where)) for where, row in _each(source, rows))
+    narrow = narrow_columns(getattr(rows, "features", None) or {})
+    return ((where, plain_columns(as_written(row, narrow), where)) for where, row in _each(source, rows))
 
 
 def _read_task(source: str) -> Iterator[Located]:

@@ -133,7 +133,10 @@ def score_answer(final: str | None, gold: Any) -> float | None:
 
 
 def _as_text(gold: Any) -> str:
-    return "" if gold is None or isinstance(gold, dict | set | bytes) or gold != gold else str(gold)
+    if gold is None or isinstance(gold, dict | set | bytes) or gold != gold:
+        return ""
+    is_long = isinstance(gold, float) and abs(gold) < 1e15
+    return str(float(f"{gold:.15g}") if is_long else gold)  # 0.1 + 0.2 was meant to be 0.3
 
 
 @lru_cache(maxsize=1024)  # the G samples of a prompt share their gold

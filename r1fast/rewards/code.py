@@ -7,7 +7,6 @@ packages; it has no network, starts no processes and writes no files.
 """
 
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -15,14 +14,14 @@ from typing import Any
 
 from r1fast.data.templates import get_response_format
 from r1fast.rewards.code_tests import CodeTest, passes, read_tests
+from r1fast.rewards.fences import blocks
 from r1fast.rewards.format import parse_rows, per_row
 from r1fast.rewards.registry import reward
 from r1fast.rewards.sandbox import CLOCK_LIMITS, Program, Sandbox, SandboxError
 
-_COLUMNS = ("verification_info", "input_output", "answer")
+_COLUMNS = ("verification_info", "input_output", "test_list", "answer")
+_SETUP = ("test_setup_code", "test_imports")  # of test_list
 ALL_TESTS_LIMITS = 6.0  # time on the clock for all tests of a row, in limits of one test
-_BLOCK = re.compile(r"```[ \t]*+([^\s`]*+)[^\n`]*+\n(.*?)```", re.DOTALL)  # possessive: linear on any text
-_TAGS = ("python", "python3", "py")
 
 
 def seconds_per_row(timeout_s: float = 5.0, **_: Any) -> float:
@@ -45,7 +44,8 @@ def code(
 ) -> list[float | None]:
     """1.0 if all tests pass, 0.0 if one fails or there is no program, None where the row's tests cannot be read.
 
-    The tests are in a row's verification_info, else its input_output, else its answer (code_tests.py has the layouts).
+    The tests are in a row's verification_info, else its input_output, its test_list, or its answer (code_tests.py has
+    the layouts).
 
     partial: pays the share of the tests that pass instead. timeout_s: processor time of one test; three times that on
     the clock, and six times that for all tests of a row. After a test that takes longer no other is run. memory_gb:
@@ -56,7 +56,7 @@ def code(
     values: list[float | None] = []
     for i, program in enumerate(find_programs(completions, response_format, prefilled)):
         try:
-            tests = read_row({name: columns[name][i] for name in _COLUMNS if name in columns})
+            tests = read_row({name: columns[name][i] for name in (*_COLUMNS, *_SETUP) if name in columns})
         except ValueError:
             values.append(None)
             continue
@@ -70,7 +70,7 @@ def read_row(row: Mapping[str, Any]) -> list[CodeTest]:
     if (name := next((name for name in _COLUMNS if row.get(name) is not None), None)) is None:
         raise ValueError(f"none of the columns {', '.join(_COLUMNS)} holds tests")
     try:
-        return read_tests(row[name])
+        return read_tests(dict(row) if name == "test_list" else row[name])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -95,11 +95,9 @@ def find_programs(completions: list[str], response_format: Any, prefilled: Any) 
 
 def _last_block(text: str) -> str | None:
     """Blocks without a tag, of output often, only where none has that of Python."""
-    blocks = [(tag.lower(), program) for tag, program in _BLOCK.findall(text)]
-    for tags in (_TAGS, ("",)):
-        if found := [program for tag, program in blocks if tag in tags]:
-            return found[-1]
-    return None
+    found = blocks(text)
+    chosen = [block for block in found if block.is_python] or [block for block in found if not block.tag]
+    return chosen[-1].program if chosen else None
 
 
 def _num_passed(program: str, tests: Sequence[CodeTest], partial: bool, timeout_s: float, memory_bytes: int) -> int:
@@ -108,7 +106,7 @@ def _num_passed(program: str, tests: Sequence[CodeTest], partial: bool, timeout_
     for test in tests:
         if time.monotonic() > end:
             break
-        given, job = b"", Program(program, test.function, test.given)
+        given, job = b"", Program(program, test.function, test.given, test.setup)
         if test.function is None:
             given, job = test.given.encode(errors="replace"), Program(program)
         try:

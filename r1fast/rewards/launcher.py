@@ -8,8 +8,9 @@ these go through descriptors that it hands on, so there is nothing of others to 
     (memory, seconds) + 3 descriptors  -> id of the process: job, standard input, where its output goes
     b"reap"                            -> its exit status; until then its id is nobody else's
 
-The job is JSON: {"program": text, "function": name | null, "arguments": [..]}. Without a function the text runs as a
-script, and its standard output is the output; with one, the value that the function returns is, as JSON.
+The job is JSON: {"program": text, "function": name | null, "arguments": [..] | null, "setup": text}. Without a function
+the text runs as a script, and its standard output is the output; with one, the value that the function returns is, as
+JSON (as_json). Without arguments `function` is an expression, and its value is the output; `setup` runs before it.
 """
 
 import atexit
@@ -132,13 +133,29 @@ def _call(what: dict[str, Any]) -> int:
     sys.modules["program"] = module
     exec("from typing import *; import collections, math", module.__dict__)
     exec(compile(what["program"], "program.py", "exec"), module.__dict__)
-    function = module.__dict__.get(what["function"])
-    if function is None:
-        function = getattr(module.__dict__["Solution"](), what["function"])
-    left = memoryview(_dumps(function(*what["arguments"])).encode())
+    if what["arguments"] is None:
+        exec(compile(what["setup"], "setup.py", "exec"), module.__dict__)
+        value = eval(compile(what["function"], "test.py", "eval"), module.__dict__)
+    else:
+        function = module.__dict__.get(what["function"])
+        if function is None:
+            function = getattr(module.__dict__["Solution"](), what["function"])
+        value = function(*what["arguments"])
+    left = memoryview(as_json(value).encode())
     while left:
         left = left[_write(_OUTPUT, left) :]
     return 0
+
+
+def as_json(value: Any) -> str:
+    """With arrays and numbers of NumPy as lists and numbers, and sets as {"set": [JSON of a member, ..]}, sorted."""
+    return _dumps(value, default=_as_json)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return {"set": sorted(map(as_json, value))}
+    return value.tolist()
 
 
 if __name__ == "__main__":

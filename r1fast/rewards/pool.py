@@ -253,7 +253,7 @@ class _Reward:
         allowed = sorted(named - {"prompts", "completions", "completion_ids", "group_ids"})
         if unknown := [key for key in self.options if key not in allowed]:
             what = f"reward {name!r} has no keyword {unknown[0]!r}, expected one of {allowed}"
-            raise ValueError(what + did_you_mean(unknown[0], allowed))
+            raise ValueError(what + did_you_mean(unknown[0], [*allowed, "weight", "domains", "function"]))
         # None: every column. `**_` is there to swallow columns, `**columns` to read them.
         takes_all = any(p.kind is p.VAR_KEYWORD and not key.startswith("_") for key, p in parameters.items())
         self.accepted = None if takes_all else named

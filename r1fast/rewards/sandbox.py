@@ -41,11 +41,12 @@ class SandboxError(Exception):
 @dataclass(frozen=True)
 class Program:
     """A script, which reads its standard input; with `function`, the module in which this is called with `arguments`
-    (JSON). A method of a class `Solution` is found as well."""
+    (JSON). A method of a class `Solution` is found as well. arguments None: it is an expression, read after `setup`."""
 
     text: str
     function: str | None = None
-    arguments: Sequence[Any] = ()
+    arguments: Sequence[Any] | None = ()
+    setup: str = ""
 
 
 class Ended(NamedTuple):
@@ -96,9 +97,10 @@ class Sandbox:
 
         Raises SandboxError when the launcher is gone; this object is closed then.
         """
-        what = {"program": program.text, "function": program.function, "arguments": program.arguments}
+        what = {"program": program.text, "function": program.function}
+        job = json.dumps(what | {"arguments": program.arguments, "setup": program.setup})
         read_end, write_end = os.pipe()
-        descriptors = [_memory_file(json.dumps(what).encode()), _memory_file(given), write_end]
+        descriptors = [_memory_file(job.encode()), _memory_file(given), write_end]
         try:
             limits = START.pack(memory_bytes, int(timeout_s) + 2)
             socket.send_fds(self._socket, [limits], descriptors)

@@ -147,14 +147,7 @@ class Validation:
             for line in said(result):
                 self.ctx.message(f"{self.stage.name} after step {step}: {line}")
             _track(self.ctx, result, step)
-        patience, best = self.stage.early_stopping_patience, self.best_step()
-        return patience is None or best is None or sum(result["step"] > best for result in self.found) < patience
-
-    def best_step(self) -> int | None:
-        """The first of the best."""
-        metric = self.stage.metric_for_best_model
-        known = [(result[metric], -result["step"]) for result in self.found if metric in result]
-        return -max(known)[1] if known else None
+        return self.stage.has_patience(self.found)
 
     def may_be_best(self, step: int) -> bool:
         """Whether its checkpoint may be needed at the end."""
@@ -162,7 +155,7 @@ class Validation:
 
     def keeps(self) -> int | None:
         """The step whose checkpoint is needed at the end."""
-        return self.best_step() if self.stage.load_best_model_at_end else None
+        return self.stage.best_step(self.found) if self.stage.load_best_model_at_end else None
 
 
 @torch.no_grad()

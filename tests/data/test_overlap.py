@@ -12,9 +12,12 @@ BOX = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 def test_words() -> None:
-    assert words_of("Don't  PANIC: x^2+3_x = ４２!") == ["don", "t", "panic", "x", "2", "3", "x", "42"]
+    assert words_of("Don't  PANIC: x^2+3_x = ４２!") == ["don", "t", "panic", "x", "2", "+", "3", "x", "42"]
     assert words_of("小明有3个苹果。AB") == ["小", "明", "有", "3", "个", "苹", "果", "ab"]
     assert words_of("?! +") == ["?!", "+"] and words_of(" ") == []
+    assert words_of("Cafe\u0301 हिन्दी が 한국어") == ["cafe", "हनद", "が", "한국어"]
+    assert words_of("2 − 3×(-4) = x/y") == ["2", "-", "3", "*", "-", "4", "=", "x", "/", "y"]
+    assert words_of("- 3 x-rays and/or **4**\n* 5") == ["3", "x", "rays", "and", "or", "4", "5"]
     assert list(ngrams(["a", "b", "c"], 2)) == ["a b", "b c"] and list(ngrams(["a"], 2)) == ["a"]
 
 
@@ -39,7 +42,7 @@ def test_lines_and_signs_do_not_hide_a_test() -> None:
 
 
 def test_short_prompts_are_compared_as_a_whole() -> None:
-    texts = ["What is 2 + 3?", "what is 2+3", "What is 2 + 4?", "So what is 2 + 3?", "hello"]
+    texts = ["What is 2 + 3?", "what is 2+3", "What is 2 + 4?", "So what is 2 + 3?", "hello", "What is 2-3?"]
     assert set(contaminated(texts, ["What is 2+3 ?", "Hello!"], 13)) == {0, 1, 4}
 
 
@@ -56,9 +59,17 @@ def test_an_instruction_around_every_question_is_no_contamination() -> None:
     """An instruction that more than ten different tests have; the same test, repeated for more samples, is one."""
     known = [f"{word} is asked here alone and nowhere else at all. {BOX}" for word in "abcdefghijk"]
     assert len(known) > BOILERPLATE
-    assert contaminated([f"Something else. {BOX}", known[3]], known, 8) == {1: "d is asked here alone and nowhere else"}
+    assert contaminated([f"Something else. {BOX}", known[3]], known, 8) == {1: "d"}
     assert contaminated([f"Something else. {BOX}"], known[:3], 8) == {0: "please reason step by step and put your"}
     assert set(contaminated([TEST], [TEST] * 64, 8)) == {0}
+
+
+def test_the_last_words_of_an_instruction_are_no_contamination_either() -> None:
+    """One word of the question after twelve of the instruction is a run of thirteen that few tests have."""
+    ask = "Work out the value of this expression step by step and box the final result: {}"
+    known = [ask.format(f"{i} * 7 + 5") for i in range(BOILERPLATE + 2)]
+    texts = [ask.format("3 * 8 - 1"), ask.format("3 * 7 + 5"), "3*7+5", ask.format("3 + 7 * 5"), ask.format("")]
+    assert contaminated(texts, known, 13) == {1: "3 * 7 + 5", 2: "3 * 7 + 5"}
 
 
 def test_near_duplicates_keep_the_first() -> None:
@@ -70,6 +81,7 @@ def test_near_duplicates_keep_the_first() -> None:
     assert near_duplicates(texts, 0.82) == {1: 0, 4: 0}
     assert near_duplicates(texts, 1.0) == {4: 0}
     assert near_duplicates(["a b", "A, b!", "b a", "", ""], 1.0) == {1: 0, 4: 3}
+    assert near_duplicates(["12 * 7 + 5", "12 + 7 * 5", "12*7 + 5"], 0.8) == {2: 0}
     assert near_duplicates([], 0.8) == {}
 
 

@@ -48,6 +48,7 @@ VERL = {
         ("sft", {"text": "t"}, {}),
         ("pairs", {"question": "p", "chosen": "c", "rejected": "r"}, {"prompt": "p"}),
         ("labels", {"prompt": "p", "response": "r", "safe": True}, {"label": 1}),
+        ("prompts", {"prompt": "p", "answer": True}, {"answer": True}),
         ("labels", {"prompt": "p", "response": "r", "safe": "False"}, {"label": 0}),
         ("labels", {"prompt": "p", "response": "r", "label": "1"}, {"label": 1}),
         ("prompts", {"prompt": "p", "answer": math.nan}, {"answer": None}),

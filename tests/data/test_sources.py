@@ -116,6 +116,30 @@ def test_numbers_of_32_bits_are_what_was_written(tmp_path: Path) -> None:
         assert read == [0.1, 3.14, None, None, 16777216.0]
 
 
+def test_numbers_within_lists_and_objects_and_of_16_bits(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    single, both = pa.list_(pa.float32()), pa.struct({"a": pa.float32(), "b": pa.float64()})
+    columns = {
+        "prompt": ["p"],
+        "answer": pa.array([[0.1, None]], single),
+        "half": pa.array([0.1], pa.float16()),
+        "object": pa.array([{"a": [0.1]}], pa.struct({"a": single})),
+        "both": pa.array([{"a": 0.5, "b": 0.1}], both),
+    }
+    table = pa.table(columns)
+    pq.write_table(table, tmp_path / "x.parquet")
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+    for source in ("x.parquet", "saved"):
+        (row,) = load_rows([str(tmp_path / source)], "prompts")
+        assert row == {
+            "prompt": "p",
+            "answer": [0.1, None],
+            "half": 0.1,
+            "object": {"a": [0.1]},
+            "both": {"a": 0.5, "b": 0.1},
+        }
+
+
 def test_sources_that_are_no_names(tmp_path: Path) -> None:
     for source in ("", "a\0b.jsonl"):
         with pytest.raises(ValueError, match="names nothing"):
@@ -249,6 +273,11 @@ def test_wrong_tables_are_named_by_line(tmp_path: Path, content: bytes, message:
         load_rows([str(tmp_path / "rows.csv")], "sft")
 
 
+def test_blanks_around_the_names_of_columns(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('prompt, answer\np,"1, 2"\n')
+    assert load_rows([str(tmp_path / "rows.csv")], "prompts") == [{"prompt": "p", "answer": "1, 2"}]
+
+
 def test_a_long_field(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text\n" + "x" * 200_000 + "\n")
     assert len(load_rows([str(tmp_path / "rows.csv")], "sft")[0]["text"]) == 200_000
@@ -270,8 +299,13 @@ def test_a_long_field(tmp_path: Path) -> None:
         (["math/train/algebra.jsonl", "math/test/algebra.jsonl"], {":train": [0], ":test": [1]}),
         (["a.jsonl", "trainer.jsonl", "sub/b.jsonl", ".hidden.jsonl"], {"": [0, 1], ":train": "holds no splits; name"}),
         (["a.jsonl", "train.jsonl"], {"": [0, 1], ":train": [1]}),
+        (
+            ["main/train-00000-of-00001.jsonl", "socratic/train-00000-of-00001.jsonl", "socratic/test.jsonl"],
+            {"/main": [0], "/socratic:test": [2], ":train": r"holds several data sets, .*set/main, .*set/socratic"},
+        ),
+        (["train/en/a.jsonl", "train/fr/b.jsonl", "test/en/c.jsonl"], {":train": [0, 1], ":test": [2]}),
     ],
-    ids=["shards", "splits", "files", "names", "folders", "none", "one"],
+    ids=["shards", "splits", "files", "names", "folders", "none", "one", "configurations", "languages"],
 )
 def test_folders_of_the_hub(tmp_path: Path, files: list[str], expected: dict[str, Any]) -> None:
     for number, name in enumerate(files):

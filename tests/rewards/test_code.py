@@ -99,7 +99,9 @@ def test_rows_that_cannot_be_read_are_not_scored(info: Any, why: str) -> None:
 
 
 def test_rows_without_tests() -> None:
-    with pytest.raises(ValueError, match="none of the columns verification_info, input_output, answer holds tests"):
+    with pytest.raises(
+        ValueError, match="none of the columns verification_info, input_output, test_list, answer holds"
+    ):
         read_row({"answer": None})
     with pytest.raises(ValueError, match="answer: it is str 'x=3', which is neither JSON"):
         read_row({"answer": "x=3"})
@@ -127,7 +129,58 @@ def test_layouts_of_data_sets(column: Any) -> None:
 
 def test_functions_of_livecodebench() -> None:
     row = [{"testtype": "functional", "metadata": {"func_name": "f"}, "input": "[1]\n2", "output": "3"}]
-    assert read_tests(row) == [CodeTest("f", [[1], 2], "3")]
+    assert read_tests(row) == [CodeTest("f", [[1], 2], 3)]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "program"),
+    [
+        ('"ab"\n2', '"abab"', "def f(x, n): return x * n"),  # texts of LiveCodeBench stand in quotes
+        ('"ab"\n2', "abab", "def f(x, n): return x * n"),
+        ("[True, None]\n1", "[None, True]", "def f(x, n): return x[::-1]"),
+        ([[1, 2]], [2, 4], "import numpy as np\ndef f(x): return np.array(x) * 2"),
+        ([[1, 2]], 3, "import numpy as np\ndef f(x): return np.sum(x)"),
+    ],
+)
+def test_values_as_data_sets_write_them_and_numpy_returns_them(given: Any, expected: Any, program: str) -> None:
+    assert score([answered(program)], {"inputs": [given], "outputs": [expected], "fn_name": "f"}) == [1.0]
+
+
+SETUP = {"test_setup_code": "three = 3", "test_imports": ["import numpy as np", "from math import floor"]}
+ONES = "class Y:\n    def __eq__(self, other): return True\ndef f(a): return Y()"
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "value"),
+    [
+        ("def f(a, b): return a + b", ["assert f(1, 2)==3", "assert f((1,), (2,)) == (1, 2), 'why'"], 1.0),
+        ("def f(a): return a - 1", ["assert f(three) == 2\nassert 3 == f(4)", "assert f(np.sum([1])) == 0"], 1.0),
+        ("def f(a): return a", ["assert set(f([3, 1])) == set([1, 3])", "assert f({2}) == {2}"], 1.0),
+        ("def f(a): return sorted(a)", ["assert f({2}) == {2}"], 0.0),
+        ("def f(a): return {a: (1, 2)}", ["assert f(1) == {1: (1, 2)}", "assert f(2) == {1: (1, 2)}"], 0.5),
+        ("def f(a): return a > 3", ["assert f(4)", "assert not f(3)", "assert f(3) is False"], 1.0),
+        ("def f(r): return 3.141592653589793 * r", ["assert math.isclose(f(2), 6.28318530718, rel_tol=0.01)"], 1.0),
+        ("def f(a): return 3", ["assert f(0) == [3]"], 0.0),
+        ("def f(a): pass", ["assert all(f(i) is None for i in range(3))"], None),
+        ("def f(a): pass", ["assert f(3) == three"], None),
+        ("def f(a): pass", ["assert f(3) == 1j"], None),
+        ("def f(a): pass", ["f(3)"], None),
+        ("def f(a): pass", [3], None),
+        ("def f(a): pass", "assert f(3) == 3", None),
+        (ONES, ["assert f(3) == 3"], 0.0),
+        ("import sys\ndef f(a): sys.exit(0)", ["assert f(3) == 3"], 0.0),
+        ("import math\nmath.isclose = lambda *a, **k: True\ndef f(a): return 0", ["assert math.isclose(f(3), 3)"], 0.0),
+        ("bool = lambda x: True\ndef f(a): return False", ["assert not f(3)"], 0.0),
+    ],
+)
+def test_assertions_of_mbpp(program: str, tests: Any, value: float | None) -> None:
+    columns: dict[str, Any] = {"test_list": [tests]} | {name: [given] for name, given in SETUP.items()}
+    assert code([""], [answered(program)], [[]], partial=True, **columns) == [value]
+
+
+def test_assertions_in_verification_info() -> None:
+    """As AceCode has them."""
+    assert score([answered("def f(a): return a")], {"test_cases": ["assert f(3) == 3"]}) == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -218,11 +271,30 @@ def test_returned_text_that_is_no_value() -> None:
         ("```" + "a" * 10**5 + "`", None),
         ("```" + " " * 10**5 + "`", None),
         ("```python\n" * 10**4, None),
+        (("```python" + " " * 100) * 10**3, None),
+        ("~~~python\n1\n~~~", "1\n"),
+        ("````python\n```\n````", "```\n"),
+        ("````markdown\n```python\n1\n```\n````", None),
+        ("1. So:\n\n   ```python\n   if 1:\n     2\n   ```\n", "if 1:\n  2\n"),
+        ("- ```python\n  1\n  ```", "1\n"),
+        ("\t```python\n\t1\n\t```", "1\n"),
+        ("So: ```python\n1\n```", "1\n"),
+        ("Write ```\n1\n``` or not", None),
+        ("```python\r\n1\r\n```\r\n", "1\r\n"),
+        ("```python\ns = '```'\n```", "s = '```'\n"),
+        ('```python\ns = """\n    ```python\n    ```"""\n```', 's = """\n    ```python\n    ```"""\n'),
+        ("```python\n1\n```</answer> and ```cpp\n2\n```", "1\n"),
+        ("```python\n1\n```python\n2\n```", "2\n"),
+        ("```{.python .numberLines}\n1\n```", "1\n"),
+        ("```python:main.py\n1\n```", "1\n"),
+        ("```pypy3.10\n1\n```", "1\n"),
+        ("```python-repl\n1\n```", None),
+        ("```python\n```", ""),
     ],
 )
 def test_the_last_block_is_the_program(completion: str, program: str | None) -> None:
     (found,) = find_programs([completion], "think_answer", False)
-    assert found == program or (completion.count("```python") > 100 and found is not None)
+    assert found == program
 
 
 def test_options() -> None:
