@@ -43,7 +43,7 @@ def check_columns(rows: Sequence[Columns], added: Sequence[str], output: Path) -
     if output.suffix == ".parquet":
         try:
             pq.write_table(_table(rows, _schema(rows)), BytesIO())
-        except (pa.ArrowException, TypeError, ValueError) as error:
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             other = f"--output {output.with_suffix('.jsonl').name} takes any"
             raise ValueError(
                 f"the input's columns do not fit into Parquet ({one_line(error)[:300]}); {other}"

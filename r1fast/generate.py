@@ -78,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(given: argparse.Namespace, dist: Dist) -> None:
     """Raises ValueError or OSError, on every rank; before any sampling where it can be known."""
-    console = Console(stderr=True, quiet=not dist.is_main, highlight=False, soft_wrap=True)
+    console = Console(
+        stderr=True, quiet=not dist.is_main, highlight=False, soft_wrap=True, markup=False, emoji=False
+    )  # fmt: skip
     dist.on_all(lambda: check_output(given.output, overwrite=given.overwrite))
     source = asking.find_model(given.model)
     if source.is_step and dist.world_size > 1:
@@ -116,6 +118,8 @@ def run(given: argparse.Namespace, dist: Dist) -> None:
 
 def _read(given: argparse.Namespace) -> list[Row]:
     """The rows as they are, each known to hold a prompt."""
+    if given.output.exists() and Path(given.input).resolve() == given.output.resolve():
+        raise ValueError(f"--output {given.output} is the input; choose another file")
     for name, value in (("-n", given.n), ("--limit", given.limit)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")

@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.output is not None and len(args.run_dirs) == 1:
         parser.error("--output is of a page of several runs; that of one is RUN/report.html")
+    if args.output is not None and not (args.output.suffix == ".html" and args.output.parent.is_dir()):
+        parser.error(f"--output {args.output}: expected a file that ends with .html, in a folder that is there")
     try:
         if len(args.run_dirs) > 1:
             path = build_comparison(args.run_dirs, args.output or Path("comparison.html"))

@@ -303,7 +303,7 @@ KINDS: dict[str, type[StageBase]] = {
 
 
 def _none_is_empty(value: Any) -> Any:
-    return [] if value in ("none", ["none"]) else value
+    return [] if value in (None, "none", ["none"]) else value
 
 
 class Recipe(Strict):

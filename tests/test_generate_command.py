@@ -181,7 +181,9 @@ def test_defaults_are_the_models_and_fit(command: Any, model: Path, tmp_path: Pa
     [
         (["--output", "out.csv"], "--output out.csv: expected a file that ends with .jsonl or .parquet"),
         (["--output", "rows.jsonl"], "rows.jsonl is there already; choose another file, or replace it"),
+        (["--output", "rows.jsonl", "--overwrite"], "--output rows.jsonl is the input; choose another file"),
         (["--output", "no/out.jsonl"], "there is no folder no"),
+        (["--output", "o.parquet", "--input", "big.jsonl"], "do not fit into Parquet (OverflowError: "),
         (["--output", "o.jsonl", "--input", "none.jsonl"], "none.jsonl: there is no such file"),
         (["--output", "o.jsonl", "--input", "bad.jsonl"], "bad.jsonl:2: no column 'prompt'"),
         (["--output", "o.jsonl", "--input", "long.jsonl"], "long.jsonl:1: the prompt has "),
@@ -202,6 +204,7 @@ def test_what_is_wrong_is_one_line(
     write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a"}, {"question_text": "b"}])
     write_jsonl(tmp_path / "long.jsonl", [{"prompt": "red " * (140 if "90" not in argv else 60)}])
     write_jsonl(tmp_path / "taken.jsonl", [{"prompt": "a", "completions": "b"}])
+    write_jsonl(tmp_path / "big.jsonl", [{"prompt": "a", "id": 2**70}])
     write_jsonl(tmp_path / "mixed.jsonl", [{"prompt": "a", "id": 1}, {"prompt": "a", "id": "x"}])
     before = sorted(tmp_path.rglob("*"))
     assert command(*argv) == 2

@@ -171,6 +171,11 @@ def test_older_recipes_say_checkpointing_by_true_and_false(zero: str) -> None:
         assert load_recipe(zero, [f"trainer.activation_checkpointing={old}"]).trainer.activation_checkpointing == new
 
 
+def test_trackers_may_be_none_or_one(zero: str) -> None:
+    for value, names in (("none", []), ("null", []), ("[none]", []), ("wandb", ["wandb"])):
+        assert load_recipe(zero, [f"report_to={value}"]).report_to == names
+
+
 @pytest.mark.parametrize("url", ["http://", "http://a:x", "http://a:99999", "http:// a:1/", "http://\u2028"])
 def test_a_server_that_no_address_leads_to(zero: str, url: str) -> None:
     message = message_of(zero, "rollout.engine=vllm", f"rollout.vllm.server_base_url='{url}'")

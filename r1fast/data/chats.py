@@ -10,6 +10,8 @@
 - Any other field of a turn that says something (images, weight, ...) is refused.
 """
 
+import ast
+import contextlib
 import json
 from typing import Any
 
@@ -56,8 +58,9 @@ def text_or_chat(value: Any, column: str) -> str | Messages:
 
 
 def chat(value: Any, column: str) -> Messages:
-    """The same where only a chat will do."""
-    found = None if isinstance(value, str) else text_or_chat(value, column)
+    """The same where only a chat will do, or its text: JSON, or as pandas writes lists into a CSV file."""
+    held = _held(value) if isinstance(value, str) else value
+    found = None if isinstance(held, str) else text_or_chat(held, column)
     if not isinstance(found, list):
         raise ValueError(f"column {column!r} is {shown(value)}, expected a list of {{role, content}}")
     return found
@@ -164,6 +167,14 @@ def _decoded(value: Any, what: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         raise ValueError(f"{what} is {shown(value)}, expected JSON") from None
+
+
+def _held(text: str) -> Any:
+    """The list that a text stands for; the text itself where it is none."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return read(text)
+    return text
 
 
 def _without_nulls(value: Any) -> Any:

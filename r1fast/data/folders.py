@@ -2,6 +2,7 @@
 
     data/train-00000-of-00002.parquet           shards of the Hub: nothing else in the folder is read
     train.jsonl  test.jsonl  or  train/a.jsonl  a split by the name of its files or folders
+    main/train.jsonl  socratic/train.jsonl      several data sets: main and socratic are to be named
     a.jsonl  b.parquet                          no splits
 Files in the folder itself come before those of folders in it, which are read where there are no others.
 """
@@ -27,7 +28,10 @@ def split_folder(source: str) -> tuple[Path, str] | None:
 
 
 def files_by_split(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
-    """Data files by split, in order; "" are those whose split is not known. OSError."""
+    """Data files by split, in order; "" are those whose split is not known.
+
+    Raises OSError, and ValueError for a folder of several data sets (configurations of the Hub), of which one is meant.
+    """
     shards: dict[str, list[Path]] = {}
     for file in _data_files((folder / "data").glob("*"), folder, suffixes):
         if found := _SHARD.fullmatch(file.name):
@@ -38,6 +42,11 @@ def files_by_split(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path
     splits: dict[str, list[Path]] = {}
     for file in files:
         splits.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+    sets = sorted({str(file.parent) for file in files if _split_by_name_alone(file.relative_to(folder))})
+    if len(sets) > 1:
+        raise ValueError(
+            f"{folder} holds several data sets, each with splits of its own; name one of {', '.join(sets)}"
+        )
     return splits
 
 
@@ -53,3 +62,7 @@ def _split_of(path: Path) -> str:
     """By a word in a folder's name, else in the file's."""
     words = [word for name in (*path.parts[:-1], path.stem) for word in re.split(r"[-._ 0-9]+", name.lower())]
     return next((_WORDS[word] for word in words if word in _WORDS), "")
+
+
+def _split_by_name_alone(path: Path) -> bool:
+    return _split_of(path) != "" and _split_of(path.with_name("of-no-split")) == ""

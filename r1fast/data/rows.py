@@ -112,6 +112,8 @@ def _find(row: Row, column: str, kind: Kind) -> Any:
         if other := next((name for name in given[1:] if row[name] != row[given[0]]), None):
             what = f"columns {given[0]!r} and {other!r} differ, and either may be the {column}"
             raise ValueError(f"{what}; name the one that is meant {column!r}")
+        if given and given[0] in CHAT_COLUMNS:
+            return chat(row[given[0]], given[0])
         if given:
             return _instruction(row) if given[0] == "instruction" else row[given[0]]
     return None

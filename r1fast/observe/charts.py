@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from r1fast.observe.run_files import StageData
 from r1fast.observe.scores import Score
 
 LANE, DOT = 12, 17  # pixels between two rails of the chain, and from a row's top to its dot
+SHORTEST_AXIS, CHARACTER = 66, 6.3  # pixels, of an axis and of a character at it
 MOST_POINTS = 100_000  # of all curves of a page
 FEWEST_POINTS, MOST_POINTS_OF_ONE = 60, 600
 
@@ -67,7 +69,7 @@ def score_chart(title: str, rows: Sequence[tuple[str, str, Score]], is_share: bo
         note = f"± {write(score.half)}" if score.half is not None else ""
         drawn.append(DotRow(name, write(score.value), note, [mark]))
     labels = [f"{100 * tick:g}" if is_share else format_number(tick) for tick in found]
-    return DotChart(title, "%" if is_share else "", [(place(t), label) for t, label in zip(found, labels)], drawn)
+    return DotChart(title, "%" if is_share else "", _labelled(found, labels), drawn)
 
 
 def memory_chart(stages: Iterable[StageData], colours: Mapping[str, str]) -> DotChart | None:
@@ -83,7 +85,17 @@ def memory_chart(stages: Iterable[StageData], colours: Mapping[str, str]) -> Dot
             for name, peak in stage.memory.items()
         ]
         rows.append(DotRow(stage.name, format_bytes(max(stage.memory.values())), marks=marks))
-    return DotChart("Most memory by phase", "", [(place(tick), format_bytes(tick)) for tick in found], rows)
+    return DotChart("Most memory by phase", "", _labelled(found, list(map(format_bytes, found))), rows)
+
+
+def _labelled(found: Sequence[float], labels: Sequence[str]) -> list[tuple[float, str]]:
+    """Ticks with labels that do not meet where an axis is shortest: of all, of every second, .. or of the ends."""
+    gaps, place = len(found) - 1, _scale(found)
+    for every in (n for n in range(1, gaps + 1) if gaps % n == 0):
+        kept = labels[::every]
+        if max(len(a) + len(b) for a, b in pairwise(kept)) / 2 * CHARACTER + 3 <= SHORTEST_AXIS * every / gaps:
+            break
+    return [(place(tick), "" if i % every else label) for i, (tick, label) in enumerate(zip(found, labels))]
 
 
 def _scale(found: Sequence[float]) -> Callable[[float], float]:

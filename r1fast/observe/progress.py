@@ -69,7 +69,7 @@ class ChainProgress:
         self, stages: Sequence[str], *, title: str = "", is_main: bool = True, console: Console | None = None
     ) -> None:
         self.title, self.is_main = title, is_main
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or Console(stderr=True, highlight=False, markup=False, emoji=False)
         self.status = dict.fromkeys(stages, "pending")
         self.label = ""  # of the stage that runs
         self.numbers: dict[str, float] = {}
@@ -152,7 +152,7 @@ class ChainProgress:
     def message(self, text: str) -> None:
         """One line that stays, above the live block."""
         if self.is_main:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
     def __enter__(self) -> "ChainProgress":
         _active.append(self)

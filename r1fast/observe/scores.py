@@ -87,9 +87,12 @@ def metrics_of(evaluations: Iterable[Evaluation]) -> list[str]:
 
 def losses(evaluation: Evaluation | None) -> list[str]:
     """What stands beside the scores of an evaluation: how much of it is not the model's doing. Empty: nothing."""
-    named = (("failures", "samples with a failed reward (scored 0)"), ("unscorable", "prompts without a readable gold"))
-    counts = [(int(number_of(evaluation, key) or 0), words) for key, words in named]
-    return [f"{count} {words}" for count, words in counts if count]
+    named = (
+        ("failures", "sample", "with a failed reward (scored 0)"),
+        ("unscorable", "prompt", "without a readable gold"),
+    )
+    counts = [(int(number_of(evaluation, key) or 0), noun, words) for key, noun, words in named]
+    return [f"{plural(count, noun)} {words}" for count, noun, words in counts if count]
 
 
 def first_of_step(names: Iterable[str]) -> list[str]:

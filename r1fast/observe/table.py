@@ -13,13 +13,14 @@ from r1fast.observe.scores import ScoreGroup, entries_of, group_scores, losses, 
 
 COLOURS = {"done": "green", "running": "cyan", "failed": "red", "stopped": "yellow", "pending": "dim"}
 WIDTH = 132  # in a file
+AS_IT_IS: dict[str, Any] = {"markup": False, "emoji": False}  # names may have [brackets] and :colons:
 
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
     """All tables of summary.json, on stdout by default."""
-    console = console or Console()
+    console = console or Console(**AS_IT_IS)
     if not console.is_terminal:
-        console = Console(file=console.file, width=max(WIDTH, console.width))
+        console = Console(file=console.file, width=max(WIDTH, console.width), **AS_IT_IS)
     stages = summary.get("stages") or []
     console.print(stage_table(summary))
     for group in group_scores(entries_of(stages)):

@@ -124,8 +124,9 @@ class TensorboardTracker:
             self.writer.add_scalar(name, value, step)
 
     def table(self, stage: str, step: int, name: str, rows: Sequence[Row]) -> None:
-        text = "\n\n".join("\n".join(f"    {key}: {value}" for key, value in row.items()) for row in rows)
-        self.writer.add_text(f"{stage}/{name}", text, step)  # as code: nothing in it is Markdown
+        text = "\n\n".join("\n".join(f"{key}: {value}" for key, value in row.items()) for row in rows)
+        lines = (f"    {line}" for line in text.splitlines())  # as code: nothing in it is Markdown
+        self.writer.add_text(f"{stage}/{name}", "\n".join(lines), step)
 
     def close(self, failed: bool) -> None:
         self.writer.close()

@@ -64,8 +64,7 @@ def _tests(row: Any) -> Iterator[CodeTest]:
     elif isinstance(row, list) and all(isinstance(case, str) for case in row):
         yield from _assertions(row, "")
     elif isinstance(row, Mapping) and row.get("test_list") is not None:
-        setup = [row.get("test_setup_code") or "", *(row.get("test_imports") or ())]
-        yield from _assertions(_plain(row["test_list"]), "\n".join(setup))
+        yield from _assertions(_plain(row["test_list"]), _setup(row))
     elif not isinstance(row, Mapping):
         raise ValueError(f"it is {_shown(row)}, expected an object with test_cases, or with inputs and outputs")
     elif name := next((name for name in ("test_cases", "ground_truth") if row.get(name) is not None), None):
@@ -113,6 +112,16 @@ def _lines(where: str, name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: {name} is {_shown(value)}, expected text or a list of lines")
     return value
+
+
+def _setup(row: Mapping[str, Any]) -> str:
+    imports = _plain(row.get("test_imports") or [])
+    lines = [row.get("test_setup_code") or "", *(imports if isinstance(imports, list) else [imports])]
+    try:
+        ast.parse(text := "\n".join(lines))
+    except (TypeError, ValueError, SyntaxError):
+        raise ValueError(f"test_setup_code and test_imports are {_shown(lines)}, expected Python") from None
+    return text
 
 
 def _assertions(statements: Any, setup: str) -> Iterator[CodeTest]:

@@ -1,6 +1,6 @@
 """Generation with the trainer's own weights: the engine that callers see. How rows decode together: scheduler.py."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -73,11 +73,11 @@ class RolloutEngine:
         chat_template_kwargs: variables of the template, and `tools`. continue_final_message: the last message is the
         assistant's, and completions go on with it. ValueError also for what the template cannot render.
         """
-        conversations = cast(list[Chat], [messages] if is_chat(messages) else list(messages))
+        expected = 'messages, [{"role": "user", "content": "..."}]; generate takes text as it is'
+        conversations = cast(list[Chat], [messages] if is_chat(messages) else _listed(messages, "messages", expected))
         for index, chat in enumerate(conversations):
             if not is_chat(chat):
-                expected = 'expected messages, [{"role": "user", "content": "..."}]'
-                raise ValueError(f"conversation {index} is {chat!r:.80}; {expected}; generate takes text as it is")
+                raise ValueError(f"conversation {index} is {chat!r:.80}; expected {expected}")
         variables = {**(chat_template_kwargs or {}), "continue_final_message": continue_final_message}
         prompt_ids = encode_raw_prompts(conversations, self.tokenizer, **variables)
         return self._sample(prompt_ids, params, sequence_ids, on_text)
@@ -102,10 +102,11 @@ class RolloutEngine:
         Raises ValueError, before any work, for a prompt that is empty, too long or not of the vocabulary; and
         FloatingPointError when the model's logits are not finite.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        if bare := next((prompt for prompt in prompts if isinstance(prompt, (int, Mapping))), None):
-            kind = "list of token ids" if isinstance(bare, int) else "conversation"
-            raise ValueError(f"prompts is one {kind}; expected a list of prompts (wrap it: [prompt])")
+        prompts = [prompts] if isinstance(prompts, str) else _listed(prompts, "prompts", "a list of prompts")
+        for one in prompts:
+            if isinstance(one, int) or (isinstance(one, Mapping) and "role" in one):
+                kind = "list of token ids" if isinstance(one, int) else "conversation"
+                raise ValueError(f"prompts is one {kind}; expected a list of prompts (wrap it: [prompt])")
         return self._sample(encode_raw_prompts(prompts, self.tokenizer), params, sequence_ids, on_text)
 
     @torch.no_grad()  # not inference_mode: its tensors may not take part in autograd later, and FSDP keeps some
@@ -120,6 +121,8 @@ class RolloutEngine:
             room = self.longest - max(map(len, prompt_ids), default=0)
             params = self.default_sampling_params()
             params = replace(params, max_tokens=min(params.max_tokens, max(room, 1)))
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params is {params!r:.80}; expected one SamplingParams, of all prompts")
         self._check_prompts(prompt_ids, params.max_tokens)
         sequence_ids = range(len(prompt_ids)) if sequence_ids is None else sequence_ids
         if len(sequence_ids) != len(prompt_ids):
@@ -216,3 +219,10 @@ class RolloutEngine:
                 raise ValueError(f"{text}: with max_tokens that makes {total}; stay below, or begin past it")
             if max(turn, self.max_num_batched_tokens) < length:
                 raise ValueError(f"{text}, so that it cannot come in parts: raise max_num_batched_tokens to {length}")
+
+
+def _listed(prompts: Any, name: str, expected: str) -> list[Any]:
+    """Of any iterable, but a text or a mapping, whose parts are no prompts."""
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
+        raise ValueError(f"{name} is {prompts!r:.80}; expected {expected}")
+    return list(prompts)

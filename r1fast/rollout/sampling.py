@@ -7,8 +7,9 @@ over calls and ranks. The four integers are folded into one 64-bit seed per row,
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -59,6 +60,14 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for names, kind, expected in (
+            (("n", "max_tokens", "min_tokens", "top_k", "seed"), Integral, "an integer"),
+            (("temperature", "top_p"), Real, "a number"),
+            (("stop", "stop_token_ids"), Iterable | None, "a list"),
+        ):
+            for name in names:
+                if not isinstance(getattr(self, name), kind):
+                    raise ValueError(f"SamplingParams.{name} is {getattr(self, name)!r}; expected {expected}")
         stop_ids = self.stop_token_ids or ()
         are_texts = all(isinstance(text, str) and text for text in self.stop_strings)
         for name, right, expected in (

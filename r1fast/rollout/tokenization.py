@@ -1,6 +1,8 @@
 """Prompts as token ids: text, the same for training, evaluation and `generate`, and chats."""
 
+import operator
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -28,15 +30,23 @@ def encode_raw_prompts(
         if texts or chats:
             kind = "string prompts" if texts else "messages"
             raise ValueError(f"got {kind} but no tokenizer; give RolloutEngine one, or prompts as token ids")
-        return [list(prompt) for prompt in prompts]  # type: ignore[arg-type]
+        return [_token_ids(prompt, index) for index, prompt in enumerate(prompts)]
     of_texts = iter(encode_text_prompts(texts, tokenizer))
     # The template writes BOS itself.
     rendered = [_rendered(chat, tokenizer, f"prompt {index}", **chat_options) for index, chat in chats]  # type: ignore[arg-type]
     of_chats = iter(encode_texts(rendered, tokenizer))
     return [
-        next(of_texts) if isinstance(prompt, str) else next(of_chats) if is_chat(prompt) else list(prompt)  # type: ignore[arg-type]
-        for prompt in prompts
+        next(of_texts) if isinstance(prompt, str) else next(of_chats) if is_chat(prompt) else _token_ids(prompt, index)
+        for index, prompt in enumerate(prompts)
     ]
+
+
+def _token_ids(prompt: Any, index: int) -> list[int]:
+    """A list, an array or a tensor of integers."""
+    if not isinstance(prompt, Mapping):
+        with suppress(TypeError):
+            return list(map(operator.index, prompt))
+    raise ValueError(f"prompt {index} is {prompt!r:.80}; expected text, a list of token ids, or messages")
 
 
 def _rendered(
@@ -58,7 +68,8 @@ def _rendered(
         if opening[0].get("role") != "assistant" or not isinstance(opening[0].get("content"), str):
             got = "expected {role: assistant, content: string} as the last message, whose content the model continues"
             raise ValueError(f"{where}: continue_final_message: {got}")
-    messages = canonical({"prompt": asked}, "prompts", where)["prompt"]
+    row = canonical({"prompt": asked, "tools": variables.pop("tools", None)}, "prompts", where)
+    messages, variables["tools"] = row["prompt"], row["tools"]
     try:
         check_variables(str(tokenizer.chat_template), tuple(name for name in variables if name != "tools"))
         return render_chat([*messages, *opening], tokenizer, continue_final_message=continue_final_message, **variables)

@@ -93,6 +93,8 @@ def part(text: str, **fields: Any) -> dict[str, Any]:
                 ]
             },
         ),
+        ("prompts", {"messages": json.dumps([user("p")])}, {"prompt": [user("p")]}),  # of a CSV file
+        ("sft", {"messages": str([user("it's"), assistant("c")])}, {"messages": [user("it's"), assistant("c")]}),
         ("prompts", {"prompt": [part("2+"), part("2?", image=None)]}, {"prompt": "2+2?"}),
         ("sft", {"prompt": "p", "completion": [part("c")]}, {"completion": "c"}),
         (
@@ -185,6 +187,8 @@ def test_chats_are_read(kind: Any, row: dict, expected: dict) -> None:
             r"conversations\[0\] has 'weight' = float 0.5",
         ),
         ("prompts", {"conversations": [said("human", "p"), said("gpt", "c")]}, r"ends with a turn of 'assistant'"),
+        ("prompts", {"messages": "hello"}, r"column 'messages' is str 'hello', expected a list of"),
+        ("prompts", {"messages": "3"}, r"column 'messages' is int 3, expected"),
         ("prompts", {"prompt": [part("p"), {"type": "image", "url": "u"}]}, r"prompt\[1\] is dict .*read text only"),
         (
             "prompts",

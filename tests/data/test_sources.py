@@ -299,8 +299,13 @@ def test_a_long_field(tmp_path: Path) -> None:
         (["math/train/algebra.jsonl", "math/test/algebra.jsonl"], {":train": [0], ":test": [1]}),
         (["a.jsonl", "trainer.jsonl", "sub/b.jsonl", ".hidden.jsonl"], {"": [0, 1], ":train": "holds no splits; name"}),
         (["a.jsonl", "train.jsonl"], {"": [0, 1], ":train": [1]}),
+        (
+            ["main/train-00000-of-00001.jsonl", "socratic/train-00000-of-00001.jsonl", "socratic/test.jsonl"],
+            {"/main": [0], "/socratic:test": [2], ":train": r"holds several data sets, .*set/main, .*set/socratic"},
+        ),
+        (["train/en/a.jsonl", "train/fr/b.jsonl", "test/en/c.jsonl"], {":train": [0, 1], ":test": [2]}),
     ],
-    ids=["shards", "splits", "files", "names", "folders", "none", "one"],
+    ids=["shards", "splits", "files", "names", "folders", "none", "one", "configurations", "languages"],
 )
 def test_folders_of_the_hub(tmp_path: Path, files: list[str], expected: dict[str, Any]) -> None:
     for number, name in enumerate(files):

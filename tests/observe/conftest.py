@@ -85,8 +85,8 @@ def make_run(directory: Path, *, stop_in: str | None = None, chain: Sequence[tup
 
 def make_long_run(directory: Path) -> Path:
     """Sixteen stages, of which the fourteenth is at work, with long names of stages, files and metrics."""
-    make_run(directory, chain=[*CHAIN, *((f"another_student_with_a_long_name_{i}", *CHAIN[-1][1:]) for i in range(5))],
-             stop_in="another_student_with_a_long_name_2")  # fmt: skip
+    names = [f"another_student_whose_name_goes_on_and_on_and_has_no_end_{i}" for i in range(5)]
+    make_run(directory, chain=[*CHAIN, *((name, *CHAIN[-1][1:]) for name in names)], stop_in=names[2])
     path = directory / "summary.json"
     summary = json.loads(path.read_text())
     for entry in summary["stages"]:

@@ -82,6 +82,10 @@ def test_what_is_no_comparison(
     with pytest.raises(SystemExit):
         main([first, "--output", "page.html"])
     assert "--output is of a page of several runs" in capsys.readouterr().err
+    for output in ("summary.json", "page", "nowhere/page.html"):
+        with pytest.raises(SystemExit):
+            main([*map(str, two), "--output", str(tmp_path / output)])
+        assert "expected a file that ends with .html, in a folder that is there" in capsys.readouterr().err
 
 
 def test_runs_of_one_name_go_by_their_paths(tmp_path: Path) -> None:

@@ -49,16 +49,19 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of a run as most are, of sixteen stages with long names, one at work, and of both together."""
-    runs = {name: tmp_path_factory.mktemp(name) for name in ("whole", "long")}
+    """Of a run as most are, of sixteen stages with long names, one at work, of both, and of what a kill left."""
+    runs = {name: tmp_path_factory.mktemp(name) for name in ("whole", "long", "bare")}
     make_run(runs["whole"])
     make_long_run(runs["long"])
+    for path in (make_long_run(runs["bare"]) / "summary.json", *runs["bare"].glob("*/stage.json")):
+        path.unlink()
     both = build_comparison([runs["whole"], runs["long"]], runs["whole"] / "comparison.html")
-    return {"whole": build_report(runs["whole"]), "long": build_report(runs["long"], live=True), "both": both}
+    alone = {name: build_report(folder, live=name == "long") for name, folder in runs.items()}
+    return {**alone, "both": both}
 
 
 @pytest.mark.parametrize("width", [390, 1400])
-@pytest.mark.parametrize("name", ["whole", "long", "both"])
+@pytest.mark.parametrize("name", ["whole", "long", "both", "bare"])
 def test_nothing_is_cut_off(browser: Browser, pages: dict[str, Path], name: str, width: int) -> None:
     browser.open(pages[name], width)
     assert browser.run(PROBLEMS) == []

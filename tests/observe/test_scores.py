@@ -10,6 +10,7 @@ from rich.console import Console
 
 from r1fast.observe import scores
 from r1fast.observe.charts import chain, score_chart, ticks
+from r1fast.observe.progress import ChainProgress
 from r1fast.observe.run_files import StageData
 from r1fast.observe.scores import Score, first_of_step, group_scores, metrics_of, outcome, said
 from r1fast.observe.table import print_summary, score_tables
@@ -77,6 +78,14 @@ def test_axes_fit_the_values_with_their_intervals() -> None:
     assert [label for _, label in score_chart("pass@1", [("a", "c1", Score(0.0, 0.0))], True).ticks] == ["0", "100"]
 
 
+def test_labels_of_an_axis_do_not_meet() -> None:
+    """Ticks are there without; the shortest axis has 66 pixels."""
+    for values, labels in (((-3.2, 1.2e8), ["-50M", "", "50M", "", "150M"]), ((2.0, 1e299), ["0", "", "1e299"]),
+                           ((0.0, 3.0), ["0", "1", "2", "3"])):  # fmt: skip
+        chart = score_chart("turns", [(str(value), "c1", Score(value)) for value in values], False)
+        assert [label for _, label in chart.ticks] == labels
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (0.3, 0.3), (-2.0, 7.0), (1e-9, 3e-9), (0, 1.6e10)])
 def test_ticks_hold_all(low: float, high: float) -> None:
     found = ticks(low, high)
@@ -106,17 +115,34 @@ def test_tables_are_cut_to_the_room() -> None:
 def test_the_printed_summary(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=80)
     stages = [
-        {"name": "zero", "kind": "grpo", "status": "done", "seconds": 33.0, "eval_after": {**ONE, "failures": 3}},
+        {
+            "name": "zero",
+            "kind": "grpo",
+            "status": "done",
+            "seconds": 33.0,
+            "eval_after": {**ONE, "failures": 3, "unscorable": 1},
+        },
         {"name": "rej", "kind": "reject", "status": "done", "numbers": {"kept": 4, "dropped": {"incorrect": 6}}},
         {"name": "r1", "kind": "grpo", "status": "running"},
     ]
     print_summary({"recipe": "mine", "seconds": 34.0, "stages": stages}, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("kept 4 of 10 (40.0%)", "r1 running", "3 samples with a failed", "50.0 ± 10.0", "greedy/mine %",
-                 "a.jsonl: 8 prompts, 4 samples each, temperature 1", "total 34.0 s"):  # fmt: skip
+    for part in ("kept 4 of 10 (40.0%)", "r1 running", "3 samples with a failed", "1 prompt without", "50.0 ± 10.0",
+                 "greedy/mine %", "a.jsonl: 8 prompts, 4 samples each, temperature 1", "total 34.0 s"):  # fmt: skip
         assert part in text
-    empty = Console(file=io.StringIO())
-    print_summary({}, empty)
+    print_summary({}, Console(file=io.StringIO()))
+
+
+def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich would take [brackets] for a style, and :train: for a picture."""
+    odd = {"pass@1": 0.5, "my[/x]": 2.0, "split": "[bold]org/name:train:7"}
+    print_summary({"recipe": "[/y]", "stages": [{"name": "zero", "kind": "grpo", "status": "done", "eval_after": odd}]})
+    with ChainProgress(["zero"]) as progress:
+        progress.message("org/name:train: 3 rows [red]")
+        progress.finish_stage("zero", evaluation=odd)
+    out, err = capsys.readouterr()
+    assert all(part in out for part in ("my[/x]", "[bold]org/name:train:7", "[/y]"))
+    assert err.splitlines() == ["org/name:train: 3 rows [red]", "✓ zero  done  pass@1 50.0  my[/x] 2"]
 
 
 def test_rails_of_the_chain() -> None:

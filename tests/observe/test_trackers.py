@@ -16,7 +16,7 @@ from r1fast.observe.progress import ChainProgress
 from r1fast.observe.trackers import TrackedRun, Trackers, open_trackers
 from tests.test_imports import ROOT
 
-ROWS = [{"prompt": "1 + 1", "reward": 1.0}, {"prompt": "# 2", "reward": None}]
+ROWS = [{"prompt": "1 + 1", "reward": 1.0}, {"prompt": "# 2\n# 3", "reward": None}]
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +78,10 @@ def test_wandb_gets_one_step_axis_per_stage_and_tables(tmp_path: Path, wandb: Wa
         ("zero/*", "zero/step"),
         {"zero/step": 1, "zero/reward": 0.5},
         {"zero/step": 2, "zero/reward": 0.6},
-        {"zero/step": 1, "zero/samples": [[1, "1 + 1", 1.0], [1, "# 2", None]]},
+        {"zero/step": 1, "zero/samples": [[1, "1 + 1", 1.0], [1, "# 2\n# 3", None]]},
         {
             "zero/step": 2,
-            "zero/samples": [[1, "1 + 1", 1.0, None], [1, "# 2", None, None], [2, "3", None, 0.5]],
+            "zero/samples": [[1, "1 + 1", 1.0, None], [1, "# 2\n# 3", None, None], [2, "3", None, 0.5]],
         },
         0,
     ]
@@ -180,7 +180,8 @@ def test_tensorboard_writes_an_event_file(tmp_path: Path) -> None:
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("zero/reward")] == [(1, 0.5)]
     (text,) = events.Tensors("zero/samples/text_summary")
-    assert b"    prompt: # 2" in text.tensor_proto.string_val[0]
+    lines = text.tensor_proto.string_val[0].decode().splitlines()
+    assert "    # 3" in lines and all(line.startswith("    ") for line in lines)
 
 
 OFFLINE = """

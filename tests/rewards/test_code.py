@@ -178,6 +178,14 @@ def test_assertions_of_mbpp(program: str, tests: Any, value: float | None) -> No
     assert code([""], [answered(program)], [[]], partial=True, **columns) == [value]
 
 
+def test_imports_of_a_csv_file_and_those_that_are_no_python() -> None:
+    row = {"test_list": "['assert f(floor(1.5)) == 1']", "test_imports": "['from math import floor']"}
+    assert read_tests(row) == [CodeTest("f(floor(1.5))", None, 1, "\nfrom math import floor")]
+    for wrong in ({"test_imports": ["import"]}, {"test_setup_code": 3}):
+        with pytest.raises(ValueError, match=r"test_setup_code and test_imports are list .*, expected Python"):
+            read_tests(row | wrong)
+
+
 def test_assertions_in_verification_info() -> None:
     """As AceCode has them."""
     assert score([answered("def f(a): return a")], {"test_cases": ["assert f(3) == 3"]}) == [1.0]

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -56,6 +57,33 @@ def test_one_string_is_one_prompt(engine: RolloutEngine) -> None:
     assert engine.generate("red red", GREEDY) == engine.generate(["red red"], GREEDY)
 
 
+def test_prompts_may_be_any_iterable_and_ids_any_integers(engine: RolloutEngine) -> None:
+    want = engine.generate([[5, 6], [7, 8]], GREEDY)
+    for prompts in (torch.tensor([[5, 6], [7, 8]]), np.array([[5, 6], [7, 8]]), iter(((5, 6), (7, 8)))):
+        assert engine.generate(prompts, GREEDY) == want
+    assert all(type(i) is int for ids, _ in engine.asked for prompt in ids for i in prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "match"),
+    [
+        (None, "prompts is None; expected a list of prompts"),
+        ({"prompt": "red"}, "prompts is {'prompt': 'red'}; expected a list of prompts"),
+        (["red", None], "prompt 1 is None; expected text, a list of token ids, or messages"),
+        ([[1.5]], r"prompt 0 is \[1.5\]; expected text"),
+        ([["a", "b"]], r"prompt 0 is \['a', 'b'\]; expected text"),
+        ([{"prompt_token_ids": [5]}], "prompt 0 is {'prompt_token_ids': .*; expected text"),
+    ],
+)  # fmt: skip
+def test_what_is_no_prompt_is_refused(engine: RolloutEngine, prompts: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        engine.generate(prompts, GREEDY)
+    with pytest.raises(ValueError, match=r"params is \[SamplingParams.*expected one"):
+        engine.generate(["red"], [GREEDY])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"prompt 0: column 'tools' is .*expected a list of {type: function"):
+        engine.chat([USER], GREEDY, chat_template_kwargs={"tools": [{"type": "function"}]})
+
+
 def test_an_answer_that_has_begun_goes_on(engine: RolloutEngine) -> None:
     begun = [USER, {"role": "assistant", "content": "<think> one"}]
     engine.chat(begun, GREEDY, continue_final_message=True)
@@ -80,7 +108,7 @@ def test_a_template_gets_its_variables(engine: RolloutEngine, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("messages", "match"),
     [
-        ("hello", r"conversation 0 is 'h'; expected messages.*generate takes text"),
+        ("hello", r"messages is 'hello'; expected messages.*generate takes text"),
         ([[USER], "hello"], "conversation 1 is 'hello'"),
         ([{"role": "user"}], r"prompt 0: prompt\[0\] is .*expected {role, content: string}"),
         ([{"role": "robot", "content": "a"}], r"prompt\[0\] has role 'robot'"),

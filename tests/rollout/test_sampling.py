@@ -55,6 +55,11 @@ def test_keys_do_not_collide() -> None:
         ({"top_p": 1.5}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"stop_token_ids": [3, -2]}, "stop_token_ids"),
+        *(({name: "2"}, name) for name in ("n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed")),
+        *(({name: None}, name) for name in ("n", "max_tokens", "temperature", "seed")),
+        ({"n": 1.5}, "n"),
+        ({"stop": 5}, "stop"),
+        ({"stop_token_ids": 5}, "stop_token_ids"),
     ],
 )
 def test_bad_params_name_the_field(options: dict, name: str) -> None:
