@@ -89,15 +89,12 @@ def drop_reason(sample: Sample, stage: SampleOptions, response_format: str) -> s
         return "reward failed"
     if math.isnan(sample.reward) and sample.row.get("answer") is not None:
         return "gold unreadable"
-    is_below = sample.reward < stage.min_reward  # not where it is nan
-    if is_below and list(stage.rewards) != ["accuracy"]:
-        return "reward below min_reward"
     parsed = RESPONSE_FORMATS[response_format].parse(sample.text, prefilled=sample.prefilled)
     if not parsed.well_formed:
         asked = sample.asked_format or response_format
         return f"not in format {asked}" if sample.finish_reason == "stop" else "truncated"
-    if is_below:
-        return "incorrect"
+    if sample.reward < stage.min_reward:  # not where it is nan
+        return "incorrect" if list(stage.rewards) == ["accuracy"] else "reward below min_reward"
     language = sample.row.get("language")
     return check_completion(parsed, finish_reason=sample.finish_reason, language=language, **stage.filters.model_dump())
 

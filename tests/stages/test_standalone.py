@@ -305,18 +305,21 @@ def test_reject_takes_at_most_so_many_a_prompt(train, taught_model: Path, tmp_pa
 def test_reject_by_a_reward_of_ones_own(train, taught_model: Path, tmp_path: Path) -> None:
     """Weighted sums of at least min_reward; a sample to which no reward applies is kept."""
     (tmp_path / "my_judge.py").write_text(
-        "def long(completions, judged, **_):\n"
-        "    return [float(len(text) > 40) if asked else None for text, asked in zip(completions, judged)]\n"
+        "def even(completions, judged, **_):\n"
+        "    return [float(text[-10:-9] in set('02468')) if asked else None for text, asked in zip(completions, judged)]\n"
     )
     rows = [row | {"judged": i > 0} for i, row in enumerate(QUESTIONS)]
     write_jsonl(tmp_path / "judged.jsonl", [{k: v for k, v in row.items() if k != "answer"} for row in rows])
     stage = {"name": "kept", "kind": "reject", "train_files": ["judged.jsonl"], **SHORT, "num_samples": 16}
-    stage |= {"response_format": "think_answer", "rewards": {"my_judge.py:long": 2.0}, "min_reward": 1.5}
+    stage |= {"response_format": "think_answer", "rewards": {"my_judge.py:even": 2.0}, "min_reward": 1.5}
     numbers = train(taught_model, stage)["kept"]["numbers"]
     kept = rows_of(tmp_path / "run" / "kept" / "data.jsonl")
-    assert {len(row["completion"]) > 40 for row in kept if row["judged"]} == {True}
+    ends = {row["completion"][-10:-9] for row in kept if row["judged"]}
+    assert ends and ends <= set("02468")
     assert any(not row["judged"] for row in kept)
-    assert check_record(tmp_path / "run" / "kept", numbers)["reward below min_reward"] > 0
+    # Taught: half odd, and a quarter malformed, which is told first whatever the judge says.
+    reasons = check_record(tmp_path / "run" / "kept", numbers)
+    assert min(reasons["reward below min_reward"], reasons["not in format think_answer"]) > 0
 
 
 def test_reject_of_everything_says_why(
