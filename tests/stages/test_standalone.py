@@ -306,7 +306,8 @@ def test_reject_by_a_reward_of_ones_own(train, taught_model: Path, tmp_path: Pat
     """Weighted sums of at least min_reward; a sample to which no reward applies is kept."""
     (tmp_path / "my_judge.py").write_text(
         "def even(completions, judged, **_):\n"
-        "    return [float(text[-10:-9] in set('02468')) if asked else None for text, asked in zip(completions, judged)]\n"
+        "    ends = [float(text[-10:-9] in set('02468')) for text in completions]\n"
+        "    return [end if asked else None for end, asked in zip(ends, judged)]\n"
     )
     rows = [row | {"judged": i > 0} for i, row in enumerate(QUESTIONS)]
     write_jsonl(tmp_path / "judged.jsonl", [{k: v for k, v in row.items() if k != "answer"} for row in rows])
