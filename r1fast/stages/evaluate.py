@@ -6,7 +6,7 @@ The protocol of DeepSeek-R1 (2501.12948, section 3): eval_temperature 0.6, eval_
 import json
 import math
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from r1fast.rewards.answers import last_box, plain_number
 from r1fast.schema import EvaluateStage
 from r1fast.schema_options import EvalOptions, LossOptions, ValidationOptions
 from r1fast.stages.context import StageContext, Tokenizer
+from r1fast.stages.measures import half_width
 from r1fast.stages.sampler import Sample, Sampler, by_group, summary_of
 from r1fast.stages.scoring import NothingScored, Scorer
 
@@ -188,7 +189,7 @@ def sample_columns(sample: Sample, tokenizer: Tokenizer) -> dict[str, Any]:
 def summarize(samples: list[Sample], greedy: list[Sample], response_format: str) -> dict[str, Any]:
     """pass@1 is the mean accuracy over k samples a prompt, pass@k that of the best; other rewards go by their names.
 
-    `m_ci` is half of the 95% interval of m (`_half_width`); `greedy` and `greedy/m` are of greedy answers.
+    `m_ci` is half of the 95% interval of m (`half_width`); `greedy` and `greedy/m` are of greedy answers.
 
     failures: samples on which a reward failed; they score 0. unscorable: prompts whose gold answer gives no accuracy
     at all; n leaves them out.
@@ -204,7 +205,7 @@ def summarize(samples: list[Sample], greedy: list[Sample], response_format: str)
         asked = [(one.group, one.row.get("problem")) for one, _ in known]
         problems = [f"prompt {i}" if problem is None else str(problem) for i, problem in asked]
         result[name] = _mean(values) if mean is None else mean
-        result[f"{name}_ci"] = _half_width(np.array([value for _, value in known]), problems)
+        result[f"{name}_ci"] = half_width(np.array([value for _, value in known]), problems)
 
     if scored:
         measure("pass@1", scored, [_mean(_scores(group, "accuracy")) for group in scored])
@@ -223,25 +224,6 @@ def summarize(samples: list[Sample], greedy: list[Sample], response_format: str)
         result["unscorable"] = golds[0] - golds[1]
     result["length"] = _mean([len(sample.completion_ids) for sample in samples])
     return {name: value for name, value in result.items() if not math.isnan(value)}
-
-
-def _half_width(means: np.ndarray, problems: list[str]) -> float:
-    """Half of the 95% interval of the mean over prompts; nan of fewer than two.
-
-    Prompts that ask the same problem (column `problem`: in another language, say) are not independent: their deviations
-    are added up before they are squared. Where all have succeeded, or all failed, nothing deviates, and yet the next
-    might: then it is 3 / problems, the bound of 95% on an outcome that none of so many had.
-    """
-    if len(set(problems)) < 2:
-        return math.nan
-    if set(means) <= {0.0} or set(means) <= {1.0}:
-        return min(1.0, 3 / len(set(problems)))
-    sums: dict[str, float] = defaultdict(float)
-    for problem, deviation in zip(problems, means - means.mean()):
-        sums[problem] += float(deviation)
-    count = len(sums)
-    variance = sum(value**2 for value in sums.values()) * count / (count - 1) / len(means) ** 2
-    return float(1.96 * math.sqrt(variance))
 
 
 def _scores(samples: list[Sample], name: str) -> list[float]:

@@ -4,7 +4,9 @@ A mean is kept as a sum and a number of items until it is written down, so that 
 they are cut: a mean of means is not. What each metric is a mean of stands in docs/numerics.md, section 5.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,3 +68,22 @@ def merge(parts: Iterable[Mapping[str, Mean | Max]]) -> Measures:
 def numbers(measures: Mapping[str, Mean | Max]) -> dict[str, Any]:
     """Numbers, and tables as lists of lists; None where there was nothing to take a mean of."""
     return {name: measure.value for name, measure in measures.items()}
+
+
+def half_width(means: np.ndarray, problems: Sequence[Hashable]) -> float:
+    """Half of the 95% interval of the mean over prompts; nan of fewer than two.
+
+    Prompts that ask the same problem (column `problem`: in another language, say) are not independent: their deviations
+    are added up before they are squared. Where all have succeeded, or all failed, nothing deviates, and yet the next
+    might: then it is 3 / problems, the bound of 95% on an outcome that none of so many had.
+    """
+    if len(set(problems)) < 2:
+        return math.nan
+    if set(means) <= {0.0} or set(means) <= {1.0}:
+        return min(1.0, 3 / len(set(problems)))
+    sums: dict[Hashable, float] = defaultdict(float)
+    for problem, deviation in zip(problems, means - means.mean()):
+        sums[problem] += float(deviation)
+    count = len(sums)
+    variance = sum(value**2 for value in sums.values()) * count / (count - 1) / len(means) ** 2
+    return float(1.96 * math.sqrt(variance))

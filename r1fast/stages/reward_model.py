@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +20,7 @@ from r1fast.models.decoder import Decoder
 from r1fast.schema import GRPOStage, RewardModelStage
 from r1fast.schema_options import GenerateOptions
 from r1fast.stages.context import StageContext, Tokenizer
-from r1fast.stages.measures import Mean, Measures
+from r1fast.stages.measures import Mean, Measures, half_width
 from r1fast.stages.packed import Example, PackedBatch, Text, encode_with_targets, length_problems, of_rows, tools_of
 from r1fast.stages.sampler import Sample, summary_of
 from r1fast.stages.training import LossFn, Trainer, map_packed
@@ -116,9 +117,9 @@ def _agreement(ctx: StageContext[RewardModelStage], model: Decoder, units: list[
         right = [chosen > rejected for chosen, rejected in zip(scores[0::2], scores[1::2])]
     else:
         right = [(score > 0) == (unit[0].values["label"] > 0.5) for score, unit in zip(scores, units)]
-    share = sum(right) / len(right)
-    half = 1.96 * math.sqrt(share * (1 - share) / len(right))
-    return {"held_out_accuracy": share, "held_out_accuracy_ci": half, "held_out_rows": len(right)}
+    half = half_width(np.array(right, dtype=float), list(range(len(right))))
+    found = {"held_out_accuracy": sum(right) / len(right), "held_out_accuracy_ci": half, "held_out_rows": len(right)}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 class RewardModels:
