@@ -11,7 +11,7 @@ from r1fast.observe.formats import format_bytes, format_number, format_percent
 from r1fast.observe.run_files import StageData
 from r1fast.observe.scores import Score
 
-LANE, DOT = 12, 17  # pixels between two rails of the chain, and from a row's top to its dot
+LANE = 12  # pixels between two rails of the chain
 SHORTEST_AXIS, CHARACTER = 66, 6.3  # pixels, of an axis and of a character at it
 MOST_POINTS = 100_000  # of all curves of a page
 FEWEST_POINTS, MOST_POINTS_OF_ONE = 60, 600

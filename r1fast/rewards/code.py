@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from r1fast.data.templates import get_response_format
 from r1fast.rewards.code_tests import CodeTest, passes, read_tests
 from r1fast.rewards.fences import blocks
-from r1fast.rewards.format import parse_rows, per_row
+from r1fast.rewards.format import layout_rows
 from r1fast.rewards.registry import reward
 from r1fast.rewards.sandbox import CLOCK_LIMITS, Program, Sandbox, SandboxError
 
@@ -84,11 +83,10 @@ def check_options(*, timeout_s: float = 5.0, memory_gb: float = 1.0, **_: Any) -
 
 def find_programs(completions: list[str], response_format: Any, prefilled: Any) -> list[str | None]:
     """The program of each completion, or None. A block that is not closed was cut off, and is none."""
-    names = per_row(response_format, len(completions))
     programs = []
-    for text, name, parsed in zip(completions, names, parse_rows(completions, response_format, prefilled), strict=True):
-        after = text.rpartition(get_response_format(name).think_close)[2]
-        parts = (parsed.answer or "", after, text)
+    for text, layout, opened in layout_rows(completions, response_format, prefilled):
+        answer = layout.parse(text, prefilled=opened).answer
+        parts = (answer or "", text.rpartition(layout.think_close)[2], text)
         programs.append(next((found for part in parts if (found := _last_block(part)) is not None), None))
     return programs
 

@@ -1,8 +1,9 @@
 """Layout rewards: `format`, one well-formed response (v1 section 2.2.2), and `completeness`, one that is done."""
 
+from collections.abc import Iterator
 from typing import Any
 
-from r1fast.data.templates import Parsed, get_response_format
+from r1fast.data.templates import Parsed, ResponseFormat, get_response_format
 from r1fast.rewards.answers import last_box
 from r1fast.rewards.registry import reward
 
@@ -43,9 +44,17 @@ def parse_rows(
     completions: list[str], response_format: list[str] | str, prefilled: list[bool] | bool = False
 ) -> list[Parsed]:
     """Parses each completion with its row's format."""
+    rows = layout_rows(completions, response_format, prefilled)
+    return [layout.parse(text, prefilled=opened) for text, layout, opened in rows]
+
+
+def layout_rows(
+    completions: list[str], response_format: list[str] | str, prefilled: list[bool] | bool
+) -> Iterator[tuple[str, ResponseFormat, bool]]:
+    """Each completion with its row's format, and whether its prompt opens the reasoning."""
     columns = (per_row(column, len(completions)) for column in (response_format, prefilled))
-    rows = zip(completions, *columns, strict=True)
-    return [get_response_format(name).parse(text, prefilled=bool(opened)) for text, name, opened in rows]
+    for text, name, opened in zip(completions, *columns, strict=True):
+        yield text, get_response_format(name), bool(opened)
 
 
 def per_row(value: Any, num_rows: int) -> list[Any]:

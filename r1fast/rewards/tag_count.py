@@ -3,8 +3,8 @@
 from collections import Counter
 from typing import Any
 
-from r1fast.data.templates import ResponseFormat, get_response_format
-from r1fast.rewards.format import per_row
+from r1fast.data.templates import ResponseFormat
+from r1fast.rewards.format import layout_rows
 from r1fast.rewards.registry import reward
 
 
@@ -22,9 +22,7 @@ def tag_count(
     A tag that the prompt ends with (`prefilled`) is none of them, and one that is repeated pays nothing. Tags around
     nothing are paid too, as in open-r1: `format` is what asks for a whole response.
     """
-    columns = (per_row(column, len(completions)) for column in (response_format, prefilled))
-    rows = zip(completions, *columns, strict=True)
-    return [_share(text, get_response_format(name), opened) for text, name, opened in rows]
+    return [_share(*row) for row in layout_rows(completions, response_format, prefilled)]
 
 
 def _share(text: str, layout: ResponseFormat, prefilled: bool) -> float:
