@@ -241,7 +241,7 @@ class Scheduler:
     # ---- decoding ----
 
     def _step(self, num_rows: int, width: int) -> None:
-        """A token for each of the first rows, which have at most `width` blocks. A graph repeats what this launches: only
+        """A token for each of the first rows, of at most `width` blocks. A graph repeats what this launches: only
         tensors may hold what changes from step to step, only such as stay, and nothing may wait for the device."""
         rows = self.rows.span(0, num_rows, width)
         # The position of the token sampled last; a row that has stopped at the end of its blocks stays in them.

@@ -224,9 +224,7 @@ def check_schedule(decoder: HashDecoder, trial: int, monkeypatch: pytest.MonkeyP
     assert budget is None or HashCache.made[-1].num_blocks <= budget // 1000
 
 
-def test_a_step_is_given_the_blocks_of_its_longest_row(
-    decoder: HashDecoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_is_given_the_blocks_of_its_longest_row(decoder: HashDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the next power of two, whatever a completion might grow to; less again when the longest has left."""
     monkeypatch.setattr(input_batch, "LEAST_WIDTH", 1)
     params = SamplingParams(max_tokens=30, ignore_eos=True)
