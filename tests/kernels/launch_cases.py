@@ -1,10 +1,12 @@
-"""Calls of every public op over the options that make another kernel, as `(options, call)`; see launches.py.
+"""Calls of every public op over the options that make another kernel, as `(options, call)`; see fake_gpu.py.
 
 Shapes are production's where tile sizes depend on them, and 1 where Triton makes a constant of it.
 """
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -14,14 +16,21 @@ from torch import Tensor
 import r1fast_kernels as kernels
 from r1fast_kernels import grouped_gemm_vendor
 from tests.kernels.backends import BF16, FP16, FP32
-from tests.kernels.launches import Options, backward
 
+Options = dict[str, Any]
 INT32, INT64 = torch.int32, torch.int64
 FLOATS = (BF16, FP16, FP32)
 
 
 def new(*shape: int, dtype: torch.dtype = FP32, learns: bool = False) -> Tensor:
     return torch.empty(shape, dtype=dtype, requires_grad=learns)
+
+
+def backward(*outputs: Any) -> None:
+    """Of the sum of everything that has a gradient."""
+    total = sum(x.sum() for x in outputs if x.requires_grad)
+    if isinstance(total, torch.Tensor):
+        total.backward()
 
 
 @dataclass(frozen=True)
@@ -242,3 +251,33 @@ CASES: dict[str, Case] = {
          "window": (None, 100)}, _decode,
     ),
 }  # fmt: skip
+
+
+def covering(
+    options: dict[str, Sequence[Any]], strength: int, valid: Callable[[Options], bool] = lambda _: True
+) -> list[Options]:
+    """Choices in which any `strength` of the options meet in every valid way; few, not fewest."""
+    draw = random.Random(0)
+
+    def fill(fixed: Options) -> Options:
+        return {name: draw.choice(values) for name, values in options.items()} | fixed
+
+    def tuples(choice: Options) -> set[tuple[tuple[str, int], ...]]:
+        places = [(name, options[name].index(value)) for name, value in choice.items()]
+        return set(combinations(places, min(strength, len(places))))
+
+    missing = {
+        tuple(zip(names, places))
+        for names in combinations(options, min(strength, len(options)))
+        for places in product(*(range(len(options[name])) for name in names))
+    }
+    chosen: list[Options] = []
+    while missing:
+        wanted = min(missing)
+        fixed = {name: options[name][place] for name, place in wanted}
+        candidates = [choice for choice in (fill(fixed) for _ in range(60)) if valid(choice)]
+        if candidates:
+            chosen.append(max(candidates, key=lambda choice: len(tuples(choice) & missing)))
+            missing -= tuples(chosen[-1])
+        missing.discard(wanted)  # no choice holds it: it is not valid
+    return chosen
