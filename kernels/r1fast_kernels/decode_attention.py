@@ -15,7 +15,7 @@ Bound by memory: s K (d + e) bytes of a row's tokens (s d where values are a vie
 import torch
 from torch import Tensor
 
-from .decode_attention_triton import BLOCK, launch
+from .decode_attention_triton import BLOCK, launch_decode
 from .dispatch import choose, compute_dtype, product_dtype, register
 from .ids import check_blocks
 
@@ -49,7 +49,7 @@ register(
     "(Tensor q_BHd, Tensor k_SKd, Tensor v_SKe, Tensor block_table_BN, Tensor lengths_B, float scale, "
     "int? window=None) -> Tensor",
     fake=lambda q_BHd, _, v_SKe, *others: q_BHd.new_empty(*q_BHd.shape[:2], v_SKe.shape[2]),
-    launch=launch,
+    launch=launch_decode,
 )
 
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .grouped_gemm import dot
+from .launch import launch
 
 BLOCK = 16  # tokens of a block of the cache
 SPAN = 256
@@ -126,7 +127,7 @@ def blocks_of(width: int) -> tuple[int, int]:
     return main, max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def launch(
+def launch_decode(
     q_BHd: Tensor, k_SKd: Tensor, v_SKe: Tensor, block_table_BN: Tensor, lengths_B: Tensor, scale: float,
     window: int | None = None,
 ) -> Tensor:  # fmt: skip
@@ -145,14 +146,16 @@ def launch(
     shared = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and e <= block_d
     block_e = block_d if shared else max(16, triton.next_power_of_2(e))
     sizes = WIDE_BLOCK_T if block_d >= 512 else BLOCK_T
-    _attend_kernel[(B, K * triton.cdiv(H // K, BLOCK_H), num_spans)](
+    launch(
+        _attend_kernel, (B, K * triton.cdiv(H // K, BLOCK_H), num_spans),
         q, k, v, table, lengths, parts, lse, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], table.shape[1], H,
         H // K, d, e, num_spans, scale * 1.4426950408889634, window, SHARED=shared, BLOCK=BLOCK, SPAN=SPAN,
         BLOCK_H=BLOCK_H, BLOCK_T=sizes[q.element_size()], BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_E=block_e,
         num_warps=WIDE_WARPS if block_d >= 512 else NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
     if not one:
-        _merge_kernel[(B * H,)](
+        launch(
+            _merge_kernel, (B * H,),
             parts, lse, lengths, out_BHe, H, e, num_spans, window, SPAN=SPAN,
             BLOCK_E=max(16, triton.next_power_of_2(e)), num_warps=MERGE_WARPS,
         )  # fmt: skip

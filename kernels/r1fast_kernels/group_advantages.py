@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .dispatch import choose, compute_dtype, register
 from .ids import check_ids
+from .launch import launch
 
 SCALES = ("group", "batch", "none")
 
@@ -103,7 +104,8 @@ def _advantages_kernel(
 def _launch(rewards_N: Tensor, group_ids_N: Tensor, scale: str, eps: float) -> Tensor:
     advantages_N = _fake(rewards_N)
     if num_samples := len(rewards_N):
-        _advantages_kernel[(num_samples,)](
+        launch(
+            _advantages_kernel, (num_samples,),
             rewards_N.contiguous(), group_ids_N.contiguous(), advantages_N, num_samples, eps,
             SCALE=scale, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
         )  # fmt: skip

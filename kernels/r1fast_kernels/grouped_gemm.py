@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .dispatch import INTERPRETING, choose, product_dtype, register
 from .ids import check_offsets
+from .launch import launch
 from .moe_dispatch import tile_table
 from .products import save_factors
 
@@ -196,7 +197,8 @@ def launch_gemm(
     (num_rows, inner), width = x_MD.shape, weight.shape[1 if transpose_weight else 2]
     out_MN = x_MD.new_empty(num_rows, width)
     if num_rows and width:
-        _gemm_kernel[(tiles_3I.shape[1] * triton.cdiv(width, blocks.n),)](
+        launch(
+            _gemm_kernel, (tiles_3I.shape[1] * triton.cdiv(width, blocks.n),),
             x_MD.contiguous(), weight.contiguous(), out_MN, tiles_3I, len(weight), inner, width,
             TRANSPOSE=transpose_weight, ZERO_SKIPPED=zero_skipped, EVEN_K=inner % blocks.k == 0, **blocks.options,
         )  # fmt: skip
@@ -212,7 +214,8 @@ def launch_weight(
     out_END = x_MD.new_empty(len(offsets_E), width_y, width_x)
     if out_END.numel():
         num_tiles = triton.cdiv(width_y, blocks.m) * triton.cdiv(width_x, blocks.n)
-        _weight_kernel[(len(offsets_E) * num_tiles,)](
+        launch(
+            _weight_kernel, (len(offsets_E) * num_tiles,),
             x_MD.contiguous(), y_MN.contiguous(), order_M, offsets_E, out_END, width_x, width_y, top_k,
             GATHER_X=gather == "x", GATHER_Y=gather == "y", GROUP=GROUP, BLOCK_M=blocks.k, BLOCK_N=blocks.m,
             BLOCK_D=blocks.n, num_warps=blocks.num_warps, num_stages=blocks.num_stages,

@@ -43,6 +43,7 @@ from .dispatch import HAS_EXTENSION, choose, compute_dtype, register
 from .group_advantages import advantage_of
 from .grpo_loss_reference import TENSORS, LossArguments, grpo_loss_reference
 from .head import times
+from .launch import launch
 from .loss_options import NUMBERS, OPTIONS, TABLE, WORDS, LossOptions
 
 # Columns 2.. of the partial sums of a sample, after its loss and its tokens that count; csrc/cpu/grpo_loss.cpp has them
@@ -349,7 +350,8 @@ def _launch(logprobs_T: Tensor, cu_seqlens: Tensor, *given: Any) -> tuple[Tensor
     cispo = loss_type == "cispo"
     has_weights = numbers.is_cap is not None or numbers.is_min is not None
     of_samples = words["is_mode"].startswith("sequence")
-    _grpo_kernel[(N,)](
+    launch(
+        _grpo_kernel, (N,),
         *inputs, loss, grad_T, grad_entropy_T if numbers.entropy_coef else None, metrics_M, partials, finished,
         default_count, N, ADVANTAGE_EPS, 1 - numbers.epsilon, numbers.epsilon_high + (0 if cispo else 1),
         float(numbers.max_completion_length) if loss_type == "dr_grpo" else 1.0, numbers,

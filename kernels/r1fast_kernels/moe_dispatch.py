@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .dispatch import choose, register
 from .ids import check_ids
+from .launch import launch
 
 
 def moe_dispatch_reference(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,14 +136,24 @@ def launch_dispatch(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Te
     ids_M, num_blocks = expert_ids_TK.contiguous(), triton.cdiv(num_choices, BLOCK_M)
     counts_BX, totals_X = order_M.new_empty(num_blocks, buckets), order_M.new_empty(buckets)
     block_e = triton.next_power_of_2(buckets)
-    _count_kernel[(num_blocks,)](
-        ids_M, counts_BX, num_choices, num_experts, BLOCK_M=BLOCK_M, BLOCK_E=block_e, num_warps=NUM_WARPS
+    launch(
+        _count_kernel,
+        (num_blocks,),
+        ids_M,
+        counts_BX,
+        num_choices,
+        num_experts,
+        BLOCK_M=BLOCK_M,
+        BLOCK_E=block_e,
+        num_warps=NUM_WARPS,
     )
-    _prefix_kernel[(triton.cdiv(buckets, PREFIX_EXPERTS),)](
+    launch(
+        _prefix_kernel, (triton.cdiv(buckets, PREFIX_EXPERTS),),
         counts_BX, totals_X, num_blocks, num_experts, BLOCK_B=PREFIX_BLOCKS, BLOCK_E=PREFIX_EXPERTS,
         num_warps=PREFIX_WARPS,
     )  # fmt: skip
-    _order_kernel[(num_blocks,)](
+    launch(
+        _order_kernel, (num_blocks,),
         ids_M, counts_BX, totals_X, order_M, slot_TK, offsets_E, num_choices, num_experts, BLOCK_M=BLOCK_M,
         BLOCK_E=block_e, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -154,7 +165,8 @@ def tile_table(offsets_E: Tensor, num_rows: int, tile: int) -> Tensor:
     num_experts = len(offsets_E)
     num_tiles = triton.cdiv(num_rows, tile) + num_experts
     tiles_3I = offsets_E.new_empty(3, num_tiles)
-    _tile_kernel[(triton.cdiv(num_tiles, BLOCK_TILES),)](
+    launch(
+        _tile_kernel, (triton.cdiv(num_tiles, BLOCK_TILES),),
         offsets_E, tiles_3I, num_rows, num_tiles, num_experts, TILE=tile,
         BLOCK_E=triton.next_power_of_2(num_experts + 1), BLOCK_I=BLOCK_TILES, num_warps=TILE_WARPS,
     )  # fmt: skip

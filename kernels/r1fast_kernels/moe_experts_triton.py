@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .dispatch import empty_gradients
 from .grouped_gemm import gemm_blocks, launch_gemm, launch_weight, multiply, read_tile
+from .launch import launch
 from .moe_dispatch import launch_dispatch, tile_table
 
 # One program of a sum over the rows of a token: 16 values a thread.
@@ -177,7 +178,8 @@ def _combine(rows_MD: Tensor, slot_TK: Tensor, offsets_E: Tensor) -> Tensor:
     out_TD = rows_MD.new_empty(num_tokens, width)
     block_d = min(COMBINE_BLOCK_D, triton.next_power_of_2(width))
     block_t = COMBINE_BLOCK // block_d
-    _combine_kernel[(triton.cdiv(num_tokens, block_t), triton.cdiv(width, block_d))](
+    launch(
+        _combine_kernel, (triton.cdiv(num_tokens, block_t), triton.cdiv(width, block_d)),
         rows_MD, slot_TK, offsets_E, out_TD, num_tokens, len(offsets_E), width, top_k, BLOCK_T=block_t,
         BLOCK_D=block_d, num_warps=COMBINE_WARPS,
     )  # fmt: skip
@@ -198,7 +200,8 @@ def launch_forward(
     blocks = gemm_blocks(hidden_TD.dtype, num_rows, num_experts)
     tiles_3I = tile_table(offsets_E, num_rows, blocks.m)
     inner_MF = hidden_TD.new_empty(num_rows, two_f // 2)
-    _gate_up_kernel[(tiles_3I.shape[1] * triton.cdiv(two_f // 2, blocks.n // 2),)](
+    launch(
+        _gate_up_kernel, (tiles_3I.shape[1] * triton.cdiv(two_f // 2, blocks.n // 2),),
         hidden_TD, gate_up_E2FD, weights_TK, order_M, tiles_3I, inner_MF, kept_M2F if keep else None, num_experts,
         width, two_f // 2, weights_TK.shape[1], EVEN_K=width % blocks.k == 0, **blocks.options,
     )  # fmt: skip
@@ -219,7 +222,8 @@ def launch_backward(grad_out_TD: Tensor, *given: Any) -> tuple[Tensor, ...]:
     grad_M2F = torch.empty_like(gate_up_M2F) if needs_hidden or needs_gate_up else None
     inner_MF = hidden_TD.new_empty(num_rows, width_f) if needs_down else None
     partials_MJ = hidden_TD.new_empty(num_rows, num_columns, dtype=torch.float32) if needs_weights else None
-    _inner_gradient_kernel[(tiles_3I.shape[1] * num_columns,)](
+    launch(
+        _inner_gradient_kernel, (tiles_3I.shape[1] * num_columns,),
         grad_out_TD, down_EDF, gate_up_M2F, weights_TK, order_M, tiles_3I, grad_M2F, inner_MF, partials_MJ, num_experts,
         width, width_f, top_k, EVEN_K=width % blocks.k == 0, **blocks.options,
     )  # fmt: skip
@@ -234,7 +238,8 @@ def launch_backward(grad_out_TD: Tensor, *given: Any) -> tuple[Tensor, ...]:
         down = launch_weight(inner_MF, grad_out_TD, offsets_E, order_M, top_k, gather="y")
     if partials_MJ is not None:
         weights = torch.empty_like(weights_TK)
-        _weights_gradient_kernel[(triton.cdiv(num_rows, BLOCK_CHOICES),)](
+        launch(
+            _weights_gradient_kernel, (triton.cdiv(num_rows, BLOCK_CHOICES),),
             partials_MJ, slot_TK, offsets_E, weights, num_rows, num_experts, num_columns, BLOCK=BLOCK_CHOICES,
             num_warps=CHOICES_WARPS,
         )  # fmt: skip

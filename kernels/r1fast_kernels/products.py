@@ -87,10 +87,39 @@ class _LinearFp32(torch.autograd.Function):
         return grad_x, grad_weight
 
 
+def _sums(a_TK: Tensor, b_KN: Tensor, before_TN: Tensor | None = None) -> Tensor:
+    """fp32 a b of bf16 factors, or before + a b, on tensor cores: products of bf16 are exact in fp32."""
+    if before_TN is None:
+        return torch.mm(a_TK, b_KN, out_dtype=torch.float32)
+    return torch.addmm(before_TN, a_TK, b_KN, out_dtype=torch.float32)
+
+
+class _LinearOfHalves(torch.autograd.Function):
+    """The gradient from above is fp32: it is multiplied as a sum of two bf16 numbers, which have 16 of its 24 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+        save_factors(ctx, x_TK, weight_NK)
+        return _sums(x_TK, weight_NK.T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad_TN,), (x_TK, weight_NK) = grads, ctx.saved_tensors
+        high_TN = grad_TN.to(torch.bfloat16)
+        low_TN = (grad_TN - high_TN).to(torch.bfloat16)
+        return (
+            None if weight_NK is None else _sums(low_TN, weight_NK, _sums(high_TN, weight_NK)).to(torch.bfloat16),
+            None if x_TK is None else _sums(low_TN.T, x_TK, _sums(high_TN.T, x_TK)).to(torch.bfloat16),
+        )
+
+
 def linear_fp32(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
-    """fp32 x weight^T of factors of any precision, as routers want it; on a CPU no widened copy of x is kept."""
+    """fp32 x weight^T of factors of any precision, as routers want it. No widened copy of x is kept on a CPU; on a GPU
+    none is made of bf16 factors, whose product then runs on tensor cores."""
     if in_use() == "reference":
         return F.linear(x_TK.float(), weight_NK.float())
+    if x_TK.is_cuda and x_TK.dtype == weight_NK.dtype == torch.bfloat16:
+        return _LinearOfHalves.apply(x_TK, weight_NK)
     if x_TK.device.type == "cpu" and x_TK.dtype in (torch.bfloat16, torch.float16) and len(x_TK):
         return _LinearFp32.apply(x_TK, weight_NK.float())
     return linear(x_TK.float(), weight_NK.float())

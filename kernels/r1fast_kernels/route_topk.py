@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .dispatch import choose, compute_dtype, register
 from .ids import check_ids
+from .launch import launch
 from .sample_tokens import key_of, value_of
 
 
@@ -211,7 +212,8 @@ def _launch(
     num_groups, group = triton.next_power_of_2(n_group), triton.next_power_of_2(num_experts // n_group)
     block = max(1, BLOCK_SCORES // (num_groups * group))
     if num_tokens:
-        _route_kernel[(triton.cdiv(num_tokens, block),)](
+        launch(
+            _route_kernel, (triton.cdiv(num_tokens, block),),
             logits_TE.contiguous(), None if bias_E is None else bias_E.contiguous(),
             None if replay_ids_TK is None else replay_ids_TK.contiguous(), ids_TK, weights_TK, counts_E, num_tokens,
             num_experts, n_group, topk_group, top_k, routed_scaling_factor, SOFTMAX=scoring == "softmax",
@@ -228,7 +230,8 @@ def _launch_gradient(logits_TE: Tensor, expert_ids_TK: Tensor, grad_weights_TK: 
     block_e = triton.next_power_of_2(num_experts)
     block = max(1, BLOCK_SCORES // block_e)
     if num_tokens:
-        _route_gradient_kernel[(triton.cdiv(num_tokens, block),)](
+        launch(
+            _route_gradient_kernel, (triton.cdiv(num_tokens, block),),
             logits_TE.contiguous(), expert_ids_TK.contiguous(), grad_weights_TK.contiguous(), grad_TE, num_tokens,
             num_experts, top_k, routed_scaling_factor, SOFTMAX=scoring == "softmax", NORM=norm_topk_prob,
             BLOCK_E=block_e, BLOCK_K=triton.next_power_of_2(top_k), BLOCK_T=block, num_warps=NUM_WARPS,

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import choose, compute_dtype, register
+from .launch import launch
 from .selective_logprobs import block_v
 
 
@@ -234,7 +235,8 @@ def _launch(
     ids_B, logprobs_B = _fake(logits_BV)
     block, greedy = block_v(vocab, BLOCK_V), temperature == 0
     if num_rows:
-        _sample_kernel[(num_rows,)](
+        launch(
+            _sample_kernel, (num_rows,),
             logits_BV, None if greedy or seeds_B is None else seeds_B.contiguous(), ids_B, logprobs_B,
             logits_BV.stride(0), vocab, min(1 / (temperature or 1.0), MOST_INVERSE), top_k, top_p, GREEDY=greedy,
             TOP_K=not greedy and 0 < top_k < vocab, TOP_P=not greedy and top_p < 1, SHIFT=KEY_SHIFT[logits_BV.dtype],

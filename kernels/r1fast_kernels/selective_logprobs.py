@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .dispatch import choose, compute_dtype, register
 from .ids import check_target_ids
+from .launch import launch
 
 
 def selective_logprobs_reference(
@@ -141,7 +142,8 @@ def _launch_fold_(
 ) -> None:  # fmt: skip
     num_tokens, vocab = logits_TV.shape
     if num_tokens:
-        _fold_kernel[(num_tokens,)](
+        launch(
+            _fold_kernel, (num_tokens,),
             logits_TV, target_ids_T.contiguous(), state_T4, *outputs, logits_TV.stride(0), vocab, first_id,
             1 / temperature, WITH_ENTROPY=with_entropy, BLOCK_V=block_v(vocab, FOLD_BLOCK_V), num_warps=FOLD_WARPS,
         )  # fmt: skip
@@ -160,7 +162,8 @@ def _launch_gradient(grad_TV: Tensor, logits_TV: Tensor, target_ids_T: Tensor, *
     num_tokens, vocab = logits_TV.shape
     block = block_v(vocab, GRADIENT_BLOCK_V)
     if num_tokens:
-        _gradient_kernel[(num_tokens, triton.cdiv(vocab, block))](
+        launch(
+            _gradient_kernel, (num_tokens, triton.cdiv(vocab, block)),
             logits_TV, grad_TV, target_ids_T.contiguous(), stats_T2, entropy_T, grad_logprobs_T.contiguous(),
             None if grad_entropy_T is None else grad_entropy_T.contiguous(), logits_TV.stride(0), grad_TV.stride(0),
             vocab, first_id, 1 / temperature, BLOCK_V=block, num_warps=GRADIENT_WARPS,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r1fast_kernels import grouped_gemm, products
-from tests.kernels.backends import FP32, FP64, assert_as_exact, assert_same_bits
+from tests.kernels.backends import BF16, FP32, FP64, assert_as_exact, assert_same_bits, needs_gpu
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
@@ -102,3 +102,35 @@ def test_widened_by_pieces(num_tokens: int) -> None:
     assert [x.dtype for x in got] == [FP32, torch.bfloat16, FP32]
     for name, g, p, e, times in zip(("out", "grad x", "grad weight"), got, plain, exact, (2, 3, 3), strict=True):
         assert_as_exact(g, p, e, times, name)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_bf16_factors_are_not_widened(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensor cores, whose sums a CPU makes of widened factors here: as exact as fp32 products of widened copies."""
+    if device == "cpu":
+
+        def sums(a: Tensor, b: Tensor, before: Tensor | None = None) -> Tensor:
+            assert a.dtype == b.dtype == BF16
+            return a.float() @ b.float() if before is None else before + a.float() @ b.float()
+
+        monkeypatch.setattr(products, "_sums", sums)
+    x, weight, _, grad = (t.to(device) for t in random_case(300, 64, 48))
+    leaves = x.to(BF16).requires_grad_(), weight.to(BF16).requires_grad_()
+
+    def all_of(out: Tensor, upstream: Tensor) -> list[Tensor]:
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+    got = all_of(products._LinearOfHalves.apply(*leaves), grad)
+    plain = all_of(F.linear(leaves[0].float(), leaves[1].float()), grad)
+    exact = [grad.double().T @ leaves[0].double(), grad.double() @ leaves[1].double()]
+    assert [t.dtype for t in got] == [FP32, BF16, BF16]
+    assert_as_exact(got[0], plain[0], leaves[0].double() @ leaves[1].double().T, 2, "out")
+    for name, g, p, e in zip(("grad weight", "grad x"), got[:0:-1], plain[:0:-1], exact, strict=True):
+        assert_as_exact(g, p, e, 3, name)
+
+
+def test_an_fp32_router_keeps_its_precision() -> None:
+    """Factors of two dtypes are widened: nothing of the fp32 weight is lost."""
+    x, weight, *_ = random_case(9, 16, 4)
+    got = products.linear_fp32(x.bfloat16(), weight)
+    torch.testing.assert_close(got, F.linear(x.bfloat16().float(), weight), rtol=1e-6, atol=1e-6)
