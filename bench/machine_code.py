@@ -26,7 +26,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WARP = 32
 
 _LABEL = re.compile(r"^(\.L_\S+):")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?(\S+)\s*(.*?)\s*;")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?(\S+)\s*(.*?)\s*;")
 _BRANCH = re.compile(r"`\((\.L_\S+)\)")
 _REGISTER = re.compile(r"\bR(\d+)")
 
@@ -140,9 +140,19 @@ class Block:
 
     @cached_property
     def shared_bytes(self) -> float:
-        """Of a warp; what a TMA brings is the kernel's operands, each once."""
-        own = sum(x.shared_bytes() for x in self.code)
-        return own + (sum(x.shared_bytes() for x in self.code if x.name == "HGMMA") / 2 if self.uses_tma else 0)
+        """Of a warp, in and out."""
+        return sum(x.shared_bytes() for x in self.code) + self.tma_bytes
+
+    @cached_property
+    def l2_bytes(self) -> float:
+        """Of a warp, by wide accesses and copies: narrow ones are few, or many lanes read one number."""
+        own = sum(WARP * x.bytes for x in self.code if x.name in _GLOBAL and x.bytes == 16)
+        return own + self.tma_bytes
+
+    @cached_property
+    def tma_bytes(self) -> float:
+        """Of a warp: the operands of its products, each once."""
+        return sum(x.shared_bytes() for x in self.code if x.name == "HGMMA") / 2 if self.uses_tma else 0.0
 
     @property
     def uses_tma(self) -> bool:
@@ -157,6 +167,27 @@ class Block:
         """Of integers: a routine that is called, or I2F of a divisor and the reciprocal of it."""
         reciprocals = sum(x.opcode.startswith("MUFU.RCP") for x in self.code)
         return self.count("CALL") + min(reciprocals, sum(x.opcode.startswith("I2F") for x in self.code))
+
+    @cached_property
+    def mma_chain(self) -> int:
+        """The most products of a warp, by mma, that each add to what the one before it gave."""
+        length: dict[int, int] = {}
+        for x in self.code:
+            here = max((length.get(register, 0) for register in x.registers_read()), default=0)
+            here += x.name == "HMMA"
+            written = x.registers_written()
+            for register in {y + more for y in written for more in range(4)} if x.name == "HMMA" else written:
+                length[register] = here if x.name == "HMMA" else 0
+        return max(length.values(), default=0)
+
+    @cached_property
+    def async_cover(self) -> int:
+        """Instructions from an asynchronous copy to the next wait for copies, in this iteration or the next."""
+        waits = [place for place, x in enumerate(self.code) if x.name in ("DEPBAR", "SYNCS")]
+        copies = [place for place, x in enumerate(self.code) if x.name in ("LDGSTS", "UTMALDG")]
+        if not waits or not copies:
+            return len(self)
+        return min((wait - copies[-1]) % len(self) for wait in waits)
 
     def waits(self) -> tuple[int, int]:
         """(loads of one iteration that follow from each other; instructions from the last of them to its first use).
@@ -198,6 +229,7 @@ class Code:
     whole: Block
     loops: tuple[Block, ...]  # innermost ones that move data or multiply
     outside: Block  # what is in none of these
+    around: Block  # of this, what is in a loop around the hot one: a program that walks through tiles
 
     @property
     def hot(self) -> Block | None:
@@ -240,8 +272,8 @@ def loops_of(code: Sequence[Instruction], labels: dict[str, int]) -> list[tuple[
     return sorted(ends.items())
 
 
-def blocks_of(code: Sequence[Instruction], labels: dict[str, int]) -> tuple[tuple[Block, ...], Block]:
-    """Innermost loops that move data or multiply, and everything else once.
+def blocks_of(code: Sequence[Instruction], labels: dict[str, int]) -> tuple[tuple[Block, ...], Block, Block]:
+    """Innermost loops that move data or multiply, everything else, and of that what is in a loop around one of them.
 
     A loop that is unrolled is followed by one for what is left: of two with the same depth, that with less than half
     the work is taken for such a rest.
@@ -261,7 +293,12 @@ def blocks_of(code: Sequence[Instruction], labels: dict[str, int]) -> tuple[tupl
                if y.depth == x.depth)
     ]  # fmt: skip
     inside = {place for first, last, _ in found for place in range(first, last + 1)}
-    return tuple(x for _, _, x in kept), Block(tuple(x for place, x in enumerate(code) if place not in inside))
+    around = {
+        place for a, b in spans if any(a <= first and last <= b for first, last, _ in kept) for place in range(a, b + 1)
+    }
+    rest = [place for place in range(len(code)) if place not in inside]
+    outside, walked = Block(tuple(code[x] for x in rest)), Block(tuple(code[x] for x in rest if x in around))
+    return tuple(x for _, _, x in kept), outside, walked
 
 
 def disassemble(cubin: bytes) -> tuple[str, dict[str, int]]:
@@ -287,8 +324,8 @@ def compile_launch(launch: Launch, arch: int = 90, **options: Any) -> Code:
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=options)
     listing, usage = disassemble(compiled.asm["cubin"])
     code, labels = parse(listing)
-    loops, outside = blocks_of(code, labels)
+    loops, outside, around = blocks_of(code, labels)
     return Code(
         usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, compiled.metadata.num_warps,
-        compiled.metadata.num_stages, Block(tuple(code)), loops, outside,
+        compiled.metadata.num_stages, Block(tuple(code)), loops, outside, around,
     )  # fmt: skip
