@@ -69,7 +69,8 @@ def decode_attention(
 
     q_BHd            [B, H, d], H a multiple of the K key heads; query head h reads key head h // (H / K)
     k_SKd, v_SKe     [S, K, d] and [S, K, e], the slots of the cache, in blocks of 16; v may be a view of k
-    block_table_BN   int32 [B, N]: the blocks of each row, in order; entries behind its length are not read
+    block_table_BN   int32 [B, N]: the blocks of each row, in order; entries behind its length are not read. A GPU
+                     starts programs for all N columns: give those of the longest row, a view of a wider table
     lengths_B        int32 [B]: tokens of the row, at least 1, at most 16 N
     scale            on the scores, above 0
     window           tokens at the end of each row that are seen; None: all

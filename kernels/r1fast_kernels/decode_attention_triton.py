@@ -4,8 +4,8 @@
     merge    program (row, query head): the spans of the row, each weighed by e^(its lse); not run for a single span
 
 A span is 256 tokens whatever the batch, so that a row's bits are its own. How many there are follows from the width of
-the block table: nothing waits for the device, and a CUDA graph may hold the call. Programs behind a row's
-end, or before its window, return.
+the block table, which a caller narrows to its longest row: nothing waits for the device, and a CUDA graph may hold the
+call. Programs behind a row's end, or before its window, return.
 Keys are read once, also where values are a part of them; the last channels of keys that are no power of two (576 = 512
 + 64) are a product of their own.
 """
@@ -33,7 +33,7 @@ def _attend_kernel(
     out_ptr,  # [B, H, spans, e], or [B, H, e] for one span
     lse_ptr,  # [B, H, spans], of scores times log2(e); None for one span
     stride_qb, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh,
-    table_width, num_heads, group, width, value_width, num_spans, scale, window,
+    stride_tb, num_heads, group, width, value_width, num_spans, scale, window,
     SHARED: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,7 @@ def _attend_kernel(
     for start in range(seen, tl.minimum(length, (span + 1) * SPAN), BLOCK_T):
         offs_t = start + tl.arange(0, BLOCK_T)
         live = (offs_t >= first) & (offs_t < length)
-        block = tl.load(table_ptr + b * table_width + offs_t // BLOCK, mask=live, other=0)  # [BLOCK_T]
+        block = tl.load(table_ptr + b * stride_tb + offs_t // BLOCK, mask=live, other=0)  # [BLOCK_T]
         slot = block.to(tl.int64) * BLOCK + offs_t % BLOCK
         k_rows = k_ptr + slot[:, None] * stride_ks + kv_head.to(tl.int64) * stride_kh
         k = tl.load(k_rows + offs_d, mask=live[:, None] & (offs_d < width), other=0.0)  # [BLOCK_T, BLOCK_D]
@@ -132,7 +132,8 @@ def launch_decode(
     window: int | None = None,
 ) -> Tensor:  # fmt: skip
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHd, k_SKd, v_SKe))
-    table, lengths = block_table_BN.contiguous(), lengths_B.contiguous()
+    # Of a wider table the first columns: the row's stride is its own, and nothing is copied.
+    table, lengths = (x if x.stride(-1) == 1 else x.contiguous() for x in (block_table_BN, lengths_B))
     (B, H, d), K, e = q.shape, k.shape[1], v.shape[2]
     out_BHe = q.new_empty(B, H, e)
     num_spans = max(1, triton.cdiv(table.shape[1] * BLOCK, SPAN))
@@ -148,7 +149,7 @@ def launch_decode(
     sizes = WIDE_BLOCK_T if block_d >= 512 else BLOCK_T
     launch(
         _attend_kernel, (B, K * triton.cdiv(H // K, BLOCK_H), num_spans),
-        q, k, v, table, lengths, parts, lse, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], table.shape[1], H,
+        q, k, v, table, lengths, parts, lse, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], table.stride(0), H,
         H // K, d, e, num_spans, scale * 1.4426950408889634, window, SHARED=shared, BLOCK=BLOCK, SPAN=SPAN,
         BLOCK_H=BLOCK_H, BLOCK_T=sizes[q.element_size()], BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_E=block_e,
         num_warps=WIDE_WARPS if block_d >= 512 else NUM_WARPS, num_stages=NUM_STAGES,

@@ -8,14 +8,16 @@ A graph steps a fixed number of rows, its bucket; behind the rows in use is padd
     graph of          256             | 256  128      | 128  64      the larger one for 8 steps, then the closer
 
 A closer one is captured where the graph at hand has more than MOST_PADDING times the rows. Below that padding costs
-little: a step reads all weights for one row too. Rows enter before they leave, so that the first graph is as a rule the
-largest, and those after it find room in its memory, which they share.
+little: a step reads all weights for one row too. A graph also has a width, the columns of the block table that it
+reads: enough for the longest row, so that wider ones follow as rows grow, and at most MOST_PADDING times as many.
+Graphs share their memory; a wider one adds to it what attention keeps of its spans.
 
 Graphs live for one call of `generate`, because its cache and buffers do, whose memory is training's afterwards. To
 capture takes about what a graph saves in some tens of steps, of a thousand. What a graph has the addresses of does not
 move in that time: parameters do when sharded ones are gathered, and not when an optimizer writes them.
 """
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -38,27 +40,30 @@ def bucket_of(num_rows: int, max_rows: int) -> int:
 
 class StepGraphs:
     """Runs steps of any number of rows up to max_rows, by graphs where it pays. Buffers have max_rows rows.
+    Widths are few (input_batch.py:width_of).
 
     capture: runs a step and returns what repeats it (CudaCapture).
     """
 
     def __init__(self, max_rows: int, capture: Callable[[Step], Step]) -> None:
         self.max_rows, self.capture = max_rows, capture
-        self.graphs: dict[int, Step] = {}
-        self.steps_without: Counter[int] = Counter()
+        self.graphs: dict[tuple[int, int], Step] = {}  # by rows and width
+        self.steps_without: Counter[tuple[int, int]] = Counter()
 
-    def run(self, step: Callable[[int], None], num_rows: int) -> None:
-        """step(n): the first n rows. Given anew each time: kept, it would keep its owner, and the cache, alive."""
-        closest = min((bucket for bucket in self.graphs if bucket >= num_rows), default=None)
-        bucket = bucket_of(num_rows, self.max_rows)
-        is_far = closest is None or closest > MOST_PADDING * num_rows
+    def run(self, step: Callable[[int, int], None], num_rows: int, width: int) -> None:
+        """step(n, w): the first n rows, w columns of their block tables. Given anew each time: kept, it would keep its
+        owner, and the cache, alive."""
+        enough = [bucket for bucket in self.graphs if bucket[0] >= num_rows and bucket[1] >= width]
+        closest = min(enough, key=math.prod, default=None)
+        bucket = bucket_of(num_rows, self.max_rows), width
+        is_far = closest is None or closest[0] > MOST_PADDING * num_rows or closest[1] > MOST_PADDING * width
         self.steps_without[bucket] += is_far
         if is_far and self.steps_without[bucket] > STEPS_BEFORE:
-            self.graphs[bucket] = self.capture(partial(step, bucket))
+            self.graphs[bucket] = self.capture(partial(step, *bucket))
         elif closest is not None:
             self.graphs[closest]()
         else:
-            step(num_rows)
+            step(num_rows, width)
 
 
 @cache

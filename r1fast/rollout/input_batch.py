@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LEAST_WIDTH = 16  # blocks, a span of decode_attention
+
 
 class RowState(NamedTuple):
     """As InputBatch has it, a number each; int64."""
@@ -42,6 +44,12 @@ class RowViews(NamedTuple):
     block_table_BN: Tensor
 
 
+def width_of(num_blocks: int, table_width: int) -> int:
+    """Columns of the block table that a step is given whose longest row has num_blocks: 16, 32, 64, .. and at last all.
+    Few widths, for each has graphs of its own; on a GPU attention starts programs for every column of every row."""
+    return min(max(LEAST_WIDTH, 1 << (num_blocks - 1).bit_length()), table_width)
+
+
 class InputBatch:
     def __init__(self, max_rows: int, table_width: int, spare_block: int, device: torch.device) -> None:
         self.padding_X1 = torch.tensor(RowState(), device=device)[:, None]
@@ -49,8 +57,8 @@ class InputBatch:
         self.state_XR = self.padding_X1.repeat(1, max_rows)
         self.block_table_RN = torch.full((max_rows, table_width), spare_block, dtype=torch.int32, device=device)
 
-    def span(self, start: int, stop: int) -> RowViews:
-        return RowViews._make((*self.state_XR[:, start:stop].unbind(), self.block_table_RN[start:stop]))
+    def span(self, start: int, stop: int, width: int | None = None) -> RowViews:
+        return RowViews._make((*self.state_XR[:, start:stop].unbind(), self.block_table_RN[start:stop, :width]))
 
     def put(self, start: int, rows: Sequence[RowState], block_tables: Sequence[list[int]]) -> RowViews:
         """New rows, from position `start` on."""

@@ -27,7 +27,7 @@ from r1fast.models.decoder import Decoder
 from r1fast.rollout.blocks import BlockPool
 from r1fast.rollout.fast_decode import fast_decode
 from r1fast.rollout.graphs import StepGraphs
-from r1fast.rollout.input_batch import InputBatch, RowState, RowViews
+from r1fast.rollout.input_batch import InputBatch, RowState, RowViews, width_of
 from r1fast.rollout.sampling import SampledTokens, SamplingParams, fold_in
 from r1fast.rollout.texts import Watcher
 from r1fast_kernels import sample_tokens, selective_logprobs
@@ -69,6 +69,7 @@ class _Sequence:
     line: int  # of the buffers
     prompt: SequenceGroup
     blocks: list[int]
+    begun: int  # its tokens less the steps run, when it entered: as long as it lives, it has begun + steps
     num_seen: int = 0  # tokens, by the watcher
 
 
@@ -113,6 +114,7 @@ class Scheduler:
             self.experts_RSLK = torch.zeros(shape, dtype=torch.int16, device=self.device)
         self.free_lines = list(range(limits.max_rows - 1, -1, -1))
         self.running: list[_Sequence] = []
+        self.num_steps = 0
         table_width = max(prompt.num_full + prompt.num_own(params.max_tokens) for prompt in prompts)
         self.rows = InputBatch(limits.max_rows, table_width, limits.num_blocks - 1, self.device)
 
@@ -124,11 +126,14 @@ class Scheduler:
             while self.queue and len(self.free_lines) >= self.limits.max_rows * ENTER_ABOVE and self._enter():
                 yield from self._leave()  # the first token may be the last
             assert self.running or not self.queue, "a sample that does not fit into the empty cache"
+            longest = max((sequence.begun for sequence in self.running), default=0)
             for _ in range(sync_steps if self.running else 0):
+                width = width_of(num_blocks_of(longest + self.num_steps), self.rows.block_table_RN.shape[1])
                 if self.graphs is None:
-                    self._step(len(self.running))
+                    self._step(len(self.running), width)
                 else:
-                    self.graphs.run(self._step, len(self.running))
+                    self.graphs.run(self._step, len(self.running), width)
+                self.num_steps += 1
             yield from self._leave()
         assert self._addresses() == addresses, "parameters moved: graphs read where they were"
 
@@ -167,7 +172,8 @@ class Scheduler:
                 shared = prompt.blocks[: prompt.num_full] if prompt.waiting else prompt.blocks[: prompt.num_full + own]
                 self.pool.add_reference(shared)
                 rest = self.pool.allocate(prompt.num_full + own - len(shared))
-                entering.append(_Sequence(index, key, self.free_lines.pop(), prompt, shared + rest))
+                begun = len(prompt.ids) + 1 - self.num_steps
+                entering.append(_Sequence(index, key, self.free_lines.pop(), prompt, shared + rest, begun))
             if prompt.waiting:
                 break
             self.queue.popleft()
@@ -234,10 +240,10 @@ class Scheduler:
 
     # ---- decoding ----
 
-    def _step(self, num_rows: int) -> None:
-        """A token for each of the first rows. A graph repeats what this launches: only tensors may hold what changes
-        from step to step, only such as stay, and nothing may wait for the device."""
-        rows = self.rows.span(0, num_rows)
+    def _step(self, num_rows: int, width: int) -> None:
+        """A token for each of the first rows, of at most `width` blocks. A graph repeats what this launches: only
+        tensors may hold what changes from step to step, only such as stay, and nothing may wait for the device."""
+        rows = self.rows.span(0, num_rows, width)
         # The position of the token sampled last; a row that has stopped at the end of its blocks stays in them.
         position_B = torch.minimum(rows.next_B - 1, rows.last_B)
         logits_BV, experts_BLK = self._run(self.decoder.decode, rows.id_B, position_B, self.cache, rows.block_table_BN)

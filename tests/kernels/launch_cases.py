@@ -1,25 +1,36 @@
-"""Calls of every public op over the options that make another kernel, as `(options, call)`; see launches.py.
+"""Calls of every public op over the options that make another kernel, as `(options, call)`; see fake_gpu.py.
 
 Shapes are production's where tile sizes depend on them, and 1 where Triton makes a constant of it.
 """
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import r1fast_kernels as kernels
+from r1fast_kernels import grouped_gemm_vendor
 from tests.kernels.backends import BF16, FP16, FP32
-from tests.kernels.launches import Options, backward
 
+Options = dict[str, Any]
 INT32, INT64 = torch.int32, torch.int64
 FLOATS = (BF16, FP16, FP32)
 
 
 def new(*shape: int, dtype: torch.dtype = FP32, learns: bool = False) -> Tensor:
     return torch.empty(shape, dtype=dtype, requires_grad=learns)
+
+
+def backward(*outputs: Any) -> None:
+    """Of the sum of everything that has a gradient."""
+    total = sum(x.sum() for x in outputs if x.requires_grad)
+    if isinstance(total, torch.Tensor):
+        total.backward()
 
 
 @dataclass(frozen=True)
@@ -141,6 +152,18 @@ def _dispatch(experts: int, top_k: int) -> None:
 
 # Rows an expert: sampling, in between, training; then widths that tiles divide, that they do not, and 1.
 _ROWS, _WIDTHS = (3, 100, 2000), ((2048, 768), (31, 17), (1, 1))
+_EVEN = ((2048, 768), (40, 24))
+
+
+def _on_hopper(call: Callable[..., None]) -> Callable[..., None]:
+    """There large grouped products are torch's."""
+
+    def run(**options: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grouped_gemm_vendor, "on_hopper", lambda device: True)
+            call(**options)
+
+    return run
 
 
 def _grouped(dtype: torch.dtype, rows: int, widths: tuple[int, int], transpose: bool, experts: int) -> None:
@@ -209,10 +232,18 @@ CASES: dict[str, Case] = {
     "grouped_gemm": Case(
         {"dtype": FLOATS, "rows": _ROWS, "widths": _WIDTHS, "transpose": (True, False), "experts": (16, 1)}, _grouped
     ),
+    "grouped_gemm of torch": Case(
+        {"dtype": (BF16,), "rows": (2000,), "widths": _EVEN, "transpose": (True, False), "experts": (16, 1)},
+        _on_hopper(_grouped),
+    ),
     "moe_experts": Case(
         {"dtype": FLOATS, "rows": _ROWS, "widths": _WIDTHS, "experts": (128, 1), "top_k": (8, 1),
          "learns": ((True,) * 4, (True, False, False, False), (False, True, True, False), (False, False, False, True),
                     (False,) * 4)}, _experts,
+    ),
+    "moe_experts around torch": Case(
+        {"dtype": (BF16,), "rows": (2000,), "widths": _EVEN, "experts": (128, 1), "top_k": (8, 1),
+         "learns": ((True,) * 4, (False, False, True, False), (False,) * 4)}, _on_hopper(_experts),
     ),
     "decode_attention": Case(
         {"dtype": FLOATS, "widths": ((128, 128), (64, 64), (256, 256), (576, 512), (192, 128), (33, 33), (16, 1)),
@@ -220,3 +251,33 @@ CASES: dict[str, Case] = {
          "window": (None, 100)}, _decode,
     ),
 }  # fmt: skip
+
+
+def covering(
+    options: dict[str, Sequence[Any]], strength: int, valid: Callable[[Options], bool] = lambda _: True
+) -> list[Options]:
+    """Choices in which any `strength` of the options meet in every valid way; few, not fewest."""
+    draw = random.Random(0)
+
+    def fill(fixed: Options) -> Options:
+        return {name: draw.choice(values) for name, values in options.items()} | fixed
+
+    def tuples(choice: Options) -> set[tuple[tuple[str, int], ...]]:
+        places = [(name, options[name].index(value)) for name, value in choice.items()]
+        return set(combinations(places, min(strength, len(places))))
+
+    missing = {
+        tuple(zip(names, places))
+        for names in combinations(options, min(strength, len(options)))
+        for places in product(*(range(len(options[name])) for name in names))
+    }
+    chosen: list[Options] = []
+    while missing:
+        wanted = min(missing)
+        fixed = {name: options[name][place] for name, place in wanted}
+        candidates = [choice for choice in (fill(fixed) for _ in range(60)) if valid(choice)]
+        if candidates:
+            chosen.append(max(candidates, key=lambda choice: len(tuples(choice) & missing)))
+            missing -= tuples(chosen[-1])
+        missing.discard(wanted)  # no choice holds it: it is not valid
+    return chosen

@@ -186,6 +186,10 @@ def test_a_row_alone_is_the_row_in_a_batch(backend: Backend, dtype: torch.dtype)
         assert torch.equal(attend(alone, backend.impl)[0], together[b])
         narrow = alone | {"block_table_BN": alone["block_table_BN"][:, : -(-length // BLOCK)]}
         assert torch.equal(attend(narrow, backend.impl)[0], together[b])
+    few = rows | {name: rows[name][:3] for name in ("q_BHd", "block_table_BN", "lengths_B")}
+    few["block_table_BN"] = few["block_table_BN"][:, : -(-max(LENGTHS[:3]) // BLOCK)]
+    assert not few["block_table_BN"].is_contiguous()
+    assert torch.equal(attend(few, backend.impl), together[:3])
 
 
 @pytest.mark.parametrize("strides", [(1 << 26, 32, 1), (32, 1 << 30, 1)], ids=["slots", "heads"])

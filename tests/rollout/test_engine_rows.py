@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from r1fast.rollout import engine as engine_module
 from r1fast.rollout import graphs as graphs_module
-from r1fast.rollout import scheduler
+from r1fast.rollout import input_batch, scheduler
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams, fold_in, sample_keys
 from r1fast_kernels import sample_tokens, use
@@ -65,6 +65,7 @@ class HashDecoder(nn.Module):
         self.embed_tokens = nn.Embedding(VOCAB, 1)
         self.prefill_lengths: list[int] = []
         self.decode_rows: list[int] = []
+        self.table_widths: list[tuple[int, int]] = []  # blocks of the longest row of a step, and those that it is given
 
     def forward(
         self, input_ids_T: Tensor, cu_seqlens: Tensor, *, head: Callable, cache: tuple[HashCache, Tensor]
@@ -94,6 +95,7 @@ class HashDecoder(nn.Module):
 
         if head is None:
             self.decode_rows.append(len(input_ids_B))
+            self.table_widths.append((int(positions_B.max()) // BLOCK + 1, block_table_BN.shape[1]))
         else:
             self.prefill_lengths.append(len(input_ids_B))
         # A padding row is on the first place, where it has nothing to read.
@@ -188,6 +190,7 @@ def check_schedule(decoder: HashDecoder, trial: int, monkeypatch: pytest.MonkeyP
     """Random prompts, duplicates, stops, limits, rows, blocks and prefills; stops also noticed late, as on a GPU."""
     rng = random.Random(trial)
     monkeypatch.setitem(scheduler.SYNC_STEPS, "cpu", rng.choice([1, 1, 5]))
+    monkeypatch.setattr(input_batch, "LEAST_WIDTH", rng.choice([1, 2, 16]))
     prompts = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 33))] for _ in range(rng.randint(1, 12))]
     prompts += rng.choices(prompts, k=rng.randint(0, 3))
     max_tokens = rng.randint(1, 30)
@@ -219,6 +222,15 @@ def check_schedule(decoder: HashDecoder, trial: int, monkeypatch: pytest.MonkeyP
             assert completion.logprobs == pytest.approx(logprobs, abs=1e-5)
     assert max(decoder.decode_rows, default=0) <= max_num_seqs
     assert budget is None or HashCache.made[-1].num_blocks <= budget // 1000
+
+
+def test_a_step_is_given_the_blocks_of_its_longest_row(decoder: HashDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the next power of two, whatever a completion might grow to; less again when the longest has left."""
+    monkeypatch.setattr(input_batch, "LEAST_WIDTH", 1)
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    RolloutEngine(decoder, None, max_num_seqs=2).generate([[1] * 33, [2], [3]], params)
+    assert all(width == min(1 << (used - 1).bit_length(), 4) for used, width in decoder.table_widths)
+    assert [width for _, width in decoder.table_widths] == [4] * 29 + [1] * 15 + [2] * 14
 
 
 def test_group_shares_one_prefill(decoder: HashDecoder) -> None:

@@ -100,26 +100,29 @@ def test_buckets_have_room_little_padding_and_are_few(max_rows: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_each_step_runs_once_and_most_by_a_graph_with_little_padding(seed: int) -> None:
-    """Rows leave, and at times enter."""
-    rng, max_rows = random.Random(seed), 200
-    events: list[tuple[str, int]] = []  # what ran a step, and how many rows
+    """Rows leave, and at times enter; the longest grows, leaves, and another is the longest."""
+    rng, max_rows, widths = random.Random(seed), 200, [16, 32, 64, 100]
+    events: list[tuple[str, int, int]] = []  # what ran a step, how many rows, and how wide
 
     def capture(step: Callable[[], None]) -> Callable[[], None]:
         step()
-        _, rows = events.pop()
-        events.append(("capture", rows))
-        return lambda: events.append(("replay", rows))
+        _, *bucket = events.pop()
+        events.append(("capture", *bucket))
+        return lambda: events.append(("replay", *bucket))
 
-    steps, num_rows, num_poor = StepGraphs(max_rows, capture), max_rows, 0
+    steps, num_rows, place, num_poor = StepGraphs(max_rows, capture), max_rows, 0, 0
     for step in range(2000):
         num_rows = max(1, min(max_rows, num_rows - rng.choice([0, 0, 0, 1, -2, 3])))
-        steps.run(lambda n: events.append(("eager", n)), num_rows)
+        place = max(0, min(3, place + (rng.random() < 0.01) - (rng.random() < 0.005)))
+        steps.run(lambda n, w: events.append(("eager", n, w)), num_rows, widths[place])
         assert len(events) == step + 1
-        how, rows = events[-1]
-        assert num_rows <= rows <= max_rows
-        num_poor += how == "eager" or rows > graphs.MOST_PADDING * num_rows
-    assert num_poor <= graphs.STEPS_BEFORE * most_graphs(max_rows)
-    assert 0 < [how for how, _ in events].count("capture") <= most_graphs(max_rows)
+        how, rows, width = events[-1]
+        assert num_rows <= rows <= max_rows and width >= widths[place]
+        is_far = rows > graphs.MOST_PADDING * num_rows or width > graphs.MOST_PADDING * widths[place]
+        num_poor += how == "eager" or is_far
+    assert num_poor <= graphs.STEPS_BEFORE * most_graphs(max_rows) * len(widths)
+    captured = [bucket for how, *bucket in events if how == "capture"]
+    assert 0 < len(captured) <= most_graphs(max_rows) * len(widths) and {width for _, width in captured} > {16}
 
 
 # ---- steps that are captured ----
