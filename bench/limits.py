@@ -1,4 +1,4 @@
-"""What a kernel's machine code allows on an H200: its time at best, and which limit sets it. A model, not a measurement.
+"""What a kernel's machine code allows on an H200: its time at best, and what limits it. A model, not a measurement.
 
     time = waves x units of a multiprocessor x max(clocks of each resource, clocks of one unit / blocks side by side)
 
@@ -61,7 +61,7 @@ class Modelled:
 
 
 def blocks_per_multiprocessor(code: Code) -> int:
-    """Registers go to warps in units of 256, warps to blocks in fours; 1 KB of shared memory a block is the driver's."""
+    """Registers go to warps in units of 256, warps to blocks in fours; 1 KB of shared memory a block is CUDA's own."""
     warps = -(-code.warps // 4) * 4
     registers = -(-code.registers * WARP // 256) * 256 * warps
     shared = -(-(code.shared_bytes + RESERVED) // 128) * 128

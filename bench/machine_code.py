@@ -1,9 +1,9 @@
 """Kernels as the machine gets them: compiled for an architecture without a GPU, and what stands in their code.
 
-    compile  a launch (its specialisation) -> cubin -> `nvdisasm -c`, `cuobjdump`, both part of Triton's wheel
-    loops    a backward branch closes one; a loop without another inside is innermost, and the hot one of these is that
-             with the most tensor-core work, or with the most bytes of global memory
-    counts   instructions, by pipe; bytes that a thread moves, and by accesses how wide; FLOPs of tensor cores
+compile  a specialisation -> cubin -> `nvdisasm -c`, which is part of Triton's wheel
+loops    a backward branch closes one; a loop without another inside is innermost, and the hot one of these is that
+         with the most tensor-core work, or with the most bytes of global memory
+counts   instructions, by pipe; bytes that a thread moves, and by accesses how wide; FLOPs of tensor cores
 """
 
 import re
@@ -14,15 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from bench.production import Launch
+from tests.kernels.fake_gpu import Specialisation, usage_of
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+NVDISASM = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm")
 WARP = 32
 
 _LABEL = re.compile(r"^(\.L_\S+):")
@@ -301,31 +299,20 @@ def blocks_of(code: Sequence[Instruction], labels: dict[str, int]) -> tuple[tupl
     return tuple(x for _, _, x in kept), outside, walked
 
 
-def disassemble(cubin: bytes) -> tuple[str, dict[str, int]]:
-    """(listing, resources)."""
+def disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-
-        def run(tool: str, option: str) -> str:
-            command = [TOOLS / tool, option, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", run("cuobjdump", "--dump-resource-usage"))
-        return run("nvdisasm", "-c"), {name: int(value) for name, value in usage}
+        return subprocess.run([NVDISASM, "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
-def compile_launch(launch: Launch, arch: int = 90, **options: Any) -> Code:
-    """options: of the compiler, in place of the launch's."""
-    source = ASTSource(
-        fn=launch.function, signature=launch.signature, constexprs=launch.constants, attrs=launch.attributes
-    )
-    options = launch.options | options
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=options)
-    listing, usage = disassemble(compiled.asm["cubin"])
-    code, labels = parse(listing)
+def compile_special(special: Specialisation, arch: int = 90) -> Code:
+    compiled = triton.compile(special.source, target=GPUTarget("cuda", arch, WARP), options=special.options)
+    cubin, metadata = compiled.asm["cubin"], compiled.metadata
+    usage = usage_of(cubin, metadata.shared)
+    code, labels = parse(disassemble(cubin))
     loops, outside, around = blocks_of(code, labels)
     return Code(
-        usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, compiled.metadata.num_warps,
-        compiled.metadata.num_stages, Block(tuple(code)), loops, outside, around,
+        usage.registers, usage.spilled_bytes, usage.shared_bytes, metadata.num_warps, metadata.num_stages,
+        Block(tuple(code)), loops, outside, around,
     )  # fmt: skip

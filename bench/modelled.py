@@ -7,7 +7,7 @@ Each case, then its kernels as they are launched:
     us, share, limit   modelled time, the floor's share of it, and what sets it; behind the kernel what comes next
     regs, blk, warps   registers of a thread, blocks that a multiprocessor takes, warps of a block
     wide               of the bytes of the hot loop those of 128-bit accesses
-    loop, /el          instructions of the hot loop, and by element; its barriers, divisions of integers, tensor-core ops
+    loop, /el          instructions of the hot loop, and by element; then its barriers and divisions of integers
 """
 
 import argparse
@@ -23,8 +23,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from bench.cases import CASES, Case  # noqa: E402
 from bench.limits import COPY_BYTES_PER_S, PRODUCT_FLOPS_PER_S, Modelled, Work, modelled  # noqa: E402
-from bench.machine_code import Code, compile_launch  # noqa: E402
-from bench.production import CALLS, Launch, record  # noqa: E402
+from bench.machine_code import Code, compile_special  # noqa: E402
+from bench.production import CALLS, Call, record, tensor_bytes  # noqa: E402
+from tests.kernels.fake_gpu import Launch, Specialisation  # noqa: E402
+
+# torch's grouped product, whose 657 TFLOP/s of 2048 rows an expert were 645 of 1024 and 572 of 512 (h200-all.json).
+GROUPED_FLOPS_PER_S, GROUPED_TILE = 680e12, 128
+OWN = ("grouped_gemm", "moe_experts")  # ops that have products of torch's, and of their own
 
 
 def _product(launch: Launch, rows: int, inner: int, width: int) -> Work:
@@ -33,14 +38,15 @@ def _product(launch: Launch, rows: int, inner: int, width: int) -> Work:
     padded = rows + a["num_experts"] * a["BLOCK_M"] / 2
     units = padded / a["BLOCK_M"] * -(-width // a["BLOCK_N"])
     per_row = 2.0 * inner * width
-    return Work(launch.tensor_bytes(), rows * per_row, padded * per_row, units)
+    return Work(tensor_bytes(launch), rows * per_row, padded * per_row, units)
 
 
 def _weight(launch: Launch) -> Work:
     a = launch.arguments
-    rows, area = a["order_ptr"] if a["order_ptr"] is not None else a["x_ptr"], float(a["width_x"]) * a["width_y"]
-    padded = len(rows) + len(a["offsets_ptr"]) * a["BLOCK_M"] / 2
-    return Work(launch.tensor_bytes(), 2.0 * len(rows) * area, 2.0 * padded * area)
+    tokens, area = a["token_ptr"], float(a["width_x"]) * a["width_y"]
+    rows = (a["x_ptr"] if tokens is None else tokens).shape[0]
+    padded = rows + a["offsets_ptr"].shape[0] * a["BLOCK_M"] / 2
+    return Work(tensor_bytes(launch), 2.0 * rows * area, 2.0 * padded * area)
 
 
 def _attend(launch: Launch) -> Work:
@@ -48,7 +54,8 @@ def _attend(launch: Launch) -> Work:
     a = launch.arguments
     (tokens, heads, width), tiles = a["k_ptr"].shape, -(-a["group"] // a["BLOCK_H"])
     flops = 2.0 * tokens * heads * tiles * a["BLOCK_H"] * (width + a["value_width"])
-    return Work(launch.tensor_bytes(), flops, trips=tokens * heads * tiles / a["BLOCK_T"])
+    once = tokens * heads * a["value_width"] * a["v_ptr"].dtype.itemsize if a["SHARED"] else 0
+    return Work(tensor_bytes(launch) - once, flops, trips=tokens * heads * tiles / a["BLOCK_T"])
 
 
 def _sample(launch: Launch) -> Work:
@@ -56,26 +63,27 @@ def _sample(launch: Launch) -> Work:
     a = launch.arguments
     bits = 32 - a["SHIFT"]
     cuts = {(False, False): (), (True, False): (bits, 1), (False, True): (bits, 1), (True, True): (bits, 1, bits, 1)}
-    return Work(launch.tensor_bytes(), passes=(1, *cuts[a["TOP_K"], a["TOP_P"]]))
+    return Work(tensor_bytes(launch), passes=(1, *cuts[a["TOP_K"], a["TOP_P"]]))
 
 
 # What a launch has to do, where it is more than to read or write each of its tensors once.
 WORK: dict[str, Callable[[Launch], Work]] = {
-    "_gemm_kernel": lambda x: _product(x, len(x.arguments["x_ptr"]), x.arguments["inner"], x.arguments["width"]),
+    "_gemm_kernel": lambda x: _product(x, x.arguments["x_ptr"].shape[0], x.arguments["inner"], x.arguments["width"]),
     "_gate_up_kernel": lambda x: _product(
-        x, len(x.arguments["order_ptr"]), x.arguments["width"], 2 * x.arguments["width_f"]
+        x, x.arguments["order_ptr"].shape[0], x.arguments["width"], 2 * x.arguments["width_f"]
     ),
     "_inner_gradient_kernel": lambda x: _product(
-        x, len(x.arguments["order_ptr"]), x.arguments["width"], x.arguments["width_f"]
+        x, x.arguments["order_ptr"].shape[0], x.arguments["width"], x.arguments["width_f"]
     ),
     "_weight_kernel": _weight,
     "_attend_kernel": _attend,
     "_sample_kernel": _sample,
+    "_zero_skipped_kernel": lambda x: Work(4.0 * x.num_programs, trips=1),  # no row is skipped
 }
 
 
 def work_of(launch: Launch) -> Work:
-    return WORK[launch.kernel](launch) if launch.kernel in WORK else Work(launch.tensor_bytes())
+    return WORK[launch.name](launch) if launch.name in WORK else Work(tensor_bytes(launch))
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ class Kernel:
 @dataclass(frozen=True)
 class Row:
     case: Case
+    own: bool
     kernels: list[Kernel]
     vendor_ms: float
 
@@ -109,28 +118,35 @@ def floor_ms(num_bytes: float, flops: float) -> float:
 _codes: dict[str, Code] = {}
 
 
-def code_of(launch: Launch) -> Code:
-    if launch.specialisation not in _codes:
-        _codes[launch.specialisation] = compile_launch(launch)
-    return _codes[launch.specialisation]
+def code_of(special: Specialisation) -> Code:
+    if special.key not in _codes:
+        _codes[special.key] = compile_special(special)
+    return _codes[special.key]
 
 
-def row_of(case: Case) -> Row:
-    call = record(case)
+def vendor_ms(call: Call) -> float:
+    """Of cuBLAS at its measured rate; of torch's grouped product at its own, with half a tile empty for each expert."""
+    grouped = sum(flops * (1 + GROUPED_TILE / 2 / rows) for flops, rows in call.grouped_flops)
+    return (call.product_flops / PRODUCT_FLOPS_PER_S + grouped / GROUPED_FLOPS_PER_S) * 1e3
+
+
+def row_of(case: Case, *, own: bool = False) -> Row:
+    call = record(case, own=own)
     together: dict[str, list[Launch]] = {}
     for launch in call.launches:
-        together.setdefault(f"{launch.grid} {launch.tensor_bytes()} {launch.specialisation}", []).append(launch)
+        key = f"{launch.grid} {tensor_bytes(launch)} {launch.specialisation.key}"
+        together.setdefault(key, []).append(launch)
     kernels = []
     for same in together.values():
-        code, work = code_of(same[0]), work_of(same[0])
-        kernels.append(Kernel(same[0], code, work, modelled(code, work, same[0].programs), len(same)))
-    return Row(case, kernels, call.vendor_flops / PRODUCT_FLOPS_PER_S * 1e3)
+        code, work = code_of(same[0].specialisation), work_of(same[0])
+        kernels.append(Kernel(same[0], code, work, modelled(code, work, same[0].num_programs), len(same)))
+    return Row(case, own, kernels, vendor_ms(call))
 
 
 def per_element(kernel: Kernel) -> str:
     """Instructions of the hot loop (of the kernel, without one) by numbers of the type of its first pointer."""
     block = kernel.code.hot or kernel.code.whole
-    kind = next(kind for kind in kernel.launch.signature.values() if kind.startswith("*")).strip("*")
+    kind = next(kind for kind in kernel.launch.specialisation.signature.values() if kind.startswith("*")).strip("*")
     size = int("".join(x for x in kind if x.isdigit())) / 8
     return "-" if block.tensor_flops or not block.global_bytes else f"{len(block) / (block.global_bytes / size):.1f}"
 
@@ -140,7 +156,8 @@ WIDTHS = (9, 6, 8, 5, 4, 6, 6, 5, 5, 6, 4, 4)
 
 
 def show(row: Row) -> str:
-    lines = [f"\n{row.case.op}  {row.case.name}: {row.ms:.3f} ms modelled, of it the vendor's products {row.vendor_ms:.3f}"]
+    name = f"{row.case.op}  {row.case.name}" + (", products of our own" if row.own else "")
+    lines = [f"\n{name}: {row.ms:.3f} ms modelled, products of the vendor {row.vendor_ms:.3f}"]
     lines.append("".join(name.rjust(width) for name, width in zip(COLUMNS, WIDTHS)) + "  kernel: what else it takes")
     for x in row.kernels:
         hot, code = x.code.hot or x.code.whole, x.code
@@ -154,7 +171,7 @@ def show(row: Row) -> str:
         tensor = "".join(f"  {count} {shape}" for shape, count in code.tensor_ops.items())
         lines.append(
             "".join(str(cell).rjust(width) for cell, width in zip(cells, WIDTHS))
-            + f"  {x.times} x {x.launch.kernel}{tensor}: {rest}"
+            + f"  {x.times} x {x.launch.name}{tensor}: {rest}"
         )
     return "\n".join(lines)
 
@@ -166,7 +183,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for case in CASES:
         if case.device == "cuda" and case.op in CALLS and asked.op in (None, case.op):
-            print(show(row_of(case)), flush=True)
+            for own in (False, True) if case.op in OWN else (False,):
+                print(show(row_of(case, own=own)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,68 +1,31 @@
-"""What the GPU cases of bench/cases.py launch: every kernel with its specialisation, grid and arguments, without a GPU.
+"""What the GPU cases of bench/cases.py launch on an H200: every kernel with its specialisation, grid and arguments.
 
-Each op is called as its bench calls it, with tensors that have sizes and no values (tests/kernels/launches.py): its
-launchers run, and a launch is kept in place of being compiled and started. Products that are the vendor's are counted.
+Each op is called as its bench calls it, on a GPU that launches nothing (tests/kernels/fake_gpu.py). FLOPs of products
+that are the vendor's are counted. Where large grouped products are torch's, `own` asks for ours in their place.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
-from torch.utils._python_dispatch import TorchDispatchMode
-from triton import knobs
-from triton.runtime.jit import JITFunction
+from torch.utils._pytree import tree_leaves
 
 import r1fast_kernels as kernels
 from bench.cases import Case
-from r1fast_kernels.decode_attention import BLOCK
+from r1fast_kernels.decode_attention_triton import BLOCK
 from r1fast_kernels.grouped_gemm import grouped_gemm
-from tests.kernels.launches import backward, recording
+from tests.kernels.fake_gpu import Launch, TensorArgument, fake_gpu
+from tests.kernels.launch_cases import backward, new
 
+VENDOR = "r1fast_kernels.grouped_gemm_vendor"
 BF16, INT32, INT64 = torch.bfloat16, torch.int32, torch.int64
 DTYPES = {"bf16": BF16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel, specialised, and what it was given."""
-
-    function: Any
-    signature: dict[str, str]
-    constants: dict[Any, Any]
-    attributes: dict[Any, Any]
-    options: dict[str, Any]  # of the compiler
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]  # by the kernel's names; constants too
-
-    @property
-    def kernel(self) -> str:
-        return str(self.function.__name__)
-
-    @property
-    def programs(self) -> int:
-        total = 1
-        for size in self.grid:
-            total *= size
-        return total
-
-    @property
-    def specialisation(self) -> str:
-        options = sorted(self.options.items())
-        return f"{self.kernel} {self.signature} {self.constants} {self.attributes} {options}"
-
-    def tensor_bytes(self) -> float:
-        """Of all tensors that it was given, each storage once: what is read once, or written once."""
-        seen: dict[int, int] = {}
-        for x in self.arguments.values():
-            for tensor in x if isinstance(x, (tuple, list)) else (x,):
-                if isinstance(tensor, Tensor):
-                    key = tensor.untyped_storage()._cdata
-                    seen[key] = max(seen.get(key, 0), tensor.numel() * tensor.element_size())
-        return float(sum(seen.values()))
+PRODUCTS = {"mm", "addmm", "bmm"}
 
 
 @dataclass
@@ -70,58 +33,39 @@ class Call:
     """One call of a public op."""
 
     launches: list[Launch] = field(default_factory=list)
-    vendor_flops: float = 0.0
+    product_flops: float = 0.0  # of the vendor's
+    grouped_flops: list[tuple[float, float]] = field(default_factory=list)  # (FLOPs, rows an expert) of each of torch's
 
 
-class _Products(TorchDispatchMode):
-    """Counts FLOPs of the vendor's products, in our operators too, which run their CUDA implementations."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__()
-        self.call = call
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "_grouped_mm"):
-            tensors = [x for x in args if isinstance(x, Tensor)]
-            a, b = tensors[-2:] if func.overloadpacket.__name__ != "_grouped_mm" else tensors[:2]
-            self.call.vendor_flops += 2.0 * a.numel() * b.shape[-1]
-        if func.namespace != "r1fast":
-            return func(*args, **(kwargs or {}))
-        with self:
-            return func.redispatch(DispatchKeySet(DispatchKey.CUDA), *args, **(kwargs or {}))
+def tensor_bytes(launch: Launch) -> float:
+    """Of all tensors that it was given, each read or written once."""
+    leaves = tree_leaves(tuple(launch.arguments.values()), is_leaf=lambda x: isinstance(x, TensorArgument))
+    tensors = [x for x in leaves if isinstance(x, TensorArgument)]
+    return float(sum(torch.Size(x.shape).numel() * x.dtype.itemsize for x in tensors))
 
 
 @contextmanager
-def recorded() -> Iterator[Call]:
-    """What public functions that are called in this block, on tensors that are made in it, would launch."""
-    call, run = Call(), JITFunction.run
+def recorded(*, own: bool) -> Iterator[Call]:
+    """What public functions that are called in this block, on tensors that are made in it, would launch on an H200."""
+    call = Call()
 
-    def keep(self: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **given: Any) -> None:
-        def take(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-            options = {name: compile[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-            options |= {name: value for name, value in given.items() if name not in self.arg_names}
-            named = dict(zip(self.arg_names, args)) | {x: y for x, y in given.items() if x in self.arg_names}
-            call.launches.append(
-                Launch(self, compile["signature"], compile["constants"], compile["configs"][0], options, grid, named)
-            )
-            return True  # do not compile
+    def count(operator: Any, inputs: list[Any], outputs: list[Any]) -> None:
+        name = operator._schema.name.removeprefix("aten::")
+        factors = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
+        if "out" in operator._overloadname.split("_"):
+            factors = factors[:-1]
+        if name in PRODUCTS:
+            call.product_flops += 2.0 * factors[-2].numel() * factors[-1].shape[-1]
+        elif name == "_grouped_mm":
+            (offsets,) = (x for x in inputs if isinstance(x, Tensor) and not x.is_floating_point())
+            rows = max(factors[0].shape) if factors[1].dim() == 2 else factors[0].shape[0]
+            call.grouped_flops.append((2.0 * factors[0].numel() * factors[1].shape[-1], rows / len(offsets)))
 
-        before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, take
-        try:
-            run(self, *args, grid=grid, warmup=warmup, **given)
-        finally:
-            knobs.runtime.jit_cache_hook = before
-
-    with recording(), _Products(call):
-        JITFunction.run = keep
-        try:
-            yield call
-        finally:
-            JITFunction.run = run
-
-
-def new(*shape: int, dtype: torch.dtype = torch.float32, learns: bool = False) -> Tensor:
-    return torch.empty(shape, dtype=dtype, requires_grad=learns)
+    with pytest.MonkeyPatch.context() as patch, fake_gpu() as gpu:
+        patch.setattr(sys.modules[VENDOR], "on_hopper", lambda _: not own)
+        patch.setattr(gpu, "note", count)
+        call.launches = gpu.launches
+        yield call
 
 
 def _selective(case: Case, call: Call) -> None:
@@ -140,17 +84,17 @@ def _head(case: Case, call: Call) -> None:
     learns, dtype = case.mode != "fwd", DTYPES[case.dtype]
     head = new(T, D, dtype=dtype, learns=learns), new(V, D, dtype=dtype, learns=learns)
     ids = new(T, dtype=INT64)
+    outputs: Any
     if case.op == "linear_logprobs":
         outputs = kernels.linear_logprobs(*head, ids, with_entropy=True)
     elif case.op == "linear_cross_entropy":
         outputs = (kernels.linear_cross_entropy(*head, ids, ignore_index=None),)
     else:
         N = case.sizes["N"]
-        loss, _ = kernels.linear_grpo_loss(
+        outputs = kernels.linear_grpo_loss(
             *head, ids, new(N + 1, dtype=INT32), rewards_N=new(N), group_ids_N=new(N, dtype=INT64),
             old_logprobs_T=new(T), ref_logprobs_T=new(T), beta=0.04,
-        )  # fmt: skip
-        outputs = (loss,)
+        )[:1]  # fmt: skip
     if learns:
         backward(*outputs)
 
@@ -219,7 +163,7 @@ CALLS: dict[str, Callable[[Case, Call], None]] = {
 }  # fmt: skip
 
 
-def record(case: Case) -> Call:
-    with recorded() as call:
+def record(case: Case, *, own: bool = False) -> Call:
+    with recorded(own=own) as call:
         CALLS[case.op](case, call)
     return call
