@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from r1fast.models.decoder import Decoder
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "math-verify", "numpy")
-_EXTRAS = ("flash-attn", "vllm", "reasoning-gym", "wandb", "trackio", "tensorboard")
+_EXTRAS = ("flash-attn-3", "flash-attn", "vllm", "reasoning-gym", "wandb", "trackio", "tensorboard")
 BUILD = "pip install --no-build-isolation -e ."
 
 
@@ -122,12 +122,20 @@ def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
         "decode_attention": lambda op: op(
             heads_TKd[:1], slots_SKd, slots_SKd, cu_seqlens[None, :1], cu_seqlens[1:2], scale=1.0
         ),
-        "packed_attention": lambda op: op(heads_TKd, heads_TKd, heads_TKd, cu_seqlens, scale=1.0),
         "rms_norm": lambda op: op(hidden_TD, hidden_TD[0]),
         "sample_tokens": lambda op: op(logits_TV),
     }
     by_op = {name: partial(call, getattr(kernels, name)) for name, call in calls.items()}
-    return {**by_op, "decode_layers": partial(decode_once, device, dtype)}
+    of_models = {"packed_attention": partial(attend_once, heads_TKd, cu_seqlens)}
+    return {**by_op, **of_models, "decode_layers": partial(decode_once, device, dtype)}
+
+
+def attend_once(heads_TKd: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """As models do, which take other libraries' kernels on a GPU."""
+    from r1fast.models.attention import AttentionPlan, packed_attention
+
+    plan = AttentionPlan(cu_seqlens, len(heads_TKd), heads_TKd.device)
+    return packed_attention(heads_TKd, heads_TKd, heads_TKd, plan, None, 1.0)
 
 
 @cache
