@@ -17,9 +17,9 @@ NAMES = ("reference", "cpp", "triton")
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("selective_logprobs", "linear_logprobs", "linear_cross_entropy", "group_advantages", "grpo_loss",
      "linear_grpo_loss", "route_topk", "moe_dispatch", "grouped_gemm", "moe_experts", "sample_tokens",
-     "decode_attention"),
+     "decode_attention", "decode_layers"),
     NAMES,
-) | dict.fromkeys(("rms_norm", "packed_attention", "decode_layers"), ("reference", "cpp"))  # fmt: skip
+) | dict.fromkeys(("rms_norm", "packed_attention"), ("reference", "cpp"))  # fmt: skip
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
