@@ -14,6 +14,7 @@ from tests.forks import Forks
 
 HERE = Path(__file__).parent
 # Ops that have Triton kernels; linear ops drive those of selective_logprobs.
+FILES = {"decode_layers": "decode_parts"}  # where an op's tests in Triton have one of their own
 OPS = [op for op, exists in dispatch.IMPLEMENTATIONS.items() if "triton" in exists and op != "linear_cross_entropy"]
 
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETING, reason="this is the interpreter's process")
@@ -30,7 +31,7 @@ def interpret(interpreters: Forks, op: str, lane: str, folder: Path) -> tuple[in
     """pytest's exit status, and what it printed."""
     options = [*(["-k", "triton and not cpp"] if op in OPS else []), "-m", lane, "-p", "no:cacheprovider"]
     out, log = folder / "out", folder / "log"
-    interpreters.begin("pytest", HERE / f"test_{op}.py", *options, out=out, log=log)
+    interpreters.begin("pytest", HERE / f"test_{FILES.get(op, op)}.py", *options, out=out, log=log)
     (code,) = interpreters.end()
     return code, out.read_text()[-6000:] + log.read_text()[-2000:]
 
