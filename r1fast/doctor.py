@@ -6,9 +6,9 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
@@ -16,8 +16,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from r1fast.models.decoder import Decoder
+
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "math-verify", "numpy")
-_EXTRAS = ("flash-attn", "vllm", "reasoning-gym", "wandb", "trackio", "tensorboard")
+_EXTRAS = ("flash-attn-3", "flash-attn", "vllm", "reasoning-gym", "wandb", "trackio", "tensorboard")
 BUILD = "pip install --no-build-isolation -e ."
 
 
@@ -119,28 +122,43 @@ def tiny_calls(device: torch.device) -> dict[str, Callable[[], Any]]:
         "decode_attention": lambda op: op(
             heads_TKd[:1], slots_SKd, slots_SKd, cu_seqlens[None, :1], cu_seqlens[1:2], scale=1.0
         ),
-        "packed_attention": lambda op: op(heads_TKd, heads_TKd, heads_TKd, cu_seqlens, scale=1.0),
         "rms_norm": lambda op: op(hidden_TD, hidden_TD[0]),
         "sample_tokens": lambda op: op(logits_TV),
     }
     by_op = {name: partial(call, getattr(kernels, name)) for name, call in calls.items()}
-    return {**by_op, "decode_layers": partial(decode_once, device, dtype)}
+    of_models = {"packed_attention": partial(attend_once, heads_TKd, cu_seqlens)}
+    return {**by_op, **of_models, "decode_layers": partial(decode_once, device, dtype)}
 
 
-def decode_once(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    from r1fast.models.cache import BlockCache
+def attend_once(heads_TKd: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """As models do, which take other libraries' kernels on a GPU."""
+    from r1fast.models.attention import AttentionPlan, packed_attention
+
+    plan = AttentionPlan(cu_seqlens, len(heads_TKd), heads_TKd.device)
+    return packed_attention(heads_TKd, heads_TKd, heads_TKd, plan, None, 1.0)
+
+
+@cache
+def _tiny_decoder(device: torch.device, dtype: torch.dtype) -> "Decoder":
     from r1fast.models.decoder import Decoder
     from r1fast.models.model_config import ModelConfig
-    from r1fast.rollout.fast_decode import fast_decode
 
     config = ModelConfig(
         "llama", vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
     model = Decoder(config).to(device, dtype)
     model.init_weights()
+    return model
+
+
+def decode_once(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    from r1fast.models.cache import BlockCache
+    from r1fast.rollout.fast_decode import fast_decode
+
+    model = _tiny_decoder(device, dtype)
     ids_B = torch.zeros(1, dtype=torch.int64, device=device)
     decoder = fast_decode(model) or model
-    return decoder.decode(ids_B, ids_B, BlockCache(config, 1, dtype, device), ids_B[:, None].int())
+    return decoder.decode(ids_B, ids_B, BlockCache(model.config, 1, dtype, device), ids_B[:, None].int())
 
 
 def _table(title: str, rows: Sequence[tuple[str, ...]], headings: tuple[str, ...] = ()) -> Table:

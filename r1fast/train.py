@@ -32,7 +32,7 @@ RUNS = Path("runs")  # where runs go that are given no --output-dir
 
 
 def choose_threads(resumed: Path | None) -> None:
-    """Set the environment of OpenMP and oneDNN, which is read when torch is imported.
+    """Set the environment of OpenMP and oneDNN, which is read when torch is imported, and of cuBLAS.
 
     Spinning barriers stall for milliseconds on a shared machine, and two busy programs with two threads each crawl: so
     threads spin for about 0.1 ms and then sleep (docs/LOG.md), and a loaded machine gets fewer of them. Sums over
@@ -40,6 +40,8 @@ def choose_threads(resumed: Path | None) -> None:
     """
     # Packed batches have a new shape at every step: oneDNN would keep the programs of the last 1,024 products (400 MB).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    # Products on several streams share no scratch: trainer.deterministic asks for it. 32 MiB, as Hopper has by default.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if "OMP_NUM_THREADS" in os.environ:

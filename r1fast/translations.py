@@ -246,7 +246,7 @@ _TRL = [
     ("dataloader_*", "", "rows are tokenized once, and held in memory"),
     ("remove_unused_columns", "", "every column of a row goes to the rewards"),
     ("dataset_num_proc", "", "rows are tokenized once, and held in memory"),
-    ("full_determinism", "seed", "a run on the same ranks is always the same"),
+    ("full_determinism", "trainer.deterministic", "on by default"),
     ("do_train", "--stages", "of the command line: which stages are run"),
     ("do_eval", "eval_files", "a stage of kind evaluate measures a model alone"),
     ("precompute_ref_log_probs", "", "reference log-probs are computed with each rollout"),

@@ -6,8 +6,9 @@
 2 M D N FLOPs, and as many for each gradient; reads E D N weights and M D numbers, writes M N. Each expert's dW is
 summed in fp32 and rounded once; without rows it is 0.
 
-On a GPU a program makes one tile of the table that moe_dispatch draws, so no tile holds rows of two experts. Tiles are
-numbered expert by expert, and launched in groups of GROUP tiles that walk through the columns together:
+On a GPU large products in bf16 are torch's (grouped_gemm_vendor.py). Else a program makes one tile of the table that
+moe_dispatch draws, so no tile holds rows of two experts. Tiles are numbered expert by expert, and launched in groups of
+GROUP tiles that walk through the columns together:
 
     tile 0   0  2  4  6      the weight of these columns comes from memory for the first tile of a group,
     tile 1   1  3  5  7      and from L2 for the others
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import grouped_gemm_vendor as vendor
 from .dispatch import INTERPRETING, choose, product_dtype, register
 from .ids import check_offsets
 from .launch import launch
@@ -64,6 +66,7 @@ BLOCKS_FP32 = {16: Blocks(16, 64, 32, 4, 3), 1 << 62: Blocks(64, 64, 16, 4, 2)}
 WEIGHT_BLOCKS = {2: Blocks(128, 128, 64, 8, 5), 4: Blocks(64, 64, 16, 8, 3)}
 BLOCKS_INTERPRETED = Blocks(16, 16, 16, 1, 1)  # small shapes have edges too
 GROUP = 8
+ZERO_ROWS, ZERO_COLUMNS = 64, 64
 
 
 def gemm_blocks(dtype: torch.dtype, num_rows: int, num_experts: int) -> Blocks:
@@ -159,9 +162,8 @@ def _gemm_kernel(
 @triton.jit
 def _weight_kernel(
     x_ptr, y_ptr,  # [M, D] and [M, N], with GATHER_X or GATHER_Y [T, ..]
-    order_ptr,  # [M] choice of a row, of token choice // top_k
-    offsets_ptr, out_ptr,  # [E], [E, N, D]
-    width_x, width_y, top_k, GATHER_X: tl.constexpr, GATHER_Y: tl.constexpr,
+    token_ptr, offsets_ptr, out_ptr,  # [M] token of a row, or None; [E], [E, N, D]
+    width_x, width_y, GATHER_X: tl.constexpr, GATHER_Y: tl.constexpr, EVEN: tl.constexpr,  # tiles divide both widths
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     num_n = tl.cdiv(width_y, BLOCK_N)
@@ -172,22 +174,39 @@ def _weight_kernel(
     offs_d = d * BLOCK_D + tl.arange(0, BLOCK_D)
     begin = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(offsets_ptr + expert)
+    mask_n = (offs_n < width_y) | EVEN
+    mask_d = (offs_d < width_x) | EVEN
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         mask_m = rows < end
-        tokens = tl.load(order_ptr + rows, mask=mask_m, other=0) // top_k if GATHER_X or GATHER_Y else rows
+        tokens = tl.load(token_ptr + rows, mask=mask_m, other=0) if GATHER_X or GATHER_Y else rows
         rows_x = tokens if GATHER_X else rows
         rows_y = tokens if GATHER_Y else rows
         tile_ptr = x_ptr + rows_x.to(tl.int64)[:, None] * width_x + offs_d[None, :]
-        x = tl.load(tile_ptr, mask=mask_m[:, None] & (offs_d < width_x)[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
+        x = tl.load(tile_ptr, mask=mask_m[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
         tile_ptr = y_ptr + rows_y.to(tl.int64)[None, :] * width_y + offs_n[:, None]
-        y = tl.load(tile_ptr, mask=mask_m[None, :] & (offs_n < width_y)[:, None], other=0.0)  # [BLOCK_N, BLOCK_M]
+        y = tl.load(tile_ptr, mask=mask_m[None, :] & mask_n[:, None], other=0.0)  # [BLOCK_N, BLOCK_M]
         acc = dot(y, x, acc)
     rows_out = expert.to(tl.int64) * width_y + offs_n  # [BLOCK_N]
-    mask = (offs_n < width_y)[:, None] & (offs_d < width_x)[None, :]
+    mask = mask_n[:, None] & mask_d[None, :]
     tile_ptr = out_ptr + rows_out[:, None] * width_x + offs_d[None, :]
     tl.store(tile_ptr, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _zero_skipped_kernel(
+    out_ptr, offsets_ptr,  # [M, N], [E]
+    num_rows, num_experts, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = (rows < num_rows) & (rows >= tl.load(offsets_ptr + num_experts - 1))
+    columns = tl.where(tl.max(mask_m.to(tl.int32)) > 0, width, 0)  # most programs have nothing to do
+    for start in range(0, columns, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask = mask_m[:, None] & (offs_n < width)[None, :]
+        zeros = tl.zeros([BLOCK_M, BLOCK_N], out_ptr.dtype.element_ty)
+        tl.store(out_ptr + rows[:, None] * width + offs_n[None, :], zeros, mask=mask)
 
 
 def launch_gemm(
@@ -199,16 +218,16 @@ def launch_gemm(
     if num_rows and width:
         launch(
             _gemm_kernel, (tiles_3I.shape[1] * triton.cdiv(width, blocks.n),),
-            x_MD.contiguous(), weight.contiguous(), out_MN, tiles_3I, len(weight), inner, width,
+            x_MD, weight, out_MN, tiles_3I, len(weight), inner, width,
             TRANSPOSE=transpose_weight, ZERO_SKIPPED=zero_skipped, EVEN_K=inner % blocks.k == 0, **blocks.options,
         )  # fmt: skip
     return out_MN
 
 
 def launch_weight(
-    x_MD: Tensor, y_MN: Tensor, offsets_E: Tensor, order_M: Tensor | None = None, top_k: int = 1, gather: str = ""
+    x_MD: Tensor, y_MN: Tensor, offsets_E: Tensor, token_M: Tensor | None = None, gather: str = ""
 ) -> Tensor:
-    """[E, N, D]. gather: which of "x" and "y" has a row per token; a row of the other is choice order_M[row]."""
+    """[E, N, D]. gather: which of "x" and "y" has a row per token, that of a row of the other being token_M[row]."""
     blocks = BLOCKS_INTERPRETED if INTERPRETING else WEIGHT_BLOCKS[x_MD.dtype.itemsize]
     width_x, width_y = x_MD.shape[1], y_MN.shape[1]
     out_END = x_MD.new_empty(len(offsets_E), width_y, width_x)
@@ -216,17 +235,34 @@ def launch_weight(
         num_tiles = triton.cdiv(width_y, blocks.m) * triton.cdiv(width_x, blocks.n)
         launch(
             _weight_kernel, (len(offsets_E) * num_tiles,),
-            x_MD.contiguous(), y_MN.contiguous(), order_M, offsets_E, out_END, width_x, width_y, top_k,
-            GATHER_X=gather == "x", GATHER_Y=gather == "y", GROUP=GROUP, BLOCK_M=blocks.k, BLOCK_N=blocks.m,
+            x_MD, y_MN, token_M, offsets_E, out_END, width_x, width_y,
+            GATHER_X=gather == "x", GATHER_Y=gather == "y",
+            EVEN=width_x % blocks.n == 0 and width_y % blocks.m == 0, GROUP=GROUP, BLOCK_M=blocks.k, BLOCK_N=blocks.m,
             BLOCK_D=blocks.n, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
         )  # fmt: skip
     return out_END
 
 
 def _launch(x_MD: Tensor, weight: Tensor, offsets_E: Tensor, transpose_weight: bool) -> Tensor:
+    x_MD, weight = x_MD.contiguous(), weight.contiguous()
+    if vendor.takes(len(x_MD), len(weight), x_MD, weight):
+        out_MN = vendor.multiply(x_MD, weight, offsets_E, transpose_weight)
+        num_rows, width = out_MN.shape
+        launch(
+            _zero_skipped_kernel, (triton.cdiv(num_rows, ZERO_ROWS),), out_MN, offsets_E, num_rows, len(weight), width,
+            BLOCK_M=ZERO_ROWS, BLOCK_N=ZERO_COLUMNS,
+        )  # fmt: skip
+        return out_MN
     blocks = gemm_blocks(x_MD.dtype, len(x_MD), len(weight))
     tiles_3I = tile_table(offsets_E, len(x_MD), blocks.m)
     return launch_gemm(x_MD, weight, tiles_3I, transpose_weight, blocks, zero_skipped=True)
+
+
+def _launch_weight(x_MD: Tensor, y_MN: Tensor, offsets_E: Tensor) -> Tensor:
+    x_MD, y_MN = x_MD.contiguous(), y_MN.contiguous()
+    if vendor.takes(len(x_MD), len(offsets_E), x_MD, y_MN):
+        return vendor.weight_gradient(x_MD, y_MN, offsets_E)
+    return launch_weight(x_MD, y_MN, offsets_E)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -257,7 +293,7 @@ register(
     "grouped_gemm_weight",
     "(Tensor x_MD, Tensor y_MN, Tensor offsets_E) -> Tensor",
     fake=lambda x_MD, y_MN, offsets_E: x_MD.new_empty(len(offsets_E), y_MN.shape[1], x_MD.shape[1]),
-    launch=launch_weight,
+    launch=_launch_weight,
 )
 
 

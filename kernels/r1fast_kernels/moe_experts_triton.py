@@ -1,5 +1,7 @@
 """The GPU kernels of moe_experts: gather, SwiGLU and routing weight inside the products, sums without atomics.
 
+Where torch's products are faster, even with those beside them in passes over memory, moe_experts_vendor.py runs.
+
     forward    inner    = w silu(gate) up,  [gate; up] = gate_up_e x[token]       rows of x gathered by the product
                rows     = down_e inner                                            grouped_gemm
                out_t    = sum_k rows[slot_tk]                                     in fp32, in the order of k
@@ -24,13 +26,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import grouped_gemm_vendor, moe_experts_vendor
 from .dispatch import empty_gradients
 from .grouped_gemm import gemm_blocks, launch_gemm, launch_weight, multiply, read_tile
 from .launch import launch
 from .moe_dispatch import launch_dispatch, tile_table
+from .moe_experts_rows import combine, swiglu_gradient
 
-# One program of a sum over the rows of a token: 16 values a thread.
-COMBINE_BLOCK, COMBINE_BLOCK_D, COMBINE_WARPS = 2048, 512, 4
 BLOCK_CHOICES, CHOICES_WARPS = 128, 4
 
 
@@ -78,29 +80,6 @@ def _quarters(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_gradient(
-    grad, weight, wide_m, offs_f, mask_m,  # [BLOCK_M, columns] before the weight, [BLOCK_M], [BLOCK_M] int64
-    width_f, kept_ptr, grad_gate_up_ptr, inner_ptr,
-):  # fmt: skip
-    """Stores d gate, d up and inner where they are wanted; returns the columns' share of d w."""
-    mask = mask_m[:, None] & (offs_f < width_f)[None, :]
-    offs_gate = wide_m[:, None] * 2 * width_f + offs_f[None, :]
-    gate = tl.load(kept_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, columns]
-    up = tl.load(kept_ptr + offs_gate + width_f, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, columns]
-    odds = tl.sigmoid(gate)
-    silu = gate * odds
-    if inner_ptr is not None:
-        inner = (silu * up * weight[:, None]).to(inner_ptr.dtype.element_ty)
-        tl.store(inner_ptr + wide_m[:, None] * width_f + offs_f[None, :], inner, mask=mask)
-    if grad_gate_up_ptr is not None:
-        grad_up = grad * silu * weight[:, None]
-        tl.store(grad_gate_up_ptr + offs_gate + width_f, grad_up.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
-        grad_gate = grad * up * odds * (1.0 + gate * (1.0 - odds)) * weight[:, None]
-        tl.store(grad_gate_up_ptr + offs_gate, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
-    return tl.sum(grad * silu * up, axis=1)
-
-
-@triton.jit
 def _inner_gradient_kernel(
     grad_out_ptr, down_ptr, kept_ptr,  # [T, D], [E, D, F], [M, 2F]
     weights_ptr, order_ptr, tiles_ptr,  # [T K], [M], [3, I]
@@ -129,31 +108,11 @@ def _inner_gradient_kernel(
     quarters = _quarters(grad, BLOCK_M, BLOCK_N)
     for i in tl.static_range(4):
         offs_f = column * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
-        share += _swiglu_gradient(
+        share += swiglu_gradient(
             quarters[i], weight, wide_m, offs_f, mask_m, width_f, kept_ptr, grad_gate_up_ptr, inner_ptr
         )
     if partials_ptr is not None:
         tl.store(partials_ptr + wide_m * num_columns + column, share, mask=mask_m)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def _combine_kernel(
-    rows_ptr, slot_ptr, offsets_ptr, out_ptr,  # [M, D], [T, K], [E], [T, D]
-    num_tokens, num_experts, width, top_k, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_t = offs_t < num_tokens
-    mask_d = (offs_d < width)[None, :]
-    end = tl.load(offsets_ptr + num_experts - 1)  # behind it stand the skipped choices, whose rows nobody wrote
-    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for k in range(top_k):
-        slot = tl.load(slot_ptr + offs_t * top_k + k, mask=mask_t, other=0)
-        mask = (mask_t & (slot < end))[:, None] & mask_d
-        row_ptr = rows_ptr + slot.to(tl.int64)[:, None] * width
-        acc += tl.load(row_ptr + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_D]
-    tile_ptr = out_ptr + offs_t[:, None] * width + offs_d[None, :]
-    tl.store(tile_ptr, acc.to(out_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_d)
 
 
 @triton.jit(do_not_specialize=["num_choices"])
@@ -172,31 +131,21 @@ def _weights_gradient_kernel(
     tl.store(out_ptr + choices, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _combine(rows_MD: Tensor, slot_TK: Tensor, offsets_E: Tensor) -> Tensor:
-    """[T, D]: the sum of each token's rows."""
-    (num_tokens, top_k), width = slot_TK.shape, rows_MD.shape[1]
-    out_TD = rows_MD.new_empty(num_tokens, width)
-    block_d = min(COMBINE_BLOCK_D, triton.next_power_of_2(width))
-    block_t = COMBINE_BLOCK // block_d
-    launch(
-        _combine_kernel, (triton.cdiv(num_tokens, block_t), triton.cdiv(width, block_d)),
-        rows_MD, slot_TK, offsets_E, out_TD, num_tokens, len(offsets_E), width, top_k, BLOCK_T=block_t,
-        BLOCK_D=block_d, num_warps=COMBINE_WARPS,
-    )  # fmt: skip
-    return out_TD
-
-
 def launch_forward(
     hidden_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out_TD, order_M, slot_TK, offsets_E, gate_up_M2F."""
-    hidden_TD, gate_up_E2FD, weights_TK = hidden_TD.contiguous(), gate_up_E2FD.contiguous(), weights_TK.contiguous()
+    inputs = hidden_TD, gate_up_E2FD, down_EDF, weights_TK
+    hidden_TD, gate_up_E2FD, down_EDF, weights_TK = (x.contiguous() for x in inputs)
     num_experts, two_f, width = gate_up_E2FD.shape
-    order_M, slot_TK, offsets_E = launch_dispatch(expert_ids_TK, num_experts)
+    dispatched = order_M, slot_TK, offsets_E = launch_dispatch(expert_ids_TK, num_experts)
     num_rows = len(order_M)
+    if grouped_gemm_vendor.takes(num_rows, num_experts, hidden_TD, gate_up_E2FD, down_EDF):
+        out_TD, kept_M2F = moe_experts_vendor.forward(hidden_TD, gate_up_E2FD, down_EDF, weights_TK, dispatched)
+        return out_TD, *dispatched, kept_M2F if keep else kept_M2F.new_empty(0)
     kept_M2F = hidden_TD.new_empty((num_rows, two_f) if keep else (0,))
     if not num_rows:
-        return torch.zeros_like(hidden_TD), order_M, slot_TK, offsets_E, kept_M2F
+        return torch.zeros_like(hidden_TD), *dispatched, kept_M2F
     blocks = gemm_blocks(hidden_TD.dtype, num_rows, num_experts)
     tiles_3I = tile_table(offsets_E, num_rows, blocks.m)
     inner_MF = hidden_TD.new_empty(num_rows, two_f // 2)
@@ -206,7 +155,7 @@ def launch_forward(
         width, two_f // 2, weights_TK.shape[1], EVEN_K=width % blocks.k == 0, **blocks.options,
     )  # fmt: skip
     rows_MD = launch_gemm(inner_MF, down_EDF, tiles_3I, True, blocks, zero_skipped=False)
-    return _combine(rows_MD, slot_TK, offsets_E), order_M, slot_TK, offsets_E, kept_M2F
+    return combine(rows_MD, slot_TK, offsets_E), *dispatched, kept_M2F
 
 
 def launch_backward(grad_out_TD: Tensor, *given: Any) -> tuple[Tensor, ...]:
@@ -216,6 +165,9 @@ def launch_backward(grad_out_TD: Tensor, *given: Any) -> tuple[Tensor, ...]:
     if not num_rows or not any(needs):
         return tuple(x.zero_() for x in empty_gradients(inputs, needs))
     grad_out_TD, hidden_TD, gate_up_E2FD, down_EDF, weights_TK = (x.contiguous() for x in (grad_out_TD, *inputs))
+    if grouped_gemm_vendor.takes(num_rows, len(offsets_E), grad_out_TD, hidden_TD, gate_up_E2FD, down_EDF):
+        inputs = hidden_TD, gate_up_E2FD, down_EDF, weights_TK
+        return moe_experts_vendor.backward(grad_out_TD, inputs, given[4:7], gate_up_M2F, needs)
     (num_experts, width, width_f), top_k = down_EDF.shape, weights_TK.shape[1]
     blocks = gemm_blocks(hidden_TD.dtype, num_rows, num_experts)
     tiles_3I, num_columns = tile_table(offsets_E, num_rows, blocks.m), triton.cdiv(width_f, blocks.n)
@@ -229,13 +181,14 @@ def launch_backward(grad_out_TD: Tensor, *given: Any) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
     hidden, gate_up, down, weights = (x.new_empty(0) for x in inputs)
+    token_M = order_M // top_k
     if needs_hidden and grad_M2F is not None:
         rows_MD = launch_gemm(grad_M2F, gate_up_E2FD, tiles_3I, False, blocks, zero_skipped=False)
-        hidden = _combine(rows_MD, slot_TK, offsets_E)
+        hidden = combine(rows_MD, slot_TK, offsets_E)
     if needs_gate_up and grad_M2F is not None:
-        gate_up = launch_weight(hidden_TD, grad_M2F, offsets_E, order_M, top_k, gather="x")
+        gate_up = launch_weight(hidden_TD, grad_M2F, offsets_E, token_M, gather="x")
     if inner_MF is not None:
-        down = launch_weight(inner_MF, grad_out_TD, offsets_E, order_M, top_k, gather="y")
+        down = launch_weight(inner_MF, grad_out_TD, offsets_E, token_M, gather="y")
     if partials_MJ is not None:
         weights = torch.empty_like(weights_TK)
         launch(

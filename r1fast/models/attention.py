@@ -1,6 +1,6 @@
 """Causal attention over packed sequences: T tokens in a row, `cu_seqlens` says where each sequence begins.
 
-On a CPU our kernel takes the packed tensors as they are; on a GPU in half precision torch's flash kernel does.
+On a CPU our kernel takes the packed tensors as they are; on a GPU in half precision flash attention does (flash.py).
 Elsewhere sequences of like length share one padded call, and thousands of short ones cost a handful of calls:
 
     packed   a a a|b b b b b b|c c c c c c c|d d d      T = 19
@@ -17,20 +17,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.torch_version import Version
 
 import r1fast_kernels as kernels
+from r1fast.models import flash
 from r1fast.models.cache import BlockCache
 from r1fast.models.rope import Rope, Ropes
 from r1fast.models.shared_tokens import SharedTokens
-from r1fast_kernels.dispatch import choose, in_use
+from r1fast_kernels.dispatch import choose, in_use, log_choice
 
 # A bucket takes sequences down to this share of its longest (or within this many tokens): at most 20% of its
 # rows are padding beyond very short sequences, and lengths 79-383 make seven buckets.
 _MIN_FILL = 0.8
 _MIN_SLACK = 8
-# enable_gqa and window_size came to varlen_attn with torch 2.12.
-_VARLEN_HAS_GQA = Version(torch.__version__) >= Version("2.12")
 
 
 class AttentionPlan:
@@ -38,6 +36,7 @@ class AttentionPlan:
 
     rows_T, positions_T: the sequence of each token and its place in it; lengths_N, max_length: of the sequences.
     shared: where sequences have tokens in common. A layer then runs on fewer tokens than these.
+    flash: the libraries of the device, found here because layers may be compiled.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class AttentionPlan:
                 f"{num_tokens} packed tokens"
             )
         rows = torch.repeat_interleave(self.lengths_cpu_N)
-        self.device, self.shared = device, shared
+        self.device, self.shared, self.flash = device, shared, flash.libraries(device)
         self.num_sequences = len(ends) - 1
         self.max_length = int(self.lengths_cpu_N.max()) if self.num_sequences else 0
         self.cu_seqlens = cu_seqlens.to(device, torch.int32)
@@ -128,10 +127,10 @@ def _attend(
     q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, plan: AttentionPlan, rope: Rope | None, scale: float,
     k_pe_TR: Tensor | None, window: int | None,
 ) -> Tensor:  # fmt: skip
-    """As r1fast_kernels.packed_attention, which runs on a CPU and, as "reference", anywhere. Else torch's flash kernels
-    do: they take one head dimension only, so that keys and values are made of one width.
+    """As r1fast_kernels.packed_attention, which runs on a CPU and, as "reference", anywhere. Else torch rotates, and
+    flash attention or, padded, torch's scaled_dot_product_attention does the rest.
     """
-    if in_use() == "reference" or choose("packed_attention", None, q_THd)[0] == "cpp":
+    if in_use() is not None or (not plan.flash and choose("packed_attention", None, q_THd)[0] == "cpp"):
         return kernels.packed_attention(
             q_THd, k_TKd, v_TKd, plan.cu_seqlens, scale=scale, k_pe_TR=k_pe_TR, rope=rope[:2] if rope else None,
             interleaved=rope is not None and rope.interleaved, window=window,
@@ -144,25 +143,17 @@ def _attend(
         k_pe_TKR = rope.rotate(k_pe_TR[:, None]).expand(-1, k_TKd.shape[1], -1)
         k_TKd = torch.cat((k_TKd, k_pe_TKR), dim=-1)
     value_dim = v_TKd.shape[-1]
-    # Without a flash kernel, on the CPU too, an S x S matrix would be stored.
+    chosen, reason = flash.choose(
+        plan.flash, q_THd, value_dim, deterministic=torch.are_deterministic_algorithms_enabled()
+    )
+    if plan.flash:
+        log_choice("packed_attention", chosen.name if chosen else "padded", reason)
+    if chosen is not None and plan.max_length > 0:  # no kernel is launched for nothing
+        return flash.attend(chosen, q_THd, k_TKd, v_TKd, plan.cu_seqlens, plan.max_length, scale, window)
+    # Of values of another width than that of the queries an S x S matrix would be stored, on the CPU too.
     if value_dim < q_THd.shape[-1]:
         v_TKd = F.pad(v_TKd, (0, q_THd.shape[-1] - value_dim))
-    is_half = q_THd.dtype in (torch.bfloat16, torch.float16)
-    if _VARLEN_HAS_GQA and q_THd.is_cuda and is_half and q_THd.shape[-1] <= 256:  # most channels of a flash kernel
-        out_THd = _varlen(q_THd, k_TKd, v_TKd, plan, scale, window)
-    else:
-        out_THd = _bucketed(q_THd, k_TKd, v_TKd, scale, plan.padded, window)
-    return out_THd[..., :value_dim]
-
-
-def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, window: int | None) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    spans = (plan.cu_seqlens, plan.cu_seqlens, plan.max_length, plan.max_length)
-    seen = (-1 if window is None else window - 1, 0)
-    out = varlen_attn(q, k, v, *spans, scale=scale, window_size=seen, enable_gqa=q.shape[1] != k.shape[1])
-    assert isinstance(out, Tensor), "varlen_attn returns a tuple only when asked for return_aux"
-    return out
+    return _bucketed(q_THd, k_TKd, v_TKd, scale, plan.padded, window)[..., :value_dim]
 
 
 def _bucketed(

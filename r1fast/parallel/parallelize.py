@@ -42,6 +42,7 @@ ActivationCheckpointing = Literal["none", "selective", "full"]
 KEPT_OPS = frozenset({
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise",
     "r1fast::packed_attention", "r1fast::moe_experts", "r1fast::grouped_gemm", "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_varlen_forward", "flash_attn_3::_flash_attn_forward",
     "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
 })  # fmt: skip

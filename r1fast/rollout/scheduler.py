@@ -20,6 +20,7 @@ goes on with the noise of its next position.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,7 +32,8 @@ from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.models.layers import HeadFn
 from r1fast.rollout.admission import Admission, Sample, SequenceGroup, num_blocks_of
-from r1fast.rollout.fast_decode import fast_decode
+from r1fast.rollout.fast_decode import FastDecode, fast_decode
+from r1fast.rollout.fused_decode import FusedDecode
 from r1fast.rollout.graphs import StepGraphs
 from r1fast.rollout.input_batch import InputBatch, RowState, RowViews, width_of
 from r1fast.rollout.sampling import SampledTokens, SamplingParams, fold_in
@@ -72,7 +74,7 @@ class Scheduler:
         steps = SYNC_STEPS.get(model.embed_tokens.weight.device.type, DEVICE_SYNC_STEPS)
         num_blocks = limits.num_blocks if graphs is None else limits.num_blocks - 1
         self.admission = Admission(prompts, params.max_tokens, num_blocks, limits.max_rows, steps)
-        self.decoder = fast_decode(model) or model  # in C++ where it can, or the modules
+        self.decoder = fast_decode(model) or model  # C++ or fused, or the modules
         weight_VD = model.embed_tokens.weight
         self.device = weight_VD.device
         self.cache = BlockCache(model.config, limits.num_blocks, weight_VD.dtype, self.device)
@@ -94,6 +96,10 @@ class Scheduler:
 
     def run(self) -> Iterator[tuple[int, SampledTokens]]:
         """Each sample with its index, when it has left."""
+        with self.decoder.stacked() if isinstance(self.decoder, FusedDecode) else nullcontext():
+            yield from self._run_all()
+
+    def _run_all(self) -> Iterator[tuple[int, SampledTokens]]:
         addresses = self._addresses()
         while self.admission.queue or self.running:
             self._grow()
@@ -160,12 +166,13 @@ class Scheduler:
                 prompt.experts_PLK = np.concatenate(experts)
 
     def _decode_part(self, ids_T: Tensor, start: int, blocks: list[int], head: HeadFn) -> tuple[Tensor, Tensor | None]:
-        """Tokens of a sequence from place `start` on, a row for each. By the modules: in every layer all rows are
-        written before any is read."""
+        """Tokens of a sequence from place `start` on, a row for each. Not in C++: in every layer all rows are written
+        before any is read."""
         end = start + len(ids_T)
         table_1N = torch.tensor([blocks[: num_blocks_of(end)]], dtype=torch.int32, device=self.device)
         places_T = torch.arange(start, end, device=self.device)
-        return self._run(self.model.decode, ids_T, places_T, self.cache, table_1N.expand(len(ids_T), -1), head=head)
+        decode = self.model.decode if isinstance(self.decoder, FastDecode) else self.decoder.decode
+        return self._run(decode, ids_T, places_T, self.cache, table_1N.expand(len(ids_T), -1), head=head)
 
     def _run(self, run: Callable[..., Any], *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         """Logits, and the experts of each token as int16 [tokens, L, K] where they are recorded."""
@@ -183,24 +190,21 @@ class Scheduler:
 
     def _recompute(self, samples: list[Sample]) -> None:
         """The keys and values of what they have sampled, but for the last token, which the next step feeds. In C++ step
-        by step, as the first time: the same bits. By the modules all tokens of a sample together: the same ops, whose
-        products have other numbers of rows."""
-        if self.decoder is self.model:
+        by step, as the first time: the same bits. Else all tokens of a sample together: the same ops, whose products
+        have other numbers of rows."""
+        if not isinstance(self.decoder, FastDecode):
             most = self.limits.max_num_batched_tokens
             for x in samples:
                 for start in range(0, x.num_sampled - 1, most):
                     ids_T = self.ids_RS[x.line, start : min(start + most, x.num_sampled - 1)]
                     self._decode_part(ids_T, len(x.prompt.ids) + start, x.blocks, _of_none)
             return
-        lines_B, begins_B, counts_B = (
-            self._int64(x)
-            for x in ([x.line for x in samples], [len(x.prompt.ids) for x in samples], [x.num_sampled for x in samples])
-        )
+        rows = [(x.line, len(x.prompt.ids), x.num_sampled - 1) for x in samples]
         table_BN = torch.tensor(self._tables(samples), dtype=torch.int32)
-        for count in range(max((x.num_sampled - 1 for x in samples), default=0)):
-            (row_B,) = (counts_B - 1 > count).nonzero(as_tuple=True)
-            ids_B = self.ids_RS[lines_B[row_B], count]
-            self.decoder.decode(ids_B, begins_B[row_B] + count, self.cache, table_BN[row_B])
+        for count in range(max((fed for *_, fed in rows), default=0)):
+            row_B = self._int64([row for row, (*_, fed) in enumerate(rows) if fed > count])
+            line_B, begin_B, _ = self._int64(rows)[row_B].unbind(1)
+            self.decoder.decode(self.ids_RS[line_B, count], begin_B + count, self.cache, table_BN[row_B])
 
     def _begin(self, entering: list[Sample]) -> None:
         """Rows of their own: those that go on where they were, and behind them those whose first token is sampled."""
@@ -301,7 +305,7 @@ class Scheduler:
     def _addresses(self) -> list[int]:
         return [] if self.graphs is None else [param.data_ptr() for param in self.model.parameters()]
 
-    def _int64(self, values: Sequence[int]) -> Tensor:
+    def _int64(self, values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def _slots(self, blocks: list[int], num_tokens: int) -> Tensor:

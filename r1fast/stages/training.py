@@ -23,6 +23,7 @@ from r1fast.models.lora import set_noise
 from r1fast.models.moe import Routing
 from r1fast.parallel import checkpoint
 from r1fast.parallel.optim import build_optimizer, lr_at
+from r1fast.parallel.ordered import ordered_sums
 from r1fast.parallel.parallelize import grad_norm_and_clip
 from r1fast.schema_options import TrainOptions
 from r1fast.stages.context import StageContext
@@ -121,8 +122,9 @@ class Trainer:
         for i, batch in enumerate(batches):
             if self.ctx.stage.lora is not None:
                 set_noise(self.model, crc32(f"{self.ctx.seed},{self.step},{self.ctx.dist.rank},{i}".encode()))
-            loss, found, routing = self._forward(batch, loss_fn, scale)
-            loss.backward()
+            with ordered_sums(device, self.ctx.recipe.trainer.deterministic):
+                loss, found, routing = self._forward(batch, loss_fn, scale)
+                loss.backward()
             parts.append({"loss": Mean(loss.detach(), 0), **found})
             if batch is not None and routing is not None:
                 counts_LE += count_experts(routing.expert_ids, counts_LE.shape[1])

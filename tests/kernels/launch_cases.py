@@ -1,25 +1,37 @@
-"""Calls of every public op over the options that make another kernel, as `(options, call)`; see launches.py.
+"""Calls of every public op over the options that make another kernel, as `(options, call)`; see fake_gpu.py.
 
 Shapes are production's where tile sizes depend on them, and 1 where Triton makes a constant of it.
 """
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import r1fast_kernels as kernels
+from r1fast_kernels import decode_parts as parts
+from r1fast_kernels import grouped_gemm_vendor
 from tests.kernels.backends import BF16, FP16, FP32
-from tests.kernels.launches import Options, backward
 
+Options = dict[str, Any]
 INT32, INT64 = torch.int32, torch.int64
 FLOATS = (BF16, FP16, FP32)
 
 
 def new(*shape: int, dtype: torch.dtype = FP32, learns: bool = False) -> Tensor:
     return torch.empty(shape, dtype=dtype, requires_grad=learns)
+
+
+def backward(*outputs: Any) -> None:
+    """Of the sum of everything that has a gradient."""
+    total = sum(x.sum() for x in outputs if x.requires_grad)
+    if isinstance(total, torch.Tensor):
+        total.backward()
 
 
 @dataclass(frozen=True)
@@ -141,6 +153,18 @@ def _dispatch(experts: int, top_k: int) -> None:
 
 # Rows an expert: sampling, in between, training; then widths that tiles divide, that they do not, and 1.
 _ROWS, _WIDTHS = (3, 100, 2000), ((2048, 768), (31, 17), (1, 1))
+_EVEN = ((2048, 768), (40, 24))
+
+
+def _on_hopper(call: Callable[..., None]) -> Callable[..., None]:
+    """There large grouped products are torch's."""
+
+    def run(**options: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grouped_gemm_vendor, "on_hopper", lambda device: True)
+            call(**options)
+
+    return run
 
 
 def _grouped(dtype: torch.dtype, rows: int, widths: tuple[int, int], transpose: bool, experts: int) -> None:
@@ -182,6 +206,21 @@ def _decode(
     )  # fmt: skip
 
 
+def _decode_parts(dtype: torch.dtype, widths: tuple[int, int], heads: tuple[int, int], rope: bool, norms: bool) -> None:
+    """widths: of the model and of its MLP; the head's is that of the model over the query heads, at most 128."""
+    (width, inner_width), (num_heads, num_kv_heads) = widths, heads
+    head_dim, B = min(128, width // num_heads // 2 * 2), 2
+    x_BD, channels = new(B, width, dtype=dtype), new(head_dim, dtype=dtype)
+    parts.add_rms_norm(x_BD, x_BD, new(width, dtype=dtype), eps=1e-6)
+    angles = new(B, head_dim // 2, dtype=dtype)
+    slots = new(64, num_kv_heads, head_dim, dtype=dtype)
+    parts.rotate_and_write(
+        new(B, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype), (slots, slots), new(B, dtype=INT64),
+        rope=(angles, angles) if rope else None, norms=(channels, channels) if norms else None, eps=1e-6,
+    )  # fmt: skip
+    parts.swiglu(new(B, 2 * inner_width, dtype=dtype))
+
+
 CASES: dict[str, Case] = {
     "selective_logprobs": Case(
         {"dtype": FLOATS, "entropy": (False, True), "inplace": (False, True), "vocab": (152_064, 50, 1),
@@ -209,10 +248,23 @@ CASES: dict[str, Case] = {
     "grouped_gemm": Case(
         {"dtype": FLOATS, "rows": _ROWS, "widths": _WIDTHS, "transpose": (True, False), "experts": (16, 1)}, _grouped
     ),
+    "grouped_gemm of torch": Case(
+        {"dtype": (BF16,), "rows": (2000,), "widths": _EVEN, "transpose": (True, False), "experts": (16, 1)},
+        _on_hopper(_grouped),
+    ),
     "moe_experts": Case(
         {"dtype": FLOATS, "rows": _ROWS, "widths": _WIDTHS, "experts": (128, 1), "top_k": (8, 1),
          "learns": ((True,) * 4, (True, False, False, False), (False, True, True, False), (False, False, False, True),
                     (False,) * 4)}, _experts,
+    ),
+    "decode_layers": Case(
+        {"dtype": FLOATS, "widths": ((1536, 8960), (8192, 28_672), (896, 4864), (33, 17)),
+         "heads": ((12, 2), (64, 8), (1, 1)), "rope": (True, False), "norms": (False, True)}, _decode_parts,
+        lambda options: options["widths"][0] >= 2 * options["heads"][0],
+    ),
+    "moe_experts around torch": Case(
+        {"dtype": (BF16,), "rows": (2000,), "widths": _EVEN, "experts": (128, 1), "top_k": (8, 1),
+         "learns": ((True,) * 4, (False, False, True, False), (False,) * 4)}, _on_hopper(_experts),
     ),
     "decode_attention": Case(
         {"dtype": FLOATS, "widths": ((128, 128), (64, 64), (256, 256), (576, 512), (192, 128), (33, 33), (16, 1)),
@@ -220,3 +272,33 @@ CASES: dict[str, Case] = {
          "window": (None, 100)}, _decode,
     ),
 }  # fmt: skip
+
+
+def covering(
+    options: dict[str, Sequence[Any]], strength: int, valid: Callable[[Options], bool] = lambda _: True
+) -> list[Options]:
+    """Choices in which any `strength` of the options meet in every valid way; few, not fewest."""
+    draw = random.Random(0)
+
+    def fill(fixed: Options) -> Options:
+        return {name: draw.choice(values) for name, values in options.items()} | fixed
+
+    def tuples(choice: Options) -> set[tuple[tuple[str, int], ...]]:
+        places = [(name, options[name].index(value)) for name, value in choice.items()]
+        return set(combinations(places, min(strength, len(places))))
+
+    missing = {
+        tuple(zip(names, places))
+        for names in combinations(options, min(strength, len(options)))
+        for places in product(*(range(len(options[name])) for name in names))
+    }
+    chosen: list[Options] = []
+    while missing:
+        wanted = min(missing)
+        fixed = {name: options[name][place] for name, place in wanted}
+        candidates = [choice for choice in (fill(fixed) for _ in range(60)) if valid(choice)]
+        if candidates:
+            chosen.append(max(candidates, key=lambda choice: len(tuples(choice) & missing)))
+            missing -= tuples(chosen[-1])
+        missing.discard(wanted)  # no choice holds it: it is not valid
+    return chosen

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
@@ -11,7 +12,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Exper
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from r1fast_kernels import moe_experts
+from r1fast_kernels import grouped_gemm_vendor, moe_experts
 
 NAMES = ("hidden", "gate_up", "down", "weights")
 
@@ -65,6 +66,31 @@ def random_layer(
         torch.rand(num_tokens, k, generator=generator).bfloat16().double(),
         normal(num_tokens, width),
     )
+
+
+def vendor_takes_all(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grouped products of any number of bf16 rows on any device are torch's. Rows that it need not write are NaN.
+
+    Returns what it multiplies from now on.
+    """
+    vendor, seen = grouped_gemm_vendor, list[str]()
+    multiply, weight_gradient = vendor.multiply, vendor.weight_gradient
+
+    def poisoned(x_MD: Tensor, weight: Tensor, offsets_E: Tensor, transpose_weight: bool) -> Tensor:
+        seen.append("multiply")
+        out_MN = multiply(x_MD, weight, offsets_E, transpose_weight)
+        out_MN[torch.arange(len(out_MN), device=out_MN.device) >= offsets_E[-1]] = torch.nan
+        return out_MN
+
+    def counted(x_MD: Tensor, y_MN: Tensor, offsets_E: Tensor) -> Tensor:
+        seen.append("weight_gradient")
+        return weight_gradient(x_MD, y_MN, offsets_E)
+
+    monkeypatch.setattr(vendor, "on_hopper", lambda device: True)
+    monkeypatch.setattr(vendor, "MIN_ROWS", 0)
+    monkeypatch.setattr(vendor, "multiply", poisoned)
+    monkeypatch.setattr(vendor, "weight_gradient", counted)
+    return seen
 
 
 def run(layer: Layer, needs: tuple[bool, ...] = (True,) * 4, **options: object) -> list[Tensor]:

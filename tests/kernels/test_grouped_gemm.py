@@ -3,9 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r1fast_kernels import grouped_gemm_vendor as vendor
 from r1fast_kernels.grouped_gemm import grouped_gemm
 from tests.kernels.backends import BF16, FP16, FP32, FP64, Backend, assert_as_exact, assert_same_bits, needs_cpp
-from tests.kernels.moe import bf16_products
+from tests.kernels.moe import bf16_products, vendor_takes_all
 
 # Rows of each expert, rows that belong to none, D, N.
 CASES = {
@@ -57,6 +58,51 @@ def test_as_exact_as_torch(backend: Backend, name: str, dtype: torch.dtype, tran
         assert_as_exact(g, p, e, times, part)
     ends = sum(CASES[name][0])
     assert not got[0][ends:].any() and not got[1][ends:].any()
+
+
+@pytest.mark.parametrize("transpose_weight", [True, False], ids=["linear", "plain"])
+@pytest.mark.parametrize("name", ["random", "empty-experts", "skipped-rows", "one-row"])
+def test_large_products_are_torchs(
+    backend: Backend, name: str, transpose_weight: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend.name == "cpp":
+        pytest.skip("of Triton's operator")
+    counts, skipped, _, _ = CASES[name]
+    case = random_case(counts, skipped, 16, 8, transpose_weight)
+    exact, plain = (run(case, transpose_weight, dtype, "cpu", "reference") for dtype in (FP64, BF16))
+    seen = vendor_takes_all(monkeypatch)
+    got = run(case, transpose_weight, BF16, backend.device, backend.impl)
+    assert seen == ["multiply", "multiply", "weight_gradient"]
+    for part, g, p, e, times in zip(("out", "x", "weight"), got, plain, exact, (2, 3, 3), strict=True):
+        assert_as_exact(g, p, e, times, part)
+    assert not got[0][sum(counts) :].any() and not got[1][sum(counts) :].any()
+
+
+@pytest.mark.parametrize("transpose_weight", [True, False], ids=["linear", "plain"])
+def test_torchs_products_have_our_layout(transpose_weight: bool) -> None:
+    x, weight, offsets, y = random_case([5, 0, 11], 0, 16, 8, transpose_weight)
+    want = run((x, weight, offsets, y), transpose_weight, FP64, "cpu", "reference")
+    x, weight, y = (t.bfloat16() for t in (x, weight, y))
+    sides = (x, y) if transpose_weight else (y, x)
+    got = (
+        vendor.multiply(x, weight, offsets, transpose_weight),
+        vendor.multiply(y, weight, offsets, not transpose_weight),
+        vendor.weight_gradient(*sides, offsets),
+    )
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-2, atol=3e-2)
+    assert not got[2][1].any()
+
+
+def test_which_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.zeros(1024, 64, dtype=BF16), torch.zeros(8, 48, 64, dtype=BF16)
+    assert not vendor.takes(1024, 8, x, weight)  # on a CPU
+    monkeypatch.setattr(vendor, "on_hopper", lambda device: True)
+    assert vendor.takes(1024, 8, x, weight)
+    assert not vendor.takes(1023, 8, x, weight)
+    assert not vendor.takes(1024, 8, x.half(), weight.half())
+    assert not vendor.takes(1024, 8, x, weight[:, :47].contiguous())
+    assert not vendor.takes(1024, 8, x, torch.zeros(8 * 48 * 64 + 1, dtype=BF16)[1:].view(8, 48, 64))
 
 
 @needs_cpp

@@ -18,7 +18,16 @@ from tests.kernels.backends import (
     of_older_processor,
     slow_when_interpreted,
 )
-from tests.kernels.moe import NAMES, Layer, bf16_products, random_layer, run, transformers_experts, without_rows
+from tests.kernels.moe import (
+    NAMES,
+    Layer,
+    bf16_products,
+    random_layer,
+    run,
+    transformers_experts,
+    vendor_takes_all,
+    without_rows,
+)
 
 DTYPES = [FP32, BF16, FP16, FP64]
 
@@ -54,6 +63,21 @@ def test_as_exact_as_torch(backend: Backend, name: str, dtype: torch.dtype) -> N
     if dtype not in backend.dtypes:
         pytest.skip(f"{backend.name} does not take {dtype}")
     assert_follows_rule(random_layer(**CASES[name]), dtype, backend)
+
+
+@pytest.mark.parametrize("name", ["random", "T1", "one-takes-all", "some-skipped", "all-skipped", "empty-experts"])
+def test_around_torchs_products(backend: Backend, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend.name == "cpp":
+        pytest.skip("of Triton's operator")
+    seen = vendor_takes_all(monkeypatch)
+    layer = random_layer(**CASES[name] | {"width": 16, "inner": 8})
+    assert_follows_rule(layer, BF16, backend)
+    assert seen.count("multiply") == 4 and seen.count("weight_gradient") == 2
+    everything = run(layer.to(BF16, backend.device), impl=backend.impl)
+    for alone in range(4):
+        needs = tuple(i == alone for i in range(4))
+        out, gradient = run(layer.to(BF16, backend.device), needs, impl=backend.impl)
+        assert torch.equal(out, everything[0]) and torch.equal(gradient, everything[1 + alone]), NAMES[alone]
 
 
 @needs_cpp
