@@ -12,6 +12,8 @@ heads read one key head.
 Bound by memory: s K (d + e) bytes of a row's tokens (s d where values are a view of keys), for 2 H (d + e) FLOPs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,13 +46,18 @@ def decode_attention_reference(
     return torch.einsum("bkgj,bjke->bkge", probs_BKgJ, v_BJKe).flatten(1, 2).to(q_BHd.dtype)
 
 
-register(
-    "decode_attention",
-    "(Tensor q_BHd, Tensor k_SKd, Tensor v_SKe, Tensor block_table_BN, Tensor lengths_B, float scale, "
-    "int? window=None) -> Tensor",
-    fake=lambda q_BHd, _, v_SKe, *others: q_BHd.new_empty(*q_BHd.shape[:2], v_SKe.shape[2]),
-    launch=launch_decode,
+_SCHEMA = (
+    "Tensor q_BHd, Tensor k_SKd, Tensor v_SKe, Tensor block_table_BN, Tensor lengths_B, float scale, int? window=None"
 )
+
+
+def _fake(q_BHd: Tensor, _: Tensor, v_SKe: Tensor, *others: Any, **counters: Any) -> Tensor:
+    return q_BHd.new_empty(*q_BHd.shape[:2], v_SKe.shape[2])
+
+
+register("decode_attention", f"({_SCHEMA}) -> Tensor", fake=_fake, launch=launch_decode)
+# With counters that are there: one launch.
+register("decode_attention_counted", f"({_SCHEMA}, *, Tensor(a!) finished) -> Tensor", fake=_fake, launch=launch_decode)
 
 
 @torch.no_grad()
@@ -63,6 +70,7 @@ def decode_attention(
     *,
     scale: float,
     window: int | None = None,
+    finished: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Attention of B queries, each over the tokens of its own row; no gradient.
@@ -74,6 +82,8 @@ def decode_attention(
     lengths_B        int32 [B]: tokens of the row, at least 1, at most 16 N
     scale            on the scores, above 0
     window           tokens at the end of each row that are seen; None: all
+    finished         int32 [B H], all 0, and so again behind the call: what a GPU's programs count in; None: one launch
+                     more, that makes it
     Returns out_BHe in the dtype of q; under autocast in its dtype, with q taken to the cache's, which is not rounded.
     What a row gets depends on the row alone: the same bits in any batch.
     """
@@ -104,5 +114,9 @@ def decode_attention(
     if chosen == "reference":
         out_BHe = decode_attention_reference(q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale, window)
     else:
-        out_BHe = torch.ops.r1fast.decode_attention(q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale, window)
+        given = (q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale, window)
+        if chosen == "cpp" or finished is None:
+            out_BHe = torch.ops.r1fast.decode_attention(*given)
+        else:
+            out_BHe = torch.ops.r1fast.decode_attention_counted(*given, finished=finished)
     return out_BHe.to(out_dtype)

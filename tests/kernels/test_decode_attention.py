@@ -215,6 +215,15 @@ def test_strided_inputs_and_no_rows(backend: Backend) -> None:
     assert attend(empty, backend.impl).shape == attend(empty, "reference").shape == (0, 8, 64)
 
 
+def test_counters_are_left_at_zero(backend: Backend) -> None:
+    """So that the next layer counts in them; and change no bit."""
+    rows = backend.to(random_rows(SHAPES["two-tiles"], BF16, lengths=[5, 300, 600]))
+    finished = torch.zeros(3 * 40, dtype=torch.int32, device=backend.device)
+    for _ in range(2):
+        got = decode_attention(**rows, scale=SCALE, impl=backend.impl, finished=finished)
+        assert torch.equal(got, attend(rows, backend.impl)) and not finished.any()
+
+
 def test_same_bits_every_time(backend: Backend) -> None:
     rows = backend.to(random_rows(SHAPES["grouped"], lengths=[5, 300]))
     assert_same_bits(lambda: [attend(rows, backend.impl)])
