@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import r1fast_kernels as kernels
+from r1fast_kernels import decode_parts as parts
 from r1fast_kernels import grouped_gemm_vendor
 from tests.kernels.backends import BF16, FP16, FP32
 
@@ -205,6 +206,21 @@ def _decode(
     )  # fmt: skip
 
 
+def _decode_parts(dtype: torch.dtype, widths: tuple[int, int], heads: tuple[int, int], rope: bool, norms: bool) -> None:
+    """widths: of the model and of its MLP; the head's is that of the model over the query heads, at most 128."""
+    (width, inner_width), (num_heads, num_kv_heads) = widths, heads
+    head_dim, B = min(128, width // num_heads // 2 * 2), 2
+    x_BD, channels = new(B, width, dtype=dtype), new(head_dim, dtype=dtype)
+    parts.add_rms_norm(x_BD, x_BD, new(width, dtype=dtype), eps=1e-6)
+    angles = new(B, head_dim // 2, dtype=dtype)
+    slots = new(64, num_kv_heads, head_dim, dtype=dtype)
+    parts.rotate_and_write(
+        new(B, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype), (slots, slots), new(B, dtype=INT64),
+        rope=(angles, angles) if rope else None, norms=(channels, channels) if norms else None, eps=1e-6,
+    )  # fmt: skip
+    parts.swiglu(new(B, 2 * inner_width, dtype=dtype))
+
+
 CASES: dict[str, Case] = {
     "selective_logprobs": Case(
         {"dtype": FLOATS, "entropy": (False, True), "inplace": (False, True), "vocab": (152_064, 50, 1),
@@ -240,6 +256,11 @@ CASES: dict[str, Case] = {
         {"dtype": FLOATS, "rows": _ROWS, "widths": _WIDTHS, "experts": (128, 1), "top_k": (8, 1),
          "learns": ((True,) * 4, (True, False, False, False), (False, True, True, False), (False, False, False, True),
                     (False,) * 4)}, _experts,
+    ),
+    "decode_layers": Case(
+        {"dtype": FLOATS, "widths": ((1536, 8960), (8192, 28_672), (896, 4864), (33, 17)),
+         "heads": ((12, 2), (64, 8), (1, 1)), "rope": (True, False), "norms": (False, True)}, _decode_parts,
+        lambda options: options["widths"][0] >= 2 * options["heads"][0],
     ),
     "moe_experts around torch": Case(
         {"dtype": (BF16,), "rows": (2000,), "widths": _EVEN, "experts": (128, 1), "top_k": (8, 1),

@@ -20,6 +20,8 @@ from r1fast.models import moe
 from r1fast.models.decoder import Decoder
 from r1fast.rollout import graphs, scheduler
 from r1fast.rollout.engine import RolloutEngine
+from r1fast.rollout.fast_decode import unknown_parts
+from r1fast.rollout.fused_decode import FusedDecode
 from r1fast.rollout.graphs import CudaCapture, StepGraphs, bucket_of
 from r1fast.rollout.sampling import Completion, SamplingParams
 from tests import zoo
@@ -128,13 +130,19 @@ def test_each_step_runs_once_and_most_by_a_graph_with_little_padding(seed: int) 
 # ---- steps that are captured ----
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{}, {"min_tokens": 12, "top_p": 0.9}], ids=str)
+# Op after op: by the modules, and as on a GPU.
+STEPS = [(family, False, {"min_tokens": 12, "top_p": 0.9}) for family in FAMILIES]
+STEPS += [
+    (family, not unknown_parts(zoo.decoder(family, **FAMILIES[family]).config, on_gpu=True), {}) for family in FAMILIES
+]
+
+
+@pytest.mark.parametrize(("family", "fused", "options"), STEPS, ids=str)
 def test_a_tape_of_the_step_samples_the_same(
-    family: str, options: dict[str, Any], tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
+    family: str, fused: bool, options: dict[str, Any], tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing that changes from step to step is baked in, nothing outside of the buffers survives it."""
-    monkeypatch.setattr(scheduler, "fast_decode", lambda *_: None)  # op after op, as on a GPU
+    monkeypatch.setattr(scheduler, "fast_decode", FusedDecode if fused else lambda *_: None)
     model = random_model(family)
     is_moe = any(True for _ in model.moe_layers())
     params = SamplingParams(n=5, max_tokens=30, seed=4, stop_token_ids=[5, 6, 7], **options)
@@ -201,7 +209,20 @@ def test_cache_and_graphs_go_with_the_call(tapes: list[Tape], monkeypatch: pytes
         gc.enable()
 
 
-def test_a_capture_that_fails_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            RuntimeError("not permitted when capturing"),
+            r"enforce_eager=True \(in.* decodes without: not permitted when",
+        ),
+        (torch.OutOfMemoryError("tried to allocate"), r"no memory was left .* kv_cache_memory_bytes .*: tried to allo"),
+    ],
+    ids=["op", "memory"],
+)
+def test_a_capture_that_fails_says_why_and_what_to_do(
+    error: Exception, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     @contextlib.contextmanager
     def capturing(*args: Any, **options: Any) -> Iterator[None]:
         assert options["capture_error_mode"] == "thread_local"
@@ -226,9 +247,9 @@ def test_a_capture_that_fails_says_why_and_what_to_do(monkeypatch: pytest.Monkey
     def step() -> None:
         runs.append(len(runs))
         if len(runs) > 1:
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise error
 
-    with pytest.raises(RuntimeError, match=r"enforce_eager=True .*: operation not permitted when stream is capturing"):
+    with pytest.raises(RuntimeError, match=text):
         CudaCapture()(step)
     assert runs == [0, 1], "once for its token, once to be captured"
 
