@@ -18,7 +18,7 @@ import torch
 from bench import harness
 from bench.cases import cases_of
 
-OF_MODELS = ("train_step", "grpo_step", "generate", "packed_attention")
+OF_MODELS = ("train_step", "grpo_step", "generate", "decode_layers", "packed_attention")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

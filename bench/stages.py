@@ -45,8 +45,9 @@ OPS = (
     "selective_logprobs", "grouped_gemm", "moe_experts", "decode_attention", "sample_tokens", "packed_attention",
     "linear_logprobs", "linear_grpo_loss", "linear_cross_entropy", "grpo_loss",
 )  # fmt: skip
-MODELS = (("generate", "qwen2.5-1.5b"), ("train_step", "qwen2.5-1.5b"), ("grpo_step", "qwen2.5-1.5b"),
-          ("generate", "v3-16b-a3b"))  # fmt: skip
+DENSE, MIXTURE = "qwen2.5-1.5b", "v3-16b-a3b"
+MODELS = (("decode_layers", DENSE), ("generate", DENSE), ("train_step", DENSE), ("grpo_step", DENSE),
+          ("generate", MIXTURE))  # fmt: skip
 LARGEST = "T32768"  # of the grouped products the size that was asked about; smaller ones are for the rest
 PYTEST = ("-p", "no:cacheprovider", "-q")
 GRACE_S = 15  # between an interrupt and the end of a stage

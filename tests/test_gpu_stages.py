@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def test_every_case_of_a_gpu_is_in_one_stage() -> None:
     found = [case for stage in ("ops", "models", "rest") for case in stages.cases_of(stage)]
     assert len(found) == len(set(found)) and set(found) == {case for case in CASES if case.device == "cuda"}
-    assert [case.op for case in stages.cases_of("models")] == ["generate", "train_step", "grpo_step", "generate"]
+    assert [(case.op, case.mode) for case in stages.cases_of("models")] == list(stages.MODELS)
     assert all((ROOT / path).exists() for path in stages.SMOKE)
     assert sum(stages.STAGES.values()) < 15 * 60
 
