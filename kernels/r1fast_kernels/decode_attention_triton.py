@@ -176,6 +176,16 @@ def blocks_for(width: int, element_size: int) -> Blocks:
     return Blocks(32 if width >= 256 else 64, 4, 5)
 
 
+def spans_of(num_tokens: int) -> int:
+    return max(1, triton.cdiv(num_tokens, SPAN))
+
+
+def scratch_bytes(num_rows: int, num_heads: int, value_width: int, num_tokens: int) -> int:
+    """Of a call whose block table has room for so many tokens a row: the sums of each span, and their lse, in fp32."""
+    num_spans = spans_of(num_tokens)
+    return 0 if num_spans == 1 else 4 * num_rows * num_heads * num_spans * (value_width + 1)
+
+
 def launch_decode(
     q_BHd: Tensor, k_SKd: Tensor, v_SKe: Tensor, block_table_BN: Tensor, lengths_B: Tensor, scale: float,
     window: int | None = None, finished: Tensor | None = None,
@@ -191,7 +201,7 @@ def launch_decode(
     shared = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and e <= block_d
     block_e = block_d if shared else max(16, triton.next_power_of_2(e))
     blocks = blocks_for(block_d, q.element_size())
-    tiles, num_spans = K * triton.cdiv(H // K, BLOCK_H), max(1, triton.cdiv(table.shape[1] * BLOCK, SPAN))
+    tiles, num_spans = K * triton.cdiv(H // K, BLOCK_H), spans_of(table.shape[1] * BLOCK)
     window = table.shape[1] * BLOCK if window is None else window
     parts = lse = None
     if num_spans > 1:
