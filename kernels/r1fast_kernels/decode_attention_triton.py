@@ -181,9 +181,10 @@ def spans_of(num_tokens: int) -> int:
 
 
 def scratch_bytes(num_rows: int, num_heads: int, value_width: int, num_tokens: int) -> int:
-    """Of a call whose block table has room for so many tokens a row: the sums of each span, and their lse, in fp32."""
+    """Of a call whose block table has room for so many tokens a row: the sums of each span and their lse, in fp32,
+    and counters."""
     num_spans = spans_of(num_tokens)
-    return 0 if num_spans == 1 else 4 * num_rows * num_heads * num_spans * (value_width + 1)
+    return 0 if num_spans == 1 else 4 * num_rows * num_heads * (num_spans * (value_width + 1) + 1)
 
 
 def launch_decode(
@@ -207,7 +208,7 @@ def launch_decode(
     if num_spans > 1:
         parts = q.new_empty(B, H, num_spans, e, dtype=torch.float32)
         lse = q.new_empty(B, H, num_spans, dtype=torch.float32)
-        finished = q.new_zeros(B * tiles, dtype=torch.int32) if finished is None else finished
+        finished = q.new_zeros(B * H, dtype=torch.int32) if finished is None else finished
     launch(
         _attend_kernel, (B * tiles, num_spans),
         q, k, v, table, lengths, out_BHe, parts, lse, None if num_spans == 1 else finished, *q.stride()[:2],
