@@ -318,6 +318,7 @@ OTHERWISE = (
     "key_of(value, 0).to(tl.int64)", "offs_g.to(tl.int64)", "wide_e = offs_e.to(tl.int64)",  # bits of a sorting key
     "tl.store(ids_ptr + b, id.to(tl.int64))",  # what is written
     "tl.load(cu_seqlens_ptr + n",  # T stays below 2^31
+    "row_ptr.to(tl.int64)",  # the bits of an address
 )  # fmt: skip
 WIDENED = [
     (stem, name, place.start(), place.end())
