@@ -112,7 +112,7 @@ def read_tile(tiles_ptr, num_columns, GROUP: tl.constexpr, BLOCK_M: tl.constexpr
 def multiply(
     row_ptr,  # [BLOCK_M] where each row of x begins
     weight_ptr,  # of one expert: [N, D] with TRANSPOSE, else [D, N]
-    columns,  # [BLOCK_N] int64; with TRANSPOSE all < N
+    columns,  # [BLOCK_N]; with TRANSPOSE int64 and all < N
     inner, width, TRANSPOSE: tl.constexpr, EVEN_K: tl.constexpr,  # BLOCK_K divides D
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip

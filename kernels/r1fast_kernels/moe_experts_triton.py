@@ -97,7 +97,7 @@ def _inner_gradient_kernel(
     if grad_gate_up_ptr is not None or partials_ptr is not None:
         grad = multiply(
             grad_out_ptr + (choices // top_k).to(tl.int64) * width, down_ptr + expert * width * width_f,
-            (column * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64), width, width_f, False, EVEN_K, BLOCK_M, BLOCK_N,
+            column * BLOCK_N + tl.arange(0, BLOCK_N), width, width_f, False, EVEN_K, BLOCK_M, BLOCK_N,
             BLOCK_K,
         )  # fmt: skip
     # By quarters: gate, up and what is made of them do not fit into registers beside the whole tile.
