@@ -138,17 +138,16 @@ GAPS = {
     "moe_experts T8192-D2048-F768-E128-K8-bf16-fwd+bwd own": 0.94,
     "moe_experts T16384-D2048-F768-E128-K8-bf16-fwd own": 0.83,
     "moe_experts T32768-D2048-F768-E128-K8-bf16-fwd own": 0.86,
-    "decode_attention B128-T2048-bf16-mla": 0.48,
 }
 # Kernels most of whose bytes go by accesses narrower than 128 bits: a few numbers for each token, choice or sample.
 NARROW = {
-    "_advantages_kernel", "_count_kernel", "_grpo_kernel", "_merge_kernel", "_order_kernel", "_prefix_kernel",
+    "_advantages_kernel", "_count_kernel", "_grpo_kernel", "_order_kernel", "_prefix_kernel",
     "_route_gradient_kernel", "_route_kernel", "_tile_kernel", "_weights_gradient_kernel", "_zero_skipped_kernel",
 }  # fmt: skip
 # (kernel, blocks a multiprocessor takes as in modelled.json, with Triton 3.6): everywhere else they are the same.
 OTHER_BLOCKS = {
     ("_fold_kernel", 4, 5), ("_grpo_kernel", 5, 4), ("_route_kernel", 8, 5), ("_route_gradient_kernel", 7, 9),
-    ("_tile_kernel", 8, 6), ("_swiglu_gradient_kernel", 4, 5), ("_gate_up_kernel", 1, 2), ("_attend_kernel", 4, 3),
+    ("_tile_kernel", 8, 6), ("_swiglu_gradient_kernel", 4, 5), ("_gate_up_kernel", 1, 2),
 }  # fmt: skip
 
 
