@@ -36,9 +36,7 @@ def _attend(launch: Launch) -> Work:
     parts = a["parts_ptr"]
     again = 0 if parts is None else 4 * math.prod(parts.shape)
     stages = (launch.specialisation.options["num_stages"] + 1) // 2
-    return Work(
-        tensor_bytes(launch) - once + again, flops, trips=tokens * heads * tiles / a["BLOCK_T"], stages=stages
-    )
+    return Work(tensor_bytes(launch) - once + again, flops, trips=tokens * heads * tiles / a["BLOCK_T"], stages=stages)
 
 
 def _sample(launch: Launch) -> Work:
