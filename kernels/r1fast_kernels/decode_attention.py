@@ -70,7 +70,6 @@ def decode_attention(
     *,
     scale: float,
     window: int | None = None,
-    finished: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Attention of B queries, each over the tokens of its own row; no gradient.
@@ -82,8 +81,6 @@ def decode_attention(
     lengths_B        int32 [B]: tokens of the row, at least 1, at most 16 N
     scale            on the scores, above 0
     window           tokens at the end of each row that are seen; None: all
-    finished         int32 [B H], all 0, and so again behind the call: what a GPU's programs count in; None: one launch
-                     more, that makes it
     Returns out_BHe in the dtype of q; under autocast in its dtype, with q taken to the cache's, which is not rounded.
     What a row gets depends on the row alone: the same bits in any batch.
     """
@@ -114,9 +111,16 @@ def decode_attention(
     if chosen == "reference":
         out_BHe = decode_attention_reference(q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale, window)
     else:
-        given = (q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale, window)
-        if chosen == "cpp" or finished is None:
-            out_BHe = torch.ops.r1fast.decode_attention(*given)
-        else:
-            out_BHe = torch.ops.r1fast.decode_attention_counted(*given, finished=finished)
+        out_BHe = torch.ops.r1fast.decode_attention(q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale, window)
     return out_BHe.to(out_dtype)
+
+
+@torch.no_grad()
+def decode_attention_counted(*rows: Tensor, scale: float, window: int | None, finished: Tensor) -> Tensor:
+    """decode_attention of `rows`, its tensors, in a step whose layers share what a GPU's programs count in: one launch.
+
+    finished   int32 [B H], all 0, and so again behind the call
+    """
+    if choose("decode_attention", None, rows[0])[0] != "triton":
+        return decode_attention(*rows, scale=scale, window=window)
+    return torch.ops.r1fast.decode_attention_counted(*rows, scale, window, finished=finished)

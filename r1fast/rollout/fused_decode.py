@@ -23,7 +23,7 @@ from r1fast.models.layers import MLP, HeadFn, Linear, RMSNorm
 from r1fast.models.lora import is_adapter
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import Routing
-from r1fast_kernels import decode_attention
+from r1fast_kernels.decode_attention import decode_attention_counted
 from r1fast_kernels.decode_parts import add_rms_norm, rotate_and_write, swiglu
 from r1fast_kernels.dispatch import choose, log_choice
 from r1fast_kernels.products import linear
@@ -98,7 +98,7 @@ class _Layer:
             eps=0.0 if norms[0] is None else norms[0].eps,
         )
         where = (q_BHd, k_SKd, v_SKd, step.block_table_BN, step.lengths_B)
-        out_BHd = decode_attention(*where, scale=attention.scale, window=attention.window, finished=finished)
+        out_BHd = decode_attention_counted(*where, scale=attention.scale, window=attention.window, finished=finished)
         return attention.o_proj(out_BHd.flatten(1))
 
     def feed(self, normed_BD: Tensor) -> tuple[Tensor, Routing | None]:

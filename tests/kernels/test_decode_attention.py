@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from r1fast_kernels import decode_attention, dispatch
-from r1fast_kernels.decode_attention import BLOCK, slots_of
+from r1fast_kernels.decode_attention import BLOCK, decode_attention_counted, slots_of
 from tests.kernels.backends import (
     BF16,
     FP16,
@@ -220,7 +220,7 @@ def test_counters_are_left_at_zero(backend: Backend) -> None:
     rows = backend.to(random_rows(SHAPES["two-tiles"], BF16, lengths=[5, 300, 600]))
     finished = torch.zeros(3 * 40, dtype=torch.int32, device=backend.device)
     for _ in range(2):
-        got = decode_attention(**rows, scale=SCALE, impl=backend.impl, finished=finished)
+        got = decode_attention_counted(*rows.values(), scale=SCALE, window=None, finished=finished)
         assert torch.equal(got, attend(rows, backend.impl)) and not finished.any()
 
 
