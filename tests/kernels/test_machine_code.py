@@ -191,7 +191,7 @@ def not_by_wgmma(found: Iterable[Kernel]) -> set[str]:
 
 
 def factors_in_registers(found: Iterable[Kernel]) -> set[str]:
-    """wgmma reads them while it runs, and ptxas 12.9, which Triton 3.9 has, may give them away before (triton#11781)."""
+    """wgmma reads them while it runs; ptxas 12.9, which Triton 3.9 has, may give them away before (triton#11781)."""
     ops = ((x.launch.name, op) for x in found for op in x.code.whole.code if op.name == "HGMMA")
     return {name for name, op in ops if op.operands.split(", ")[1].startswith("R")}
 
