@@ -328,6 +328,7 @@ def fake_gpu(*, arch: int = 90, index: int = 1, compiles: bool = False, values: 
     gpu = FakeGpu(arch, compiles)
     with pytest.MonkeyPatch.context() as patch, ExitStack() as modes:
         patch.setattr(dispatch, "TRITON_DEVICE", "cpu")
+        patch.setattr(dispatch, "capability", lambda device: divmod(arch, 10))
         head_of_a_gpu(patch)
         patch.setattr(driver, "_active", gpu)
         patch.setattr(JITFunction, "_do_compile", _maybe_compile)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import r1fast_kernels as kernels
-from r1fast_kernels import grouped_gemm_vendor
+from r1fast_kernels import dispatch
 from tests.kernels.backends import BF16, FP16, FP32
 
 Options = dict[str, Any]
@@ -155,12 +155,12 @@ _ROWS, _WIDTHS = (3, 100, 2000), ((2048, 768), (31, 17), (1, 1))
 _EVEN = ((2048, 768), (40, 24))
 
 
-def _on_hopper(call: Callable[..., None]) -> Callable[..., None]:
-    """There large grouped products are torch's."""
+def _before_hopper(call: Callable[..., None]) -> Callable[..., None]:
+    """Without descriptors, and where large grouped products are ours."""
 
     def run(**options: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grouped_gemm_vendor, "on_hopper", lambda device: True)
+            patch.setattr(dispatch, "capability", lambda device: (8, 0))
             call(**options)
 
     return run
@@ -232,18 +232,18 @@ CASES: dict[str, Case] = {
     "grouped_gemm": Case(
         {"dtype": FLOATS, "rows": _ROWS, "widths": _WIDTHS, "transpose": (True, False), "experts": (16, 1)}, _grouped
     ),
-    "grouped_gemm of torch": Case(
-        {"dtype": (BF16,), "rows": (2000,), "widths": _EVEN, "transpose": (True, False), "experts": (16, 1)},
-        _on_hopper(_grouped),
+    "grouped_gemm before Hopper": Case(
+        {"dtype": (BF16,), "rows": _ROWS, "widths": _EVEN, "transpose": (True, False), "experts": (16, 1)},
+        _before_hopper(_grouped),
     ),
     "moe_experts": Case(
         {"dtype": FLOATS, "rows": _ROWS, "widths": _WIDTHS, "experts": (128, 1), "top_k": (8, 1),
          "learns": ((True,) * 4, (True, False, False, False), (False, True, True, False), (False, False, False, True),
                     (False,) * 4)}, _experts,
     ),
-    "moe_experts around torch": Case(
+    "moe_experts before Hopper": Case(
         {"dtype": (BF16,), "rows": (2000,), "widths": _EVEN, "experts": (128, 1), "top_k": (8, 1),
-         "learns": ((True,) * 4, (False, False, True, False), (False,) * 4)}, _on_hopper(_experts),
+         "learns": ((True,) * 4, (False, False, True, False), (False,) * 4)}, _before_hopper(_experts),
     ),
     "decode_attention": Case(
         {"dtype": FLOATS, "widths": ((128, 128), (64, 64), (256, 256), (576, 512), (192, 128), (33, 33), (16, 1)),
