@@ -183,6 +183,7 @@ def _generation() -> list[Case]:
             for model in times
             for dtype in ("fp32", "bf16")
         ]
+        + [Case("decode_layers", "cuda", "bf16", "qwen2.5-1.5b", {"B": 256, "T": 64}, (faster("modules", 1.2),))]
         + [
             Case(
                 "generate",

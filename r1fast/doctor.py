@@ -6,15 +6,18 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from r1fast.models.decoder import Decoder
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "math-verify", "numpy")
 _EXTRAS = ("flash-attn-3", "flash-attn", "vllm", "reasoning-gym", "wandb", "trackio", "tensorboard")
@@ -135,20 +138,27 @@ def attend_once(heads_TKd: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tens
     return packed_attention(heads_TKd, heads_TKd, heads_TKd, plan, None, 1.0)
 
 
-def decode_once(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    from r1fast.models.cache import BlockCache
+@cache
+def _tiny_decoder(device: torch.device, dtype: torch.dtype) -> "Decoder":
     from r1fast.models.decoder import Decoder
     from r1fast.models.model_config import ModelConfig
-    from r1fast.rollout.fast_decode import fast_decode
 
     config = ModelConfig(
         "llama", vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
     model = Decoder(config).to(device, dtype)
     model.init_weights()
+    return model
+
+
+def decode_once(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    from r1fast.models.cache import BlockCache
+    from r1fast.rollout.fast_decode import fast_decode
+
+    model = _tiny_decoder(device, dtype)
     ids_B = torch.zeros(1, dtype=torch.int64, device=device)
     decoder = fast_decode(model) or model
-    return decoder.decode(ids_B, ids_B, BlockCache(config, 1, dtype, device), ids_B[:, None].int())
+    return decoder.decode(ids_B, ids_B, BlockCache(model.config, 1, dtype, device), ids_B[:, None].int())
 
 
 def _table(title: str, rows: Sequence[tuple[str, ...]], headings: tuple[str, ...] = ()) -> Table:

@@ -27,7 +27,8 @@ NUM_WARPS, WIDE_WARPS, NUM_STAGES = 4, 8, 2
 MERGE_WARPS = 4
 
 
-@triton.jit
+# The table is as wide as the longest sequence of a step: another width compiles nothing new.
+@triton.jit(do_not_specialize=["stride_tb", "num_spans", "window"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr,  # [B, H, d], [S, K, d], [S, K, e], [B, N], [B]
     out_ptr,  # [B, H, spans, e], or [B, H, e] for one span
@@ -95,7 +96,7 @@ def _attend_kernel(
         tl.store(lse_ptr + line, top + tl.log2(total), mask=mask_h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_spans", "window"])
 def _merge_kernel(
     parts_ptr, lse_ptr, lengths_ptr, out_ptr,  # [B, H, spans, e], [B, H, spans], [B], [B, H, e]
     num_heads, value_width, num_spans, window, SPAN: tl.constexpr, BLOCK_E: tl.constexpr,

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ NAMES = ("reference", "cpp", "triton")
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("selective_logprobs", "linear_logprobs", "linear_cross_entropy", "group_advantages", "grpo_loss",
      "linear_grpo_loss", "route_topk", "moe_dispatch", "grouped_gemm", "moe_experts", "sample_tokens",
-     "decode_attention"),
+     "decode_attention", "decode_layers"),
     NAMES,
-) | dict.fromkeys(("rms_norm", "packed_attention", "decode_layers"), ("reference", "cpp"))  # fmt: skip
+) | dict.fromkeys(("rms_norm", "packed_attention"), ("reference", "cpp"))  # fmt: skip
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -124,15 +124,27 @@ def register(
 ) -> None:
     """Make the operator r1fast::`name`, whose CPU kernel is C++ unless `launch` is on that `device`.
 
-    save, backward: setup_context and backward of torch.library.register_autograd.
+    save, backward: setup_context and backward of torch.library.register_autograd. `backward` gets None for an output
+    without a gradient, and at least one: the zeros that torch makes else are gigabytes where an op keeps activations.
     """
     op = f"r1fast::{name}"
     torch.library.define(op, schema)
     torch.library.register_fake(op, fake)
     if launch is not None:
         torch.library.impl(op, device, launch)
-    if backward is not None:
-        torch.library.register_autograd(op, backward, setup_context=save)
+    if backward is not None and save is not None:
+        torch.library.register_autograd(op, partial(_backward, backward), setup_context=partial(_save, save))
+
+
+def _save(save: Callable[..., None], ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    save(ctx, inputs, output)
+
+
+def _backward(backward: Callable[..., Any], ctx: Any, *gradients: Tensor | None) -> Any:
+    if all(gradient is None for gradient in gradients):
+        return (None,) * len(ctx.needs_input_grad)
+    return backward(ctx, *gradients)
 
 
 def empty_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:

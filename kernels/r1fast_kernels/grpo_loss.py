@@ -135,7 +135,13 @@ def _read(values_ptr, offs_t, live):
     return tl.load(values_ptr + offs_t, mask=live, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["default_count", "num_samples"])
+# Samples begin anywhere, so that it helps nobody where tensors do; those of a tile of linear_grpo_loss are slices.
+_TOKENS_PTRS = [
+    f"{name}_ptr" for name in ("logprobs", "old", "ref", "sampler", "mask", "entropy", "grad", "grad_entropy")
+]
+
+
+@triton.jit(do_not_specialize=["default_count", "num_samples"], do_not_specialize_on_alignment=_TOKENS_PTRS)
 def _grpo_kernel(
     logprobs_ptr, cu_seqlens_ptr,  # [T], [N + 1]
     advantages_ptr, rewards_ptr, group_ids_ptr,  # [N]; advantages None: from the other two

@@ -91,7 +91,7 @@ def multiply_into(total_XY: Tensor, a_XK: Tensor, b_KY: Tensor, *, add: bool) ->
     b_KY = b_KY.to(a_XK.dtype)
     if total_XY.dtype == a_XK.dtype:
         torch.addmm(total_XY, a_XK, b_KY, beta=int(add), out=total_XY)
-    elif total_XY.device.type == "cuda":
+    elif total_XY.is_cuda:
         torch.addmm(total_XY, a_XK, b_KY, beta=int(add), out_dtype=total_XY.dtype, out=total_XY)
     else:
         for rows in column_pieces(total_XY.shape[0], total_XY):

@@ -103,7 +103,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     hidden_TD, weight_VD, bias_V, target_ids_T, ctx.temperature, _, _ = inputs
     _, entropy_T, stats_T2, logits_TV = output
     ctx.mark_non_differentiable(stats_T2, logits_TV)
-    ctx.set_materialize_grads(False)  # an entropy that no loss uses arrives as None and costs nothing
     ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_ids_T, entropy_T, stats_T2, logits_TV)
 
 

@@ -189,7 +189,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     logits_TV, target_ids_T, ctx.temperature, _, ctx.inplace = inputs
     _, entropy_T, stats_T2 = output
     ctx.mark_non_differentiable(stats_T2)
-    ctx.set_materialize_grads(False)  # an entropy that no loss uses arrives as None and costs nothing
     ctx.save_for_backward(logits_TV, target_ids_T, entropy_T, stats_T2)
 
 

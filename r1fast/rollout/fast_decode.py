@@ -1,4 +1,5 @@
-"""Prefills and decode steps in one call of C++, on a CPU: decode_layers in place of the decoder's own modules."""
+"""What generates in place of the decoder's own modules: decode_layers. On a CPU prefills and steps in one call of C++;
+on a GPU steps of few launches (fused_decode.py)."""
 
 import logging
 from typing import Any
@@ -15,13 +16,15 @@ from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import Routing
 from r1fast.models.rope import softmax_scale
 from r1fast.models.structure import differences, unwrapped
+from r1fast.rollout.fused_decode import FusedDecode, can_fuse
+from r1fast_kernels import dispatch
 from r1fast_kernels.decode_layers import MOST_PROMPT_TOKENS, DecodeLayers, weights_of
 from r1fast_kernels.dispatch import log_choice
 
 logger = logging.getLogger("r1fast")
 
 
-def fast_decode(model: Decoder) -> "FastDecode | None":
+def fast_decode(model: Decoder) -> "FastDecode | FusedDecode | None":
     """None, with a line that says why: the modules run. Raises ValueError where they would not compute what `forward`
     does."""
     if any(lora.is_on for *_, lora in adapted(model)):
@@ -31,12 +34,14 @@ def fast_decode(model: Decoder) -> "FastDecode | None":
     if found := differences(model, model.built):
         logger.warning("decode_layers does not run, the modules do: %s", "; ".join(found[:5]))
         return None
+    config, on_gpu = model.config, model.embed_tokens.weight.device.type == dispatch.TRITON_DEVICE
+    if unknown := unknown_parts(config, on_gpu=on_gpu):
+        log_choice("decode_layers", "reference", f"the modules for {', '.join(unknown)}")
+        return None
+    if on_gpu:
+        return FusedDecode(model) if can_fuse(model) else None
     if model.head.in_fp32:
         log_choice("decode_layers", "reference", "the modules for a head in float32")
-        return None
-    config = model.config
-    if unknown := unknown_parts(config):
-        log_choice("decode_layers", "reference", f"the modules for {', '.join(unknown)}")
         return None
     named = [[*layer.named_parameters(), *layer.named_buffers()] for layer in model.layers]
     named = [[(name, tensor) for name, tensor in layer if not is_adapter(name)] for layer in named]
@@ -57,7 +62,14 @@ def fast_decode(model: Decoder) -> "FastDecode | None":
     return FastDecode(model, layers) if layers.can_run() else None
 
 
-def unknown_parts(config: ModelConfig) -> list[str]:
+# What decode_layers has on a GPU and not on a CPU.
+TRITON_HAS = (
+    "a scaled embedding", "more than one rotary embedding, or layers without", "frequencies that the length chooses",
+    "windows", "a gate of the shared expert",
+)  # fmt: skip
+
+
+def unknown_parts(config: ModelConfig, *, on_gpu: bool = False) -> list[str]:
     """What families may be built of (models/families.py) and decode_layers has not, of this one."""
     family, layers = config.family, [config.layer(i) for i in range(config.num_hidden_layers)]
     found = {
@@ -71,8 +83,9 @@ def unknown_parts(config: ModelConfig) -> list[str]:
         "partly rotated heads": not config.uses_mla and config.rope_dim < config.attention_head_dim,
         "windows": any(layer.window for layer in layers),
         "a gate of the shared expert": family.shared_gate and config.has_router,
+        "latents": on_gpu and config.uses_mla,
     }
-    return [part for part, holds in found.items() if holds]
+    return [part for part, holds in found.items() if holds and not (on_gpu and part in TRITON_HAS)]
 
 
 class FastDecode:

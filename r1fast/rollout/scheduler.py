@@ -15,6 +15,7 @@ blocks   |prompt 0   |prompt 0   |tail, sample 0|sample 0|      16 tokens each
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.rollout.blocks import BlockPool
 from r1fast.rollout.fast_decode import fast_decode
+from r1fast.rollout.fused_decode import FusedDecode
 from r1fast.rollout.graphs import StepGraphs
 from r1fast.rollout.input_batch import InputBatch, RowState, RowViews, width_of
 from r1fast.rollout.sampling import SampledTokens, SamplingParams, fold_in
@@ -98,7 +100,7 @@ class Scheduler:
     ) -> None:
         self.model, self.params, self.limits, self.graphs, self.watcher = model, params, limits, graphs, watcher
         self.queue = deque(prompts)
-        self.decoder = fast_decode(model) or model  # in C++ where it can, or the modules
+        self.decoder = fast_decode(model) or model  # C++ or fused, or the modules
         weight_VD = model.embed_tokens.weight
         self.device = weight_VD.device
         self.cache = BlockCache(model.config, limits.num_blocks, weight_VD.dtype, self.device)
@@ -120,6 +122,10 @@ class Scheduler:
 
     def run(self) -> Iterator[tuple[int, SampledTokens]]:
         """Each sample with its index, when it has left."""
+        with self.decoder.stacked() if isinstance(self.decoder, FusedDecode) else nullcontext():
+            yield from self._run_all()
+
+    def _run_all(self) -> Iterator[tuple[int, SampledTokens]]:
         sync_steps = SYNC_STEPS.get(self.device.type, DEVICE_SYNC_STEPS)
         addresses = self._addresses()
         while self.queue or self.running:

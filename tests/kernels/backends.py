@@ -10,6 +10,7 @@ keep T x V small there, and give `backend.small` where a case has a smaller twin
 
 import importlib
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -88,6 +89,19 @@ def assert_as_exact(got: Tensor, plain: Tensor, exact: Tensor, times: float, nam
     assert (error <= allowed).all(), (
         f"{name}: off by {error[worst]:.3g} at {exact[worst]:.3g}, allowed {allowed[worst]:.3g} ({times} x plain torch)"
     )
+
+
+def page_by_page(num_bytes: int) -> mmap.mmap:
+    """Zeros of any size, of which only the pages that are touched take memory."""
+    no_reserve = 0x4000  # MAP_NORESERVE, for which mmap has a name from Python 3.13 on
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+
+
+def far_apart(values: Tensor, strides: Sequence[int]) -> Tensor:
+    """The same values, with strides that may pass 2^31, on a CPU."""
+    end = 1 + sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True))
+    memory = torch.frombuffer(page_by_page(end * values.element_size()), dtype=values.dtype)
+    return memory.as_strided(values.shape, strides).copy_(values)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from tests.kernels.backends import EVERYWHERE, FP32, TRITON, Backend
 from tests.kernels.heads import TILINGS
 
 LAST_TILING = TILINGS[-1]  # pieces of both
+collect_ignore = [] if dispatch.INTERPRETING else ["test_checked_memory.py"]
 
 
 @pytest.fixture(params=EVERYWHERE)
@@ -70,4 +71,14 @@ def _round_to_bf16_as_gpus_do() -> None:
 
 
 if dispatch.INTERPRETING:
+    from tests.kernels import checked_memory
+
     _round_to_bf16_as_gpus_do()
+    checked_memory.install()
+    checked_memory.fill_new_memory()
+
+    @pytest.fixture(autouse=True)
+    def every_launch_in_every_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In the slow lane; else the first launches of each kernel."""
+        if request.node.get_closest_marker("slow"):
+            monkeypatch.setattr(checked_memory, "reordered", None)

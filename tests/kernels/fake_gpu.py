@@ -19,6 +19,7 @@ A launch is refused (LaunchError) on another device than that of its tensors, or
 
 import re
 import subprocess
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -43,7 +44,8 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from r1fast_kernels import dispatch
-from tests.kernels.heads import head_of_a_gpu
+from r1fast_kernels.torch_private import backward_may_repeat
+from tests.kernels.heads import HEAD, head_of_a_gpu
 
 SHARED_BYTES = {80: 166_912, 90: 232_448}  # that a block may have
 REGISTERS, MOST_THREADS = 65_536, 1024  # of a block
@@ -330,6 +332,8 @@ def fake_gpu(*, arch: int = 90, index: int = 1, compiles: bool = False, values: 
         patch.setattr(dispatch, "TRITON_DEVICE", "cpu")
         patch.setattr(dispatch, "capability", lambda device: divmod(arch, 10))
         head_of_a_gpu(patch)
+        # Elsewhere a FakeTensor in a backward pass means that it is traced.
+        patch.setattr(sys.modules[HEAD], "may_overwrite", lambda _: not backward_may_repeat())
         patch.setattr(driver, "_active", gpu)
         patch.setattr(JITFunction, "_do_compile", _maybe_compile)
         for name in ("_exchange_device", "_maybe_exchange_device"):

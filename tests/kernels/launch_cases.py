@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 import r1fast_kernels as kernels
-from r1fast_kernels import dispatch
+from r1fast_kernels import decode_parts as parts
 from tests.kernels.backends import BF16, FP16, FP32
 
 Options = dict[str, Any]
@@ -155,17 +154,6 @@ _ROWS, _WIDTHS = (3, 100, 2000), ((2048, 768), (31, 17), (1, 1))
 _EVEN = ((2048, 768), (40, 24))
 
 
-def _before_hopper(call: Callable[..., None]) -> Callable[..., None]:
-    """Without descriptors, and where large grouped products are ours."""
-
-    def run(**options: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dispatch, "capability", lambda device: (8, 0))
-            call(**options)
-
-    return run
-
-
 def _grouped(dtype: torch.dtype, rows: int, widths: tuple[int, int], transpose: bool, experts: int) -> None:
     weight = (experts, widths[1], widths[0]) if transpose else (experts, *widths)
     backward(kernels.grouped_gemm(
@@ -205,6 +193,21 @@ def _decode(
     )  # fmt: skip
 
 
+def _decode_parts(dtype: torch.dtype, widths: tuple[int, int], heads: tuple[int, int], rope: bool, norms: bool) -> None:
+    """widths: of the model and of its MLP; the head's is that of the model over the query heads, at most 128."""
+    (width, inner_width), (num_heads, num_kv_heads) = widths, heads
+    head_dim, B = min(128, width // num_heads // 2 * 2), 2
+    x_BD, channels = new(B, width, dtype=dtype), new(head_dim, dtype=dtype)
+    parts.add_rms_norm(x_BD, x_BD, new(width, dtype=dtype), eps=1e-6)
+    angles = new(B, head_dim // 2, dtype=dtype)
+    slots = new(64, num_kv_heads, head_dim, dtype=dtype)
+    parts.rotate_and_write(
+        new(B, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype), (slots, slots), new(B, dtype=INT64),
+        rope=(angles, angles) if rope else None, norms=(channels, channels) if norms else None, eps=1e-6,
+    )  # fmt: skip
+    parts.swiglu(new(B, 2 * inner_width, dtype=dtype))
+
+
 CASES: dict[str, Case] = {
     "selective_logprobs": Case(
         {"dtype": FLOATS, "entropy": (False, True), "inplace": (False, True), "vocab": (152_064, 50, 1),
@@ -232,18 +235,22 @@ CASES: dict[str, Case] = {
     "grouped_gemm": Case(
         {"dtype": FLOATS, "rows": _ROWS, "widths": _WIDTHS, "transpose": (True, False), "experts": (16, 1)}, _grouped
     ),
-    "grouped_gemm before Hopper": Case(
-        {"dtype": (BF16,), "rows": _ROWS, "widths": _EVEN, "transpose": (True, False), "experts": (16, 1)},
-        _before_hopper(_grouped),
+    "grouped_gemm of torch": Case(
+        {"dtype": (BF16,), "rows": (2000,), "widths": _EVEN, "transpose": (True, False), "experts": (16, 1)}, _grouped
     ),
     "moe_experts": Case(
         {"dtype": FLOATS, "rows": _ROWS, "widths": _WIDTHS, "experts": (128, 1), "top_k": (8, 1),
          "learns": ((True,) * 4, (True, False, False, False), (False, True, True, False), (False, False, False, True),
                     (False,) * 4)}, _experts,
     ),
-    "moe_experts before Hopper": Case(
+    "decode_layers": Case(
+        {"dtype": FLOATS, "widths": ((1536, 8960), (8192, 28_672), (896, 4864), (33, 17)),
+         "heads": ((12, 2), (64, 8), (1, 1)), "rope": (True, False), "norms": (False, True)}, _decode_parts,
+        lambda options: options["widths"][0] >= 2 * options["heads"][0],
+    ),
+    "moe_experts around torch": Case(
         {"dtype": (BF16,), "rows": (2000,), "widths": _EVEN, "experts": (128, 1), "top_k": (8, 1),
-         "learns": ((True,) * 4, (False, False, True, False), (False,) * 4)}, _before_hopper(_experts),
+         "learns": ((True,) * 4, (False, False, True, False), (False,) * 4)}, _experts,
     ),
     "decode_attention": Case(
         {"dtype": FLOATS, "widths": ((128, 128), (64, 64), (256, 256), (576, 512), (192, 128), (33, 33), (16, 1)),

@@ -17,6 +17,7 @@ from tests.kernels.backends import (
     Backend,
     assert_as_exact,
     assert_same_bits,
+    far_apart,
     needs_cpp,
     of_older_processor,
 )  # fmt: skip
@@ -199,9 +200,7 @@ def test_strides_beyond_32_bits(backend: Backend, strides: tuple[int, int, int])
         pytest.skip("memory on a GPU is not handed out page by page")
     rows = random_rows(Shape(6, 3, 32, 16), BF16, lengths=[20])
     k_SKd = rows["k_SKd"]
-    end = 1 + sum((size - 1) * stride for size, stride in zip(k_SKd.shape, strides, strict=True))
-    apart_SKd = torch.empty(end, dtype=BF16).as_strided(k_SKd.shape, strides).copy_(k_SKd)
-    near, apart = (rows | {"k_SKd": x, "v_SKe": x[..., 16:]} for x in (k_SKd, apart_SKd))
+    near, apart = (rows | {"k_SKd": x, "v_SKe": x[..., 16:]} for x in (k_SKd, far_apart(k_SKd, strides)))
     assert torch.equal(attend(apart, backend.impl), attend(near, backend.impl))
 
 

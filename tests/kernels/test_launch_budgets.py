@@ -1,20 +1,175 @@
-"""How many kernels a GPU would run: a decode step, by layer. What counts: fake_gpu.py's `kernels`.
+"""What a GPU would be asked for, held to budgets: kernels, scratch memory and compilations of each op, and kernels of a
+decode step.
 
-Each operator of torch that is no view and no allocation is one kernel, as is each Triton launch.
+A kernel is a launch of Triton's or an operator of torch that is no view and no allocation (fake_gpu.py's `kernels`).
+A change that stays below a budget lowers it; one that goes above says in docs/LOG.md what it is worth.
 """
 
-from typing import Any
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import triton
 
 from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.models.model_config import ModelConfig
+from r1fast.rollout.fast_decode import fast_decode
+from r1fast.rollout.fused_decode import FusedDecode
 from r1fast_kernels import dispatch
-from tests.kernels.fake_gpu import fake_gpu
+from tests.kernels.fake_gpu import FakeGpu, fake_gpu
+from tests.kernels.production_calls import CALLS, ON_HOPPER
 
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETING, reason="the interpreter asks no driver")
+
+
+class Cost(NamedTuple):
+    """Of a call forward, then backward."""
+
+    kernels: int = 0
+    backward_kernels: int = 0
+    scratch_mb: float = 0.0  # 2^20 bytes, at a time, beyond results and what is saved
+    backward_scratch_mb: float = 0.0
+
+
+# Of 16,384 tokens; of 256 rows where they decode. Tiles of logits are 256 MB, or 1 GB with sums of dWeight in fp32.
+BUDGETS = {
+    "selective_logprobs": Cost(1, 1, 0, 0.2),
+    "linear_logprobs": Cost(48, 78, 257, 353),
+    "linear_cross_entropy": Cost(82, 2, 1850),
+    "linear_grpo_loss": Cost(118, 2, 1850),
+    "grpo_loss": Cost(2, 1, 0.1, 0.1),
+    "group_advantages": Cost(1),
+    "sample_tokens": Cost(1),
+    "sample_tokens, top_k": Cost(1),
+    "sample_tokens, top_p": Cost(1),
+    "route_topk": Cost(2, 1, 0.1, 1.1),
+    "moe_dispatch": Cost(3, 0, 0.6),
+    "grouped_gemm": Cost(2, 3, 0.1, 0.1),
+    "grouped_gemm, on Hopper": Cost(2, 3),
+    "moe_experts": Cost(7, 8, 705, 1477),
+    "moe_experts, on Hopper": Cost(8, 8, 704, 1282),
+    "decode_attention": Cost(2, 0, 25),
+    "decode_attention, latents": Cost(2, 0, 129),
+    "decode_attention, longer": Cost(2, 0, 25),
+}
+DECODES = ("sample_tokens", "decode_attention")
+
+# Rows of one step after another; and how often a kernel may be compiled in all of them, where more than once.
+STEPS = (1, 2, 17, 48, 160, 777, 4096, 4097, 16_384)
+TILES = 3  # for few, some and many rows an expert
+COMPILATIONS = {
+    "linear_logprobs": {"_fold_kernel": 2},  # a tile that holds all columns needs no state
+    "decode_attention, longer": {"_attend_kernel": 2},  # one span needs no merging
+    # The ids of a tile of rows begin anywhere, those of the first at 16 bytes.
+    "linear_cross_entropy": {"_fold_kernel": 2, "_gradient_kernel": 2},
+    "linear_grpo_loss": {"_fold_kernel": 2, "_gradient_kernel": 2},
+    "grouped_gemm": {"_tile_kernel": TILES, "_gemm_kernel": 2 * TILES},  # x W, x W^T
+    "moe_experts": {
+        "_tile_kernel": TILES, "_gate_up_kernel": TILES, "_gemm_kernel": 2 * TILES, "_inner_gradient_kernel": TILES,
+        "_weight_kernel": 2,  # gathers x, or y
+    },
+}  # fmt: skip
+COMPILATIONS |= {f"{op}{ON_HOPPER}": COMPILATIONS[op] for op in ("grouped_gemm", "moe_experts")}
+
+
+@contextmanager
+def gpu_of(name: str) -> Iterator[FakeGpu]:
+    with fake_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
+        module = sys.modules["r1fast_kernels.grouped_gemm_vendor"]
+        patch.setattr(module, "on_hopper", lambda _: name.endswith(ON_HOPPER))
+        yield gpu
+
+
+def cost(name: str) -> Cost:
+    with gpu_of(name) as gpu:
+        call = CALLS[name](256 if name.startswith(DECODES) else 16_384)
+        gpu.kernels.clear()
+        kept: list[Any] = []
+        forward = gpu.scratch(lambda: kept.append(call())), len(gpu.kernels)
+        found = kept[0] if isinstance(kept[0], tuple) else (kept[0],)
+        learns = [x for x in found if x.requires_grad]
+        gradients = [torch.ones_like(x) for x in learns]
+        gpu.kernels.clear()
+        scratch = gpu.scratch(lambda: torch.autograd.backward(learns, gradients)) if learns else 0
+        return Cost(forward[1], len(gpu.kernels), forward[0] / 2**20, scratch / 2**20)
+
+
+def compilations(name: str) -> dict[str, int]:
+    """Of each kernel, in STEPS."""
+    found: dict[str, set[str]] = defaultdict(set)
+    with gpu_of(name) as gpu:
+        for rows in STEPS:
+            outputs = CALLS[name](rows)()
+            learns = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x.requires_grad]
+            if learns:
+                torch.autograd.backward(learns, [torch.ones_like(x) for x in learns])
+            for launch in gpu.launches:
+                found[launch.name].add(launch.specialisation.key)
+    return {kernel: len(keys) for kernel, keys in found.items()}
+
+
+def excess(name: str) -> dict[str, tuple[float, float]]:
+    """(found, budget) of what is above its budget."""
+    pairs = {field: pair for field, *pair in zip(Cost._fields, cost(name), BUDGETS[name])}
+    return {field: (found, budget) for field, (found, budget) in pairs.items() if found > budget}
+
+
+def recompiled(name: str) -> dict[str, int]:
+    """Kernels that are compiled more often than they may be."""
+    allowed = COMPILATIONS.get(name, {})
+    return {kernel: count for kernel, count in compilations(name).items() if count > allowed.get(kernel, 1)}
+
+
+def test_every_op_has_a_budget() -> None:
+    assert set(BUDGETS) == set(CALLS)
+    of_triton = {op for op, exists in dispatch.IMPLEMENTATIONS.items() if "triton" in exists}
+    assert of_triton - {"decode_layers"} == {name.split(",")[0] for name in CALLS}  # that one has DECODE
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_stays_in_its_budget(name: str) -> None:
+    assert excess(name) == {}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_steps_of_other_sizes_compile_nothing_new(name: str) -> None:
+    assert recompiled(name) == {}
+
+
+def test_a_launch_too_many_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["r1fast_kernels.moe_dispatch"]
+    launch = module.launch
+
+    def twice(*args: Any, **options: Any) -> None:
+        launch(*args, **options)
+        launch(*args, **options)
+
+    monkeypatch.setattr(module, "launch", twice)
+    assert excess("moe_dispatch") == {"kernels": (6, 3)}
+
+
+def test_scratch_too_large_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["r1fast_kernels.selective_logprobs"]
+    monkeypatch.setattr(module, "_unit_columns", torch.clone)
+    assert excess("selective_logprobs").keys() >= {"scratch_mb", "backward_scratch_mb"}
+
+
+def test_zeros_for_outputs_without_a_gradient_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch makes them, unless an op says otherwise."""
+    monkeypatch.setattr(torch.autograd.function.FunctionCtx, "set_materialize_grads", lambda *_: None)
+    assert excess("moe_experts").keys() == {"backward_kernels", "backward_scratch_mb"}
+
+
+def test_a_number_of_each_step_that_is_specialised_on_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["r1fast_kernels.moe_dispatch"]
+    monkeypatch.setattr(module, "_count_kernel", triton.jit(module._count_kernel.fn))
+    assert recompiled("moe_dispatch") == {"_count_kernel": 2}
+
 
 # Of production's sizes: tensors here take no memory.
 QWEN: dict[str, Any] = {  # Qwen2.5-1.5B
@@ -30,7 +185,7 @@ DEEPSEEK: dict[str, Any] = {  # V2-Lite's sizes, V3's router
 }  # fmt: skip
 ROWS, BLOCKS = 256, 64
 # (a layer of a decode step, all else of the step)
-DECODE = {"dense": (QWEN, 27, 20), "latent attention, experts": (DEEPSEEK, 42, 21)}
+DECODE = {"dense": (QWEN, 10, 20), "latent attention, experts": (DEEPSEEK, 42, 21)}
 
 
 def decode_kernels(fields: dict[str, Any], num_layers: int) -> list[str]:
@@ -45,9 +200,11 @@ def decode_kernels(fields: dict[str, Any], num_layers: int) -> list[str]:
         cache = BlockCache(model.config, ROWS * BLOCKS, torch.bfloat16, "cpu:1")
         ids_B, positions_B = torch.empty(2, ROWS, dtype=torch.int64)
         table_BN = torch.empty(ROWS, BLOCKS, dtype=torch.int32)
-        gpu.kernels.clear()
-        model.decode(ids_B, positions_B, cache, table_BN)
-        return gpu.kernels
+        decoder = fast_decode(model) or model
+        with decoder.stacked() if isinstance(decoder, FusedDecode) else nullcontext():
+            gpu.kernels.clear()
+            decoder.decode(ids_B, positions_B, cache, table_BN)
+            return list(gpu.kernels)
 
 
 @pytest.mark.parametrize("name", DECODE)

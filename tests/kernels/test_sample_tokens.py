@@ -15,6 +15,7 @@ from tests.kernels.backends import (
     Backend,
     assert_as_exact,
     assert_same_bits,
+    far_apart,
     needs_cpp,
     of_older_processor,
 )
@@ -332,9 +333,7 @@ def test_rows_beyond_32_bits(backend: Backend) -> None:
     """Rows 2^30 elements apart: the third begins past 2^31. Only the pages that are touched exist."""
     if backend.name == "cuda":
         pytest.skip("memory on a GPU is not handed out page by page")
-    stride = 1 << 30
-    logits = torch.empty(4 * stride).as_strided((4, 40), (stride, 1))
-    logits.copy_(logits_of(4, 40))
+    logits = far_apart(logits_of(4, 40), (1 << 30, 1))
     got = sample_tokens(logits, seeds_B=torch.arange(4), top_k=9, impl=backend.impl)
     want = sample_tokens(logits.contiguous(), seeds_B=torch.arange(4), top_k=9, impl="reference")
     torch.testing.assert_close(got, want)

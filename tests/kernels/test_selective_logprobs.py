@@ -14,6 +14,7 @@ from tests.kernels.backends import (
     Backend,
     assert_as_exact,
     assert_same_bits,
+    far_apart,
     needs_cpp,
     of_older_processor,
 )
@@ -164,9 +165,7 @@ def test_rows_beyond_32_bits(backend: Backend) -> None:
     """Rows 2^30 elements apart: the third begins past 2^31. Only the pages that are touched exist."""
     if backend.name == "cuda":
         pytest.skip("memory on a GPU is not handed out page by page")
-    stride = 1 << 30
-    logits = torch.empty(4 * stride).as_strided((4, 40), (stride, 1))
-    logits.copy_(random_case(4, 40)[0])
+    logits = far_apart(random_case(4, 40)[0], (1 << 30, 1))
     ids = torch.tensor([3, 1, 4, 1])
     got = selective_logprobs(logits, ids, impl=backend.impl)
     torch.testing.assert_close(got, selective_logprobs(logits.contiguous(), ids, impl="reference"))

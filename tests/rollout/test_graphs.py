@@ -20,6 +20,8 @@ from r1fast.models import moe
 from r1fast.models.decoder import Decoder
 from r1fast.rollout import graphs, scheduler
 from r1fast.rollout.engine import RolloutEngine
+from r1fast.rollout.fast_decode import unknown_parts
+from r1fast.rollout.fused_decode import FusedDecode
 from r1fast.rollout.graphs import CudaCapture, StepGraphs, bucket_of
 from r1fast.rollout.sampling import Completion, SamplingParams
 from tests import zoo
@@ -128,13 +130,19 @@ def test_each_step_runs_once_and_most_by_a_graph_with_little_padding(seed: int) 
 # ---- steps that are captured ----
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{}, {"min_tokens": 12, "top_p": 0.9}], ids=str)
+# Op after op: by the modules, and as on a GPU.
+STEPS = [(family, False, {"min_tokens": 12, "top_p": 0.9}) for family in FAMILIES]
+STEPS += [
+    (family, not unknown_parts(zoo.decoder(family, **FAMILIES[family]).config, on_gpu=True), {}) for family in FAMILIES
+]
+
+
+@pytest.mark.parametrize(("family", "fused", "options"), STEPS, ids=str)
 def test_a_tape_of_the_step_samples_the_same(
-    family: str, options: dict[str, Any], tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
+    family: str, fused: bool, options: dict[str, Any], tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing that changes from step to step is baked in, nothing outside of the buffers survives it."""
-    monkeypatch.setattr(scheduler, "fast_decode", lambda *_: None)  # op after op, as on a GPU
+    monkeypatch.setattr(scheduler, "fast_decode", FusedDecode if fused else lambda *_: None)
     model = random_model(family)
     is_moe = any(True for _ in model.moe_layers())
     params = SamplingParams(n=5, max_tokens=30, seed=4, stop_token_ids=[5, 6, 7], **options)

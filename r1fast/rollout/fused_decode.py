@@ -1,0 +1,176 @@
+"""A decode step on a GPU by few launches, nine a dense layer: the modules' arithmetic, their products joined.
+
+    x -> embedding
+    x, n -> x + last, its norm      q, k, v -> joined product      q -> rotated; k, v -> cache      a -> attention
+    x, n -> x + o(a), its norm      gate, up -> joined product     i -> silu(gate) up               last -> down(i)
+    logits -> head of the norm of x + last
+
+While rows decode, the weights of products that read the same rows lie one behind the other, and the modules' parameters
+are views of them (`stacked`): a weight is there once, and prefills by the modules read the same numbers.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from r1fast.models.cache import BlockCache, DecodeStep
+from r1fast.models.decoder import Decoder, DecoderLayer
+from r1fast.models.gqa import GroupedQueryAttention
+from r1fast.models.layers import MLP, Linear, RMSNorm
+from r1fast.models.lora import is_adapter
+from r1fast.models.model_config import ModelConfig
+from r1fast.models.moe import Routing
+from r1fast_kernels import decode_attention
+from r1fast_kernels.decode_parts import add_rms_norm, rotate_and_write, swiglu
+from r1fast_kernels.dispatch import choose, log_choice
+from r1fast_kernels.products import linear
+
+
+class Joined:
+    """Linear layers that read the same rows: one product while their weights are stacked, else one each."""
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        self.layers = layers
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def __call__(self, x_BD: Tensor) -> Tensor:
+        if self.weight is None:
+            return torch.cat([linear(x_BD, layer.weight, layer.bias) for layer in self.layers], dim=1)
+        return linear(x_BD, self.weight, self.bias)
+
+    @contextmanager
+    def stacked(self) -> Iterator[None]:
+        """Inside, the layers' weights are views of one. What they were in gives its bytes up meanwhile, and is the same
+        storage again behind it: FSDP knows its gathered weights by theirs."""
+        weights = [layer.weight for layer in self.layers]
+        sizes = [len(weight) for weight in weights]
+        self.weight = torch.cat([weight.data for weight in weights])
+        if any(layer.bias is not None for layer in self.layers):
+            biases = [layer.bias for layer in self.layers]
+            self.bias = torch.cat(
+                [self.weight.new_zeros(size) if b is None else b.data for size, b in zip(sizes, biases)]
+            )
+        before = [weight.data for weight in weights]
+        for weight, part in zip(weights, self.weight.split(sizes)):
+            weight.data = part
+        # A weight that is a part of something else keeps its bytes: others read them.
+        storages = [x.untyped_storage() for x in before if x.untyped_storage().nbytes() == x.nbytes]
+        lengths = [storage.nbytes() for storage in storages]
+        for storage in storages:
+            storage.resize_(0)
+        try:
+            yield
+        finally:
+            for storage, length in zip(storages, lengths):
+                storage.resize_(length)
+            for weight, whole in zip(weights, before):
+                weight.data = whole.copy_(weight.data)
+            self.weight = self.bias = None
+
+
+class _Layer:
+    def __init__(self, layer: DecoderLayer) -> None:
+        self.attention, self.mlp = cast(GroupedQueryAttention, layer.self_attn), layer.mlp
+        attention = self.attention
+        self.norms: list[RMSNorm] = [getattr(layer, name) for name in layer.norm_names if name is not None]
+        self.qkv = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.gate_up = Joined([layer.mlp.gate_proj, layer.mlp.up_proj]) if isinstance(layer.mlp, MLP) else None
+
+    @property
+    def joined(self) -> list[Joined]:
+        return [self.qkv] if self.gate_up is None else [self.qkv, self.gate_up]
+
+    def attend(self, normed_BD: Tensor, step: DecodeStep) -> Tensor:
+        attention = self.attention
+        k_SKd, v_SKd = step.cache.layers[attention.layer_idx]
+        rope = None if attention.rope is None else step.ropes[attention.rope]
+        norms = attention.q_norm, attention.k_norm
+        q_BHd = rotate_and_write(
+            self.qkv(normed_BD),
+            (k_SKd, v_SKd),
+            step.slots_B,
+            rope=None if rope is None else (rope.cos_TR, rope.sin_TR),
+            norms=None if norms[0] is None or norms[1] is None else (norms[0].weight, norms[1].weight),
+            eps=0.0 if norms[0] is None else norms[0].eps,
+        )
+        where = (q_BHd, k_SKd, v_SKd, step.block_table_BN, step.lengths_B)
+        out_BHd = decode_attention(*where, scale=attention.scale, window=attention.window)
+        return attention.o_proj(out_BHd.flatten(1))
+
+    def feed(self, normed_BD: Tensor) -> tuple[Tensor, Routing | None]:
+        if self.gate_up is None:
+            return self.mlp(normed_BD)
+        return cast(MLP, self.mlp).down_proj(swiglu(self.gate_up(normed_BD))), None
+
+
+class FusedDecode:
+    """Called as the decoder is, by what generates."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        self.layers = [_Layer(cast(DecoderLayer, layer)) for layer in model.layers]
+
+    @contextmanager
+    def stacked(self) -> Iterator[None]:
+        """Inside, products are joined. Weights must not change meanwhile; `stacked_bytes` more at its begin and end."""
+        with ExitStack() as stack:
+            for joined in (joined for layer in self.layers for joined in layer.joined):
+                stack.enter_context(joined.stacked())
+            yield
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Prefill, by the modules."""
+        return self.model(*args, **options)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        input_ids_B: Tensor,
+        positions_B: Tensor,
+        cache: BlockCache,
+        block_table_BN: Tensor,
+        *,
+        with_routing: bool = False,
+    ) -> Any:
+        model, routings = self.model, list[Tensor]()
+        # `forward` itself, past hooks: as in Decoder.decode.
+        x_BD = model.embed_tokens.forward(input_ids_B)
+        ropes = model.rotary(positions_B, positions_B + 1, x_BD.dtype)
+        step = DecodeStep(positions_B, block_table_BN, ropes, cache)
+        last_BD: Tensor | None = None
+        for layer in self.layers:
+            before, after = layer.norms
+            x_BD, normed_BD = _add(x_BD, last_BD, before)
+            x_BD, normed_BD = _add(x_BD, layer.attend(normed_BD, step), after)
+            last_BD, of_layer = layer.feed(normed_BD)
+            routings += [] if of_layer is None else [of_layer.expert_ids]
+        logits_BV = model.head.forward(_add(x_BD, last_BD, model.norm)[1])
+        routing = Routing(torch.stack(routings, dim=1), None) if routings else None
+        return (logits_BV, routing) if with_routing else logits_BV
+
+
+def can_fuse(model: Decoder) -> bool:
+    """False: run the modules (`use` says so, or for the weights' dtypes). Logged once."""
+    if len(dtypes := {p.dtype for name, p in model.named_parameters() if not is_adapter(name)}) > 1:
+        log_choice("decode_layers", "reference", f"the modules for weights in {', '.join(sorted(map(str, dtypes)))}")
+        return False
+    return choose("decode_layers", None, model.embed_tokens.weight)[0] == "triton"
+
+
+def _add(x_BD: Tensor, delta_BD: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """The sum, and its norm."""
+    if delta_BD is None:
+        return x_BD, norm.forward(x_BD)
+    return add_rms_norm(x_BD, delta_BD, norm.weight, eps=norm.eps)
+
+
+def stacked_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """What FusedDecode.stacked takes while it begins and ends: the largest of its joined weights, a second time."""
+    heads = config.num_attention_heads + 2 * config.kv_heads
+    joined = [heads * config.attention_head_dim]
+    joined += [2 * config.intermediate_size] * (not all(map(config.is_moe_layer, range(config.num_hidden_layers))))
+    return max(joined) * config.hidden_size * dtype.itemsize
