@@ -16,16 +16,19 @@ from torch import Tensor
 
 from . import dispatch
 
-# Hopper alone: on Blackwell weights of experts without rows got no zeros as their gradient (pytorch#172439).
-MAJOR = 9
 MIN_ROWS = 128  # an expert, on average
+
+
+def on_hopper(device: torch.device) -> bool:
+    """Not Blackwell: there weights of experts without rows got no zeros as their gradient (pytorch#172439)."""
+    return dispatch.capability(device)[0] == 9
 
 
 def takes(num_rows: int, num_experts: int, *factors: Tensor) -> bool:
     """Whether products of these contiguous rows and weights are torch's. It wants rows that begin at 16 bytes."""
     return (
         factors[0].dtype == torch.bfloat16
-        and dispatch.capability(factors[0].device)[0] == MAJOR
+        and on_hopper(factors[0].device)
         and num_rows >= MIN_ROWS * num_experts
         and all(size % 8 == 0 for x in factors for size in x.shape[1:])
         and all(x.data_ptr() % 16 == 0 for x in factors)
