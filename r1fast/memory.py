@@ -44,8 +44,8 @@ from r1fast.preflight_models import (
     lora_config,
     with_adapters,
 )
+from r1fast.rollout.admission import num_blocks_of
 from r1fast.rollout.fused_decode import stacked_bytes
-from r1fast.rollout.scheduler import num_blocks_of
 from r1fast.schema import CollectStage, DistillStage, GRPOStage, PretrainStage, Recipe, RewardModelStage
 from r1fast.schema_options import (
     EvalOptions,

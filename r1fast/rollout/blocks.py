@@ -3,12 +3,16 @@
 
 class BlockPool:
     def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
         self._free_blocks = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
 
     @property
     def num_free(self) -> int:
         return len(self._free_blocks)
+
+    def num_references(self, block: int) -> int:
+        return self._references[block]
 
     def allocate(self, count: int) -> list[int]:
         assert count <= self.num_free, f"{count=} {self.num_free=}"

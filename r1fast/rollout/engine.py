@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from r1fast.models.cache import BlockCache, free_memory
 from r1fast.models.decoder import Decoder
+from r1fast.rollout.admission import Sample, SequenceGroup, num_blocks_of
 from r1fast.rollout.graphs import CAPTURES, StepGraphs
 from r1fast.rollout.sampling import (
     Completion,
@@ -16,7 +17,7 @@ from r1fast.rollout.sampling import (
     default_params,
     sample_keys,
 )
-from r1fast.rollout.scheduler import Limits, Scheduler, SequenceGroup, num_blocks_of
+from r1fast.rollout.scheduler import Limits, Scheduler
 from r1fast.rollout.texts import OnText, Texts, Watcher, completions_of
 from r1fast.rollout.tokenization import Chat, RawPrompt, encode_raw_prompts, is_chat
 from r1fast_kernels.dispatch import in_use
@@ -161,7 +162,7 @@ class RolloutEngine:
         distinct: dict[tuple[int, ...], SequenceGroup] = {}
         for p, ids in enumerate(prompt_ids):
             prompt = distinct.setdefault(tuple(ids), SequenceGroup(ids))
-            prompt.waiting += ((index, keys[index]) for index in range(p * params.n, (p + 1) * params.n))
+            prompt.waiting += (Sample(i, keys[i], prompt) for i in range(p * params.n, (p + 1) * params.n))
         return list(distinct.values())
 
     def _graphs(self, max_rows: int) -> StepGraphs | None:

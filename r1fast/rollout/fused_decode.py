@@ -19,7 +19,7 @@ from torch import Tensor
 from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.decoder import Decoder, DecoderLayer
 from r1fast.models.gqa import GroupedQueryAttention
-from r1fast.models.layers import MLP, Linear, RMSNorm
+from r1fast.models.layers import MLP, HeadFn, Linear, RMSNorm
 from r1fast.models.lora import is_adapter
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import Routing
@@ -134,8 +134,10 @@ class FusedDecode:
         cache: BlockCache,
         block_table_BN: Tensor,
         *,
+        head: HeadFn | None = None,
         with_routing: bool = False,
     ) -> Any:
+        """As Decoder.decode."""
         model, routings = self.model, list[Tensor]()
         # `forward` itself, past hooks: as in Decoder.decode.
         x_BD = model.embed_tokens.forward(input_ids_B)
@@ -148,9 +150,9 @@ class FusedDecode:
             x_BD, normed_BD = _add(x_BD, layer.attend(normed_BD, step), after)
             last_BD, of_layer = layer.feed(normed_BD)
             routings += [] if of_layer is None else [of_layer.expert_ids]
-        logits_BV = model.head.forward(_add(x_BD, last_BD, model.norm)[1])
+        result = model.head.forward(_add(x_BD, last_BD, model.norm)[1], head)
         routing = Routing(torch.stack(routings, dim=1), None) if routings else None
-        return (logits_BV, routing) if with_routing else logits_BV
+        return (result, routing) if with_routing else result
 
 
 def can_fuse(model: Decoder) -> bool:

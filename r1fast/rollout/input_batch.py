@@ -67,6 +67,13 @@ class InputBatch:
         self.block_table_RN[span] = torch.tensor(block_tables, dtype=torch.int32).to(self.block_table_RN.device)
         return self.span(span.start, span.stop)
 
+    def add_blocks(self, grown: Sequence[tuple[int, int, list[int]]]) -> None:
+        """(position, how many blocks the row had, those that it gets)."""
+        places = [(row, had + i, block) for row, had, blocks in grown for i, block in enumerate(blocks)]
+        if places:
+            rows, columns, blocks = torch.tensor(places, device=self.block_table_RN.device).unbind(1)
+            self.block_table_RN[rows, columns] = blocks.int()
+
     def keep(self, positions: Sequence[int], num_rows: int) -> None:
         """Of the first `num_rows` rows those at `positions`, which ascend."""
         kept = torch.tensor(positions, dtype=torch.int64, device=self.state_XR.device)

@@ -1,22 +1,27 @@
 """The rows that decode together: finished ones leave at once, waiting ones enter.
 
-queue    p3 p4 ...     prompts; the samples of a prompt enter one by one as rows and blocks become free
+queue    p3 p4 ...     prompts; the samples of a prompt enter one by one as rows and blocks become free (admission.py)
 prefill  p0 p1 p2      new prompts, packed; their blocks are written once
 enter    p0 p0 p1 ...  a row holds the full blocks of its prompt together with its sisters, and has the last,
-                       partly filled one as a copy (the last sample: itself), beside the blocks for what it will sample
+                       partly filled one as a copy (the last sample: itself), beside blocks for some tokens
 decode   o o x o x o   one token per row and step
 leave    o o   o   o   stopped rows give back their blocks; on a GPU every eighth step, which is a wait for it
+grow     o+o   o+  -   the others get blocks for the steps that follow; with none left the youngest waits again
 
 What a step reads and writes (input_batch.py, the outputs, the cache) stays where it is: on a GPU graphs.py runs them.
 
 blocks   |prompt 0   |prompt 0   |tail, sample 0|sample 0|      16 tokens each
                                  |tail, sample 1|sample 1|
+
+A row that was preempted has lost its keys and values, and nothing else: the tokens, log-probs and experts that it has
+stand in its line of the outputs. When it enters again its tokens are fed anew, in the way in which they were, and it
+goes on with the noise of its next position.
 """
 
-from collections import deque
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -25,8 +30,9 @@ from torch import Tensor
 
 from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
-from r1fast.rollout.blocks import BlockPool
-from r1fast.rollout.fast_decode import fast_decode
+from r1fast.models.layers import HeadFn
+from r1fast.rollout.admission import Admission, Sample, SequenceGroup, num_blocks_of
+from r1fast.rollout.fast_decode import FastDecode, fast_decode
 from r1fast.rollout.fused_decode import FusedDecode
 from r1fast.rollout.graphs import StepGraphs
 from r1fast.rollout.input_batch import InputBatch, RowState, RowViews, width_of
@@ -36,43 +42,9 @@ from r1fast_kernels import sample_tokens, selective_logprobs
 from r1fast_kernels.decode_attention import BLOCK
 from r1fast_kernels.products import linear
 
+logger = logging.getLogger("r1fast")
 SYNC_STEPS = {"cpu": 1}  # steps between looks at the stop flags
 DEVICE_SYNC_STEPS = 8  # elsewhere: each look waits for the device
-ENTER_ABOVE = 1 / 8  # share of free rows at which waiting samples enter: a prefill of few tokens costs as many launches
-
-
-def num_blocks_of(num_tokens: int) -> int:
-    return -(-num_tokens // BLOCK)
-
-
-@dataclass
-class SequenceGroup:
-    """A distinct prompt and the samples of it that wait: (index in the output, key of the noise)."""
-
-    ids: list[int]
-    waiting: deque[tuple[int, int]] = field(default_factory=deque)
-    blocks: list[int] = field(default_factory=list)  # while samples wait
-    logits_1V: Tensor | None = None
-    experts_PLK: np.ndarray | None = None
-
-    @property
-    def num_full(self) -> int:
-        return len(self.ids) // BLOCK
-
-    def num_own(self, max_tokens: int) -> int:
-        """Blocks that a sample has for itself. The last token is sampled, but never fed."""
-        return num_blocks_of(len(self.ids) + max_tokens - 1) - self.num_full
-
-
-@dataclass
-class _Sequence:
-    index: int  # in the output
-    key: int
-    line: int  # of the buffers
-    prompt: SequenceGroup
-    blocks: list[int]
-    begun: int  # its tokens less the steps run, when it entered: as long as it lives, it has begun + steps
-    num_seen: int = 0  # tokens, by the watcher
 
 
 @dataclass(frozen=True)
@@ -99,12 +71,13 @@ class Scheduler:
         watcher: Watcher | None = None,
     ) -> None:
         self.model, self.params, self.limits, self.graphs, self.watcher = model, params, limits, graphs, watcher
-        self.queue = deque(prompts)
+        steps = SYNC_STEPS.get(model.embed_tokens.weight.device.type, DEVICE_SYNC_STEPS)
+        num_blocks = limits.num_blocks if graphs is None else limits.num_blocks - 1
+        self.admission = Admission(prompts, params.max_tokens, num_blocks, limits.max_rows, steps)
         self.decoder = fast_decode(model) or model  # C++ or fused, or the modules
         weight_VD = model.embed_tokens.weight
         self.device = weight_VD.device
         self.cache = BlockCache(model.config, limits.num_blocks, weight_VD.dtype, self.device)
-        self.pool = BlockPool(limits.num_blocks if graphs is None else limits.num_blocks - 1)
         self.is_stop_V = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
         self.is_stop_V[self._int64(stop_ids)] = True
         # One column more: rows that have stopped, but not yet left, write there.
@@ -114,11 +87,12 @@ class Scheduler:
         if record_experts:
             shape = (*self.ids_RS.shape, sum(1 for _ in model.moe_layers()), model.config.num_experts_per_tok)
             self.experts_RSLK = torch.zeros(shape, dtype=torch.int16, device=self.device)
-        self.free_lines = list(range(limits.max_rows - 1, -1, -1))
-        self.running: list[_Sequence] = []
-        self.num_steps = 0
-        table_width = max(prompt.num_full + prompt.num_own(params.max_tokens) for prompt in prompts)
-        self.rows = InputBatch(limits.max_rows, table_width, limits.num_blocks - 1, self.device)
+        self.table_width = max(prompt.num_full + prompt.num_own(params.max_tokens) for prompt in prompts)
+        self.rows = InputBatch(limits.max_rows, self.table_width, limits.num_blocks - 1, self.device)
+
+    @property
+    def running(self) -> list[Sample]:
+        return self.admission.running
 
     def run(self) -> Iterator[tuple[int, SampledTokens]]:
         """Each sample with its index, when it has left."""
@@ -126,64 +100,44 @@ class Scheduler:
             yield from self._run_all()
 
     def _run_all(self) -> Iterator[tuple[int, SampledTokens]]:
-        sync_steps = SYNC_STEPS.get(self.device.type, DEVICE_SYNC_STEPS)
         addresses = self._addresses()
-        while self.queue or self.running:
-            while self.queue and len(self.free_lines) >= self.limits.max_rows * ENTER_ABOVE and self._enter():
+        while self.admission.queue or self.running:
+            self._grow()
+            while self._enter():
                 yield from self._leave()  # the first token may be the last
-            assert self.running or not self.queue, "a sample that does not fit into the empty cache"
-            longest = max((sequence.begun for sequence in self.running), default=0)
-            for _ in range(sync_steps if self.running else 0):
-                width = width_of(num_blocks_of(longest + self.num_steps), self.rows.block_table_RN.shape[1])
+            assert self.running or not self.admission.queue, "a sample that does not fit into the empty cache"
+            for _ in range(self.admission.steps if self.running else 0):
+                shape = len(self.running), width_of(num_blocks_of(self.admission.longest), self.table_width)
                 if self.graphs is None:
-                    self._step(len(self.running), width)
+                    self._step(*shape)
                 else:
-                    self.graphs.run(self._step, len(self.running), width)
-                self.num_steps += 1
+                    self.graphs.run(self._step, *shape)
+                self.admission.step()
             yield from self._leave()
         assert self._addresses() == addresses, "parameters moved: graphs read where they were"
+        if count := self.admission.num_preempted:
+            logger.info("generation: the cache was full, %d rows were preempted and computed again", count)
+
+    def _grow(self) -> None:
+        num_rows = len(self.running)
+        grown = self.admission.grow()
+        if len(self.running) < num_rows:
+            self.rows.keep(range(len(self.running)), num_rows)
+        self.rows.add_blocks(grown)
 
     # ---- entering ----
 
     def _enter(self) -> bool:
         """False where no sample finds its blocks."""
-        prompts, entering = self._admit()
-        if not entering:
-            return False
+        prompts, entering = self.admission.enter()
         for some in _packs(prompts, self.limits.max_num_batched_tokens):
             self._prefill(some)
-        self._copy_tails(entering)
-        self._sample_first(entering)
-        for prompt in {id(sequence.prompt): sequence.prompt for sequence in entering}.values():
-            if not prompt.waiting:
-                self.pool.free(prompt.blocks)
-                prompt.logits_1V = None
-        return True
-
-    def _admit(self) -> tuple[list[SequenceGroup], list[_Sequence]]:
-        """The prompts to prefill, and the samples that enter, as far as rows and blocks allow."""
-        prompts: list[SequenceGroup] = []
-        entering: list[_Sequence] = []
-        while self.queue and self.free_lines:
-            prompt = self.queue[0]
-            own = prompt.num_own(self.params.max_tokens)
-            if not prompt.blocks:
-                if num_blocks_of(len(prompt.ids)) + own > self.pool.num_free:
-                    break
-                prompt.blocks = self.pool.allocate(num_blocks_of(len(prompt.ids)))
-                prompts.append(prompt)
-            while prompt.waiting and self.free_lines and own <= self.pool.num_free:
-                index, key = prompt.waiting.popleft()
-                # The last sample has the last block to itself, and needs no copy.
-                shared = prompt.blocks[: prompt.num_full] if prompt.waiting else prompt.blocks[: prompt.num_full + own]
-                self.pool.add_reference(shared)
-                rest = self.pool.allocate(prompt.num_full + own - len(shared))
-                begun = len(prompt.ids) + 1 - self.num_steps
-                entering.append(_Sequence(index, key, self.free_lines.pop(), prompt, shared + rest, begun))
-            if prompt.waiting:
-                break
-            self.queue.popleft()
-        return prompts, entering
+        if entering:
+            self._copy_tails(entering)
+            self._recompute([x for x in entering if x.num_sampled])
+            self._begin(entering)
+            self.admission.entered(entering)
+        return bool(entering)
 
     def _prefill(self, prompts: list[SequenceGroup]) -> None:
         """Packed; of a prompt that is longer than a prefill may be, the rest follows, a row for each token."""
@@ -200,25 +154,25 @@ class Scheduler:
             head=lambda hidden_TD, weight_VD: linear(hidden_TD[last_P], weight_VD),
         )
         for p, (prompt, end, ids) in enumerate(zip(prompts, ends_P.tolist(), heads)):
-            prompt.logits_1V = logits_PV[p : p + 1]
-            if experts_TLK is not None:
-                prompt.experts_PLK = experts_TLK[end - len(ids) : end].cpu().numpy()
+            logits_1V = logits_PV[p : p + 1]
+            experts = [] if experts_TLK is None else [experts_TLK[end - len(ids) : end].cpu().numpy()]
             for start in range(most, len(prompt.ids), most):
-                self._prefill_part(prompt, start, prompt.ids[start : start + most])
+                part_T = self._int64(prompt.ids[start : start + most])
+                logits_1V, more_TLK = self._decode_part(part_T, start, prompt.blocks, _of_last)
+                experts += [] if more_TLK is None else [more_TLK.cpu().numpy()]
+            if prompt.logits_1V is None:
+                prompt.logits_1V = logits_1V
+            if prompt.experts_PLK is None and experts:  # those of the first time stay
+                prompt.experts_PLK = np.concatenate(experts)
 
-    def _prefill_part(self, prompt: SequenceGroup, start: int, ids: list[int]) -> None:
-        """By the modules: in every layer all rows are written before any is read."""
-        table_1N = torch.tensor([prompt.blocks], dtype=torch.int32, device=self.device)
-        prompt.logits_1V, experts_TLK = self._run(
-            self.model.decode,
-            self._int64(ids),
-            torch.arange(start, start + len(ids), device=self.device),
-            self.cache,
-            table_1N.expand(len(ids), -1),
-            head=lambda hidden_TD, weight_VD: linear(hidden_TD[-1:], weight_VD),
-        )
-        if prompt.experts_PLK is not None and experts_TLK is not None:
-            prompt.experts_PLK = np.concatenate([prompt.experts_PLK, experts_TLK.cpu().numpy()])
+    def _decode_part(self, ids_T: Tensor, start: int, blocks: list[int], head: HeadFn) -> tuple[Tensor, Tensor | None]:
+        """Tokens of a sequence from place `start` on, a row for each. Not in C++: in every layer all rows are written
+        before any is read."""
+        end = start + len(ids_T)
+        table_1N = torch.tensor([blocks[: num_blocks_of(end)]], dtype=torch.int32, device=self.device)
+        places_T = torch.arange(start, end, device=self.device)
+        decode = self.model.decode if isinstance(self.decoder, FastDecode) else self.decoder.decode
+        return self._run(decode, ids_T, places_T, self.cache, table_1N.expand(len(ids_T), -1), head=head)
 
     def _run(self, run: Callable[..., Any], *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         """Logits, and the experts of each token as int16 [tokens, L, K] where they are recorded."""
@@ -227,22 +181,48 @@ class Scheduler:
         logits, routing = run(*args, **options, with_routing=True)
         return logits, routing.expert_ids.to(torch.int16)
 
-    def _copy_tails(self, entering: list[_Sequence]) -> None:
+    def _copy_tails(self, entering: list[Sample]) -> None:
         """The last block of a prompt, unless it is full, goes on differently in each sample."""
-        partial = [sequence for sequence in entering if len(sequence.prompt.ids) % BLOCK]
+        partial = [x for x in entering if len(x.prompt.ids) % BLOCK]
         pairs = [(x.prompt.blocks[x.prompt.num_full], x.blocks[x.prompt.num_full]) for x in partial]
         if copied := [(source, target) for source, target in pairs if source != target]:
             self.cache.copy_blocks(*map(self._int64, zip(*copied)))
 
-    def _sample_first(self, entering: list[_Sequence]) -> None:
-        width, more = self.rows.block_table_RN.shape[1], self.params.max_tokens - 2
-        rows = self.rows.put(
-            len(self.running),
-            [RowState(x.line, x.key, len(x.prompt.ids), len(x.prompt.ids) + more, live=1) for x in entering],
-            [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence in entering],
-        )
-        self._sample(rows, torch.cat([cast(Tensor, sequence.prompt.logits_1V) for sequence in entering]))
-        self.running += entering
+    def _recompute(self, samples: list[Sample]) -> None:
+        """The keys and values of what they have sampled, but for the last token, which the next step feeds. In C++ step
+        by step, as the first time: the same bits. Else all tokens of a sample together: the same ops, whose products
+        have other numbers of rows."""
+        if not isinstance(self.decoder, FastDecode):
+            most = self.limits.max_num_batched_tokens
+            for x in samples:
+                for start in range(0, x.num_sampled - 1, most):
+                    ids_T = self.ids_RS[x.line, start : min(start + most, x.num_sampled - 1)]
+                    self._decode_part(ids_T, len(x.prompt.ids) + start, x.blocks, _of_none)
+            return
+        rows = [(x.line, len(x.prompt.ids), x.num_sampled - 1) for x in samples]
+        table_BN = torch.tensor(self._tables(samples), dtype=torch.int32)
+        for count in range(max((fed for *_, fed in rows), default=0)):
+            row_B = self._int64([row for row, (*_, fed) in enumerate(rows) if fed > count])
+            line_B, begin_B, _ = self._int64(rows)[row_B].unbind(1)
+            self.decoder.decode(self.ids_RS[line_B, count], begin_B + count, self.cache, table_BN[row_B])
+
+    def _begin(self, entering: list[Sample]) -> None:
+        """Rows of their own: those that go on where they were, and behind them those whose first token is sampled."""
+        first, most = len(self.running) - len(entering), self.params.max_tokens
+        states = [
+            RowState(x.line, x.key, len(x.prompt.ids) + x.num_sampled, len(x.prompt.ids) + most - 2, x.num_sampled, 1)
+            for x in entering
+        ]
+        self.rows.put(first, states, self._tables(entering))
+        again = [x for x in entering if x.num_sampled]
+        rows = self.rows.span(first, first + len(again))
+        rows.id_B.copy_(self.ids_RS[rows.line_B, rows.num_sampled_B - 1])
+        if new := entering[len(again) :]:
+            logits_BV = torch.cat([cast(Tensor, x.prompt.logits_1V) for x in new])
+            self._sample(self.rows.span(first + len(again), len(self.running)), logits_BV)
+
+    def _tables(self, samples: list[Sample]) -> list[list[int]]:
+        return [x.blocks + [0] * (self.table_width - len(x.blocks)) for x in samples]
 
     # ---- decoding ----
 
@@ -296,42 +276,48 @@ class Scheduler:
             self._show(self.watcher, rows, live, counts)
         if all(live):
             return
-        leaving = [(sequence, count) for sequence, count, lives in zip(self.running, counts, live) if not lives]
-        lines_B, most = self._int64([sequence.line for sequence, _ in leaving]), max(count for _, count in leaving)
+        leaving = [(sample, count) for sample, count, lives in zip(self.running, counts, live) if not lives]
+        lines_B, most = self._int64([sample.line for sample, _ in leaving]), max(count for _, count in leaving)
         ids, logprobs = (x_RS[lines_B, :most].tolist() for x_RS in (self.ids_RS, self.logprobs_RS))
         routed_BSLK = None if self.experts_RSLK is None else self.experts_RSLK[lines_B, :most].cpu().numpy()
-        for b, (sequence, count) in enumerate(leaving):
-            experts = sequence.prompt.experts_PLK
+        for b, (sample, count) in enumerate(leaving):
+            experts = sample.prompt.experts_PLK
             if experts is not None and routed_BSLK is not None:
                 experts = np.concatenate([experts, routed_BSLK[b, : count - 1]])
-            yield sequence.index, SampledTokens(ids[b][:count], logprobs[b][:count], experts)
-            self.pool.free(sequence.blocks)
-            self.free_lines.append(sequence.line)
-        positions = [position for position, lives in enumerate(live) if lives]
-        self.rows.keep(positions, len(self.running))
-        self.running = [self.running[position] for position in positions]
+            yield sample.index, SampledTokens(ids[b][:count], logprobs[b][:count], experts)
+        self.rows.keep([position for position, lives in enumerate(live) if lives], len(self.running))
+        for sample, _ in leaving:
+            self.admission.leave(sample)
 
     def _show(self, watcher: Watcher, rows: RowViews, live: list[int], counts: list[int]) -> None:
         """New tokens; `live` and `counts` become those of rows that end with them, or before."""
-        seen = [sequence.num_seen for sequence in self.running]
+        seen = [sample.num_seen for sample in self.running]
         most = max((count - known for count, known in zip(counts, seen, strict=True)), default=0)
         columns_BS = self._int64(seen)[:, None] + torch.arange(most, device=self.device)
         ids = self.ids_RS[rows.line_B[:, None], columns_BS.clamp(max=self.params.max_tokens)].tolist()
-        for position, sequence in enumerate(self.running):
-            new = ids[position][: counts[position] - sequence.num_seen]
-            sequence.num_seen = counts[position]
-            kept = watcher.see(sequence.index, new, has_ended=not live[position])
+        for position, sample in enumerate(self.running):
+            new = ids[position][: counts[position] - sample.num_seen]
+            sample.num_seen = counts[position]
+            kept = watcher.see(sample.index, new, has_ended=not live[position])
             if kept is not None:
                 live[position], counts[position] = 0, kept
 
     def _addresses(self) -> list[int]:
         return [] if self.graphs is None else [param.data_ptr() for param in self.model.parameters()]
 
-    def _int64(self, values: Sequence[int]) -> Tensor:
+    def _int64(self, values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def _slots(self, blocks: list[int], num_tokens: int) -> Tensor:
         return (self._int64(blocks)[:, None] * BLOCK + torch.arange(BLOCK, device=self.device)).flatten()[:num_tokens]
+
+
+def _of_last(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+    return linear(hidden_TD[-1:], weight_VD)
+
+
+def _of_none(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+    return hidden_TD[:0]
 
 
 def _packs(prompts: list[SequenceGroup], max_tokens: int) -> list[list[SequenceGroup]]:

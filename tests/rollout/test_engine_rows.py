@@ -257,10 +257,12 @@ def test_long_prompts_are_computed_in_parts(decoder: HashDecoder) -> None:
 
 
 def test_the_cache_keeps_to_its_budget(decoder: HashDecoder) -> None:
-    """16 prompt tokens and 32 new ones are 3 blocks; samples of a prompt share the first."""
+    """16 prompt tokens and 32 new ones are 3 blocks; samples of a prompt share the first. Where few fit whole, more run
+    while they are short, and every token is decoded once."""
     params = SamplingParams(n=4, max_tokens=33, ignore_eos=True)
     RolloutEngine(decoder, None, kv_cache_memory_bytes=5999).generate([[1] * 16, [2] * 16], params)
-    assert HashCache.made[-1].num_blocks == 5 and max(decoder.decode_rows) == 2
+    assert HashCache.made[-1].num_blocks == 5
+    assert max(decoder.decode_rows) == 4 and decoder.decode_rows[-1] <= 2 and sum(decoder.decode_rows) == 8 * 32
     RolloutEngine(decoder, None, kv_cache_memory_bytes=10**9).generate([[1] * 16, [2] * 16], params)
     assert HashCache.made[-1].num_blocks == 8 * 2 + 2 and max(decoder.decode_rows) == 8
     with pytest.raises(ValueError, match=r"kv_cache_memory_bytes is 2,999; one completion of 33 .* 16 takes 3,000"):
@@ -283,7 +285,7 @@ def test_more_than_the_machine_has_is_refused_before_any_work(
 def test_padding_has_a_block_of_its_own_within_the_budget(decoder: HashDecoder, graphs: list[str]) -> None:
     params = SamplingParams(n=4, max_tokens=33, ignore_eos=True)
     RolloutEngine(decoder, None, kv_cache_memory_bytes=5999).generate([[1] * 16, [2] * 16], params)
-    assert HashCache.made[-1].num_blocks == 5 and max(decoder.decode_rows) == 1  # two rows would take five blocks
+    assert HashCache.made[-1].num_blocks == 5
     RolloutEngine(decoder, None).generate([[1] * 16, [2] * 16], params)
     assert HashCache.made[-1].num_blocks == 8 * 2 + 2 + 1 and max(decoder.decode_rows) == 8
     with pytest.raises(ValueError, match=r"kv_cache_memory_bytes is 3,999; one completion of 33 .* 16 takes 4,000"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from r1fast import Completion, RolloutEngine, SamplingParams, load_model
+from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.rollout import scheduler
 from r1fast.rollout.sampling import SampledTokens, completion_text
@@ -81,7 +82,7 @@ def test_texts_end_at_the_first_stop_string(engine: RolloutEngine, stop: list[st
     assert (shortened > 1) == (stop != STOPS["never"])
 
 
-@pytest.mark.parametrize("change", ["modules", "few-rows", "eight-steps", "prefill-in-parts"])
+@pytest.mark.parametrize("change", ["modules", "few-rows", "small-cache", "eight-steps", "prefill-in-parts"])
 def test_stops_do_not_depend_on_how_rows_decode(
     loaded: tuple[Decoder, Any], engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -92,7 +93,12 @@ def test_stops_do_not_depend_on_how_rows_decode(
         monkeypatch.setattr(scheduler, "fast_decode", lambda model: None)
     if change == "eight-steps":
         monkeypatch.setitem(scheduler.SYNC_STEPS, "cpu", 8)
-    options = {"few-rows": {"max_num_seqs": 3}, "prefill-in-parts": {"max_num_batched_tokens": 2}}.get(change, {})
+    block = BlockCache.bytes_per_block(engine.model.config, torch.float32)
+    options = {
+        "few-rows": {"max_num_seqs": 3},
+        "small-cache": {"kv_cache_memory_bytes": 9 * block},
+        "prefill-in-parts": {"max_num_batched_tokens": 2},
+    }.get(change, {})
     found = sample(RolloutEngine(*loaded, **options), stop=stop)
     assert [(x.text, x.token_ids) for x in found] == [(x.text, x.token_ids) for x in want]
 
