@@ -67,8 +67,8 @@ class Blocks:
 # is one product in eight, hence 64 below. A few rows an expert (sampling) only wait for weights.
 BLOCKS_16_BIT = {16: Blocks(16, 128, 128, 4, 4), 511: Blocks(64, 128, 64, 4, 4), 1 << 62: Blocks(128, 128, 64, 8, 3)}
 BLOCKS_FP32 = {16: Blocks(16, 64, 32, 4, 3), 1 << 62: Blocks(64, 64, 16, 4, 2)}
-# With descriptors: a tensor core that multiplies 64 x 256 reads 80 bytes a clock of shared memory, and 96 at 64 x 128;
-# with 48 or 64 written for the next steps that is 128, all there is, or 160.
+# With descriptors, of all three products. L2 is what binds: a tile of 128 x 128 reads a byte of it for 64 FLOPs, this
+# one for 85. And tensor cores read 80 bytes a clock of shared memory for 64 x 256, 96 for 64 x 128.
 BLOCKS_DESCRIBED = Blocks(128, 256, 64, 8, 4)
 # A tile [N, D] of a dW, k rows at a time, by bytes a number.
 WEIGHT_BLOCKS = {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(64, 64, 16, 8, 3)}
@@ -298,9 +298,10 @@ def _launch_gemm(x_MD: Tensor, weight: Tensor, offsets_E: Tensor, transpose_weig
 
 def _launch_weight(x_MD: Tensor, y_MN: Tensor, offsets_E: Tensor) -> Tensor:
     num_experts, width_x, width_y = len(offsets_E), x_MD.shape[1], y_MN.shape[1]
-    blocks = BLOCKS_INTERPRETED if INTERPRETING else WEIGHT_BLOCKS[x_MD.dtype.itemsize]
-    factors: tuple[TensorDescriptor | None, ...] = None, None
-    if described := can_describe(x_MD, y_MN):
+    described, factors = can_describe(x_MD, y_MN), (None, None)
+    blocks = BLOCKS_DESCRIBED if described else WEIGHT_BLOCKS[x_MD.dtype.itemsize]
+    blocks = BLOCKS_INTERPRETED if INTERPRETING else blocks
+    if described:
         factors = (
             TensorDescriptor.from_tensor(x_MD, [blocks.k, blocks.n]),
             TensorDescriptor.from_tensor(y_MN, [blocks.k, blocks.m]),

@@ -49,9 +49,9 @@ BUDGETS = {
     "sample_tokens, top_p": Cost(1),
     "route_topk": Cost(2, 1, 0.1, 1.1),
     "moe_dispatch": Cost(3, 0, 0.6),
-    "grouped_gemm": Cost(2, 3, 0.1, 0.1),
+    "grouped_gemm": Cost(1, 2),
     "grouped_gemm, on Hopper": Cost(2, 3),
-    "moe_experts": Cost(7, 8, 705, 1477),
+    "moe_experts": Cost(6, 8, 704, 1282),
     "moe_experts, on Hopper": Cost(8, 8, 704, 1282),
     "decode_attention": Cost(2, 0, 25),
     "decode_attention, latents": Cost(2, 0, 129),
@@ -68,11 +68,8 @@ COMPILATIONS = {
     # The ids of a tile of rows begin anywhere, those of the first at 16 bytes.
     "linear_cross_entropy": {"_fold_kernel": 2, "_gradient_kernel": 2},
     "linear_grpo_loss": {"_fold_kernel": 2, "_gradient_kernel": 2},
-    "grouped_gemm": {"_tile_kernel": TILES, "_gemm_kernel": 2 * TILES},  # x W, x W^T
-    "moe_experts": {
-        "_tile_kernel": TILES, "_gate_up_kernel": TILES, "_gemm_kernel": 2 * TILES, "_inner_gradient_kernel": TILES,
-        "_weight_kernel": 2,  # gathers x, or y
-    },
+    "grouped_gemm": {"_gemm_kernel": 2 * TILES},  # x W, x W^T
+    "moe_experts": {"_gate_up_kernel": TILES, "_gemm_kernel": 2 * TILES},
 }  # fmt: skip
 COMPILATIONS |= {f"{op}{ON_HOPPER}": COMPILATIONS[op] for op in ("grouped_gemm", "moe_experts")}
 
