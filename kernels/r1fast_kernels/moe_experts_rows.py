@@ -55,7 +55,7 @@ def _combine_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _swiglu_kernel(
+def _expert_swiglu_kernel(
     gate_up_ptr, weights_ptr, order_ptr, offsets_ptr, inner_ptr,  # [M, 2F], [T K], [M], [E], [M, F]
     num_rows, num_experts, width_f, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def _swiglu_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _swiglu_gradient_kernel(
+def _expert_swiglu_gradient_kernel(
     grad_ptr, kept_ptr, weights_ptr, order_ptr, offsets_ptr,  # [M, F] or None, [M, 2F], [T K], [M], [E]
     grad_gate_up_ptr, inner_ptr, grad_weights_ptr,  # [M, 2F], [M, F], [T K]; or None
     num_rows, num_experts, width_f, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -141,7 +141,7 @@ def swiglu(gate_up_M2F: Tensor, weights_TK: Tensor, order_M: Tensor, offsets_E: 
     num_rows, width_f = len(gate_up_M2F), gate_up_M2F.shape[1] // 2
     inner_MF = gate_up_M2F.new_empty(num_rows, width_f)
     launch(
-        _swiglu_kernel, (triton.cdiv(num_rows, ROWS), triton.cdiv(width_f, COLUMNS)),
+        _expert_swiglu_kernel, (triton.cdiv(num_rows, ROWS), triton.cdiv(width_f, COLUMNS)),
         gate_up_M2F, weights_TK, order_M, offsets_E, inner_MF, num_rows, len(offsets_E), width_f, BLOCK_M=ROWS,
         BLOCK_F=COLUMNS, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -158,7 +158,7 @@ def swiglu_gradients(
     inner_MF = gate_up_M2F.new_empty(num_rows, width_f) if needs[1] else None
     grad_weights = torch.empty_like(weights_TK) if needs[2] else None
     launch(
-        _swiglu_gradient_kernel, (triton.cdiv(num_rows, ROWS),),
+        _expert_swiglu_gradient_kernel, (triton.cdiv(num_rows, ROWS),),
         grad_MF, gate_up_M2F, weights_TK, order_M, offsets_E, grad_M2F, inner_MF, grad_weights, num_rows,
         len(offsets_E), width_f, BLOCK_M=ROWS, BLOCK_F=COLUMNS, num_warps=NUM_WARPS,
     )  # fmt: skip

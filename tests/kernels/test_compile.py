@@ -104,7 +104,7 @@ def assert_compiled(chosen: Sequence[Launch], arch: int) -> None:
 
 
 KERNELS = sorted(all_kernels())
-HOPPER_ONLY = {"_swiglu_kernel", "_zero_skipped_kernel"}  # they stand beside torch's grouped products
+HOPPER_ONLY = {"_expert_swiglu_kernel", "_zero_skipped_kernel"}  # they stand beside torch's grouped products
 for_both = pytest.mark.parametrize("arch", [90, 80], ids=["sm90", "sm80"])
 
 
