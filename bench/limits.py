@@ -58,6 +58,12 @@ class Modelled:
     limit: str  # that binds
     blocks: int  # a multiprocessor takes
     clocks: dict[str, float]  # of a multiprocessor, by resource
+    wide_bytes: float  # by 128-bit accesses and copies
+
+    @property
+    def ms_but_memory(self) -> float:
+        """As if memory were free: how far from binding everything else is."""
+        return max(each for name, each in self.clocks.items() if name != "memory") / CLOCK * 1e3
 
 
 def blocks_per_multiprocessor(code: Code) -> int:
@@ -127,6 +133,7 @@ def modelled(code: Code, work: Work, programs: int) -> Modelled:
     for block, times in trips:
         for resource, each in clocks_of(block, code.warps).items():
             clocks[resource] = clocks.get(resource, 0.0) + times * each
+    wide_bytes = clocks["l2"] * L2_BYTES * units
     pace = max(DEPENDENT, code.warps / ISSUED)
     alone = L2_CLOCKS + MEMORY_CLOCKS + len(once) * pace
     alone += sum(times * iteration_clocks(block, code) for block, times in trips[1:])
@@ -137,4 +144,4 @@ def modelled(code: Code, work: Work, programs: int) -> Modelled:
     clocks["tensor"] *= TENSOR_FLOPS * MULTIPROCESSORS * CLOCK / PRODUCT_FLOPS_PER_S
     clocks["memory"] = work.bytes / COPY_BYTES_PER_S * CLOCK
     limit = max(clocks, key=lambda resource: clocks[resource])
-    return Modelled(clocks[limit] / CLOCK * 1e3, limit, blocks, clocks)
+    return Modelled(clocks[limit] / CLOCK * 1e3, limit, blocks, clocks, wide_bytes)

@@ -1,6 +1,7 @@
 """What machine code allows each GPU case of bench/cases.py on an H200: modelled, without a GPU (bench/limits.py).
 
     python bench/modelled.py [op]
+    python bench/modelled.py --write     all, into bench/modelled.json, from which bench/report.py has its columns
 
 Each case, then its kernels as they are launched:
 
@@ -11,76 +12,30 @@ Each case, then its kernels as they are launched:
 """
 
 import argparse
+import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import triton
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from bench.cases import CASES, Case  # noqa: E402
-from bench.limits import COPY_BYTES_PER_S, PRODUCT_FLOPS_PER_S, Modelled, Work, modelled  # noqa: E402
+from bench.limits import PRODUCT_FLOPS_PER_S, Modelled, Work, modelled  # noqa: E402
 from bench.machine_code import Code, compile_special  # noqa: E402
 from bench.production import CALLS, Call, record, tensor_bytes  # noqa: E402
+from bench.work import case_floor_ms, floor_ms, work_of  # noqa: E402
 from tests.kernels.fake_gpu import Launch, Specialisation  # noqa: E402
 
 # torch's grouped product, whose 657 TFLOP/s of 2048 rows an expert were 645 of 1024 and 572 of 512 (h200-all.json).
 GROUPED_FLOPS_PER_S, GROUPED_TILE = 680e12, 128
+RESULTS = ROOT / "bench" / "modelled.json"
 OWN = ("grouped_gemm", "moe_experts")  # ops that have products of torch's, and of their own
-
-
-def _product(launch: Launch, rows: int, inner: int, width: int) -> Work:
-    """Of rows that are sorted by expert: half of each expert's last tile is empty."""
-    a = launch.arguments
-    padded = rows + a["num_experts"] * a["BLOCK_M"] / 2
-    units = padded / a["BLOCK_M"] * -(-width // a["BLOCK_N"])
-    per_row = 2.0 * inner * width
-    return Work(tensor_bytes(launch), rows * per_row, padded * per_row, units)
-
-
-def _weight(launch: Launch) -> Work:
-    a = launch.arguments
-    rows, area = a["x_ptr"].shape[0], float(a["width_x"]) * a["width_y"]
-    padded = rows + a["offsets_ptr"].shape[0] * a["BLOCK_M"] / 2
-    twice = tensor_bytes(launch, "x", "y") if a["DESCRIBED"] else 0.0  # descriptors of x_ptr and y_ptr
-    return Work(tensor_bytes(launch) - twice, 2.0 * rows * area, 2.0 * padded * area)
-
-
-def _attend(launch: Launch) -> Work:
-    """Every token of every row is read once for all heads of a key head, 16 of them at a time."""
-    a = launch.arguments
-    (tokens, heads, width), tiles = a["k_ptr"].shape, -(-a["group"] // a["BLOCK_H"])
-    flops = 2.0 * tokens * heads * tiles * a["BLOCK_H"] * (width + a["value_width"])
-    once = tokens * heads * a["value_width"] * a["v_ptr"].dtype.itemsize if a["SHARED"] else 0
-    return Work(tensor_bytes(launch) - once, flops, trips=tokens * heads * tiles / a["BLOCK_T"])
-
-
-def _sample(launch: Launch) -> Work:
-    """One pass for the sums; with a cut one for each bit of a logit, and one for what stays."""
-    a = launch.arguments
-    bits = 32 - a["SHIFT"]
-    cuts = {(False, False): (), (True, False): (bits, 1), (False, True): (bits, 1), (True, True): (bits, 1, bits, 1)}
-    return Work(tensor_bytes(launch), passes=(1, *cuts[a["TOP_K"], a["TOP_P"]]))
-
-
-# What a launch has to do, where it is more than to read or write each of its tensors once.
-WORK: dict[str, Callable[[Launch], Work]] = {
-    "_gemm_kernel": lambda x: _product(x, x.arguments["x"].shape[0], x.arguments["inner"], x.arguments["width"]),
-    "_gate_up_kernel": lambda x: _product(
-        x, x.arguments["order_ptr"].shape[0], x.arguments["width"], 2 * x.arguments["width_f"]
-    ),
-    "_weight_kernel": _weight,
-    "_attend_kernel": _attend,
-    "_sample_kernel": _sample,
-    "_zero_skipped_kernel": lambda x: Work(4.0 * x.num_programs, trips=1),  # no row is skipped
-}
-
-
-def work_of(launch: Launch) -> Work:
-    return WORK[launch.name](launch) if launch.name in WORK else Work(tensor_bytes(launch))
 
 
 @dataclass(frozen=True)
@@ -99,26 +54,60 @@ class Kernel:
 @dataclass(frozen=True)
 class Row:
     case: Case
-    own: bool
+    own: bool  # with grouped products of our own where torch's would be taken
     kernels: list[Kernel]
     vendor_ms: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.op} {self.case.name}" + (" own" if self.own else "")
 
     @property
     def ms(self) -> float:
         return self.vendor_ms + sum(x.times * x.model.ms for x in self.kernels)
 
+    @property
+    def share(self) -> float:
+        """Of the floor, at best."""
+        return case_floor_ms(self.case) / self.ms
 
-def floor_ms(num_bytes: float, flops: float) -> float:
-    return max(num_bytes / COPY_BYTES_PER_S, flops / PRODUCT_FLOPS_PER_S) * 1e3
+    @property
+    def limit(self) -> str:
+        """What binds the kernel that takes most of the time."""
+        each = [(x.times * x.model.ms, x.model.limit) for x in self.kernels]
+        return max([*each, (self.vendor_ms, "products of the vendor")])[1]
+
+    @property
+    def margin(self) -> float | None:
+        """What the limits other than memory allow, over what the code has to allow for the case's target; None: no
+        target that is a share of the floor.
+
+        That is 1.3 times the share that is asked; of the head's ops, whose floor is products that are not ours, half of
+        the way from the asked share to all of it.
+        """
+        floor = case_floor_ms(self.case)
+        targets = [x for x in self.case.targets if x.measure in ("fraction", "ms")]
+        asked = [x.bound if x.measure == "fraction" else floor / x.bound for x in targets]
+        if not asked:
+            return None
+        allowed = floor / (self.vendor_ms + sum(x.times * x.model.ms_but_memory for x in self.kernels))
+        of_products = self.case.op.startswith("linear_")
+        return allowed / ((1 + max(asked)) / 2 if of_products else 1.3 * max(asked))
 
 
-_codes: dict[str, Code] = {}
+_codes: dict[tuple[Any, str], Code] = {}
 
 
 def code_of(special: Specialisation) -> Code:
-    if special.key not in _codes:
-        _codes[special.key] = compile_special(special)
-    return _codes[special.key]
+    key = special.function, special.key
+    if key not in _codes:
+        _codes[key] = compile_special(special)
+    return _codes[key]
+
+
+def kernel_of(launch: Launch, times: int = 1) -> Kernel:
+    code, work = code_of(launch.specialisation), work_of(launch)
+    return Kernel(launch, code, work, modelled(code, work, launch.num_programs), times)
 
 
 def vendor_ms(call: Call) -> float:
@@ -133,10 +122,7 @@ def row_of(case: Case, *, own: bool = False) -> Row:
     for launch in call.launches:
         key = f"{launch.grid} {tensor_bytes(launch)} {launch.specialisation.key}"
         together.setdefault(key, []).append(launch)
-    kernels = []
-    for same in together.values():
-        code, work = code_of(same[0].specialisation), work_of(same[0])
-        kernels.append(Kernel(same[0], code, work, modelled(code, work, same[0].num_programs), len(same)))
+    kernels = [kernel_of(same[0], len(same)) for same in together.values()]
     return Row(case, own, kernels, vendor_ms(call))
 
 
@@ -153,9 +139,12 @@ WIDTHS = (9, 6, 8, 5, 4, 6, 6, 5, 5, 6, 4, 4)
 
 
 def show(row: Row) -> str:
-    name = f"{row.case.op}  {row.case.name}" + (", products of our own" if row.own else "")
-    lines = [f"\n{name}: {row.ms:.3f} ms modelled, products of the vendor {row.vendor_ms:.3f}"]
-    lines.append("".join(name.rjust(width) for name, width in zip(COLUMNS, WIDTHS)) + "  kernel: what else it takes")
+    margin = "" if row.margin is None else f", {row.margin:.2f} of what its target needs"
+    lines = [
+        f"\n{row.name}: {row.ms:.3f} ms modelled, of it products of the vendor {row.vendor_ms:.3f}; "
+        f"{row.share:.0%} of the floor{margin}",
+        "".join(name.rjust(width) for name, width in zip(COLUMNS, WIDTHS)) + "  kernel: what else it takes",
+    ]
     for x in row.kernels:
         hot, code = x.code.hot or x.code.whole, x.code
         cells = (
@@ -173,15 +162,41 @@ def show(row: Row) -> str:
     return "\n".join(lines)
 
 
+def rows(op: str | None = None) -> Iterator[Row]:
+    for case in CASES:
+        if case.device == "cuda" and case.op in CALLS and op in (None, case.op):
+            for own in (False, True) if case.op in OWN else (False,):
+                yield row_of(case, own=own)
+
+
+def summary(row: Row) -> dict[str, Any]:
+    """For modelled.json."""
+    return {
+        "row": row.name, "ms": round(row.ms, 4), "share": round(row.share, 3), "limit": row.limit,
+        "kernels": [
+            {
+                "name": x.launch.name, "times": x.times, "us": round(x.model.ms * 1e3, 1), "limit": x.model.limit,
+                "registers": x.code.registers, "blocks": x.model.blocks, "spilled": x.code.spilled_bytes,
+                "per_element": per_element(x), "tensor": x.code.tensor_ops,
+            }
+            for x in row.kernels
+        ],
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What machine code allows on an H200 (modelled).")
     parser.add_argument("op", nargs="?", choices=list(CALLS), help="all without it")
-    asked: Any = parser.parse_args()
+    parser.add_argument("--write", action="store_true", help=f"{RESULTS.name}, of all ops; then bench/report.py")
+    asked = parser.parse_args()
     warnings.simplefilter("ignore")
-    for case in CASES:
-        if case.device == "cuda" and case.op in CALLS and asked.op in (None, case.op):
-            for own in (False, True) if case.op in OWN else (False,):
-                print(show(row_of(case, own=own)), flush=True)
+    found = []
+    for row in rows(None if asked.write else asked.op):
+        print(show(row), flush=True)
+        found.append(summary(row))
+    if asked.write:
+        text = json.dumps({"triton": triton.__version__, "rows": found}, indent=1)
+        RESULTS.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ VENDOR = "r1fast_kernels.grouped_gemm_vendor"
 BF16, INT32, INT64 = torch.bfloat16, torch.int32, torch.int64
 DTYPES = {"bf16": BF16, "fp32": torch.float32}
 PRODUCTS = {"mm", "addmm", "bmm"}
+DECODE_HEADS = {"gqa": (12, 2, 128, 128), "mla": (16, 1, 576, 512)}  # H, K, d, e of Qwen2.5-1.5B and DeepSeek-V2-Lite
 
 
 @dataclass
@@ -147,9 +148,8 @@ def _sample(case: Case, call: Call) -> None:
 
 
 def _decode(case: Case, call: Call) -> None:
-    """Qwen2.5-1.5B's heads, and DeepSeek-V2-Lite's."""
     B, T, dtype = case.sizes["B"], case.sizes["T"], DTYPES[case.dtype]
-    H, K, d, e = {"gqa": (12, 2, 128, 128), "mla": (16, 1, 576, 512)}[case.mode]
+    H, K, d, e = DECODE_HEADS[case.mode]
     width = -(-T // BLOCK)
     keys = new(B * width * BLOCK, K, d, dtype=dtype)
     values = keys[..., :e] if case.mode == "mla" else new(*keys.shape[:2], e, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md from bench/results/*.json.
+"""Writes docs/benchmarks.md from bench/results/*.json, and what is modelled from bench/modelled.json.
 
 python bench/report.py            rewrites the page
 python bench/report.py --check    fails when the page is not what the results say
@@ -16,6 +16,8 @@ from bench.cases import CASES, Case  # noqa: E402
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "bench" / "results"
+MODELLED = ROOT / "bench" / "modelled.json"  # by bench/modelled.py
+LEAST_PART = 0.05  # of the modelled time of a case, for a kernel to be shown
 NOT_YET = "not yet measured"
 Rows = dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]]  # (op, case) -> (row, environment)
 RATES = (("tflop_per_s", "TFLOP/s"), ("gb_per_s", "GB/s"))
@@ -37,6 +39,10 @@ from which `python bench/report.py` makes this page. On a GPU, without installin
 - **Ratio**: the baseline's time over ours; above 1 we are faster. `eager` is what a trainer writes by hand in plain
   torch, in the dtype of the inputs; peers run with their defaults.
 - **Memory**: the most in use during the call beyond what was there before it, gradients included.
+- ***Modelled*** is not measured: what the machine code of the kernels allows on an H200 at best (`bench/limits.py`;
+  [LOG.md](LOG.md) has how far that was from rows measured earlier). The floor's share of it, and what limits the
+  kernel that takes most of the time; then of each kernel with 5% of the time registers of a thread, blocks that a
+  multiprocessor takes, and instructions an element. *own*: with grouped products of our own where torch's are taken.
 """
 
 
@@ -110,16 +116,39 @@ def environments(rows: Rows) -> list[str]:
     return [f"- {', '.join(sorted(ops))}: {line}." for line, ops in lines.items()]
 
 
+def modelled() -> dict[str, dict[str, Any]]:
+    """The rows of modelled.json, by op and case."""
+    return {row["row"]: row for row in json.loads(MODELLED.read_text())["rows"]}
+
+
+def modelled_cells(rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Share and limit, kernels; of a case, and of its products of our own."""
+    shares, kernels = [], []
+    for label, row in rows:
+        shares.append(f"{label}{row['share']:.0%}: {row['limit']}")
+        for x in row["kernels"]:
+            if x["times"] * x["us"] >= LEAST_PART * 1e3 * row["ms"]:
+                name = x["name"].strip("_").removesuffix("_kernel")
+                each = "" if x["per_element"] == "-" else f", {x['per_element']} an element"
+                kernels.append(f"{label}{name} {x['registers']} x {x['blocks']}{each}")
+    return ["<br>".join(shares), "<br>".join(dict.fromkeys(kernels))]
+
+
 def table(device: str, rows: Rows) -> list[str]:
-    lines = [
-        "| op | case | time | floor | of floor | ratio | memory | asked |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    on_gpu = device == "cuda"
+    titles = ["op", "case", "time", "floor", "of floor", "ratio", "memory", "asked"]
+    titles += ["*modelled* of floor: limit", "*registers x blocks*"] if on_gpu else []
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    of_code = modelled() if on_gpu else {}
     for case in CASES:
         if case.device == device:
             row = rows.get((case.op, case.name), (None,))[0]
             shown = [NOT_YET, "", "", "", ""] if row is None else cells(row)
-            lines.append(f"| {' | '.join([case.op, case.name, *shown, targets(case, row)])} |")
+            shown = [case.op, case.name, *shown, targets(case, row)]
+            if on_gpu:
+                names = {"": f"{case.op} {case.name}", "*own* ": f"{case.op} {case.name} own"}
+                shown += modelled_cells([(label, of_code[name]) for label, name in names.items() if name in of_code])
+            lines.append(f"| {' | '.join(shown)} |")
     return lines
 
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from r1fast.data.templates import PROMPT_TEMPLATES
 from r1fast.export import DTYPES, export, stage_and_step
-from r1fast.models.cache import free_memory
 from r1fast.models.weights import load_model
 from r1fast.prompts import render_prompt
 from r1fast.resume import CONFIG, read_run
@@ -21,7 +20,6 @@ from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams
 
 _MODEL = "model"  # folder of a stage
-_CACHE_SHARE = 0.9  # of the memory that is free beside the weights, at most, for keys and values
 SOURCE = "RUN for its last trained model, RUN/STAGE, RUN/STAGE/STEP, a checkpoint folder, a .gguf file or a Hub id"
 
 
@@ -72,9 +70,7 @@ def load(source: Source, dtype: str, device: torch.device) -> RolloutEngine:
 def _engine(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> RolloutEngine:
     if tokenizer is None:
         raise ValueError("the model has no tokenizer; copy one into its folder")
-    free = free_memory(model.embed_tokens.weight.device)
-    budget = None if free is None else int(free * _CACHE_SHARE)
-    return RolloutEngine(model, tokenizer, kv_cache_memory_bytes=budget)
+    return RolloutEngine(model, tokenizer)
 
 
 def prompt_ids(

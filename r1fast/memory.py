@@ -11,8 +11,8 @@ optimizer    8 P / R (AdamW) or 4 of a matrix (Muon); where it is offloaded, the
 activations  what layers keep for the backward pass, and the most that one has at work: one of each kind is run, forward
              and backward, on tensors without memory (activations.py)
 logits       the tiles of head.py, with the head's gradient, which is made in the forward pass; of a decode step all
-cache        keys and values (rollout/engine.py), of full-length samples
-graphs       what a decode step has at work, kept by the graphs' pool on CUDA
+cache        keys and values, of full-length samples, or what is left for them: fewer run then (rollout/engine.py)
+outputs, graphs   of generation, with its activations and logits by rollout/needs.py, as the engine counts them
 
 Prompts and rows are as long as the files have them (lengths.py), completions as long as the recipe lets them be. Not
 counted: the process itself with its libraries, the CUDA context (0.5 GB), what an allocator has free between tensors,
@@ -46,6 +46,7 @@ from r1fast.preflight_models import (
 )
 from r1fast.rollout.admission import num_blocks_of
 from r1fast.rollout.fused_decode import stacked_bytes
+from r1fast.rollout.needs import RESERVE, Call, work_bytes
 from r1fast.schema import CollectStage, DistillStage, GRPOStage, PretrainStage, Recipe, RewardModelStage
 from r1fast.schema_options import (
     EvalOptions,
@@ -66,19 +67,26 @@ ADVICE = {
     "cache": "lower rollout.max_num_seqs, or set rollout.kv_cache_memory_bytes",
     "optimizer": "take more ranks, or set trainer.offload",
 }
-TERMS = ("weights", "gathered", "gradients", "optimizer", "activations", "logits", "cache", "graphs")
+TERMS = ("weights", "gathered", "gradients", "optimizer", "activations", "logits", "cache", "outputs", "graphs")
 
 
 @dataclass
 class Phase:
-    """The moment of a phase that needs most: bytes by term."""
+    """The moment of a phase that needs most: bytes by term. spare: of the cache, which generation does without."""
 
     name: str
     bytes: dict[str, int]
+    spare: int = 0
 
     @property
     def total(self) -> int:
         return sum(self.bytes.values())
+
+    def fit(self, room: int) -> None:
+        """As the engine makes its cache."""
+        less = min(self.spare, max(0, self.total - int(room * (1 - RESERVE))))
+        self.bytes["cache"] = self.bytes.get("cache", 0) - less
+        self.spare -= less
 
 
 @dataclass
@@ -146,7 +154,8 @@ class Estimator:
         if isinstance(stage, GenerateOptions):
             asked = self._asked(stage, of_teacher=True)
             for name, other in self._samplers(stage):
-                found.phases.append(Phase(name, {"weights": self._shards(other)} | self._generate(stage, other, asked)))
+                needs, spare = self._generate(stage, other, asked)
+                found.phases.append(Phase(name, {"weights": self._shards(other)} | needs, spare))
         frozen = list(self._frozen(stage))
         rest = self._resident(stage, model, frozen)
         # Frozen models are read after the optimizer is made. A rank of pretrain makes the model whole and keeps a part.
@@ -159,9 +168,10 @@ class Estimator:
         ahead: dict[str, int] = {}  # what samples meanwhile
         asked = self._asked(stage)
         if isinstance(stage, GenerateOptions) and asked[0]:
-            generate = rest | self._generate(stage, model, asked)
+            needs, spare = self._generate(stage, model, asked)
+            generate = rest | needs
             generate["gathered"] += stays["gathered"]
-            found.phases.append(Phase("generate", generate))
+            found.phases.append(Phase("generate", generate, spare))
             if self._is_ahead(stage):
                 ahead = {name: size for name, size in generate.items() if name not in (*rest, "gathered")}
         if isinstance(stage, TrainOptions):
@@ -267,28 +277,28 @@ class Estimator:
             found.append((prompts * stage.eval_num_samples, prompts))
         return max(found)
 
-    def _generate(self, stage: GenerateOptions, model: _Model, asked: tuple[int, int]) -> dict[str, int]:
+    def _generate(self, stage: GenerateOptions, model: _Model, asked: tuple[int, int]) -> tuple[dict[str, int], int]:
+        """By term, and what of the cache can be spared."""
         config, size, rollout = model.config, self.dtype.itemsize, self.recipe.rollout
         found = {"gathered": size * model.numel}
         if rollout.engine != "r1fast":
-            return found
+            return found, 0
         if self.device == "cuda":
             found["gathered"] += stacked_bytes(config, self.dtype)
         rows, prompts = (min(rollout.max_num_seqs, -(-number // self.ranks)) for number in asked)
         length = self.lengths.prompt(stage)
-        own = num_blocks_of(length + stage.max_completion_length - 1)
-        blocks = rows * (own - length // BLOCK) + prompts * num_blocks_of(length)
-        found["cache"] = blocks * BlockCache.bytes_per_block(config, self.dtype)
+        own = num_blocks_of(length + stage.max_completion_length - 1) - length // BLOCK
+        alone, block = num_blocks_of(length) + own, BlockCache.bytes_per_block(config, self.dtype)
+        found["cache"] = (rows * own + prompts * num_blocks_of(length)) * block
+        spare = max(0, found["cache"] - alone * block)
         if rollout.kv_cache_memory_bytes is not None:
-            found["cache"] = min(found["cache"], rollout.kv_cache_memory_bytes)
-        # The step's, and those that samples of a prompt wait for.
-        found["logits"] = (rows + prompts) * config.vocab_size * size
-        part = min(length, rollout.max_num_batched_tokens)
-        together = max(1, min(prompts, rollout.max_num_batched_tokens // part))
-        found["activations"] = self._inference(model, part * together)
-        if self.device == "cuda" and not rollout.enforce_eager:
-            found["graphs"] = self._inference(model, rows) + rows * config.vocab_size * size
-        return found
+            found["cache"], spare = min(found["cache"], rollout.kv_cache_memory_bytes), 0
+        call = Call(
+            rows, prompts, prompts * length, rollout.max_num_batched_tokens, length + stage.max_completion_length,
+            stage.max_completion_length, self.device == "cuda" and not rollout.enforce_eager,
+            records=isinstance(stage, GRPOStage) and config.has_router,
+        )  # fmt: skip
+        return found | work_bytes(config, self.dtype, self.device, call), spare
 
     def _score(
         self, stage: GRPOStage, policy: list[_Model], frozen: list[_Model], rest: dict[str, int], batch: _Batch
@@ -387,6 +397,9 @@ def estimate(
     found = [estimator.of_stage(stage) for stage in recipe.stages if stage.name in stages]
     known = [stage for stage in found if stage is not None]
     for stage in known:
+        if room is not None:
+            for phase in stage.phases:
+                phase.fit(room)
         most = max(stage.phases, key=lambda phase: phase.total)
         if room is not None and most.total > room:
             term = max(most.bytes, key=lambda name: most.bytes[name])

@@ -144,8 +144,8 @@ class RolloutSection(Strict):
     engine: Literal["r1fast", "vllm"] = "r1fast"  # r1fast decodes with the very weights that are trained
     max_num_seqs: Positive = 512  # samples that are decoded at the same time
     max_num_batched_tokens: Positive = 8192  # of engine r1fast: prompt tokens of one prefill
-    # Of engine r1fast: bytes that keys and values may take; None: what max_num_seqs samples need. With less, fewer
-    # samples are decoded at a time; one that does not fit is an error.
+    # Of engine r1fast: bytes that keys and values may take; None: what max_num_seqs samples need, or what is free. With
+    # less, fewer samples are decoded at a time; one that does not fit is an error.
     kv_cache_memory_bytes: Bytes | None = None
     enforce_eager: bool = False  # decode without CUDA graphs
     # 1: GRPO samples a step ahead, while it updates, from a copy of the weights (a whole model more on every rank).

@@ -15,7 +15,8 @@ class Forks:
     """One fork server, which starts with the first process and has `modules` and this environment; `with`."""
 
     def __init__(self, *modules: str, **environment: str) -> None:
-        path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+        given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, given)])
         self.modules = modules
         self.environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
         self.server: subprocess.Popen[str] | None = None

@@ -128,6 +128,16 @@ def blocks_of(width: int) -> tuple[int, int]:
     return main, max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
+def spans_of(num_tokens: int) -> int:
+    return max(1, triton.cdiv(num_tokens, SPAN))
+
+
+def scratch_bytes(num_rows: int, num_heads: int, value_width: int, num_tokens: int) -> int:
+    """Of a call whose block table has room for so many tokens a row: the sums of each span, and their lse, in fp32."""
+    num_spans = spans_of(num_tokens)
+    return 0 if num_spans == 1 else 4 * num_rows * num_heads * num_spans * (value_width + 1)
+
+
 def launch_decode(
     q_BHd: Tensor, k_SKd: Tensor, v_SKe: Tensor, block_table_BN: Tensor, lengths_B: Tensor, scale: float,
     window: int | None = None,
@@ -137,7 +147,7 @@ def launch_decode(
     table, lengths = (x if x.stride(-1) == 1 else x.contiguous() for x in (block_table_BN, lengths_B))
     (B, H, d), K, e = q.shape, k.shape[1], v.shape[2]
     out_BHe = q.new_empty(B, H, e)
-    num_spans = max(1, triton.cdiv(table.shape[1] * BLOCK, SPAN))
+    num_spans = spans_of(table.shape[1] * BLOCK)
     if not B:
         return out_BHe
     one = num_spans == 1

@@ -5,6 +5,8 @@ compressed kv beside the rotated shared key. For DeepSeek-V3 that is 576 values 
 16 b + i is token i of block b. Which blocks a sequence has is the caller's (rollout/blocks.py).
 """
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -64,7 +66,9 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return host_memory.available() if device.type == "cpu" else None
+    # Each process that torchrun has started here may ask at the same moment.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return host_memory.available(processes) if device.type == "cpu" else None
 
 
 def _shapes(config: ModelConfig) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from r1fast.models.cache import BlockCache, free_memory
 from r1fast.models.decoder import Decoder
 from r1fast.rollout.admission import Sample, SequenceGroup, num_blocks_of
 from r1fast.rollout.graphs import CAPTURES, StepGraphs
+from r1fast.rollout.needs import RESERVE, Call, work_bytes
 from r1fast.rollout.sampling import (
     Completion,
     SamplingParams,
@@ -32,7 +33,8 @@ class RolloutEngine:
     max_num_seqs: int = 256  # rows decoded at the same time; a step reads the weights once for all: decode wide
     max_model_len: int | None = None  # longest prompt + completion; None: the model's max_position_embeddings
     max_num_batched_tokens: int = 8192  # prompt tokens of one prefill; longer prompts are computed in parts
-    # Keys and values never take more (fewer rows run instead), while `generate` runs; None: what the rows need.
+    # Keys and values never take more, while `generate` runs; None: what the rows need at most, or what is free. With
+    # less than the rows need, fewer of them run.
     kv_cache_memory_bytes: int | None = None
     enable_return_routed_experts: bool = False  # completions say where each token went, for an update to replay
     enforce_eager: bool = False  # no CUDA graphs (graphs.py); never under `use("reference")`
@@ -137,7 +139,7 @@ class RolloutEngine:
         distinct = self._distinct(prompt_ids, sequence_ids, params)
         max_rows = min(self.max_num_seqs, num_total)
         graphs = self._graphs(max_rows)
-        num_blocks = self._num_blocks(distinct, max_rows, params.max_tokens, spare=0 if graphs is None else 1)
+        num_blocks = self._num_blocks(distinct, max_rows, params, has_graphs=graphs is not None)
         limits = Limits(num_blocks, max_rows, self.max_num_batched_tokens)
         watcher = Watcher(texts, on_text) if texts.stop or on_text is not None else None
         samples = Scheduler(
@@ -172,29 +174,38 @@ class RolloutEngine:
             return None
         return StepGraphs(max_rows, capture())
 
-    def _num_blocks(self, prompts: list[SequenceGroup], rows: int, max_tokens: int, *, spare: int) -> int:
-        """What the rows need and `spare` more, or what the budget has room for. Raises when one sample needs more."""
+    def _num_blocks(self, prompts: list[SequenceGroup], rows: int, params: SamplingParams, *, has_graphs: bool) -> int:
+        """What the rows need, as far as there is room: in the budget, and on the device beside all else that this call
+        takes (needs.py). Raises where there is none for one sample."""
         shared = [num_blocks_of(len(prompt.ids)) for prompt in prompts]
-        own = [prompt.num_own(max_tokens) for prompt in prompts]
+        own = [prompt.num_own(params.max_tokens) for prompt in prompts]
+        spare = int(has_graphs)  # of padding
         needed = spare + rows * max(own) + min(rows, len(prompts)) * max(shared)
+        alone = spare + max(map(sum, zip(shared, own)))
+        lengths = [len(prompt.ids) for prompt in prompts]
         weight_VD, budget = self.model.embed_tokens.weight, self.kv_cache_memory_bytes
-        block_bytes = BlockCache.bytes_per_block(self.model.config, weight_VD.dtype)
-        if budget is not None:
-            alone = spare + max(map(sum, zip(shared, own)))
-            needed = min(needed, budget // block_bytes)
-            if alone > budget // block_bytes:
-                longest = max(len(prompt.ids) for prompt in prompts)
-                raise ValueError(
-                    f"kv_cache_memory_bytes is {budget:,}; one completion of {max_tokens} tokens after a prompt of up "
-                    f"to {longest} takes {alone * block_bytes:,}: raise it, or lower max_tokens"
-                )
-        size, free = needed * block_bytes, free_memory(weight_VD.device)
-        if free is not None and size > free:
+        size = BlockCache.bytes_per_block(self.model.config, weight_VD.dtype)
+        most = params.max_tokens
+        one = f"one completion of {most} tokens after a prompt of up to {max(lengths)} takes {alone * size:,}"
+        if budget is not None and alone > budget // size:
+            raise ValueError(f"kv_cache_memory_bytes is {budget:,}; {one}: raise it, or lower max_tokens")
+        call = Call(
+            rows, min(rows, len(prompts)), sum(lengths), self.max_num_batched_tokens, max(lengths) + most, most,
+            has_graphs, params.min_tokens > 0, self.enable_return_routed_experts,
+        )  # fmt: skip
+        beside = sum(work_bytes(self.model.config, weight_VD.dtype, weight_VD.device.type, call).values())
+        free = free_memory(weight_VD.device)
+        room = needed * size if free is None else int(free * (1 - RESERVE)) - beside
+        found = (
+            f"{weight_VD.device} has {free or 0:,} free, of which generation takes {beside:,} beside keys and values"
+        )
+        if budget is not None and min(needed, budget // size) * size > room:
             raise ValueError(
-                f"keys and values of {rows} rows would take {size:,} bytes; {weight_VD.device} has {free:,} free: set "
-                "kv_cache_memory_bytes below that, or lower max_num_seqs or max_tokens"
+                f"kv_cache_memory_bytes is {budget:,}; {found}: set it to {max(room, 0):,} or lower max_num_seqs"
             )
-        return needed
+        if alone * size > room:
+            raise ValueError(f"{one} bytes; {found}: lower max_num_seqs, max_num_batched_tokens or max_tokens")
+        return min(needed, (room if budget is None else budget) // size)
 
     def _check_prompts(self, prompt_ids: list[list[int]], max_tokens: int) -> None:
         last = self.model.config.vocab_size - 1

@@ -101,9 +101,15 @@ class CudaCapture:
         except RuntimeError as error:
             # Where an op broke the capture, ending it raises in its turn and says less. There is no going on without a
             # graph: torch's allocator does not recover from this.
+            cause = error.__context__ or error
+            if any(isinstance(x, torch.OutOfMemoryError) for x in (error, cause)):
+                raise RuntimeError(
+                    "no memory was left for the CUDA graph of a decode step: set kv_cache_memory_bytes (in a recipe "
+                    f"rollout.kv_cache_memory_bytes) lower, or max_num_seqs, or enforce_eager=True: {cause}"
+                ) from error
             raise RuntimeError(
                 "the decode step of this model cannot be captured as a CUDA graph; enforce_eager=True (in a recipe "
-                f"rollout.enforce_eager: true) decodes without: {error.__context__ or error}"
+                f"rollout.enforce_eager: true) decodes without: {cause}"
             ) from error
         return graph.replay
 

@@ -36,6 +36,7 @@ from r1fast.rollout.fast_decode import FastDecode, fast_decode
 from r1fast.rollout.fused_decode import FusedDecode
 from r1fast.rollout.graphs import StepGraphs
 from r1fast.rollout.input_batch import InputBatch, RowState, RowViews, width_of
+from r1fast.rollout.needs import rows_of_part
 from r1fast.rollout.sampling import SampledTokens, SamplingParams, fold_in
 from r1fast.rollout.texts import Watcher
 from r1fast_kernels import sample_tokens, selective_logprobs
@@ -74,6 +75,7 @@ class Scheduler:
         steps = SYNC_STEPS.get(model.embed_tokens.weight.device.type, DEVICE_SYNC_STEPS)
         num_blocks = limits.num_blocks if graphs is None else limits.num_blocks - 1
         self.admission = Admission(prompts, params.max_tokens, num_blocks, limits.max_rows, steps)
+        self.part = rows_of_part(limits.max_rows, limits.max_num_batched_tokens)
         self.decoder = fast_decode(model) or model  # C++ or fused, or the modules
         weight_VD = model.embed_tokens.weight
         self.device = weight_VD.device
@@ -141,7 +143,7 @@ class Scheduler:
 
     def _prefill(self, prompts: list[SequenceGroup]) -> None:
         """Packed; of a prompt that is longer than a prefill may be, the rest follows, a row for each token."""
-        most = self.limits.max_num_batched_tokens
+        most, part = self.limits.max_num_batched_tokens, self.part
         heads = [prompt.ids[:most] for prompt in prompts]
         ends_P = torch.tensor([len(ids) for ids in heads]).cumsum(0)
         last_P = (ends_P - 1).to(self.device)
@@ -156,9 +158,9 @@ class Scheduler:
         for p, (prompt, end, ids) in enumerate(zip(prompts, ends_P.tolist(), heads)):
             logits_1V = logits_PV[p : p + 1]
             experts = [] if experts_TLK is None else [experts_TLK[end - len(ids) : end].cpu().numpy()]
-            for start in range(most, len(prompt.ids), most):
-                part_T = self._int64(prompt.ids[start : start + most])
-                logits_1V, more_TLK = self._decode_part(part_T, start, prompt.blocks, _of_last)
+            for start in range(most, len(prompt.ids), part):
+                ids_T = self._int64(prompt.ids[start : start + part])
+                logits_1V, more_TLK = self._decode_part(ids_T, start, prompt.blocks, _of_last)
                 experts += [] if more_TLK is None else [more_TLK.cpu().numpy()]
             if prompt.logits_1V is None:
                 prompt.logits_1V = logits_1V
@@ -193,10 +195,9 @@ class Scheduler:
         by step, as the first time: the same bits. Else all tokens of a sample together: the same ops, whose products
         have other numbers of rows."""
         if not isinstance(self.decoder, FastDecode):
-            most = self.limits.max_num_batched_tokens
             for x in samples:
-                for start in range(0, x.num_sampled - 1, most):
-                    ids_T = self.ids_RS[x.line, start : min(start + most, x.num_sampled - 1)]
+                for start in range(0, x.num_sampled - 1, self.part):
+                    ids_T = self.ids_RS[x.line, start : min(start + self.part, x.num_sampled - 1)]
                     self._decode_part(ids_T, len(x.prompt.ids) + start, x.blocks, _of_none)
             return
         rows = [(x.line, len(x.prompt.ids), x.num_sampled - 1) for x in samples]

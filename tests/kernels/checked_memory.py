@@ -391,16 +391,22 @@ def _install_programs(builder: Any) -> None:
     builder.create_barrier = lambda self: _current().barrier()
 
 
+def _bits(mask: Any) -> Any:
+    """Triton 3.6 masks what a descriptor loads or stores with an array, all else with a handle of one."""
+    return mask.data if isinstance(mask, interpreter.TensorHandle) else mask
+
+
 def _install_memory(builder: Any) -> None:
     load, store = builder.create_masked_load, builder.create_masked_store
     rmw, cas, describe = builder.create_atomic_rmw, builder.create_atomic_cas, builder.create_make_tensor_descriptor
 
     def checked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **how: Any) -> Any:
-        return load(self, _current().access(ptrs, mask.data, "load"), mask, *rest, **how)
+        return load(self, _current().access(ptrs, _bits(mask), "load"), mask, *rest, **how)
 
     def checked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **how: Any) -> Any:
-        values = value.data[mask.data] if not mask.data.all() else value.data.ravel()
-        return store(self, _current().access(ptrs, mask.data, "store", values=values), value, mask, *rest, **how)
+        bits = _bits(mask)
+        values = value.data[bits] if not bits.all() else value.data.ravel()
+        return store(self, _current().access(ptrs, bits, "store", values=values), value, mask, *rest, **how)
 
     def checked_rmw(self: Any, op: Any, ptrs: Any, value: Any, mask: Any, sem: Any, scope: Any) -> Any:
         verb = "store" if scope == ir.MEM_SYNC_SCOPE.CTA else "atomic"

@@ -70,10 +70,22 @@ def _round_to_bf16_as_gpus_do() -> None:
         setattr(interpreter.InterpreterBuilder, name, rounding_cast)
 
 
+def _invert_unsigned_numbers() -> None:
+    """Triton 3.6's interpreter makes all ones of -1, which numpy 2 takes for no unsigned number."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def all_ones(self: Any, kind: Any) -> Any:
+        return interpreter.TensorHandle(np.full(1, -1).astype(interpreter._get_np_dtype(kind)), kind.scalar)
+
+    interpreter.InterpreterBuilder.get_all_ones_value = all_ones
+
+
 if dispatch.INTERPRETING:
     from tests.kernels import checked_memory
 
     _round_to_bf16_as_gpus_do()
+    _invert_unsigned_numbers()
     checked_memory.install()
     checked_memory.fill_new_memory()
 

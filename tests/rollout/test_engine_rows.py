@@ -117,6 +117,7 @@ class HashDecoder(nn.Module):
 def decoder(monkeypatch: pytest.MonkeyPatch) -> HashDecoder:
     monkeypatch.setattr(scheduler, "BlockCache", HashCache)
     monkeypatch.setattr(engine_module, "BlockCache", HashCache)
+    monkeypatch.setattr(engine_module, "work_bytes", lambda *args: {"activations": 500})
     monkeypatch.setattr(scheduler, "fast_decode", lambda model: None)
     HashCache.made.clear()
     return HashDecoder()
@@ -272,14 +273,30 @@ def test_the_cache_keeps_to_its_budget(decoder: HashDecoder) -> None:
 def test_more_than_the_machine_has_is_refused_before_any_work(
     decoder: HashDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "free_memory", lambda device: 17_999)
+    """A twentieth of what is free is left, and 500 bytes are for what generation takes beside keys and values."""
+    monkeypatch.setattr(engine_module, "free_memory", lambda device: 19_000)
     params, prompts = SamplingParams(n=4, max_tokens=33, ignore_eos=True), [[1] * 16, [2] * 16]
-    for budget in (None, 10**9):
-        with pytest.raises(ValueError, match=r"of 8 rows would take 18,000 bytes; cpu has 17,999 free: set kv_cache"):
-            RolloutEngine(decoder, None, kv_cache_memory_bytes=budget).generate(prompts, params)
+    text = r"kv_cache_memory_bytes is 1,000,000,000; cpu has 19,000 free, of which .* takes 500 beside .* to 17,550 or"
+    with pytest.raises(ValueError, match=text):
+        RolloutEngine(decoder, None, kv_cache_memory_bytes=10**9).generate(prompts, params)
+    monkeypatch.setattr(engine_module, "free_memory", lambda device: 3600)
+    with pytest.raises(
+        ValueError, match=r"one completion of 33 .* takes 3,000 bytes; cpu has 3,600 free.*: lower max_"
+    ):
+        RolloutEngine(decoder, None).generate(prompts, params)
     assert not HashCache.made and not decoder.prefill_lengths
-    RolloutEngine(decoder, None, kv_cache_memory_bytes=17_000).generate(prompts, params)
-    RolloutEngine(decoder, None, max_num_seqs=4).generate(prompts, params)
+
+
+@pytest.mark.parametrize(("free", "num_blocks"), [(19_000, 17), (3_700, 3), (10**6, 18)])
+def test_the_cache_takes_what_is_free(
+    decoder: HashDecoder, free: int, num_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But no more than the rows need."""
+    params, prompts = SamplingParams(n=4, max_tokens=33, ignore_eos=True), [[1] * 16, [2] * 16]
+    want = RolloutEngine(decoder, None, kv_cache_memory_bytes=18_000).generate(prompts, params)
+    monkeypatch.setattr(engine_module, "free_memory", lambda device: free)
+    assert RolloutEngine(decoder, None).generate(prompts, params) == want
+    assert HashCache.made[-1].num_blocks == num_blocks
 
 
 def test_padding_has_a_block_of_its_own_within_the_budget(decoder: HashDecoder, graphs: list[str]) -> None:

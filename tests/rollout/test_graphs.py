@@ -209,7 +209,20 @@ def test_cache_and_graphs_go_with_the_call(tapes: list[Tape], monkeypatch: pytes
         gc.enable()
 
 
-def test_a_capture_that_fails_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            RuntimeError("not permitted when capturing"),
+            r"enforce_eager=True \(in.* decodes without: not permitted when",
+        ),
+        (torch.OutOfMemoryError("tried to allocate"), r"no memory was left .* kv_cache_memory_bytes .*: tried to allo"),
+    ],
+    ids=["op", "memory"],
+)
+def test_a_capture_that_fails_says_why_and_what_to_do(
+    error: Exception, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     @contextlib.contextmanager
     def capturing(*args: Any, **options: Any) -> Iterator[None]:
         assert options["capture_error_mode"] == "thread_local"
@@ -234,9 +247,9 @@ def test_a_capture_that_fails_says_why_and_what_to_do(monkeypatch: pytest.Monkey
     def step() -> None:
         runs.append(len(runs))
         if len(runs) > 1:
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise error
 
-    with pytest.raises(RuntimeError, match=r"enforce_eager=True .*: operation not permitted when stream is capturing"):
+    with pytest.raises(RuntimeError, match=text):
         CudaCapture()(step)
     assert runs == [0, 1], "once for its token, once to be captured"
 
