@@ -7,11 +7,12 @@ end-of-sequence token is beyond the model's vocabulary. Ours is what the grpo st
 loop does, its experts in grouped_mm (faster than eager here), without gradient checkpointing; neither logs nor saves.
 TRL keeps its weights in the dtype of the case; "TRL mixed", its default, in fp32 with bf16 in the update alone. Floor:
 FLOPs of the active parameters for each new token and token of a distinct prompt: 2 in the rollout, 2 in the reference,
-6 in the update.
+6 in the update. At full size (large.py) ours alone, whose log-probs the same model finds again.
 """
 
 import importlib.util
 import itertools
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +21,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
-from bench import harness
+from bench import harness, large
 from bench.bench_generate import QWEN25, SMOLLM2
 from bench.bench_train_step import CONFIG, active_parameters
 from bench.cases import Case
 from bench.head import can_multiply
 from r1fast.data.tokenizer import train_tokenizer
+from r1fast.models.export import save_model
 from r1fast.parallel.mesh import Dist, init_distributed
 from r1fast.rewards.registry import resolve
 from r1fast.schema import Recipe
@@ -39,6 +41,7 @@ from r1fast_kernels import group_advantages
 LEARNING_RATE, MAX_STEPS = 1e-6, 10_000
 CONFIGS: dict[str, tuple[PretrainedConfig, float]] = {  # and beta
     "step": (CONFIG, 0.001), "smollm2-135m": (SMOLLM2, 0.0), "qwen2.5-0.5b": (QWEN25, 0.0),
+    **{name: (config, 0.0) for name, config in large.MODELS.items()},
 }  # fmt: skip
 PROMPT_TOKENS = 20
 RULE = """
@@ -53,12 +56,18 @@ def sums(count: int) -> list[str]:
     return [f"What is {' + '.join(str(draw.randrange(10)) for _ in range(8))} ?" for _ in range(count)]
 
 
-def write_checkpoint(folder: Path, given: PretrainedConfig, prompts: list[str]) -> None:
-    """`given` with random weights, and a tokenizer that knows a text for each of its tokens and ends with none."""
+def tokenizer_of(given: PretrainedConfig, prompts: list[str]) -> PreTrainedTokenizerFast:
+    """Knows a text for each token of the model, and ends with none of them."""
     tokenizer = train_tokenizer(prompts, 300)
     tokenizer.add_tokens([f"<{i}>" for i in range(len(tokenizer), given.vocab_size)])
     tokenizer.add_special_tokens({"eos_token": "<end>"})
     assert tokenizer.eos_token_id == given.vocab_size
+    return tokenizer
+
+
+def write_checkpoint(folder: Path, given: PretrainedConfig, prompts: list[str]) -> None:
+    """With random weights."""
+    tokenizer = tokenizer_of(given, prompts)
     torch.manual_seed(0)
     config = type(given).from_dict(given.to_dict() | {"eos_token_id": None, "bos_token_id": None})
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
@@ -160,7 +169,40 @@ def exact(sequences_NS: Tensor, oracle: Any, G: int) -> list[Tensor]:
     return [advantages_N, torch.zeros(()), torch.nn.utils.get_total_norm(grads), logprobs_NL.detach()]
 
 
+def step_at_full_size(case: Case, compare: Callable[[harness.Problem], None], folder: Path) -> None:
+    """Ours alone: its samples have the log-probs that the first weights give them."""
+    N, G, L = (case.sizes[letter] for letter in "NGL")
+    config, prompts, dtype = CONFIGS[case.mode][0], sums(64 * N // G), harness.DTYPES[case.dtype]
+    oracle = large.random_decoder(config, dtype)
+    save_model(oracle.config, oracle.state_dict(), folder, tokenizer_of(config, prompts))
+    (folder / "rule.py").write_text(RULE)
+    dist = init_distributed(harness.DEVICE)
+    ours = learner(folder, case, prompts, str(dtype).removeprefix("torch."), dist)
+
+    def check(_: str, outputs: harness.Outputs) -> None:
+        sequences_NS, _, _, grad_norm, logprobs_NL = outputs
+        assert sequences_NS is not None and grad_norm is not None and logprobs_NL is not None
+        assert sequences_NS.shape == (N, PROMPT_TOKENS + L) and 0 < float(grad_norm) < math.inf
+        large.assert_sampled(oracle, sequences_NS[:2], logprobs_NL[:2])
+
+    num_inputs = N * L + N // G * PROMPT_TOKENS
+    floor = large.of_products(8.0 * sum(param.numel() for param in oracle.parameters()) * num_inputs, dtype)
+
+    def numbers(median_ms: dict[str, float]) -> dict[str, float]:
+        return {"completion tokens/s": N * L / median_ms[harness.OURS] * 1e3}
+
+    contenders = {harness.OURS: our_step(ours)}
+    try:
+        compare(harness.Problem(case, contenders, floor=floor, check=check, repeated=True, numbers=numbers))
+    finally:
+        ours.scorer.__exit__()
+        dist.close()
+
+
 def test_grpo_step(case: Case, compare: Callable[[harness.Problem], None], tmp_path: Path) -> None:
+    if case.mode in large.MODELS:
+        step_at_full_size(case, compare, tmp_path)
+        return
     N, G, L = (case.sizes[letter] for letter in "NGL")
     dtype = harness.DTYPES[case.dtype]
     if not can_multiply(torch.empty(0, dtype=dtype, device=harness.DEVICE)):

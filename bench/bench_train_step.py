@@ -2,7 +2,7 @@
 
 Forward, mean cross-entropy, backward, AdamW (fused): 4 layers, one of them dense, about 1M parameters. Sequences of one
 length, so that transformers has nothing to pad. Each timed step follows another of the same model. Floor: products of 6
-FLOPs for each active parameter and token.
+FLOPs for each active parameter and token. Models of full size: large.py.
 """
 
 import tempfile
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from bench import harness
+from bench import harness, large
 from bench.cases import Case
 from bench.head import can_multiply
 from r1fast.models.weights import load_model
@@ -48,6 +48,9 @@ def step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> Callable[[
 
 
 def test_train_step(case: Case, compare: Callable[[harness.Problem], None]) -> None:
+    if case.mode in large.MODELS:
+        compare(large.train_problem(case))
+        return
     N, L = case.sizes["N"], case.sizes["L"]
     dtype = harness.DTYPES[case.dtype]
     if not can_multiply(torch.empty(0, dtype=dtype, device=harness.DEVICE)):

@@ -4,7 +4,7 @@ Sizes: T tokens, V vocabulary, D model width, N samples, G of them for a prompt,
 prompt, B sequences that decode, E experts, K experts per token, F expert width, H heads.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,12 @@ class Case:
     @property
     def name(self) -> str:
         return "-".join([*(f"{letter}{size}" for letter, size in self.sizes.items()), self.dtype, self.mode])
+
+    @property
+    def small(self) -> "Case":
+        """The same where nothing is measured: sizes that a CPU takes no second for."""
+        most = {"T": 64, "V": 512, "D": 64, "F": 32, "N": 8, "G": 4, "L": 16, "P": 16, "B": 8, "E": 8, "K": 2, "H": 4}
+        return replace(self, sizes={letter: min(size, most[letter]) for letter, size in self.sizes.items()})
 
 
 def _selective() -> list[Case]:
@@ -145,6 +151,11 @@ def _attention() -> list[Case]:
             Case("decode_attention", "cuda", "bf16", mode, size, (of_floor(0.7),))
             for mode, size in (("gqa", {"B": 256, "T": 1536}), ("mla", {"B": 128, "T": 2048}))
         ]
+        # Qwen2.5-1.5B's heads of 128, and DeepSeek-V3's of 192 with values of 128.
+        + [
+            Case("packed_attention", "cuda", "bf16", mode, size, (faster("SDPA", 1),))
+            for mode, size in (("gqa", {"N": 8, "L": 2048, "H": 12}), ("mla", {"N": 8, "L": 2048, "H": 16}))
+        ]
     )
 
 
@@ -155,6 +166,7 @@ def _steps() -> list[Case]:
         Case("train_step", "cpu", "fp32", "step", sizes, (faster("grouped_mm", 1.5),)),
         Case("train_step", "cpu", "bf16", "step", sizes, (faster("grouped_mm", 3), faster("grouped_mm fp32", 3))),
         Case("train_step", "cuda", "bf16", "step", sizes),
+        Case("train_step", "cuda", "bf16", "qwen2.5-1.5b", {"N": 8, "L": 1024}, (faster("transformers", 1),)),
     ]
 
 
@@ -165,6 +177,7 @@ def _grpo_steps() -> list[Case]:
         Case("grpo_step", "cpu", "fp32", "step", sizes, (faster("TRL", 1.7),)),
         Case("grpo_step", "cpu", "bf16", "step", sizes, (faster("TRL", 4), faster("TRL fp32", 4))),
         Case("grpo_step", "cuda", "bf16", "step", sizes),
+        Case("grpo_step", "cuda", "bf16", "qwen2.5-1.5b", {"N": 128, "G": 8, "L": 256}),
         *(
             Case("grpo_step", "cpu", dtype, model, {"N": 32, "G": 8, "L": 48}, (faster("TRL", 2.2),))
             for model in ("smollm2-135m", "qwen2.5-0.5b")
@@ -174,7 +187,7 @@ def _grpo_steps() -> list[Case]:
 
 
 def _generation() -> list[Case]:
-    times, full = {"moe": 5, "dense": 2}, {"N": 256, "P": 1024, "L": 1024}
+    times, full = {"moe": 5, "dense": 2}, {"N": 256, "P": 1024, "L": 256}
     on_dense = of_floor(0.6), faster("transformers, decode alone", 10)
     beside_vllm = {("dense", "fp32"): (faster("vLLM", 1.8),), ("dense", "bf16"): (faster("vLLM", 1),)}
     return (

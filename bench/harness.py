@@ -31,6 +31,8 @@ from r1fast_kernels.products import linear
 
 OURS = "r1fast"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Small cases of a GPU's, here on the CPU, to see that they run: rows of the device "fake", which no page shows.
+FAKE = os.environ.get("R1FAST_FAKE_GPU") == "1"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PEERS = {
     "TRL": "trl",
@@ -72,6 +74,8 @@ class Problem:
     gradient_bytes: int = 0  # of the peak memory, what every implementation returns
     repeated: bool = False  # each timed run follows one of its own, as the steps of a training loop do
     scale: dict[str, float] = field(default_factory=dict)  # of contenders that do a part: their time counts so often
+    # What else the row says of ours, from the median milliseconds of each contender.
+    numbers: Callable[[dict[str, float]], dict[str, float]] = lambda median_ms: {}
 
 
 @dataclass
@@ -209,6 +213,18 @@ def time_ms(run: Callable[[], object], *, repeated: bool = False) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
+def kernels_of(run: Callable[[], object]) -> int:
+    """How many a GPU runs, those of CUDA graphs included, copies not; elsewhere 0."""
+    if DEVICE == "cpu":
+        run()
+        return 0
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    on_device = (event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
+
+
 def _status_bytes(key: str) -> int:
     found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None, key
@@ -293,6 +309,7 @@ def _row(problem: Problem, floor: Timing, timings: dict[str, Timing]) -> dict[st
     contenders = {name: timing.summary(problem.scale.get(name, 1.0)) for name, timing in timings.items()}
     ours = contenders.pop(OURS)
     ratios = {name: x["median_ms"] / ours["median_ms"] for name, x in contenders.items() if "error" not in x}
+    median_ms = {name: x["median_ms"] for name, x in (contenders | {OURS: ours}).items() if "error" not in x}
     targets = []
     for target in case.targets:
         if target.measure == "fraction":
@@ -320,6 +337,7 @@ def _row(problem: Problem, floor: Timing, timings: dict[str, Timing]) -> dict[st
         "gb_per_s": problem.floor.bytes / ours["median_ms"] / 1e6 or None,
         "tflop_per_s": problem.floor.flops / ours["median_ms"] / 1e9 or None,
         "gradient_bytes": problem.gradient_bytes,
+        "numbers": problem.numbers(median_ms),
         "ratios": ratios,
         "baselines": contenders,
         "targets": targets,
@@ -340,7 +358,9 @@ def _version(package: str) -> str | None:
 
 @cache
 def device_name() -> str:
-    """cpu, h100, h200, ...: the first part of a results file's name."""
+    """cpu, h100, h200, ...: the first part of a results file's name; or fake."""
+    if FAKE:
+        return "fake"
     if DEVICE == "cpu":
         return "cpu"
     words = re.findall(r"[A-Za-z]+\d+\w*", torch.cuda.get_device_name())
@@ -385,6 +405,7 @@ def show(row: dict[str, Any]) -> str:
         f"{memory(row['peak_bytes'])}, of it {memory(row['gradient_bytes'])} gradients  {'  '.join(rates)}",
         f"  {'floor':12s} {row['floor_ms']:10.3f} ms  = {row['fraction']:.0%} of ours: {row['floor']}",
     ]
+    lines += [f"  {name:12s} {value:10,.1f}" for name, value in row["numbers"].items()]
     for name, x in row["baselines"].items():
         if "error" in x:
             lines.append(f"  {name:12s} {x['error']}")

@@ -1,15 +1,22 @@
-"""Generation at full size, for bench_generate on a GPU: random weights, made on the device.
+"""Models of full size on a GPU, with random weights that are made there: what bench_generate, bench_train_step and
+bench_grpo_step measure of them.
 
-N prompts of P tokens, L new tokens each, all of them in the time, as are captured graphs.
+Generation: N prompts of P tokens, L new tokens each, all of them in the time, as are captured graphs.
 Floor: 2 FLOPs of each active parameter and prompt token in bare products, and at copy bandwidth what L steps read: all
 weights (256 rows meet every expert) and the keys and values of every row. "prefill alone": our call for one new token.
 "transformers, decode alone": its `generate` goes on behind P + L / 2 cached tokens for a few steps, whose time counts
 for all L; its own prefill is left out.
+
+Training step: N sequences of L tokens in bf16, mean cross-entropy, fused AdamW, beside transformers' model with torch's
+attention; "any order" is ours without trainer.deterministic. Floor: 6 FLOPs a parameter and token in bare products.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, PretrainedConfig, Qwen2Config
 
 from bench import harness
@@ -17,9 +24,10 @@ from bench.cases import Case
 from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.models.model_config import ModelConfig
+from r1fast.parallel.ordered import ordered_sums
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams
-from r1fast_kernels import selective_logprobs
+from r1fast_kernels import linear_cross_entropy, selective_logprobs
 from r1fast_kernels.decode_attention import BLOCK
 
 MODELS: dict[str, PretrainedConfig] = {
@@ -35,7 +43,16 @@ MODELS: dict[str, PretrainedConfig] = {
         topk_group=1, moe_intermediate_size=1408, first_k_dense_replace=1, tie_word_embeddings=False,
     ),
 }  # fmt: skip
-PEER, PEER_STEPS = "transformers, decode alone", 32
+SMALL = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "kv_lora_rank": 32, "head_dim": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+    "qk_head_dim": 32, "v_head_dim": 16, "n_routed_experts": 8, "moe_intermediate_size": 32,
+}  # fmt: skip
+if harness.FAKE:
+    for name, config in MODELS.items():
+        fields = {key: SMALL.get(key, value) for key, value in config.to_dict().items() if key != "layer_types"}
+        MODELS[name] = type(config).from_dict(fields)
+PEER, PEER_STEPS = "transformers, decode alone", 4 if harness.FAKE else 32
 PART = 8192  # a run of the floor does this part of its work
 
 
@@ -56,18 +73,33 @@ def problem(case: Case) -> harness.Problem:
             return
         ids_NL, logprobs_NL = outputs
         assert ids_NL is not None and logprobs_NL is not None and ids_NL.shape == (N, L)
-        for prompt_P, ids_L, logprobs_L in zip(prompts_NP[:2], ids_NL, logprobs_NL):
-            ids_S = torch.cat((prompt_P, ids_L)).to(harness.DEVICE)
-            with torch.no_grad():
-                logits_SV = model(ids_S, torch.tensor([0, P + L], dtype=torch.int32))
-                want_L = selective_logprobs(logits_SV[P - 1 : -1], ids_S[P:])
-            # In bf16 some tokens lie between two experts, and go to either.
-            assert (logprobs_L.to(want_L) - want_L).abs().quantile(0.9) < 0.1
+        assert_sampled(model, torch.cat((prompts_NP, ids_NL), dim=1)[:2], logprobs_NL[:2])
+
+    def numbers(median_ms: dict[str, float]) -> dict[str, float]:
+        few, many = (harness.kernels_of(lambda steps=steps: ours(steps)) for steps in (L // 4, L // 2))
+        decode_ms = median_ms[harness.OURS] - median_ms["prefill alone"]
+        return {
+            "tokens/s in decode steps": N * (L - 1) / decode_ms * 1e3,
+            "kernels a decode step": (many - few) / (L // 2 - L // 4),
+        }
 
     contenders = {harness.OURS: lambda: ours(L), "prefill alone": lambda: ours(1)}
     if PEER in {target.than for target in case.targets}:
         contenders[PEER] = transformers_decode(config, dtype, N, P + L // 2)
-    return harness.Problem(case, contenders, floor=floor(model, N, P, L), check=check, scale={PEER: L / PEER_STEPS})
+    return harness.Problem(
+        case, contenders, floor=floor(model, N, P, L), check=check, scale={PEER: L / PEER_STEPS}, numbers=numbers
+    )
+
+
+def assert_sampled(model: Decoder, sequences_NS: Tensor, logprobs_NL: Tensor) -> None:
+    """The log-probs of the last L tokens are what the model gives them."""
+    for ids_S, logprobs_L in zip(sequences_NS.to(harness.DEVICE), logprobs_NL):
+        L = len(logprobs_L)
+        with torch.no_grad():
+            logits_SV = model(ids_S, torch.tensor([0, len(ids_S)], dtype=torch.int32))
+            want_L = selective_logprobs(logits_SV[-L - 1 : -1], ids_S[-L:])
+        # In bf16 some tokens lie between two experts, and go to either.
+        assert (logprobs_L.to(want_L) - want_L).abs().quantile(0.9) < 0.1
 
 
 def random_decoder(config: PretrainedConfig, dtype: torch.dtype) -> Decoder:
@@ -123,3 +155,61 @@ def transformers_decode(config: PretrainedConfig, dtype: torch.dtype, N: int, co
         return [found_NS[:, -PEER_STEPS:]]
 
     return run
+
+
+def train_problem(case: Case) -> harness.Problem:
+    N, L = case.sizes["N"], case.sizes["L"]
+    dtype, config = harness.DTYPES[case.dtype], MODELS[case.mode]
+    generator, device = harness.generator(), torch.device(harness.DEVICE)
+    ids_NL = torch.randint(config.vocab_size, (N, L), generator=generator, device=device)
+    cu_seqlens = torch.arange(N + 1, dtype=torch.int32, device=device) * L
+    targets_T = torch.cat([ids_NL[:, 1:], torch.full_like(ids_NL[:, :1], -100)], 1).flatten()
+    ours = random_decoder(config, dtype).requires_grad_(True).train()
+    with device:
+        theirs = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+
+    def our_loss() -> Tensor:
+        return ours(
+            ids_NL.flatten(), cu_seqlens,
+            head=lambda hidden_TD, weight_VD: linear_cross_entropy(hidden_TD, weight_VD, targets_T),
+        )  # fmt: skip
+
+    def exact() -> Tensor:
+        """Of the first sequence in plain torch: the loss of random weights is nearly that of every other one."""
+        with torch.no_grad():
+            hidden_TD, weight_VD = ours(ids_NL[0], cu_seqlens[:2], head=lambda *given: given)
+            return F.cross_entropy((hidden_TD @ weight_VD.T).float()[:-1], ids_NL[0, 1:])
+
+    def step(model: nn.Module, loss_of: Callable[[], Tensor], *, ordered: bool) -> harness.Run:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+        def run() -> harness.Outputs:
+            with ordered_sums(device, ordered):
+                loss = loss_of()
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return [loss.detach()]
+
+        return run
+
+    contenders = {
+        harness.OURS: step(ours, our_loss, ordered=True),
+        "any order": step(ours, our_loss, ordered=False),
+        "transformers": step(theirs, lambda: theirs(ids_NL, labels=ids_NL, use_cache=False).loss, ordered=False),
+    }
+    check = harness.agrees_with([exact()], 1e-2)
+    floor = of_products(6.0 * sum(param.numel() for param in ours.parameters()) * N * L, dtype)
+
+    def numbers(median_ms: dict[str, float]) -> dict[str, float]:
+        return {"tokens/s": N * L / median_ms[harness.OURS] * 1e3}
+
+    return harness.Problem(case, contenders, floor=floor, check=check, repeated=True, numbers=numbers)
+
+
+def of_products(flops: float, dtype: torch.dtype) -> harness.Floor:
+    """A part of them in one large product."""
+    rows, width = (64, 64) if harness.FAKE else (8192, 4096)
+    x_TD, weight_DD = (torch.randn(n, width, device=harness.DEVICE, dtype=dtype) for n in (rows, width))
+    part = flops / (2.0 * x_TD.numel() * width)
+    return harness.Floor(f"{flops / 1e12:,.3g} TFLOP in large products", lambda: x_TD @ weight_DD, part, flops=flops)

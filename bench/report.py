@@ -28,7 +28,8 @@ HEAD = """\
 <!-- Written by bench/report.py from bench/results/*.json. Do not edit: run `python bench/report.py`. -->
 
 `make bench` measures everything that this machine can; `make bench ARGS="--results bench/results"` also keeps the rows,
-from which `python bench/report.py` makes this page. On a GPU, without installing anything: `bench/gpu.sh`.
+from which `python bench/report.py` makes this page. On a GPU, without installing anything, in fifteen minutes:
+`bench/gpu.sh`.
 
 - **A row exists only after the op agreed with its reference, in fp64 or fp32, in the same process.** So must every
   baseline, which may be ten times as far off.
@@ -52,6 +53,8 @@ def load() -> dict[str, Rows]:
     devices: dict[str, Rows] = {}
     for found in sorted(files, key=lambda found: found["environment"]["date"]):
         environment = found["environment"]
+        if environment["device"] == "fake":  # of gpu.sh --fake: nothing is measured there
+            raise SystemExit("bench/results holds rows of the device fake: remove them")
         for row in found["rows"]:
             devices.setdefault(environment["device"], {})[row["op"], row["case"]] = row, environment
     return devices
@@ -77,9 +80,10 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{name} **{row['ratios'][name]:.2f}x**" if name in row["ratios"] else f"{name}: {x['error']}"
         for name, x in baselines
     ]
+    numbers = "".join(f"<br>{value:,.0f} {name}" for name, value in row.get("numbers", {}).items())
     memory = [f"{name} {memory_text(x['peak_bytes'])}" for name, x in baselines if "error" not in x]
     return [
-        f"{time_text(row['median_ms'])} ({low} to {high}){rate}",
+        f"{time_text(row['median_ms'])} ({low} to {high}){rate}{numbers}",
         f"{time_text(row['floor_ms'])}: {row['floor']}",
         f"{row['fraction']:.0%}",
         "<br>".join(ratios),

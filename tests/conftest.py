@@ -1,6 +1,7 @@
 """Fixtures of the tests that run stages: a tiny checkpoint, the command line in this process, and what it refuses."""
 
 import gc
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from filelock import FileLock
 
 from tests.forks import Forks
 from tests.tiny_checkpoint import PROMPTS, ZERO, tree, write_jsonl, write_recipe
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as train.py, before the first product on a GPU
 
 REWARD_FILE = """
 def needs_gold(completions, gold, **columns):

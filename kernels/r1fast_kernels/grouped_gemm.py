@@ -136,7 +136,7 @@ def read_tile(
 def multiply(
     row_ptr,  # [BLOCK_M] where each row of x begins
     weight_ptr,  # of one expert: [N, D] with TRANSPOSE, else [D, N]
-    columns,  # [BLOCK_N] int64; with TRANSPOSE all < N
+    columns,  # [BLOCK_N]; with TRANSPOSE int64 and all < N
     inner, depth, width,  # D, of which `depth` are summed, and N
     TRANSPOSE: tl.constexpr, EVEN_K: tl.constexpr,  # BLOCK_K divides D
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -23,6 +23,8 @@ TALL_TILE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 MAX_ROWS = {"cpu": 8192, "cuda": 16384}
 # A CPU's fp32 product of a few hundred rows with all columns runs a fifth slower than in pieces.
 COLUMNS = {"cpu": 1024, "cuda": 1 << 62}
+# Rows of a tile begin at multiples of these bytes: the vendor's products are slower where a row of 151,669 ends odd.
+ROW_BYTES = {"cpu": 1, "cuda": 128}
 # Of running values: on a CPU fp64 costs nothing; on a GPU sums over a tile are fp32 already.
 STATE_DTYPE = {"cpu": torch.float64, "cuda": torch.float32}
 # Without instructions for it torch multiplies bf16 5 to 70 times slower than fp32: there products and tiles are fp32.
@@ -38,8 +40,14 @@ def tile_dtype(hidden_TD: Tensor) -> torch.dtype:
     return torch.float32 if widens else hidden_TD.dtype
 
 
-def new_tile(hidden_TD: Tensor, numel: int) -> Tensor:
-    return hidden_TD.new_empty(numel, dtype=tile_dtype(hidden_TD))
+def row_stride(hidden_TD: Tensor, num_columns: int) -> int:
+    """From one row of a tile to the next, in logits."""
+    multiple = max(1, ROW_BYTES[hidden_TD.device.type] // tile_dtype(hidden_TD).itemsize)
+    return -(-num_columns // multiple) * multiple
+
+
+def new_tile(hidden_TD: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    return hidden_TD.new_empty(num_rows * row_stride(hidden_TD, num_columns), dtype=tile_dtype(hidden_TD))
 
 
 def rows_of_tall_tile(hidden_TD: Tensor, vocab: int) -> int:
@@ -59,7 +67,7 @@ def wide_tiles(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[list[slice], list[
     num_columns = max(1, min(vocab, WIDE_TILE_BYTES[device] // (num_rows * tile_dtype(hidden_TD).itemsize)))
     if num_columns < vocab:
         num_columns = max(64, num_columns // 64 * 64)  # whole cache lines, and whole tiles of the product
-    buffer = new_tile(hidden_TD, num_rows * min(num_columns, vocab))
+    buffer = new_tile(hidden_TD, num_rows, min(num_columns, vocab))
     return list(slices(num_tokens, num_rows)), list(slices(vocab, num_columns)), buffer
 
 
@@ -71,7 +79,7 @@ def column_pieces(vocab: int, like: Tensor) -> Iterator[slice]:
 def project(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, buffer: Tensor) -> Tensor:
     """logits_TV = hidden weight^T + bias, written into the beginning of `buffer`."""
     num_tokens, vocab = hidden_TD.shape[0], weight_VD.shape[0]
-    logits_TV = buffer[: num_tokens * vocab].view(num_tokens, vocab)
+    logits_TV = buffer.as_strided((num_tokens, vocab), (row_stride(hidden_TD, vocab), 1))
     hidden_TD = hidden_TD.to(buffer.dtype)
     for columns in column_pieces(vocab, hidden_TD):
         weight_CD = weight_VD[columns].to(buffer.dtype)
@@ -163,14 +171,15 @@ def forward_with_gradient(
     sum_RD = hidden_TD.new_empty(0)
     if needs_hidden:
         sum_RD = torch.empty_like(hidden_TD[:num_rows], dtype=hidden_TD.dtype if len(pieces) == 1 else logprobs_T.dtype)
-    buffer = new_tile(hidden_TD, num_rows * vocab)
+    strides = [row_stride(hidden_TD, columns.stop - columns.start) for columns in pieces]
+    buffer = new_tile(hidden_TD, num_rows, sum(strides))
     ops = torch.ops.r1fast
     for rows in slices(num_tokens, num_rows):
         hidden_RD, ids_R = hidden_TD[rows], target_ids_T[rows]
         state_R4 = new_state(len(ids_R), ids_R.device)
         tiles = []
-        for columns in pieces:
-            tiles.append(project(hidden_RD, weight_VD[columns], None, buffer[len(ids_R) * columns.start :]))
+        for columns, free in zip(pieces, buffer.split([num_rows * stride for stride in strides])):
+            tiles.append(project(hidden_RD, weight_VD[columns], None, free))
             ops.fold_logits_(state_R4, tiles[-1], ids_R, temperature, columns.start, with_entropy)
         logprobs_T[rows], entropy_R, stats_R2 = finish(state_R4, temperature, with_entropy, logprobs_T.dtype)
         if with_entropy:

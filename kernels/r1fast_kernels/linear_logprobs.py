@@ -33,7 +33,7 @@ def _forward(
     (temperature, with_entropy, keep_logits), num_tokens = options, hidden_TD.shape[0]
     check_target_ids("linear_logprobs", target_ids_T, weight_VD.shape[0])
     if head.fits_wide_tile(hidden_TD, weight_VD.shape[0]):
-        buffer = head.new_tile(hidden_TD, num_tokens * len(weight_VD))
+        buffer = head.new_tile(hidden_TD, num_tokens, len(weight_VD))
         logits_TV = head.project(hidden_TD, weight_VD, bias_V, buffer)
         found = torch.ops.r1fast.selective_logprobs(logits_TV, target_ids_T, temperature, with_entropy, False)
         return *found, logits_TV if keep_logits else logits_TV.new_empty(0)
@@ -46,7 +46,7 @@ def _forward(
             torch.ops.r1fast.fold_logits_(
                 state_T4[rows], tile, target_ids_T[rows], temperature, columns.start, with_entropy
             )
-    return *head.finish(state_T4, temperature, with_entropy, compute_dtype(hidden_TD)), head.new_tile(hidden_TD, 0)
+    return *head.finish(state_T4, temperature, with_entropy, compute_dtype(hidden_TD)), head.new_tile(hidden_TD, 0, 0)
 
 
 def _backward_kernel(
@@ -91,8 +91,11 @@ def _backward_kernel(
 
 def _fake(hidden_TD: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, ...]:
     with_entropy, keep_logits = others[-2:]
-    kept = (hidden_TD.shape[0], weight_VD.shape[0]) if keep_logits else (0,)
-    return *new_outputs(hidden_TD, with_entropy), hidden_TD.new_empty(kept, dtype=head.tile_dtype(hidden_TD))
+    logits_TV = hidden_TD.new_empty(0, dtype=head.tile_dtype(hidden_TD))
+    if keep_logits:
+        shape = hidden_TD.shape[0], weight_VD.shape[0]
+        logits_TV = logits_TV.new_empty_strided(shape, (head.row_stride(hidden_TD, shape[1]), 1))
+    return *new_outputs(hidden_TD, with_entropy), logits_TV
 
 
 def _backward_fake(hidden_TD: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, ...]:

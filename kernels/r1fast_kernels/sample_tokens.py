@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .dispatch import choose, compute_dtype, register
 from .launch import launch
-from .selective_logprobs import block_v
 
 
 def _uniform(seeds_B: Tensor) -> Tensor:
@@ -233,7 +232,7 @@ def _launch(
         logits_BV = logits_BV.contiguous()
     num_rows, vocab = logits_BV.shape
     ids_B, logprobs_B = _fake(logits_BV)
-    block, greedy = block_v(vocab, BLOCK_V), temperature == 0
+    block, greedy = min(BLOCK_V, triton.next_power_of_2(vocab)), temperature == 0
     if num_rows:
         launch(
             _sample_kernel, (num_rows,),

@@ -11,6 +11,10 @@ About 5 T V FLOPs and T V exponentials each. Four running values make one pass o
     logprob = d_target - ln l,   entropy = ln l - w / l
 
 The maximum is subtracted before anything else: near logits of -1e4, fp32 z - lse would lose four digits.
+
+In Triton each thread keeps m, l and w of what it reads (wide_rows.py), in powers of two; the threads' are put together
+once a row. A bf16 logit takes 9.1 instructions of a Hopper GPU with entropy and 7.0 without; of the gradient 13.4 and
+11.4. At its copy rate that GPU has time for 13.7, and for 27 in the gradient, which moves twice the bytes.
 """
 
 from collections.abc import Sequence
@@ -25,6 +29,7 @@ from torch import Tensor
 from .dispatch import choose, compute_dtype, register
 from .ids import check_target_ids
 from .launch import launch
+from .wide_rows import LN_2, LOG2_E, LOWEST, exp2, fringe, load_chunks, split_row, unpack
 
 
 def selective_logprobs_reference(
@@ -40,9 +45,39 @@ def selective_logprobs_reference(
     return logprobs_T, entropy_T
 
 
-# One program a row; 8192 columns of bf16 are 32 values a thread. Wider spills, narrower waits more for reductions.
-FOLD_BLOCK_V, FOLD_WARPS = 8192, 8
-GRADIENT_BLOCK_V, GRADIENT_WARPS = 4096, 8
+# A step of the fold is four chunks a thread: 64 bytes are under way while 64 are worked on. To put threads together
+# costs as much as two steps, so that a tile's shorter rows have fewer threads.
+ROW_WARPS, TILE_WARPS = 8, 2
+GRADIENT_CHUNKS = 8  # a thread of a program: what comes before the first costs as much as four
+
+
+@triton.jit
+def _shift(m, to, l, scale):
+    """log2 of what turns sums relative to `m` into sums relative to `to`. A sum of nothing has no maximum yet."""
+    return tl.where(l > 0, (m - to) * scale, 0.0)
+
+
+@triton.jit
+def _terms(x, m, scale):
+    """(d, 2^d): d relative to the maximum, finite where a logit is -inf."""
+    d = (x - m) * scale
+    return tl.maximum(d, LOWEST), exp2(d)
+
+
+@triton.jit
+def _fold_step(a, b, c, d, m, l, w, scale, WITH_ENTROPY: tl.constexpr):
+    """Running m, l, w [LANES] of the threads, with four chunks more for each. w is of powers of two here."""
+    m_new = tl.maximum(m, tl.max(tl.maximum(tl.maximum(a, b), tl.maximum(c, d)), axis=1))
+    m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # all masked so far: -inf minus -inf would be NaN
+    d_a, e_a = _terms(a, m_safe[:, None], scale)
+    d_b, e_b = _terms(b, m_safe[:, None], scale)
+    d_c, e_c = _terms(c, m_safe[:, None], scale)
+    d_d, e_d = _terms(d, m_safe[:, None], scale)
+    shift = _shift(m, m_safe, l, scale)
+    factor = exp2(shift)
+    if WITH_ENTROPY:
+        w = factor * (w + shift * l) + tl.sum(d_a * e_a + d_b * e_b + d_c * e_c + d_d * e_d, axis=1)
+    return m_new, factor * l + tl.sum(e_a + e_b + e_c + e_d, axis=1), w
 
 
 @triton.jit
@@ -50,80 +85,158 @@ def _fold_kernel(
     logits_ptr, ids_ptr,  # [T, V], [T]
     state_ptr,  # [T, 4]: m, l, w, the target's logit; or None
     logprobs_ptr, entropy_ptr, stats_ptr,  # [T], [T], [T, 2]; or None
-    stride_t, vocab, first_id, inverse_temperature, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+    stride_t, vocab, first_id, inverse_temperature, WITH_ENTROPY: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    DTYPE: tl.constexpr = logits_ptr.dtype.element_ty
+    CHUNK: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     t = tl.program_id(0).to(tl.int64)  # T V passes 2^31 at 14k tokens of a 152k vocabulary
     row_ptr = logits_ptr + t * stride_t
+    lead, num_chunks = split_row(row_ptr, vocab)
+    scale = inverse_temperature * LOG2_E
+    m = tl.full([LANES], -float("inf"), tl.float32)
+    l = tl.zeros([LANES], tl.float32)
+    w = tl.zeros([LANES], tl.float32)
+    # The last step, which may be cut off, goes first: its load alone is masked. Each is loaded during the one before.
+    whole = tl.maximum(num_chunks - 1, 0) // (4 * LANES) * (4 * LANES)
+    ptr, offs = row_ptr + lead, tl.arange(0, LANES)
+    rest = num_chunks - whole
+    a = load_chunks(ptr + whole * CHUNK, offs < rest, LANES)
+    b = load_chunks(ptr + (whole + LANES) * CHUNK, offs + LANES < rest, LANES)
+    c = load_chunks(ptr + (whole + 2 * LANES) * CHUNK, offs + 2 * LANES < rest, LANES)
+    d = load_chunks(ptr + (whole + 3 * LANES) * CHUNK, offs + 3 * LANES < rest, LANES)
+    for _ in range(0, whole, 4 * LANES):
+        a_next = load_chunks(ptr, None, LANES)
+        b_next = load_chunks(ptr + LANES * CHUNK, None, LANES)
+        c_next = load_chunks(ptr + 2 * LANES * CHUNK, None, LANES)
+        d_next = load_chunks(ptr + 3 * LANES * CHUNK, None, LANES)
+        x = unpack(a, DTYPE), unpack(b, DTYPE), unpack(c, DTYPE), unpack(d, DTYPE)
+        m, l, w = _fold_step(*x, m, l, w, scale, WITH_ENTROPY)
+        a, b, c, d = a_next, b_next, c_next, d_next
+        ptr += 4 * LANES * CHUNK
+    x = unpack(a, DTYPE), unpack(b, DTYPE), unpack(c, DTYPE), unpack(d, DTYPE)
+    m, l, w = _fold_step(*x, m, l, w, scale, WITH_ENTROPY)
+
+    # The row: its threads, its fringe, and what was folded before.
+    columns, here = fringe(vocab, lead, num_chunks, CHUNK)
+    x = tl.load(row_ptr + columns, mask=here, other=-float("inf")).to(tl.float32)
+    row_m = tl.maximum(tl.max(m, axis=0), tl.max(x, axis=0))
+    row_l, row_w, target = 0.0, 0.0, float("nan")
     if state_ptr is not None:
-        m = tl.load(state_ptr + 4 * t)
-        l = tl.load(state_ptr + 4 * t + 1)
-        w = tl.load(state_ptr + 4 * t + 2)
+        old_m = tl.load(state_ptr + 4 * t)
+        row_l = tl.load(state_ptr + 4 * t + 1)
+        row_w = tl.load(state_ptr + 4 * t + 2) * LOG2_E
         target = tl.load(state_ptr + 4 * t + 3)
-    else:
-        m, l, w, target = -float("inf"), 0.0, 0.0, float("nan")
-    for start in range(0, vocab, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        mask_v = offs_v < vocab
-        x = tl.load(row_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)  # [BLOCK_V]
-        m_new = tl.maximum(m, tl.max(x, axis=0))
-        m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # all masked so far: -inf minus -inf would be NaN
-        d = (x - m_safe) * inverse_temperature
-        e = tl.exp(d)
-        shift = tl.where(l > 0, (m - m_safe) * inverse_temperature, 0.0)
-        factor = tl.exp(shift)
-        if WITH_ENTROPY:
-            w = factor * (w + shift * l) + tl.sum(tl.where(e > 0, d * e, 0.0), axis=0)
-        l = factor * l + tl.sum(e, axis=0)
-        m = m_new
+        row_m = tl.maximum(row_m, old_m)
+    m_safe = tl.where(row_m == -float("inf"), 0.0, row_m)
+    if state_ptr is not None:
+        shift = _shift(old_m, m_safe, row_l, scale)
+        row_w = exp2(shift) * (row_w + shift * row_l)
+        row_l = exp2(shift) * row_l
+    shift = _shift(m, m_safe, l, scale)
+    d, e = _terms(x, m_safe, scale)
+    row_w += tl.sum(exp2(shift) * (w + shift * l), axis=0) + tl.sum(d * e, axis=0)
+    row_l += tl.sum(exp2(shift) * l, axis=0) + tl.sum(e, axis=0)
+    row_w *= LN_2
+
     column = tl.load(ids_ptr + t) - first_id
     here = (column >= 0) & (column < vocab)
     target = tl.where(here, tl.load(row_ptr + column, mask=here, other=0.0).to(tl.float32), target)
     if state_ptr is not None:
-        tl.store(state_ptr + 4 * t, m)
-        tl.store(state_ptr + 4 * t + 1, l)
-        tl.store(state_ptr + 4 * t + 2, w)
+        tl.store(state_ptr + 4 * t, row_m)
+        tl.store(state_ptr + 4 * t + 1, row_l)
+        tl.store(state_ptr + 4 * t + 2, row_w)
         tl.store(state_ptr + 4 * t + 3, target)
     else:
-        log_sum = tl.log(l)
-        tl.store(logprobs_ptr + t, (target - m) * inverse_temperature - log_sum)
-        tl.store(stats_ptr + 2 * t, m)
+        log_sum = tl.log(row_l)
+        tl.store(logprobs_ptr + t, (target - row_m) * inverse_temperature - log_sum)
+        tl.store(stats_ptr + 2 * t, row_m)
         tl.store(stats_ptr + 2 * t + 1, log_sum)
         if WITH_ENTROPY:
-            tl.store(entropy_ptr + t, log_sum - w / l)
+            tl.store(entropy_ptr + t, log_sum - row_w / row_l)
+
+
+@triton.jit
+def _gradient_of(x, m, scale, log2_sum, factor, offset):
+    """p (offset + factor log2 p); factor None: 0."""
+    log2_p = (x - m) * scale - log2_sum
+    if factor is None:
+        weight = offset
+    else:
+        weight = tl.maximum(log2_p, LOWEST) * factor + offset
+    return exp2(log2_p) * weight
+
+
+@triton.jit
+def _store_gradient(ptr, grad, start, num_chunks, target, grad_target, ALIKE: tl.constexpr):
+    """LANES chunks from chunk `start` on; `target` is the target's place in them, or outside."""
+    LANES: tl.constexpr = grad.shape[0]
+    CHUNK: tl.constexpr = grad.shape[1]
+    lanes = tl.arange(0, LANES)
+    offs = lanes[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    if (target >= 0) & (target < LANES * CHUNK):
+        grad += tl.where(offs == target, grad_target, 0.0)
+    ptr += start * CHUNK + offs
+    if ALIKE:
+        ptr = tl.multiple_of(ptr, [16 // CHUNK, 16])
+    tl.store(ptr, grad.to(ptr.dtype.element_ty), mask=(start + lanes < num_chunks)[:, None])
 
 
 @triton.jit
 def _gradient_kernel(
     logits_ptr, grad_ptr, ids_ptr,  # [T, V], [T, V] or the same, [T]
     stats_ptr, entropy_ptr, grad_logprobs_ptr, grad_entropy_ptr,  # [T, 2], [T], [T], [T] or None
-    stride_t, stride_grad_t, vocab, first_id, inverse_temperature, BLOCK_V: tl.constexpr,
+    stride_t, stride_grad_t, vocab, first_id, inverse_temperature,
+    ALIKE: tl.constexpr,  # a row of the gradient is aligned as the row of logits is
+    LANES: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
+    DTYPE: tl.constexpr = logits_ptr.dtype.element_ty
+    CHUNK: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     t = tl.program_id(0).to(tl.int64)
-    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    row_ptr, grad_row_ptr = logits_ptr + t * stride_t, grad_ptr + t * stride_grad_t
+    lead, num_chunks = split_row(row_ptr, vocab)
     grad_logprob = tl.load(grad_logprobs_ptr + t)
     live = grad_logprob != 0
-    if grad_entropy_ptr is not None:
+    grad_logprob *= inverse_temperature
+    offset = -grad_logprob
+    if grad_entropy_ptr is None:
+        factor: tl.constexpr = None
+    else:
         grad_entropy = tl.load(grad_entropy_ptr + t)
         live = live | (grad_entropy != 0)
+        grad_entropy *= inverse_temperature
+        factor = -grad_entropy * LN_2
+        offset -= grad_entropy * tl.load(entropy_ptr + t)
     # A row that no loss reads is not read here either: it may hold anything, and its bytes are spared.
-    read_v = offs_v < tl.where(live, vocab, 0)
-    x = tl.load(logits_ptr + t * stride_t + offs_v, mask=read_v, other=0.0).to(tl.float32)  # [BLOCK_V]
-    logp = (x - tl.load(stats_ptr + 2 * t)) * inverse_temperature - tl.load(stats_ptr + 2 * t + 1)
-    p = tl.exp(logp)
-    grad = -grad_logprob * p
-    if grad_entropy_ptr is not None:
-        # p = 0 also where logits are -inf: ln p must not turn the product into NaN.
-        surprise = tl.where(p > 0, logp, 0.0) + tl.load(entropy_ptr + t)
-        grad -= grad_entropy * p * surprise
+    m = tl.where(live, tl.load(stats_ptr + 2 * t), 0.0)
+    log2_sum = tl.where(live, tl.load(stats_ptr + 2 * t + 1) * LOG2_E, 0.0)
+    offset = tl.where(live, offset, 0.0)
+    scale = inverse_temperature * LOG2_E
     column = tl.load(ids_ptr + t) - first_id
-    grad += tl.where(offs_v == column, grad_logprob, 0.0)
-    grad = tl.where(live, grad * inverse_temperature, 0.0)
-    tl.store(grad_ptr + t * stride_grad_t + offs_v, grad.to(grad_ptr.dtype.element_ty), mask=offs_v < vocab)
+    column = tl.where((column >= 0) & (column < vocab), column, -1).to(tl.int32)
+
+    first, readable, lanes = tl.program_id(1) * (CHUNKS * LANES), tl.where(live, num_chunks, 0), tl.arange(0, LANES)
+    for start in range(first, tl.minimum(first + CHUNKS * LANES, num_chunks), 2 * LANES):
+        a = load_chunks(row_ptr + lead + start * CHUNK, start + lanes < readable, LANES)
+        b = load_chunks(row_ptr + lead + (start + LANES) * CHUNK, start + LANES + lanes < readable, LANES)
+        a = _gradient_of(unpack(a, DTYPE), m, scale, log2_sum, factor, offset)
+        b = _gradient_of(unpack(b, DTYPE), m, scale, log2_sum, factor, offset)
+        at = column - lead - start * CHUNK
+        _store_gradient(grad_row_ptr + lead, a, start, num_chunks, at, grad_logprob, ALIKE)
+        at -= LANES * CHUNK
+        _store_gradient(grad_row_ptr + lead, b, start + LANES, num_chunks, at, grad_logprob, ALIKE)
+    if tl.program_id(1) == 0:
+        columns, here = fringe(vocab, lead, num_chunks, CHUNK)
+        read_v = here & (columns < tl.where(live, vocab, 0))
+        x = tl.load(row_ptr + columns, mask=read_v, other=-float("inf")).to(tl.float32)
+        grad = _gradient_of(x, m, scale, log2_sum, factor, offset)
+        grad += tl.where(columns == column, grad_logprob, 0.0)
+        tl.store(grad_row_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=here)
 
 
-def block_v(vocab: int, largest: int) -> int:
-    """Columns of one step: a power of two, no wider than the row."""
-    return min(largest, triton.next_power_of_2(vocab))
+def warps_of(rows_TV: Tensor, most: int) -> int:
+    """Of a program: no more than have two chunks a thread."""
+    num_chunks = rows_TV.shape[1] * rows_TV.element_size() // 16
+    return min(most, triton.next_power_of_2(max(1, num_chunks // 64)))
 
 
 def new_outputs(rows_TX: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,12 +253,12 @@ def _launch_fold_(
     state_T4: Tensor | None, logits_TV: Tensor, target_ids_T: Tensor, temperature: float, first_id: int,
     with_entropy: bool, outputs: Sequence[Tensor | None] = (None, None, None),
 ) -> None:  # fmt: skip
-    num_tokens, vocab = logits_TV.shape
+    (num_tokens, vocab), num_warps = logits_TV.shape, warps_of(logits_TV, ROW_WARPS if state_T4 is None else TILE_WARPS)
     if num_tokens:
         launch(
             _fold_kernel, (num_tokens,),
             logits_TV, target_ids_T.contiguous(), state_T4, *outputs, logits_TV.stride(0), vocab, first_id,
-            1 / temperature, WITH_ENTROPY=with_entropy, BLOCK_V=block_v(vocab, FOLD_BLOCK_V), num_warps=FOLD_WARPS,
+            1 / temperature, WITH_ENTROPY=with_entropy, LANES=32 * num_warps, num_warps=num_warps,
         )  # fmt: skip
 
 
@@ -159,14 +272,20 @@ def _launch_forward(
 
 def _launch_gradient(grad_TV: Tensor, logits_TV: Tensor, target_ids_T: Tensor, *given: Any, first_id: int = 0) -> None:
     entropy_T, stats_T2, grad_logprobs_T, grad_entropy_T, temperature = given
-    num_tokens, vocab = logits_TV.shape
-    block = block_v(vocab, GRADIENT_BLOCK_V)
+    (num_tokens, vocab), num_warps, size = (
+        logits_TV.shape,
+        warps_of(logits_TV, GRADIENT_CHUNKS // 2),
+        logits_TV.element_size(),
+    )
+    num_pieces = triton.cdiv(vocab * size // 16, GRADIENT_CHUNKS * 32 * num_warps)
+    apart = logits_TV.data_ptr() - grad_TV.data_ptr(), size * (logits_TV.stride(0) - grad_TV.stride(0))
     if num_tokens:
         launch(
-            _gradient_kernel, (num_tokens, triton.cdiv(vocab, block)),
+            _gradient_kernel, (num_tokens, max(1, num_pieces)),
             logits_TV, grad_TV, target_ids_T.contiguous(), stats_T2, entropy_T, grad_logprobs_T.contiguous(),
             None if grad_entropy_T is None else grad_entropy_T.contiguous(), logits_TV.stride(0), grad_TV.stride(0),
-            vocab, first_id, 1 / temperature, BLOCK_V=block, num_warps=GRADIENT_WARPS,
+            vocab, first_id, 1 / temperature, ALIKE=all(x % 16 == 0 for x in apart), LANES=32 * num_warps,
+            CHUNKS=GRADIENT_CHUNKS, num_warps=num_warps,
         )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -42,6 +43,8 @@ MOST_REORDERED_BYTES = 1 << 26  # above that a storage is address space more tha
 
 # Of each kernel and its constants so many launches are run in every order; None: all.
 reordered: int | None = 2
+# Of a launch only so many programs, the first and the last, are run; None: all.
+edges: tuple[int, int] | None = None
 
 
 class KernelFault(AssertionError):
@@ -113,17 +116,21 @@ class Launch:
             storages.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
         self.regions = {place: Region(place, views) for place, views in enumerate(storages.values(), 1)}
         self.order: list[int] | None = None
+        self.whole: tuple[int, ...] | None = None  # the grid of which only the edges are run
         self.patched: set[str] = set()  # triton.language and its core, as far as this run has made them interpret
         self.known: dict[tuple[int, int], Any] = {}  # (program, clock) -> seen
         self.released: dict[int, Any] = {}  # address of an atomic -> seen
-        self.grid, self.step, self.program = (1, 1, 1), 0, 0
+        self.grid: tuple[int, ...] = (1, 1, 1)
+        self.step, self.program = 0, 0
         self.clock, self.seen, self.acquired = 0, None, None
 
-    def begin(self, grid: tuple[int, int, int]) -> None:
-        self.grid, self.step = grid, 0
+    def begin(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a run; returns what the kernel takes for its grid."""
+        self.grid, self.step = self.whole or grid, 0
         for region in self.regions.values():
             region.writer, region.reads = None, []
         self.known, self.released = {}, {}
+        return self.grid
 
     def begin_program(self) -> tuple[int, int, int]:
         self.program = self.step if self.order is None else self.order[self.step]
@@ -284,18 +291,19 @@ def _current() -> Launch:
 def _in_orders(launch: Launch, run: Callable[[], None], key: Any) -> None:
     """Run the programs forwards; then, of the first launches, backwards and shuffled, and compare what they leave."""
     storages = [region.storage for region in launch.regions.values()]
-    small = all(len(storage) <= MOST_REORDERED_BYTES for storage in storages)
+    small = launch.whole is None and all(len(storage) <= MOST_REORDERED_BYTES for storage in storages)
     again = small and (reordered is None or _launches[key] < reordered)
     before = [storage.clone() for storage in storages] if again else []
     run()
     launch.end()
-    programs = list(range(int(np.prod(launch.grid))))
-    if not again or len(programs) == 1:
+    count = int(np.prod(launch.grid))
+    if not again or count == 1:
         return
+    programs = range(count)
     _launches[key] += 1
     forwards = [storage.clone() for storage in storages]
-    shuffled = random.Random(0).sample(programs, len(programs))
-    for how, launch.order in {"backwards": programs[::-1], "shuffled": shuffled}.items():
+    shuffled = random.Random(0).sample(programs, count)
+    for how, launch.order in {"backwards": [*reversed(programs)], "shuffled": shuffled}.items():
         for storage, was in zip(storages, before):
             storage.copy_(was)
         run()
@@ -304,7 +312,7 @@ def _in_orders(launch: Launch, run: Callable[[], None], key: Any) -> None:
             differ = _bytes(region.storage) != _bytes(first)
             if differ.any():
                 raise KernelFault(
-                    f"{launch.kernel}: with its {len(programs)} programs {how} other bits in "
+                    f"{launch.kernel}: with its {count} programs {how} other bits in "
                     f"{region.name(int(differ.int().argmax()))}"
                 )
 
@@ -319,6 +327,18 @@ def fill_new_memory() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+@contextmanager
+def wide(first: int = 2, last: int = 4) -> Iterator[None]:
+    """For tensors of more than 2^31 numbers that hold a few: the first and last programs of each launch, and new memory
+    is only handed out."""
+    global edges
+    edges, torch.utils.deterministic.fill_uninitialized_memory = (first, last), False
+    try:
+        yield
+    finally:
+        edges, torch.utils.deterministic.fill_uninitialized_memory = None, True
+
+
 def install() -> None:
     """From here on every launch of this process is checked."""
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
@@ -329,6 +349,12 @@ def install() -> None:
         arguments = dict(zip(self.arg_names, args)) | kwargs
         _launch = Launch(self.fn.__name__, arguments)
         constants = tuple((name, str(arguments.get(name))) for name in self.constexprs)
+
+        count = int(np.prod(self.grid))
+        if edges is not None and count > sum(edges):
+            _launch.whole = (*self.grid, 1, 1)[:3]
+            _launch.order = [*range(edges[0]), *range(count - edges[1], count)]
+            self.grid = (sum(edges),)
 
         def run() -> None:
             _current().patched = set()
@@ -382,11 +408,7 @@ def install() -> None:
 def _install_programs(builder: Any) -> None:
     set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
 
-    def set_grid_dim(self: Any, *grid: int) -> None:
-        set_dim(self, *grid)
-        _current().begin((grid[0], grid[1], grid[2]))
-
-    builder.set_grid_dim = set_grid_dim
+    builder.set_grid_dim = lambda self, *grid: set_dim(self, *_current().begin(grid))
     builder.set_grid_idx = lambda self, *_: set_idx(self, *_current().begin_program())
     builder.create_barrier = lambda self: _current().barrier()
 

@@ -31,7 +31,8 @@ TILINGS = ("whole", "one-piece-of-tokens", "pieces-of-both")
 def set_tiling(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """whole: one tile. Else wide tiles of 64 columns and all tokens or 5, tall ones of 7 rows, 50-column products.
 
-    pieces-of-both multiplies bf16 as the other kind of CPU does, with or without instructions for it.
+    pieces-of-both multiplies bf16 as the other kind of CPU does, with or without instructions for it, and begins rows
+    of a tile where a GPU does.
     """
     if name == "whole":
         return
@@ -41,6 +42,7 @@ def set_tiling(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         monkeypatch.setitem(head.TALL_TILE_BYTES, device, 7 * 211 * 8)
         if name == "pieces-of-both":
             monkeypatch.setitem(head.MAX_ROWS, device, 5)
+            monkeypatch.setitem(head.ROW_BYTES, device, 128)
     if name == "pieces-of-both":
         monkeypatch.setattr(head, "WIDENS_BF16", not head.WIDENS_BF16)
     monkeypatch.setitem(head.COLUMNS, "cpu", 50)
@@ -49,7 +51,9 @@ def set_tiling(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def head_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors are cut into a GPU's tiles, and keep a GPU's running values."""
     head = sys.modules[HEAD]
-    for table in (head.WIDE_TILE_BYTES, head.TALL_TILE_BYTES, head.MAX_ROWS, head.COLUMNS, head.STATE_DTYPE):
+    for table in (
+        head.WIDE_TILE_BYTES, head.TALL_TILE_BYTES, head.MAX_ROWS, head.COLUMNS, head.STATE_DTYPE, head.ROW_BYTES,
+    ):  # fmt: skip
         monkeypatch.setitem(table, "cpu", table["cuda"])
     monkeypatch.setattr(head, "WIDENS_BF16", False)
 

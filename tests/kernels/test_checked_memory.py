@@ -1,11 +1,11 @@
 """What the checked interpreter is for: kernels of ours with one fault each, which the check that is named has to find.
 
-A mutation is a replacement in a kernel's source, and an error where the source no longer has what is replaced.
+A mutation is a replacement in a kernel's source, and an error where the source no longer has what is replaced. Offsets
+in 32 bits have a file of their own (test_wide_offsets.py).
 """
 
-import importlib
-import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import r1fast_kernels as kernels
-from r1fast_kernels import moe_experts_rows
 from r1fast_kernels.launch import launch
-from tests.kernels import checked_memory, test_grouped_gemm
-from tests.kernels.backends import BF16, FP32, TRITON, page_by_page
+from tests.kernels import checked_memory, mutations, test_grouped_gemm
+from tests.kernels.backends import BF16, TRITON
 from tests.kernels.checked_memory import KernelFault
 
 Mutate = Callable[..., Any]
@@ -27,25 +26,7 @@ Mutate = Callable[..., Any]
 
 @pytest.fixture
 def mutate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mutate:
-    """Put a changed copy of a kernel, or of a function that kernels call, in its place; returns it."""
-
-    def change(stem: str, name: str, *replacements: tuple[str, str]) -> Any:
-        module = importlib.import_module(f"r1fast_kernels.{stem}")
-        fn = getattr(module, name).fn
-        source = inspect.getsource(fn)
-        for old, new in replacements:
-            assert source.count(old) == 1, f"{name} has {source.count(old)} times: {old}"
-            source = source.replace(old, new)
-        path = tmp_path / f"{name}.py"
-        path.write_text(source)
-        names = dict(fn.__globals__)
-        exec(compile(source, path, "exec"), names)
-        # The copy is found where the original was, by what calls it and in what it calls.
-        mutant = names[name]
-        monkeypatch.setattr(module, name, mutant)
-        return mutant
-
-    return change
+    return partial(mutations.mutate, monkeypatch, tmp_path)
 
 
 def policy_loss(num_samples: int = 5) -> Any:
@@ -84,23 +65,6 @@ def test_removed_mask_of_a_store(mutate: Mutate) -> None:
     mutate("route_topk", "_route_kernel", ("weights * scale, mask=mask_k", "weights * scale"))
     with pytest.raises(KernelFault, match=r"store outside of the argument: weights_ptr\["):
         route()
-
-
-def combine(rows: int, width: int) -> None:
-    """The last row of [rows, width], of which one tile of columns is read."""
-    rows_MD, out_TD = (torch.frombuffer(page_by_page(4 * n * width), dtype=FP32).view(n, width) for n in (rows, 1))
-    rows_MD[-1, :16] = 7.0
-    slot, ends = torch.tensor([[rows - 1]], dtype=torch.int32), torch.tensor([rows], dtype=torch.int32)
-    launch(moe_experts_rows._combine_kernel, (1, 1), rows_MD, slot, ends, out_TD, 1, 1, width, 1, BLOCK_T=1, BLOCK_D=16)
-    assert (out_TD[0, :16] == 7).all()
-
-
-def test_offset_in_32_bits(mutate: Mutate) -> None:
-    combine(5, 1 << 29)
-    mutate("moe_experts_rows", "_combine_kernel", ("slot.to(tl.int64)[:, None]", "slot[:, None]"))
-    combine(4, 1 << 29)
-    with pytest.raises(KernelFault, match=r"load outside of the argument: rows_ptr\[-2147483648\]"):
-        combine(5, 1 << 29)
 
 
 ARRIVE = """    tl.debug_barrier()

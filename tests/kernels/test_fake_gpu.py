@@ -32,7 +32,7 @@ def _copy_kernel(source, out_ptr, num_rows, ROWS: tl.constexpr):
     tl.store(out_ptr + offs[:, None] * 64 + tl.arange(0, 64), tile, mask=offs[:, None] < num_rows)
 
 
-def log_probs(num_tokens: int = 64, vocab: int = 1000) -> Tensor:
+def log_probs(num_tokens: int = 64, vocab: int = 8000) -> Tensor:
     logits = torch.empty(num_tokens, vocab, dtype=BF16, requires_grad=True)
     logprobs = kernels.selective_logprobs(logits, torch.zeros(num_tokens, dtype=torch.int64))
     logprobs.sum().backward()
@@ -58,8 +58,8 @@ def test_launches_and_kernels_of_torch_are_noted_in_order() -> None:
     assert gpu.kernels == ["zeros", "_fold_kernel", "sum", "ones_like", "_gradient_kernel"]
     fold, gradient = gpu.launches
     assert fold.grid == (64, 1, 1) and gradient.grid == (64, 1, 1) and fold.shared_bytes is None
-    assert fold.arguments["logits_ptr"] == ((64, 1000), (1000, 1), BF16, 1) and fold.arguments["state_ptr"] is None
-    assert fold.arguments["vocab"] == 1000 and fold.arguments["BLOCK_V"] == 1024
+    assert fold.arguments["logits_ptr"] == ((64, 8000), (8000, 1), BF16, 1) and fold.arguments["state_ptr"] is None
+    assert fold.arguments["vocab"] == 8000 and fold.arguments["LANES"] == 256
 
 
 def test_views_allocations_and_what_the_host_does_are_no_kernels() -> None:
@@ -119,7 +119,7 @@ def test_a_wrong_launch_is_caught(
 
 def test_tensors_of_two_devices_are_refused() -> None:
     with fake_gpu():
-        logits, ids = torch.empty(64, 1000), torch.zeros(64, dtype=torch.int64, device="cpu:2")
+        logits, ids = torch.empty(64, 8000), torch.zeros(64, dtype=torch.int64, device="cpu:2")
         with pytest.raises(ValueError, match="fold: got tensors on cpu:1, cpu:2, expected all on one device"):
             kernels.selective_logprobs(logits, ids)
 
@@ -140,7 +140,7 @@ def test_scratch_is_what_a_call_gives_back() -> None:
 
     with fake_gpu() as gpu:
         assert gpu.scratch(call) == 310  # operands, while the result is made; the 200 were gone before
-        assert gpu.scratch(lambda: torch.empty(1000, dtype=torch.uint8)) == 0
+        assert gpu.scratch(lambda: torch.empty(8000, dtype=torch.uint8)) == 0
 
 
 def starts_itself(tree: ast.AST) -> list[int]:

@@ -5,11 +5,13 @@ import torch
 
 from r1fast.doctor import tiny_calls
 from r1fast_kernels import dispatch
+from tests.kernels.backends import needs_gpu
 
 FUSED = [op for op, exists in dispatch.IMPLEMENTATIONS.items() if "triton" in exists]
 
 
 @pytest.mark.gpu
+@needs_gpu[1]
 @pytest.mark.parametrize("op", FUSED)
 def test_no_wait_for_the_device(op: str) -> None:
     call = tiny_calls(torch.device("cuda"))[op]

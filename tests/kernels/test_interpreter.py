@@ -13,9 +13,10 @@ from r1fast_kernels import dispatch
 from tests.forks import Forks
 
 HERE = Path(__file__).parent
-# Ops that have Triton kernels; linear ops drive those of selective_logprobs.
 FILES = {"decode_layers": "decode_parts"}  # where an op's tests in Triton have one of their own
+# Ops that have Triton kernels; linear ops drive those of selective_logprobs.
 OPS = [op for op, exists in dispatch.IMPLEMENTATIONS.items() if "triton" in exists and op != "linear_cross_entropy"]
+OF_THE_INTERPRETER = ["checked_memory", "wide_offsets"]  # what conftest.py collects there alone
 
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETING, reason="this is the interpreter's process")
 
@@ -36,7 +37,7 @@ def interpret(interpreters: Forks, op: str, lane: str, folder: Path) -> tuple[in
     return code, out.read_text()[-6000:] + log.read_text()[-2000:]
 
 
-@pytest.mark.parametrize("op", [*OPS, "checked_memory"])
+@pytest.mark.parametrize("op", [*OPS, *OF_THE_INTERPRETER])
 def test_interpreted(interpreters: Forks, op: str, tmp_path: Path) -> None:
     code, said = interpret(interpreters, op, "not gpu and not slow", tmp_path)
     assert code == 0 and " passed" in said, said

@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import triton
+from torch import Tensor
 
+import r1fast_kernels as kernels
 from r1fast.models.cache import BlockCache
 from r1fast.models.decoder import Decoder
 from r1fast.models.model_config import ModelConfig
 from r1fast.rollout.fast_decode import fast_decode
 from r1fast.rollout.fused_decode import FusedDecode
 from r1fast_kernels import dispatch
+from tests import zoo
 from tests.kernels.fake_gpu import FakeGpu, fake_gpu
 from tests.kernels.production_calls import CALLS, ON_HOPPER
 
@@ -96,18 +99,27 @@ def cost(name: str) -> Cost:
         return Cost(forward[1], len(gpu.kernels), forward[0] / 2**20, scratch / 2**20)
 
 
+def run(name: str, rows: int) -> None:
+    outputs = CALLS[name](rows)()
+    learns = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x.requires_grad]
+    if learns:
+        torch.autograd.backward(learns, [torch.ones_like(x) for x in learns])
+
+
+def compiled(gpu: FakeGpu) -> dict[str, set[str]]:
+    """The specialisations of each kernel."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for launch in gpu.launches:
+        found[launch.name].add(launch.specialisation.key)
+    return found
+
+
 def compilations(name: str) -> dict[str, int]:
     """Of each kernel, in STEPS."""
-    found: dict[str, set[str]] = defaultdict(set)
     with gpu_of(name) as gpu:
         for rows in STEPS:
-            outputs = CALLS[name](rows)()
-            learns = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x.requires_grad]
-            if learns:
-                torch.autograd.backward(learns, [torch.ones_like(x) for x in learns])
-            for launch in gpu.launches:
-                found[launch.name].add(launch.specialisation.key)
-    return {kernel: len(keys) for kernel, keys in found.items()}
+            run(name, rows)
+    return {kernel: len(keys) for kernel, keys in compiled(gpu).items()}
 
 
 def excess(name: str) -> dict[str, tuple[float, float]]:
@@ -136,6 +148,36 @@ def test_a_call_stays_in_its_budget(name: str) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_steps_of_other_sizes_compile_nothing_new(name: str) -> None:
     assert recompiled(name) == {}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_more_rows_than_the_short_axes_of_a_grid(name: str) -> None:
+    with gpu_of(name) as gpu:
+        run(name, 70_000)  # fake_gpu refuses more than 65,535 programs on the second and third (vllm#52381, fla#172)
+    assert gpu.launches
+
+
+def grpo_update(model: Decoder, lengths: list[int]) -> None:
+    N, cu_seqlens = len(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
+    ids, old = torch.zeros(sum(lengths), dtype=torch.int64), torch.zeros(sum(lengths))
+
+    def head(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+        given = {"advantages_N": torch.zeros(N), "old_logprobs_T": old}
+        return kernels.linear_grpo_loss(hidden_TD, weight_VD, ids, cu_seqlens, **given)[0]
+
+    model(ids, cu_seqlens, head=head).backward()
+
+
+def test_updates_of_other_sizes_compile_nothing_new() -> None:
+    """Of a whole model, with values: they decide how sequences are packed."""
+    with fake_gpu(values=True) as gpu:
+        model = zoo.decoder("deepseek_v3", vocab_size=320).bfloat16()
+        for lengths in ([16, 48], [1]):  # some rows an expert, and few
+            grpo_update(model, lengths)
+        before = compiled(gpu)
+        for lengths in ([5, 32], [100, 29], [7] * 9, [16] * 16, [2, 1]):
+            grpo_update(model, lengths)
+    assert len(before) > 12 and compiled(gpu) == before
 
 
 def test_a_launch_too_many_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,8 +132,6 @@ GROUPED = "r1fast_kernels.grouped_gemm"
 # Targets of bench/cases.py whose case the machine code does not allow yet, with the margin that there is (Row.margin; 1
 # is enough). One that closes, or grows, is to be written here.
 GAPS = {
-    "selective_logprobs T8192-V151936-bf16-fwd": 0.67,
-    "selective_logprobs T8192-V151936-bf16-bwd": 0.80,
     "grpo_loss N1024-L1024-fp32-fwd+bwd": 0.50,
     "moe_experts T8192-D2048-F768-E128-K8-bf16-fwd": 0.99,
     "moe_experts T8192-D2048-F768-E128-K8-bf16-fwd own": 0.87,

@@ -57,6 +57,7 @@ def hostile_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         "V2049-past-a-block": random_case(3, 2049),
         "V8192-a-triton-block": random_case(3, 8192),
         "V10007-prime": random_case(3, 10007),
+        "V40009-programs-of-the-gradient": random_case(2, 40009),
         "T0": (torch.zeros(0, 17), torch.zeros(0, dtype=torch.long)),
     }
 
