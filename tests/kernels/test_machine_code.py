@@ -134,9 +134,9 @@ GROUPED = "r1fast_kernels.grouped_gemm"
 GAPS = {
     "grpo_loss N1024-L1024-fp32-fwd+bwd": 0.50,
     "moe_experts T8192-D2048-F768-E128-K8-bf16-fwd": 0.99,
-    "moe_experts T8192-D2048-F768-E128-K8-bf16-fwd own": 0.87,
-    "moe_experts T16384-D2048-F768-E128-K8-bf16-fwd own": 0.93,
-    "moe_experts T32768-D2048-F768-E128-K8-bf16-fwd own": 0.96,
+    "moe_experts T8192-D2048-F768-E128-K8-bf16-fwd own": 0.84,
+    "moe_experts T16384-D2048-F768-E128-K8-bf16-fwd own": 0.90,
+    "moe_experts T32768-D2048-F768-E128-K8-bf16-fwd own": 0.93,
     "decode_attention B128-T2048-bf16-mla": 0.48,
 }
 # Kernels most of whose bytes go by accesses narrower than 128 bits: a few numbers for each token, choice or sample.
