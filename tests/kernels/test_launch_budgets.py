@@ -180,7 +180,7 @@ def test_updates_of_other_sizes_compile_nothing_new() -> None:
     """Of a whole model, with values: they decide how sequences are packed."""
     with fake_gpu(values=True) as gpu:
         model = zoo.decoder("deepseek_v3", vocab_size=320).bfloat16()
-        for lengths in ([16, 48], [1]):  # some rows an expert, and few
+        for lengths in ([16, 48], [1], [64] * 16):  # some rows an expert, few and many
             grpo_update(model, lengths)
         before = compiled(gpu)
         for lengths in ([5, 32], [100, 29], [7] * 9, [16] * 16, [2, 1]):

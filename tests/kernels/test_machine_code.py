@@ -146,8 +146,7 @@ NARROW = {
 }  # fmt: skip
 # (kernel, blocks a multiprocessor takes as in modelled.json, with Triton 3.6): everywhere else they are the same.
 OTHER_BLOCKS = {
-    ("_fold_kernel", 4, 5), ("_grpo_kernel", 5, 4), ("_route_kernel", 8, 5), ("_route_gradient_kernel", 7, 9),
-    ("_attend_kernel", 4, 3),
+    ("_grpo_kernel", 5, 4), ("_route_kernel", 8, 5), ("_attend_kernel", 4, 3),
 }  # fmt: skip
 
 
