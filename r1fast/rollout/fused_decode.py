@@ -55,14 +55,14 @@ class Joined:
                 [self.weight.new_zeros(size) if b is None else b.data for size, b in zip(sizes, biases)]
             )
         before = [weight.data for weight in weights]
-        for weight, part in zip(weights, self.weight.split(sizes)):
-            weight.data = part
         # A weight that is a part of something else keeps its bytes: others read them.
         storages = [x.untyped_storage() for x in before if x.untyped_storage().nbytes() == x.nbytes]
         lengths = [storage.nbytes() for storage in storages]
-        for storage in storages:
-            storage.resize_(0)
-        try:
+        try:  # a signal may end it at any line
+            for weight, part in zip(weights, self.weight.split(sizes)):
+                weight.data = part
+            for storage in storages:
+                storage.resize_(0)
             yield
         finally:
             for storage, length in zip(storages, lengths):

@@ -82,6 +82,27 @@ def test_a_weight_is_there_once_and_comes_back_to_its_storage() -> None:
         assert p is kept and p.data_ptr() == old.data_ptr() and torch.equal(p, value)
 
 
+@pytest.mark.parametrize("step", range(5))
+def test_a_signal_while_weights_are_stacked(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind each of the storages that give their bytes up: q, k and v of the first layer, gate and up."""
+    model = random_model("qwen2")
+    before = {name: (p.data, p.detach().clone()) for name, p in model.named_parameters()}
+    resize, calls = torch.UntypedStorage.resize_, []
+
+    def interrupted(self: torch.UntypedStorage, size: int) -> Any:
+        resize(self, size)
+        calls.append(size)
+        if len(calls) == step + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.UntypedStorage, "resize_", interrupted)
+    with pytest.raises(KeyboardInterrupt), FusedDecode(model).stacked():
+        pass
+    for name, p in model.named_parameters():
+        old, value = before[name]
+        assert p.data_ptr() == old.data_ptr() and torch.equal(p, value)
+
+
 def test_a_weight_inside_another_tensor_is_copied() -> None:
     model = random_model("llama")
     mlp = model.layers[1].mlp
