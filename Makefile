@@ -32,7 +32,8 @@ test-gpu: .venv/built
 # bounds of run time only with numpy 2.3. A folder, which goes before .venv's packages.
 test-triton36: .venv/built .venv-triton36/built
 	OMP_WAIT_POLICY=passive PYTHONPATH=$(CURDIR)/.venv-triton36 $(BIN)/python -m pytest tests/kernels/test_fake_gpu.py \
-	  tests/kernels/test_launch_budgets.py tests/kernels/test_compile.py tests/kernels/test_interpreter.py \
+	  tests/kernels/test_launch_budgets.py tests/kernels/test_compile.py tests/kernels/test_machine_code.py \
+	  tests/kernels/test_interpreter.py \
 	  -m "not gpu and not slow" -n $(NPROC) --dist worksteal -p no:benchmark
 
 # vLLM's CPU build pins its own torch and an older transformers, hence an environment of its own.

@@ -4,7 +4,7 @@
 
 A unit is a program, or a tile of a program that walks through several. Resources of a multiprocessor, by the clock:
 
-    issue    4 warp instructions                            tensor   4096 FLOPs of 16-bit factors by wgmma, 62% by mma
+    issue    4 warp instructions                            tensor   83% of 4096 FLOPs of 16-bit factors; 62% by mma
     alu      64 lanes: integers, comparisons, min and max   shared   128 bytes: loads, stores, copies in, wgmma operands
     special  16 lanes: exponentials, reciprocals            memory   bytes at the rate of a copy
     shuffle  32 lanes                                       l2       34 bytes of wide loads, stores and copies
@@ -27,9 +27,12 @@ from bench.machine_code import LANES, WARP, Block, Code
 MULTIPROCESSORS = 132
 CLOCK = 1.755e9  # that an H200 holds under load; its highest is 1.98e9
 COPY_BYTES_PER_S = 4.2e12
-PRODUCT_FLOPS_PER_S = 790e12  # at full rate the power limit takes clocks away: 83% of 4096 a clock
-TENSOR_FLOPS, MMA_SHARE = 4096, 0.62
+PRODUCT_FLOPS_PER_S = 790e12
+MMA_SHARE = 0.62
 SHARED_BYTES, L2_BYTES, ISSUED = 128, 34, 4
+
+# What tensor cores do in a clock: of 4096 FLOPs 83%, as power limits them.
+TENSOR_FLOPS = PRODUCT_FLOPS_PER_S / MULTIPROCESSORS / CLOCK
 
 REGISTERS, SHARED_MEMORY, RESERVED, THREADS, BLOCKS = 65_536, 228 * 1024, 1024, 2048, 32
 
@@ -141,7 +144,6 @@ def modelled(code: Code, work: Work, programs: int) -> Modelled:
     # The last wave is as long as a full one.
     waves = -(-programs // places) * places / programs if units <= programs else 1.0
     clocks = {resource: each * waves * units / MULTIPROCESSORS for resource, each in clocks.items()}
-    clocks["tensor"] *= TENSOR_FLOPS * MULTIPROCESSORS * CLOCK / PRODUCT_FLOPS_PER_S
     clocks["memory"] = work.bytes / COPY_BYTES_PER_S * CLOCK
     limit = max(clocks, key=lambda resource: clocks[resource])
     return Modelled(clocks[limit] / CLOCK * 1e3, limit, blocks, clocks, wide_bytes)

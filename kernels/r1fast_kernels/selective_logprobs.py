@@ -80,7 +80,11 @@ def _fold_step(a, b, c, d, m, l, w, scale, WITH_ENTROPY: tl.constexpr):
     return m_new, factor * l + tl.sum(e_a + e_b + e_c + e_d, axis=1), w
 
 
-@triton.jit
+# Of these a program reads one value, so that it helps nobody where they begin: with a tile of rows, anywhere.
+_A_TOKEN = [f"{name}_ptr" for name in ("ids", "stats", "entropy", "grad_logprobs", "grad_entropy")]
+
+
+@triton.jit(do_not_specialize_on_alignment=_A_TOKEN)
 def _fold_kernel(
     logits_ptr, ids_ptr,  # [T, V], [T]
     state_ptr,  # [T, 4]: m, l, w, the target's logit; or None
@@ -181,7 +185,7 @@ def _store_gradient(ptr, grad, start, num_chunks, target, grad_target, ALIKE: tl
     tl.store(ptr, grad.to(ptr.dtype.element_ty), mask=(start + lanes < num_chunks)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_A_TOKEN)
 def _gradient_kernel(
     logits_ptr, grad_ptr, ids_ptr,  # [T, V], [T, V] or the same, [T]
     stats_ptr, entropy_ptr, grad_logprobs_ptr, grad_entropy_ptr,  # [T, 2], [T], [T], [T] or None

@@ -101,7 +101,8 @@ def choose(
     found: tuple[Library, ...], q_THd: Tensor, value_dim: int, *, deterministic: bool
 ) -> tuple[Choice | None, str]:
     """The first library that takes such a call, None where none does; and why, with what would be faster."""
-    head_dim, obstacles = q_THd.shape[-1], list[str]()
+    head_dim = q_THd.shape[-1]
+    obstacles: list[str] = []  # and not list[str](), at which torch.compile would break the graph
     if q_THd.dtype not in _HALF:
         return None, f"flash attention takes bfloat16 and float16, got {str(q_THd.dtype).removeprefix('torch.')}"
     for name, call, obstacle in found:

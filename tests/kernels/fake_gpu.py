@@ -12,7 +12,7 @@ kernels are also compiled for `arch`, and refused where they want more shared me
 
 Tensors are without values (FakeTensor), of any size; with `values` they are ordinary CPU tensors, and what kernels
 would fill is 0. A device of theirs is "cpu:1" for cuda:1, as autograd of a CPU build of torch knows no other type: an
-index that torch keeps, and compares. `is_cuda` is true of them, `is_cpu` false; ask for these, not for device.type.
+index that torch keeps, and compares. `is_cuda` is true of them: what depends on the device asks for that.
 
 A launch is refused (LaunchError) on another device than that of its tensors, or on a grid that CUDA does not take.
 """
@@ -298,18 +298,22 @@ class _OnGpu(TorchDispatchMode):
         return outputs
 
 
-class _AsOneKernel(TorchFunctionMode):
-    """What a GPU has a kernel for, and a CPU several operators."""
+class _AsOnGpu(TorchFunctionMode):
+    """What a GPU has a kernel for, a CPU several operators; and data for a device, of which torch drops the index."""
 
     def __init__(self, gpu: FakeGpu) -> None:
         super().__init__()
         self.gpu = gpu
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         before = len(self.gpu.kernels)
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         if getattr(func, "__name__", "") == "rms_norm":
             self.gpu.kernels[before:] = ["rms_norm"]
+        if func is torch.tensor and isinstance(result, FakeTensor):
+            device = kwargs.get("device") or torch.get_default_device()
+            result = torch.empty(result.shape, dtype=result.dtype, device=device)
         return result
 
 
@@ -339,10 +343,9 @@ def fake_gpu(*, arch: int = 90, index: int = 1, compiles: bool = False, values: 
             patch.setattr(torch.cuda, name, gpu.exchange_device)
         patch.setattr(FakeTensor, "data_ptr", _address)
         patch.setattr(FakeTensor, "is_cuda", property(_is_on_gpu), raising=False)
-        patch.setattr(FakeTensor, "is_cpu", property(lambda x: not _is_on_gpu(x)), raising=False)
         if not values:
             modes.enter_context(FakeTensorMode())
             modes.enter_context(torch.device("cpu", index))
-        modes.enter_context(_AsOneKernel(gpu))
+        modes.enter_context(_AsOnGpu(gpu))
         modes.enter_context(_OnGpu(gpu, values))
         yield gpu

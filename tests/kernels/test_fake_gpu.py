@@ -68,8 +68,9 @@ def test_views_allocations_and_what_the_host_does_are_no_kernels() -> None:
         x.view(4, 8).T[1:].unbind()[0].new_empty(5)
         torch.arange(3, device="cpu") + 1
         torch.zeros(0) + 1
+        assert torch.tensor([1]).device == torch.tensor(2).device == x.device != torch.tensor(1, device="cpu").device
         assert gpu.kernels == []
-        torch.nn.functional.rms_norm(x, (4,)).mul_(2)
+        torch.nn.functional.rms_norm(x, (4,)).mul_(torch.tensor(2))
     assert gpu.kernels == ["rms_norm", "mul_"]
 
 

@@ -68,9 +68,6 @@ TILES = 3  # for few, some and many rows an expert
 COMPILATIONS = {
     "linear_logprobs": {"_fold_kernel": 2},  # a tile that holds all columns needs no state
     "decode_attention, longer": {"_attend_kernel": 2},  # one span needs no merging
-    # The ids of a tile of rows begin anywhere, those of the first at 16 bytes.
-    "linear_cross_entropy": {"_fold_kernel": 2, "_gradient_kernel": 2},
-    "linear_grpo_loss": {"_fold_kernel": 2, "_gradient_kernel": 2},
     "grouped_gemm": {"_tile_kernel": TILES, "_gemm_kernel": 2 * TILES},  # x W, x W^T
     "moe_experts": {
         "_tile_kernel": TILES, "_gate_up_kernel": TILES, "_gemm_kernel": 2 * TILES, "_inner_gradient_kernel": TILES,
@@ -81,8 +78,8 @@ COMPILATIONS |= {f"{op}{ON_HOPPER}": COMPILATIONS[op] for op in ("grouped_gemm",
 
 
 @contextmanager
-def gpu_of(name: str) -> Iterator[FakeGpu]:
-    with fake_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
+def gpu_of(name: str, **options: Any) -> Iterator[FakeGpu]:
+    with fake_gpu(**options) as gpu, pytest.MonkeyPatch.context() as patch:
         module = sys.modules["r1fast_kernels.grouped_gemm_vendor"]
         patch.setattr(module, "on_hopper", lambda _: name.endswith(ON_HOPPER))
         yield gpu
@@ -158,6 +155,17 @@ def test_more_rows_than_the_short_axes_of_a_grid(name: str) -> None:
     with gpu_of(name) as gpu:
         run(name, 70_000)  # fake_gpu refuses more than 65,535 programs on the second and third (vllm#52381, fla#172)
     assert gpu.launches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [90, 80], ids=["sm90", "sm80"])
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_launched_loads(name: str, arch: int) -> None:
+    """Triton's own checks of a kernel against a device, as it is first launched."""
+    with gpu_of(name, arch=arch, compiles=True) as gpu:
+        for rows in (256, 16_384):
+            run(name, rows)
+    assert all(launch.shared_bytes is not None for launch in gpu.launches)
 
 
 def grpo_update(model: Decoder, lengths: list[int]) -> None:

@@ -82,6 +82,8 @@ def flash_attention_2(calls: Calls) -> ModuleType:
         )
         _check_all(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k))
         _check(k.shape == v.shape and q.shape[2] == k.shape[2], "head sizes differ")
+        swapped = max_seqlen_q == 1 and q.shape[1] > k.shape[1] and window_size == (-1, -1)
+        _check(not swapped or len(q) == len(cu_seqlens_q) - 1, "shape is invalid for input of size")
         out = _compute(q, k, v, cu_seqlens_q, softmax_scale, causal, window_size)
         return (out, None, None) if return_attn_probs else out
 

@@ -209,6 +209,31 @@ def test_nothing_to_attend_to(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packed_attention(empty, empty, empty, plan, None, 1.0).shape == (0, 2, 16)
 
 
+def test_one_token_beside_empty_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attention#1537: where no sequence is longer, heads of a group are taken for tokens, of every sequence."""
+    install(monkeypatch, FLASH2)
+    q, k = torch.randn(2, 4, 16).to(BF16), torch.randn(2, 1, 16).to(BF16)
+    plan = AttentionPlan(torch.tensor([0, 0, 1, 1, 2], dtype=torch.int32), 2, CPU)
+    assert torch.equal(packed_attention(q, k, k, plan, None, 1.0), k.expand_as(q))
+
+
+def test_offsets_of_another_shape_are_refused() -> None:
+    """trl#3243: [1, N+1], which flash_attn_varlen_func takes for other sequences."""
+    with pytest.raises(ValueError, match=r"\(1, 3\)\), expected \[N\+1\]"):
+        AttentionPlan(torch.tensor([[0, 2, 5]], dtype=torch.int32), 5, CPU)
+
+
+def test_compiled_layers_stay_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FLASH2)
+    plan = AttentionPlan(torch.tensor([0, 3], dtype=torch.int32), 3, CPU)
+    plan.flash = (flash.Library(FLASH3, None, "not here"), flash.Library(FLASH2, lambda q, *_, **__: q * 2))
+    q = torch.randn(3, 2, 20).to(BF16)
+    compiled = torch.compile(
+        lambda x: packed_attention(x, x, x, plan, None, 1.0, window=2), fullgraph=True, backend="eager"
+    )
+    assert torch.equal(compiled(q), q * 2)
+
+
 SHARED_S = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 0, 1, 2, 7, 8, 9])
 # MLA of DeepSeek's head sizes; windows and a head size of 12; grouped heads.
 MODELS = {

@@ -17,6 +17,7 @@ from r1fast.rollout.admission import Admission, Sample, SequenceGroup, num_block
 from r1fast.rollout.blocks import BlockPool
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.fast_decode import fast_decode
+from r1fast.rollout.fused_decode import FusedDecode
 from r1fast.rollout.sampling import Completion, SamplingParams
 from r1fast_kernels.decode_attention import BLOCK
 from tests import zoo
@@ -254,3 +255,58 @@ def test_a_fault_of_the_scheduler_is_seen(
     monkeypatch.setattr(scheduler.Scheduler, *MISTAKES[mistake])
     with pytest.raises(AssertionError):
         [check_small_cache(decoder, trial, False, monkeypatch) for trial in range(20)]
+
+
+@pytest.mark.parametrize("length", [15, 16, 17])
+@pytest.mark.parametrize("max_tokens", [1, 2, 16, 17, 33])
+def test_a_sample_that_just_fits(decoder: HashDecoder, made: list[Admission], length: int, max_tokens: int) -> None:
+    """Prompts and completions that end with a block, one before it and one behind; two prompts, one after the other."""
+    prompts, params = [[1] * length, [2] * length], SamplingParams(n=2, max_tokens=max_tokens, ignore_eos=True)
+    want = RolloutEngine(decoder, None).generate(prompts, params)
+    alone = num_blocks_of(length) + num_blocks_of(length + max_tokens - 1) - length // BLOCK
+    budget = 1000 * alone
+    assert same(RolloutEngine(decoder, None, kv_cache_memory_bytes=budget).generate(prompts, params), want)
+    assert made[1].pool.num_blocks == alone == made[1].pool.num_free
+    with pytest.raises(ValueError, match="raise it, or lower max_tokens"):
+        RolloutEngine(decoder, None, kv_cache_memory_bytes=budget - 1).generate(prompts, params)
+
+
+@pytest.mark.parametrize("length", [4, 41])
+def test_longrope_turns_what_is_fed_again_as_before(made: list[Admission], length: int) -> None:
+    """On either side of the length at which its angles change."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [3.0] * 2}
+    rope |= {"original_max_position_embeddings": 40, "partial_rotary_factor": 0.5}
+    model = zoo.decoder("phi3", **FAMILIES["phi3"] | {"rope_parameters": rope})
+    model.init_weights(torch.Generator().manual_seed(3))
+    params = SamplingParams(n=4, max_tokens=36, seed=5, ignore_eos=True)
+    budget = BlockCache.bytes_per_block(model.config, torch.float32) * 7
+    want, got = (
+        RolloutEngine(model, None, kv_cache_memory_bytes=x).generate([[5] * length], params) for x in (None, budget)
+    )
+    assert made[1].num_preempted > 0
+    for x, y in zip(chain(*got), chain(*want), strict=True):
+        assert x.token_ids == y.token_ids and x.logprobs == pytest.approx(y.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("decode", [FusedDecode, lambda model: None], ids=["fused", "modules"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_other_decoders_feed_whole_samples_again(
+    family: str, decode: Any, made: list[Admission], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: in parts."""
+    monkeypatch.setattr(scheduler, "fast_decode", decode)
+    monkeypatch.setattr(scheduler, "rows_of_part", lambda *_: 7)
+    monkeypatch.setitem(scheduler.SYNC_STEPS, "cpu", 8)
+    model = zoo.decoder(family, **FAMILIES[family])
+    model.init_weights(torch.Generator().manual_seed(3))
+    params = SamplingParams(n=4, max_tokens=60, seed=2, ignore_eos=True)
+    budget = 9 * BlockCache.bytes_per_block(model.config, torch.float32)
+    record = model.config.has_router
+    want, got = (
+        RolloutEngine(model, None, kv_cache_memory_bytes=x, enable_return_routed_experts=record).generate(SHORT, params)
+        for x in (None, budget)
+    )
+    assert made[1].num_preempted > 1
+    for x, y in zip(chain(*got), chain(*want), strict=True):
+        assert x.token_ids == y.token_ids and x.logprobs == pytest.approx(y.logprobs, abs=1e-5)
+        assert np.array_equal(x.routed_experts, y.routed_experts)  # type: ignore[arg-type]

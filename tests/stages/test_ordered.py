@@ -16,6 +16,8 @@ from r1fast.parallel.ordered import ordered_sums
 from r1fast.stages import training
 from r1fast.stages.sampler import Sampler
 from r1fast_kernels import dispatch
+from tests.kernels import launch_cases
+from tests.kernels.fake_gpu import fake_gpu
 from tests.models.flash_attention import Calls, install
 from tests.stages.conftest import SHORT
 from tests.tiny_checkpoint import DEEPSEEK_V3, GRPO, SFT, write_checkpoint, write_recipe
@@ -109,6 +111,15 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Seen:
     monkeypatch.setattr(training.Trainer, "update", inside(training.Trainer.update))
     monkeypatch.setattr(Sampler, "run", inside(Sampler.run))
     return seen
+
+
+def test_what_launchers_call_of_torch_has_an_ordered_kernel() -> None:
+    seen = Seen()
+    with seen, fake_gpu():
+        for case in launch_cases.CASES.values():
+            for options in launch_cases.covering(case.options, 1, case.valid):
+                case.call(**options)
+    assert seen.calls > 1000 and seen.found == set()
 
 
 def with_cumsum(self: Embedding, input: torch.Tensor) -> torch.Tensor:
