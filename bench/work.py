@@ -35,10 +35,10 @@ def _attend(launch: Launch) -> Work:
 
 
 def _sample(launch: Launch) -> Work:
-    """One pass for the sums; with a cut one for each bit of a logit, and one for what stays."""
+    """One pass for the sums; with a cut one for each three bits of a logit, at most, and one for what stays."""
     a = launch.arguments
-    bits = 32 - a["SHIFT"]
-    cuts = {(False, False): (), (True, False): (bits, 1), (False, True): (bits, 1), (True, True): (bits, 1, bits, 1)}
+    most = -(-(32 - a["SHIFT"]) // 3)
+    cuts = {(False, False): (), (True, False): (most, 1), (False, True): (most, 1), (True, True): (most, 1, most, 1)}
     return Work(tensor_bytes(launch), passes=(1, *cuts[a["TOP_K"], a["TOP_P"]]))
 
 

@@ -84,9 +84,9 @@ class Phase:
 
     def fit(self, room: int) -> None:
         """As the engine makes its cache."""
-        less = min(self.spare, max(0, self.total - int(room * (1 - RESERVE))))
-        self.bytes["cache"] = self.bytes.get("cache", 0) - less
-        self.spare -= less
+        if less := min(self.spare, max(0, self.total - int(room * (1 - RESERVE)))):
+            self.bytes["cache"] -= less
+            self.spare -= less
 
 
 @dataclass

@@ -162,6 +162,20 @@ def test_what_does_not_fit_is_refused(files: Path, monkeypatch: pytest.MonkeyPat
         memory.estimate(recipe, ["base"], 2, 2, Lengths(recipe))
 
 
+def test_a_smaller_cache_does_too(files: Path) -> None:
+    """What the rest leaves, but for a twentieth, as long as one completion fits. A budget is kept to."""
+    for room, left in ((2000, 1000), (1000, 850), (400, 280), (300, 200)):
+        phase = memory.Phase("generate", {"weights": 100, "cache": 1000}, spare=800)
+        phase.fit(room)
+        assert phase.bytes == {"weights": 100, "cache": left} and phase.spare == left - 200
+    zero, model = dict(GRPO, beta=0.0), {"path": str(write_checkpoint(files / "model"))}
+    found = phases(estimate(files, zero, model=model))["generate"]
+    assert 0 < found.spare < found.bytes["cache"]
+    size = found.bytes["cache"] // 2
+    small = phases(estimate(files, zero, model=model, rollout={"kv_cache_memory_bytes": size}))["generate"]
+    assert small.spare == 0 and small.bytes["cache"] == size
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
     """Its own group is mounted as the root, or a group above it has the limit; pages of files can be given back."""
