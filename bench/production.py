@@ -38,9 +38,10 @@ class Call:
     grouped_flops: list[tuple[float, float]] = field(default_factory=list)  # (FLOPs, rows an expert) of each of torch's
 
 
-def tensor_bytes(launch: Launch) -> float:
-    """Of all tensors that it was given, each read or written once."""
-    leaves = tree_leaves(tuple(launch.arguments.values()), is_leaf=lambda x: isinstance(x, TensorArgument))
+def tensor_bytes(launch: Launch, *names: str) -> float:
+    """Of all tensors that it was given, or of those named, each read or written once."""
+    given = tuple(x for name, x in launch.arguments.items() if not names or name in names)
+    leaves = tree_leaves(given, is_leaf=lambda x: isinstance(x, TensorArgument))
     tensors = [x for x in leaves if isinstance(x, TensorArgument)]
     return float(sum(torch.Size(x.shape).numel() * x.dtype.itemsize for x in tensors))
 

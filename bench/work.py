@@ -19,10 +19,10 @@ def _product(launch: Launch, rows: int, inner: int, width: int) -> Work:
 
 def _weight(launch: Launch) -> Work:
     a = launch.arguments
-    tokens, area = a["token_ptr"], float(a["width_x"]) * a["width_y"]
-    rows = (a["x_ptr"] if tokens is None else tokens).shape[0]
+    rows, area = a["x_ptr"].shape[0], float(a["width_x"]) * a["width_y"]
     padded = rows + a["offsets_ptr"].shape[0] * a["BLOCK_M"] / 2
-    return Work(tensor_bytes(launch), 2.0 * rows * area, 2.0 * padded * area)
+    twice = tensor_bytes(launch, "x", "y") if a["DESCRIBED"] else 0.0  # descriptors of x_ptr and y_ptr
+    return Work(tensor_bytes(launch) - twice, 2.0 * rows * area, 2.0 * padded * area)
 
 
 def _attend(launch: Launch) -> Work:
@@ -44,12 +44,9 @@ def _sample(launch: Launch) -> Work:
 
 # What a launch has to do, where it is more than to read or write each of its tensors once.
 WORK: dict[str, Callable[[Launch], Work]] = {
-    "_gemm_kernel": lambda x: _product(x, x.arguments["x_ptr"].shape[0], x.arguments["inner"], x.arguments["width"]),
+    "_gemm_kernel": lambda x: _product(x, x.arguments["x"].shape[0], x.arguments["inner"], x.arguments["width"]),
     "_gate_up_kernel": lambda x: _product(
         x, x.arguments["order_ptr"].shape[0], x.arguments["width"], 2 * x.arguments["width_f"]
-    ),
-    "_inner_gradient_kernel": lambda x: _product(
-        x, x.arguments["order_ptr"].shape[0], x.arguments["width"], x.arguments["width_f"]
     ),
     "_weight_kernel": _weight,
     "_attend_kernel": _attend,

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -155,6 +155,12 @@ def empty_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Te
 def wanted(gradients: Iterable[Tensor], needs: Iterable[bool]) -> tuple[Tensor | None, ...]:
     """What autograd gets of it."""
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs))
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU, as (9, 0); (0, 0) of a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:

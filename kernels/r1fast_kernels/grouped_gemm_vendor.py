@@ -10,19 +10,18 @@ Other dtypes and devices than the rule below lets pass run a loop over experts t
 128 rows an expert, of which its tile holds so many, a product waits for weights, and our tiles are smaller.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import dispatch
+
 MIN_ROWS = 128  # an expert, on average
 
 
-@cache
 def on_hopper(device: torch.device) -> bool:
     """Not Blackwell: there weights of experts without rows got no zeros as their gradient (pytorch#172439)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return dispatch.capability(device)[0] == 9
 
 
 def takes(num_rows: int, num_experts: int, *factors: Tensor) -> bool:

@@ -9,12 +9,6 @@ read, 8 T K written; the GPU's three passes read the ids twice.
 
     block b of 128 choices      counts_BX[b, e]  ->  how many choices of e the blocks before b hold
     row of a choice of e        first row of e + counts_BX[b, e] + how many before it in block b chose e
-
-Products over these rows go tile by tile, and how many tiles an expert needs is known to the device alone. Their table
-has a size that is known without asking it, at least as many as there can be:
-
-    tiles_3I, I = ceil(M / tile) + E    expert (E: the skipped rows, -1: no tile) | first row | where its rows end
-    M = 7, tile 2, ends 3, 3, 5         0 0 2 3 -1 -1 -1                          | 0 2 3 5   | 3 3 5 7
 """
 
 import torch
@@ -41,7 +35,6 @@ def moe_dispatch_reference(expert_ids_TK: Tensor, num_experts: int) -> tuple[Ten
 BLOCK_M, NUM_WARPS = 128, 8
 # The prefix over blocks: so many blocks a step, so many experts a program.
 PREFIX_BLOCKS, PREFIX_EXPERTS, PREFIX_WARPS = 128, 16, 4
-BLOCK_TILES, TILE_WARPS = 16, 8
 
 
 @triton.jit
@@ -106,27 +99,6 @@ def _order_kernel(
     tl.store(order_ptr + row, offs_m, mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
-def _tile_kernel(
-    offsets_ptr, tiles_ptr,  # [E], [3, I]
-    num_rows, num_tiles, num_experts, TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_I: tl.constexpr,
-):  # fmt: skip
-    offs_e = tl.arange(0, BLOCK_E)
-    ends = tl.load(offsets_ptr + offs_e, mask=offs_e < num_experts, other=num_rows)
-    begins = tl.load(offsets_ptr + offs_e - 1, mask=(offs_e > 0) & (offs_e <= num_experts), other=0)
-    needed = tl.where(offs_e <= num_experts, (ends - begins + TILE - 1) // TILE, 0)
-    offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    passed = tl.cumsum(needed, axis=0)[None, :] <= offs_i[:, None]  # [BLOCK_I, BLOCK_E]
-    expert = tl.sum(passed.to(tl.int32), axis=1)
-    place = offs_i - tl.sum(tl.where(passed, needed[None, :], 0), axis=1)
-    begin = tl.load(offsets_ptr + expert - 1, mask=(expert > 0) & (expert <= num_experts), other=0)
-    end = tl.load(offsets_ptr + expert, mask=expert < num_experts, other=num_rows)
-    mask_i = offs_i < num_tiles
-    tl.store(tiles_ptr + offs_i, tl.where(expert <= num_experts, expert, -1), mask=mask_i)
-    tl.store(tiles_ptr + num_tiles + offs_i, begin + place * TILE, mask=mask_i)
-    tl.store(tiles_ptr + 2 * num_tiles + offs_i, end, mask=mask_i)
-
-
 def launch_dispatch(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """order_M, slot_TK, offsets_E."""
     order_M, slot_TK, offsets_E = fake(expert_ids_TK, num_experts)
@@ -158,19 +130,6 @@ def launch_dispatch(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Te
         BLOCK_E=block_e, num_warps=NUM_WARPS,
     )  # fmt: skip
     return order_M, slot_TK, offsets_E
-
-
-def tile_table(offsets_E: Tensor, num_rows: int, tile: int) -> Tensor:
-    """tiles_3I int32: the tiles of `tile` rows, none of which holds rows of two experts."""
-    num_experts = len(offsets_E)
-    num_tiles = triton.cdiv(num_rows, tile) + num_experts
-    tiles_3I = offsets_E.new_empty(3, num_tiles)
-    launch(
-        _tile_kernel, (triton.cdiv(num_tiles, BLOCK_TILES),),
-        offsets_E, tiles_3I, num_rows, num_tiles, num_experts, TILE=tile,
-        BLOCK_E=triton.next_power_of_2(num_experts + 1), BLOCK_I=BLOCK_TILES, num_warps=TILE_WARPS,
-    )  # fmt: skip
-    return tiles_3I
 
 
 def fake(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,7 +55,7 @@ def _combine_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _swiglu_kernel(
+def _expert_swiglu_kernel(
     gate_up_ptr, weights_ptr, order_ptr, offsets_ptr, inner_ptr,  # [M, 2F], [T K], [M], [E], [M, F]
     num_rows, num_experts, width_f, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -73,31 +73,8 @@ def _swiglu_kernel(
     tl.store(tile_ptr, inner.to(inner_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def swiglu_gradient(
-    grad, weight, wide_m, offs_f, mask_m,  # [BLOCK_M, columns] before the weight, [BLOCK_M], [BLOCK_M] int64
-    width_f, kept_ptr, grad_gate_up_ptr, inner_ptr,
-):  # fmt: skip
-    """Stores d gate, d up and inner where they are wanted; returns the columns' share of d w."""
-    mask = mask_m[:, None] & (offs_f < width_f)[None, :]
-    offs_gate = wide_m[:, None] * 2 * width_f + offs_f[None, :]
-    gate = tl.load(kept_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, columns]
-    up = tl.load(kept_ptr + offs_gate + width_f, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, columns]
-    odds = tl.sigmoid(gate)
-    silu = gate * odds
-    if inner_ptr is not None:
-        inner = (silu * up * weight[:, None]).to(inner_ptr.dtype.element_ty)
-        tl.store(inner_ptr + wide_m[:, None] * width_f + offs_f[None, :], inner, mask=mask)
-    if grad_gate_up_ptr is not None:
-        grad_up = grad * silu * weight[:, None]
-        tl.store(grad_gate_up_ptr + offs_gate + width_f, grad_up.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
-        grad_gate = grad * up * odds * (1.0 + gate * (1.0 - odds)) * weight[:, None]
-        tl.store(grad_gate_up_ptr + offs_gate, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
-    return tl.sum(grad * silu * up, axis=1)
-
-
 @triton.jit(do_not_specialize=["num_rows"])
-def _swiglu_gradient_kernel(
+def _expert_swiglu_gradient_kernel(
     grad_ptr, kept_ptr, weights_ptr, order_ptr, offsets_ptr,  # [M, F] or None, [M, 2F], [T K], [M], [E]
     grad_gate_up_ptr, inner_ptr, grad_weights_ptr,  # [M, 2F], [M, F], [T K]; or None
     num_rows, num_experts, width_f, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -110,14 +87,25 @@ def _swiglu_gradient_kernel(
     share = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, width_f, BLOCK_F):
         offs_f = start + tl.arange(0, BLOCK_F)
-        grad = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+        mask = exists[:, None] & (offs_f < width_f)[None, :]
+        offs_inner = rows[:, None] * width_f + offs_f[None, :]
+        offs_gate = rows[:, None] * 2 * width_f + offs_f[None, :]
+        gate = tl.load(kept_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_F]
+        up = tl.load(kept_ptr + offs_gate + width_f, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_F]
+        odds = tl.sigmoid(gate)
+        silu = gate * odds
+        if inner_ptr is not None:
+            inner = silu * up * weight[:, None]
+            tl.store(inner_ptr + offs_inner, inner.to(inner_ptr.dtype.element_ty), mask=mask)
         if grad_ptr is not None:
-            mask = exists[:, None] & (offs_f < width_f)[None, :]
-            tile_ptr = grad_ptr + rows[:, None] * width_f + offs_f[None, :]
-            grad = tl.load(tile_ptr, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_F]
-        share += swiglu_gradient(
-            grad, weight, rows, offs_f, exists, width_f, kept_ptr, grad_gate_up_ptr, inner_ptr
-        )  # fmt: skip
+            grad = tl.load(grad_ptr + offs_inner, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_F]
+            share += tl.sum(grad * silu * up, axis=1)
+            if grad_gate_up_ptr is not None:
+                grad_gate = grad * up * odds * (1.0 + gate * (1.0 - odds)) * weight[:, None]
+                grad_up = grad * silu * weight[:, None]
+                tile_ptr = grad_gate_up_ptr + offs_gate
+                tl.store(tile_ptr, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
+                tl.store(tile_ptr + width_f, grad_up.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
     if grad_weights_ptr is not None:
         tl.store(grad_weights_ptr + choices, share.to(grad_weights_ptr.dtype.element_ty), mask=mask_m)
 
@@ -153,14 +141,14 @@ def swiglu(gate_up_M2F: Tensor, weights_TK: Tensor, order_M: Tensor, offsets_E: 
     num_rows, width_f = len(gate_up_M2F), gate_up_M2F.shape[1] // 2
     inner_MF = gate_up_M2F.new_empty(num_rows, width_f)
     launch(
-        _swiglu_kernel, (triton.cdiv(num_rows, ROWS), triton.cdiv(width_f, COLUMNS)),
+        _expert_swiglu_kernel, (triton.cdiv(num_rows, ROWS), triton.cdiv(width_f, COLUMNS)),
         gate_up_M2F, weights_TK, order_M, offsets_E, inner_MF, num_rows, len(offsets_E), width_f, BLOCK_M=ROWS,
         BLOCK_F=COLUMNS, num_warps=NUM_WARPS,
     )  # fmt: skip
     return inner_MF
 
 
-def launch_swiglu_gradient(
+def swiglu_gradients(
     grad_MF: Tensor | None, gate_up_M2F: Tensor, weights_TK: Tensor, order_M: Tensor, offsets_E: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
@@ -170,7 +158,7 @@ def launch_swiglu_gradient(
     inner_MF = gate_up_M2F.new_empty(num_rows, width_f) if needs[1] else None
     grad_weights = torch.empty_like(weights_TK) if needs[2] else None
     launch(
-        _swiglu_gradient_kernel, (triton.cdiv(num_rows, ROWS),),
+        _expert_swiglu_gradient_kernel, (triton.cdiv(num_rows, ROWS),),
         grad_MF, gate_up_M2F, weights_TK, order_M, offsets_E, grad_M2F, inner_MF, grad_weights, num_rows,
         len(offsets_E), width_f, BLOCK_M=ROWS, BLOCK_F=COLUMNS, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -334,6 +334,7 @@ def fake_gpu(*, arch: int = 90, index: int = 1, compiles: bool = False, values: 
     gpu = FakeGpu(arch, compiles)
     with pytest.MonkeyPatch.context() as patch, ExitStack() as modes:
         patch.setattr(dispatch, "TRITON_DEVICE", "cpu")
+        patch.setattr(dispatch, "capability", lambda device: divmod(arch, 10))
         head_of_a_gpu(patch)
         # Elsewhere a FakeTensor in a backward pass means that it is traced.
         patch.setattr(sys.modules[HEAD], "may_overwrite", lambda _: not backward_may_repeat())

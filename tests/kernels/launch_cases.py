@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 import r1fast_kernels as kernels
 from r1fast_kernels import decode_parts as parts
-from r1fast_kernels import grouped_gemm_vendor
 from tests.kernels.backends import BF16, FP16, FP32
 
 Options = dict[str, Any]
@@ -156,17 +154,6 @@ _ROWS, _WIDTHS = (3, 100, 2000), ((2048, 768), (31, 17), (1, 1))
 _EVEN = ((2048, 768), (40, 24))
 
 
-def _on_hopper(call: Callable[..., None]) -> Callable[..., None]:
-    """There large grouped products are torch's."""
-
-    def run(**options: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grouped_gemm_vendor, "on_hopper", lambda device: True)
-            call(**options)
-
-    return run
-
-
 def _grouped(dtype: torch.dtype, rows: int, widths: tuple[int, int], transpose: bool, experts: int) -> None:
     weight = (experts, widths[1], widths[0]) if transpose else (experts, *widths)
     backward(kernels.grouped_gemm(
@@ -249,8 +236,7 @@ CASES: dict[str, Case] = {
         {"dtype": FLOATS, "rows": _ROWS, "widths": _WIDTHS, "transpose": (True, False), "experts": (16, 1)}, _grouped
     ),
     "grouped_gemm of torch": Case(
-        {"dtype": (BF16,), "rows": (2000,), "widths": _EVEN, "transpose": (True, False), "experts": (16, 1)},
-        _on_hopper(_grouped),
+        {"dtype": (BF16,), "rows": (2000,), "widths": _EVEN, "transpose": (True, False), "experts": (16, 1)}, _grouped
     ),
     "moe_experts": Case(
         {"dtype": FLOATS, "rows": _ROWS, "widths": _WIDTHS, "experts": (128, 1), "top_k": (8, 1),
@@ -264,7 +250,7 @@ CASES: dict[str, Case] = {
     ),
     "moe_experts around torch": Case(
         {"dtype": (BF16,), "rows": (2000,), "widths": _EVEN, "experts": (128, 1), "top_k": (8, 1),
-         "learns": ((True,) * 4, (False, False, True, False), (False,) * 4)}, _on_hopper(_experts),
+         "learns": ((True,) * 4, (False, False, True, False), (False,) * 4)}, _experts,
     ),
     "decode_attention": Case(
         {"dtype": FLOATS, "widths": ((128, 128), (64, 64), (256, 256), (576, 512), (192, 128), (33, 33), (16, 1)),

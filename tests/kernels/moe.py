@@ -12,7 +12,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Exper
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from r1fast_kernels import grouped_gemm_vendor, moe_experts
+from r1fast_kernels import dispatch, grouped_gemm_vendor, moe_experts
 
 NAMES = ("hidden", "gate_up", "down", "weights")
 
@@ -86,7 +86,7 @@ def vendor_takes_all(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append("weight_gradient")
         return weight_gradient(x_MD, y_MN, offsets_E)
 
-    monkeypatch.setattr(vendor, "on_hopper", lambda device: True)
+    monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
     monkeypatch.setattr(vendor, "MIN_ROWS", 0)
     monkeypatch.setattr(vendor, "multiply", poisoned)
     monkeypatch.setattr(vendor, "weight_gradient", counted)

@@ -17,7 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import r1fast_kernels as kernels
 from r1fast_kernels.launch import launch
-from tests.kernels import checked_memory, mutations
+from tests.kernels import checked_memory, mutations, test_grouped_gemm
+from tests.kernels.backends import BF16, TRITON
 from tests.kernels.checked_memory import KernelFault
 
 Mutate = Callable[..., Any]
@@ -184,6 +185,24 @@ def test_unwritten_output(mutate: Mutate) -> None:
     mutate("moe_dispatch", "_order_kernel", ("row, mask=mask_m", "row, mask=mask_m & (offs_m != 3)"))
     _, slot_TK, _ = dispatch()
     assert slot_TK.flatten()[3] == torch.iinfo(torch.int32).max
+
+
+@pytest.mark.parametrize(
+    ("kernel", "replacements", "finds"),
+    [
+        ("_gemm_kernel", [("(rows < end)[:, None]", "(rows < end + 1)[:, None]")], "of what program"),
+        ("_gemm_kernel", [("num_experts) & (not ZERO_SKIPPED)", "num_experts)")], "out: off by nan"),
+        ("_weight_kernel", [("rows < end, offs_d", "rows < end + 1, offs_d"),
+                            ("rows < end, offs_n", "rows < end + 1, offs_n")], "weight: off by"),
+        ("_weight_kernel", [("if whole < end:", "if whole < begin:")], "weight: off by"),
+    ],
+    ids=["stores-into-the-next-expert", "leaves-skipped-rows", "adds-rows-of-the-next-expert", "forgets-the-last-rows"],
+)  # fmt: skip
+def test_grouped_products(mutate: Mutate, kernel: str, replacements: list[tuple[str, str]], finds: str) -> None:
+    """Rows of one expert end inside of a tile, and those of the next begin there."""
+    mutate("grouped_gemm", kernel, *replacements)
+    with pytest.raises(AssertionError, match=finds):
+        test_grouped_gemm.test_as_exact_as_torch(TRITON, "described", BF16, True)
 
 
 @triton.jit

@@ -48,10 +48,10 @@ class Launch(NamedTuple):
 
 
 @cache
-def launches(strength: int, *, odd: bool = True) -> dict[str, list[Launch]]:
+def launches(strength: int, *, odd: bool = True, arch: int = 90) -> dict[str, list[Launch]]:
     """By kernel, each specialisation once. odd=False: without sizes that no model has."""
     found: dict[str, Launch] = {}
-    with fake_gpu() as gpu:
+    with fake_gpu(arch=arch) as gpu:
         for case in CASES.values():
             valid = case.valid if odd else lambda x, case=case: case.valid(x) and not case.odd(x)
             for options in covering(case.options, strength, valid):
@@ -104,6 +104,7 @@ def assert_compiled(chosen: Sequence[Launch], arch: int) -> None:
 
 
 KERNELS = sorted(all_kernels())
+HOPPER_ONLY = {"_expert_swiglu_kernel", "_zero_skipped_kernel"}  # they stand beside torch's grouped products
 for_both = pytest.mark.parametrize("arch", [90, 80], ids=["sm90", "sm80"])
 
 
@@ -115,8 +116,10 @@ def test_is_typed(kernel: str) -> None:
 @for_both
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_compiles_without_spills(kernel: str, arch: int) -> None:
-    found = launches(1, odd=False)[kernel]
-    assert_compiled(found if arch == 90 else found[:1], arch)
+    found = launches(1, odd=False, arch=arch)[kernel]
+    assert bool(found) == (arch == 90 or kernel not in HOPPER_ONLY)
+    if found:
+        assert_compiled(found if arch == 90 else found[:1], arch)
 
 
 @pytest.mark.slow
@@ -131,7 +134,8 @@ def test_any_three_options_are_typed(kernel: str) -> None:
 @for_both
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_any_two_options_compile_without_spills(kernel: str, arch: int) -> None:
-    assert_compiled(launches(2)[kernel], arch)
+    if arch == 90 or kernel not in HOPPER_ONLY:
+        assert_compiled(launches(2, arch=arch)[kernel], arch)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r1fast_kernels import dispatch
 from r1fast_kernels import grouped_gemm_vendor as vendor
 from r1fast_kernels.grouped_gemm import grouped_gemm
 from tests.kernels.backends import BF16, FP16, FP32, FP64, Backend, assert_as_exact, assert_same_bits, needs_cpp
@@ -18,6 +19,7 @@ CASES = {
     "empty-experts": ([0, 6, 0, 4, 0], 0, 12, 7),
     "one-takes-all": ([0, 0, 29], 0, 12, 7),
     "skipped-rows": ([5, 4], 6, 12, 7),
+    "described": ([5, 33, 0, 16, 1], 3, 48, 32),  # where tiles are copied by descriptors: several, and partial ones
 }
 DTYPES = [FP32, BF16, FP16, FP64]
 
@@ -97,7 +99,7 @@ def test_torchs_products_have_our_layout(transpose_weight: bool) -> None:
 def test_which_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.zeros(1024, 64, dtype=BF16), torch.zeros(8, 48, 64, dtype=BF16)
     assert not vendor.takes(1024, 8, x, weight)  # on a CPU
-    monkeypatch.setattr(vendor, "on_hopper", lambda device: True)
+    monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
     assert vendor.takes(1024, 8, x, weight)
     assert not vendor.takes(1023, 8, x, weight)
     assert not vendor.takes(1024, 8, x.half(), weight.half())

@@ -134,21 +134,19 @@ GROUPED = "r1fast_kernels.grouped_gemm"
 GAPS = {
     "grpo_loss N1024-L1024-fp32-fwd+bwd": 0.50,
     "moe_experts T8192-D2048-F768-E128-K8-bf16-fwd": 0.99,
-    "moe_experts T8192-D2048-F768-E128-K8-bf16-fwd own": 0.77,
-    "moe_experts T8192-D2048-F768-E128-K8-bf16-fwd+bwd own": 0.94,
-    "moe_experts T16384-D2048-F768-E128-K8-bf16-fwd own": 0.83,
-    "moe_experts T32768-D2048-F768-E128-K8-bf16-fwd own": 0.86,
+    "moe_experts T8192-D2048-F768-E128-K8-bf16-fwd own": 0.84,
+    "moe_experts T16384-D2048-F768-E128-K8-bf16-fwd own": 0.90,
+    "moe_experts T32768-D2048-F768-E128-K8-bf16-fwd own": 0.93,
     "decode_attention B128-T2048-bf16-mla": 0.48,
 }
 # Kernels most of whose bytes go by accesses narrower than 128 bits: a few numbers for each token, choice or sample.
 NARROW = {
     "_advantages_kernel", "_count_kernel", "_grpo_kernel", "_merge_kernel", "_order_kernel", "_prefix_kernel",
-    "_route_gradient_kernel", "_route_kernel", "_tile_kernel", "_weights_gradient_kernel", "_zero_skipped_kernel",
+    "_route_gradient_kernel", "_route_kernel", "_zero_skipped_kernel",
 }  # fmt: skip
 # (kernel, blocks a multiprocessor takes as in modelled.json, with Triton 3.6): everywhere else they are the same.
 OTHER_BLOCKS = {
-    ("_grpo_kernel", 5, 4), ("_route_kernel", 8, 5), ("_tile_kernel", 8, 6), ("_swiglu_gradient_kernel", 4, 5),
-    ("_gate_up_kernel", 1, 2), ("_attend_kernel", 4, 3),
+    ("_grpo_kernel", 5, 4), ("_route_kernel", 8, 5), ("_attend_kernel", 4, 3),
 }  # fmt: skip
 
 
@@ -326,7 +324,7 @@ def test_a_smaller_tile_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stage_that_costs_a_block_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = sys.modules[GROUPED].BLOCKS_16_BIT[1 << 62]
     row = row_with(replace(usual, num_stages=usual.num_stages + 2), monkeypatch)
-    assert other_blocks([row]) >= {("_gate_up_kernel", 2, 1), ("_gemm_kernel", 2, 1)}
+    assert other_blocks([row]) >= {("_gate_up_kernel", 2, 1)}
 
 
 def test_registers_that_do_not_suffice_are_noticed() -> None:

@@ -43,6 +43,7 @@ CASES = {
     "some-skipped": {"how": "some-skipped"},
     "all-skipped": {"how": "all-skipped"},
     "empty-experts": {"how": "empty-experts"},
+    "described": {"num_tokens": 37, "width": 48, "inner": 16, "how": "some-skipped"},  # see test_grouped_gemm.py
     "more-experts-than-tokens": {"num_tokens": 3, "num_experts": 11, "k": 2, "width": 19, "inner": 9},
 }
 

@@ -51,6 +51,11 @@ def hostile_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         "expanded-row": (expanded, strided_ids.clamp(max=299)),
         "strided-columns": (random_case(40, 7)[0].T, torch.arange(7)),
         "one-row": random_case(1, 1000),
+        "extremes-of-fp16": (torch.tensor([[65504.0, -65504.0], [-65504.0, 0.0]]), torch.tensor([0, 0])),
+        "one-of-100000": (
+            torch.full((1, 100_000), -INF).index_fill(1, torch.tensor([50_000]), 10.0),
+            torch.tensor([50_000]),
+        ),
         "V1": (torch.randn(4, 1), torch.zeros(4, dtype=torch.long)),
         "V7-below-a-vector": random_case(3, 7),
         "V2048-a-block": random_case(3, 2048),

@@ -144,11 +144,13 @@ def grouped_gemm_of_wide_weights() -> None:
 
 
 def grouped_gemm_of_many_rows() -> None:
-    x_MD, weight, ends = vast(LONG, 16), small(2, 16, 16), ends_of(LONG - 30, LONG - 5)
-    with wide(2, 6):
-        got = kernels.grouped_gemm(x_MD, weight, ends)
-    assert_near(got[-20:-5], x_MD[-20:-5] @ weight[1].T)
-    assert not got[-5:].any()
+    for inner in (16, 24):  # by descriptors and by addresses
+        x_MD, weight, ends = vast(LONG, inner), small(2, 16, inner), ends_of(LONG - 30, LONG - 5)
+        with wide(2, 6):
+            got = kernels.grouped_gemm(x_MD, weight, ends)
+        assert_near(got[-20:-5], x_MD[-20:-5] @ weight[1].T)
+        assert not got[-5:].any()
+    x_MD = vast(LONG, 16)
     grid = (-(-LONG // 64),)
     with wide():  # what a product of the vendor's leaves to us
         launch(grouped_gemm_module._zero_skipped_kernel, grid, x_MD, ends, LONG, 2, 16, BLOCK_M=64, BLOCK_N=16)
@@ -183,43 +185,31 @@ def moe_rows() -> None:
     short = gate_up[-8:], weights[-8:], torch.arange(8, dtype=INT32), ends_of(8)
     with wide():
         inner = moe_experts_rows.swiglu(gate_up, weights, order, ends)
-        found = moe_experts_rows.launch_swiglu_gradient(grad, gate_up, weights, order, ends, (True, True, True))
+        found = moe_experts_rows.swiglu_gradients(grad, gate_up, weights, order, ends, (True, True, True))
     assert torch.equal(inner[-8:], moe_experts_rows.swiglu(*short))
-    for got, want in zip(found, moe_experts_rows.launch_swiglu_gradient(grad[-8:], *short, (True, True, True))):
+    for got, want in zip(found, moe_experts_rows.swiglu_gradients(grad[-8:], *short, (True, True, True))):
         assert torch.equal(got[-8:], want)
 
 
-def without_down_products(patch: pytest.MonkeyPatch, width: int) -> list[Tensor]:
-    """Products that would take a step for every 16 of 2^26 channels are left out; returns what they would have got."""
-    given: list[Tensor] = []
-
-    def launch_gemm(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        given.append(x)
-        return x.new_zeros(len(x), width)
-
-    patch.setattr(moe_experts_triton, "launch_gemm", launch_gemm)
-    return given
-
-
 def moe_experts_of_wide_weights() -> None:
+    """Forward, but for the product that would take a step for every 16 of 2^26 channels. Backward are ops of above."""
     E, F, D, M = 3, WIDE // 2, 24, 36
-    hidden, grad_out, weights = small(M, D), small(M, D) / 2, small(M, 1, dtype=FP32)
-    gate_up, down = vast(E, 2 * F, D), vast(E, D, F)
+    hidden, weights, gate_up = small(M, D), small(M, 1, dtype=FP32), vast(E, 2 * F, D)
     gate_up[:, F - 40 : F] = small(E, 40, D)
-    ids = (torch.arange(M) % E).view(M, 1)
+    ids, inner = (torch.arange(M) % E).view(M, 1), []
+
+    def launch_product(inner_MF: Tensor, *_: Any, **__: Any) -> Tensor:
+        inner.append(inner_MF)
+        return inner_MF.new_zeros(M, D)
+
     with wide(8, 8), pytest.MonkeyPatch.context() as patch:
-        products = without_down_products(patch, D)
-        _, *dispatched, kept = moe_experts_triton.launch_forward(hidden, gate_up, down, ids, weights, True)
-        given = hidden, gate_up, down, weights, *dispatched, kept
-        _, _, grad_down, _ = moe_experts_triton.launch_backward(grad_out, *given, True, False, True, False)
-    rows = dispatched[0][-12:].long()  # of the last expert
+        patch.setattr(moe_experts_triton, "launch_product", launch_product)
+        _, order_M, *_, kept = moe_experts_triton.launch_forward(hidden, gate_up, vast(E, D, F), ids, weights, True)
+    rows = order_M[-12:].long()  # of the last expert
     gate, up = (hidden[rows] @ w.T for w in (gate_up[-1, F - 8 : F], gate_up[-1, -8:]))
-    silu, weight = torch.nn.functional.silu(gate.float()), weights[rows]
     assert_near(kept[-12:, -8:], up)
     assert_near(kept[-12:, F - 8 : F], gate)
-    assert_near(products[0][-12:, -8:], silu * up * weight)
-    assert_near(products[1][-12:, -8:], grad_out[rows].float() @ down[-1, :, -8:].float() * silu * weight)
-    assert_near(grad_down[-1, :, -8:], grad_out[rows].float().T @ (silu * up * weight))
+    assert_near(inner[0][-12:, -8:], torch.nn.functional.silu(gate.float()) * up * weights[rows])
 
 
 def moe_experts_of_many_tokens() -> None:
@@ -238,12 +228,6 @@ def moe_experts_of_many_tokens() -> None:
         given = near[0], gate_up, down, near[1], near[3], slots, ends, kept
         want_grad, _, _, _ = moe_experts_triton.launch_backward(near[2], *given, True, False, False, False)
     assert torch.equal(rows, want) and torch.equal(grad, want_grad) and want.any() and want_grad.any()
-
-
-def moe_experts_of_many_partial_sums() -> None:
-    partials, slots, out = vast(LONG, 17, dtype=FP32), ends_of(LONG - 1, 0), torch.empty(2)
-    launch(moe_experts_triton._weights_gradient_kernel, (1,), partials, slots, ends_of(LONG), out, 2, 1, 17, BLOCK=16)
-    assert_near(out, partials[[-1, 0]].sum(1))
 
 
 def decode_attention() -> None:
@@ -301,7 +285,7 @@ def decode_layers_cache() -> None:
 CASES = (
     selective_logprobs, sample_tokens, route_topk, moe_dispatch, moe_dispatch_prefix, grouped_gemm_of_wide_weights,
     grouped_gemm_of_many_rows, grouped_gemm_weight, moe_rows, moe_experts_of_wide_weights,
-    moe_experts_of_many_tokens, moe_experts_of_many_partial_sums, decode_attention, decode_attention_cache,
+    moe_experts_of_many_tokens, decode_attention, decode_attention_cache,
     decode_layers, decode_layers_cache,
 )  # fmt: skip
 
