@@ -20,7 +20,7 @@ soon after they were issued, for loads that need one another, for asynchronous c
 barriers, and for products by mma that add to each other. By Little's law this is the limit of bytes in flight.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.machine_code import LANES, WARP, Block, Code
 
@@ -53,6 +53,7 @@ class Work:
     units: float = 0.0
     trips: float = 0.0  # of the hot loop, in all units; 0: from FLOPs or bytes
     passes: tuple[float, ...] = ()  # of each loop over the bytes; empty: one, by the hot loop alone
+    stages: int = 0  # of its copies, where those that wait for an index have fewer than the launch says; 0: those
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def trips_of(code: Code, work: Work, units: float) -> list[tuple[Block, float]]:
 
 
 def modelled(code: Code, work: Work, programs: int) -> Modelled:
+    code = replace(code, stages=work.stages or code.stages)
     units = work.units or programs
     blocks = blocks_per_multiprocessor(code)
     resident = min(blocks, -(-programs // MULTIPROCESSORS))

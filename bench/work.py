@@ -1,5 +1,6 @@
 """What has to be done: by each launch of a GPU case, and by any implementation of the case (its floor)."""
 
+import math
 from collections.abc import Callable
 
 from bench.cases import Case
@@ -26,12 +27,16 @@ def _weight(launch: Launch) -> Work:
 
 
 def _attend(launch: Launch) -> Work:
-    """Every token of every row is read once for all heads of a key head, 16 of them at a time."""
+    """Every token of every row is read once for all heads of a key head, 16 of them at a time; partial sums are written
+    and read. Of the stages each tile of keys takes two, one for the block table that it waits for."""
     a = launch.arguments
     (tokens, heads, width), tiles = a["k_ptr"].shape, -(-a["group"] // a["BLOCK_H"])
-    flops = 2.0 * tokens * heads * tiles * a["BLOCK_H"] * (width + a["value_width"])
-    once = tokens * heads * a["value_width"] * a["v_ptr"].dtype.itemsize if a["SHARED"] else 0
-    return Work(tensor_bytes(launch) - once, flops, trips=tokens * heads * tiles / a["BLOCK_T"])
+    flops = 2.0 * tokens * heads * tiles * a["BLOCK_H"] * (width + a["VALUE_WIDTH"])
+    once = tokens * heads * a["VALUE_WIDTH"] * a["v_ptr"].dtype.itemsize if a["SHARED"] else 0
+    parts = a["parts_ptr"]
+    again = 0 if parts is None else 4 * math.prod(parts.shape)
+    stages = (launch.specialisation.options["num_stages"] + 1) // 2
+    return Work(tensor_bytes(launch) - once + again, flops, trips=tokens * heads * tiles / a["BLOCK_T"], stages=stages)
 
 
 def _sample(launch: Launch) -> Work:

@@ -213,22 +213,26 @@ class RowsWorker : RowProducts<T, Unit> {
     return out;
   }
 
+  // A vector holds angles of one row: past 125 in one lane, the library takes another way to the sines of all.
   void set_angles() {
     cos_ = cos_memory_.get(layout_, args_.half);
     sin_ = sin_memory_.get(layout_, args_.half);
-    float positions[kPanel];
+    const V scale(static_cast<float>(args_.rotary_scale));
+    float cosines[kLanes<float>], sines[kLanes<float>];
     for (const Panel& panel : layout_.panels) {
-      for (int64_t i = 0; i < panel.width; ++i) {
-        const int64_t row = panel.first + i;
-        positions[i] = row < layout_.rows ? static_cast<float>(args_.positions[first_ + row]) : 0;
-      }
       float *cos = cos_.at(panel), *sin = sin_.at(panel);
-      const V scale(static_cast<float>(args_.rotary_scale));
-      for (int64_t i = 0; i < args_.half; ++i) {
-        for (int64_t j = 0; j < panel.width; j += kLanes<float>) {
-          const V angle = V::loadu(positions + j) * V(args_.frequencies[i]);
-          (angle.cos() * scale).store(cos + i * panel.width + j);
-          (angle.sin() * scale).store(sin + i * panel.width + j);
+      for (int64_t j = 0; j < panel.width; ++j) {
+        const int64_t row = panel.first + j;
+        const V position(row < layout_.rows ? static_cast<float>(args_.positions[first_ + row]) : 0);
+        for (int64_t i = 0; i < args_.half; i += kLanes<float>) {
+          const int64_t count = std::min(kLanes<float>, args_.half - i);
+          const V angle = position * V::loadu(args_.frequencies + i, count);
+          (angle.cos() * scale).store(cosines);
+          (angle.sin() * scale).store(sines);
+          for (int64_t k = 0; k < count; ++k) {
+            cos[(i + k) * panel.width + j] = cosines[k];
+            sin[(i + k) * panel.width + j] = sines[k];
+          }
         }
       }
     }

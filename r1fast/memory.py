@@ -4,8 +4,7 @@ P parameters, R ranks, b and r bytes of model.dtype and reduce_dtype, U paramete
 
 weights      4 P / R of what is trained, b P / R of a frozen one: the shards (parallel/parallelize.py); with `lora` the
              adapters are the P that is trained, of gradients and optimizer too; b P of the copy that async_steps reads
-gathered     b P on one rank, and wherever tokens are sampled, on CUDA with the largest joined weight a second time
-             (rollout/fused_decode.py); else b (root unit + three layers, one on its way)
+gathered     b P on one rank, and wherever tokens are sampled; else b (root unit + three layers, one on its way)
 gradients    4 P / R; of the unit at work b U and twice r U beside it (FSDP copies them to be reduced, and the result)
 optimizer    8 P / R (AdamW) or 4 of a matrix (Muon); where it is offloaded, the part that a step has brought
 activations  what layers keep for the backward pass, and the most that one has at work: one of each kind is run, forward
@@ -45,7 +44,6 @@ from r1fast.preflight_models import (
     with_adapters,
 )
 from r1fast.rollout.admission import num_blocks_of
-from r1fast.rollout.fused_decode import stacked_bytes
 from r1fast.rollout.needs import RESERVE, Call, work_bytes
 from r1fast.schema import CollectStage, DistillStage, GRPOStage, PretrainStage, Recipe, RewardModelStage
 from r1fast.schema_options import (
@@ -283,8 +281,6 @@ class Estimator:
         found = {"gathered": size * model.numel}
         if rollout.engine != "r1fast":
             return found, 0
-        if self.device == "cuda":
-            found["gathered"] += stacked_bytes(config, self.dtype)
         rows, prompts = (min(rollout.max_num_seqs, -(-number // self.ranks)) for number in asked)
         length = self.lengths.prompt(stage)
         own = num_blocks_of(length + stage.max_completion_length - 1) - length // BLOCK

@@ -12,6 +12,8 @@ heads read one key head.
 Bound by memory: s K (d + e) bytes of a row's tokens (s d where values are a view of keys), for 2 H (d + e) FLOPs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,13 +46,18 @@ def decode_attention_reference(
     return torch.einsum("bkgj,bjke->bkge", probs_BKgJ, v_BJKe).flatten(1, 2).to(q_BHd.dtype)
 
 
-register(
-    "decode_attention",
-    "(Tensor q_BHd, Tensor k_SKd, Tensor v_SKe, Tensor block_table_BN, Tensor lengths_B, float scale, "
-    "int? window=None) -> Tensor",
-    fake=lambda q_BHd, _, v_SKe, *others: q_BHd.new_empty(*q_BHd.shape[:2], v_SKe.shape[2]),
-    launch=launch_decode,
+_SCHEMA = (
+    "Tensor q_BHd, Tensor k_SKd, Tensor v_SKe, Tensor block_table_BN, Tensor lengths_B, float scale, int? window=None"
 )
+
+
+def _fake(q_BHd: Tensor, _: Tensor, v_SKe: Tensor, *others: Any, **counters: Any) -> Tensor:
+    return q_BHd.new_empty(*q_BHd.shape[:2], v_SKe.shape[2])
+
+
+register("decode_attention", f"({_SCHEMA}) -> Tensor", fake=_fake, launch=launch_decode)
+# With counters that are there: one launch.
+register("decode_attention_counted", f"({_SCHEMA}, *, Tensor(a!) finished) -> Tensor", fake=_fake, launch=launch_decode)
 
 
 @torch.no_grad()
@@ -106,3 +113,14 @@ def decode_attention(
     else:
         out_BHe = torch.ops.r1fast.decode_attention(q_BHd, k_SKd, v_SKe, block_table_BN, lengths_B, scale, window)
     return out_BHe.to(out_dtype)
+
+
+@torch.no_grad()
+def decode_attention_counted(*rows: Tensor, scale: float, window: int | None, finished: Tensor) -> Tensor:
+    """decode_attention of `rows`, its tensors, in a step whose layers share what a GPU's programs count in: one launch.
+
+    finished   int32 [B H], all 0, and so again behind the call
+    """
+    if choose("decode_attention", None, rows[0])[0] != "triton":
+        return decode_attention(*rows, scale=scale, window=window)
+    return torch.ops.r1fast.decode_attention_counted(*rows, scale, window, finished=finished)

@@ -1,7 +1,7 @@
-"""The GPU kernels of decode_attention: spans of 256 tokens side by side, then merged (Flash-Decoding, Dao et al. 2023).
+"""The GPU kernel of decode_attention: spans of 256 tokens side by side, then merged (Flash-Decoding, Dao et al. 2023).
 
-    attend   program (row, 16 query heads of a key head, span): scores, the largest, and sums over the span's tokens
-    merge    program (row, query head): the spans of the row, each weighed by e^(its lse); not run for a single span
+    program (row, 16 query heads of a key head, span)   scores, the largest, and sums over the span's tokens;
+    the last of a row and its heads to end              the spans, each weighed by e^(its lse)
 
 A span is 256 tokens whatever the batch, so that a row's bits are its own. How many there are follows from the width of
 the block table, which a caller narrows to its longest row: nothing waits for the device, and a CUDA graph may hold the
@@ -9,6 +9,8 @@ call. Programs behind a row's end, or before its window, return.
 Keys are read once, also where values are a part of them; the last channels of keys that are no power of two (576 = 512
 + 64) are a product of their own.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -21,40 +23,42 @@ from .launch import launch
 BLOCK = 16  # tokens of a block of the cache
 SPAN = 256
 BLOCK_H = 16  # query heads of a program: the rows that a tensor core takes at least
-BLOCK_T = {2: 64, 4: 16}  # tokens of a step, by the bytes of a number
-WIDE_BLOCK_T = {2: 32, 4: 16}  # for 512 channels
-NUM_WARPS, WIDE_WARPS, NUM_STAGES = 4, 8, 2
-MERGE_WARPS = 4
+UNROLL = tl.constexpr(4)  # spans that are loaded together
 
 
 # The table is as wide as the longest sequence of a step: another width compiles nothing new.
 @triton.jit(do_not_specialize=["stride_tb", "num_spans", "window"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr,  # [B, H, d], [S, K, d], [S, K, e], [B, N], [B]
-    out_ptr,  # [B, H, spans, e], or [B, H, e] for one span
-    lse_ptr,  # [B, H, spans], of scores times log2(e); None for one span
+    out_ptr, parts_ptr,  # [B, H, e], [B, H, spans, e]
+    lse_ptr, finished_ptr,  # [B, H, spans], of scores times log2(e); [B, tiles], 0; None for one span
     stride_qb, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh,
-    stride_tb, num_heads, group, width, value_width, num_spans, scale, window,
-    SHARED: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    stride_tb, num_heads, group, num_spans, scale, window,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
+    # Tiles of a row side by side: what they read is near, or of latents the same.
+    pid, span = tl.program_id(0), tl.program_id(1)
     tiles = tl.cdiv(group, BLOCK_H)
-    kv_head = tl.program_id(1) // tiles
-    span = tl.program_id(2)
+    tiles_of_row = num_heads // group * tiles
+    b = (pid // tiles_of_row).to(tl.int64)
+    tile = pid % tiles_of_row
+    kv_head = tile // tiles
     length = tl.load(lengths_ptr + b)
     first = tl.maximum(length - window, 0)  # token that is seen
     if (span * SPAN >= length) | ((span + 1) * SPAN <= first):
         return
-    offs_g = tl.program_id(1) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
-    heads = kv_head * group + offs_g
-    mask_h = offs_g < group
+    first_head = kv_head * group + tile % tiles * BLOCK_H
+    heads = first_head + tl.arange(0, BLOCK_H)
+    mask_h = heads < (kv_head + 1) * group
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     q_rows = q_ptr + b * stride_qb + heads[:, None] * stride_qh
-    q = tl.load(q_rows + offs_d, mask=mask_h[:, None] & (offs_d < width), other=0.0)  # [BLOCK_H, BLOCK_D]
+    q = tl.load(q_rows + offs_d, mask=_inside(mask_h, offs_d, WIDTH, BLOCK_D), other=0.0)  # [BLOCK_H, BLOCK_D]
     if BLOCK_R:
         offs_r = BLOCK_D + tl.arange(0, BLOCK_R)
-        q_rest = tl.load(q_rows + offs_r, mask=mask_h[:, None] & (offs_r < width), other=0.0)  # [BLOCK_H, BLOCK_R]
+        mask_q = _inside(mask_h, offs_r, WIDTH, BLOCK_D + BLOCK_R)
+        q_rest = tl.load(q_rows + offs_r, mask=mask_q, other=0.0)  # [BLOCK_H, BLOCK_R]
 
     top = tl.full([BLOCK_H], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
@@ -67,10 +71,11 @@ def _attend_kernel(
         block = tl.load(table_ptr + b * stride_tb + offs_t // BLOCK, mask=live, other=0)  # [BLOCK_T]
         slot = block.to(tl.int64) * BLOCK + offs_t % BLOCK
         k_rows = k_ptr + slot[:, None] * stride_ks + kv_head.to(tl.int64) * stride_kh
-        k = tl.load(k_rows + offs_d, mask=live[:, None] & (offs_d < width), other=0.0)  # [BLOCK_T, BLOCK_D]
+        k = tl.load(k_rows + offs_d, mask=_inside(live, offs_d, WIDTH, BLOCK_D), other=0.0)  # [BLOCK_T, BLOCK_D]
         scores = dot(q, tl.trans(k), tl.zeros([BLOCK_H, BLOCK_T], tl.float32))
         if BLOCK_R:
-            k_rest = tl.load(k_rows + offs_r, mask=live[:, None] & (offs_r < width), other=0.0)  # [BLOCK_T, BLOCK_R]
+            mask_r = _inside(live, offs_r, WIDTH, BLOCK_D + BLOCK_R)
+            k_rest = tl.load(k_rows + offs_r, mask=mask_r, other=0.0)  # [BLOCK_T, BLOCK_R]
             scores = dot(q_rest, tl.trans(k_rest), scores)
         scores = tl.where(live[None, :], scores * scale, -float("inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
@@ -81,44 +86,71 @@ def _attend_kernel(
             v = k
         else:
             v_rows = v_ptr + slot[:, None] * stride_vs + kv_head.to(tl.int64) * stride_vh
-            v = tl.load(v_rows + offs_e, mask=live[:, None] & (offs_e < value_width), other=0.0)  # [BLOCK_T, BLOCK_E]
+            mask_v = _inside(live, offs_e, VALUE_WIDTH, BLOCK_E)
+            v = tl.load(v_rows + offs_e, mask=mask_v, other=0.0)  # [BLOCK_T, BLOCK_E]
         sums = dot(p.to(v.dtype), v, sums * kept[:, None])
         top = higher
 
     out = sums / total[:, None]
-    row = b * num_heads + heads
-    mask_out = mask_h[:, None] & (offs_e < value_width)
-    if lse_ptr is None:
-        tl.store(out_ptr + row[:, None] * value_width + offs_e, out.to(out_ptr.dtype.element_ty), mask=mask_out)
+    # Offsets of rows from the first in 32 bits: few registers beside the sums.
+    row, offs_h = b * num_heads + first_head, tl.arange(0, BLOCK_H)
+    mask = _inside(mask_h, offs_e, VALUE_WIDTH, BLOCK_E)
+    if finished_ptr is None:
+        own_ptr = out_ptr + row * VALUE_WIDTH
+        tl.store(own_ptr + offs_h[:, None] * VALUE_WIDTH + offs_e, out.to(out_ptr.dtype.element_ty), mask=mask)
     else:
         line = row * num_spans + span
-        tl.store(out_ptr + line[:, None] * value_width + offs_e, out, mask=mask_out)
-        tl.store(lse_ptr + line, top + tl.log2(total), mask=mask_h)
+        own_ptr = parts_ptr + line * VALUE_WIDTH
+        tl.store(own_ptr + offs_h[:, None] * (num_spans * VALUE_WIDTH) + offs_e, out, mask=mask)
+        tl.store(lse_ptr + line + offs_h * num_spans, top + tl.log2(total), mask=mask_h)
+        # The last program to come here finds the parts of all others, and takes them in the order of the spans.
+        first_span, end_span = first // SPAN, tl.cdiv(length, SPAN)
+        tl.debug_barrier()
+        if tl.atomic_add(finished_ptr + pid, 1, sem="acq_rel", scope="gpu") == end_span - first_span - 1:
+            tl.debug_barrier()
+            _merge(
+                out_ptr + row * VALUE_WIDTH, parts_ptr + row * num_spans * VALUE_WIDTH, lse_ptr + row * num_spans,
+                mask_h, num_spans, first_span, end_span, VALUE_WIDTH, BLOCK_H, BLOCK_E, CHUNK,
+            )  # fmt: skip
+            tl.store(finished_ptr + pid, 0)
 
 
-@triton.jit(do_not_specialize=["num_spans", "window"])
-def _merge_kernel(
-    parts_ptr, lse_ptr, lengths_ptr, out_ptr,  # [B, H, spans, e], [B, H, spans], [B], [B, H, e]
-    num_heads, value_width, num_spans, window, SPAN: tl.constexpr, BLOCK_E: tl.constexpr,
+@triton.jit
+def _inside(mask_rows, channels, WIDTH: tl.constexpr, END: tl.constexpr):
+    """The mask of some rows' channels up to END, of which there are WIDTH."""
+    if END <= WIDTH:
+        return tl.broadcast_to(mask_rows[:, None], [mask_rows.shape[0], channels.shape[0]])
+    else:
+        return mask_rows[:, None] & (channels < WIDTH)
+
+
+@triton.jit
+def _merge(
+    out_ptr, parts_ptr, lse_ptr, mask_h, num_spans, first_span, end_span,
+    VALUE_WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths_ptr + row // num_heads)
-    first = tl.maximum(length - window, 0)
-    offs_e = tl.arange(0, BLOCK_E)
-    mask_e = offs_e < value_width
-    top = -float("inf")
-    total = 0.0
-    sums = tl.zeros([BLOCK_E], tl.float32)
-    for span in range(first // SPAN, tl.cdiv(length, SPAN)):
-        line = row * num_spans + span
-        lse = tl.load(lse_ptr + line)
-        part = tl.load(parts_ptr + line * value_width + offs_e, mask=mask_e, other=0.0)  # [BLOCK_E]
-        higher = tl.maximum(top, lse)
-        kept, weight = tl.exp2(top - higher), tl.exp2(lse - higher)
-        sums = sums * kept + part * weight
-        total = total * kept + weight
-        top = higher
-    tl.store(out_ptr + row * value_width + offs_e, (sums / total).to(out_ptr.dtype.element_ty), mask=mask_e)
+    """The spans of rows that begin at these addresses, each weighed by e^(its lse); CHUNK channels at a time. From L2,
+    where others wrote them."""
+    offs_h = tl.arange(0, BLOCK_H)
+    top = tl.full([BLOCK_H], -float("inf"), tl.float32)
+    for span in range(first_span, end_span):
+        lse = tl.load(lse_ptr + offs_h * num_spans + span, mask=mask_h, other=0.0, cache_modifier=".cg")  # [BLOCK_H]
+        top = tl.maximum(top, lse)
+    for chunk in range(0, BLOCK_E, CHUNK):
+        offs_e = chunk + tl.arange(0, CHUNK)
+        mask = mask_h[:, None] & (offs_e < VALUE_WIDTH)
+        total = tl.zeros([BLOCK_H], tl.float32)
+        sums = tl.zeros([BLOCK_H, CHUNK], tl.float32)
+        for span in tl.range(first_span, end_span, loop_unroll_factor=UNROLL):
+            line = offs_h * num_spans + span
+            lse = tl.load(lse_ptr + line, mask=mask_h, other=0.0, cache_modifier=".cg")
+            part_ptr = parts_ptr + line[:, None] * VALUE_WIDTH + offs_e
+            part = tl.load(part_ptr, mask=mask, other=0.0, cache_modifier=".cg")  # [BLOCK_H, CHUNK]
+            weight = tl.exp2(lse - top)
+            sums += part * weight[:, None]
+            total += weight
+        out = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offs_h[:, None] * VALUE_WIDTH + offs_e, out, mask=mask)
 
 
 def blocks_of(width: int) -> tuple[int, int]:
@@ -128,47 +160,61 @@ def blocks_of(width: int) -> tuple[int, int]:
     return main, max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """t tokens of a step."""
+
+    t: int
+    num_warps: int
+    num_stages: int
+
+
+def blocks_for(width: int, element_size: int) -> Blocks:
+    """From what a row is alone. 5 stages: those that wait for the block table leave two tiles of keys on their way."""
+    if element_size > 2:
+        return Blocks(16, 8 if width >= 512 else 4, 2)
+    return Blocks(32 if width >= 256 else 64, 4, 5)
+
+
 def spans_of(num_tokens: int) -> int:
     return max(1, triton.cdiv(num_tokens, SPAN))
 
 
 def scratch_bytes(num_rows: int, num_heads: int, value_width: int, num_tokens: int) -> int:
-    """Of a call whose block table has room for so many tokens a row: the sums of each span, and their lse, in fp32."""
+    """Of a call whose block table has room for so many tokens a row: the sums of each span and their lse, in fp32,
+    and counters."""
     num_spans = spans_of(num_tokens)
-    return 0 if num_spans == 1 else 4 * num_rows * num_heads * num_spans * (value_width + 1)
+    return 0 if num_spans == 1 else 4 * num_rows * num_heads * (num_spans * (value_width + 1) + 1)
 
 
 def launch_decode(
     q_BHd: Tensor, k_SKd: Tensor, v_SKe: Tensor, block_table_BN: Tensor, lengths_B: Tensor, scale: float,
-    window: int | None = None,
+    window: int | None = None, finished: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHd, k_SKd, v_SKe))
     # Of a wider table the first columns: the row's stride is its own, and nothing is copied.
     table, lengths = (x if x.stride(-1) == 1 else x.contiguous() for x in (block_table_BN, lengths_B))
     (B, H, d), K, e = q.shape, k.shape[1], v.shape[2]
     out_BHe = q.new_empty(B, H, e)
-    num_spans = spans_of(table.shape[1] * BLOCK)
     if not B:
         return out_BHe
-    one = num_spans == 1
-    window = table.shape[1] * BLOCK if window is None else window
-    parts = out_BHe if one else q.new_empty(B, H, num_spans, e, dtype=torch.float32)
-    lse = None if one else q.new_empty(B, H, num_spans, dtype=torch.float32)
     block_d, block_r = blocks_of(d)
     shared = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and e <= block_d
     block_e = block_d if shared else max(16, triton.next_power_of_2(e))
-    sizes = WIDE_BLOCK_T if block_d >= 512 else BLOCK_T
+    blocks = blocks_for(block_d, q.element_size())
+    tiles, num_spans = K * triton.cdiv(H // K, BLOCK_H), spans_of(table.shape[1] * BLOCK)
+    window = table.shape[1] * BLOCK if window is None else window
+    parts = lse = None
+    if num_spans > 1:
+        parts = q.new_empty(B, H, num_spans, e, dtype=torch.float32)
+        lse = q.new_empty(B, H, num_spans, dtype=torch.float32)
+        finished = q.new_zeros(B * H, dtype=torch.int32) if finished is None else finished
     launch(
-        _attend_kernel, (B, K * triton.cdiv(H // K, BLOCK_H), num_spans),
-        q, k, v, table, lengths, parts, lse, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], table.stride(0), H,
-        H // K, d, e, num_spans, scale * 1.4426950408889634, window, SHARED=shared, BLOCK=BLOCK, SPAN=SPAN,
-        BLOCK_H=BLOCK_H, BLOCK_T=sizes[q.element_size()], BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_E=block_e,
-        num_warps=WIDE_WARPS if block_d >= 512 else NUM_WARPS, num_stages=NUM_STAGES,
+        _attend_kernel, (B * tiles, num_spans),
+        q, k, v, table, lengths, out_BHe, parts, lse, None if num_spans == 1 else finished, *q.stride()[:2],
+        *k.stride()[:2], *v.stride()[:2], table.stride(0), H, H // K, num_spans, scale * 1.4426950408889634,
+        window, WIDTH=d, VALUE_WIDTH=e, SHARED=shared, BLOCK=BLOCK, SPAN=SPAN, BLOCK_H=BLOCK_H, BLOCK_T=blocks.t,
+        BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_E=block_e, CHUNK=min(block_e, 128), num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
     )  # fmt: skip
-    if not one:
-        launch(
-            _merge_kernel, (B * H,),
-            parts, lse, lengths, out_BHe, H, e, num_spans, window, SPAN=SPAN,
-            BLOCK_E=max(16, triton.next_power_of_2(e)), num_warps=MERGE_WARPS,
-        )  # fmt: skip
     return out_BHe

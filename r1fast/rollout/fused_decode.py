@@ -23,7 +23,7 @@ from r1fast.models.layers import MLP, HeadFn, Linear, RMSNorm
 from r1fast.models.lora import is_adapter
 from r1fast.models.model_config import ModelConfig
 from r1fast.models.moe import Routing
-from r1fast_kernels import decode_attention
+from r1fast_kernels.decode_attention import decode_attention_counted
 from r1fast_kernels.decode_parts import add_rms_norm, rotate_and_write, swiglu
 from r1fast_kernels.dispatch import choose, log_choice
 from r1fast_kernels.products import linear
@@ -84,7 +84,7 @@ class _Layer:
     def joined(self) -> list[Joined]:
         return [self.qkv] if self.gate_up is None else [self.qkv, self.gate_up]
 
-    def attend(self, normed_BD: Tensor, step: DecodeStep) -> Tensor:
+    def attend(self, normed_BD: Tensor, step: DecodeStep, finished: Tensor) -> Tensor:
         attention = self.attention
         k_SKd, v_SKd = step.cache.layers[attention.layer_idx]
         rope = None if attention.rope is None else step.ropes[attention.rope]
@@ -98,7 +98,7 @@ class _Layer:
             eps=0.0 if norms[0] is None else norms[0].eps,
         )
         where = (q_BHd, k_SKd, v_SKd, step.block_table_BN, step.lengths_B)
-        out_BHd = decode_attention(*where, scale=attention.scale, window=attention.window)
+        out_BHd = decode_attention_counted(*where, scale=attention.scale, window=attention.window, finished=finished)
         return attention.o_proj(out_BHd.flatten(1))
 
     def feed(self, normed_BD: Tensor) -> tuple[Tensor, Routing | None]:
@@ -143,11 +143,12 @@ class FusedDecode:
         x_BD = model.embed_tokens.forward(input_ids_B)
         ropes = model.rotary(positions_B, positions_B + 1, x_BD.dtype)
         step = DecodeStep(positions_B, block_table_BN, ropes, cache)
+        finished = step.lengths_B.new_zeros(len(input_ids_B) * model.config.num_attention_heads)
         last_BD: Tensor | None = None
         for layer in self.layers:
             before, after = layer.norms
             x_BD, normed_BD = _add(x_BD, last_BD, before)
-            x_BD, normed_BD = _add(x_BD, layer.attend(normed_BD, step), after)
+            x_BD, normed_BD = _add(x_BD, layer.attend(normed_BD, step, finished), after)
             last_BD, of_layer = layer.feed(normed_BD)
             routings += [] if of_layer is None else [of_layer.expert_ids]
         result = model.head.forward(_add(x_BD, last_BD, model.norm)[1], head)

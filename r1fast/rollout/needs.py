@@ -3,7 +3,8 @@
 outputs      tokens, log-probs and, where they are recorded, experts of each row: 12 bytes a token and 2 L K
 logits       of a step (with min_tokens twice), and of the prompts whose samples wait
 activations  what a layer has at work, of a prefill or of a step, the larger; on a GPU with a step's partial sums of
-             attention (decode_attention_triton.py), as wide as the longest row may be
+             attention (decode_attention_triton.py), as wide as the longest row may be; or, before the first step and
+             behind the last, the largest joined weight a second time (fused_decode.py)
 graphs       CUDA: what a step has at work a second time, as graphs keep it; partial sums twice, for a graph that is
              wider by half finds no room in what narrower ones kept
 
@@ -19,6 +20,7 @@ import torch
 
 from r1fast.models.model_config import ModelConfig
 from r1fast.rollout.admission import num_blocks_of
+from r1fast.rollout.fused_decode import stacked_bytes
 from r1fast_kernels.decode_attention_triton import BLOCK, scratch_bytes
 
 RESERVE = 0.05  # of the memory that is free
@@ -60,7 +62,7 @@ def work_bytes(config: ModelConfig, dtype: torch.dtype, device: str, call: Call)
     found = {
         "outputs": call.rows * (call.max_tokens + 1) * (12 + experts),
         "logits": logits + call.prompts * row,
-        "activations": max(step, prefill),
+        "activations": max(step, prefill, stacked_bytes(config, dtype) if device == "cuda" else 0),
     }
     if call.has_graphs:
         found["graphs"] = step + partial_sums + logits

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from r1fast_kernels import decode_attention, dispatch
-from r1fast_kernels.decode_attention import BLOCK, slots_of
+from r1fast_kernels.decode_attention import BLOCK, decode_attention_counted, slots_of
 from tests.kernels.backends import (
     BF16,
     FP16,
@@ -213,6 +213,15 @@ def test_strided_inputs_and_no_rows(backend: Backend) -> None:
     assert turned["k_SKd"].stride(-1) == 2 and torch.equal(attend(turned, backend.impl), want)
     empty = backend.to(random_rows(SHAPES["grouped"], lengths=[]))
     assert attend(empty, backend.impl).shape == attend(empty, "reference").shape == (0, 8, 64)
+
+
+def test_counters_are_left_at_zero(backend: Backend) -> None:
+    """So that the next layer counts in them; and change no bit."""
+    rows = backend.to(random_rows(SHAPES["two-tiles"], BF16, lengths=[5, 300, 600]))
+    finished = torch.zeros(3 * 40, dtype=torch.int32, device=backend.device)
+    for _ in range(2):
+        got = decode_attention_counted(*rows.values(), scale=SCALE, window=None, finished=finished)
+        assert torch.equal(got, attend(rows, backend.impl)) and not finished.any()
 
 
 def test_same_bits_every_time(backend: Backend) -> None:

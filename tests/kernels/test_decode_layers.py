@@ -240,6 +240,17 @@ def test_a_row_gets_the_same_bits_in_any_batch(name: str, dtype: torch.dtype) ->
     assert_same_bits(lambda: [step.logits()])
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_row_keeps_its_bits_beside_longer_ones(name: str) -> None:
+    """A vector of angles that has one past 125 is turned into sines in another way."""
+    step = make_step(name)
+    short = torch.arange(0, 70, 2)
+    alone = step.logits(short)
+    step.table_BN = step.table_BN.repeat(1, 16)
+    step.positions_B[1::2] += 900
+    assert torch.equal(step.logits()[short], alone)
+
+
 # Past 32 MB of weights, where threads share each product: widths that no strip divides, a vocabulary in parts.
 LARGE: dict[str, ModelConfig] = {
     "qwen2": ModelConfig("qwen2", hidden_size=330, intermediate_size=1214, num_attention_heads=11, head_dim=30,

@@ -232,7 +232,7 @@ DEEPSEEK: dict[str, Any] = {  # V2-Lite's sizes, V3's router
 }  # fmt: skip
 ROWS, BLOCKS = 256, 64
 # (a layer of a decode step, all else of the step)
-DECODE = {"dense": (QWEN, 10, 20), "latent attention, experts": (DEEPSEEK, 42, 21)}
+DECODE = {"dense": (QWEN, 9, 21), "latent attention, experts": (DEEPSEEK, 42, 21)}
 
 
 def decode_kernels(fields: dict[str, Any], num_layers: int) -> list[str]:

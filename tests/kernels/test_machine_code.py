@@ -137,16 +137,15 @@ GAPS = {
     "moe_experts T8192-D2048-F768-E128-K8-bf16-fwd own": 0.84,
     "moe_experts T16384-D2048-F768-E128-K8-bf16-fwd own": 0.90,
     "moe_experts T32768-D2048-F768-E128-K8-bf16-fwd own": 0.93,
-    "decode_attention B128-T2048-bf16-mla": 0.48,
 }
 # Kernels most of whose bytes go by accesses narrower than 128 bits: a few numbers for each token, choice or sample.
 NARROW = {
-    "_advantages_kernel", "_count_kernel", "_grpo_kernel", "_merge_kernel", "_order_kernel", "_prefix_kernel",
+    "_advantages_kernel", "_count_kernel", "_grpo_kernel", "_order_kernel", "_prefix_kernel",
     "_route_gradient_kernel", "_route_kernel", "_zero_skipped_kernel",
 }  # fmt: skip
 # (kernel, blocks a multiprocessor takes as in modelled.json, with Triton 3.6): everywhere else they are the same.
 OTHER_BLOCKS = {
-    ("_grpo_kernel", 5, 4), ("_route_kernel", 8, 5), ("_attend_kernel", 4, 3),
+    ("_grpo_kernel", 5, 4), ("_route_kernel", 8, 5),
 }  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def test_terms_follow_the_call() -> None:
     assert terms(records=True)["outputs"] == 40 * 2001 * (12 + 2 * pairs)
     # 12 spans, of 256 rows: of a sequence that is computed in parts.
     step = activation_bytes(config, 256, torch.bfloat16)
-    sums = 256 * config.num_attention_heads * 12 * (config.attention_head_dim + 1) * 4
+    sums = 256 * config.num_attention_heads * (12 * (config.attention_head_dim + 1) + 1) * 4
     on_gpu = terms("cuda", has_graphs=True)
     assert on_gpu["activations"] == step + sums > found["activations"]
     assert on_gpu["graphs"] == step + 2 * sums + 40 * row
