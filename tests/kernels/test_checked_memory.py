@@ -145,9 +145,7 @@ def test_read_back_without_a_barrier(mutate: Mutate) -> None:
 
 def test_predecessor_of_the_first(mutate: Mutate) -> None:
     """Both sides of a `where` are read (vllm-ascend#16275)."""
-    mutate(
-        "moe_dispatch", "_tile_kernel", ("mask=(offs_e > 0) & (offs_e <= num_experts)", "mask=offs_e <= num_experts")
-    )
+    mutate("grouped_gemm", "read_tile", ("mask=(offs_e > 0) & (offs_e <= num_experts)", "mask=offs_e <= num_experts"))
     with pytest.raises(KernelFault, match=r"load outside of the argument: offsets_ptr\[-1\]"):
         kernels.grouped_gemm(torch.ones(4, 8), torch.ones(2, 8, 8), torch.tensor([1, 4], dtype=torch.int32))
 
