@@ -180,7 +180,6 @@ def step_of(family: str, dtype: torch.dtype, num_layers: int = 2, **options: Any
     """A model, and a step of three rows of up to 300 tokens by what is given it: the logits and the cache."""
     own = COMMON if family != "deepseek_v3" else {"vocab_size": 32}
     options = own | options | {"num_hidden_layers": num_layers, "max_position_embeddings": 512}
-    )
     model = zoo.decoder(family, **options)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
