@@ -4,7 +4,8 @@
              address of its own, 2^44 apart, so that an offset that wraps in int32, or leaves one tensor for another,
              is in none
     races    what one program writes, no other program writes, nor reads unless an atomic has ordered the two. Also
-             equal values: CUDA promises nothing for them. Within one store, lanes of one address hold one value
+             equal values: CUDA promises nothing for them. Within a program, lanes of a store that meet at an address
+             hold one value, and what was stored is read behind a barrier: by another thread, maybe
     order    forwards, backwards and shuffled, the programs leave the same bits behind
     outputs  uninitialised memory is NaN, or the largest integer (`fill_new_memory`)
 
@@ -199,6 +200,10 @@ class Launch:
             races &= ~_ordered(before, self.seen)
         if races.any():
             self.race(region, int(units[races.argmax()]), int(before[races.argmax()]), verb)
+        if verb == "load" and (before == (self.program + 1) << PROGRAM | self.clock << CLOCK).any():
+            unit = int(units[(before >> PROGRAM == self.program + 1).argmax()])
+            what = region.name(region.begin + unit * region.unit)
+            raise self.fault(f"load of what this program stored, with no barrier between: {what}")
         if verb != "load":
             code = (self.program + 1) << PROGRAM | self.clock << CLOCK | (verb == "atomic")
             region.writer[units] = code

@@ -131,6 +131,25 @@ def test_two_programs_write_equal_values(mutate: Mutate) -> None:
         dispatch()
 
 
+def test_read_back_without_a_barrier(mutate: Mutate) -> None:
+    """The compiler may lay out the load in other threads than the store (triton#10924)."""
+    end = "ends = tl.cumsum(totals, axis=0)"
+    stored = "tl.store(totals_ptr + offs_e, totals, mask=offs_e <= num_experts)"
+    again = "totals = tl.load(totals_ptr + offs_e, mask=offs_e <= num_experts, other=0)"
+    mutate("moe_dispatch", "_order_kernel", (end, f"{stored}\n    {again}\n    {end}"))
+    with pytest.raises(
+        KernelFault, match=r"load of what this program stored, with no barrier between: totals_ptr\[0\]"
+    ):
+        dispatch(20)
+
+
+def test_predecessor_of_the_first(mutate: Mutate) -> None:
+    """Both sides of a `where` are read (vllm-ascend#16275)."""
+    mutate("grouped_gemm", "read_tile", ("mask=(offs_e > 0) & (offs_e <= num_experts)", "mask=offs_e <= num_experts"))
+    with pytest.raises(KernelFault, match=r"load outside of the argument: offsets_ptr\[-1\]"):
+        kernels.grouped_gemm(torch.ones(4, 8), torch.ones(2, 8, 8), torch.tensor([1, 4], dtype=torch.int32))
+
+
 def test_two_lanes_of_a_store(mutate: Mutate) -> None:
     mutate("moe_dispatch", "_order_kernel", ("+ before + rank", "+ before"))
     with pytest.raises(KernelFault, match=r"one store puts two values into order_ptr"):
