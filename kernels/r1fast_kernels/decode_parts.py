@@ -170,7 +170,7 @@ def _rotate_latents_kernel(
         out_ptr = latent_ptr + tl.load(slots_ptr + b) * stride_ls + width + tl.zeros([BLOCK_H, 1], tl.int64)
         mask_h = tl.arange(0, BLOCK_H) < 1
     else:
-        given_ptr = q_ptr + b * stride_qb + passed + head[:, None].to(tl.int64) * stride_qh
+        given_ptr = q_ptr + b * stride_qb + passed + head[:, None] * stride_qh
         out_ptr = query_ptr + (b * num_heads + head[:, None]) * (width + 2 * half) + width
         mask_h = head < num_heads
     mask = mask_h[:, None] & mask_r

@@ -272,6 +272,23 @@ def decode_layers() -> None:
         assert torch.equal(decode_parts.swiglu(gate_up)[-4:], decode_parts.swiglu(gate_up[-4:]))
 
 
+def decode_layers_latents() -> None:
+    q, kv, slots = vast(LONG, 16), vast(LONG, 16), vast(LONG, dtype=INT64)
+    slots[:4], slots[-4:] = torch.arange(4, 8), torch.arange(4)
+    cos, sin = (vast(LONG, 4) for _ in range(2))
+    norm, latents = small(8), torch.zeros(8, 1, 16, dtype=BF16)
+    with wide(4, 4):
+        query = decode_parts.rotate_latents(
+            q[:, None], kv, latents, slots, rope=(cos, sin, True), norm_C=norm, eps=1e-6
+        )
+    near = torch.zeros_like(latents)
+    want = decode_parts.rotate_latents(
+        q[-4:, None], kv[-4:], near, slots[-4:], rope=(cos[-4:], sin[-4:], True), norm_C=norm, eps=1e-6
+    )
+    assert torch.equal(query[-2:, :, 8:], want[-2:, :, 8:])
+    assert torch.equal(latents[2:4], near[2:4]) and near[2:4].abs().max() > 0
+
+
 def decode_layers_cache() -> None:
     qkv, slots = small(2, 9 * 16), torch.tensor([129, 3])
     k, v = torch.zeros(160, 3, 16, dtype=BF16), torch.zeros(160, 3, 16, dtype=BF16)
@@ -286,7 +303,7 @@ CASES = (
     selective_logprobs, sample_tokens, route_topk, moe_dispatch, moe_dispatch_prefix, grouped_gemm_of_wide_weights,
     grouped_gemm_of_many_rows, grouped_gemm_weight, moe_rows, moe_experts_of_wide_weights,
     moe_experts_of_many_tokens, decode_attention, decode_attention_cache,
-    decode_layers, decode_layers_cache,
+    decode_layers, decode_layers_latents, decode_layers_cache,
 )  # fmt: skip
 
 
