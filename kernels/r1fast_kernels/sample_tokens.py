@@ -10,13 +10,13 @@ block in which u falls is read again. A cut needs its smallest token and no sort
 
     bound    the largest of each 4,096th logit, kept in the first pass, and what these alone reach: a lower bound, close
              for top_k, and for top_p of a row with few likely tokens
-    narrow   a pass over the row for mass or number above seven logits between bound and maximum, as sums of each thread;
+    narrow   a pass over the row for mass or number above seven logits between bound and maximum, as each thread's sums;
              first evenly by value, from the fourth on by bits, which ends
     list     once few tokens are left between, one pass puts these into slots of each thread; the rest of the search
              reads the list. It does not fit (many equal logits, or all in a few threads): the row goes on being read
 
-One more pass sums what stays. So a row takes 3 passes for top_k, 3 to 5 for top_p and 3 for both where logits are spread
-like a model's; at most 3 for the rest, 3 by value, and those by bits: 6 for bf16, 7 for fp16, 11 for fp32.
+One more pass sums what stays. A row takes 3 passes for top_k or both and 3 to 5 for top_p where logits are spread like
+a model's. At most 17 of fp32, 13 of fp16, 12 of bf16 for one cut: first, last and list, 3 by value, bits / 3.
 """
 
 import math
