@@ -41,9 +41,10 @@ from which `python bench/report.py` makes this page. On a GPU, without installin
   torch, in the dtype of the inputs; peers run with their defaults.
 - **Memory**: the most in use during the call beyond what was there before it, gradients included.
 - ***Modelled*** is not measured: what the machine code of the kernels allows on an H200 at best (`bench/limits.py`;
-  [LOG.md](LOG.md) has how far that was from rows measured earlier). The floor's share of it, and what limits the
-  kernel that takes most of the time; then of each kernel with 5% of the time registers of a thread, blocks that a
-  multiprocessor takes, and instructions an element. *own*: with grouped products of our own where torch's are taken.
+  [LOG.md](LOG.md) has how far that was from rows measured earlier), of the code as it is now, while a measured row is
+  of the commit above its table. The floor's share of it, and what limits the kernel that takes most of the time; then
+  of each kernel with 5% of the time registers of a thread x blocks that a multiprocessor takes, and instructions an
+  element. *own*: with grouped products of our own where torch's are taken.
 """
 
 

@@ -2,9 +2,11 @@
 
     add_rms_norm       s = x + delta;   out = weight s / sqrt(mean(s^2) + eps)
     rotate_and_write   q, k, v of the joined product: norms of heads, rotation, k and v into their slots of the cache
+    rotate_latents     the same of latent attention: the rotated part of its queries, the latent with its norm, its key
     swiglu             silu(gate) * up of the joined product
 
-A layer is then nine launches: norm, q/k/v, rotate, attend, o, norm, gate/up, swiglu, down (rollout/fused_decode.py).
+A dense layer is then nine launches: norm, q/k/v, rotate, attend, o, norm, gate/up, swiglu, down; its attention, of
+latents, seven: norm, q/latent, absorb, rotate, attend, values, o (rollout/fused_decode.py).
 Rounded where the modules round: the sum, a norm, each product of a rotation, silu(gate).
 
 Bound by latency: 2 s to 4 s bytes of each number of a row, of B rows (s bytes a number).
@@ -48,6 +50,21 @@ def rotate_and_write_reference(
     k_SKd.index_copy_(0, slots_B, k_BKd)
     v_SKd.index_copy_(0, slots_B, v_BKd)
     return q_BHd.contiguous()
+
+
+def rotate_latents_reference(
+    q_BHd: Tensor, kv_BC: Tensor, latent_S1C: Tensor, slots_B: Tensor, rope: Pair, norm_C: Tensor, eps: float,
+    interleaved: bool,
+) -> Tensor:  # fmt: skip
+    width, rotated = len(norm_C), 2 * rope[0].shape[1]
+    cos, sin = (angles_BR[:, None] for angles_BR in rope)
+    parts = (x[..., -rotated:] for x in (q_BHd, kv_BC[:, None]))
+    if interleaved:
+        parts = (x.unflatten(-1, (-1, 2)).mT.flatten(-2) for x in parts)
+    q_BHR, k_B1R = (_rotate(x, cos, sin) for x in parts)
+    latent_B1C = F.rms_norm(kv_BC[:, None, :width], (width,), norm_C, eps)
+    latent_S1C.index_copy_(0, slots_B, torch.cat((latent_B1C, k_B1R), dim=-1))
+    return torch.cat((q_BHR.new_empty(*q_BHR.shape[:2], width), q_BHR), dim=-1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -131,6 +148,49 @@ def _rotate_and_write_kernel(
 
 
 @triton.jit
+def _rotate_latents_kernel(
+    q_ptr, kv_ptr, slots_ptr, cos_ptr, sin_ptr, norm_ptr,  # [B, H, n + R], [B, C + R], [B], [B, R / 2] x 2, [C]
+    query_ptr, latent_ptr,  # [B, H, C + R], and the slots of the cache [S, 1, C + R]
+    stride_qb, stride_qh, stride_kvb, stride_ls, num_heads, passed, width, half, eps,
+    INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Some heads of a row; behind the last of them its latent and its key, which is the same for all heads."""
+    b = tl.program_id(0).to(tl.int64)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_r = offs_r < half
+    dtype = q_ptr.dtype.element_ty
+    cos = tl.load(cos_ptr + b * half + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_R]
+    sin = tl.load(sin_ptr + b * half + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
+    first = offs_r * 2 if INTERLEAVED else offs_r
+    second = first + (1 if INTERLEAVED else half)
+    is_latent = tl.program_id(1) == tl.num_programs(1) - 1
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    if is_latent:
+        given_ptr = kv_ptr + b * stride_kvb + width + tl.zeros([BLOCK_H, 1], tl.int64)
+        out_ptr = latent_ptr + tl.load(slots_ptr + b) * stride_ls + width + tl.zeros([BLOCK_H, 1], tl.int64)
+        mask_h = tl.arange(0, BLOCK_H) < 1
+    else:
+        given_ptr = q_ptr + b * stride_qb + passed + head[:, None].to(tl.int64) * stride_qh
+        out_ptr = query_ptr + (b * num_heads + head[:, None]) * (width + 2 * half) + width
+        mask_h = head < num_heads
+    mask = mask_h[:, None] & mask_r
+    x1 = tl.load(given_ptr + first, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_H, BLOCK_R]
+    x2 = tl.load(given_ptr + second, mask=mask, other=0.0).to(tl.float32)
+    turned = (x1 * cos).to(dtype).to(tl.float32) - x2 * sin
+    x2 = (x2 * cos).to(dtype).to(tl.float32) + x1 * sin
+    tl.store(out_ptr + offs_r, turned.to(dtype), mask=mask)
+    tl.store(out_ptr + half + offs_r, x2.to(dtype), mask=mask)
+    if is_latent:
+        offs_c = tl.arange(0, BLOCK_C)
+        mask_c = offs_c < width
+        latent = tl.load(kv_ptr + b * stride_kvb + offs_c, mask=mask_c, other=0.0).to(tl.float32)  # [BLOCK_C]
+        weight = tl.load(norm_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(latent * latent, axis=0) / width + eps)
+        own_ptr = latent_ptr + tl.load(slots_ptr + b) * stride_ls
+        tl.store(own_ptr + offs_c, (latent * rstd * weight).to(dtype), mask=mask_c)
+
+
+@triton.jit
 def _swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK_F: tl.constexpr):  # [B, 2 F], [B, F]
     row = tl.program_id(0).to(tl.int64)
     offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -180,6 +240,24 @@ def _launch_rotate_and_write(
     return q_BHd
 
 
+def _launch_rotate_latents(
+    q_BHd: Tensor, kv_BC: Tensor, latent_S1C: Tensor, slots_B: Tensor, cos_BR: Tensor, sin_BR: Tensor, norm_C: Tensor,
+    eps: float, interleaved: bool,
+) -> Tensor:  # fmt: skip
+    (B, H, d), width, half = q_BHd.shape, len(norm_C), cos_BR.shape[1]
+    query_BHC = q_BHd.new_empty(B, H, width + 2 * half)
+    block_r = triton.next_power_of_2(half)
+    block_h = max(1, min(triton.next_power_of_2(H), ROTATED // (2 * block_r)))
+    if B:
+        launch(
+            _rotate_latents_kernel, (B, triton.cdiv(H, block_h) + 1), q_BHd, kv_BC, slots_B, cos_BR, sin_BR, norm_C,
+            query_BHC, latent_S1C, *q_BHd.stride()[:2], kv_BC.stride(0), latent_S1C.stride(0), H, d - 2 * half, width,
+            half, eps, INTERLEAVED=interleaved, BLOCK_H=block_h, BLOCK_R=block_r,
+            BLOCK_C=triton.next_power_of_2(width), num_warps=4,
+        )  # fmt: skip
+    return query_BHC
+
+
 def _launch_swiglu(gate_up_BX: Tensor) -> Tensor:
     gate_up, width = gate_up_BX.contiguous(), gate_up_BX.shape[1] // 2
     out_BF = gate_up.new_empty(len(gate_up), width)
@@ -201,6 +279,13 @@ register(
         len(qkv_BX), qkv_BX.shape[1] // k_SKd.shape[2] - 2 * k_SKd.shape[1], k_SKd.shape[2]
     ),
     launch=_launch_rotate_and_write,
+)
+register(
+    "rotate_latents",
+    "(Tensor q_BHd, Tensor kv_BC, Tensor(a!) latent_S1C, Tensor slots_B, Tensor cos_BR, Tensor sin_BR, Tensor norm_C, "
+    "float eps, bool interleaved) -> Tensor",
+    fake=lambda q_BHd, kv_BC, *_: q_BHd.new_empty(*q_BHd.shape[:2], kv_BC.shape[1]),
+    launch=_launch_rotate_latents,
 )
 register(
     "swiglu", "(Tensor gate_up_BX) -> Tensor",
@@ -245,6 +330,33 @@ def rotate_and_write(
         given = *(rope or (None, None)), *(norms or (None, None)), eps
         return torch.ops.r1fast.rotate_and_write(qkv_BX, k_SKd, v_SKd, slots_B, *given)
     return rotate_and_write_reference(qkv_BX, cache, slots_B, rope, norms, eps)
+
+
+def rotate_latents(
+    q_BHd: Tensor,
+    kv_BC: Tensor,
+    latent_S1C: Tensor,
+    slots_B: Tensor,
+    *,
+    rope: tuple[Tensor, Tensor, bool],
+    norm_C: Tensor,
+    eps: float,
+    impl: str | None = None,
+) -> Tensor:
+    """Queries [B, H, C + R] whose last R channels are set, rotated; the row's latent and key are in its slot then.
+
+    q_BHd        [B, H, n + R], the last R channels to be rotated
+    kv_BC        [B, C + R]: latent and key
+    latent_S1C   the cache, [S, 1, C + R]; slots_B int64 [B]
+    rope         cos and sin [B, R / 2], and whether neighbours are pairs; rotated halves come out side by side
+    norm_C, eps  of the latent
+    """
+    assert q_BHd.stride(2) == kv_BC.stride(1) == latent_S1C.stride(2) == 1 and latent_S1C.dtype == kv_BC.dtype
+    cos_BR, sin_BR, interleaved = rope
+    if choose("decode_layers", impl, q_BHd)[0] == "triton":
+        given = (q_BHd, kv_BC, latent_S1C, slots_B, cos_BR, sin_BR, norm_C, eps, interleaved)
+        return torch.ops.r1fast.rotate_latents(*given)
+    return rotate_latents_reference(q_BHd, kv_BC, latent_S1C, slots_B, (cos_BR, sin_BR), norm_C, eps, interleaved)
 
 
 def swiglu(gate_up_BX: Tensor, *, impl: str | None = None) -> Tensor:

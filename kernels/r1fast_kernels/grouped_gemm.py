@@ -86,9 +86,9 @@ def gemm_blocks(dtype: torch.dtype, num_rows: int, num_experts: int) -> Blocks:
 
 
 def can_describe(*tensors: Tensor) -> bool:
-    """Whether the hardware copies tiles of these contiguous tensors."""
+    """Whether the hardware copies tiles of these contiguous tensors: it knows none without elements."""
     return (INTERPRETING or dispatch.capability(tensors[0].device) >= (9, 0)) and all(
-        x.dtype.itemsize == 2 and x.shape[-1] % 8 == 0 and x.data_ptr() % 16 == 0 for x in tensors
+        x.numel() > 0 and x.dtype.itemsize == 2 and x.shape[-1] % 8 == 0 and x.data_ptr() % 16 == 0 for x in tensors
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import dispatch
 
 MIN_ROWS = 128  # an expert, on average
+MOST_EXPERTS = 1023
 
 
 def on_hopper(device: torch.device) -> bool:
@@ -29,6 +30,7 @@ def takes(num_rows: int, num_experts: int, *factors: Tensor) -> bool:
     return (
         factors[0].dtype == torch.bfloat16
         and on_hopper(factors[0].device)
+        and num_experts <= MOST_EXPERTS
         and num_rows >= MIN_ROWS * num_experts
         and all(size % 8 == 0 for x in factors for size in x.shape[1:])
         and all(x.data_ptr() % 16 == 0 for x in factors)

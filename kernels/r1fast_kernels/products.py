@@ -87,11 +87,9 @@ class _LinearFp32(torch.autograd.Function):
         return grad_x, grad_weight
 
 
-def _sums(a_TK: Tensor, b_KN: Tensor, before_TN: Tensor | None = None) -> Tensor:
-    """fp32 a b of bf16 factors, or before + a b, on tensor cores: products of bf16 are exact in fp32."""
-    if before_TN is None:
-        return torch.mm(a_TK, b_KN, out_dtype=torch.float32)
-    return torch.addmm(before_TN, a_TK, b_KN, out_dtype=torch.float32)
+def _sums(a_TK: Tensor, b_KN: Tensor) -> Tensor:
+    """fp32 a b of bf16 factors, on tensor cores: products of bf16 are exact in fp32."""
+    return torch.mm(a_TK, b_KN, out_dtype=torch.float32)
 
 
 class _LinearOfHalves(torch.autograd.Function):
@@ -106,11 +104,14 @@ class _LinearOfHalves(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (grad_TN,), (x_TK, weight_NK) = grads, ctx.saved_tensors
         high_TN = grad_TN.to(torch.bfloat16)
-        low_TN = (grad_TN - high_TN).to(torch.bfloat16)
-        return (
-            None if weight_NK is None else _sums(low_TN, weight_NK, _sums(high_TN, weight_NK)).to(torch.bfloat16),
-            None if x_TK is None else _sums(low_TN.T, x_TK, _sums(high_TN.T, x_TK)).to(torch.bfloat16),
-        )
+        # Beside each other, for one product: torch.compile has no addmm of bf16 factors with a sum in fp32.
+        both_T2N = torch.cat((high_TN, (grad_TN - high_TN).to(torch.bfloat16)), dim=1)
+        grad_x = grad_weight = None
+        if weight_NK is not None:
+            grad_x = _sums(both_T2N, weight_NK.repeat(2, 1)).to(torch.bfloat16)
+        if x_TK is not None:
+            grad_weight = _sums(both_T2N.T, x_TK).unflatten(0, (2, -1)).sum(0).to(torch.bfloat16)
+        return grad_x, grad_weight
 
 
 def linear_fp32(x_TK: Tensor, weight_NK: Tensor) -> Tensor:

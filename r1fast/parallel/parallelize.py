@@ -40,7 +40,7 @@ BLOCK_BYTES = 64 << 20
 ActivationCheckpointing = Literal["none", "selective", "full"]
 # By name: an overload packet (aten.mm) among operators (aten.mm.default) would never be found (pytorch#176065).
 KEPT_OPS = frozenset({
-    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise",
+    "aten::mm", "aten::mm.dtype", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise",
     "r1fast::packed_attention", "r1fast::moe_experts", "r1fast::grouped_gemm", "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward", "flash_attn_3::_flash_attn_forward",
     "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",

@@ -83,7 +83,6 @@ def unknown_parts(config: ModelConfig, *, on_gpu: bool = False) -> list[str]:
         "partly rotated heads": not config.uses_mla and config.rope_dim < config.attention_head_dim,
         "windows": any(layer.window for layer in layers),
         "a gate of the shared expert": family.shared_gate and config.has_router,
-        "latents": on_gpu and config.uses_mla,
     }
     return [part for part, holds in found.items() if holds and not (on_gpu and part in TRITON_HAS)]
 

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from r1fast.models.cache import BlockCache, DecodeStep
 from r1fast.models.decoder import Decoder, DecoderLayer
+from r1fast.models.families import ONE_ROPE
 from r1fast.models.gqa import GroupedQueryAttention
 from r1fast.models.layers import MLP, HeadFn, Linear, RMSNorm
 from r1fast.models.lora import is_adapter
+from r1fast.models.mla import LatentAttention
 from r1fast.models.model_config import ModelConfig
-from r1fast.models.moe import Routing
+from r1fast.models.moe import MoE, Routing
 from r1fast_kernels.decode_attention import decode_attention_counted
-from r1fast_kernels.decode_parts import add_rms_norm, rotate_and_write, swiglu
+from r1fast_kernels.decode_parts import add_rms_norm, rotate_and_write, rotate_latents, swiglu
 from r1fast_kernels.dispatch import choose, log_choice
 from r1fast_kernels.products import linear
 
@@ -55,14 +57,14 @@ class Joined:
                 [self.weight.new_zeros(size) if b is None else b.data for size, b in zip(sizes, biases)]
             )
         before = [weight.data for weight in weights]
-        for weight, part in zip(weights, self.weight.split(sizes)):
-            weight.data = part
         # A weight that is a part of something else keeps its bytes: others read them.
         storages = [x.untyped_storage() for x in before if x.untyped_storage().nbytes() == x.nbytes]
         lengths = [storage.nbytes() for storage in storages]
-        for storage in storages:
-            storage.resize_(0)
-        try:
+        try:  # a signal may end it at any line
+            for weight, part in zip(weights, self.weight.split(sizes)):
+                weight.data = part
+            for storage in storages:
+                storage.resize_(0)
             yield
         finally:
             for storage, length in zip(storages, lengths):
@@ -72,19 +74,12 @@ class Joined:
             self.weight = self.bias = None
 
 
-class _Layer:
-    def __init__(self, layer: DecoderLayer) -> None:
-        self.attention, self.mlp = cast(GroupedQueryAttention, layer.self_attn), layer.mlp
-        attention = self.attention
-        self.norms: list[RMSNorm] = [getattr(layer, name) for name in layer.norm_names if name is not None]
+class _Grouped:
+    def __init__(self, attention: GroupedQueryAttention) -> None:
+        self.attention = attention
         self.qkv = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.gate_up = Joined([layer.mlp.gate_proj, layer.mlp.up_proj]) if isinstance(layer.mlp, MLP) else None
 
-    @property
-    def joined(self) -> list[Joined]:
-        return [self.qkv] if self.gate_up is None else [self.qkv, self.gate_up]
-
-    def attend(self, normed_BD: Tensor, step: DecodeStep, finished: Tensor) -> Tensor:
+    def __call__(self, normed_BD: Tensor, step: DecodeStep, finished: Tensor) -> Tensor:
         attention = self.attention
         k_SKd, v_SKd = step.cache.layers[attention.layer_idx]
         rope = None if attention.rope is None else step.ropes[attention.rope]
@@ -101,10 +96,72 @@ class _Layer:
         out_BHd = decode_attention_counted(*where, scale=attention.scale, window=attention.window, finished=finished)
         return attention.o_proj(out_BHd.flatten(1))
 
+
+class _Latent:
+    """As LatentAttention.decode. Behind q_lora the two projections of x stay apart: its norm would want a copy."""
+
+    def __init__(self, attention: LatentAttention) -> None:
+        self.attention = attention
+        whole = [] if attention.has_q_lora else [attention.q_proj]
+        self.qkv = Joined([*whole, attention.kv_a_proj_with_mqa])
+
+    def __call__(self, normed_BD: Tensor, step: DecodeStep, finished: Tensor) -> Tensor:
+        attention, rope = self.attention, step.ropes[ONE_ROPE]
+        if attention.has_q_lora:
+            q_BX = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(normed_BD)))
+            kv_BC = self.qkv(normed_BD)
+        else:
+            kv_width = attention.latent_dim + attention.rope_dim
+            both = self.qkv(normed_BD)
+            q_BX, kv_BC = both.split((both.shape[1] - kv_width, kv_width), dim=1)
+        q_BHd = q_BX.unflatten(1, (attention.num_heads, -1))
+        (k_S1C,) = step.cache.layers[attention.layer_idx]
+        norm = attention.kv_a_layernorm
+        q_BHC = rotate_latents(
+            q_BHd, kv_BC, k_S1C, step.slots_B, rope=(rope.cos_TR, rope.sin_TR, rope.interleaved), norm_C=norm.weight,
+            eps=norm.eps,
+        )  # fmt: skip
+        # Both factors are strided views of the live weight, both results of what they are a part of: no copies.
+        up_HdC = attention.kv_b_proj.weight.unflatten(0, (attention.num_heads, -1))
+        up_k_HnC, up_v_HvC = up_HdC.split((attention.nope_dim, attention.value_dim), dim=1)
+        q_nope_HBn = q_BHd[..., : attention.nope_dim].transpose(0, 1)
+        torch.bmm(q_nope_HBn, up_k_HnC, out=q_BHC[..., : attention.latent_dim].transpose(0, 1))
+        where = (q_BHC, k_S1C, k_S1C[..., : attention.latent_dim], step.block_table_BN, step.lengths_B)
+        latent_BHC = decode_attention_counted(*where, scale=attention.scale, window=None, finished=finished)
+        out_BHv = latent_BHC.new_empty(*latent_BHC.shape[:2], attention.value_dim)
+        torch.bmm(latent_BHC.transpose(0, 1), up_v_HvC.mT, out=out_BHv.transpose(0, 1))
+        return attention.o_proj(out_BHv.flatten(1))
+
+
+class _Layer:
+    def __init__(self, layer: DecoderLayer) -> None:
+        self.mlp = layer.mlp
+        self.norms: list[RMSNorm] = [getattr(layer, name) for name in layer.norm_names if name is not None]
+        attention = layer.self_attn
+        self.attend = _Latent(attention) if isinstance(attention, LatentAttention) else _Grouped(attention)
+        # The layer's own, or that of the shared experts.
+        self.dense = layer.mlp if isinstance(layer.mlp, MLP) else layer.mlp.shared_experts
+        self.gate_up = None if self.dense is None else Joined([self.dense.gate_proj, self.dense.up_proj])
+
+    @property
+    def joined(self) -> list[Joined]:
+        found = [self.attend.qkv] if self.gate_up is None else [self.attend.qkv, self.gate_up]
+        return [x for x in found if len(x.layers) > 1]
+
     def feed(self, normed_BD: Tensor) -> tuple[Tensor, Routing | None]:
-        if self.gate_up is None:
-            return self.mlp(normed_BD)
-        return cast(MLP, self.mlp).down_proj(swiglu(self.gate_up(normed_BD))), None
+        """As MLP.forward, or MoE.forward."""
+        dense_BD = None
+        if self.dense is not None and self.gate_up is not None:
+            dense_BD = self.dense.down_proj(swiglu(self.gate_up(normed_BD)))
+        if not isinstance(self.mlp, MoE):
+            return cast(Tensor, dense_BD), None
+        expert_ids_BK, weights_BK, _ = self.mlp.gate(normed_BD)
+        out_BD = self.mlp.experts(normed_BD, expert_ids_BK, weights_BK)
+        if dense_BD is not None:
+            if self.mlp.shared_expert_gate is not None:
+                dense_BD = self.mlp.shared_expert_gate(normed_BD).sigmoid() * dense_BD
+            out_BD = out_BD + dense_BD
+        return out_BD, Routing(expert_ids_BK, None)
 
 
 class FusedDecode:
@@ -173,7 +230,12 @@ def _add(x_BD: Tensor, delta_BD: Tensor | None, norm: RMSNorm) -> tuple[Tensor, 
 
 def stacked_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """What FusedDecode.stacked takes while it begins and ends: the largest of its joined weights, a second time."""
-    heads = config.num_attention_heads + 2 * config.kv_heads
-    joined = [heads * config.attention_head_dim]
-    joined += [2 * config.intermediate_size] * (not all(map(config.is_moe_layer, range(config.num_hidden_layers))))
+    heads, joined = config.num_attention_heads, [0]
+    if not config.uses_mla:
+        joined.append((heads + 2 * config.kv_heads) * config.attention_head_dim)
+    elif config.q_lora_rank is None:
+        query = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+        joined.append(query + config.kv_lora_rank + config.qk_rope_head_dim)
+    is_moe = [config.is_moe_layer(i) for i in range(config.num_hidden_layers)]
+    joined += [2 * config.intermediate_size] * (not all(is_moe)) + [2 * config.shared_width] * any(is_moe)
     return max(joined) * config.hidden_size * dtype.itemsize

@@ -52,20 +52,22 @@ def work_bytes(config: ModelConfig, dtype: torch.dtype, device: str, call: Call)
     moe_layers = sum(map(config.is_moe_layer, range(config.num_hidden_layers)))
     experts = 2 * moe_layers * config.num_experts_per_tok if call.records else 0
     row = config.vocab_size * dtype.itemsize
-    rows = max(call.rows, rows_of_part(call.rows, call.max_num_batched_tokens))
+    part = max(call.rows, rows_of_part(call.rows, call.max_num_batched_tokens))
     width = config.kv_lora_rank if config.uses_mla else config.attention_head_dim
     whole = num_blocks_of(call.longest) * BLOCK
-    partial_sums = scratch_bytes(rows, config.num_attention_heads, width, whole) if device == "cuda" else 0
-    step = activation_bytes(config, rows, dtype) + partial_sums
+    sums, step = {}, {}
+    for rows in (call.rows, part):
+        sums[rows] = scratch_bytes(rows, config.num_attention_heads, width, whole) if device == "cuda" else 0
+        step[rows] = activation_bytes(config, rows, dtype) + sums[rows]
     prefill = activation_bytes(config, min(call.prompt_tokens, call.max_num_batched_tokens), dtype)
     logits = call.rows * (1 + call.bans_stops) * row
     found = {
         "outputs": call.rows * (call.max_tokens + 1) * (12 + experts),
         "logits": logits + call.prompts * row,
-        "activations": max(step, prefill, stacked_bytes(config, dtype) if device == "cuda" else 0),
+        "activations": max(step[part], prefill, stacked_bytes(config, dtype) if device == "cuda" else 0),
     }
     if call.has_graphs:
-        found["graphs"] = step + partial_sums + logits
+        found["graphs"] = step[call.rows] + sums[call.rows] + logits
     return found
 
 

@@ -252,7 +252,7 @@ class Scheduler:
         if banned_BV is not None:
             # The trainer knows nothing of the ban: its log-prob, and so the ratio, is that of the distribution without.
             temperature = params.temperature or 1.0
-            logprobs_B = cast(Tensor, selective_logprobs(logits_BV, ids_B, temperature=temperature))
+            logprobs_B = cast(Tensor, selective_logprobs(logits_BV, ids_B, temperature=temperature)).float()
         column_B = self._column(rows, rows.num_sampled_B)
         self.ids_RS[rows.line_B, column_B] = ids_B
         self.logprobs_RS[rows.line_B, column_B] = logprobs_B

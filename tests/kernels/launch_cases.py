@@ -206,6 +206,14 @@ def _decode_parts(dtype: torch.dtype, widths: tuple[int, int], heads: tuple[int,
         rope=(angles, angles) if rope else None, norms=(channels, channels) if norms else None, eps=1e-6,
     )  # fmt: skip
     parts.swiglu(new(B, 2 * inner_width, dtype=dtype))
+    nope, latent, rotated = (128, 512, 64) if width % 16 == 0 else (10, 18, 6)
+    both = new(B, num_heads * (nope + rotated) + latent + rotated, dtype=dtype)
+    q_BX, kv_BC = both.split((num_heads * (nope + rotated), latent + rotated), dim=1)
+    angles = new(B, rotated // 2, dtype=dtype)
+    parts.rotate_latents(
+        q_BX.unflatten(1, (num_heads, -1)), kv_BC, new(64, 1, latent + rotated, dtype=dtype), new(B, dtype=INT64),
+        rope=(angles, angles, rope), norm_C=new(latent, dtype=dtype), eps=1e-6,
+    )  # fmt: skip
 
 
 CASES: dict[str, Case] = {

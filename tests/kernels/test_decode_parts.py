@@ -98,6 +98,38 @@ def test_rotate_and_write(
     assert torch.equal(got[2].nan_to_num(7.0), want[2].nan_to_num(7.0)), "values are copied"
 
 
+# H, n, C, R: one head; widths that are no powers of two, more heads than a program takes.
+@on_backends
+@dtypes
+@pytest.mark.parametrize("widths", [(1, 1, 1, 2), (40, 10, 18, 6), (9, 16, 512, 64)], ids=str)
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotate_latents(
+    backend: Backend, dtype: torch.dtype, widths: tuple[int, int, int, int], interleaved: bool
+) -> None:
+    """Queries and latents as views of one product; NaN where nothing is written."""
+    H, n, C, R = widths
+    both, angles_BR = normal(4, H * (n + R) + C + R).to(dtype), normal(4, R // 2, seed=1)
+    slots_B = torch.randperm(32, generator=torch.Generator().manual_seed(2))[:4]
+
+    def run(dtype: torch.dtype, impl: str, device: str = "cpu") -> list[Tensor]:
+        q_BX, kv_BC = both.to(device, dtype).split((H * (n + R), C + R), dim=1)
+        latent_S1C = torch.full((32, 1, C + R), torch.nan, dtype=dtype, device=device)
+        cos_BR, sin_BR, norm_C = (
+            x.to(device, dtype) for x in in_dtype((angles_BR.cos(), angles_BR.sin(), normal(C, seed=3)), rounded)
+        )
+        query_BHC = parts.rotate_latents(
+            q_BX.unflatten(1, (H, -1)), kv_BC, latent_S1C, slots_B.to(device), rope=(cos_BR, sin_BR, interleaved),
+            norm_C=norm_C, eps=1e-3, impl=impl,
+        )  # fmt: skip
+        assert query_BHC.shape == (4, H, C + R)
+        return [query_BHC[..., C:].cpu(), latent_S1C.cpu()]
+
+    rounded = dtype
+    want, exact = run(dtype, "reference"), run(FP64, "reference")
+    for name, ours, theirs, true in zip(("queries", "latents"), run(dtype, backend.impl, backend.device), want, exact):
+        assert_as_exact(ours, theirs, true, 2, name)
+
+
 def test_rotation_is_that_of_the_modules() -> None:
     from r1fast.models.rope import Rope
 
@@ -132,6 +164,11 @@ def test_opcheck(backend: Backend) -> None:
     given = backend.to({name: in_dtype(x, FP32) for name, x in rotation((2, 1, 8), rope=True, norms=True).items()})
     qkv_BX, cache, slots_B, rope, norms, eps = given.values()
     torch.library.opcheck(ops.rotate_and_write.default, (qkv_BX, *cache, slots_B, *rope, *norms, eps))
+    given = (qkv_BX.view(4, 4, 8), qkv_BX[:, :14], cache[0].new_zeros(32, 1, 14), slots_B)
+    checks = ("test_schema", "test_faketensor")  # the rest of the queries is not written
+    torch.library.opcheck(
+        ops.rotate_latents.default, (*given, *rope, qkv_BX[0, :6], eps, True), test_utils=checks
+    )  # fmt: skip
 
 
 # ---- a whole step ----
@@ -141,7 +178,8 @@ COMMON: dict[str, Any] = {"vocab_size": 32, "num_attention_heads": 4, "num_key_v
 
 def step_of(family: str, dtype: torch.dtype, num_layers: int = 2, **options: Any) -> tuple[Any, Callable[..., Any]]:
     """A model, and a step of three rows of up to 300 tokens by what is given it: the logits and the cache."""
-    options = COMMON | options | {"num_hidden_layers": num_layers, "max_position_embeddings": 512}
+    own = COMMON if family != "deepseek_v3" else {"vocab_size": 32}
+    options = own | options | {"num_hidden_layers": num_layers, "max_position_embeddings": 512}
     model = zoo.decoder(family, **options)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -162,7 +200,7 @@ def step_of(family: str, dtype: torch.dtype, num_layers: int = 2, **options: Any
 
 
 @on_backends
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "qwen3_moe", "deepseek_v3"])
 def test_a_step_is_that_of_the_modules(backend: Backend, family: str) -> None:
     model, run = step_of(family, FP32)
     with use("reference"):

@@ -15,6 +15,7 @@ CASES = {
     "primes": ([13, 2, 31], 0, 37, 67),
     "one-row": ([0, 1, 0], 0, 12, 7),
     "no-row": ([0, 0], 0, 12, 7),
+    "T0": ([0, 0], 0, 16, 8),  # nothing that a descriptor could describe
     "E1": ([17], 0, 12, 7),
     "empty-experts": ([0, 6, 0, 4, 0], 0, 12, 7),
     "one-takes-all": ([0, 0, 29], 0, 12, 7),
@@ -102,6 +103,7 @@ def test_which_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
     assert vendor.takes(1024, 8, x, weight)
     assert not vendor.takes(1023, 8, x, weight)
+    assert vendor.takes(1 << 20, 1023, x, weight) and not vendor.takes(1 << 20, 1024, x, weight)  # its limit
     assert not vendor.takes(1024, 8, x.half(), weight.half())
     assert not vendor.takes(1024, 8, x, weight[:, :47].contiguous())
     assert not vendor.takes(1024, 8, x, torch.zeros(8 * 48 * 64 + 1, dtype=BF16)[1:].view(8, 48, 64))

@@ -232,10 +232,10 @@ DEEPSEEK: dict[str, Any] = {  # V2-Lite's sizes, V3's router
 }  # fmt: skip
 ROWS, BLOCKS = 256, 64
 # (a layer of a decode step, all else of the step)
-DECODE = {"dense": (QWEN, 9, 21), "latent attention, experts": (DEEPSEEK, 42, 21)}
+DECODE = {"dense": (QWEN, 9, 21), "latent attention, experts": (DEEPSEEK, 21, 22)}
 
 
-def decode_kernels(fields: dict[str, Any], num_layers: int) -> list[str]:
+def decode_kernels(fields: dict[str, Any], num_layers: int, *, stacked: bool = True) -> list[str]:
     """What a step of 256 rows runs, in order."""
     with fake_gpu() as gpu:
         model = Decoder(ModelConfig.from_dict(fields | {"num_hidden_layers": num_layers}))
@@ -248,7 +248,8 @@ def decode_kernels(fields: dict[str, Any], num_layers: int) -> list[str]:
         ids_B, positions_B = torch.empty(2, ROWS, dtype=torch.int64)
         table_BN = torch.empty(ROWS, BLOCKS, dtype=torch.int32)
         decoder = fast_decode(model) or model
-        with decoder.stacked() if isinstance(decoder, FusedDecode) else nullcontext():
+        assert isinstance(decoder, FusedDecode)
+        with decoder.stacked() if stacked else nullcontext():
             gpu.kernels.clear()
             decoder.decode(ids_B, positions_B, cache, table_BN)
             return list(gpu.kernels)
@@ -260,3 +261,8 @@ def test_a_decode_step_runs_few_kernels(name: str) -> None:
     one, two = (decode_kernels(fields, num_layers) for num_layers in (1, 2))
     assert len(two) - len(one) <= a_layer, two
     assert 2 * len(one) - len(two) <= else_, one
+
+
+def test_products_that_are_apart_are_noticed() -> None:
+    one, two = (decode_kernels(QWEN, num_layers, stacked=False) for num_layers in (1, 2))
+    assert len(two) - len(one) > DECODE["dense"][1]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r1fast_kernels import grouped_gemm, products
+from r1fast_kernels.torch_private import OperatorMode, fake_tensors
 from tests.kernels.backends import BF16, FP32, FP64, assert_as_exact, assert_same_bits, needs_gpu
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -109,9 +110,9 @@ def test_bf16_factors_are_not_widened(device: str, monkeypatch: pytest.MonkeyPat
     """On tensor cores, whose sums a CPU makes of widened factors here: as exact as fp32 products of widened copies."""
     if device == "cpu":
 
-        def sums(a: Tensor, b: Tensor, before: Tensor | None = None) -> Tensor:
+        def sums(a: Tensor, b: Tensor) -> Tensor:
             assert a.dtype == b.dtype == BF16
-            return a.float() @ b.float() if before is None else before + a.float() @ b.float()
+            return a.float() @ b.float()
 
         monkeypatch.setattr(products, "_sums", sums)
     x, weight, _, grad = (t.to(device) for t in random_case(300, 64, 48))
@@ -127,6 +128,23 @@ def test_bf16_factors_are_not_widened(device: str, monkeypatch: pytest.MonkeyPat
     assert_as_exact(got[0], plain[0], leaves[0].double() @ leaves[1].double().T, 2, "out")
     for name, g, p, e in zip(("grad weight", "grad x"), got[:0:-1], plain[:0:-1], exact, strict=True):
         assert_as_exact(g, p, e, 3, name)
+
+
+def test_the_compiler_has_the_products_of_bf16_factors() -> None:
+    """Of products with an out_dtype, torch.compile lowers mm's alone."""
+    found = list[str]()
+
+    class Overloads(OperatorMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.append(str(func))
+            return func(*args, **kwargs or {})
+
+    with fake_tensors():
+        x, weight, _, grad = random_case(8, 16, 4, BF16)
+        out = products._LinearOfHalves.apply(x.requires_grad_(), weight.requires_grad_())
+        with Overloads():
+            out.backward(grad.float())
+    assert found.count("aten.mm.dtype") == 2 and not any("addmm" in name for name in found)
 
 
 def test_an_fp32_router_keeps_its_precision() -> None:

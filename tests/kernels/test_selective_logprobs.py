@@ -38,6 +38,8 @@ def hostile_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     all_but_one.fill_(-INF).scatter_(1, ids[:, None], only)
     masked_block, masked_ids = random_case(3, 5000)
     masked_block[:, :2500] = -INF  # the whole first block, then half of the next
+    lowest, _ = random_case(3, 5000)
+    lowest[:, :4900] = torch.finfo(BF16).min  # a thread that reads these alone is further away than fp32 can say
     strided, strided_ids = random_case(7, 301)
     expanded = strided[:1, :300].expand(7, 300)
     return {
@@ -47,6 +49,7 @@ def hostile_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         "target-masked": (one_masked, (ids + 1) % 1000),
         "all-but-one-masked": (all_but_one, ids),
         "first-block-masked": (masked_block, masked_ids.clamp(min=2500)),
+        "masked-by-the-lowest-number": (lowest, masked_ids % 100 + 4900),
         "strided-rows": (strided[:, :300], strided_ids.clamp(max=299)),
         "expanded-row": (expanded, strided_ids.clamp(max=299)),
         "strided-columns": (random_case(40, 7)[0].T, torch.arange(7)),

@@ -21,7 +21,8 @@ from r1fast.parallel.parallelize import (
 )
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.sampling import SamplingParams
-from r1fast_kernels.torch_private import OperatorMode
+from r1fast_kernels import products
+from r1fast_kernels.torch_private import OperatorMode, fake_tensors
 from tests import zoo
 from tests.forks import Forks
 from tests.parallel.tiny_model import (
@@ -163,6 +164,13 @@ def test_selective_checkpointing_computes_no_product_twice(dist: Dist) -> None:
     assert not again["selective"].keys() & KEPT_OPS
     assert {"r1fast::rms_norm", "aten::silu"} <= again["selective"].keys()
     assert {"r1fast::moe_experts", "r1fast::packed_attention"} <= again["full"].keys()
+
+
+def test_a_routers_product_on_a_gpu_is_kept_too() -> None:
+    with fake_tensors(), Calls() as calls:
+        x, weight = (torch.empty(size, 4, dtype=torch.bfloat16) for size in (2, 3))
+        products._LinearOfHalves.apply(x, weight)
+    assert {name for name in calls.names if "mm" in name} == {"aten::mm.dtype"} <= KEPT_OPS
 
 
 @pytest.mark.dist

@@ -102,6 +102,17 @@ def test_logprobs_are_those_of_the_training_forward(engine: RolloutEngine, tempe
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected_S, atol=1e-4, rtol=0)
 
 
+def test_min_tokens_of_a_model_in_float64() -> None:
+    """Their log-probs are those of the op that the trainer calls, in float64 here."""
+    model = zoo.decoder("llama", **FAMILIES["llama"]).double()
+    model.init_weights(torch.Generator().manual_seed(3))
+    params = SamplingParams(max_tokens=6, min_tokens=6, seed=1)
+    ((found,),) = RolloutEngine(model, None).generate([[5, 6]], params)
+    logits_TV = model(torch.tensor([5, 6, *found.token_ids]), torch.tensor([0, 8], dtype=torch.int32))
+    want_S = logits_TV[1:-1].log_softmax(-1).gather(1, torch.tensor(found.token_ids)[:, None])[:, 0]
+    assert found.logprobs == pytest.approx(want_S.tolist(), abs=1e-6)
+
+
 def assert_same_completions(got: list[list[Completion]], want: list[list[Completion]], most: int) -> None:
     """But for `most`: products round by the shape of their batch, and one draw in a million is that near to a token's
     edge. Up to there log-probs agree."""

@@ -39,10 +39,20 @@ def decode(decoder: Decoder | FusedDecode, dtype: torch.dtype = torch.float32) -
     return logits_BV, routing, cache
 
 
-@pytest.mark.parametrize("family", FUSED)
+def with_query_latents() -> Decoder:
+    """And a bias on the projections of x, but that of the queries."""
+    options = FAMILIES["deepseek_v3"] | {"q_lora_rank": 12, "attention_bias": True, "rope_interleave": False}
+    model = zoo.decoder("deepseek_v3", **options)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.1)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("family", [*FUSED, "query latents"])
 def test_a_step_is_that_of_the_modules(family: str) -> None:
     """To the bit where ops are torch's, but for the sums of joined products; by the cache and the experts too."""
-    model = random_model(family)
+    model = with_query_latents() if family == "query latents" else random_model(family)
     fused = FusedDecode(model)
     want, their_routing, theirs = decode(model)
     apart, _, _ = decode(fused)
@@ -58,7 +68,7 @@ def test_a_step_is_that_of_the_modules(family: str) -> None:
 
 
 def test_families_with_parts_of_their_own_keep_the_modules() -> None:
-    assert set(FAMILIES) - set(FUSED) == {"gemma3_text", "olmo2", "olmoe", "phi3", "deepseek_v2", "deepseek_v3"}
+    assert set(FAMILIES) - set(FUSED) == {"gemma3_text", "olmo2", "olmoe", "phi3"}
 
 
 # ---- weights that lie one behind the other ----
@@ -80,6 +90,27 @@ def test_a_weight_is_there_once_and_comes_back_to_its_storage() -> None:
     for name, p in model.named_parameters():
         kept, old, value = before[name]
         assert p is kept and p.data_ptr() == old.data_ptr() and torch.equal(p, value)
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_signal_while_weights_are_stacked(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind each of the storages that give their bytes up: q, k and v of the first layer, gate and up."""
+    model = random_model("qwen2")
+    before = {name: (p.data, p.detach().clone()) for name, p in model.named_parameters()}
+    resize, calls = torch.UntypedStorage.resize_, []
+
+    def interrupted(self: torch.UntypedStorage, size: int) -> Any:
+        resize(self, size)
+        calls.append(size)
+        if len(calls) == step + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.UntypedStorage, "resize_", interrupted)
+    with pytest.raises(KeyboardInterrupt), FusedDecode(model).stacked():
+        pass
+    for name, p in model.named_parameters():
+        old, value = before[name]
+        assert p.data_ptr() == old.data_ptr() and torch.equal(p, value)
 
 
 def test_a_weight_inside_another_tensor_is_copied() -> None:
