@@ -40,10 +40,14 @@ def _attend(launch: Launch) -> Work:
 
 
 def _sample(launch: Launch) -> Work:
-    """One pass for the sums; with a cut one for each three bits of a logit, at most, and one for what stays."""
+    """Of normal logits (docs/LOG.md counts others): one pass for the sums and one for what stays. Between these a pass
+    into a list, whose loop stores as many bytes as it loads, and the list's own; for top_p two over the row first."""
     a = launch.arguments
-    most = -(-(32 - a["SHIFT"]) // 3)
-    cuts = {(False, False): (), (True, False): (most, 1), (False, True): (most, 1), (True, True): (most, 1, most, 1)}
+    into_list, of_list = 2.0, 0.4
+    cuts = {
+        (False, False): (), (True, False): (into_list, of_list, 1), (False, True): (into_list, 2 + of_list, 1),
+        (True, True): (into_list, of_list, of_list / 8, 0, of_list, 1),
+    }  # fmt: skip
     return Work(tensor_bytes(launch), passes=(1, *cuts[a["TOP_K"], a["TOP_P"]]))
 
 

@@ -140,7 +140,7 @@ def packed_attention(
             f"packed_attention: got cos {tuple(rope[0].shape)} and sin {tuple(rope[1].shape)}, expected [{T}, R/2]"
         )
     dtype = product_dtype(q_THd)
-    if dtype != q_THd.dtype:  # autocast, which takes attention as it takes products
+    if torch.is_autocast_enabled(q_THd.device.type):  # it takes attention as it takes products
         q_THd, k_TKd, v_TKe = q_THd.to(dtype), k_TKd.to(dtype), v_TKe.to(dtype)
         k_pe_TR = None if k_pe_TR is None else k_pe_TR.to(dtype)
         rope = None if rope is None else (rope[0].to(dtype), rope[1].to(dtype))

@@ -6,9 +6,17 @@
 
 Memory-bound: s B V bytes (s per logit) and B V exponentials, whatever is drawn: the cdf is kept per block, and only the
 block in which u falls is read again. A cut needs its smallest token and no sort. C++ finds it by quickselect in about
-3 B V steps. Triton searches the bits of a logit, three in a pass over the row: mass or number of the tokens above seven
-logits, as sums of each thread. At most 6 passes over a row of bf16, 7 of fp16, 11 of fp32; for top_p fewer, as they
-begin at what may be cut off (3 and 8 where that is positive). One more pass sums what stays.
+3 B V steps. Triton narrows it down:
+
+    bound    the largest of each 4,096th logit, kept in the first pass, and what these alone reach: a lower bound, close
+             for top_k, and for top_p of a row with few likely tokens
+    narrow   a pass over the row for mass or number above seven logits between bound and maximum, as each thread's sums;
+             first evenly by value, from the fourth on by bits, which ends
+    list     once few tokens are left between, one pass puts these into slots of each thread; the rest of the search
+             reads the list. It does not fit (many equal logits, or all in a few threads): the row goes on being read
+
+One more pass sums what stays. A row takes 3 passes for top_k or both and 3 to 5 for top_p where logits are spread like
+a model's. At most 17 of fp32, 13 of fp16, 12 of bf16 for one cut: first, last and list, 3 by value, bits / 3.
 """
 
 import math
@@ -73,6 +81,7 @@ def sample_tokens_reference(
 
 # One program a row; 4096 fp64 running sums are 16 values a thread.
 BLOCK_V, NUM_WARPS = 4096, 8
+MOST_SLOTS = 64  # of each thread, for tokens of which one is the smallest to stay: 64 KB a row of fp32
 # Low bits of a logit that are the same in every fp32 of that dtype: the search skips them.
 KEY_SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
@@ -118,17 +127,24 @@ def _add(reached, x, least, top, scale, OF_MASS: tl.constexpr):
 
 
 @triton.jit
+def _fringe(row_ptr, vocab, LANES: tl.constexpr):
+    """(lead, whole chunks, [LANES, VALUES]): the first thread takes the lead, the second the tail."""
+    VALUES: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
+    lead, num_chunks = split_row(row_ptr, vocab)
+    lanes, places = tl.arange(0, LANES), tl.arange(0, VALUES)
+    before = tl.where(lanes == 0, 0, lead + num_chunks * VALUES)
+    columns = before[:, None] + places[None, :]
+    here = (lanes < 2)[:, None] & (columns < tl.where(lanes == 0, lead, vocab)[:, None])
+    return lead, num_chunks, tl.load(row_ptr + columns, mask=here, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
 def _measure(row_ptr, vocab, least, top, scale, OF_MASS: tl.constexpr, LANES: tl.constexpr):
     """For each of seven logits above -inf the mass, or the number, of the tokens with at least that: one pass."""
     dtype: tl.constexpr = row_ptr.dtype.element_ty
     CHUNK: tl.constexpr = 128 // dtype.primitive_bitwidth
-    lead, num_chunks = split_row(row_ptr, vocab)
-    lanes, places = tl.arange(0, LANES), tl.arange(0, CHUNK)
-    # The first thread takes the lead, the second the tail.
-    before = tl.where(lanes == 0, 0, lead + num_chunks * CHUNK)
-    columns = before[:, None] + places[None, :]
-    here = (lanes < 2)[:, None] & (columns < tl.where(lanes == 0, lead, vocab)[:, None])
-    x = tl.load(row_ptr + columns, mask=here, other=-float("inf")).to(tl.float32)
+    lanes = tl.arange(0, LANES)
+    lead, num_chunks, x = _fringe(row_ptr, vocab, LANES)
     none = tl.zeros([LANES], tl.float32)
     reached = _add((none, none, none, none, none, none, none), x, least, top, scale, OF_MASS)
     ptr = row_ptr + lead
@@ -147,31 +163,127 @@ def _measure(row_ptr, vocab, least, top, scale, OF_MASS: tl.constexpr, LANES: tl
 
 
 @triton.jit
-def _select(
-    row_ptr, vocab, target, low, top, scale, OF_MASS: tl.constexpr, SHIFT: tl.constexpr, LANES: tl.constexpr
-):  # fmt: skip
-    """(key, above): the largest key such that the tokens from it upwards reach `target`; what those above it hold.
+def _append(list_ptr, held, x, least, most, LANES: tl.constexpr, SLOTS: tl.constexpr):
+    """Those of x [LANES, VALUES] from `least` to `most` into each thread's next slots; how many it holds, or would."""
+    lanes, places = tl.arange(0, LANES), tl.arange(0, x.shape[1])
+    bits = x.to(tl.uint32, bitcast=True)
+    for i in tl.static_range(x.shape[1]):
+        # One register of each thread: of [LANES, VALUES] the compiler would make other threads' by a barrier.
+        value = tl.sum(tl.where(places == i, bits, 0), axis=1).to(tl.float32, bitcast=True)
+        inside = (value >= least) & (value <= most)
+        where = list_ptr + held * LANES + lanes
+        tl.store(where, value.to(list_ptr.dtype.element_ty), mask=inside & (held < SLOTS))
+        held += inside.to(tl.int32)
+    return held
 
-    Those from `low` upwards reach it. Each pass leaves an eighth of the keys between `low` and the largest token's.
+
+@triton.jit
+def _collect(row_ptr, vocab, list_ptr, least, most, LANES: tl.constexpr, SLOTS: tl.constexpr):
+    """Logits from `least` to `most` into the list [SLOTS, LANES], in one pass; slots used, more than SLOTS: not all."""
+    dtype: tl.constexpr = row_ptr.dtype.element_ty
+    CHUNK: tl.constexpr = 128 // dtype.primitive_bitwidth
+    lanes = tl.arange(0, LANES)
+    lead, num_chunks, x = _fringe(row_ptr, vocab, LANES)
+    held = _append(list_ptr, tl.zeros([LANES], tl.int32), x, least, most, LANES, SLOTS)
+    ptr = row_ptr + lead
+    for start in range(0, num_chunks, 4 * LANES):
+        left = num_chunks - start
+        a = load_chunks(ptr, lanes < left, LANES)
+        b = load_chunks(ptr + LANES * CHUNK, LANES + lanes < left, LANES)
+        c = load_chunks(ptr + 2 * LANES * CHUNK, 2 * LANES + lanes < left, LANES)
+        d = load_chunks(ptr + 3 * LANES * CHUNK, 3 * LANES + lanes < left, LANES)
+        held = _append(list_ptr, held, unpack(a, dtype), least, most, LANES, SLOTS)
+        held = _append(list_ptr, held, unpack(b, dtype), least, most, LANES, SLOTS)
+        held = _append(list_ptr, held, unpack(c, dtype), least, most, LANES, SLOTS)
+        held = _append(list_ptr, held, unpack(d, dtype), least, most, LANES, SLOTS)
+        ptr += 4 * LANES * CHUNK
+    used = tl.max(held, axis=0)
+    for slot in range(tl.min(held, axis=0), tl.minimum(used, SLOTS)):
+        tl.store(list_ptr + slot * LANES + lanes, -float("inf"), mask=slot >= held)
+    tl.debug_barrier()  # other threads read the list
+    return used
+
+
+@triton.jit
+def _bound(columns, target, low, top, scale, OF_MASS: tl.constexpr, SHIFT: tl.constexpr):
+    """A key from which some of the row's logits, `columns`, reach the target without the others; else `low`."""
+    weight = exp2((columns - top) * scale) if OF_MASS else tl.full(columns.shape, 1.0, tl.float32)
+    high = key_of(top, SHIFT)
+    smallest = tl.min(tl.where(columns > -float("inf"), columns, float("inf")), axis=0)
+    near = tl.minimum(tl.maximum(low, key_of(smallest, SHIFT)), high)
+    middle = high  # of equal logits this is the cut
+    for _ in range(16):  # to 1/32768 of the values between: it need not be the best bound
+        enough = tl.sum(tl.where(columns >= value_of(middle, SHIFT), weight, 0.0), axis=0) >= target
+        low = tl.where(enough, tl.maximum(low, middle), low)
+        near = tl.where(enough, middle, near)
+        high = tl.where(enough, high, tl.maximum(middle, near + 1) - 1)
+        half = value_of(near, SHIFT) * 0.5 + value_of(high, SHIFT) * 0.5
+        middle = tl.minimum(tl.maximum(key_of(half, SHIFT), near), high)
+    return low
+
+
+@triton.jit
+def _between(i: tl.constexpr, low, high, by_value, begins, SHIFT: tl.constexpr):
+    """The i-th of seven keys above `low` up to `high`: an eighth of the keys, or of the values, from one to the next.
+
+    Of the first seven the last is `high`, where rows of equal logits end.
+    """
+    least, most = value_of(low, SHIFT), value_of(high, SHIFT)
+    of_value = key_of(least + (most - least) * (i / 8), SHIFT)
+    key = tl.where(by_value, of_value, low + i * ((high - low) // 8 + 1))
+    key = tl.where(begins & (i == 7), high, key)
+    return tl.maximum(tl.minimum(key, high), low + 1)
+
+
+@triton.jit
+def _select(
+    row_ptr, vocab, list_ptr, open, target, low, reached, top, scale,
+    OF_MASS: tl.constexpr, SHIFT: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The largest key such that the tokens from it upwards reach `target`; what those above it hold; and the list that
+    has all tokens from `low` upwards, else the row, as (pointer, length, whether it may become a list).
+
+    Those from `low` upwards reach it, and hold at most `reached`. A pass leaves an eighth of the keys or values between
+    `low` and the largest token's. Once few tokens can be between them, these become a list, if they fit.
     """
     high = key_of(top, SHIFT)
     low = tl.minimum(low, high)  # a row without a largest token
     above = tl.full([], 0, tl.float64)
+    beyond = tl.full([], 0, tl.float64)  # held by those that are above all of the list
+    ptr, length, passes = row_ptr, vocab, 0
     while low < high:
-        step = (high - low) // 8 + 1
-        least = (
-            value_of(low + step, SHIFT), value_of(low + 2 * step, SHIFT), value_of(low + 3 * step, SHIFT),
-            value_of(low + 4 * step, SHIFT), value_of(low + 5 * step, SHIFT), value_of(low + 6 * step, SHIFT),
-            value_of(low + 7 * step, SHIFT),
+        least = value_of(low, SHIFT)
+        weight = exp2((least - top) * scale) if OF_MASS else tl.full([], 1, tl.float32)
+        if (open > 0) & (high - low > 7) & (reached - above <= weight.to(tl.float64) * (SLOTS * LANES // 2)):
+            used = _collect(row_ptr, vocab, list_ptr, least, value_of(high, SHIFT), LANES, SLOTS)
+            open = 0
+            if used <= SLOTS:
+                ptr, length, beyond = list_ptr, used * LANES, above
+        by_value = (passes < 3) & (high - low > 7) & (least > -float("inf"))
+        passes += 1
+        begins = passes == 1
+        keys = (
+            _between(1, low, high, by_value, begins, SHIFT), _between(2, low, high, by_value, begins, SHIFT),
+            _between(3, low, high, by_value, begins, SHIFT), _between(4, low, high, by_value, begins, SHIFT),
+            _between(5, low, high, by_value, begins, SHIFT), _between(6, low, high, by_value, begins, SHIFT),
+            _between(7, low, high, by_value, begins, SHIFT),
         )  # fmt: skip
-        found = _measure(row_ptr, vocab, least, top, scale, OF_MASS, LANES)
-        base = low
+        values = (
+            value_of(keys[0], SHIFT), value_of(keys[1], SHIFT), value_of(keys[2], SHIFT), value_of(keys[3], SHIFT),
+            value_of(keys[4], SHIFT), value_of(keys[5], SHIFT), value_of(keys[6], SHIFT),
+        )  # fmt: skip
+        found = _measure(ptr, length, values, top, scale, OF_MASS, LANES)
         for i in tl.static_range(7):
-            reached = tl.sum(found[i].to(tl.float64), axis=0)
-            above = tl.where((reached < target) & (low == base + i * step), reached, above)
-            low = tl.where(reached >= target, base + (i + 1) * step, low)
-        high = tl.minimum(high, low + step - 1)
-    return low, above
+            here = tl.sum(found[i].to(tl.float64), axis=0) + beyond
+            enough = here >= target
+            nearer = (here < target) & (keys[i] <= high)
+            above = tl.where(nearer, here, above)
+            high = tl.where(enough, high, tl.minimum(high, keys[i] - 1))
+            reached = tl.where(enough, here, reached)
+            low = tl.where(enough, keys[i], low)
+    if beyond > 0:
+        ptr, length, open = row_ptr, vocab, 1
+    return low, above, ptr, length, open
 
 
 @triton.jit
@@ -183,9 +295,9 @@ def _keep(x, cut, num_ties):
 
 @triton.jit
 def _sample_kernel(
-    logits_ptr, seeds_ptr, ids_ptr, logprobs_ptr,  # [B, V], [B], [B], [B]
+    logits_ptr, seeds_ptr, ids_ptr, logprobs_ptr, lists_ptr,  # [B, V], [B], [B], [B], [B, SLOTS, LANES]
     stride_b, vocab, inverse_temperature, top_k, top_p, GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
-    SHIFT: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
+    SHIFT: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + b * stride_b
@@ -194,9 +306,12 @@ def _sample_kernel(
     offs_n = tl.arange(0, NUM_BLOCKS)
     maxima = tl.full([NUM_BLOCKS], -float("inf"), tl.float32)
     sums = tl.zeros([NUM_BLOCKS], tl.float32)
+    columns = tl.full([BLOCK_V], -float("inf"), tl.float32)  # the largest of each place in a block
     for start in range(0, vocab, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         x = tl.load(row_ptr + offs_v, mask=offs_v < vocab, other=-float("inf")).to(tl.float32)  # [BLOCK_V]
+        if TOP_K or TOP_P:
+            columns = tl.maximum(columns, x)
         m = tl.max(x, axis=0)
         m_safe = tl.where(m == -float("inf"), 0.0, m)  # all masked: -inf minus -inf would be NaN
         here = offs_n == start // BLOCK_V
@@ -212,21 +327,32 @@ def _sample_kernel(
     ties = tl.zeros([NUM_BLOCKS], tl.int32)
     if TOP_K or TOP_P:
         mass = total
-        low = key_of(tl.full([], -float("inf"), tl.float32), SHIFT)
+        lowest = key_of(tl.full([], -float("inf"), tl.float32), SHIFT)
+        list_ptr = lists_ptr + b * SLOTS * LANES
+        ptr, length, open = row_ptr, vocab, 1
+        low = lowest
         if TOP_K:
-            cut, above = _select(row_ptr, vocab, top_k, low, top, scale, False, SHIFT, LANES)
+            low = _bound(columns, top_k, low, top, scale, False, SHIFT)
+            most = tl.where(low > lowest, top_k, vocab).to(tl.float64)  # a guess: of one column others may be as large
+            cut, above, ptr, length, open = _select(
+                ptr, length, list_ptr, open, top_k, low, most, top, scale, False, SHIFT, LANES, SLOTS
+            )
             num_ties = top_k - above.to(tl.int32)
             least = value_of(cut + 1, SHIFT)
-            found = _measure(row_ptr, vocab, (least, least, least, least, least, least, least), top, scale, True, LANES)
+            low = cut
+        if TOP_K and TOP_P:
+            found = _measure(ptr, length, (least, least, least, least, least, least, least), top, scale, True, LANES)
             tie = exp2((value_of(cut, SHIFT) - top) * scale).to(tl.float64)
             mass = num_ties * tie + tl.sum(found[0].to(tl.float64), axis=0)
-            low = cut
         if TOP_P:
             # All tokens of less than (1 - top_p) mass / vocab together are less than what may be cut off.
             least = top + (tl.log2(((1 - top_p) * mass / vocab).to(tl.float32)) - 1) / scale
             target = top_p * mass
-            cut, above = _select(
-                row_ptr, vocab, target, tl.maximum(low, key_of(least, SHIFT)), top, scale, True, SHIFT, LANES
+            low = tl.maximum(low, key_of(least, SHIFT))
+            # Sums in another order: the bound shall hold whatever they round to.
+            low = _bound(columns, target * 1.00001, low, top, scale, True, SHIFT)
+            cut, above, ptr, length, open = _select(
+                ptr, length, list_ptr, open, target, low, mass, top, scale, True, SHIFT, LANES, SLOTS
             )
             tie = exp2((value_of(cut, SHIFT) - top) * scale).to(tl.float64)
             num_ties = tl.ceil((target - above) / tie).to(tl.int32)
@@ -280,14 +406,18 @@ def _launch(
     num_rows, vocab = logits_BV.shape
     ids_B, logprobs_B = _fake(logits_BV)
     block, greedy = min(BLOCK_V, triton.next_power_of_2(vocab)), temperature == 0
+    by_number, by_mass = not greedy and 0 < top_k < vocab, not greedy and top_p < 1
+    lanes = 32 * NUM_WARPS
+    slots = min(MOST_SLOTS, triton.next_power_of_2(triton.cdiv(vocab, lanes)))
+    lists = logits_BV.new_empty(num_rows, slots, lanes) if by_number or by_mass else None
     if num_rows:
         launch(
             _sample_kernel, (num_rows,),
-            logits_BV, None if greedy or seeds_B is None else seeds_B.contiguous(), ids_B, logprobs_B,
+            logits_BV, None if greedy or seeds_B is None else seeds_B.contiguous(), ids_B, logprobs_B, lists,
             logits_BV.stride(0), vocab, min(1 / (temperature or 1.0), MOST_INVERSE), top_k, top_p, GREEDY=greedy,
-            TOP_K=not greedy and 0 < top_k < vocab, TOP_P=not greedy and top_p < 1, SHIFT=KEY_SHIFT[logits_BV.dtype],
+            TOP_K=by_number, TOP_P=by_mass, SHIFT=KEY_SHIFT[logits_BV.dtype],
             NUM_BLOCKS=triton.next_power_of_2(triton.cdiv(vocab, block)), BLOCK_V=block,
-            LANES=32 * NUM_WARPS, num_warps=NUM_WARPS,
+            LANES=lanes, SLOTS=slots, num_warps=NUM_WARPS,
         )  # fmt: skip
     return ids_B, logprobs_B
 

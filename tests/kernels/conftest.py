@@ -10,7 +10,8 @@ from tests.kernels.backends import EVERYWHERE, FP32, TRITON, Backend
 from tests.kernels.heads import TILINGS
 
 LAST_TILING = TILINGS[-1]  # pieces of both
-collect_ignore = [] if dispatch.INTERPRETING else ["test_checked_memory.py", "test_wide_offsets.py"]
+ALONE = ["test_checked_memory.py", "test_sampling_passes.py", "test_wide_offsets.py"]  # of the interpreter
+collect_ignore = [] if dispatch.INTERPRETING else ALONE
 
 
 @pytest.fixture(params=EVERYWHERE)

@@ -102,3 +102,16 @@ def test_as_torch_has_it() -> None:
     with torch.autocast("cpu", BF16):  # which leaves fp64 alone
         assert (x @ weight.T).dtype == FP64
         assert kernels.linear_logprobs(x, weight, torch.arange(8)).dtype == FP64
+
+
+def test_attention_of_projections_that_autocast_rounded() -> None:
+    """q, k and v come in bf16 out of their products, angles in fp32 as ever."""
+    q, k, v = leaves("packed_attention", BF16, BF16)
+    angles = torch.linspace(0, 3, 8 * 8).view(8, 8)
+    rope = angles.cos(), angles.sin()
+    with torch.autocast("cpu", BF16):
+        got = kernels.packed_attention(q, k, v, CU_SEQLENS, scale=0.25, rope=rope)
+    rounded = rope[0].bfloat16(), rope[1].bfloat16()
+    assert torch.equal(got, kernels.packed_attention(q, k, v, CU_SEQLENS, scale=0.25, rope=rounded))
+    with pytest.raises(ValueError, match="expected one dtype"):
+        kernels.packed_attention(q, k, v, CU_SEQLENS, scale=0.25, rope=rope)

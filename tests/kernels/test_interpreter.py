@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 FILES = {"decode_layers": "decode_parts"}  # where an op's tests in Triton have one of their own
 # Ops that have Triton kernels; linear ops drive those of selective_logprobs.
 OPS = [op for op, exists in dispatch.IMPLEMENTATIONS.items() if "triton" in exists and op != "linear_cross_entropy"]
-OF_THE_INTERPRETER = ["checked_memory", "wide_offsets"]  # what conftest.py collects there alone
+OF_THE_INTERPRETER = ["checked_memory", "sampling_passes", "wide_offsets"]  # what conftest.py collects there alone
 
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETING, reason="this is the interpreter's process")
 
