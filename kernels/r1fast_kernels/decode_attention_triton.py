@@ -1,6 +1,6 @@
 """The GPU kernel of decode_attention: spans of 256 tokens side by side, then merged (Flash-Decoding, Dao et al. 2023).
 
-    program (row, 16 query heads of a key head, span)   scores, the largest, and sums over the span's tokens;
+    program (row, query heads of a key head, span)      scores, the largest, and sums over the span's tokens;
     the last of a row and its heads to end              the spans, each weighed by e^(its lse)
 
 A span is 256 tokens whatever the batch, so that a row's bits are its own. How many there are follows from the width of
@@ -22,7 +22,6 @@ from .launch import launch
 
 BLOCK = 16  # tokens of a block of the cache
 SPAN = 256
-BLOCK_H = 16  # query heads of a program: the rows that a tensor core takes at least
 UNROLL = tl.constexpr(4)  # spans that are loaded together
 
 
@@ -162,18 +161,25 @@ def blocks_of(width: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Blocks:
-    """t tokens of a step."""
+    """h query heads of a program, t tokens of a step."""
 
+    h: int  # 16 are the rows that a tensor core takes at least
     t: int
     num_warps: int
     num_stages: int
 
 
-def blocks_for(width: int, element_size: int) -> Blocks:
-    """From what a row is alone. 5 stages: those that wait for the block table leave two tiles of keys on their way."""
+def blocks_for(width: int, group: int, element_size: int) -> Blocks:
+    """From what a row is alone. 5 stages: those that wait for the block table leave two tiles of keys on their way.
+
+    Many heads over one latent are bound by L2 and shared memory, through which each tile of heads takes it anew: 32 of
+    them, the most whose sums leave registers for all else (docs/LOG.md).
+    """
     if element_size > 2:
-        return Blocks(16, 8 if width >= 512 else 4, 2)
-    return Blocks(32 if width >= 256 else 64, 4, 5)
+        return Blocks(16, 16, 8 if width >= 512 else 4, 2)
+    if width >= 512 and group >= 32:
+        return Blocks(32, 64, 8, 3)
+    return Blocks(16, 32 if width >= 256 else 64, 4, 5)
 
 
 def spans_of(num_tokens: int) -> int:
@@ -201,8 +207,8 @@ def launch_decode(
     block_d, block_r = blocks_of(d)
     shared = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and e <= block_d
     block_e = block_d if shared else max(16, triton.next_power_of_2(e))
-    blocks = blocks_for(block_d, q.element_size())
-    tiles, num_spans = K * triton.cdiv(H // K, BLOCK_H), spans_of(table.shape[1] * BLOCK)
+    blocks = blocks_for(block_d, H // K, q.element_size())
+    tiles, num_spans = K * triton.cdiv(H // K, blocks.h), spans_of(table.shape[1] * BLOCK)
     window = table.shape[1] * BLOCK if window is None else window
     parts = lse = None
     if num_spans > 1:
@@ -213,7 +219,7 @@ def launch_decode(
         _attend_kernel, (B * tiles, num_spans),
         q, k, v, table, lengths, out_BHe, parts, lse, None if num_spans == 1 else finished, *q.stride()[:2],
         *k.stride()[:2], *v.stride()[:2], table.stride(0), H, H // K, num_spans, scale * 1.4426950408889634,
-        window, WIDTH=d, VALUE_WIDTH=e, SHARED=shared, BLOCK=BLOCK, SPAN=SPAN, BLOCK_H=BLOCK_H, BLOCK_T=blocks.t,
+        window, WIDTH=d, VALUE_WIDTH=e, SHARED=shared, BLOCK=BLOCK, SPAN=SPAN, BLOCK_H=blocks.h, BLOCK_T=blocks.t,
         BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_E=block_e, CHUNK=min(block_e, 128), num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
     )  # fmt: skip

@@ -41,7 +41,8 @@ SHAPES = {
     "mla": Shape(4, 1, 48, 32, shared=True),
     "odd": Shape(6, 2, 33, 17),
     "two-tiles": Shape(40, 2, 48, 32, shared=True),  # 20 query heads of a key head: a program on a GPU takes 16
-    "latents": Shape(16, 1, 576, 512, shared=True),  # DeepSeek-V3's: 512 channels have tiles of their own
+    "latents": Shape(16, 1, 576, 512, shared=True),  # DeepSeek-V2-Lite's: 512 channels have tiles of their own
+    "latents-of-many": Shape(36, 1, 576, 512, shared=True),  # past one tile of 32 heads, as DeepSeek-V3's 128 are
 }
 # Values in keys, but not as first channels up to a power of two: those a GPU reads once.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
