@@ -287,6 +287,18 @@ def _select(
 
 
 @triton.jit
+def _least_times(part, whole, most):
+    """The least number of parts that reach the whole, both fp64; of parts of nothing, more than `most`. A division of
+    fp64 is a call, for which all registers of a thread are put aside."""
+    most = tl.full([], most, tl.float32)
+    quotient = tl.minimum(whole.to(tl.float32) / part.to(tl.float32), most)
+    number = tl.where(part > 0, quotient, most).to(tl.int32) - 1
+    for _ in tl.static_range(3):
+        number += (number * part < whole).to(tl.int32)
+    return number
+
+
+@triton.jit
 def _keep(x, cut, num_ties):
     """x, -inf where it is cut off: below `cut`, and on it but for the first `num_ties`."""
     on_cut = x == cut
@@ -346,7 +358,8 @@ def _sample_kernel(
             mass = num_ties * tie + tl.sum(found[0].to(tl.float64), axis=0)
         if TOP_P:
             # All tokens of less than (1 - top_p) mass / vocab together are less than what may be cut off.
-            least = top + (tl.log2(((1 - top_p) * mass / vocab).to(tl.float32)) - 1) / scale
+            cut_off = tl.log2(((1 - top_p) * mass).to(tl.float32)) - tl.log2(tl.full([], vocab, tl.float32))
+            least = top + (cut_off - 1) / scale
             target = top_p * mass
             low = tl.maximum(low, key_of(least, SHIFT))
             # Sums in another order: the bound shall hold whatever they round to.
@@ -355,7 +368,7 @@ def _sample_kernel(
                 ptr, length, list_ptr, open, target, low, mass, top, scale, True, SHIFT, LANES, SLOTS
             )
             tie = exp2((value_of(cut, SHIFT) - top) * scale).to(tl.float64)
-            num_ties = tl.ceil((target - above) / tie).to(tl.int32)
+            num_ties = _least_times(tie, target - above, vocab)
         num_before = 0
         sums = tl.zeros([NUM_BLOCKS], tl.float32)
         at_cut = value_of(cut, SHIFT)
