@@ -157,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fake", action="store_true", help="without a GPU, on small cases")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    # A shell starts what runs behind it (&) with SIGINT ignored, which stages would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if args.fake:
         os.environ["R1FAST_FAKE_GPU"] = "1"
     summary: dict[str, Any] = {"device": "fake" if args.fake else "gpu", "stages": []}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,11 @@ def test_a_stage_that_hangs_or_fails_ends_itself_alone(tmp_path: Path, monkeypat
     parts = {"smoke": [python("raise SystemExit(3)")], "ops": [python(hangs, junit)], "models": [python("print('ok')")]}
     monkeypatch.setattr(stages, "parts_of", lambda stage, out, fake: parts[stage])
     monkeypatch.setattr(stages, "STAGES", {"smoke": 20, "ops": 2, "models": 20})
-    assert stages.main(["--out", str(tmp_path)]) == 1
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as behind a shell
+    try:
+        assert stages.main(["--out", str(tmp_path)]) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
     smoke, ops, models = json.loads((tmp_path / "summary.json").read_text())["stages"]
     assert smoke["statuses"] == [3] and models["statuses"] == [0] and ops["statuses"] == [None]
     assert ops["rows"] == 2 and (ops["tests"], ops["failed"]) == (2, ["a::c"]) and ops["seconds"] < 20
