@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -38,6 +39,7 @@ class RolloutEngine:
     kv_cache_memory_bytes: int | None = None
     enable_return_routed_experts: bool = False  # completions say where each token went, for an update to replay
     enforce_eager: bool = False  # no CUDA graphs (graphs.py); never under `use("reference")`
+    memory_share: float = 1.0  # of what is free, that a call may take where kv_cache_memory_bytes is None
 
     def __post_init__(self) -> None:
         if self.model.scalar_head:
@@ -46,13 +48,16 @@ class RolloutEngine:
             raise ValueError("enable_return_routed_experts: the model has no mixture-of-experts layer")
         limit = self.model.config.max_position_embeddings
         length = limit if self.max_model_len is None else self.max_model_len
-        for name, right, expected in (
-            ("max_num_seqs", self.max_num_seqs >= 1, "at least 1 row"),
-            ("max_num_batched_tokens", self.max_num_batched_tokens >= 1, "at least 1 token"),
-            ("max_model_len", 1 < length <= limit, f"2 to {limit}, the model's max_position_embeddings"),
+        budget = 1 if self.kv_cache_memory_bytes is None else self.kv_cache_memory_bytes
+        for name, number, least, most, expected in (
+            ("max_num_seqs", self.max_num_seqs, 1, None, "at least 1 row"),
+            ("max_num_batched_tokens", self.max_num_batched_tokens, 1, None, "at least 1 token"),
+            ("max_model_len", length, 2, limit, f"2 to {limit}, the model's max_position_embeddings"),
+            ("kv_cache_memory_bytes", budget, 1, None, "a number of bytes, or None"),
         ):
-            if not right:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected {expected}")
+            is_number = isinstance(number, Integral) and not isinstance(number, bool)
+            if not is_number or number < least or (most is not None and number > most):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}; expected {expected}")
         self.longest = length
 
     def default_sampling_params(self) -> SamplingParams:
@@ -194,10 +199,12 @@ class RolloutEngine:
             has_graphs, params.min_tokens > 0, self.enable_return_routed_experts,
         )  # fmt: skip
         beside = sum(work_bytes(self.model.config, weight_VD.dtype, weight_VD.device.type, call).values())
-        free = free_memory(weight_VD.device)
-        room = needed * size if free is None else int(free * (1 - RESERVE)) - beside
+        free, share = free_memory(weight_VD.device), self.memory_share if budget is None else 1.0
+        room = needed * size if free is None else int(free * share * (1 - RESERVE)) - beside
+        part = f", {share:.0%} of it beside training" if share < 1 else ""
         found = (
-            f"{weight_VD.device} has {free or 0:,} free, of which generation takes {beside:,} beside keys and values"
+            f"{weight_VD.device} has {free or 0:,} free{part}, of which generation takes {beside:,} beside keys and "
+            "values"
         )
         if budget is not None and min(needed, budget // size) * size > room:
             raise ValueError(
