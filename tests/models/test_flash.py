@@ -156,7 +156,8 @@ def test_choice(
     assert flash.choose(flash.libraries(CPU), q, 264, deterministic=False)[0] is None
 
 
-def test_a_library_that_is_too_old_or_broken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ImportError, OSError, AttributeError, TypeError, ValueError])
+def test_a_library_that_is_too_old_or_broken_is_named(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FLASH3, FLASH2)
     old = flash.importlib.import_module("flash_attn")
     monkeypatch.setattr(old, "flash_attn_varlen_func", lambda q, k, v, softmax_scale, causal, window_size: q)
@@ -164,7 +165,7 @@ def test_a_library_that_is_too_old_or_broken_is_named(monkeypatch: pytest.Monkey
 
     def broken(name: str) -> object:
         if name == "flash_attn_interface":
-            raise ImportError("undefined symbol: _ZN3c104cuda")
+            raise error("undefined symbol: _ZN3c104cuda")
         return real(name)
 
     monkeypatch.setattr(flash.importlib, "import_module", broken)
