@@ -24,6 +24,12 @@ from r1fast.rollout.texts import OnText, Texts, Watcher, completions_of
 from r1fast.rollout.tokenization import Chat, RawPrompt, encode_raw_prompts, is_chat
 from r1fast_kernels.dispatch import in_use
 
+_LENGTH = "max_tokens (in a recipe max_completion_length)"
+
+
+class OutOfRoom(ValueError):
+    """What a call of `generate` takes is more than there is; found before any work."""
+
 
 @dataclass(eq=False, repr=False)
 class RolloutEngine:
@@ -181,7 +187,7 @@ class RolloutEngine:
 
     def _num_blocks(self, prompts: list[SequenceGroup], rows: int, params: SamplingParams, *, has_graphs: bool) -> int:
         """What the rows need, as far as there is room: in the budget, and on the device beside all else that this call
-        takes (needs.py). Raises where there is none for one sample."""
+        takes (needs.py). Raises OutOfRoom where there is none for one sample."""
         shared = [num_blocks_of(len(prompt.ids)) for prompt in prompts]
         own = [prompt.num_own(params.max_tokens) for prompt in prompts]
         spare = int(has_graphs)  # of padding
@@ -193,7 +199,7 @@ class RolloutEngine:
         most = params.max_tokens
         one = f"one completion of {most} tokens after a prompt of up to {max(lengths)} takes {alone * size:,}"
         if budget is not None and alone > budget // size:
-            raise ValueError(f"kv_cache_memory_bytes is {budget:,}; {one}: raise it, or lower max_tokens")
+            raise OutOfRoom(f"kv_cache_memory_bytes is {budget:,}; {one}: raise it, or lower {_LENGTH}")
         call = Call(
             rows, min(rows, len(prompts)), sum(lengths), self.max_num_batched_tokens, max(lengths) + most, most,
             has_graphs, params.min_tokens > 0, self.enable_return_routed_experts,
@@ -207,11 +213,11 @@ class RolloutEngine:
             "values"
         )
         if budget is not None and min(needed, budget // size) * size > room:
-            raise ValueError(
+            raise OutOfRoom(
                 f"kv_cache_memory_bytes is {budget:,}; {found}: set it to {max(room, 0):,} or lower max_num_seqs"
             )
         if alone * size > room:
-            raise ValueError(f"{one} bytes; {found}: lower max_num_seqs, max_num_batched_tokens or max_tokens")
+            raise OutOfRoom(f"{one} bytes; {found}: lower max_num_seqs, max_num_batched_tokens or {_LENGTH}")
         return min(needed, (room if budget is None else budget) // size)
 
     def _check_prompts(self, prompt_ids: list[list[int]], max_tokens: int) -> None:

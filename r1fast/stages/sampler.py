@@ -14,7 +14,7 @@ from r1fast.models.decoder import Decoder
 from r1fast.models.lora import add_product, factors_of, merged
 from r1fast.parallel.mesh import Dist
 from r1fast.parallel.parallelize import copy_weights, generation_phase, whole_tensor
-from r1fast.rollout.engine import RolloutEngine
+from r1fast.rollout.engine import OutOfRoom, RolloutEngine
 from r1fast.rollout.needs import BACKGROUND_SHARE
 from r1fast.rollout.sampling import Completion, SamplingParams, completion_text
 from r1fast.rollout.vllm import Backend, RolloutError, VllmEngine
@@ -26,9 +26,9 @@ from r1fast.stages.packed import Prompt, encode_prompts, prompt_length_problems
 from r1fast.stopping import Interrupted, Stopped
 
 WEIGHTS = "rollout_weights"  # folder of the run directory, written anew at every push to a server
-# By index of the prompt; or why there are none (vLLM gave no answer, logits that are not finite); or the signal that
-# ended it.
-Share = dict[int, list[Completion]] | RolloutError | FloatingPointError | int
+# By index of the prompt; or why there are none (vLLM gave no answer, logits that are not finite, no memory for the
+# cache); or the signal that ended it.
+Share = dict[int, list[Completion]] | RolloutError | FloatingPointError | OutOfRoom | int
 
 
 class GenerationFailed(ConfigError):
@@ -112,8 +112,8 @@ class Sampler:
                 outputs = self.engine.generate(
                     [call.prompts[i].ids for i in mine], call.params, sequence_ids=[call.sequence_ids[i] for i in mine]
                 )
-        except (RolloutError, FloatingPointError) as error:  # `gather` raises: the other ranks would wait for this one
-            return error
+        except (RolloutError, FloatingPointError, OutOfRoom) as error:
+            return error  # `gather` raises: the other ranks would wait for this one
         except Interrupted:
             return self.ctx.stop.asked
         return dict(zip(mine, outputs, strict=True))
@@ -126,7 +126,7 @@ class Sampler:
                 raise Stopped(share)
             if isinstance(share, RolloutError):
                 raise GenerationFailed(f"stages.{self.ctx.stage.name}: {share}")
-            if isinstance(share, FloatingPointError):
+            if isinstance(share, FloatingPointError | OutOfRoom):
                 raise self.ctx.error(str(share))
             merged |= share
         samples = []
