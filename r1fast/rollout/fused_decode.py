@@ -60,18 +60,28 @@ class Joined:
         # A weight that is a part of something else keeps its bytes: others read them.
         storages = [x.untyped_storage() for x in before if x.untyped_storage().nbytes() == x.nbytes]
         lengths = [storage.nbytes() for storage in storages]
+        parts = self.weight.split(sizes)
+
+        def restore() -> None:
+            for storage, length in zip(storages, lengths):
+                storage.resize_(length)
+            for weight, whole, part in zip(weights, before, parts):
+                weight.data = whole.copy_(part)
+
         try:  # a signal may end it at any line
-            for weight, part in zip(weights, self.weight.split(sizes)):
+            for weight, part in zip(weights, parts):
                 weight.data = part
             for storage in storages:
                 storage.resize_(0)
             yield
         finally:
-            for storage, length in zip(storages, lengths):
-                storage.resize_(length)
-            for weight, whole in zip(weights, before):
-                weight.data = whole.copy_(weight.data)
-            self.weight = self.bias = None
+            try:
+                restore()
+            except BaseException:  # a signal here: once more, of the parts that are still there
+                restore()
+                raise
+            finally:
+                self.weight = self.bias = None
 
 
 class _Grouped:

@@ -92,17 +92,19 @@ def test_a_weight_is_there_once_and_comes_back_to_its_storage() -> None:
         assert p is kept and p.data_ptr() == old.data_ptr() and torch.equal(p, value)
 
 
-@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 4, -5, -3, -2, -1])
 def test_a_signal_while_weights_are_stacked(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind each of the storages that give their bytes up: q, k and v of the first layer, gate and up."""
+    """Behind each of the storages that give their bytes up, q, k and v of the first layer, gate and up; and of the last
+    ones that get them back."""
     model = random_model("qwen2")
     before = {name: (p.data, p.detach().clone()) for name, p in model.named_parameters()}
+    moved = [layer for x in FusedDecode(model).layers for joined in x.joined for layer in joined.layers]
     resize, calls = torch.UntypedStorage.resize_, []
 
     def interrupted(self: torch.UntypedStorage, size: int) -> Any:
         resize(self, size)
         calls.append(size)
-        if len(calls) == step + 1:
+        if len(calls) == (step + 1 if step >= 0 else step + 1 + 2 * len(moved)):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.UntypedStorage, "resize_", interrupted)
