@@ -29,7 +29,7 @@ from .launch import launch
 
 BLOCK = 16  # tokens of a block of the cache
 SPAN, MANY_SPAN = 256, 512  # tokens; of more than FEW_HEADS
-FEW_HEADS = 32  # query heads of a key head
+FEW_HEADS = 16  # query heads of a key head: the rows that a tensor core takes at least
 UNROLL = tl.constexpr(4)  # spans that are loaded together
 
 
@@ -195,27 +195,25 @@ def blocks_of(width: int) -> tuple[int, int]:
 class Blocks:
     """h query heads of a program, t tokens of a step."""
 
-    h: int  # 16 are the rows that a tensor core takes at least
+    h: int
     t: int
     num_warps: int
     num_stages: int
     turned: bool = False  # heads are columns
 
 
-def blocks_for(width: int, group: int, element_size: int, *, by_wgmma: bool) -> Blocks:
+def blocks_for(width: int, group: int, element_size: int, *, latents: bool, by_wgmma: bool) -> Blocks:
     """From what a row is alone. 5 stages: those that wait for the block table leave two tiles of keys on their way.
 
     Many heads over one latent are bound by L2 and shared memory, through which each tile of heads takes it anew: 64 of
-    them as columns, where wgmma is there and values are latents, else 32, the most whose sums leave registers for all
-    else (docs/LOG.md).
+    them as columns by wgmma, faster than 16 also where half are not there (docs/LOG.md).
     """
     if element_size > 2:
-        return Blocks(16, 16, 8 if width >= 512 else 4, 2)
-    if width == 512 and group > FEW_HEADS and by_wgmma:
+        return Blocks(FEW_HEADS, 16, 8 if width >= 512 else 4, 2)
+    if by_wgmma and latents and width == 512 and group > FEW_HEADS:
         return Blocks(64, 64, 8, 3, turned=True)
-    if width >= 512 and group >= FEW_HEADS:
-        return Blocks(32, 64, 8, 3)
-    return Blocks(16, 32 if width >= 256 else 64, 4, 5)
+    few = width >= 512 and not latents  # values of their own take registers for their addresses
+    return Blocks(FEW_HEADS, 16 if few else 32 if width >= 256 else 64, 4, 5)
 
 
 def span_of(group: int) -> int:
@@ -243,8 +241,8 @@ def launch_decode(
     block_d, block_r = blocks_of(d)
     shared = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and e <= block_d
     block_e = block_d if shared else max(16, triton.next_power_of_2(e))
-    by_wgmma = shared and block_r <= 64 and (dispatch.INTERPRETING or dispatch.capability(q.device)[0] == 9)
-    blocks = blocks_for(block_d, H // K, q.element_size(), by_wgmma=by_wgmma)
+    by_wgmma = block_r <= 64 and (dispatch.INTERPRETING or dispatch.capability(q.device)[0] == 9)
+    blocks = blocks_for(block_d, H // K, q.element_size(), latents=shared, by_wgmma=by_wgmma)
     tiles, span = K * triton.cdiv(H // K, blocks.h), span_of(H // K)
     num_spans = max(1, triton.cdiv(table.shape[1] * BLOCK, span))
     window = table.shape[1] * BLOCK if window is None else window

@@ -42,11 +42,11 @@ SHAPES = {
     "odd": Shape(6, 2, 33, 17),
     "two-tiles": Shape(40, 2, 48, 32, shared=True),  # 20 query heads of a key head: a program on a GPU takes 16
     "latents": Shape(16, 1, 576, 512, shared=True),  # DeepSeek-V2-Lite's: 512 channels have tiles of their own
-    "latents-of-32": Shape(32, 1, 576, 512, shared=True),  # a tile of their own
+    "latents-of-some": Shape(20, 1, 576, 512, shared=True),  # more than what goes as rows
     "latents-of-many": Shape(66, 1, 576, 512, shared=True),  # past a tile of 64 as columns, as DeepSeek-V3's 128 are
     "odd-latents-of-many": Shape(33, 1, 523, 509, shared=True),
     "latents-alone": Shape(40, 1, 512, 512, shared=True),  # of many, without channels behind the 512
-    "many-values": Shape(36, 1, 576, 512),  # not a part of keys: in tiles of 32 heads
+    "many-values": Shape(36, 1, 576, 512),  # not a part of keys: in tiles of 16 heads
 }
 # Values in keys, but not as first channels up to a power of two: those a GPU reads once.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
