@@ -42,11 +42,15 @@ SHAPES = {
     "odd": Shape(6, 2, 33, 17),
     "two-tiles": Shape(40, 2, 48, 32, shared=True),  # 20 query heads of a key head: a program on a GPU takes 16
     "latents": Shape(16, 1, 576, 512, shared=True),  # DeepSeek-V2-Lite's: 512 channels have tiles of their own
-    "latents-of-some": Shape(20, 1, 576, 512, shared=True),  # more than what goes as rows
-    "latents-of-many": Shape(66, 1, 576, 512, shared=True),  # past a tile of 64 as columns, as DeepSeek-V3's 128 are
-    "odd-latents-of-many": Shape(33, 1, 523, 509, shared=True),
-    "latents-alone": Shape(40, 1, 512, 512, shared=True),  # of many, without channels behind the 512
-    "many-values": Shape(36, 1, 576, 512),  # not a part of keys: in tiles of 16 heads
+    "latents-of-many": Shape(36, 1, 576, 512, shared=True),  # a tile of 64 heads as columns, as of DeepSeek-V3's 128
+}
+# Of a GPU's tiles alone.
+TILES = {
+    "one-more": Shape(17, 1, 576, 512, shared=True),  # than what goes as rows
+    "two-of-columns": Shape(66, 1, 576, 512, shared=True),
+    "odd": Shape(33, 1, 523, 509, shared=True),
+    "latents-alone": Shape(40, 1, 512, 512, shared=True),  # without channels behind the 512
+    "values": Shape(36, 1, 576, 512),  # not a part of keys: tiles of 16 heads
 }
 # Values in keys, but not as first channels up to a power of two: those a GPU reads once.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -101,9 +105,20 @@ def test_as_exact_as_torch(backend: Backend, shape: Shape, dtype: torch.dtype) -
     assert_as_exact(got, attend(rows, "reference"), attend(rows, "reference", FP64), 2)
 
 
+@pytest.mark.parametrize("window", [None, 5, 300])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", TILES.values(), ids=TILES)
+def test_tiles_of_many_heads(backend: Backend, shape: Shape, dtype: torch.dtype, window: int | None) -> None:
+    if backend.impl == "cpp":
+        pytest.skip("a GPU's tiles")
+    rows = random_rows(shape, dtype)
+    want, exact = attend(rows, "reference", window=window), attend(rows, "reference", FP64, window)
+    assert_as_exact(attend(backend.to(rows), backend.impl, window=window), want, exact, 2)
+
+
 # Itself; inside a block; a block; past one; past a span; more than any row has.
 @pytest.mark.parametrize("window", [1, 5, 16, 17, 300, 10_000])
-@pytest.mark.parametrize("name", ["grouped", "mla", "odd", "odd-latents-of-many"])
+@pytest.mark.parametrize("name", ["grouped", "mla", "odd"])
 def test_a_window(backend: Backend, name: str, window: int) -> None:
     """Blocks before it are not read: they may hold anything."""
     rows = random_rows(SHAPES[name])
