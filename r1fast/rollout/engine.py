@@ -64,6 +64,8 @@ class RolloutEngine:
             is_number = isinstance(number, Integral) and not isinstance(number, bool)
             if not is_number or number < least or (most is not None and number > most):
                 raise ValueError(f"{name} is {getattr(self, name)!r:.80}; expected {expected}")
+        if not 0 < self.memory_share <= 1:
+            raise ValueError(f"memory_share is {self.memory_share!r:.80}; expected above 0, at most 1")
         self.longest = length
 
     def default_sampling_params(self) -> SamplingParams:

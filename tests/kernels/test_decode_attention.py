@@ -42,7 +42,11 @@ SHAPES = {
     "odd": Shape(6, 2, 33, 17),
     "two-tiles": Shape(40, 2, 48, 32, shared=True),  # 20 query heads of a key head: a program on a GPU takes 16
     "latents": Shape(16, 1, 576, 512, shared=True),  # DeepSeek-V2-Lite's: 512 channels have tiles of their own
-    "latents-of-many": Shape(36, 1, 576, 512, shared=True),  # past one tile of 32 heads, as DeepSeek-V3's 128 are
+    "latents-of-some": Shape(20, 1, 576, 512, shared=True),  # more than what goes as rows
+    "latents-of-many": Shape(66, 1, 576, 512, shared=True),  # past a tile of 64 as columns, as DeepSeek-V3's 128 are
+    "odd-latents-of-many": Shape(33, 1, 523, 509, shared=True),
+    "latents-alone": Shape(40, 1, 512, 512, shared=True),  # of many, without channels behind the 512
+    "many-values": Shape(36, 1, 576, 512),  # not a part of keys: in tiles of 16 heads
 }
 # Values in keys, but not as first channels up to a power of two: those a GPU reads once.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -99,7 +103,7 @@ def test_as_exact_as_torch(backend: Backend, shape: Shape, dtype: torch.dtype) -
 
 # Itself; inside a block; a block; past one; past a span; more than any row has.
 @pytest.mark.parametrize("window", [1, 5, 16, 17, 300, 10_000])
-@pytest.mark.parametrize("name", ["grouped", "mla", "odd"])
+@pytest.mark.parametrize("name", ["grouped", "mla", "odd", "odd-latents-of-many"])
 def test_a_window(backend: Backend, name: str, window: int) -> None:
     """Blocks before it are not read: they may hold anything."""
     rows = random_rows(SHAPES[name])
@@ -178,10 +182,11 @@ def test_spans_are_merged_in_fp32(backend: Backend) -> None:
     torch.testing.assert_close(got, torch.full_like(got, (514 - 88 * 5.8125) / 600), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("name", ["mla", "latents-of-many"])
 @pytest.mark.parametrize("dtype", [pytest.param(FP32, marks=SLOW_INTERPRETED), BF16], ids=lambda dtype: str(dtype)[6:])
-def test_a_row_alone_is_the_row_in_a_batch(backend: Backend, dtype: torch.dtype) -> None:
+def test_a_row_alone_is_the_row_in_a_batch(backend: Backend, dtype: torch.dtype, name: str) -> None:
     """With the batch's width of the table, and with its own: a GPU then merges fewer spans, or none."""
-    rows = backend.to(random_rows(SHAPES["mla"], dtype))
+    rows = backend.to(random_rows(SHAPES[name], dtype))
     together = attend(rows, backend.impl)
     for b, length in enumerate(LENGTHS):
         alone = rows | {name: rows[name][b : b + 1] for name in ("q_BHd", "block_table_BN", "lengths_B")}

@@ -414,6 +414,8 @@ def test_bad_engine_options(decoder: HashDecoder) -> None:
         RolloutEngine(decoder, None, max_num_batched_tokens=0)
     with pytest.raises(ValueError, match="max_model_len is 65; expected 2 to 64"):
         RolloutEngine(decoder, None, max_model_len=65)
+    with pytest.raises(ValueError, match=r"memory_share is 1\.5; expected above 0, at most 1"):
+        RolloutEngine(decoder, None, memory_share=1.5)
     for wrong in ("8GB", 1e9, 0, True):
         with pytest.raises(ValueError, match=f"kv_cache_memory_bytes is {wrong!r}; expected a number of bytes, or N"):
             RolloutEngine(decoder, None, kv_cache_memory_bytes=wrong)  # type: ignore[arg-type]

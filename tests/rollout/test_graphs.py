@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from r1fast.models import moe
 from r1fast.models.decoder import Decoder
+from r1fast.rollout import engine as engine_module
 from r1fast.rollout import graphs, scheduler
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.fast_decode import unknown_parts
@@ -338,6 +339,21 @@ def test_graphs_sample_what_eager_steps_do(family: str, dtype: torch.dtype, monk
     assert changed != eager
     assert changed == generate(enforce_eager=True)
     assert torch.cuda.memory_allocated() <= allocated + 4096, "what was sampled last may have other experts' ids"
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_without_room_steps_op_by_op(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """What a step takes is found in the allocator's own list."""
+    engine = RolloutEngine(random_model("llama", "cuda"), None, max_num_seqs=24)
+    params = SamplingParams(n=8, max_tokens=60, seed=1)
+    expected = [completion.token_ids for completion in flat(engine.generate(PROMPTS, params))]
+    monkeypatch.setattr(engine_module, "free_memory", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 1))
+    monkeypatch.setattr(torch.cuda, "graph", None)
+    assert [completion.token_ids for completion in flat(engine.generate(PROMPTS, params))] == expected
+    (said,) = [record.getMessage() for record in caplog.records if "CUDA graph" in record.getMessage()]
+    assert "takes up to 0 bytes" not in said
 
 
 @pytest.mark.gpu
