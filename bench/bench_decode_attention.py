@@ -19,7 +19,7 @@ from r1fast_kernels.decode_attention import BLOCK, decode_attention_reference, s
 
 # H, K, d, e
 SHAPES = {
-    "cpu": {"gqa": (8, 2, 64, 64), "mla": (4, 1, 48, 32)},
+    "cpu": {"gqa": (8, 2, 64, 64), "mla": (4, 1, 48, 32), "mla128": (8, 1, 48, 32)},
     "cuda": {"gqa": (12, 2, 128, 128), "mla": (16, 1, 576, 512), "mla128": (128, 1, 576, 512)},
 }
 

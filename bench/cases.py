@@ -187,6 +187,11 @@ def _grpo_steps() -> list[Case]:
     ]
 
 
+def _decode_parts() -> list[Case]:
+    """Of a dense model, and of one with latent attention and experts."""
+    return [Case("decode_parts", "cuda", "bf16", model, {"B": 256}) for model in ("qwen2.5-1.5b", "v3-16b-a3b")]
+
+
 def _generation() -> list[Case]:
     times, full = {"moe": 5, "dense": 2}, {"N": 256, "P": 1024, "L": 256}
     on_dense = of_floor(0.6), faster("transformers, decode alone", 10)
@@ -257,7 +262,8 @@ def _experts() -> list[Case]:
 
 
 FAMILIES = (
-    _selective, _linear, _losses, _experts, _sampling, _norms, _attention, _steps, _grpo_steps, _generation,
+    _selective, _linear, _losses, _experts, _sampling, _norms, _attention, _decode_parts, _steps, _grpo_steps,
+    _generation,
 )  # fmt: skip
 CASES = tuple(case for family in FAMILIES for case in family())
 OPS = tuple(dict.fromkeys(case.op for case in CASES))

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import r1fast_kernels as kernels
 from bench.cases import Case
+from bench.decode_step import step
 from r1fast_kernels.decode_attention_triton import BLOCK
 from r1fast_kernels.grouped_gemm import grouped_gemm
 from tests.kernels.fake_gpu import Launch, TensorArgument, fake_gpu
@@ -158,10 +159,19 @@ def _decode(case: Case, call: Call) -> None:
     kernels.decode_attention(new(B, H, d, dtype=dtype), keys, values, table, lengths, scale=0.1)
 
 
+def _decode_parts(case: Case, call: Call) -> None:
+    def of_dtype(*shape: int) -> Tensor:
+        return new(*shape, dtype=DTYPES[case.dtype])
+
+    B = case.sizes["B"]
+    step(case.mode, B, of_dtype, new(B, dtype=INT64))(None)
+
+
 CALLS: dict[str, Callable[[Case, Call], None]] = {
     "selective_logprobs": _selective, "linear_logprobs": _head, "linear_cross_entropy": _head,
     "linear_grpo_loss": _head, "group_advantages": _advantages, "grpo_loss": _grpo, "route_topk": _route,
     "grouped_gemm": _grouped, "moe_experts": _experts, "sample_tokens": _sample, "decode_attention": _decode,
+    "decode_parts": _decode_parts,
 }  # fmt: skip
 
 

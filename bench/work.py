@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 from bench.cases import Case
+from bench.decode_step import step_bytes
 from bench.limits import COPY_BYTES_PER_S, PRODUCT_FLOPS_PER_S, Work
 from bench.production import DECODE_HEADS, DTYPES, tensor_bytes
 from tests.kernels.fake_gpu import Launch
@@ -39,6 +40,15 @@ def _attend(launch: Launch) -> Work:
     return Work(tensor_bytes(launch) - once + again, flops, trips=tokens * heads * tiles / a["BLOCK_T"], stages=stages)
 
 
+def _rotate_latents(launch: Launch) -> Work:
+    """Of queries, in and out, the rotated channels alone."""
+    a = launch.arguments
+    rows, heads, _ = a["q_ptr"].shape
+    rotated, size = 2 * a["half"], a["q_ptr"].dtype.itemsize
+    of_rows = rows * size * (2 * heads * rotated + 2 * (a["width"] + rotated))
+    return Work(of_rows + tensor_bytes(launch, "slots_ptr", "cos_ptr", "sin_ptr", "norm_ptr"))
+
+
 def _sample(launch: Launch) -> Work:
     """Of normal logits (docs/LOG.md counts others): one pass for the sums and one for what stays. Between these a pass
     into a list, whose loop stores as many bytes as it loads, and the list's own; for top_p two over the row first."""
@@ -59,6 +69,7 @@ WORK: dict[str, Callable[[Launch], Work]] = {
     ),
     "_weight_kernel": _weight,
     "_attend_kernel": _attend,
+    "_rotate_latents_kernel": _rotate_latents,
     "_sample_kernel": _sample,
     "_zero_skipped_kernel": lambda x: Work(4.0 * x.num_programs, trips=1),  # no row is skipped
 }
@@ -101,6 +112,7 @@ FLOORS: dict[str, Callable[[Case, dict[str, int], int], tuple[float, float]]] = 
     "moe_experts": lambda x, n, s: (0, _expert_flops(x, 3)),
     "sample_tokens": lambda x, n, s: (s * n["B"] * n["V"], 0),
     "decode_attention": lambda x, n, s: _decode(x, s),
+    "decode_parts": lambda x, n, s: (sum(step_bytes(x.mode, n["B"], s)), 0),
 }
 
 

@@ -209,7 +209,7 @@ def blocks_for(width: int, group: int, element_size: int, *, latents: bool, by_w
     them as columns by wgmma, faster than 16 also where half are not there (docs/LOG.md).
     """
     if element_size > 2:
-        return Blocks(FEW_HEADS, 16, 8 if width >= 512 else 4, 2)
+        return Blocks(FEW_HEADS, 16, 8 if width >= 512 else 4, 2 if width >= 256 else 3)
     if by_wgmma and latents and width == 512 and group > FEW_HEADS:
         return Blocks(64, 64, 8, 3, turned=True)
     few = width >= 512 and not latents  # values of their own take registers for their addresses

@@ -139,10 +139,12 @@ GAPS = {
     "moe_experts T16384-D2048-F768-E128-K8-bf16-fwd own": 0.90,
     "moe_experts T32768-D2048-F768-E128-K8-bf16-fwd own": 0.93,
 }
-# Kernels most of whose bytes go by accesses narrower than 128 bits: a few numbers for each token, choice or sample.
+# Kernels most of whose bytes go by accesses narrower than 128 bits: a few numbers for each token, choice or sample, or
+# 8 bytes a thread, as 16 are fewer threads, and slower where nothing but latency counts.
 NARROW = {
     "_advantages_kernel", "_count_kernel", "_grpo_kernel", "_order_kernel", "_prefix_kernel",
-    "_route_gradient_kernel", "_route_kernel", "_zero_skipped_kernel",
+    "_rotate_and_write_kernel", "_rotate_latents_kernel", "_route_gradient_kernel", "_route_kernel",
+    "_zero_skipped_kernel",
 }  # fmt: skip
 # (kernel, blocks a multiprocessor takes as in modelled.json, with Triton 3.6): everywhere else they are the same.
 OTHER_BLOCKS = {
