@@ -151,6 +151,7 @@ def _attention() -> list[Case]:
             Case("decode_attention", "cuda", "bf16", mode, size, (of_floor(0.7),))
             for mode, size in (("gqa", {"B": 256, "T": 1536}), ("mla", {"B": 128, "T": 2048}))
         ]
+        + [Case("decode_attention", "cuda", "bf16", "mla128", {"B": 128, "T": 2048})]
         # Qwen2.5-1.5B's heads of 128, and DeepSeek-V3's of 192 with values of 128.
         + [
             Case("packed_attention", "cuda", "bf16", mode, size, (faster("SDPA", 1),))

@@ -26,7 +26,8 @@ VENDOR = "r1fast_kernels.grouped_gemm_vendor"
 BF16, INT32, INT64 = torch.bfloat16, torch.int32, torch.int64
 DTYPES = {"bf16": BF16, "fp32": torch.float32}
 PRODUCTS = {"mm", "addmm", "bmm"}
-DECODE_HEADS = {"gqa": (12, 2, 128, 128), "mla": (16, 1, 576, 512)}  # H, K, d, e of Qwen2.5-1.5B and DeepSeek-V2-Lite
+# H, K, d, e of Qwen2.5-1.5B, DeepSeek-V2-Lite and DeepSeek-V3
+DECODE_HEADS = {"gqa": (12, 2, 128, 128), "mla": (16, 1, 576, 512), "mla128": (128, 1, 576, 512)}
 
 
 @dataclass
@@ -152,7 +153,7 @@ def _decode(case: Case, call: Call) -> None:
     H, K, d, e = DECODE_HEADS[case.mode]
     width = -(-T // BLOCK)
     keys = new(B * width * BLOCK, K, d, dtype=dtype)
-    values = keys[..., :e] if case.mode == "mla" else new(*keys.shape[:2], e, dtype=dtype)
+    values = keys[..., :e] if case.mode != "gqa" else new(*keys.shape[:2], e, dtype=dtype)
     table, lengths = new(B, width, dtype=INT32), new(B, dtype=INT32)
     kernels.decode_attention(new(B, H, d, dtype=dtype), keys, values, table, lengths, scale=0.1)
 

@@ -27,8 +27,8 @@ def _weight(launch: Launch) -> Work:
 
 
 def _attend(launch: Launch) -> Work:
-    """Every token of every row is read once for all heads of a key head, 16 of them at a time; partial sums are written
-    and read. Of the stages each tile of keys takes two, one for the block table that it waits for."""
+    """Every token of every row is read once for all heads of a key head, a tile of them at a time; partial sums are
+    written and read. Of the stages each tile of keys takes two, one for the block table that it waits for."""
     a = launch.arguments
     (tokens, heads, width), tiles = a["k_ptr"].shape, -(-a["group"] // a["BLOCK_H"])
     flops = 2.0 * tokens * heads * tiles * a["BLOCK_H"] * (width + a["VALUE_WIDTH"])
@@ -72,9 +72,10 @@ def floor_ms(num_bytes: float, flops: float) -> float:
     return max(num_bytes / COPY_BYTES_PER_S, flops / PRODUCT_FLOPS_PER_S) * 1e3
 
 
-def _decode_bytes(case: Case) -> float:
-    _, heads, width, value_width = DECODE_HEADS[case.mode]
-    return case.sizes["B"] * case.sizes["T"] * heads * (width if case.mode == "mla" else width + value_width)
+def _decode(case: Case, itemsize: int) -> tuple[float, float]:
+    heads, kv_heads, width, value_width = DECODE_HEADS[case.mode]
+    tokens, read = float(case.sizes["B"] * case.sizes["T"]), width + value_width if case.mode == "gqa" else width
+    return itemsize * tokens * kv_heads * read, 2 * tokens * heads * (width + value_width)
 
 
 def _head_flops(case: Case, passes: int) -> float:
@@ -99,7 +100,7 @@ FLOORS: dict[str, Callable[[Case, dict[str, int], int], tuple[float, float]]] = 
     "grouped_gemm": lambda x, n, s: (0, _expert_flops(x, 2)),
     "moe_experts": lambda x, n, s: (0, _expert_flops(x, 3)),
     "sample_tokens": lambda x, n, s: (s * n["B"] * n["V"], 0),
-    "decode_attention": lambda x, n, s: (s * _decode_bytes(x), 0),
+    "decode_attention": lambda x, n, s: _decode(x, s),
 }
 
 

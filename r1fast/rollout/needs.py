@@ -57,7 +57,8 @@ def work_bytes(config: ModelConfig, dtype: torch.dtype, device: str, call: Call)
     whole = num_blocks_of(call.longest) * BLOCK
     sums, step = {}, {}
     for rows in (call.rows, part):
-        sums[rows] = scratch_bytes(rows, config.num_attention_heads, width, whole) if device == "cuda" else 0
+        heads = config.num_attention_heads, 1 if config.uses_mla else config.kv_heads
+        sums[rows] = scratch_bytes(rows, *heads, width, whole) if device == "cuda" else 0
         step[rows] = activation_bytes(config, rows, dtype) + sums[rows]
     prefill = activation_bytes(config, min(call.prompt_tokens, call.max_num_batched_tokens), dtype)
     logits = call.rows * (1 + call.bans_stops) * row
