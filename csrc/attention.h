@@ -23,12 +23,23 @@ inline void hide(acc* scores, int64_t first, int64_t visible, int64_t columns) {
   }
 }
 
+// Scores x to tanh(by x): times the soft cap, by which the softmax then scales them, the capped scores.
+template <typename acc>
+inline void soften(acc* scores, double by, int64_t columns) {
+  const Vec<acc> factor(static_cast<acc>(by));
+  for (int64_t j = 0; j < columns; j += kLanes<acc>) {
+    (Vec<acc>::loadu(scores + j) * factor).tanh().store(scores + j);
+  }
+}
+
 // Of block after block of keys: the maximum, the sum of exponentials, and the sum of values that they weigh.
 template <typename acc>
 class StripSoftmax {
  public:
-  StripSoftmax(double scale, int64_t value_width)
-      : columns(padded(value_width)), scale_(scale), out_(new acc[kStrip * columns]) {}
+  // soft_cap 0: none.
+  StripSoftmax(double scale, double soft_cap, int64_t value_width)
+      : columns(padded(value_width)), scale_(soft_cap > 0 ? soft_cap : scale),
+        softened_by_(soft_cap > 0 ? scale / soft_cap : 0), out_(new acc[kStrip * columns]) {}
 
   void start() {
     std::fill(top_, top_ + kStrip, -kInf<acc>);
@@ -39,6 +50,9 @@ class StripSoftmax {
   // first block of keys one at least has to be seen.
   void fold(int64_t i, acc* row, int64_t first, int64_t visible, int64_t size, bool again) {
     constexpr int64_t lanes = kLanes<acc>;
+    if (softened_by_ > 0) {
+      soften(row, softened_by_, size);
+    }
     hide(row, first, visible, size);
     Vec<acc> highest = Vec<acc>::loadu(row);
     for (int64_t j = lanes; j < size; j += lanes) {
@@ -80,7 +94,7 @@ class StripSoftmax {
     }
   }
 
-  const double scale_;
+  const double scale_, softened_by_;
   std::unique_ptr<acc[]> out_;
   acc top_[kStrip], total_[kStrip];
 };

@@ -27,6 +27,7 @@ struct DecodeArgs {
   double scale;
   void* out;  // [B, H, e]
   int64_t window = kNoWindow;  // tokens at the end of a row that are seen
+  double soft_cap = 0;         // on scaled scores; 0: none
 };
 
 namespace {
@@ -45,7 +46,7 @@ class DecodeWorker {
     const int64_t group = args.num_heads / args.num_kv_heads;
     for (int64_t head = 0; head < args.num_heads; head += group) {
       for (int64_t i = 0; i < group; i += kStrip) {
-        strips_.push_back({head / group, head + i, std::min(kStrip, group - i), {args.scale, args.value_width}});
+        strips_.push_back({head / group, head + i, std::min(kStrip, group - i), {args.scale, args.soft_cap, args.value_width}});
       }
     }
     queries_.reset(new acc[strips_.size() * kStrip * columns_]());

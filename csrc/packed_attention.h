@@ -24,11 +24,11 @@ struct AttentionArgs {
   int64_t num_sequences, num_heads, num_kv_heads;
   int64_t width, value_width, rotary_width;  // d, e, R
   bool interleaved;
-  double scale;
+  double scale, soft_cap;  // 0: none
   int64_t window;  // query i sees keys i - window + 1 to i
   std::atomic<int64_t>* taken;  // tasks
   void* out;                    // [T, H, e]
-  void* lse;                    // acc [T, H], of scaled scores
+  void* lse;                    // acc [T, H], of scaled and capped scores
   // Backward only.
   const void* grad_out;               // [T, H, e]
   void *grad_q, *grad_k, *grad_v;     // [T, H, d], [T, K, d or d - R], [T, K, e]

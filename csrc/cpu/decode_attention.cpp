@@ -14,7 +14,8 @@ namespace {
 
 at::Tensor decode_attention(
     const at::Tensor& q_BHd, const at::Tensor& k_SKd, const at::Tensor& v_SKe, const at::Tensor& block_table_BN,
-    const at::Tensor& lengths_B, double scale, std::optional<int64_t> window) {
+    const at::Tensor& lengths_B, double scale, std::optional<int64_t> window,
+    std::optional<double> soft_cap) {
   check_floats("decode_attention", {q_BHd, k_SKd, v_SKe});
   check_tensor("decode_attention", "block_table_BN", block_table_BN, at::kInt, {q_BHd.size(0), -1});
   check_tensor("decode_attention", "lengths_B", lengths_B, at::kInt, {q_BHd.size(0)});
@@ -41,7 +42,7 @@ at::Tensor decode_attention(
   const DecodeArgs args{
       q.scalar_type(), q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), q.stride(0), q.stride(1), k.stride(0),
       k.stride(1), v.stride(0), v.stride(1), blocks, tokens, table_width, q.size(1), k.size(1), q.size(2), v.size(2),
-      tasks_per_row, scale, out.mutable_data_ptr(), window.value_or(kNoWindow)};
+      tasks_per_row, scale, out.mutable_data_ptr(), window.value_or(kNoWindow), soft_cap.value_or(0)};
   const int64_t elements = longest * k.size(1) / tasks_per_row * (q.size(2) + v.size(2));
   run_rows(R1FAST_PICK(decode_attention_rows), args, num_rows * tasks_per_row, elements);
   return out;

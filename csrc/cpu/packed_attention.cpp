@@ -32,7 +32,7 @@ class Forward : Task<T, Unit> {
 
  public:
   explicit Forward(const AttentionArgs& args)
-      : Base(args), softmax_(args.scale, args.value_width), scores_(new acc[kStrip * kForwardKeys]),
+      : Base(args), softmax_(args.scale, args.soft_cap, args.value_width), scores_(new acc[kStrip * kForwardKeys]),
         probs_(new Unit[kStrip * kForwardKeys]) {
     queries_.resize(kStrip, args.width);
   }
@@ -233,13 +233,27 @@ class Backward : Task<T, Unit> {
 
   void probabilities(acc* p, acc* ds, int64_t query, int64_t key, int64_t columns) const {
     constexpr int64_t lanes = kLanes<acc>;
-    hide(p, query + 1 - key - args_.window, query + 1 - key, columns);
-    const Exponential<acc> exponential(args_.scale, -static_cast<double>(lse_[query]));
+    const bool capped = args_.soft_cap > 0;
     const Vec<acc> delta(delta_[query]);
+    if (capped) {
+      cap(p, ds, delta, columns);
+    }
+    hide(p, query + 1 - key - args_.window, query + 1 - key, columns);
+    const Exponential<acc> exponential(capped ? args_.soft_cap : args_.scale, -static_cast<double>(lse_[query]));
+    const Vec<acc> taken = capped ? Vec<acc>(0) : delta;
     for (int64_t j = 0; j < columns; j += lanes) {
       const Vec<acc> e = exponential(Vec<acc>::loadu(p + j));
       e.store(p + j);
-      (e * (Vec<acc>::loadu(ds + j) - delta)).store(ds + j);
+      (e * (Vec<acc>::loadu(ds + j) - taken)).store(ds + j);
+    }
+  }
+
+  // Scores as forward; ds less delta, times the slope of the cap, 1 - tanh^2.
+  void cap(acc* p, acc* ds, const Vec<acc>& delta, int64_t columns) const {
+    soften(p, args_.scale / args_.soft_cap, columns);
+    for (int64_t j = 0; j < columns; j += kLanes<acc>) {
+      const Vec<acc> t = Vec<acc>::loadu(p + j);
+      ((Vec<acc>::loadu(ds + j) - delta) * (Vec<acc>(1) - t * t)).store(ds + j);
     }
   }
 
@@ -340,7 +354,7 @@ class Call {
 
   Call(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& k_pe,
        const OptionalTensor& cos, const OptionalTensor& sin, const at::Tensor& cu_seqlens, double scale,
-       bool interleaved, std::optional<int64_t> window)
+       bool interleaved, std::optional<int64_t> window, std::optional<double> soft_cap)
       : q_(with_unit_columns(q)), k_(with_unit_columns(k)), v_(with_unit_columns(v)),
         cu_seqlens_(cu_seqlens.contiguous()) {
     check_floats("packed_attention", {q, k, v});
@@ -369,6 +383,7 @@ class Call {
     args.interleaved = interleaved;
     args.scale = scale;
     args.window = window.value_or(kNoWindow);
+    args.soft_cap = soft_cap.value_or(0);
     set_sequences();
     args.taken = &taken_;
   }
@@ -406,8 +421,8 @@ class Call {
 std::tuple<at::Tensor, at::Tensor> packed_attention(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens,
     const OptionalTensor& k_pe, const OptionalTensor& cos, const OptionalTensor& sin, double scale,
-    bool interleaved, std::optional<int64_t> window) {
-  Call call(q, k, v, k_pe, cos, sin, cu_seqlens, scale, interleaved, window);
+    bool interleaved, std::optional<int64_t> window, std::optional<double> soft_cap) {
+  Call call(q, k, v, k_pe, cos, sin, cu_seqlens, scale, interleaved, window, soft_cap);
   at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
   at::Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(computed_in(q.scalar_type())));
   call.args.out = out.mutable_data_ptr();
@@ -419,8 +434,9 @@ std::tuple<at::Tensor, at::Tensor> packed_attention(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> packed_attention_backward(
     const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const at::Tensor& cu_seqlens, const OptionalTensor& k_pe, const OptionalTensor& cos, const OptionalTensor& sin,
-    const at::Tensor& out, const at::Tensor& lse, double scale, bool interleaved, std::optional<int64_t> window) {
-  Call call(q, k, v, k_pe, cos, sin, cu_seqlens, scale, interleaved, window);
+    const at::Tensor& out, const at::Tensor& lse, double scale, bool interleaved, std::optional<int64_t> window,
+    std::optional<double> soft_cap) {
+  Call call(q, k, v, k_pe, cos, sin, cu_seqlens, scale, interleaved, window, soft_cap);
   const at::Tensor grad = grad_out.contiguous();
   at::Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options());
   at::Tensor grad_v = at::empty(v.sizes(), v.options());

@@ -30,6 +30,7 @@ from .launch import launch
 BLOCK = 16  # tokens of a block of the cache
 SPAN, MANY_SPAN = 256, 512  # tokens; of more than FEW_HEADS
 FEW_HEADS = 16  # query heads of a key head: the rows that a tensor core takes at least
+LOG2_E = 1.4426950408889634
 UNROLL = tl.constexpr(4)  # spans that are loaded together
 
 
@@ -42,6 +43,7 @@ def _attend_kernel(
     lse_ptr, finished_ptr,  # [B, H, spans], of scores times log2(e); [B, tiles], 0; None for one span
     stride_qb, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh,
     stride_tb, num_heads, group, num_spans, scale, window,
+    soft_cap,  # times log2(e), of scores that `scale` has divided by the cap; None for none
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
     SPAN: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
@@ -92,6 +94,8 @@ def _attend_kernel(
             scores = dot(k, q, tl.zeros([BLOCK_T, BLOCK_H], tl.float32)) * scale
             if BLOCK_R:  # a sum that is scaled before: else Triton makes of both one product behind the other
                 scores += dot(k_rest, q_rest, tl.zeros([BLOCK_T, BLOCK_H], tl.float32)) * scale
+            if soft_cap is not None:
+                scores = soft_cap * _tanh(scores)
             scores = tl.where(live[:, None], scores, -float("inf"))
             p = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
             kept = tl.full([BLOCK_H], 1.0, tl.float32)
@@ -103,7 +107,10 @@ def _attend_kernel(
             scores = dot(q, tl.trans(k), tl.zeros([BLOCK_H, BLOCK_T], tl.float32))
             if BLOCK_R:
                 scores = dot(q_rest, tl.trans(k_rest), scores)
-            scores = tl.where(live[None, :], scores * scale, -float("inf"))
+            scores *= scale
+            if soft_cap is not None:
+                scores = soft_cap * _tanh(scores)
+            scores = tl.where(live[None, :], scores, -float("inf"))
             p, kept, top, total = _fold(scores, top, total, 1)
             if SHARED:
                 v = k
@@ -144,6 +151,15 @@ def _fold(scores, top, total, AXIS: tl.constexpr):
     kept = tl.exp2(top - higher)
     p = tl.exp2(scores - tl.expand_dims(higher, AXIS))
     return p, kept, higher, total * kept + tl.sum(p, axis=AXIS)
+
+
+@triton.jit
+def _tanh(x):
+    """To a few roundings. The quotient alone has none left of a small argument: there the series."""
+    square = x * x
+    near = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    far = 1 - 2 / (1 + tl.exp2(x * 2.8853900817779268))
+    return tl.where(tl.abs(x) < 0.25, near, far)
 
 
 @triton.jit
@@ -229,7 +245,7 @@ def scratch_bytes(num_rows: int, num_heads: int, num_kv_heads: int, value_width:
 
 def launch_decode(
     q_BHd: Tensor, k_SKd: Tensor, v_SKe: Tensor, block_table_BN: Tensor, lengths_B: Tensor, scale: float,
-    window: int | None = None, finished: Tensor | None = None,
+    window: int | None = None, soft_cap: float | None = None, finished: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHd, k_SKd, v_SKe))
     # Of a wider table the first columns: the row's stride is its own, and nothing is copied.
@@ -246,6 +262,8 @@ def launch_decode(
     tiles, span = K * triton.cdiv(H // K, blocks.h), span_of(H // K)
     num_spans = max(1, triton.cdiv(table.shape[1] * BLOCK, span))
     window = table.shape[1] * BLOCK if window is None else window
+    # In powers of two; a cap is what is scaled so, behind the tanh.
+    scales = (scale * LOG2_E, window, None) if soft_cap is None else (scale / soft_cap, window, soft_cap * LOG2_E)
     parts = lse = None
     if num_spans > 1:
         parts = q.new_empty(B, H, num_spans, e, dtype=torch.float32)
@@ -254,9 +272,9 @@ def launch_decode(
     launch(
         _attend_kernel, (B * tiles, num_spans),
         q, k, v, table, lengths, out_BHe, parts, lse, None if num_spans == 1 else finished, *q.stride()[:2],
-        *k.stride()[:2], *v.stride()[:2], table.stride(0), H, H // K, num_spans, scale * 1.4426950408889634,
-        window, WIDTH=d, VALUE_WIDTH=e, SHARED=shared, BLOCK=BLOCK, SPAN=span, BLOCK_H=blocks.h, BLOCK_T=blocks.t,
-        BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_E=block_e, CHUNK=min(block_e, 128), TURNED=blocks.turned,
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        *k.stride()[:2], *v.stride()[:2], table.stride(0), H, H // K, num_spans, *scales, WIDTH=d, VALUE_WIDTH=e,
+        SHARED=shared, BLOCK=BLOCK, SPAN=span, BLOCK_H=blocks.h, BLOCK_T=blocks.t, BLOCK_D=block_d,
+        BLOCK_R=block_r, BLOCK_E=block_e, CHUNK=min(block_e, 128), TURNED=blocks.turned, num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
     )  # fmt: skip
     return out_BHe

@@ -2,7 +2,8 @@
 
     out_i = sum_{j <= i} p_ij v_j,   p_ij = softmax_j(scale q_i . k_j);   query head h reads key head h // (H / K)
 
-With a window w only keys with i - j < w are seen (Beltagy et al. 2020, arXiv 2004.05150).
+With a window w only keys with i - j < w are seen (Beltagy et al. 2020, arXiv 2004.05150). With a soft cap c the softmax
+is that of c tanh(scale q_i . k_j / c) (Gemma 2, arXiv 2408.00118, section 2).
 
 RoPE (Su et al. 2021, arXiv 2104.09864) turns pair i of the last R channels of q and k by the angle of its token. In
 multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) those channels of k are one vector for all heads: `k_pe_TR`.
@@ -12,6 +13,7 @@ arXiv 2307.08691), which also gives the way: scores stay in the cache, 4 bytes a
 queries, expanded keys and padded sequences, which composed torch writes to memory and keeps, do not exist here.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ def packed_attention_reference(
     rope: tuple[Tensor, Tensor] | None = None,
     interleaved: bool = False,
     window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """The specification: one softmax per sequence."""
     if k_pe_TR is not None:
@@ -52,11 +55,17 @@ def packed_attention_reference(
         q, k, v = (x[start:end].transpose(0, 1) for x in (q_THd, k_TKd, v_TKe))
         k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
         scores = (q @ k.transpose(1, 2)).to(compute_dtype(q)) * scale
+        scores = scores if soft_cap is None else soft_cap * (scores / soft_cap).tanh()
         unseen = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
         if window is not None:
             unseen = unseen.logical_not().tril(-window) | unseen
         outs.append((scores.masked_fill(unseen, -torch.inf).softmax(-1).to(v.dtype) @ v).transpose(0, 1))
     return torch.cat(outs)
+
+
+def check_soft_cap(op: str, soft_cap: float | None) -> None:
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"{op}: got {soft_cap=}, expected a finite number above 0, or None for no cap")
 
 
 def _fake(q_THd: Tensor, _: Tensor, v_TKe: Tensor, *__: Any) -> tuple[Tensor, Tensor]:
@@ -71,28 +80,28 @@ def _backward_fake(_: Tensor, *given: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scale, ctx.interleaved, ctx.window = inputs
+    *tensors, ctx.scale, ctx.interleaved, ctx.window, ctx.soft_cap = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx: Any, grad_THe: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    options = ctx.scale, ctx.interleaved, ctx.window
+    options = ctx.scale, ctx.interleaved, ctx.window, ctx.soft_cap
     found = torch.ops.r1fast.packed_attention_backward(grad_THe, *ctx.saved_tensors, *options)
     q, k, v, k_pe = wanted(found, (ctx.needs_input_grad[i] for i in (0, 1, 2, 4)))
-    return q, k, v, None, k_pe, None, None, None, None, None
+    return q, k, v, None, k_pe, *(None,) * 6
 
 
+_OPTIONS = "float scale, bool interleaved, int? window=None, float? soft_cap=None"
 _INPUTS = "Tensor q_THd, Tensor k_TKd, Tensor v_TKe, Tensor cu_seqlens, Tensor? k_pe_TR, Tensor? cos_Tr, Tensor? sin_Tr"
 register(
     "packed_attention",
-    f"({_INPUTS}, float scale, bool interleaved, int? window=None) -> (Tensor out_THe, Tensor lse_TH)",
+    f"({_INPUTS}, {_OPTIONS}) -> (Tensor out_THe, Tensor lse_TH)",
     fake=_fake, save=_save, backward=_backward,
 )  # fmt: skip
 register(
     "packed_attention_backward",  # the last gradient is empty where k_pe_TR is None
-    f"(Tensor grad_THe, {_INPUTS}, Tensor out_THe, Tensor lse_TH, float scale, bool interleaved, "
-    "int? window=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad_THe, {_INPUTS}, Tensor out_THe, Tensor lse_TH, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
 )
 
@@ -108,6 +117,7 @@ def packed_attention(
     rope: tuple[Tensor, Tensor] | None = None,
     interleaved: bool = False,
     window: int | None = None,
+    soft_cap: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Causal attention over T packed tokens.
@@ -119,6 +129,7 @@ def packed_attention(
     rope         cos and sin [T, R/2] in the dtype of q, of pairs in the last R channels; None: nothing is rotated
     interleaved  channels 2i and 2i + 1 are a pair, as in DeepSeek-V3, and not i and i + R/2
     window       tokens that a query sees, itself the last of them; None: all before it
+    soft_cap     that scaled scores stay within, by a tanh; None: no bound
     Returns out_THe in the dtype of q. Gradients flow to q, k, v and k_pe. The kernel is C++; elsewhere runs the
     reference, a loop over the sequences.
     """
@@ -151,11 +162,14 @@ def packed_attention(
         )
     if scale <= 0 or (window is not None and window < 1):
         raise ValueError(f"packed_attention: got {scale=} and {window=}, expected more than 0")
+    check_soft_cap("packed_attention", soft_cap)
     chosen, _ = choose("packed_attention", impl, q_THd)
     if chosen != "cpp":
         check_offsets("packed_attention", "cu_seqlens", cu_seqlens, T)
     if chosen == "reference":
-        return packed_attention_reference(q_THd, k_TKd, v_TKe, cu_seqlens, scale, k_pe_TR, rope, interleaved, window)
+        options = scale, k_pe_TR, rope, interleaved, window, soft_cap
+        return packed_attention_reference(q_THd, k_TKd, v_TKe, cu_seqlens, *options)
     cos, sin = rope or (None, None)
-    options = scale, interleaved, window
-    return torch.ops.r1fast.packed_attention(q_THd, k_TKd, v_TKe, cu_seqlens, k_pe_TR, cos, sin, *options)[0]
+    return torch.ops.r1fast.packed_attention(
+        q_THd, k_TKd, v_TKe, cu_seqlens, k_pe_TR, cos, sin, scale, interleaved, window, soft_cap
+    )[0]

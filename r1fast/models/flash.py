@@ -7,10 +7,13 @@
     torch              nn.attention.varlen    from sm_80  to 256, one for all               to 256
 
 All take fp16 and bf16, fewer key heads than query heads, and sizes that are a multiple of 8; what is not is padded with
-zeros, which changes no score. The gradient of the queries is a sum over blocks of keys. By default each block adds its
-part as it is done, and no two runs have the same bits; where torch.use_deterministic_algorithms is on, blocks take
-turns: FlashAttention 3 gives 474 in place of 575 TFLOP/s there (H100, causal, 16 heads of 128, 8,192 tokens;
-Dao-AILab/flash-attention#1893), earlier schedules 38% less (arXiv 2601.21824).
+zeros, which changes no score. Soft caps, also with sums in one order, are FlashAttention's alone: of 2 from 2.6.2 on
+(flash-attention#1065), of 3 unless it was built without them.
+
+The gradient of the queries is a sum over blocks of keys. By default each block adds its part as it is done, and no two
+runs have the same bits; where torch.use_deterministic_algorithms is on, blocks take turns: FlashAttention 3 gives 474
+in place of 575 TFLOP/s there (H100, causal, 16 heads of 128, 8,192 tokens; Dao-AILab/flash-attention#1893), earlier
+schedules 38% less (arXiv 2601.21824).
 """
 
 import importlib
@@ -22,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 _HALF = (torch.bfloat16, torch.float16)
 _ALIGNED = 8  # elements: kernels read 16 bytes at a time
@@ -35,11 +39,13 @@ _OPTIONS = ("softmax_scale", "causal", "window_size", "deterministic", "return_a
 
 
 class Library(NamedTuple):
-    """call: its function, called as FlashAttention's flash_attn_varlen_func; else the obstacle."""
+    """call: its function, called as FlashAttention's flash_attn_varlen_func; else the obstacle. no_cap: that to a soft
+    cap, if there is one."""
 
     name: str
     call: Callable[..., Any] | None
     obstacle: str = ""
+    no_cap: str = ""
 
 
 class Choice(NamedTuple):
@@ -67,7 +73,8 @@ def _imported(name: str, found: tuple[int, int]) -> Library:
     if (name == FLASH3 and found[0] != 9) or found < (8, 0):
         return Library(name, None, f"it has no kernels for sm_{found[0]}{found[1]}")
     try:
-        call = vars(importlib.import_module(module)).get("flash_attn_varlen_func")
+        found_module = importlib.import_module(module)
+        call, no_cap = vars(found_module).get("flash_attn_varlen_func"), _no_cap(name, vars(found_module))
     except Exception as error:  # not there, or built for another torch, where its code may raise anything
         missing = isinstance(error, ModuleNotFoundError) and error.name == module
         why = f"{module} is not installed" if missing else f"{module} cannot be imported: {error}"
@@ -75,7 +82,15 @@ def _imported(name: str, found: tuple[int, int]) -> Library:
     lacks = _OPTIONS if call is None else [x for x in _OPTIONS if x not in inspect.signature(call).parameters]
     if lacks:
         return Library(name, None, f"{module}.flash_attn_varlen_func lacks {', '.join(lacks)}; {_ADVICE[name]}")
-    return Library(name, call)
+    return Library(name, call, no_cap=no_cap)
+
+
+def _no_cap(name: str, module: dict[str, Any]) -> str:
+    if name == FLASH2:
+        version = module.get("__version__", "0")
+        return "" if TorchVersion(version) >= "2.6.2" else f"version {version} has no gradient of a soft cap"
+    flags = vars(importlib.import_module("flash_attn_config"))["CONFIG"]["build_flags"]
+    return "it was built without soft caps" if flags["FLASHATTENTION_DISABLE_SOFTCAP"] else ""
 
 
 def _of_torch(found: tuple[int, int]) -> Library:
@@ -85,7 +100,7 @@ def _of_torch(found: tuple[int, int]) -> Library:
 
     # torch 2.11 has no such option, and hands any number of key heads on to a kernel that takes it.
     says_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return Library(VARLEN, partial(_varlen, varlen_attn, says_gqa))
+    return Library(VARLEN, partial(_varlen, varlen_attn, says_gqa), no_cap="it has no soft cap")
 
 
 def _varlen(
@@ -98,16 +113,17 @@ def _varlen(
 
 
 def choose(
-    found: tuple[Library, ...], q_THd: Tensor, value_dim: int, *, deterministic: bool
+    found: tuple[Library, ...], q_THd: Tensor, value_dim: int, *, deterministic: bool, capped: bool = False
 ) -> tuple[Choice | None, str]:
     """The first library that takes such a call, None where none does; and why, with what would be faster."""
     head_dim = q_THd.shape[-1]
     obstacles: list[str] = []  # and not list[str](), at which torch.compile would break the graph
     if q_THd.dtype not in _HALF:
         return None, f"flash attention takes bfloat16 and float16, got {str(q_THd.dtype).removeprefix('torch.')}"
-    for name, call, obstacle in found:
+    for name, call, missing, no_cap in found:
         widths = _widths(name, head_dim, value_dim, deterministic)
-        if call is not None and widths is not None:
+        obstacle = missing or (no_cap if capped else "")
+        if call is not None and widths is not None and not obstacle:
             padded = "" if widths == (head_dim, value_dim) else f", padded to {widths[0]} and {widths[1]}"
             faster = "".join(f"; {obstacle}" for obstacle in obstacles)
             return Choice(name, call, widths), f"head size {head_dim}, of values {value_dim}{padded}{faster}"
@@ -126,14 +142,15 @@ def _widths(name: str, head_dim: int, value_dim: int, deterministic: bool) -> tu
 
 def attend(
     choice: Choice, q_THd: Tensor, k_TKd: Tensor, v_TKe: Tensor, cu_seqlens: Tensor, max_length: int,
-    scale: float, window: int | None,
+    scale: float, window: int | None, soft_cap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention inside each sequence by the chosen library; cu_seqlens int32 on the device."""
     wide, wide_v = choice.widths
+    options = {} if soft_cap is None else {"softcap": soft_cap}
     out_THe: Tensor = choice.call(
         _padded(q_THd, wide), _padded(k_TKd, wide), _padded(v_TKe, wide_v), cu_seqlens, cu_seqlens,
         max_length, max_length, softmax_scale=scale, causal=True, window_size=(-1 if window is None else window - 1, 0),
-        deterministic=torch.are_deterministic_algorithms_enabled(), return_attn_probs=False,
+        deterministic=torch.are_deterministic_algorithms_enabled(), return_attn_probs=False, **options,
     )  # fmt: skip
     return out_THe[..., : v_TKe.shape[-1]]
 

@@ -182,6 +182,7 @@ def _decode(
     heads: tuple[int, int],
     table_width: int,
     window: int | None,
+    soft_cap: float | None,
 ) -> None:
     """shared: values are channels of the keys, as of latent attention."""
     (width, value_width), (num_heads, num_kv_heads) = widths, heads
@@ -189,7 +190,7 @@ def _decode(
     values = keys[..., :value_width] if shared else new(64, num_kv_heads, value_width, dtype=dtype)
     kernels.decode_attention(
         new(2, num_heads, width, dtype=dtype), keys, values, new(2, table_width, dtype=INT32), new(2, dtype=INT32),
-        scale=0.1, window=window,
+        scale=0.1, window=window, soft_cap=soft_cap,
     )  # fmt: skip
 
 
@@ -263,7 +264,7 @@ CASES: dict[str, Case] = {
     "decode_attention": Case(
         {"dtype": FLOATS, "widths": ((128, 128), (64, 64), (256, 256), (576, 512), (192, 128), (33, 33), (16, 1)),
          "shared": (False, True), "heads": ((32, 8), (128, 1), (1, 1)), "table_width": (1, 40),
-         "window": (None, 100)}, _decode,
+         "window": (None, 100), "soft_cap": (None, 50.0)}, _decode,
     ),
 }  # fmt: skip
 

@@ -87,10 +87,14 @@ def random_rows(shape: Shape, dtype: torch.dtype = FP32, lengths: list[int] = LE
 
 
 def attend(
-    rows: dict[str, Any], impl: str | None = None, dtype: torch.dtype | None = None, window: int | None = None
+    rows: dict[str, Any],
+    impl: str | None = None,
+    dtype: torch.dtype | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     wide = {name: x.to(dtype) if dtype is not None and x.is_floating_point() else x for name, x in rows.items()}
-    return decode_attention(**wide, scale=SCALE, window=window, impl=impl)
+    return decode_attention(**wide, scale=SCALE, window=window, soft_cap=soft_cap, impl=impl)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16, FP64], ids=lambda dtype: str(dtype)[6:])
@@ -139,6 +143,31 @@ def test_a_window(backend: Backend, name: str, window: int) -> None:
         alone["block_table_BN"] = alone["block_table_BN"][:, skipped:].contiguous()
         alone["lengths_B"] = alone["lengths_B"] - skipped * BLOCK
         torch.testing.assert_close(attend(alone, "reference", window=window)[0], want[b])
+
+
+# That scores are almost cut off by; bent; hardly touched, where a tanh of small numbers must keep its last bits.
+@pytest.mark.parametrize("soft_cap", [0.1, 2.0, 50.0, 1e4])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", ["grouped", "odd", "mla", "latents-of-many"])
+def test_a_soft_cap(backend: Backend, name: str, dtype: torch.dtype, soft_cap: float) -> None:
+    """With a window; what is behind a row, NaN here, stays unseen."""
+    if dtype not in backend.dtypes or (name == "latents-of-many" and backend.impl == "cpp"):
+        pytest.skip(f"{backend.name} does not take {dtype}, or has no tiles of 64 heads")
+    rows = random_rows(SHAPES[name], dtype)
+    options: dict[str, Any] = {"window": 300, "soft_cap": soft_cap}
+    got = attend(backend.to(rows), backend.impl, **options)
+    assert_as_exact(got, attend(rows, "reference", **options), attend(rows, "reference", FP64, **options), 2)
+
+
+def test_a_soft_cap_by_hand(backend: Backend) -> None:
+    """Scores of 1000 and -1000 are 2 and -2."""
+    k, v = torch.tensor([1000.0, -1000.0] * 8)[:, None, None], torch.tensor([3.0, 20.0] * 8)[:, None, None]
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.full((1,), 2, dtype=torch.int32)
+    want = torch.tensor([2.0, -2.0]).softmax(0) @ torch.tensor([3.0, 20.0])
+    for impl in ("reference", backend.impl):
+        inputs = backend.to((torch.ones(1, 1, 1), k, v, table, lengths))
+        got = decode_attention(*inputs, scale=1.0, soft_cap=2.0, impl=impl)
+        torch.testing.assert_close(got.squeeze().cpu(), want)
 
 
 def test_by_hand(backend: Backend) -> None:
@@ -263,6 +292,7 @@ def test_builds_for_older_processors_agree(capability: str, tmp_path: Any) -> No
 def test_opcheck(backend: Backend) -> None:
     rows = backend.to(random_rows(SHAPES["mla"], lengths=[3, 20]))
     torch.library.opcheck(torch.ops.r1fast.decode_attention.default, (*rows.values(), SCALE))
+    torch.library.opcheck(torch.ops.r1fast.decode_attention.default, (*rows.values(), SCALE, None, 2.0))
 
 
 @needs_cpp
@@ -283,3 +313,6 @@ def test_errors_say_what_was_expected() -> None:
                 decode_attention(**(rows | {name: value}), scale=SCALE, impl="cpp")
     with pytest.raises(ValueError, match="expected more than 0"):
         decode_attention(**rows, scale=0.0)
+    for cap in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"soft_cap=.*, expected a finite number above 0, or None"):
+            decode_attention(**rows, scale=SCALE, soft_cap=cap)

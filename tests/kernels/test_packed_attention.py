@@ -34,6 +34,7 @@ class Shape:
     shared: bool = False
     interleaved: bool = False
     window: int | None = None
+    soft_cap: float | None = None
 
 
 SHAPES = {
@@ -48,6 +49,10 @@ SHAPES = {
     "window-11": Shape(4, 2, 4, 4, 8, window=11),
     "window-mla": Shape(4, 4, 8, 4, 8, shared=True, window=200),
     "window-300": Shape(2, 1, 0, 16, 16, window=300),
+    # Of scores within 6 or so: bent; almost cut off; hardly touched. With what else there is.
+    "soft-cap": Shape(4, 2, 0, 16, 16, soft_cap=2.0),
+    "soft-cap-mla": Shape(4, 4, 8, 4, 8, shared=True, window=200, soft_cap=0.1),
+    "soft-cap-odd": Shape(4, 1, 27, 6, 47, window=11, soft_cap=50.0),
     # Odd channels, past a vector, values wider than keys.
     "odd": Shape(4, 2, 33, 6, 47, interleaved=True),
 }
@@ -79,12 +84,13 @@ def random_inputs(shape: Shape, lengths: list[int], dtype: torch.dtype = FP32) -
         "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
         "interleaved": shape.interleaved,
         "window": shape.window,
+        "soft_cap": shape.soft_cap,
     }
 
 
 def attend(leaves: list[Tensor], inputs: dict[str, Any], impl: str | None = None) -> Tensor:
     q, k, v, k_pe = [*leaves, None][:4]
-    options = {name: inputs[name] for name in ("rope", "interleaved", "window")}
+    options = {name: inputs[name] for name in ("rope", "interleaved", "window", "soft_cap")}
     return packed_attention(q, k, v, inputs["cu_seqlens"], scale=SCALE, k_pe_TR=k_pe, impl=impl, **options)
 
 
@@ -142,6 +148,27 @@ def test_a_window_of_all_is_none(dtype: torch.dtype) -> None:
         assert torch.equal(got, want)
 
 
+def test_a_soft_cap_by_hand() -> None:
+    """Of 2, on scores of 1 and 3, which are 2 tanh(1/2) and 2 tanh(3/2); its slope is 1 - tanh^2."""
+    q, k, v = (torch.tensor(x, dtype=FP64)[:, None] for x in ([[0.0], [2.0]], [[1.0], [3.0]], [[10.0], [20.0]]))
+    capped = 2 * torch.tensor([0.5, 1.5], dtype=FP64).tanh()
+    weights = capped.softmax(0)
+    slopes = weights.prod() * (20 - 10) * torch.tensor([-1.0, 1.0], dtype=FP64) * (1 - (capped / 2) ** 2)
+    for impl in ("reference", "cpp"):
+        leaf = k.clone().requires_grad_()
+        got = packed_attention(q, leaf, v, torch.tensor([0, 2], dtype=torch.int32), scale=0.5, soft_cap=2.0, impl=impl)[
+            1
+        ]
+        torch.testing.assert_close(got.item(), float(weights @ v.flatten()))
+        torch.testing.assert_close(torch.autograd.grad(got.sum(), leaf)[0].flatten(), slopes * 0.5 * 2)
+
+
+def test_a_soft_cap_far_above_all_scores_changes_little() -> None:
+    inputs = random_inputs(SHAPES["grouped"], [40, 300])
+    for got, want in zip(outputs(inputs | {"soft_cap": 1e5}, "cpp"), outputs(inputs, "cpp"), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_rotation_by_hand() -> None:
     """A quarter turn takes (a, b) to (-b, a); interleaved pairs are (0, 1) and (2, 3), else (0, 2) and (1, 3)."""
     x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
@@ -173,11 +200,13 @@ def test_strided_inputs() -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("soft_cap", [None, 30.0])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=lambda dtype: str(dtype)[6:])
-def test_large_scores_and_nan(dtype: torch.dtype) -> None:
+def test_large_scores_and_nan(dtype: torch.dtype, soft_cap: float | None) -> None:
     """Scores of hundreds neither overflow nor lose the sum; a NaN stays in its sequence, from its token on."""
     inputs = random_inputs(SHAPES["llama"], [30, 20], dtype)
     inputs["leaves"][0] *= 100
+    inputs["soft_cap"] = soft_cap
     got, plain, exact = outputs(inputs, "cpp"), outputs(inputs, "reference"), outputs(inputs, "reference", FP64)
     assert_as_exact(got[0], plain[0], exact[0], 2)
     inputs["leaves"][1][35] = torch.nan
@@ -202,14 +231,14 @@ def test_same_bits_every_time(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_builds_for_older_processors_agree(capability: str, tmp_path: Any) -> None:
     calls = "outputs(random_inputs(SHAPES[name], [40, 150], dtype), 'cpp')"
-    expression = f"[{calls} for name in ('mla', 'grouped', 'odd', 'window-11') for dtype in (FP32, BF16, FP64)]"
+    expression = f"[{calls} for name in ('mla', 'odd', 'window-11', 'soft-cap') for dtype in (FP32, BF16, FP64)]"
     for got, want in zip(*of_older_processor(capability, "test_packed_attention", expression, tmp_path), strict=True):
         for g, w in zip(got, want, strict=True):
             tolerance = 5e-2 if w.dtype == BF16 else 1e-5
             torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["grouped", "mla", "window-1"])
+@pytest.mark.parametrize("name", ["grouped", "mla", "window-1", "soft-cap"])
 def test_gradcheck_opcheck_and_compile(name: str) -> None:
     inputs = random_inputs(SHAPES[name], [3, 6], FP64)
     leaves = [x.requires_grad_() for x in inputs["leaves"]]
@@ -221,6 +250,7 @@ def test_gradcheck_opcheck_and_compile(name: str) -> None:
     q, k, v, k_pe = [*leaves, None][:4]
     cos, sin = inputs["rope"]
     arguments = (q, k, v, inputs["cu_seqlens"], k_pe, cos, sin, SCALE, inputs["interleaved"], inputs["window"])
+    arguments += (inputs["soft_cap"],)
     torch.library.opcheck(torch.ops.r1fast.packed_attention.default, arguments)
     torch._dynamo.reset()
     compiled: Callable[..., Tensor] = torch.compile(run, backend="aot_eager", fullgraph=True)
@@ -244,6 +274,9 @@ def test_errors_say_what_was_expected() -> None:
     for wrong_option in ({"scale": 0}, {"scale": 1, "window": 0}):
         with pytest.raises(ValueError, match="expected more than 0"):
             packed_attention(q, k, v, cu_seqlens, rope=rope, **wrong_option)
+    for cap in (0.0, -50.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"soft_cap=.*, expected a finite number above 0, or None"):
+            packed_attention(q, k, v, cu_seqlens, rope=rope, scale=1, soft_cap=cap)
     for ends in ([0, 3], [1, 9], [0, 7, 5, 9], []):
         with pytest.raises(ValueError, match=r"expected \[N\+1\] rising from 0 to 9"):
             packed_attention(q, k, v, torch.tensor(ends, dtype=torch.int32), scale=1, rope=rope, impl="cpp")

@@ -16,10 +16,11 @@ from r1fast_kernels.packed_attention import packed_attention_reference
 class Calls(list[dict[str, Any]]):
     """What the stand-in was called with."""
 
-    def note(self, q: Tensor, v: Tensor, deterministic: bool, window_size: tuple[int, int]) -> None:
+    def note(self, q: Tensor, v: Tensor, deterministic: bool, window_size: tuple[int, int], softcap: float) -> None:
         shapes = tuple(q.shape), tuple(v.shape)
         self.append({
             "shapes": shapes, "deterministic": deterministic, "window_size": window_size, "learns": q.requires_grad,
+            "softcap": softcap,
         })  # fmt: skip
 
 
@@ -59,11 +60,19 @@ def _check_all(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor
 
 
 def _compute(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None, causal: bool, window: tuple[int, int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float | None,
+    causal: bool,
+    window: tuple[int, int],
+    softcap: float,
 ) -> Tensor:
     _check(causal and window[1] in (-1, 0), "the stand-in is causal")
     left = None if window[0] < 0 else window[0] + 1
-    return packed_attention_reference(q, k, v, cu_seqlens, scale or q.shape[-1] ** -0.5, window=left)
+    options = {"window": left, "soft_cap": softcap or None}
+    return packed_attention_reference(q, k, v, cu_seqlens, scale or q.shape[-1] ** -0.5, **options)
 
 
 def flash_attention_2(calls: Calls) -> ModuleType:
@@ -72,15 +81,15 @@ def flash_attention_2(calls: Calls) -> ModuleType:
         causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
-        calls.note(q, v, deterministic, window_size)
+        calls.note(q, v, deterministic, window_size, softcap)
         _check_all(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k))
         _check(k.shape == v.shape and q.shape[2] == k.shape[2], "head sizes differ")
         swapped = max_seqlen_q == 1 and q.shape[1] > k.shape[1] and window_size == (-1, -1)
         _check(not swapped or len(q) == len(cu_seqlens_q) - 1, "shape is invalid for input of size")
-        out = _compute(q, k, v, cu_seqlens_q, softmax_scale, causal, window_size)
+        out = _compute(q, k, v, cu_seqlens_q, softmax_scale, causal, window_size, softcap)
         return (out, None, None) if return_attn_probs else out
 
-    return _module("flash_attn", flash_attn_varlen_func)
+    return _module("flash_attn", flash_attn_varlen_func, __version__="2.8.3.post1")
 
 
 def flash_attention_3(calls: Calls) -> ModuleType:
@@ -90,13 +99,13 @@ def flash_attention_3(calls: Calls) -> ModuleType:
         window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
         sm_margin=0, return_attn_probs=False,
     ):  # fmt: skip
-        calls.note(q, v, deterministic, window_size)
+        calls.note(q, v, deterministic, window_size, softcap)
         _check_all(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k))
         dim, value_dim = q.shape[2], v.shape[2]
         _check(dim % 8 == 0 and value_dim % 8 == 0, "head_size should be a multiple of 8")
         apart = (128 < dim <= 192 and 96 < value_dim <= 128) or (dim <= 64 and value_dim <= 512)
         _check(dim == value_dim or apart, "we only support Q/K headdim in (128, 192] and V headdim in (96, 128]")
-        out = _compute(q, k, v, cu_seqlens_q, softmax_scale, causal, window_size)
+        out = _compute(q, k, v, cu_seqlens_q, softmax_scale, causal, window_size, softcap)
         refused = "Deterministic backward not supported for hdim 256."
         out = _Backward.apply(out, refused if deterministic and max(dim, value_dim) > 192 else None)
         return (out, None) if return_attn_probs else out
@@ -104,21 +113,26 @@ def flash_attention_3(calls: Calls) -> ModuleType:
     return _module("flash_attn_interface", flash_attn_varlen_func)
 
 
-def _module(name: str, call: Any) -> ModuleType:
+def _module(name: str, call: Any, **others: Any) -> ModuleType:
     module = ModuleType(name)
-    module.flash_attn_varlen_func = call  # type: ignore[attr-defined]
+    vars(module).update(flash_attn_varlen_func=call, **others)
     return module
 
 
 MODULES = {flash.FLASH3: flash_attention_3, flash.FLASH2: flash_attention_2}
 
 
-def install(monkeypatch: pytest.MonkeyPatch, *names: str, capability: tuple[int, int] = (9, 0)) -> Calls:
-    """A CPU that is taken for a GPU with these libraries alone."""
+def install(
+    monkeypatch: pytest.MonkeyPatch, *names: str, capability: tuple[int, int] = (9, 0), softcap: bool = True
+) -> Calls:
+    """A CPU that is taken for a GPU with these libraries alone; `softcap`: 3 was built with it."""
     calls = Calls()
     for name, make in MODULES.items():
         module = make(calls) if name in names else None  # None: importing it raises ModuleNotFoundError
         monkeypatch.setitem(sys.modules, flash._MODULES[name], module)
+    config = ModuleType("flash_attn_config")  # which the build of 3 writes
+    vars(config)["CONFIG"] = {"build_flags": {"FLASHATTENTION_DISABLE_SOFTCAP": not softcap}}
+    monkeypatch.setitem(sys.modules, "flash_attn_config", config)
     monkeypatch.setattr(flash, "capability", lambda device: capability)
     flash.libraries.cache_clear()
     return calls

@@ -1,5 +1,6 @@
 """Flash attention's libraries, by stand-ins that refuse what they refuse: which is chosen, and what it is given."""
 
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -20,14 +21,17 @@ from tests.models.flash_attention import Calls, install
 
 CPU, BF16, FP64 = torch.device("cpu"), torch.bfloat16, torch.float64
 LENGTHS = [1, 0, 13, 40]
-# H, K, d, e, window: grouped; of a size that no kernel has; MLA's; values wider than keys; the largest.
-Shape = tuple[int, int, int, int, int | None]
+# H, K, d, e, window, soft cap: grouped; of a size that no kernel has; MLA's; values wider than keys; the largest; caps.
+Shape = tuple[int, int, int, int, int | None, float | None]
 SHAPES = {
-    "gqa": (6, 2, 16, 16, None),
-    "odd-window": (4, 1, 20, 20, 7),
-    "mla": (2, 2, 192, 128, None),
-    "wide-values": (2, 2, 24, 40, 1),
-    "256": (2, 1, 256, 256, None),
+    "gqa": (6, 2, 16, 16, None, None),
+    "odd-window": (4, 1, 20, 20, 7, None),
+    "mla": (2, 2, 192, 128, None, None),
+    "wide-values": (2, 2, 24, 40, 1, None),
+    "256": (2, 1, 256, 256, None, None),
+    "cap": (6, 2, 16, 16, None, 0.5),
+    "cap-window": (4, 1, 24, 40, 7, 2.0),
+    "cap-mla": (2, 2, 192, 128, None, 50.0),
 }
 
 
@@ -49,7 +53,7 @@ def ordered() -> Iterator[None]:
 
 def inputs(shape: Shape, device: torch.device = CPU) -> list[Tensor]:
     """q, k, v and the gradient of the result, as views of one tensor where nothing begins at a multiple of 16 bytes."""
-    H, K, d, e, _ = shape
+    H, K, d, e, *_ = shape
     sizes, T = ((H, d), (K, d), (K, e), (H, e)), sum(LENGTHS)
     flat = torch.randn(T, 1 + sum(h * n for h, n in sizes), generator=torch.Generator().manual_seed(0)).to(BF16)
     parts = flat.to(device)[:, 1:].split([h * n for h, n in sizes], dim=1)
@@ -61,7 +65,7 @@ def run(shape: Shape, given: list[Tensor]) -> tuple[Tensor, ...]:
     q, k, v, grad = given
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     plan = AttentionPlan(cu_seqlens, len(q), q.device)
-    out = packed_attention(q, k, v, plan, None, 0.3, window=shape[4])
+    out = packed_attention(q, k, v, plan, None, 0.3, window=shape[4], soft_cap=shape[5])
     return out, *torch.autograd.grad(out, (q, k, v), grad)
 
 
@@ -70,7 +74,7 @@ def assert_as_reference(shape: Shape, given: list[Tensor]) -> tuple[Tensor, ...]
     found = []
     for dtype in (BF16, FP64):
         q, k, v, grad = (x.detach().to(dtype).requires_grad_() for x in given)
-        out = packed_attention_reference(q, k, v, cu_seqlens, 0.3, window=shape[4])
+        out = packed_attention_reference(q, k, v, cu_seqlens, 0.3, window=shape[4], soft_cap=shape[5])
         found.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
     for name, mine, plain, exact in zip("oqkv", got, *found, strict=True):
         assert_as_exact(mine, plain, exact, 2 if name == "o" else 3, name)
@@ -83,6 +87,7 @@ def test_forward_and_gradients(shape: Shape, name: str, monkeypatch: pytest.Monk
     calls = install(monkeypatch, name)
     assert_as_reference(shape, inputs(shape))
     assert len(calls) == 1 and [op_name[1] for op_name in dispatch.choices] == [name]
+    assert calls[0]["softcap"] == (shape[5] or 0.0)
 
 
 @pytest.mark.parametrize("names", [(FLASH3, FLASH2), (FLASH3,)], ids=["both", "3"])
@@ -102,6 +107,39 @@ def test_sums_have_an_order_where_torch_is_asked_for_one(monkeypatch: pytest.Mon
     run(SHAPES["256"], inputs(SHAPES["256"]))  # FlashAttention 3 has no ordered gradient for it
     said = dispatch.choices["packed_attention", FLASH2]
     assert said.endswith("not FlashAttention 3: no head size 256 with sums in one order")
+
+
+@pytest.mark.usefixtures("ordered")
+def test_a_soft_cap_with_sums_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = install(monkeypatch, FLASH3)
+    assert_as_reference(SHAPES["cap-window"], inputs(SHAPES["cap-window"]))
+    assert calls[-1]["deterministic"] is True and calls[-1]["softcap"] == 2.0 and calls[-1]["window_size"] == (6, 0)
+
+
+def test_a_soft_cap_goes_to_a_library_that_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vllm#25502: a build without; flash-attention#1065: a version without its gradient. Last the reference."""
+    shape = SHAPES["cap-window"]
+    calls = install(monkeypatch, FLASH3, FLASH2, softcap=False)
+    assert_as_reference(shape, inputs(shape))
+    assert len(calls) == 1
+    assert "not FlashAttention 3: it was built without soft caps" in dispatch.choices["packed_attention", FLASH2]
+    monkeypatch.setattr(sys.modules["flash_attn"], "__version__", "2.6.1")
+    monkeypatch.setattr(flash, "_of_torch", lambda found: flash.Library(VARLEN, print, no_cap="it has no soft cap"))
+    flash.libraries.cache_clear()
+    assert_as_reference(shape, inputs(shape))
+    said = dispatch.choices["packed_attention", "reference"]
+    assert len(calls) == 1 and "2: version 2.6.1 has no gradient of a soft cap; not varlen_attn: it has no soft" in said
+    run((*shape[:5], None), inputs(shape))
+    assert len(calls) == 2 and calls[-1]["softcap"] == 0.0
+
+
+def test_a_cap_that_is_not_passed_on_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sglang#33915."""
+    install(monkeypatch, FLASH2)
+    given, attend = inputs(SHAPES["cap"]), flash.attend
+    monkeypatch.setattr(flash, "attend", lambda *args: attend(*args[:-1]))
+    with pytest.raises(AssertionError):
+        assert_as_reference(SHAPES["cap"], given)
 
 
 def _unpadded(x: Tensor, width: int) -> Tensor:
@@ -129,7 +167,7 @@ def test_the_stand_in_refuses_what_a_kernel_would_fault_on(
 def test_a_window_of_another_width_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FLASH2)
     given, attend = inputs(SHAPES["odd-window"]), flash.attend
-    monkeypatch.setattr(flash, "attend", lambda *args: attend(*args[:-1], args[-1] + 1))
+    monkeypatch.setattr(flash, "attend", lambda *args: attend(*args[:-2], args[-2] + 1, args[-1]))
     with pytest.raises(AssertionError):
         assert_as_reference(SHAPES["odd-window"], given)
 
@@ -297,8 +335,9 @@ def test_on_a_gpu(shape: Shape, name: str, monkeypatch: pytest.MonkeyPatch) -> N
     """As the reference; and, where torch is asked for it, the same bits every time."""
     device = torch.device("cuda", 0)
     (library,) = (library for library in flash.libraries(device) if library.name == name)
-    if library.call is None or flash._widths(name, shape[2], shape[3], True) is None:
-        pytest.skip(f"{name}: {library.obstacle or 'no such head size with sums in one order'}")
+    missing = library.obstacle or (library.no_cap if shape[5] else "")
+    if missing or flash._widths(name, shape[2], shape[3], True) is None:
+        pytest.skip(f"{name}: {missing or 'no such head size with sums in one order'}")
     monkeypatch.setattr(flash, "libraries", lambda _: (library,))
     first = assert_as_reference(shape, inputs(shape, device))
     assert ("packed_attention", name) in dispatch.choices
