@@ -151,6 +151,7 @@ def _attention() -> list[Case]:
             Case("decode_attention", "cuda", "bf16", mode, size, (of_floor(0.7),))
             for mode, size in (("gqa", {"B": 256, "T": 1536}), ("mla", {"B": 128, "T": 2048}))
         ]
+        + [Case("decode_attention", "cuda", "bf16", "mla128", {"B": 128, "T": 2048})]
         # Qwen2.5-1.5B's heads of 128, and DeepSeek-V3's of 192 with values of 128.
         + [
             Case("packed_attention", "cuda", "bf16", mode, size, (faster("SDPA", 1),))
@@ -184,6 +185,11 @@ def _grpo_steps() -> list[Case]:
             for dtype in ("fp32", "bf16")
         ),
     ]
+
+
+def _decode_parts() -> list[Case]:
+    """Of a dense model, and of one with latent attention and experts."""
+    return [Case("decode_parts", "cuda", "bf16", model, {"B": 256}) for model in ("qwen2.5-1.5b", "v3-16b-a3b")]
 
 
 def _generation() -> list[Case]:
@@ -256,7 +262,8 @@ def _experts() -> list[Case]:
 
 
 FAMILIES = (
-    _selective, _linear, _losses, _experts, _sampling, _norms, _attention, _steps, _grpo_steps, _generation,
+    _selective, _linear, _losses, _experts, _sampling, _norms, _attention, _decode_parts, _steps, _grpo_steps,
+    _generation,
 )  # fmt: skip
 CASES = tuple(case for family in FAMILIES for case in family())
 OPS = tuple(dict.fromkeys(case.op for case in CASES))

@@ -52,7 +52,10 @@ class Results:
         self.rows.append(row)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({"environment": harness.environment(), "rows": self.rows}, indent=1) + "\n")
+            text = json.dumps({"environment": harness.environment(), "rows": self.rows}, indent=1)
+            part = self.path.with_suffix(".part")  # a run may be killed at any line
+            part.write_text(f"{text}\n")
+            part.replace(self.path)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import r1fast_kernels as kernels
 from bench.cases import Case
+from bench.decode_step import step
 from r1fast_kernels.decode_attention_triton import BLOCK
 from r1fast_kernels.grouped_gemm import grouped_gemm
 from tests.kernels.fake_gpu import Launch, TensorArgument, fake_gpu
@@ -26,7 +27,8 @@ VENDOR = "r1fast_kernels.grouped_gemm_vendor"
 BF16, INT32, INT64 = torch.bfloat16, torch.int32, torch.int64
 DTYPES = {"bf16": BF16, "fp32": torch.float32}
 PRODUCTS = {"mm", "addmm", "bmm"}
-DECODE_HEADS = {"gqa": (12, 2, 128, 128), "mla": (16, 1, 576, 512)}  # H, K, d, e of Qwen2.5-1.5B and DeepSeek-V2-Lite
+# H, K, d, e of Qwen2.5-1.5B, DeepSeek-V2-Lite and DeepSeek-V3
+DECODE_HEADS = {"gqa": (12, 2, 128, 128), "mla": (16, 1, 576, 512), "mla128": (128, 1, 576, 512)}
 
 
 @dataclass
@@ -152,15 +154,24 @@ def _decode(case: Case, call: Call) -> None:
     H, K, d, e = DECODE_HEADS[case.mode]
     width = -(-T // BLOCK)
     keys = new(B * width * BLOCK, K, d, dtype=dtype)
-    values = keys[..., :e] if case.mode == "mla" else new(*keys.shape[:2], e, dtype=dtype)
+    values = keys[..., :e] if case.mode != "gqa" else new(*keys.shape[:2], e, dtype=dtype)
     table, lengths = new(B, width, dtype=INT32), new(B, dtype=INT32)
     kernels.decode_attention(new(B, H, d, dtype=dtype), keys, values, table, lengths, scale=0.1)
+
+
+def _decode_parts(case: Case, call: Call) -> None:
+    def of_dtype(*shape: int) -> Tensor:
+        return new(*shape, dtype=DTYPES[case.dtype])
+
+    B = case.sizes["B"]
+    step(case.mode, B, of_dtype, new(B, dtype=INT64))(None)
 
 
 CALLS: dict[str, Callable[[Case, Call], None]] = {
     "selective_logprobs": _selective, "linear_logprobs": _head, "linear_cross_entropy": _head,
     "linear_grpo_loss": _head, "group_advantages": _advantages, "grpo_loss": _grpo, "route_topk": _route,
     "grouped_gemm": _grouped, "moe_experts": _experts, "sample_tokens": _sample, "decode_attention": _decode,
+    "decode_parts": _decode_parts,
 }  # fmt: skip
 
 

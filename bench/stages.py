@@ -100,28 +100,42 @@ def run(part: Part, seconds: float, log: Path) -> tuple[int | None, str]:
     """(exit status, or None at the limit; the end of what it said), which also goes to the log and the terminal."""
     with log.open("ab") as file:
         begin = file.tell()
-        process = subprocess.Popen(part.command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+        try:
+            process = subprocess.Popen(part.command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+        except OSError as error:  # there is no such command
+            return 127, f"{error}\n"
         status: int | None = None
         try:
-            status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            for signal_number in (signal.SIGINT, signal.SIGKILL):  # pytest then writes what it has
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal_number)
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE_S)
-                    break
+            with suppress(subprocess.TimeoutExpired):
+                status = process.wait(seconds)
+        finally:  # at the limit, or where this script is ended
+            end(process)
     said = log.read_bytes()[begin:].decode(errors="replace")
     print(said, end="", flush=True)
     return status, said
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """With all that it has started; pytest then writes what it has."""
+    for signal_number in (signal.SIGINT, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal_number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
 
 
 def counted(junit: Path) -> dict[str, Any]:
     """Of pytest's report: how many tests there were, and which of them failed."""
     if not junit.exists():
         return {"tests": 0}
-    cases = ElementTree.parse(junit).getroot().findall(".//testcase")
-    junit.unlink()
+    try:
+        cases = ElementTree.parse(junit).getroot().findall(".//testcase")
+    except ElementTree.ParseError:  # killed while it was written
+        return {"tests": 0}
+    finally:
+        junit.unlink()
 
     def ended(how: str) -> list[str]:
         return [f"{x.get('classname')}::{x.get('name')}" for x in cases if x.find(how) is not None]
@@ -132,6 +146,8 @@ def counted(junit: Path) -> dict[str, Any]:
 def run_stage(stage: str, out: Path, fake: bool, seconds: float) -> dict[str, Any]:
     begin, found = time.monotonic(), dict[str, Any]()
     statuses: list[int | None] = []
+    rows = out / f"{stage}.json"
+    rows.unlink(missing_ok=True)  # of an earlier run
     for part in parts_of(stage, out, fake):
         left = seconds - (time.monotonic() - begin)
         if left < 1:
@@ -143,7 +159,6 @@ def run_stage(stage: str, out: Path, fake: bool, seconds: float) -> dict[str, An
             found |= counted(part.junit)
         if stage == "machine":
             found.setdefault("said", []).extend(said.splitlines())
-    rows = out / f"{stage}.json"
     if rows.exists():
         found["rows"] = len(json.loads(rows.read_text())["rows"])
     took = round(time.monotonic() - begin, 1)
@@ -158,13 +173,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     # A shell starts what runs behind it (&) with SIGINT ignored, which stages would inherit.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.default_int_handler)
     if args.fake:
         os.environ["R1FAST_FAKE_GPU"] = "1"
     summary: dict[str, Any] = {"device": "fake" if args.fake else "gpu", "stages": []}
-    for stage in args.stages or STAGES:
+    file, names = args.out / "summary.json", args.stages or list(STAGES)
+    before = json.loads(file.read_text()) if file.exists() else summary
+    if before["device"] == summary["device"]:
+        summary["stages"] = [found for found in before["stages"] if found["stage"] not in names]
+    for stage in names:
         summary["stages"].append(run_stage(stage, args.out, args.fake, STAGES[stage]))
-        (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        file.write_text(json.dumps(summary, indent=1) + "\n")
     stages = [{key: value for key, value in found.items() if key != "said"} for found in summary["stages"]]
     print(json.dumps(summary | {"stages": stages}))
     return int(any(status != 0 for found in stages for status in found["statuses"]))

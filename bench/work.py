@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 from bench.cases import Case
+from bench.decode_step import step_bytes
 from bench.limits import COPY_BYTES_PER_S, PRODUCT_FLOPS_PER_S, Work
 from bench.production import DECODE_HEADS, DTYPES, tensor_bytes
 from tests.kernels.fake_gpu import Launch
@@ -27,8 +28,8 @@ def _weight(launch: Launch) -> Work:
 
 
 def _attend(launch: Launch) -> Work:
-    """Every token of every row is read once for all heads of a key head, 16 of them at a time; partial sums are written
-    and read. Of the stages each tile of keys takes two, one for the block table that it waits for."""
+    """Every token of every row is read once for all heads of a key head, a tile of them at a time; partial sums are
+    written and read. Of the stages each tile of keys takes two, one for the block table that it waits for."""
     a = launch.arguments
     (tokens, heads, width), tiles = a["k_ptr"].shape, -(-a["group"] // a["BLOCK_H"])
     flops = 2.0 * tokens * heads * tiles * a["BLOCK_H"] * (width + a["VALUE_WIDTH"])
@@ -37,6 +38,15 @@ def _attend(launch: Launch) -> Work:
     again = 0 if parts is None else 4 * math.prod(parts.shape)
     stages = (launch.specialisation.options["num_stages"] + 1) // 2
     return Work(tensor_bytes(launch) - once + again, flops, trips=tokens * heads * tiles / a["BLOCK_T"], stages=stages)
+
+
+def _rotate_latents(launch: Launch) -> Work:
+    """Of queries, in and out, the rotated channels alone."""
+    a = launch.arguments
+    rows, heads, _ = a["q_ptr"].shape
+    rotated, size = 2 * a["half"], a["q_ptr"].dtype.itemsize
+    of_rows = rows * size * (2 * heads * rotated + 2 * (a["width"] + rotated))
+    return Work(of_rows + tensor_bytes(launch, "slots_ptr", "cos_ptr", "sin_ptr", "norm_ptr"))
 
 
 def _sample(launch: Launch) -> Work:
@@ -59,6 +69,7 @@ WORK: dict[str, Callable[[Launch], Work]] = {
     ),
     "_weight_kernel": _weight,
     "_attend_kernel": _attend,
+    "_rotate_latents_kernel": _rotate_latents,
     "_sample_kernel": _sample,
     "_zero_skipped_kernel": lambda x: Work(4.0 * x.num_programs, trips=1),  # no row is skipped
 }
@@ -72,9 +83,10 @@ def floor_ms(num_bytes: float, flops: float) -> float:
     return max(num_bytes / COPY_BYTES_PER_S, flops / PRODUCT_FLOPS_PER_S) * 1e3
 
 
-def _decode_bytes(case: Case) -> float:
-    _, heads, width, value_width = DECODE_HEADS[case.mode]
-    return case.sizes["B"] * case.sizes["T"] * heads * (width if case.mode == "mla" else width + value_width)
+def _decode(case: Case, itemsize: int) -> tuple[float, float]:
+    heads, kv_heads, width, value_width = DECODE_HEADS[case.mode]
+    tokens, read = float(case.sizes["B"] * case.sizes["T"]), width + value_width if case.mode == "gqa" else width
+    return itemsize * tokens * kv_heads * read, 2 * tokens * heads * (width + value_width)
 
 
 def _head_flops(case: Case, passes: int) -> float:
@@ -99,7 +111,8 @@ FLOORS: dict[str, Callable[[Case, dict[str, int], int], tuple[float, float]]] = 
     "grouped_gemm": lambda x, n, s: (0, _expert_flops(x, 2)),
     "moe_experts": lambda x, n, s: (0, _expert_flops(x, 3)),
     "sample_tokens": lambda x, n, s: (s * n["B"] * n["V"], 0),
-    "decode_attention": lambda x, n, s: (s * _decode_bytes(x), 0),
+    "decode_attention": lambda x, n, s: _decode(x, s),
+    "decode_parts": lambda x, n, s: (sum(step_bytes(x.mode, n["B"], s)), 0),
 }
 
 

@@ -94,6 +94,9 @@ def _traced(
     shared = SharedTokens(every_S, num_tokens) if repeated else None
     ends = torch.tensor([0, num_tokens, num_tokens + repeated], dtype=torch.int32)
     plan = AttentionPlan(ends, len(every_S), where, shared)
+    plan.flash = plan.flash[-1:]  # torch's own, which keeps as much: of others some know no tensors without memory
+    # Where it takes no call: made here, of lengths, which tensors without memory have not.
+    assert plan.padded.num_slots >= len(every_S)
     ropes = Rotary(config.value).to(device)(plan.positions_T, plan.lengths_T, dtype)
     step = ForwardPass(plan, ropes, None, None)
     with torch_private.fake_tensors(), torch.device(device):

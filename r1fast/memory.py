@@ -18,9 +18,10 @@ counted: the process itself with its libraries, the CUDA context (0.5 GB), what 
 rewards, and a vLLM in the process, whose part of the device is gpu_memory_utilization.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ from r1fast.preflight_models import (
     with_adapters,
 )
 from r1fast.rollout.admission import num_blocks_of
-from r1fast.rollout.needs import RESERVE, Call, work_bytes
+from r1fast.rollout.needs import BACKGROUND_SHARE, RESERVE, Call, work_bytes
 from r1fast.schema import CollectStage, DistillStage, GRPOStage, PretrainStage, Recipe, RewardModelStage
 from r1fast.schema_options import (
     EvalOptions,
@@ -69,22 +70,42 @@ TERMS = ("weights", "gathered", "gradients", "optimizer", "activations", "logits
 
 
 @dataclass
+class Sampling:
+    """Of a phase in which the engine generates: what it takes, of which it does without `spare` of the cache; what is
+    there before; and the share of the rest that it may take."""
+
+    taken: int
+    spare: int
+    beside: int = 0
+    share: float = 1.0
+
+
+@dataclass
 class Phase:
-    """The moment of a phase that needs most: bytes by term. spare: of the cache, which generation does without."""
+    """The moment of a phase that needs most: bytes by term."""
 
     name: str
     bytes: dict[str, int]
-    spare: int = 0
+    sampling: Sampling | None = None
 
     @property
     def total(self) -> int:
         return sum(self.bytes.values())
 
+    @property
+    def needed(self) -> int:
+        """With what the engine leaves free."""
+        if (s := self.sampling) is None:
+            return self.total
+        return max(self.total, s.beside + math.ceil(s.taken / (s.share * (1 - RESERVE))))
+
     def fit(self, room: int) -> None:
         """As the engine makes its cache."""
-        if less := min(self.spare, max(0, self.total - int(room * (1 - RESERVE)))):
+        if (s := self.sampling) is not None:
+            less = min(s.spare, max(0, s.taken - int((room - s.beside) * s.share * (1 - RESERVE))))
             self.bytes["cache"] -= less
-            self.spare -= less
+            s.spare -= less
+            s.taken -= less
 
 
 @dataclass
@@ -152,8 +173,10 @@ class Estimator:
         if isinstance(stage, GenerateOptions):
             asked = self._asked(stage, of_teacher=True)
             for name, other in self._samplers(stage):
-                needs, spare = self._generate(stage, other, asked)
-                found.phases.append(Phase(name, {"weights": self._shards(other)} | needs, spare))
+                needs, sampling = self._generate(stage, other, asked)
+                shards = {"weights": self._shards(other)}
+                there = shards["weights"] + needs["gathered"]
+                found.phases.append(Phase(name, shards | needs, sampling and replace(sampling, beside=there)))
         frozen = list(self._frozen(stage))
         rest = self._resident(stage, model, frozen)
         # Frozen models are read after the optimizer is made. A rank of pretrain makes the model whole and keeps a part.
@@ -164,22 +187,26 @@ class Estimator:
         # On one rank the gathered weights of frozen models stay, once they ran.
         stays = {"gathered": self.dtype.itemsize * sum(x.gathered(self.ranks) for x in self._here(stage, frozen))}
         ahead: dict[str, int] = {}  # what samples meanwhile
+        aside: Sampling | None = None
         asked = self._asked(stage)
         if isinstance(stage, GenerateOptions) and asked[0]:
-            needs, spare = self._generate(stage, model, asked)
-            generate = rest | needs
-            generate["gathered"] += stays["gathered"]
-            found.phases.append(Phase("generate", generate, spare))
-            if self._is_ahead(stage):
-                ahead = {name: size for name, size in generate.items() if name not in (*rest, "gathered")}
+            needs, sampling = self._generate(stage, model, asked)
+            there = sum((rest | stays).values())
+            if self._is_ahead(stage):  # in a thread, which has no gathered weights
+                ahead = {name: size for name, size in needs.items() if name != "gathered"}
+                aside = sampling and replace(sampling, beside=there)
+            else:
+                there += needs["gathered"]
+            generate = Phase("generate", _sum(rest | needs, stays), sampling and replace(sampling, beside=there))
+            found.phases.append(generate)
         if isinstance(stage, TrainOptions):
             batch = self._batch(stage)
             found.tokens_per_step = batch.tokens_per_step
             if isinstance(stage, GRPOStage) and (old_logprobs := self._forwards(stage)) is not None:
                 score = self._score(stage, [model] * old_logprobs, frozen, rest, batch)
-                found.phases.append(Phase("score", _sum(score, ahead)))
+                found.phases.append(Phase("score", _sum(score, ahead), aside and replace(aside)))
             update = self._update(stage, model, frozen, rest, batch)
-            found.phases.append(Phase("update", _sum(update, ahead)))
+            found.phases.append(Phase("update", _sum(update, ahead), aside and replace(aside)))
             save = rest | stays | {"optimizer": self._state(stage, model, offloads=False)}
             found.phases.append(Phase("save", save))
         return found
@@ -275,26 +302,36 @@ class Estimator:
             found.append((prompts * stage.eval_num_samples, prompts))
         return max(found)
 
-    def _generate(self, stage: GenerateOptions, model: _Model, asked: tuple[int, int]) -> tuple[dict[str, int], int]:
-        """By term, and what of the cache can be spared."""
+    def _generate(
+        self, stage: GenerateOptions, model: _Model, asked: tuple[int, int]
+    ) -> tuple[dict[str, int], Sampling | None]:
+        """By term, and what our engine takes, as it counts. ConfigError where it finds no room for one sample."""
         config, size, rollout = model.config, self.dtype.itemsize, self.recipe.rollout
         found = {"gathered": size * model.numel}
         if rollout.engine != "r1fast":
-            return found, 0
+            return found, None
         rows, prompts = (min(rollout.max_num_seqs, -(-number // self.ranks)) for number in asked)
         length = self.lengths.prompt(stage)
         own = num_blocks_of(length + stage.max_completion_length - 1) - length // BLOCK
-        alone, block = num_blocks_of(length) + own, BlockCache.bytes_per_block(config, self.dtype)
-        found["cache"] = (rows * own + prompts * num_blocks_of(length)) * block
-        spare = max(0, found["cache"] - alone * block)
-        if rollout.kv_cache_memory_bytes is not None:
-            found["cache"], spare = min(found["cache"], rollout.kv_cache_memory_bytes), 0
+        has_graphs = self.device == "cuda" and not rollout.enforce_eager
+        spare = int(has_graphs)  # the block of their padding
+        block, budget = BlockCache.bytes_per_block(config, self.dtype), rollout.kv_cache_memory_bytes
+        alone = (spare + num_blocks_of(length) + own) * block
+        found["cache"] = (spare + rows * own + prompts * num_blocks_of(length)) * block
+        if budget is not None and alone > budget:
+            where = f"stages.{stage.name}: rollout.kv_cache_memory_bytes is {budget:,}"
+            raise ConfigError(f"{where}; one completion takes {alone:,}: raise it, or lower max_completion_length")
+        if budget is not None:
+            found["cache"] = min(found["cache"], budget)
         call = Call(
             rows, prompts, prompts * length, rollout.max_num_batched_tokens, length + stage.max_completion_length,
-            stage.max_completion_length, self.device == "cuda" and not rollout.enforce_eager,
-            records=isinstance(stage, GRPOStage) and config.has_router,
+            stage.max_completion_length, has_graphs, records=isinstance(stage, GRPOStage) and config.has_router,
         )  # fmt: skip
-        return found | work_bytes(config, self.dtype, self.device, call), spare
+        beside_cache = work_bytes(config, self.dtype, self.device, call)
+        taken = found["cache"] + sum(beside_cache.values())
+        share = BACKGROUND_SHARE if self._is_ahead(stage) and budget is None else 1.0
+        sparable = 0 if budget is not None else found["cache"] - alone
+        return found | beside_cache, Sampling(taken, max(0, sparable), share=share)
 
     def _score(
         self, stage: GRPOStage, policy: list[_Model], frozen: list[_Model], rest: dict[str, int], batch: _Batch
@@ -396,12 +433,12 @@ def estimate(
         if room is not None:
             for phase in stage.phases:
                 phase.fit(room)
-        most = max(stage.phases, key=lambda phase: phase.total)
-        if room is not None and most.total > room:
+        most = max(stage.phases, key=lambda phase: phase.needed)
+        if room is not None and most.needed > room:
             term = max(most.bytes, key=lambda name: most.bytes[name])
             advice = ADVICE.get(term, "take more ranks, a smaller model or model.dtype: bfloat16")
             where = f"on each of {num_ranks} ranks, " if num_ranks > 1 else ""
-            needed = f"{most.name} needs {_gib(most.total)} GiB {where}{term} most of it"
+            needed = f"{most.name} needs {_gib(most.needed)} GiB {where}{term} most of it"
             raise ConfigError(f"stages.{stage.stage}: {needed}; {device.type} has {_gib(room)} GiB free: {advice}")
     return known
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,45 @@ def test_a_stage_that_hangs_or_fails_ends_itself_alone(tmp_path: Path, monkeypat
     smoke, ops, models = json.loads((tmp_path / "summary.json").read_text())["stages"]
     assert smoke["statuses"] == [3] and models["statuses"] == [0] and ops["statuses"] == [None]
     assert ops["rows"] == 2 and (ops["tests"], ops["failed"]) == (2, ["a::c"]) and ops["seconds"] < 20
+
+
+def test_what_is_missing_or_half_written_ends_no_other_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And a later call keeps what the first one found of other stages, but no rows of the same one."""
+    junit, rows = tmp_path / "smoke.xml", tmp_path / "ops.json"
+    parts = {
+        "machine": [stages.Part(["no-such-command"]), python("print('doctor')")],
+        "smoke": [python(f"open({str(junit)!r}, 'w').write('<testsuites><testsu')", junit)],
+        "ops": [python(f"open({str(rows)!r}, 'w').write('{{\"rows\": [1, 2]}}')")],
+    }
+    monkeypatch.setattr(stages, "parts_of", lambda stage, out, fake: parts[stage])
+    assert stages.main(["--out", str(tmp_path), "machine", "smoke", "ops"]) == 1
+    parts["ops"] = [python("raise SystemExit(3)")]
+    assert stages.main(["--out", str(tmp_path), "ops"]) == 1
+    machine, smoke, ops = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert machine["statuses"] == [127, 0] and "no-such-command" in machine["said"][0] and "doctor" in machine["said"]
+    assert smoke["statuses"] == [0] and smoke["tests"] == 0
+    assert ops["statuses"] == [3] and "rows" not in ops
+
+
+def test_a_stage_ends_with_the_script(tmp_path: Path) -> None:
+    """As when its own limit, or a terminal, ends it."""
+    code = "import os, pathlib, signal, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom bench import stages\n"
+        f"stages.ROOT = Path({str(tmp_path)!r})\n"
+        f"stages.parts_of = lambda *args: [stages.Part([sys.executable, '-c', {code!r}])]\n"
+        f"stages.main(['--out', {str(tmp_path)!r}, 'smoke'])"
+    )
+    running = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    pid, until = tmp_path / "pid", time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    running.terminate()
+    assert running.wait(30) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_rows_that_were_not_measured_are_on_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The memory estimate: activations against sums by hand, terms against the recipe, and what cannot fit."""
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from r1fast import host_memory, memory
+from r1fast import host_memory, load_model, memory
 from r1fast.activations import layer_activations
 from r1fast.config import ConfigError, load_recipe
 from r1fast.lengths import Lengths
@@ -18,6 +19,10 @@ from r1fast.models.lora import LoraConfig
 from r1fast.models.model_config import ModelConfig
 from r1fast.preflight_models import checkpoint_of
 from r1fast.read_once import forget
+from r1fast.rollout import engine as engine_module
+from r1fast.rollout.engine import RolloutEngine
+from r1fast.rollout.sampling import SamplingParams
+from r1fast.schema import GRPOStage
 from tests.tiny_checkpoint import GRPO, PROMPTS, write_checkpoint, write_jsonl, write_recipe
 from tests.zoo import fields
 
@@ -163,17 +168,54 @@ def test_what_does_not_fit_is_refused(files: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_smaller_cache_does_too(files: Path) -> None:
-    """What the rest leaves, but for a twentieth, as long as one completion fits. A budget is kept to."""
-    for room, left in ((2000, 1000), (1000, 850), (400, 280), (300, 200)):
-        phase = memory.Phase("generate", {"weights": 100, "cache": 1000}, spare=800)
+    """What the rest leaves, but for a twentieth of it, as long as one completion fits. A budget is kept to."""
+    for room, left, needed in ((2000, 1000, 1153), (1000, 855, 1000), (400, 285, 400), (300, 200, 311)):
+        phase = memory.Phase("generate", {"weights": 100, "cache": 1000}, memory.Sampling(1000, spare=800, beside=100))
         phase.fit(room)
-        assert phase.bytes == {"weights": 100, "cache": left} and phase.spare == left - 200
+        assert phase.bytes == {"weights": 100, "cache": left} and phase.needed == needed
     zero, model = dict(GRPO, beta=0.0), {"path": str(write_checkpoint(files / "model"))}
     found = phases(estimate(files, zero, model=model))["generate"]
-    assert 0 < found.spare < found.bytes["cache"]
+    assert found.sampling and 0 < found.sampling.spare < found.bytes["cache"]
     size = found.bytes["cache"] // 2
     small = phases(estimate(files, zero, model=model, rollout={"kv_cache_memory_bytes": size}))["generate"]
-    assert small.spare == 0 and small.bytes["cache"] == size
+    assert small.sampling and small.sampling.spare == 0 and small.bytes["cache"] == size
+    one = r"stages.zero: rollout.kv_cache_memory_bytes is 99; one completion takes .*: raise it"
+    with pytest.raises(ConfigError, match=one):
+        estimate(files, zero, model=model, rollout={"kv_cache_memory_bytes": 99})
+
+
+@pytest.mark.parametrize("async_steps", [0, 1])
+def test_generation_is_refused_where_the_engine_does(
+    files: Path, async_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same numbers: with what is there before, and beside training with half of what is left."""
+    path = str(write_checkpoint(files / "model"))
+    sections: dict[str, Any] = {"model": {"path": path}, "rollout": {"async_steps": async_steps}}
+    write_jsonl(files / "one.jsonl", PROMPTS[:1])
+    stage = dict(GRPO, train_files=["one.jsonl"], beta=0.0, prompts_per_step=1, steps_per_generation=1)
+    recipe = load_recipe(str(write_recipe(files / "mine.yaml", stage, **sections)), [])
+    (zero,), lengths = recipe.stages, Lengths(recipe)
+    assert isinstance(zero, GRPOStage)
+    generate = phases(estimate(files, stage, **sections))["generate"]
+    sampling = generate.sampling
+    assert sampling is not None and sampling.share == (0.5 if async_steps else 1)
+    least = math.ceil((sampling.taken - sampling.spare) / (sampling.share * 0.95))
+    engine = RolloutEngine(load_model(path)[0], None, max_num_seqs=512, memory_share=sampling.share)
+    params = SamplingParams(n=zero.num_generations, max_tokens=zero.max_completion_length)
+    prompts = [[5] * lengths.prompt(zero, ["train_files"])]
+    for free in (least - 1, least):
+        monkeypatch.setattr(engine_module, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(host_memory, "available", lambda _, free=free: sampling.beside + free)
+        monkeypatch.setattr(memory.Estimator, "_update", lambda *args: {})
+        if free == least:
+            engine.generate(prompts, params)
+            memory.estimate(recipe, ["zero"], 1, 1, lengths)
+            continue
+        text = "lower max_num_seqs, max_num_batched_tokens or max_tokens"
+        with pytest.raises(ValueError, match=(", 50% of it beside training, .*: " if async_steps else ".*") + text):
+            engine.generate(prompts, params)
+        with pytest.raises(ConfigError, match=r"stages.zero: (generate|update) needs"):
+            memory.estimate(recipe, ["zero"], 1, 1, lengths)
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -9,7 +9,8 @@ as in PagedAttention (Kwon et al. 2023, arXiv 2309.06180). With a window w a row
 multi-head latent attention (arXiv 2405.04434) keys are the cached latents, values a part of the same, and all query
 heads read one key head.
 
-Bound by memory: s K (d + e) bytes of a row's tokens (s d where values are a view of keys), for 2 H (d + e) FLOPs.
+Bound by memory: s K (d + e) bytes of a row's tokens (s d where values are a view of keys), for 2 H (d + e) FLOPs; with
+128 heads over one latent by the FLOPs.
 """
 
 from typing import Any

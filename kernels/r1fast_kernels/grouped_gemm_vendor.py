@@ -30,7 +30,7 @@ def takes(num_rows: int, num_experts: int, *factors: Tensor) -> bool:
     return (
         factors[0].dtype == torch.bfloat16
         and on_hopper(factors[0].device)
-        and num_experts <= MOST_EXPERTS
+        and 0 < num_experts <= MOST_EXPERTS
         and num_rows >= MIN_ROWS * num_experts
         and all(size % 8 == 0 for x in factors for size in x.shape[1:])
         and all(x.data_ptr() % 16 == 0 for x in factors)

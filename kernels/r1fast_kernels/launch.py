@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -14,7 +15,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     TRITON_DEFAULT_FP_FUSION says.
     Raises ValueError for tensors of several devices.
     """
-    tensors = [x for x in args if isinstance(x, Tensor)]
+    given = [x.base if isinstance(x, TensorDescriptor) else x for x in args]
+    tensors = [x for x in given if isinstance(x, Tensor)]
     first = tensors[0]
     if any(x.device != first.device for x in tensors):
         found = ", ".join(sorted({str(x.device) for x in tensors}))

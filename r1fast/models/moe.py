@@ -14,6 +14,21 @@ from r1fast_kernels.moe_experts import MoveRows
 from r1fast_kernels.products import linear_fp32
 
 
+class _Weighted(torch.autograd.Function):
+    """h_m w_m in the dtype of h, rounded once. On a GPU no product in the fp32 of the weights is there as a whole."""
+
+    @staticmethod
+    def forward(ctx: Any, h_MF: Tensor, weights_M: Tensor) -> Tensor:
+        ctx.save_for_backward(h_MF, weights_M)
+        return torch.mul(h_MF, weights_M[:, None], out=torch.empty_like(h_MF))
+
+    @staticmethod
+    def backward(ctx: Any, grad_MF: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        h_MF, weights_M = ctx.saved_tensors
+        grad_h_MF = torch.mul(grad_MF, weights_M[:, None], out=torch.empty_like(h_MF))
+        return grad_h_MF, (grad_MF * h_MF).sum(1, dtype=weights_M.dtype)
+
+
 class Gate(nn.Module):
     """Chooses K experts per token, in fp32. DeepSeek-V3 selects on sigmoid score + bias, weighs by the score alone."""
 
@@ -73,8 +88,8 @@ class Experts(nn.Module):
 
         rows_MD = MoveRows.apply(x_TD, token_M, slot_TK, True)
         gate_MF, up_MF = product(rows_MD, self.gate_up_proj, self.gate_up_proj_lora).chunk(2, dim=-1)
-        inner_MF = F.silu(gate_MF) * up_MF * weights_TK.flatten().index_select(0, order_M)[:, None]
-        out_MD = product(inner_MF.to(x_TD.dtype), self.down_proj, self.down_proj_lora)
+        inner_MF = _Weighted.apply(F.silu(gate_MF) * up_MF, weights_TK.flatten().index_select(0, order_M))
+        out_MD = product(inner_MF, self.down_proj, self.down_proj_lora)
         return MoveRows.apply(out_MD, token_M, slot_TK, False)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,12 @@ from r1fast.rollout.texts import OnText, Texts, Watcher, completions_of
 from r1fast.rollout.tokenization import Chat, RawPrompt, encode_raw_prompts, is_chat
 from r1fast_kernels.dispatch import in_use
 
+_LENGTH = "max_tokens (in a recipe max_completion_length)"
+
+
+class OutOfRoom(ValueError):
+    """What a call of `generate` takes is more than there is; found before any work."""
+
 
 @dataclass(eq=False, repr=False)
 class RolloutEngine:
@@ -38,6 +45,7 @@ class RolloutEngine:
     kv_cache_memory_bytes: int | None = None
     enable_return_routed_experts: bool = False  # completions say where each token went, for an update to replay
     enforce_eager: bool = False  # no CUDA graphs (graphs.py); never under `use("reference")`
+    memory_share: float = 1.0  # of what is free, that a call may take where kv_cache_memory_bytes is None
 
     def __post_init__(self) -> None:
         if self.model.scalar_head:
@@ -46,13 +54,18 @@ class RolloutEngine:
             raise ValueError("enable_return_routed_experts: the model has no mixture-of-experts layer")
         limit = self.model.config.max_position_embeddings
         length = limit if self.max_model_len is None else self.max_model_len
-        for name, right, expected in (
-            ("max_num_seqs", self.max_num_seqs >= 1, "at least 1 row"),
-            ("max_num_batched_tokens", self.max_num_batched_tokens >= 1, "at least 1 token"),
-            ("max_model_len", 1 < length <= limit, f"2 to {limit}, the model's max_position_embeddings"),
+        budget = 1 if self.kv_cache_memory_bytes is None else self.kv_cache_memory_bytes
+        for name, number, least, most, expected in (
+            ("max_num_seqs", self.max_num_seqs, 1, None, "at least 1 row"),
+            ("max_num_batched_tokens", self.max_num_batched_tokens, 1, None, "at least 1 token"),
+            ("max_model_len", length, 2, limit, f"2 to {limit}, the model's max_position_embeddings"),
+            ("kv_cache_memory_bytes", budget, 1, None, "a number of bytes, or None"),
         ):
-            if not right:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected {expected}")
+            is_number = isinstance(number, Integral) and not isinstance(number, bool)
+            if not is_number or number < least or (most is not None and number > most):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}; expected {expected}")
+        if not 0 < self.memory_share <= 1:
+            raise ValueError(f"memory_share is {self.memory_share!r:.80}; expected above 0, at most 1")
         self.longest = length
 
     def default_sampling_params(self) -> SamplingParams:
@@ -176,7 +189,7 @@ class RolloutEngine:
 
     def _num_blocks(self, prompts: list[SequenceGroup], rows: int, params: SamplingParams, *, has_graphs: bool) -> int:
         """What the rows need, as far as there is room: in the budget, and on the device beside all else that this call
-        takes (needs.py). Raises where there is none for one sample."""
+        takes (needs.py). Raises OutOfRoom where there is none for one sample."""
         shared = [num_blocks_of(len(prompt.ids)) for prompt in prompts]
         own = [prompt.num_own(params.max_tokens) for prompt in prompts]
         spare = int(has_graphs)  # of padding
@@ -188,23 +201,25 @@ class RolloutEngine:
         most = params.max_tokens
         one = f"one completion of {most} tokens after a prompt of up to {max(lengths)} takes {alone * size:,}"
         if budget is not None and alone > budget // size:
-            raise ValueError(f"kv_cache_memory_bytes is {budget:,}; {one}: raise it, or lower max_tokens")
+            raise OutOfRoom(f"kv_cache_memory_bytes is {budget:,}; {one}: raise it, or lower {_LENGTH}")
         call = Call(
             rows, min(rows, len(prompts)), sum(lengths), self.max_num_batched_tokens, max(lengths) + most, most,
             has_graphs, params.min_tokens > 0, self.enable_return_routed_experts,
         )  # fmt: skip
         beside = sum(work_bytes(self.model.config, weight_VD.dtype, weight_VD.device.type, call).values())
-        free = free_memory(weight_VD.device)
-        room = needed * size if free is None else int(free * (1 - RESERVE)) - beside
+        free, share = free_memory(weight_VD.device), self.memory_share if budget is None else 1.0
+        room = needed * size if free is None else int(free * share * (1 - RESERVE)) - beside
+        part = f", {share:.0%} of it beside training" if share < 1 else ""
         found = (
-            f"{weight_VD.device} has {free or 0:,} free, of which generation takes {beside:,} beside keys and values"
+            f"{weight_VD.device} has {free or 0:,} free{part}, of which generation takes {beside:,} beside keys and "
+            "values"
         )
         if budget is not None and min(needed, budget // size) * size > room:
-            raise ValueError(
+            raise OutOfRoom(
                 f"kv_cache_memory_bytes is {budget:,}; {found}: set it to {max(room, 0):,} or lower max_num_seqs"
             )
         if alone * size > room:
-            raise ValueError(f"{one} bytes; {found}: lower max_num_seqs, max_num_batched_tokens or max_tokens")
+            raise OutOfRoom(f"{one} bytes; {found}: lower max_num_seqs, max_num_batched_tokens or {_LENGTH}")
         return min(needed, (room if budget is None else budget) // size)
 
     def _check_prompts(self, prompt_ids: list[list[int]], max_tokens: int) -> None:

@@ -10,7 +10,7 @@ are views of them (`stacked`): a weight is there once, and prefills by the modul
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -32,46 +32,48 @@ from r1fast_kernels.products import linear
 
 
 class Joined:
-    """Linear layers that read the same rows: one product while their weights are stacked, else one each."""
+    """Linear layers that read the same rows: one product while their weights are stacked, else one each.
+
+    Stacked, the layers' weights are views of one. What they were in gives its bytes up meanwhile, and is the same
+    storage again behind it: FSDP knows its gathered weights by theirs.
+    """
 
     def __init__(self, layers: Sequence[Linear]) -> None:
         self.layers = layers
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        self.before: list[Tensor] = []  # the layers' weights, as they were
 
     def __call__(self, x_BD: Tensor) -> Tensor:
         if self.weight is None:
             return torch.cat([linear(x_BD, layer.weight, layer.bias) for layer in self.layers], dim=1)
         return linear(x_BD, self.weight, self.bias)
 
-    @contextmanager
-    def stacked(self) -> Iterator[None]:
-        """Inside, the layers' weights are views of one. What they were in gives its bytes up meanwhile, and is the same
-        storage again behind it: FSDP knows its gathered weights by theirs."""
-        weights = [layer.weight for layer in self.layers]
-        sizes = [len(weight) for weight in weights]
-        self.weight = torch.cat([weight.data for weight in weights])
-        if any(layer.bias is not None for layer in self.layers):
-            biases = [layer.bias for layer in self.layers]
-            self.bias = torch.cat(
-                [self.weight.new_zeros(size) if b is None else b.data for size, b in zip(sizes, biases)]
-            )
-        before = [weight.data for weight in weights]
+    def stack(self) -> None:
+        weights, biases = [layer.weight for layer in self.layers], [layer.bias for layer in self.layers]
+        if any(bias is not None for bias in biases):
+            self.bias = torch.cat([w.new_zeros(len(w)) if b is None else b.data for w, b in zip(weights, biases)])
+        self.before = [weight.data for weight in weights]
         # A weight that is a part of something else keeps its bytes: others read them.
-        storages = [x.untyped_storage() for x in before if x.untyped_storage().nbytes() == x.nbytes]
-        lengths = [storage.nbytes() for storage in storages]
-        try:  # a signal may end it at any line
-            for weight, part in zip(weights, self.weight.split(sizes)):
-                weight.data = part
-            for storage in storages:
-                storage.resize_(0)
-            yield
-        finally:
-            for storage, length in zip(storages, lengths):
-                storage.resize_(length)
-            for weight, whole in zip(weights, before):
-                weight.data = whole.copy_(weight.data)
-            self.weight = self.bias = None
+        whole = [x for x in self.before if x.untyped_storage().nbytes() == x.nbytes]
+        self.weight = torch.cat(self.before)
+        for weight, part in zip(weights, self._parts(self.weight)):
+            weight.data = part
+        for x in whole:
+            x.untyped_storage().resize_(0)
+
+    def restore(self) -> None:
+        """What `stack` has done of its work, undone; all of it again where this itself was interrupted."""
+        parts = () if self.weight is None else self._parts(self.weight)
+        for layer, whole, part in zip(self.layers, self.before, parts):
+            if not whole.untyped_storage().nbytes():
+                whole.untyped_storage().resize_(whole.nbytes)
+            layer.weight.data = whole.copy_(part)
+        self.weight = self.bias = None
+        self.before = []
+
+    def _parts(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return weight.split([len(x) for x in self.before])
 
 
 class _Grouped:
@@ -170,14 +172,35 @@ class FusedDecode:
     def __init__(self, model: Decoder) -> None:
         self.model = model
         self.layers = [_Layer(cast(DecoderLayer, layer)) for layer in model.layers]
+        self.joined = [joined for layer in self.layers for joined in layer.joined]
+
+    def stacking(self) -> Iterator[None]:
+        """For a loop of one turn, in which products are joined. Weights must not change meanwhile; `stacked_bytes` more
+        at its begin and end.
+
+        A signal may end it at any line, also of what gives the weights back: that is then done once more. Left by an
+        exception, a loop lets go of its iterator, which ends at once; `with` would call contextlib before, where a
+        signal can keep it from coming here.
+        """
+        try:
+            for joined in self.joined:
+                joined.stack()
+            yield
+        finally:
+            try:
+                self._restore()
+            except BaseException:
+                self._restore()
+                raise
 
     @contextmanager
     def stacked(self) -> Iterator[None]:
-        """Inside, products are joined. Weights must not change meanwhile; `stacked_bytes` more at its begin and end."""
-        with ExitStack() as stack:
-            for joined in (joined for layer in self.layers for joined in layer.joined):
-                stack.enter_context(joined.stacked())
-            yield
+        """`stacking`, where no signal comes."""
+        yield from self.stacking()
+
+    def _restore(self) -> None:
+        for joined in self.joined:
+            joined.restore()
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Prefill, by the modules."""

@@ -10,8 +10,7 @@ graphs       CUDA: what a step has at work a second time, as graphs keep it; par
 
 Layers are counted by the widths of what they make, none of it given back before the layer's half is through: more
 than is at work at a time, and no less (a test compares with layers that are run). RESERVE of what is free is left for
-what is not counted: workspaces of libraries, scratch of kernels, what an allocator has between tensors. A capture that
-runs out of memory would end the process.
+what is not counted: workspaces of libraries, scratch of kernels, what an allocator has between tensors.
 """
 
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from r1fast.rollout.fused_decode import stacked_bytes
 from r1fast_kernels.decode_attention_triton import BLOCK, scratch_bytes
 
 RESERVE = 0.05  # of the memory that is free
+BACKGROUND_SHARE = 0.5  # of it, that generation may take beside a training step, where no budget is given
 PART_ROWS = 256  # tokens of a sequence that go through a decode step together, where max_rows is less
 
 
@@ -57,7 +57,8 @@ def work_bytes(config: ModelConfig, dtype: torch.dtype, device: str, call: Call)
     whole = num_blocks_of(call.longest) * BLOCK
     sums, step = {}, {}
     for rows in (call.rows, part):
-        sums[rows] = scratch_bytes(rows, config.num_attention_heads, width, whole) if device == "cuda" else 0
+        heads = config.num_attention_heads, 1 if config.uses_mla else config.kv_heads
+        sums[rows] = scratch_bytes(rows, *heads, width, whole) if device == "cuda" else 0
         step[rows] = activation_bytes(config, rows, dtype) + sums[rows]
     prefill = activation_bytes(config, min(call.prompt_tokens, call.max_num_batched_tokens), dtype)
     logits = call.rows * (1 + call.bans_stops) * row

@@ -20,7 +20,6 @@ goes on with the noise of its next position.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -98,7 +97,7 @@ class Scheduler:
 
     def run(self) -> Iterator[tuple[int, SampledTokens]]:
         """Each sample with its index, when it has left."""
-        with self.decoder.stacked() if isinstance(self.decoder, FusedDecode) else nullcontext():
+        for _ in self.decoder.stacking() if isinstance(self.decoder, FusedDecode) else (None,):
             yield from self._run_all()
 
     def _run_all(self) -> Iterator[tuple[int, SampledTokens]]:

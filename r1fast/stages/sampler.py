@@ -10,12 +10,12 @@ import torch
 
 from r1fast.config import ConfigError
 from r1fast.data.templates import RESPONSE_FORMATS
-from r1fast.models.cache import free_memory
 from r1fast.models.decoder import Decoder
 from r1fast.models.lora import add_product, factors_of, merged
 from r1fast.parallel.mesh import Dist
 from r1fast.parallel.parallelize import copy_weights, generation_phase, whole_tensor
-from r1fast.rollout.engine import RolloutEngine
+from r1fast.rollout.engine import OutOfRoom, RolloutEngine
+from r1fast.rollout.needs import BACKGROUND_SHARE
 from r1fast.rollout.sampling import Completion, SamplingParams, completion_text
 from r1fast.rollout.vllm import Backend, RolloutError, VllmEngine
 from r1fast.rollout.vllm_process import InProcess
@@ -25,11 +25,10 @@ from r1fast.stages.context import StageContext, Tokenizer
 from r1fast.stages.packed import Prompt, encode_prompts, prompt_length_problems
 from r1fast.stopping import Interrupted, Stopped
 
-BACKGROUND_SHARE = 0.5  # of what is free: keys and values beside a training step, where the recipe does not say
 WEIGHTS = "rollout_weights"  # folder of the run directory, written anew at every push to a server
-# By index of the prompt; or why there are none (vLLM gave no answer, logits that are not finite); or the signal that
-# ended it.
-Share = dict[int, list[Completion]] | RolloutError | FloatingPointError | int
+# By index of the prompt; or why there are none (vLLM gave no answer, logits that are not finite, no memory for the
+# cache); or the signal that ended it.
+Share = dict[int, list[Completion]] | RolloutError | FloatingPointError | OutOfRoom | int
 
 
 class GenerationFailed(ConfigError):
@@ -113,8 +112,8 @@ class Sampler:
                 outputs = self.engine.generate(
                     [call.prompts[i].ids for i in mine], call.params, sequence_ids=[call.sequence_ids[i] for i in mine]
                 )
-        except (RolloutError, FloatingPointError) as error:  # `gather` raises: the other ranks would wait for this one
-            return error
+        except (RolloutError, FloatingPointError, OutOfRoom) as error:
+            return error  # `gather` raises: the other ranks would wait for this one
         except Interrupted:
             return self.ctx.stop.asked
         return dict(zip(mine, outputs, strict=True))
@@ -127,7 +126,7 @@ class Sampler:
                 raise Stopped(share)
             if isinstance(share, RolloutError):
                 raise GenerationFailed(f"stages.{self.ctx.stage.name}: {share}")
-            if isinstance(share, FloatingPointError):
+            if isinstance(share, FloatingPointError | OutOfRoom):
                 raise self.ctx.error(str(share))
             merged |= share
         samples = []
@@ -161,6 +160,8 @@ class BackgroundSampler(Sampler):
         model = model.to(ctx.param_dtype).to_empty(device=ctx.dist.device).eval().requires_grad_(False)
         model.head.in_fp32 = policy.head.in_fp32
         super().__init__(ctx, model, tokenizer, record=True)
+        if isinstance(self.engine, RolloutEngine):
+            self.engine.memory_share = BACKGROUND_SHARE
         self.policy = policy
         self.stream = torch.cuda.Stream(ctx.dist.device) if ctx.dist.device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout")
@@ -182,9 +183,6 @@ class BackgroundSampler(Sampler):
         return finish
 
     def run(self, call: SamplingCall) -> Share:
-        free = free_memory(self.ctx.dist.device)
-        if isinstance(self.engine, RolloutEngine) and self.ctx.recipe.rollout.kv_cache_memory_bytes is None and free:
-            self.engine.kv_cache_memory_bytes = int(free * BACKGROUND_SHARE)
         with torch.cuda.stream(self.stream):  # None: nothing. A new thread has neither the stream nor the device
             return super().run(call)
 

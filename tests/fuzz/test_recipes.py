@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from r1fast.models.folders import PACKAGE, SUFFIX, in_package
 from tests.fuzz import recipes
 from tests.tiny_checkpoint import PROMPTS, write_jsonl
 
@@ -204,7 +205,8 @@ def _check_references(recipe: dict[str, Any], stage: dict[str, Any], earlier: di
             elif wanted == "data":
                 assert Path(ref).exists() or ref.startswith("task:")
             elif ref is not None:
-                assert Path(ref, "config.json").is_file()
+                found = in_package(ref) if ref.startswith(PACKAGE) else Path(ref)
+                assert found.is_file() if found.suffix == SUFFIX else (found / "config.json").is_file()
 
 
 POSITIVE = """

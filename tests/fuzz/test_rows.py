@@ -3,6 +3,9 @@
 Longer, or from other seeds: R1FAST_FUZZ_ROWS=first:last python -m pytest tests/fuzz/test_rows.py -m slow
 """
 
+import ast
+import contextlib
+import json
 import math
 import os
 import re
@@ -98,7 +101,6 @@ def plain_rows(case: Case) -> list[dict[str, Any]]:
     """The file as any program would read it."""
     import csv
     import io
-    import json
 
     import pyarrow.parquet as pq
 
@@ -156,7 +158,17 @@ def learned_texts(kind: str, raw: dict[str, Any]) -> list[str]:
         names = ("prompt", "completion")
     else:
         names = ("instruction", "input", "output") if {"instruction", "output"} <= given else ("text",)
+    if names == ("messages",):
+        return list(leaves(_turns(raw["messages"])))
     return [leaf for name in names for leaf in leaves(raw.get(name))]
+
+
+def _turns(value: Any) -> Any:
+    """Turns may be a text: JSON, or as Python writes lists."""
+    for read in (json.loads, ast.literal_eval) if isinstance(value, str) else ():
+        with contextlib.suppress(ValueError, SyntaxError):
+            return read(value)
+    return value
 
 
 def leaves(value: Any) -> Iterator[str]:

@@ -42,7 +42,15 @@ SHAPES = {
     "odd": Shape(6, 2, 33, 17),
     "two-tiles": Shape(40, 2, 48, 32, shared=True),  # 20 query heads of a key head: a program on a GPU takes 16
     "latents": Shape(16, 1, 576, 512, shared=True),  # DeepSeek-V2-Lite's: 512 channels have tiles of their own
-    "latents-of-many": Shape(36, 1, 576, 512, shared=True),  # past one tile of 32 heads, as DeepSeek-V3's 128 are
+    "latents-of-many": Shape(36, 1, 576, 512, shared=True),  # a tile of 64 heads as columns, as of DeepSeek-V3's 128
+}
+# Of a GPU's tiles alone.
+TILES = {
+    "one-more": Shape(17, 1, 576, 512, shared=True),  # than what goes as rows
+    "two-of-columns": Shape(66, 1, 576, 512, shared=True),
+    "odd": Shape(33, 1, 523, 509, shared=True),
+    "latents-alone": Shape(40, 1, 512, 512, shared=True),  # without channels behind the 512
+    "values": Shape(36, 1, 576, 512),  # not a part of keys: tiles of 16 heads
 }
 # Values in keys, but not as first channels up to a power of two: those a GPU reads once.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -95,6 +103,17 @@ def test_as_exact_as_torch(backend: Backend, shape: Shape, dtype: torch.dtype) -
     got = attend(backend.to(rows), backend.impl)
     assert got.dtype == dtype and got.shape == (len(LENGTHS), shape.H, shape.e)
     assert_as_exact(got, attend(rows, "reference"), attend(rows, "reference", FP64), 2)
+
+
+@pytest.mark.parametrize("window", [None, 5, 300])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", TILES.values(), ids=TILES)
+def test_tiles_of_many_heads(backend: Backend, shape: Shape, dtype: torch.dtype, window: int | None) -> None:
+    if backend.impl == "cpp":
+        pytest.skip("a GPU's tiles")
+    rows = random_rows(shape, dtype)
+    want, exact = attend(rows, "reference", window=window), attend(rows, "reference", FP64, window)
+    assert_as_exact(attend(backend.to(rows), backend.impl, window=window), want, exact, 2)
 
 
 # Itself; inside a block; a block; past one; past a span; more than any row has.
@@ -178,10 +197,11 @@ def test_spans_are_merged_in_fp32(backend: Backend) -> None:
     torch.testing.assert_close(got, torch.full_like(got, (514 - 88 * 5.8125) / 600), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("name", ["mla", "latents-of-many"])
 @pytest.mark.parametrize("dtype", [pytest.param(FP32, marks=SLOW_INTERPRETED), BF16], ids=lambda dtype: str(dtype)[6:])
-def test_a_row_alone_is_the_row_in_a_batch(backend: Backend, dtype: torch.dtype) -> None:
+def test_a_row_alone_is_the_row_in_a_batch(backend: Backend, dtype: torch.dtype, name: str) -> None:
     """With the batch's width of the table, and with its own: a GPU then merges fewer spans, or none."""
-    rows = backend.to(random_rows(SHAPES["mla"], dtype))
+    rows = backend.to(random_rows(SHAPES[name], dtype))
     together = attend(rows, backend.impl)
     for b, length in enumerate(LENGTHS):
         alone = rows | {name: rows[name][b : b + 1] for name in ("q_BHd", "block_table_BN", "lengths_B")}

@@ -102,7 +102,7 @@ def test_which_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not vendor.takes(1024, 8, x, weight)  # on a CPU
     monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
     assert vendor.takes(1024, 8, x, weight)
-    assert not vendor.takes(1023, 8, x, weight)
+    assert not vendor.takes(1023, 8, x, weight) and not vendor.takes(1024, 0, x, weight[:0])
     assert vendor.takes(1 << 20, 1023, x, weight) and not vendor.takes(1 << 20, 1024, x, weight)  # its limit
     assert not vendor.takes(1024, 8, x.half(), weight.half())
     assert not vendor.takes(1024, 8, x, weight[:, :47].contiguous())

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from triton import knobs
 
 from bench.cases import CASES, Case
 from bench.limits import Code, Work, blocks_per_multiprocessor, clocks_of, modelled
@@ -138,10 +139,12 @@ GAPS = {
     "moe_experts T16384-D2048-F768-E128-K8-bf16-fwd own": 0.90,
     "moe_experts T32768-D2048-F768-E128-K8-bf16-fwd own": 0.93,
 }
-# Kernels most of whose bytes go by accesses narrower than 128 bits: a few numbers for each token, choice or sample.
+# Kernels most of whose bytes go by accesses narrower than 128 bits: a few numbers for each token, choice or sample, or
+# 8 bytes a thread, as 16 are fewer threads, and slower where nothing but latency counts.
 NARROW = {
     "_advantages_kernel", "_count_kernel", "_grpo_kernel", "_order_kernel", "_prefix_kernel",
-    "_route_gradient_kernel", "_route_kernel", "_zero_skipped_kernel",
+    "_rotate_and_write_kernel", "_rotate_latents_kernel", "_route_gradient_kernel", "_route_kernel",
+    "_zero_skipped_kernel",
 }  # fmt: skip
 # (kernel, blocks a multiprocessor takes as in modelled.json, with Triton 3.6): everywhere else they are the same.
 OTHER_BLOCKS = {
@@ -187,6 +190,12 @@ def not_by_wgmma(found: Iterable[Kernel]) -> set[str]:
     }  # fmt: skip
 
 
+def multiplying_twice(found: Iterable[Kernel]) -> set[str]:
+    """Where groups of warps make the same product: Triton gives a product from which another follows to all of them."""
+    loops = [(x, x.code.hot.tensor_flops * x.code.warps) for x in found if x.work.trips and x.code.hot is not None]
+    return {x.launch.name for x, flops in loops if flops * x.work.trips > 1.02 * x.work.flops}
+
+
 def factors_in_registers(found: Iterable[Kernel]) -> set[str]:
     """wgmma reads them while it runs; ptxas 12.9, which Triton 3.9 has, may give them away before (triton#11781)."""
     ops = ((x.launch.name, op) for x in found for op in x.code.whole.code if op.name == "HGMMA")
@@ -229,6 +238,11 @@ def test_nothing_spills() -> None:
 
 def test_products_are_by_wgmma() -> None:
     assert not_by_wgmma(all_kernels()) == set()
+
+
+def test_nothing_is_multiplied_twice() -> None:
+    found = [x for x in all_kernels() if x.work.trips and x.work.flops]
+    assert {x.launch.name for x in found} == {"_attend_kernel"} and multiplying_twice(found) == set()
 
 
 def test_no_product_reads_registers_that_may_be_overwritten() -> None:
@@ -301,6 +315,14 @@ def test_factors_in_registers_are_noticed(tmp_path: Path, monkeypatch: pytest.Mo
     launch = next(x.launch for x in all_kernels() if x.launch.name == "_gemm_kernel")
     doubles = mutant(launch.specialisation.function, "tl.dot(a, b, acc", "tl.dot(a + a, b, acc", tmp_path, monkeypatch)
     assert factors_in_registers([kernel_of(with_kernel(launch, doubles))]) == {"_gemm_kernel"}
+
+
+def test_a_product_of_each_group_of_warps_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (kernel,) = production()["decode_attention B128-T2048-bf16-mla128"].kernels
+    attend = kernel.launch.specialisation.function
+    chained = mutant(attend, "            if start < length:\n", "            if True:\n", tmp_path, monkeypatch)
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    assert multiplying_twice([kernel_of(with_kernel(kernel.launch, chained))]) == {"_attend_kernel"}
 
 
 def large_case() -> Case:

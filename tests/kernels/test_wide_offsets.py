@@ -231,8 +231,8 @@ def moe_experts_of_many_tokens() -> None:
 
 
 def decode_attention() -> None:
-    """2^21 tokens in the last row, and parts of 200 rows of 128 heads and 8192 spans."""
-    B, H, N, d = 200, 128, 1 << 17, 16
+    """2^21 tokens in the last row, and parts of 400 rows of 128 heads and 4096 spans."""
+    B, H, N, d = 400, 128, 1 << 17, 16
     q, k, v = small(B, H, d), small(48, 1, d), small(48, 1, d)
     table, lengths = vast(B, N, dtype=INT32), torch.ones(B, dtype=INT32)
     table[-1, -16:], lengths[-1] = torch.arange(16) % 3, 16 * N

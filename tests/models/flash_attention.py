@@ -72,14 +72,7 @@ def flash_attention_2(calls: Calls) -> ModuleType:
         causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
-        calls.append(
-            {
-                "deterministic": deterministic,
-                "window_size": window_size,
-                "shapes": (q.shape, v.shape),
-                "learns": q.requires_grad,
-            }
-        )
+        calls.note(q, v, deterministic, window_size)
         _check_all(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k))
         _check(k.shape == v.shape and q.shape[2] == k.shape[2], "head sizes differ")
         swapped = max_seqlen_q == 1 and q.shape[1] > k.shape[1] and window_size == (-1, -1)
@@ -97,14 +90,7 @@ def flash_attention_3(calls: Calls) -> ModuleType:
         window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
         sm_margin=0, return_attn_probs=False,
     ):  # fmt: skip
-        calls.append(
-            {
-                "deterministic": deterministic,
-                "window_size": window_size,
-                "shapes": (q.shape, v.shape),
-                "learns": q.requires_grad,
-            }
-        )
+        calls.note(q, v, deterministic, window_size)
         _check_all(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k))
         dim, value_dim = q.shape[2], v.shape[2]
         _check(dim % 8 == 0 and value_dim % 8 == 0, "head_size should be a multiple of 8")

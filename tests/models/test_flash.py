@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from r1fast import doctor
+from r1fast.activations import layer_activations
 from r1fast.models import flash
 from r1fast.models.attention import AttentionPlan, packed_attention
 from r1fast.models.decoder import Decoder
@@ -156,7 +157,8 @@ def test_choice(
     assert flash.choose(flash.libraries(CPU), q, 264, deterministic=False)[0] is None
 
 
-def test_a_library_that_is_too_old_or_broken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ImportError, OSError, AttributeError, TypeError, ValueError])
+def test_a_library_that_is_too_old_or_broken_is_named(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FLASH3, FLASH2)
     old = flash.importlib.import_module("flash_attn")
     monkeypatch.setattr(old, "flash_attn_varlen_func", lambda q, k, v, softmax_scale, causal, window_size: q)
@@ -164,7 +166,7 @@ def test_a_library_that_is_too_old_or_broken_is_named(monkeypatch: pytest.Monkey
 
     def broken(name: str) -> object:
         if name == "flash_attn_interface":
-            raise ImportError("undefined symbol: _ZN3c104cuda")
+            raise error("undefined symbol: _ZN3c104cuda")
         return real(name)
 
     monkeypatch.setattr(flash.importlib, "import_module", broken)
@@ -233,6 +235,17 @@ def test_compiled_layers_stay_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> N
         lambda x: packed_attention(x, x, x, plan, None, 1.0, window=2), fullgraph=True, backend="eager"
     )
     assert torch.equal(compiled(q), q * 2)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_an_estimate_of_memory_calls_no_library(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds of FlashAttention 3 from before its pull request 1769 cannot be traced (flash-attention#1435). Where none
+    takes the call, as of float32, padding is traced."""
+    calls = install(monkeypatch, FLASH3, FLASH2)
+    config = zoo.decoder("llama", vocab_size=64, hidden_size=80, num_attention_heads=4, num_key_value_heads=4).config
+    kept = layer_activations(config, 0, 100, 0, dtype, "cpu", "none").kept
+    assert kept > 100 * (8 * 80 + 3 * config.intermediate_size) * dtype.itemsize
+    assert not calls
 
 
 SHARED_S = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 0, 1, 2, 7, 8, 9])

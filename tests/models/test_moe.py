@@ -1,14 +1,19 @@
 """Routing as a training step sees it: replayed experts, the balance loss, what is counted."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from r1fast.models.attention import AttentionPlan
+from r1fast.models.lora import LoraConfig, add_adapters, init_adapters
 from r1fast.models.moe import AddLoss, sequence_balance_loss
 from r1fast.stages.training import changed_routings, count_experts
+from tests import zoo
 from tests.models.conftest import Checkpoint
 
 MakeCheckpoint = Callable[[str], Checkpoint]
@@ -100,3 +105,39 @@ def test_replayed_experts(make_checkpoint: MakeCheckpoint, documents: list[Tenso
 def test_experts_are_counted_layer_by_layer() -> None:
     expert_ids_TLK = torch.tensor([[[0, 1], [2, 3]], [[0, 2], [3, 2]]])
     assert count_experts(expert_ids_TLK, 4).tolist() == [[2, 1, 1, 0], [0, 0, 2, 2]]
+
+
+class _Sizes(TorchDispatchMode):
+    """Elements of every fp32 tensor that an op makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = [0]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.found += [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor) and x.dtype == torch.float32]
+        return out
+
+
+def test_adapted_experts_widen_no_rows() -> None:
+    """Weights are fp32; T K rows of the experts' width are the dtype of the model's, forward and backward, and weights
+    get the gradient of a product that is rounded once."""
+    decoder = zoo.decoder("qwen3_moe", vocab_size=64)
+    add_adapters(decoder, LoraConfig(r=2, target_modules=["experts.gate_up_proj", "experts.down_proj"]))
+    init_adapters(decoder, ((name, 0, p) for name, p in decoder.named_parameters()), seed=0)
+    experts = next(x.mlp.experts for x in decoder.layers if hasattr(x.mlp, "experts")).bfloat16()
+    num_experts, width, F = experts.down_proj.shape
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(50, width, generator=generator).bfloat16().requires_grad_()
+    weights_TK = torch.rand(50, 2, generator=generator).requires_grad_()
+    ids_TK = torch.randint(num_experts, (50, 2), generator=generator)
+    with _Sizes() as sizes:
+        out_TD = experts(x_TD, ids_TK, weights_TK)
+        found = torch.autograd.grad(out_TD.sum(), (x_TD, weights_TK))
+    assert max(sizes.found) < 100 * F
+    exact = [x.detach().double().requires_grad_() for x in (x_TD, weights_TK)]
+    want_TD = experts.double()(exact[0], ids_TK, exact[1])
+    want = torch.autograd.grad(want_TD.sum(), exact)
+    for got, right in zip((out_TD, *found), (want_TD, *want), strict=True):
+        assert (got - right).norm() < 0.01 * right.norm()

@@ -284,6 +284,9 @@ def test_more_than_the_machine_has_is_refused_before_any_work(
         ValueError, match=r"one completion of 33 .* takes 3,000 bytes; cpu has 3,600 free.*: lower max_"
     ):
         RolloutEngine(decoder, None).generate(prompts, params)
+    monkeypatch.setattr(engine_module, "free_memory", lambda device: 7300)
+    with pytest.raises(ValueError, match=r"^one .* 3,000 bytes; cpu has 7,300 free, 50% of it beside training, "):
+        RolloutEngine(decoder, None, memory_share=0.5).generate(prompts, params)
     assert not HashCache.made and not decoder.prefill_lengths
 
 
@@ -411,6 +414,11 @@ def test_bad_engine_options(decoder: HashDecoder) -> None:
         RolloutEngine(decoder, None, max_num_batched_tokens=0)
     with pytest.raises(ValueError, match="max_model_len is 65; expected 2 to 64"):
         RolloutEngine(decoder, None, max_model_len=65)
+    with pytest.raises(ValueError, match=r"memory_share is 1\.5; expected above 0, at most 1"):
+        RolloutEngine(decoder, None, memory_share=1.5)
+    for wrong in ("8GB", 1e9, 0, True):
+        with pytest.raises(ValueError, match=f"kv_cache_memory_bytes is {wrong!r}; expected a number of bytes, or N"):
+            RolloutEngine(decoder, None, kv_cache_memory_bytes=wrong)  # type: ignore[arg-type]
     decoder.scalar_head = True
     with pytest.raises(ValueError, match="reward model"):
         RolloutEngine(decoder, None)

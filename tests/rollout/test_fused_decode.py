@@ -1,7 +1,11 @@
 """A decode step by few launches, against the modules whose arithmetic it is; its kernels: test_decode_parts.py."""
 
 import contextlib
+import gc
+import itertools
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -92,17 +96,19 @@ def test_a_weight_is_there_once_and_comes_back_to_its_storage() -> None:
         assert p is kept and p.data_ptr() == old.data_ptr() and torch.equal(p, value)
 
 
-@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 4, -5, -3, -2, -1])
 def test_a_signal_while_weights_are_stacked(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind each of the storages that give their bytes up: q, k and v of the first layer, gate and up."""
+    """Behind each of the storages that give their bytes up, q, k and v of the first layer, gate and up; and of the last
+    ones that get them back."""
     model = random_model("qwen2")
     before = {name: (p.data, p.detach().clone()) for name, p in model.named_parameters()}
+    moved = [layer for x in FusedDecode(model).layers for joined in x.joined for layer in joined.layers]
     resize, calls = torch.UntypedStorage.resize_, []
 
     def interrupted(self: torch.UntypedStorage, size: int) -> Any:
         resize(self, size)
         calls.append(size)
-        if len(calls) == step + 1:
+        if len(calls) == (step + 1 if step >= 0 else step + 1 + 2 * len(moved)):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.UntypedStorage, "resize_", interrupted)
@@ -111,6 +117,47 @@ def test_a_signal_while_weights_are_stacked(step: int, monkeypatch: pytest.Monke
     for name, p in model.named_parameters():
         old, value = before[name]
         assert p.data_ptr() == old.data_ptr() and torch.equal(p, value)
+
+
+def test_a_signal_at_any_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python looks for one as a function begins. Of generation those that have to do with stacking: weights are back as
+    soon as it has ended, and no later."""
+    monkeypatch.setattr(scheduler, "fast_decode", FusedDecode)
+    model, files = random_model("qwen2"), ("contextlib.py", "fused_decode.py")
+    before = {name: (p.data, p.detach().clone()) for name, p in model.named_parameters()}
+    engine, params = RolloutEngine(model, None), SamplingParams(max_tokens=1)
+
+    def comes_at(number: int) -> bool:
+        calls = itertools.count()
+
+        def first_line(frame: FrameType, event: str, argument: Any) -> None:
+            raise KeyboardInterrupt
+
+        def begins(frame: FrameType, event: str, argument: Any) -> Any:
+            # Not of generators that go on: what is raised here comes a line later there, where no signal does.
+            is_begin = frame.f_lineno == frame.f_code.co_firstlineno and frame.f_code.co_filename.endswith(files)
+            return first_line if is_begin and next(calls) == number else None
+
+        was = sys.gettrace()
+        sys.settrace(begins)
+        try:
+            engine.generate([[1, 2, 3]], params)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(was)
+        return next(calls) > number
+
+    numbers = itertools.takewhile(comes_at, itertools.count())
+    gc.disable()
+    try:
+        for number in numbers:
+            for name, p in model.named_parameters():
+                old, value = before[name]
+                assert p.data_ptr() == old.data_ptr() and torch.equal(p, value), f"{number=} {name}"
+    finally:
+        gc.enable()
+    assert number > 30
 
 
 def test_a_weight_inside_another_tensor_is_copied() -> None:

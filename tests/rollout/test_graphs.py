@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from r1fast.models import moe
 from r1fast.models.decoder import Decoder
+from r1fast.rollout import engine as engine_module
 from r1fast.rollout import graphs, scheduler
 from r1fast.rollout.engine import RolloutEngine
 from r1fast.rollout.fast_decode import unknown_parts
@@ -209,6 +210,27 @@ def test_cache_and_graphs_go_with_the_call(tapes: list[Tape], monkeypatch: pytes
         gc.enable()
 
 
+def fake_cuda(monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
+    """For CudaCapture. The step takes 3000 bytes on its stream; of the others none is free to it."""
+    stream = SimpleNamespace(wait_stream=lambda other: None, device_index=0, cuda_stream=7)
+    places = [(0, 7, (0, 0), 2000), (0, 7, [0, 0], 1000), (0, 7, (0, 5), 400), (0, 8, (0, 0), 70), (1, 7, (0, 0), 9)]
+    names = "device", "stream", "segment_pool_id", "total_size"
+    given: dict[str, Any] = {
+        "graph_pool_handle": lambda: (0, 1),
+        "current_device": lambda: -1,  # no other test gets its stream
+        "current_stream": lambda: stream,
+        "Stream": lambda device: stream,
+        "stream": lambda _: contextlib.nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "get_allocator_backend": lambda: "native",
+        "memory_snapshot": lambda: [dict(zip(names, place)) for place in places],
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda: (3000, 10_000),
+    }
+    for name, value in (given | more).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
 @pytest.mark.parametrize(
     ("error", "text"),
     [
@@ -231,17 +253,7 @@ def test_a_capture_that_fails_says_why_and_what_to_do(
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in {
-        "graph_pool_handle": lambda: (0, 1),
-        "current_device": lambda: -1,  # no other test gets its stream
-        "current_stream": lambda: stream,
-        "Stream": lambda device: stream,
-        "stream": lambda _: contextlib.nullcontext(),
-        "CUDAGraph": SimpleNamespace,
-        "graph": capturing,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    fake_cuda(monkeypatch, graph=capturing)
     runs = []
 
     def step() -> None:
@@ -252,6 +264,22 @@ def test_a_capture_that_fails_says_why_and_what_to_do(
     with pytest.raises(RuntimeError, match=text):
         CudaCapture()(step)
     assert runs == [0, 1], "once for its token, once to be captured"
+
+
+def test_no_capture_is_begun_that_would_run_out_of_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the step took as it ran has to be free again. Then steps run op by op, each once."""
+    fake_cuda(monkeypatch, mem_get_info=lambda: (2999, 10_000), graph=None)
+    runs: list[tuple[int, int]] = []
+    steps = StepGraphs(4, CudaCapture())
+    for num_rows in [4] * 20 + [1] * 20:
+        steps.run(lambda n, w: runs.append((n, w)), num_rows, 16)
+    assert runs == [(4, 16)] * 20 + [(1, 16)] * 20 and not steps.graphs
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "a CUDA graph takes up to 3,000 bytes, and 2,999 are free; lower max_num_seqs" in said
+    fake_cuda(monkeypatch, graph=lambda *args, **options: contextlib.nullcontext())
+    assert CudaCapture()(lambda: None) is not None
 
 
 # ---- on a GPU ----
@@ -311,6 +339,21 @@ def test_graphs_sample_what_eager_steps_do(family: str, dtype: torch.dtype, monk
     assert changed != eager
     assert changed == generate(enforce_eager=True)
     assert torch.cuda.memory_allocated() <= allocated + 4096, "what was sampled last may have other experts' ids"
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_without_room_steps_op_by_op(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """What a step takes is found in the allocator's own list."""
+    engine = RolloutEngine(random_model("llama", "cuda"), None, max_num_seqs=24)
+    params = SamplingParams(n=8, max_tokens=60, seed=1)
+    expected = [completion.token_ids for completion in flat(engine.generate(PROMPTS, params))]
+    monkeypatch.setattr(engine_module, "free_memory", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 1))
+    monkeypatch.setattr(torch.cuda, "graph", None)
+    assert [completion.token_ids for completion in flat(engine.generate(PROMPTS, params))] == expected
+    (said,) = [record.getMessage() for record in caplog.records if "CUDA graph" in record.getMessage()]
+    assert "takes up to 0 bytes" not in said
 
 
 @pytest.mark.gpu

@@ -57,19 +57,19 @@ def test_terms_follow_the_call() -> None:
 
 
 @pytest.mark.parametrize("tokens", [16, 256, 272, 1000])
-@pytest.mark.parametrize(("width", "value_width"), [(16, 16), (48, 32)])
+@pytest.mark.parametrize(("heads", "width", "value_width"), [(4, 16, 16), (4, 48, 32), (66, 48, 32)])
 def test_scratch_is_what_the_launcher_takes(
-    tokens: int, width: int, value_width: int, monkeypatch: pytest.MonkeyPatch
+    tokens: int, heads: int, width: int, value_width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Tensor | None] = []
     monkeypatch.setattr(kernel, "launch", lambda _, grid, *args, **options: given.extend(args))
     k_SKd, table_BN = torch.zeros(2048, 2, width), torch.zeros(3, -(-tokens // 16), dtype=torch.int32)
     lengths_B = torch.ones(3, dtype=torch.int32)
-    inputs = torch.zeros(3, 4, width), k_SKd, torch.zeros(2048, 2, value_width), table_BN, lengths_B
+    inputs = torch.zeros(3, heads, width), k_SKd, torch.zeros(2048, 2, value_width), table_BN, lengths_B
     out = kernel.launch_decode(*inputs, 1.0)
     known = {x.data_ptr() for x in (*inputs, out)}
     made = {x.data_ptr(): x.nbytes for x in given if isinstance(x, Tensor) and x.data_ptr() not in known}
-    assert sum(made.values()) == kernel.scratch_bytes(3, 4, value_width, tokens)
+    assert sum(made.values()) == kernel.scratch_bytes(3, heads, 2, value_width, tokens)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

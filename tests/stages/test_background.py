@@ -77,6 +77,19 @@ def test_the_cap_is_on_by_default_and_can_be_taken_off(run) -> None:
     assert abs(losses["auto"][1] - losses["none"][1]) > 1e-4
 
 
+@pytest.mark.parametrize("async_steps", [0, 1])
+def test_a_cache_that_has_no_room_is_one_line(
+    async_steps: int, run, command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the main thread, and on every rank; with what to change."""
+    rollout = {"async_steps": async_steps, "kv_cache_memory_bytes": 999}
+    config = write_recipe(tmp_path / "mine.yaml", GRPO, model={"path": str(tmp_path / "moe")}, rollout=rollout)
+    assert command("--config", config, "--output-dir", "run") == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "kv_cache" in line]
+    assert said.startswith("r1fast: stages.zero: kv_cache_memory_bytes is 999; one completion of 8 tokens")
+    assert "raise it, or lower max_tokens (in a recipe max_completion_length); go on with: " in said
+
+
 @pytest.mark.parametrize(
     ("options", "rollout", "dtype", "expected"),
     [
