@@ -245,7 +245,7 @@ def _bound(columns, target, low, top, scale, OF_MASS: tl.constexpr, SHIFT: tl.co
 
 @triton.jit
 def _between(i: tl.constexpr, low, high, by_value, begins, SHIFT: tl.constexpr):
-    """The logit of the i-th of seven keys above `low` up to `high`: an eighth of the keys, or of the values, from one to the next.
+    """The logit of the i-th of seven keys above `low` up to `high`: an eighth of the keys, or values, to the next.
 
     Of the first seven the last is `high`, where rows of equal logits end.
     """
