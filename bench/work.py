@@ -56,7 +56,7 @@ def _sample(launch: Launch) -> Work:
     into_list, of_list = 2.0, 0.4
     cuts = {
         (False, False): (), (True, False): (into_list, of_list, 1), (False, True): (into_list, 2 + of_list, 1),
-        (True, True): (into_list, of_list, of_list / 8, 0, of_list, 1),
+        (True, True): (into_list, 2 * of_list, 1),
     }  # fmt: skip
     return Work(tensor_bytes(launch), passes=(1, *cuts[a["TOP_K"], a["TOP_P"]]))
 

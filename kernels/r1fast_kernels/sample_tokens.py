@@ -81,6 +81,9 @@ def sample_tokens_reference(
 
 # One program a row; 4096 fp64 running sums are 16 values a thread.
 BLOCK_V, NUM_WARPS = 4096, 8
+LEAST_BLOCKS = 64  # so that vocabularies up to 262,144 share their code
+# Of fp32 with both cuts: without a limit the assembler of Triton 3.9 aims at three blocks a multiprocessor, and spills.
+MOST_REGISTERS = 128
 MOST_SLOTS = 64  # of each thread, for tokens of which one is the smallest to stay: 64 KB a row of fp32
 # Low bits of a logit that are the same in every fp32 of that dtype: the search skips them.
 KEY_SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
@@ -101,7 +104,13 @@ def _uniform_of(seed):
 @triton.jit
 def key_of(x, SHIFT: tl.constexpr):
     """uint32 that order like the floats; -0 is 0."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
+    return _key_of_bits(tl.where(x == 0, 0.0, x), SHIFT)
+
+
+@triton.jit
+def _key_of_bits(x, SHIFT: tl.constexpr):
+    """Of value_of the inverse: -0 has a key of its own, which no logit has."""
+    bits = x.to(tl.uint32, bitcast=True)
     return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000) >> SHIFT
 
 
@@ -131,11 +140,16 @@ def _fringe(row_ptr, vocab, LANES: tl.constexpr):
     """(lead, whole chunks, [LANES, VALUES]): the first thread takes the lead, the second the tail."""
     VALUES: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     lead, num_chunks = split_row(row_ptr, vocab)
-    lanes, places = tl.arange(0, LANES), tl.arange(0, VALUES)
+    lanes = tl.arange(0, LANES)
     before = tl.where(lanes == 0, 0, lead + num_chunks * VALUES)
-    columns = before[:, None] + places[None, :]
-    here = (lanes < 2)[:, None] & (columns < tl.where(lanes == 0, lead, vocab)[:, None])
-    return lead, num_chunks, tl.load(row_ptr + columns, mask=here, other=-float("inf")).to(tl.float32)
+    end = tl.where(lanes == 0, lead, tl.where(lanes == 1, vocab, 0))[:, None]
+    # Two values to a word, as in a chunk: else threads would exchange these, or their sums, by barriers.
+    columns = before[:, None] + tl.arange(0, 4)[None, :] * (VALUES // 4)
+    x = tl.load(row_ptr + columns, mask=columns < end, other=-float("inf")).to(tl.float32)
+    if VALUES == 8:
+        odd = tl.load(row_ptr + columns + 1, mask=columns + 1 < end, other=-float("inf")).to(tl.float32)
+        x = tl.reshape(tl.join(x, odd), [LANES, 8])
+    return lead, num_chunks, x
 
 
 @triton.jit
@@ -205,6 +219,13 @@ def _collect(row_ptr, vocab, list_ptr, least, most, LANES: tl.constexpr, SLOTS: 
 
 
 @triton.jit
+def _load_block(row_ptr, first, vocab, BLOCK_V: tl.constexpr):
+    """Places are compared with what is left: numbers of tokens would be a register each."""
+    places = tl.arange(0, BLOCK_V)
+    return tl.load(row_ptr + first + places, mask=places < vocab - first, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
 def _bound(columns, target, low, top, scale, OF_MASS: tl.constexpr, SHIFT: tl.constexpr):
     """A key from which some of the row's logits, `columns`, reach the target without the others; else `low`."""
     weight = exp2((columns - top) * scale) if OF_MASS else tl.full(columns.shape, 1.0, tl.float32)
@@ -224,7 +245,7 @@ def _bound(columns, target, low, top, scale, OF_MASS: tl.constexpr, SHIFT: tl.co
 
 @triton.jit
 def _between(i: tl.constexpr, low, high, by_value, begins, SHIFT: tl.constexpr):
-    """The i-th of seven keys above `low` up to `high`: an eighth of the keys, or of the values, from one to the next.
+    """The logit of the i-th of seven keys above `low` up to `high`: an eighth of the keys, or values, to the next.
 
     Of the first seven the last is `high`, where rows of equal logits end.
     """
@@ -232,58 +253,66 @@ def _between(i: tl.constexpr, low, high, by_value, begins, SHIFT: tl.constexpr):
     of_value = key_of(least + (most - least) * (i / 8), SHIFT)
     key = tl.where(by_value, of_value, low + i * ((high - low) // 8 + 1))
     key = tl.where(begins & (i == 7), high, key)
-    return tl.maximum(tl.minimum(key, high), low + 1)
+    return value_of(tl.maximum(tl.minimum(key, high), low + 1), SHIFT)
 
 
 @triton.jit
 def _select(
-    row_ptr, vocab, list_ptr, open, target, low, reached, top, scale,
+    row_ptr, vocab, list_ptr, open, target, low, high, reached, top, scale,
     OF_MASS: tl.constexpr, SHIFT: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The largest key such that the tokens from it upwards reach `target`; what those above it hold; and the list that
-    has all tokens from `low` upwards, else the row, as (pointer, length, whether it may become a list).
+    """The largest key up to `high` such that the tokens from it upwards reach `target`, else `low`; what those above it
+    hold; and the list that has all tokens from `low` upwards, else the row, as (pointer, length, whether it may become
+    a list).
 
-    Those from `low` upwards reach it, and hold at most `reached`. A pass leaves an eighth of the keys or values between
-    `low` and the largest token's. Once few tokens can be between them, these become a list, if they fit.
+    Those from `low` upwards hold at most `reached`. A pass leaves an eighth of the keys or values between `low` and
+    `high`. Once few tokens can be between them, these become a list, if they fit.
     """
-    high = key_of(top, SHIFT)
+    high = tl.minimum(high, key_of(top, SHIFT))
     low = tl.minimum(low, high)  # a row without a largest token
+    wanted = target
     above = tl.full([], 0, tl.float64)
-    beyond = tl.full([], 0, tl.float64)  # held by those that are above all of the list
     ptr, length, passes = row_ptr, vocab, 0
     while low < high:
         least = value_of(low, SHIFT)
-        weight = exp2((least - top) * scale) if OF_MASS else tl.full([], 1, tl.float32)
-        if (open > 0) & (high - low > 7) & (reached - above <= weight.to(tl.float64) * (SLOTS * LANES // 2)):
-            used = _collect(row_ptr, vocab, list_ptr, least, value_of(high, SHIFT), LANES, SLOTS)
+        weight = exp2((least - top) * scale) if OF_MASS else 1.0
+        if (open > 0) & (high - low > 7) & (reached - above.to(tl.float32) <= weight * (SLOTS * LANES // 2)):
+            used = _collect(ptr, length, list_ptr, least, value_of(high, SHIFT), LANES, SLOTS)
             open = 0
             if used <= SLOTS:
-                ptr, length, beyond = list_ptr, used * LANES, above
+                # Of the list alone: what is above all of it counts no more.
+                ptr, length = list_ptr, used * LANES
+                target, reached, above = target - above, reached - above.to(tl.float32), 0.0 * above
         by_value = (passes < 3) & (high - low > 7) & (least > -float("inf"))
         passes += 1
         begins = passes == 1
-        keys = (
+        least = (
             _between(1, low, high, by_value, begins, SHIFT), _between(2, low, high, by_value, begins, SHIFT),
             _between(3, low, high, by_value, begins, SHIFT), _between(4, low, high, by_value, begins, SHIFT),
             _between(5, low, high, by_value, begins, SHIFT), _between(6, low, high, by_value, begins, SHIFT),
             _between(7, low, high, by_value, begins, SHIFT),
         )  # fmt: skip
-        values = (
-            value_of(keys[0], SHIFT), value_of(keys[1], SHIFT), value_of(keys[2], SHIFT), value_of(keys[3], SHIFT),
-            value_of(keys[4], SHIFT), value_of(keys[5], SHIFT), value_of(keys[6], SHIFT),
-        )  # fmt: skip
-        found = _measure(ptr, length, values, top, scale, OF_MASS, LANES)
+        found = _measure(ptr, length, least, top, scale, OF_MASS, LANES)
         for i in tl.static_range(7):
-            here = tl.sum(found[i].to(tl.float64), axis=0) + beyond
+            here = tl.sum(found[i].to(tl.float64), axis=0)
             enough = here >= target
-            nearer = (here < target) & (keys[i] <= high)
+            key = _key_of_bits(least[i], SHIFT)  # anew: seven keys would take a register each through the pass
+            nearer = (here < target) & (key <= high)
             above = tl.where(nearer, here, above)
-            high = tl.where(enough, high, tl.minimum(high, keys[i] - 1))
-            reached = tl.where(enough, here, reached)
-            low = tl.where(enough, keys[i], low)
-    if beyond > 0:
+            high = tl.where(enough, high, tl.minimum(high, key - 1))
+            reached = tl.where(enough, here.to(tl.float32), reached)
+            low = tl.where(enough, key, low)
+    above += wanted - target
+    if wanted > target:
         ptr, length, open = row_ptr, vocab, 1
     return low, above, ptr, length, open
+
+
+@triton.jit
+def _reachable(rest, number, top, scale, SHIFT: tl.constexpr):
+    """A key below which so many tokens have less than the mass `rest` together: none of them need stay."""
+    each = tl.log2(rest.to(tl.float32)) - tl.log2(tl.full([], number, tl.float32))
+    return key_of(top + (each - 1) / scale, SHIFT)
 
 
 @triton.jit
@@ -320,8 +349,7 @@ def _sample_kernel(
     sums = tl.zeros([NUM_BLOCKS], tl.float32)
     columns = tl.full([BLOCK_V], -float("inf"), tl.float32)  # the largest of each place in a block
     for start in range(0, vocab, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        x = tl.load(row_ptr + offs_v, mask=offs_v < vocab, other=-float("inf")).to(tl.float32)  # [BLOCK_V]
+        x = _load_block(row_ptr, start, vocab, BLOCK_V)
         if TOP_K or TOP_P:
             columns = tl.maximum(columns, x)
         m = tl.max(x, axis=0)
@@ -338,44 +366,53 @@ def _sample_kernel(
     num_ties = 0
     ties = tl.zeros([NUM_BLOCKS], tl.int32)
     if TOP_K or TOP_P:
-        mass = total
         lowest = key_of(tl.full([], -float("inf"), tl.float32), SHIFT)
+        highest = key_of(top, SHIFT)
         list_ptr = lists_ptr + b * SLOTS * LANES
-        ptr, length, open = row_ptr, vocab, 1
-        low = lowest
+        ptr, length, open, high = row_ptr, vocab, 1, highest
         if TOP_K:
-            low = _bound(columns, top_k, low, top, scale, False, SHIFT)
-            most = tl.where(low > lowest, top_k, vocab).to(tl.float64)  # a guess: of one column others may be as large
-            cut, above, ptr, length, open = _select(
-                ptr, length, list_ptr, open, top_k, low, most, top, scale, False, SHIFT, LANES, SLOTS
-            )
-            num_ties = top_k - above.to(tl.int32)
-            least = value_of(cut + 1, SHIFT)
-            low = cut
-        if TOP_K and TOP_P:
-            found = _measure(ptr, length, (least, least, least, least, least, least, least), top, scale, True, LANES)
-            tie = exp2((value_of(cut, SHIFT) - top) * scale).to(tl.float64)
-            mass = num_ties * tie + tl.sum(found[0].to(tl.float64), axis=0)
-        if TOP_P:
-            # All tokens of less than (1 - top_p) mass / vocab together are less than what may be cut off.
-            cut_off = tl.log2(((1 - top_p) * mass).to(tl.float32)) - tl.log2(tl.full([], vocab, tl.float32))
-            least = top + (cut_off - 1) / scale
-            target = top_p * mass
-            low = tl.maximum(low, key_of(least, SHIFT))
+            target = tl.full([], top_k, tl.float64)
+            cut = _bound(columns, top_k, lowest, top, scale, False, SHIFT)
+            # A guess: of one column others may be as large.
+            most = tl.where(cut > lowest, top_k, vocab).to(tl.float32)
+        else:
+            target = total * top_p
+            cut = tl.maximum(_reachable(total - target, vocab, top, scale, SHIFT), lowest)
             # Sums in another order: the bound shall hold whatever they round to.
-            low = _bound(columns, target * 1.00001, low, top, scale, True, SHIFT)
+            cut = _bound(columns, target * 1.00001, cut, top, scale, True, SHIFT)
+            most = total.to(tl.float32)
+        # Both: the cut by number, then the mass above it, then the cut by mass. One search does all: twice the code
+        # does not fit into the registers.
+        weigh = 0.0 if TOP_K else scale  # exp2(0) is 1
+        above = tl.full([], 0, tl.float64)
+        for step in range(3 if TOP_K and TOP_P else 1):
             cut, above, ptr, length, open = _select(
-                ptr, length, list_ptr, open, target, low, mass, top, scale, True, SHIFT, LANES, SLOTS
+                ptr, length, list_ptr, open, target, cut, high, most, top, weigh, TOP_P, SHIFT, LANES, SLOTS
             )
+            if TOP_K and TOP_P:
+                weigh = scale
+                if step == 0:
+                    num_ties = top_k - above.to(tl.int32)
+                    target = tl.full([], 1e300, tl.float64)  # nothing reaches it
+                    high = cut + 1
+                if step == 1:
+                    tie = exp2((value_of(cut, SHIFT) - top) * scale).to(tl.float64)
+                    mass = num_ties * tie + above
+                    most = mass.to(tl.float32)
+                    target = mass * top_p
+                    high = highest
+                    cut = tl.maximum(cut, _reachable(mass - target, top_k, top, scale, SHIFT))
+        if TOP_P:
             tie = exp2((value_of(cut, SHIFT) - top) * scale).to(tl.float64)
             num_ties = _least_times(tie, target - above, vocab)
+        else:
+            num_ties = top_k - above.to(tl.int32)
         num_before = 0
         sums = tl.zeros([NUM_BLOCKS], tl.float32)
         at_cut = value_of(cut, SHIFT)
         at_cut_mass = exp2((at_cut - top) * scale)
         for start in range(0, vocab, BLOCK_V):
-            offs_v = start + tl.arange(0, BLOCK_V)
-            x = tl.load(row_ptr + offs_v, mask=offs_v < vocab, other=-float("inf")).to(tl.float32)  # [BLOCK_V]
+            x = _load_block(row_ptr, start, vocab, BLOCK_V)
             num_here = tl.sum((x == at_cut).to(tl.int32), axis=0)
             num_kept = tl.minimum(tl.maximum(num_ties - num_before, 0), num_here)
             likelier = tl.sum(tl.where(x > at_cut, exp2((x - top) * scale), 0.0), axis=0)
@@ -394,18 +431,20 @@ def _sample_kernel(
         block = tl.min(tl.where((shares > 0) & (cdf > target), offs_n, NUM_BLOCKS - 1), axis=0)
         block = tl.minimum(block, tl.max(tl.where(shares > 0, offs_n, 0), axis=0))
         target -= tl.sum(tl.where(offs_n < block, shares, 0.0), axis=0)
-    offs_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    x = tl.load(row_ptr + offs_v, mask=offs_v < vocab, other=-float("inf")).to(tl.float32)  # [BLOCK_V]
+    first, places = block * BLOCK_V, tl.arange(0, BLOCK_V)
+    x = _load_block(row_ptr, first, vocab, BLOCK_V)
     if GREEDY:
-        id = tl.min(tl.where(x == top, offs_v, vocab - 1), axis=0)
+        place = tl.min(tl.where(x == top, places, vocab - 1 - first), axis=0)
     else:
         if TOP_K or TOP_P:
             ties_before = tl.sum(tl.where(offs_n == block, ties, 0), axis=0)
-            x = _keep(x, at_cut, num_ties - ties_before)
-        weight = exp2((x - top) * scale).to(tl.float64)
-        reached = tl.cumsum(weight, axis=0) > target
-        id = tl.min(tl.where(reached & (weight > 0), offs_v, vocab - 1), axis=0)
-        id = tl.minimum(id, tl.max(tl.where(weight > 0, offs_v, 0), axis=0))
+            weight = tl.where(_keep(x, at_cut, num_ties - ties_before) > -float("inf"), exp2((x - top) * scale), 0.0)
+        else:
+            weight = exp2((x - top) * scale)
+        reached = tl.cumsum(weight.to(tl.float64), axis=0) > target
+        place = tl.min(tl.where(reached & (weight > 0), places, vocab - 1 - first), axis=0)
+        place = tl.minimum(place, tl.max(tl.where(weight > 0, places, 0), axis=0))
+    id = first + place
     logit = tl.load(row_ptr + id).to(tl.float32)
     tl.store(ids_ptr + b, id.to(tl.int64))
     tl.store(logprobs_ptr + b, (logit - top) * inverse_temperature - tl.log(total.to(tl.float32)))
@@ -418,7 +457,7 @@ def _launch(
         logits_BV = logits_BV.contiguous()
     num_rows, vocab = logits_BV.shape
     ids_B, logprobs_B = _fake(logits_BV)
-    block, greedy = min(BLOCK_V, triton.next_power_of_2(vocab)), temperature == 0
+    greedy = temperature == 0
     by_number, by_mass = not greedy and 0 < top_k < vocab, not greedy and top_p < 1
     lanes = 32 * NUM_WARPS
     slots = min(MOST_SLOTS, triton.next_power_of_2(triton.cdiv(vocab, lanes)))
@@ -429,8 +468,9 @@ def _launch(
             logits_BV, None if greedy or seeds_B is None else seeds_B.contiguous(), ids_B, logprobs_B, lists,
             logits_BV.stride(0), vocab, min(1 / (temperature or 1.0), MOST_INVERSE), top_k, top_p, GREEDY=greedy,
             TOP_K=by_number, TOP_P=by_mass, SHIFT=KEY_SHIFT[logits_BV.dtype],
-            NUM_BLOCKS=triton.next_power_of_2(triton.cdiv(vocab, block)), BLOCK_V=block,
+            NUM_BLOCKS=max(LEAST_BLOCKS, triton.next_power_of_2(triton.cdiv(vocab, BLOCK_V))), BLOCK_V=BLOCK_V,
             LANES=lanes, SLOTS=slots, num_warps=NUM_WARPS,
+            maxnreg=MOST_REGISTERS if by_number and by_mass and logits_BV.dtype == torch.float32 else None,
         )  # fmt: skip
     return ids_B, logprobs_B
 

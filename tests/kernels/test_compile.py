@@ -16,6 +16,7 @@ from functools import cache
 from typing import NamedTuple
 
 import pytest
+import torch
 import triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
@@ -149,6 +150,13 @@ def test_random_settings_of_the_loss_compile_without_spills() -> None:
     found = {x.specialisation.key: x.specialisation for x in gpu.launches if x.name == "_grpo_kernel"}
     assert len(found) > 100
     assert_compiled([Launch(special, odd=False) for special in found.values()], 90)
+
+
+def test_latents_fit_a_small_gpu() -> None:
+    """Without wgmma tiles are those of sm_120, whose blocks have 99 KB (vllm#46721)."""
+    with fake_gpu(arch=80) as gpu:
+        CASES["decode_attention"].call(torch.bfloat16, (576, 512), True, (128, 1), 40, None)
+    assert compile_launch(gpu.launches[-1].specialisation, 80).shared_bytes <= 101_376
 
 
 def test_every_kernel_is_launched() -> None:

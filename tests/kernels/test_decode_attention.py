@@ -120,6 +120,15 @@ def test_tiles_of_many_heads(backend: Backend, shape: Shape, dtype: torch.dtype,
     assert_as_exact(attend(backend.to(rows), backend.impl, window=window), want, exact, 2)
 
 
+@pytest.mark.parametrize("shape", [SHAPES["mla"], TILES["one-more"]], ids=["mla", "one-more"])
+def test_large_queries(backend: Backend, shape: Shape) -> None:
+    """Scores of hundreds, in several spans (NVIDIA/cutlass#2274)."""
+    rows = random_rows(shape, lengths=[600])
+    rows["q_BHd"] *= 100
+    want, exact = attend(rows, "reference"), attend(rows, "reference", FP64)
+    assert_as_exact(attend(backend.to(rows), backend.impl), want, exact, 2)
+
+
 # Itself; inside a block; a block; past one; past a span; more than any row has.
 @pytest.mark.parametrize("window", [1, 5, 16, 17, 300, 10_000])
 @pytest.mark.parametrize("name", ["grouped", "mla", "odd"])

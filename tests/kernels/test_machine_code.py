@@ -236,6 +236,22 @@ def test_nothing_spills() -> None:
     assert spilling(all_kernels()) == set()
 
 
+def by_loop(kernel: Kernel) -> list[float]:
+    """Instructions of each loop, for each fp32 number that it loads or stores."""
+    return [4 * len(loop) / loop.global_bytes for loop in kernel.code.loops]
+
+
+# The sampler's first pass, that which lists (and stores), those that measure mass or number, the last.
+SAMPLING = {"top_k=50": (12, 6, 16.5, 15), "top_p=0.95": (12, 6, 26.5, 15)}
+
+
+@pytest.mark.parametrize("mode", SAMPLING)
+def test_instructions_a_logit_of_sampling(mode: str) -> None:
+    (kernel,) = production()[f"sample_tokens B256-V151936-fp32-{mode}"].kernels
+    found = by_loop(kernel)
+    assert len(found) == 4 and all(x <= most for x, most in zip(found, SAMPLING[mode])), found
+
+
 def test_products_are_by_wgmma() -> None:
     assert not_by_wgmma(all_kernels()) == set()
 
@@ -309,6 +325,16 @@ def test_a_division_in_a_loop_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
     launch = combine_launch(2048)
     assert dividing([kernel_of(launch)]) == set()
     assert dividing([kernel_of(with_kernel(launch, divides))]) == {"_combine_kernel"}
+
+
+def test_an_instruction_more_a_logit_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    (kernel,) = production()["sample_tokens B256-V151936-fp32-top_p=0.95"].kernels
+    old = "tl.where(x >= least[6], weight, 0.0)"
+    worse = mutant(
+        kernel.launch.specialisation.function, old, old.replace("weight", "weight * x"), tmp_path, monkeypatch
+    )
+    assert by_loop(kernel_of(with_kernel(kernel.launch, worse)))[2] > SAMPLING["top_p=0.95"][2]
 
 
 def test_factors_in_registers_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
