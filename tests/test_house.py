@@ -13,8 +13,8 @@ MOST_LINES, MOST_FUNCTION_LINES, MOST_ARGUMENTS = 600, 100, 8
 # Their arguments are fixed from outside: launchers and operators by the kernel, public ops by who calls them (design:
 # the ops take keywords), rewards by the columns of rows.
 FREE_ARGUMENTS = {
-    "packed_attention", "packed_attention_reference", "route_topk", "route_topk_reference", "reasoning_gym", "cosine",
-    "length",
+    "decode_attention", "packed_attention", "packed_attention_reference", "route_topk", "route_topk_reference",
+    "reasoning_gym", "cosine", "length",
 }  # fmt: skip
 PLAN = ROOT / "docs" / "architecture.md"
 

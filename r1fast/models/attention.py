@@ -121,26 +121,26 @@ def packed_attention(
     """
     qkv = plan.repeat(q_THd), plan.repeat(k_TKd), plan.repeat(v_TKd)
     k_pe_TR = None if k_pe_TR is None else plan.repeat(k_pe_TR)
-    return plan.once(_attend(*qkv, plan, rope, scale, k_pe_TR, window, soft_cap))
+    return plan.once(_attend(*qkv, plan, rope, k_pe_TR, flash.Scores(scale, window, soft_cap)))
 
 
 def _attend(
-    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, plan: AttentionPlan, rope: Rope | None, scale: float,
-    k_pe_TR: Tensor | None, window: int | None, soft_cap: float | None,
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, plan: AttentionPlan, rope: Rope | None,
+    k_pe_TR: Tensor | None, scores: flash.Scores,
 ) -> Tensor:  # fmt: skip
     """As r1fast_kernels.packed_attention, which runs on a CPU and, as "reference", anywhere. Else torch rotates, and
     flash attention or, padded, torch's scaled_dot_product_attention, which has no soft cap, does the rest.
     """
     ours = in_use() is not None or (not plan.flash and choose("packed_attention", None, q_THd)[0] == "cpp")
-    value_dim, capped = v_TKd.shape[-1], soft_cap is not None
+    value_dim, capped = v_TKd.shape[-1], scores.soft_cap is not None
     ordered = torch.are_deterministic_algorithms_enabled()
     chosen, reason = flash.choose(plan.flash, q_THd, value_dim, deterministic=ordered, capped=capped)
     if plan.flash and not ours:
         log_choice("packed_attention", chosen.name if chosen else "reference" if capped else "padded", reason)
     if ours or (capped and chosen is None):
         return kernels.packed_attention(
-            q_THd, k_TKd, v_TKd, plan.cu_seqlens, scale=scale, k_pe_TR=k_pe_TR, rope=rope[:2] if rope else None,
-            interleaved=rope is not None and rope.interleaved, window=window, soft_cap=soft_cap,
+            q_THd, k_TKd, v_TKd, plan.cu_seqlens, **scores._asdict(), k_pe_TR=k_pe_TR, rope=rope[:2] if rope else None,
+            interleaved=rope is not None and rope.interleaved,
         )  # fmt: skip
     if rope is not None:
         q_THd = rope.rotate(q_THd)
@@ -150,11 +150,11 @@ def _attend(
         k_pe_TKR = rope.rotate(k_pe_TR[:, None]).expand(-1, k_TKd.shape[1], -1)
         k_TKd = torch.cat((k_TKd, k_pe_TKR), dim=-1)
     if chosen is not None and plan.max_length > 0:  # no kernel is launched for nothing
-        return flash.attend(chosen, q_THd, k_TKd, v_TKd, plan.cu_seqlens, plan.max_length, scale, window, soft_cap)
+        return flash.attend(chosen, q_THd, k_TKd, v_TKd, plan.cu_seqlens, plan.max_length, scores)
     # Of values of another width than that of the queries an S x S matrix would be stored, on the CPU too.
     if value_dim < q_THd.shape[-1]:
         v_TKd = F.pad(v_TKd, (0, q_THd.shape[-1] - value_dim))
-    return _bucketed(q_THd, k_TKd, v_TKd, scale, plan.padded, window)[..., :value_dim]
+    return _bucketed(q_THd, k_TKd, v_TKd, scores.scale, plan.padded, scores.window)[..., :value_dim]
 
 
 def _bucketed(

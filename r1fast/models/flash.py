@@ -48,6 +48,14 @@ class Library(NamedTuple):
     no_cap: str = ""
 
 
+class Scores(NamedTuple):
+    """What becomes of q . k before the softmax: times `scale`, within `soft_cap`, and seen inside `window`."""
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
 class Choice(NamedTuple):
     """What takes a call, and how wide queries and keys, and values, are for it."""
 
@@ -141,15 +149,15 @@ def _widths(name: str, head_dim: int, value_dim: int, deterministic: bool) -> tu
 
 
 def attend(
-    choice: Choice, q_THd: Tensor, k_TKd: Tensor, v_TKe: Tensor, cu_seqlens: Tensor, max_length: int,
-    scale: float, window: int | None, soft_cap: float | None = None,
+    choice: Choice, q_THd: Tensor, k_TKd: Tensor, v_TKe: Tensor, cu_seqlens: Tensor, max_length: int, scores: Scores
 ) -> Tensor:  # fmt: skip
     """Causal attention inside each sequence by the chosen library; cu_seqlens int32 on the device."""
     wide, wide_v = choice.widths
-    options = {} if soft_cap is None else {"softcap": soft_cap}
+    options = {} if scores.soft_cap is None else {"softcap": scores.soft_cap}
+    left = -1 if scores.window is None else scores.window - 1
     out_THe: Tensor = choice.call(
         _padded(q_THd, wide), _padded(k_TKd, wide), _padded(v_TKe, wide_v), cu_seqlens, cu_seqlens,
-        max_length, max_length, softmax_scale=scale, causal=True, window_size=(-1 if window is None else window - 1, 0),
+        max_length, max_length, softmax_scale=scores.scale, causal=True, window_size=(left, 0),
         deterministic=torch.are_deterministic_algorithms_enabled(), return_attn_probs=False, **options,
     )  # fmt: skip
     return out_THe[..., : v_TKe.shape[-1]]

@@ -137,7 +137,7 @@ def test_a_cap_that_is_not_passed_on_is_noticed(monkeypatch: pytest.MonkeyPatch)
     """sglang#33915."""
     install(monkeypatch, FLASH2)
     given, attend = inputs(SHAPES["cap"]), flash.attend
-    monkeypatch.setattr(flash, "attend", lambda *args: attend(*args[:-1]))
+    monkeypatch.setattr(flash, "attend", lambda *args: attend(*args[:-1], args[-1]._replace(soft_cap=None)))
     with pytest.raises(AssertionError):
         assert_as_reference(SHAPES["cap"], given)
 
@@ -167,7 +167,7 @@ def test_the_stand_in_refuses_what_a_kernel_would_fault_on(
 def test_a_window_of_another_width_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FLASH2)
     given, attend = inputs(SHAPES["odd-window"]), flash.attend
-    monkeypatch.setattr(flash, "attend", lambda *args: attend(*args[:-2], args[-2] + 1, args[-1]))
+    monkeypatch.setattr(flash, "attend", lambda *args: attend(*args[:-1], args[-1]._replace(window=8)))
     with pytest.raises(AssertionError):
         assert_as_reference(SHAPES["odd-window"], given)
 
@@ -240,7 +240,7 @@ def test_call_of_varlen_attn(says_gqa: bool) -> None:
 
     call = flash.partial(flash._varlen, of_213 if says_gqa else of_211, says_gqa)
     given, cu_seqlens = inputs(SHAPES["gqa"]), torch.tensor([0, 54], dtype=torch.int32)
-    flash.attend(flash.Choice(VARLEN, call, (16, 16)), *given[:3], cu_seqlens, 54, 0.3, 5)
+    flash.attend(flash.Choice(VARLEN, call, (16, 16)), *given[:3], cu_seqlens, 54, flash.Scores(0.3, 5))
     assert seen == {"scale": 0.3, "window_size": (4, 0)} | ({"enable_gqa": True} if says_gqa else {})
 
 
