@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import dispatch
 from .dispatch import choose, compute_dtype, register
 from .launch import launch
 from .wide_rows import LOG2_E, exp2, load_chunks, split_row, unpack
@@ -82,8 +83,9 @@ def sample_tokens_reference(
 # One program a row; 4096 fp64 running sums are 16 values a thread.
 BLOCK_V, NUM_WARPS = 4096, 8
 LEAST_BLOCKS = 64  # so that vocabularies up to 262,144 share their code
-# Of fp32 with both cuts: without a limit the assembler of Triton 3.9 aims at three blocks a multiprocessor, and spills.
-MOST_REGISTERS = 128
+# With a cut: without a limit the assembler may aim at three blocks a multiprocessor, and spill. On a Hopper GPU it does
+# so of fp32 with both cuts, by Triton 3.9.
+MOST_REGISTERS, MOST_BEFORE_HOPPER = 128, 104
 MOST_SLOTS = 64  # of each thread, for tokens of which one is the smallest to stay: 64 KB a row of fp32
 # Low bits of a logit that are the same in every fp32 of that dtype: the search skips them.
 KEY_SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
@@ -450,6 +452,12 @@ def _sample_kernel(
     tl.store(logprobs_ptr + b, (logit - top) * inverse_temperature - tl.log(total.to(tl.float32)))
 
 
+def _most_registers(logits_BV: Tensor, by_number: bool, by_mass: bool) -> int | None:
+    if dispatch.capability(logits_BV.device)[0] < 9:
+        return MOST_BEFORE_HOPPER if by_number or by_mass else None
+    return MOST_REGISTERS if by_number and by_mass and logits_BV.dtype == torch.float32 else None
+
+
 def _launch(
     logits_BV: Tensor, seeds_B: Tensor | None, temperature: float, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor]:
@@ -470,7 +478,7 @@ def _launch(
             TOP_K=by_number, TOP_P=by_mass, SHIFT=KEY_SHIFT[logits_BV.dtype],
             NUM_BLOCKS=max(LEAST_BLOCKS, triton.next_power_of_2(triton.cdiv(vocab, BLOCK_V))), BLOCK_V=BLOCK_V,
             LANES=lanes, SLOTS=slots, num_warps=NUM_WARPS,
-            maxnreg=MOST_REGISTERS if by_number and by_mass and logits_BV.dtype == torch.float32 else None,
+            maxnreg=_most_registers(logits_BV, by_number, by_mass),
         )  # fmt: skip
     return ids_B, logprobs_B
 
