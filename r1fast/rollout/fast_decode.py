@@ -65,7 +65,7 @@ def fast_decode(model: Decoder) -> "FastDecode | FusedDecode | None":
 # What decode_layers has on a GPU and not on a CPU.
 TRITON_HAS = (
     "a scaled embedding", "more than one rotary embedding, or layers without", "frequencies that the length chooses",
-    "windows", "a gate of the shared expert",
+    "windows", "soft caps", "a gate of the shared expert",
 )  # fmt: skip
 
 
@@ -82,6 +82,7 @@ def unknown_parts(config: ModelConfig, *, on_gpu: bool = False) -> list[str]:
         "frequencies that the length chooses": any(r["rope_type"] == "longrope" for r in config.ropes.values()),
         "partly rotated heads": not config.uses_mla and config.rope_dim < config.attention_head_dim,
         "windows": any(layer.window for layer in layers),
+        "soft caps": config.attn_logit_softcapping is not None,
         "a gate of the shared expert": family.shared_gate and config.has_router,
     }
     return [part for part, holds in found.items() if holds and not (on_gpu and part in TRITON_HAS)]

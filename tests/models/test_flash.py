@@ -290,6 +290,7 @@ SHARED_S = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 0, 1, 2, 7, 8, 9])
 # MLA of DeepSeek's head sizes; windows and a head size of 12; grouped heads.
 MODELS = {
     "deepseek_v3": {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    "gemma2": {},
     "gemma3_text": {},
     "qwen3_moe": {},
 }
