@@ -65,7 +65,7 @@ def fast_decode(model: Decoder) -> "FastDecode | FusedDecode | None":
 # What decode_layers has on a GPU and not on a CPU.
 TRITON_HAS = (
     "a scaled embedding", "more than one rotary embedding, or layers without", "frequencies that the length chooses",
-    "windows", "soft caps", "a gate of the shared expert",
+    "windows", "a gate of the shared expert",
 )  # fmt: skip
 
 

@@ -95,9 +95,7 @@ class _Grouped:
             eps=0.0 if norms[0] is None else norms[0].eps,
         )
         where = (q_BHd, k_SKd, v_SKd, step.block_table_BN, step.lengths_B)
-        out_BHd = decode_attention_counted(
-            *where, scale=attention.scale, window=attention.window, soft_cap=attention.soft_cap, finished=finished
-        )
+        out_BHd = decode_attention_counted(*where, scale=attention.scale, window=attention.window, finished=finished)
         return attention.o_proj(out_BHd.flatten(1))
 
 
