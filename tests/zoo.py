@@ -27,6 +27,11 @@ _DEEPSEEK = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": {**_DEEPSEEK, "n_group": 1, "topk_group": 1},
+    "gemma2": {
+        **_COMMON, "num_key_value_heads": 1, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True,
+        "attn_logit_softcapping": 2.0,
+    },
     "gemma3_text": {
         **_COMMON, "num_key_value_heads": 1, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True,
@@ -74,6 +79,8 @@ def write_oracle(folder: Path, *, seed: int = 0, **values: Any) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
+    if values["model_type"] == "gemma2":  # which else has one of 30
+        values["final_logit_softcapping"] = None
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder

@@ -124,13 +124,11 @@ def decode_attention(
 
 
 @torch.no_grad()
-def decode_attention_counted(
-    *rows: Tensor, scale: float, window: int | None, finished: Tensor, soft_cap: float | None = None
-) -> Tensor:
+def decode_attention_counted(*rows: Tensor, scale: float, window: int | None, finished: Tensor) -> Tensor:
     """decode_attention of `rows`, its tensors, in a step whose layers share what a GPU's programs count in: one launch.
 
     finished   int32 [B H], all 0, and so again behind the call
     """
     if choose("decode_attention", None, rows[0])[0] != "triton":
-        return decode_attention(*rows, scale=scale, window=window, soft_cap=soft_cap)
-    return torch.ops.r1fast.decode_attention_counted(*rows, scale, window, soft_cap, finished=finished)
+        return decode_attention(*rows, scale=scale, window=window)
+    return torch.ops.r1fast.decode_attention_counted(*rows, scale, window, finished=finished)

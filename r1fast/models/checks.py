@@ -44,6 +44,7 @@ FLAG = Values(lambda value: isinstance(value, bool), "true or false")
 SIZE = whole(1, MAX_SIZE, "a whole number above 0")
 COUNT = whole(0, MAX_SIZE, "a whole number, 0 or more")
 TOKEN = whole(-1, MAX_SIZE, "the id of a token").or_null()  # -1: some checkpoints' "no padding"
+CAP = number(1e-6, 1e6, "a number above 0").or_null()
 TOKENS = Values(lambda ids: all(map(TOKEN.accepts, ids if isinstance(ids, list) else [ids])), TOKEN.expected)
 
 _ABOVE_0 = number(1e-30, 1e6, "a number above 0")

@@ -6,7 +6,7 @@ What transformers' modeling code of each family reads is a field or fixed: a tes
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import GenerationConfig
@@ -87,6 +87,10 @@ def _by_layer_type(config: "ModelConfig", layer_idx: int) -> Layer:
     return Layer(rope=kind, window=config.sliding_window if kind == SLIDING else None)
 
 
+def _by_layer_type_with_one_rope(config: "ModelConfig", layer_idx: int) -> Layer:
+    return replace(_by_layer_type(config, layer_idx), rope=ONE_ROPE)
+
+
 def _original_length(config: "ModelConfig") -> dict[str, Any]:
     """transformers' Phi-3 takes it from here, and not from rope_parameters."""
     found = config.rope_parameters.get("original_max_position_embeddings")
@@ -101,6 +105,12 @@ def _sparse_every_few(config: "ModelConfig", layer_idx: int) -> Layer:
     sparse = config.n_routed_experts > 0 and (layer_idx + 1) % config.decoder_sparse_step == 0
     return Layer(is_moe=sparse and layer_idx not in config.mlp_only_layers)
 
+
+_GEMMA: Fixed = {
+    "hidden_activation": (("gelu_pytorch_tanh",), "gelu_pytorch_tanh"),
+    "use_bidirectional_attention": ((False,), "false"),
+    "final_logit_softcapping": ((), "null: losses and samplers go over the head's products in parts, without a cap"),
+}
 
 FAMILIES: dict[str, Family] = {
     "deepseek_v2": Family(
@@ -139,6 +149,22 @@ FAMILIES: dict[str, Family] = {
             "moe_layer_freq": ((1,), "1: every layer past first_k_dense_replace is MoE"),
         },
     ),
+    "gemma2": Family(
+        fields=(
+            *_COMMON, "head_dim", "attention_bias", "query_pre_attn_scalar", "sliding_window", "layer_types",
+            "attn_logit_softcapping",
+        ),
+        layer=_by_layer_type_with_one_rope,
+        norms=BOTH_NORMS,
+        norm_offset=1.0,
+        activation="gelu_tanh",
+        scales_embedding=True,
+        heads_divide_width=True,
+        written=lambda _: {"final_logit_softcapping": None},
+        # hidden_activation and sliding_window say it
+        no_effect=("cache_implementation", "hidden_act", "sliding_window_size"),
+        fixed=_GEMMA,
+    ),
     "gemma3_text": Family(
         fields=(
             *_COMMON, "head_dim", "attention_bias", "query_pre_attn_scalar", "sliding_window", "layer_types",
@@ -152,12 +178,7 @@ FAMILIES: dict[str, Family] = {
         ropes=(FULL, SLIDING),
         heads_divide_width=True,
         no_effect=("sliding_window_pattern", "cache_implementation"),  # layer_types says it
-        fixed={
-            "hidden_activation": (("gelu_pytorch_tanh",), "gelu_pytorch_tanh"),
-            "use_bidirectional_attention": ((False,), "false"),
-            "attn_logit_softcapping": ((), "null"),
-            "final_logit_softcapping": ((), "null"),
-        },
+        fixed={**_GEMMA, "attn_logit_softcapping": ((), "null")},
     ),
     "llama": Family(fields=(*_COMMON, "head_dim", "attention_bias", "mlp_bias"), heads_divide_width=True),
     "mistral": Family(fields=(*_COMMON, "head_dim", "sliding_window"), layer=_windowed),

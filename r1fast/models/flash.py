@@ -97,7 +97,10 @@ def _no_cap(name: str, module: dict[str, Any]) -> str:
     if name == FLASH2:
         version = module.get("__version__", "0")
         return "" if TorchVersion(version) >= "2.6.2" else f"version {version} has no gradient of a soft cap"
-    flags = vars(importlib.import_module("flash_attn_config"))["CONFIG"]["build_flags"]
+    try:
+        flags = vars(importlib.import_module("flash_attn_config"))["CONFIG"]["build_flags"]
+    except ModuleNotFoundError:  # builds of before October 2025
+        return "its build does not say whether it has soft caps"
     return "it was built without soft caps" if flags["FLASHATTENTION_DISABLE_SOFTCAP"] else ""
 
 

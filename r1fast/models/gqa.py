@@ -17,6 +17,7 @@ class GroupedQueryAttention(nn.Module):
         bias = config.attention_bias or family.qkv_bias
         self.layer_idx, self.head_dim, self.scale = layer_idx, head_dim, softmax_scale(config)
         self.rope, self.window = config.layer(layer_idx).rope, config.layer(layer_idx).window
+        self.soft_cap = config.attn_logit_softcapping
         # Where the first channels alone are rotated, they are taken to the end: there every op rotates.
         self.rolled = config.rope_dim if config.rope_dim < head_dim else 0
         self.q_proj = Linear(width, config.num_attention_heads * head_dim, bias=bias)
@@ -35,7 +36,9 @@ class GroupedQueryAttention(nn.Module):
             cache, slots_T = step.cache
             cache.write(self.layer_idx, slots_T, rotate(k_TKd, step.ropes, self.rope), v_TKd)
         rope = step.ropes[self.rope] if self.rope else None
-        out_THd = packed_attention(q_THd, k_TKd, v_TKd, step.plan, rope, self.scale, window=self.window)
+        out_THd = packed_attention(
+            q_THd, k_TKd, v_TKd, step.plan, rope, self.scale, window=self.window, soft_cap=self.soft_cap
+        )
         return self.o_proj(out_THd.flatten(1))
 
     def decode(self, x_BD: Tensor, step: DecodeStep) -> Tensor:
@@ -43,7 +46,7 @@ class GroupedQueryAttention(nn.Module):
         q_BHd, k_BKd = (rotate(x, step.ropes, self.rope) for x in (q_BHd, k_BKd))
         k_SKd, v_SKd = step.cache.write(self.layer_idx, step.slots_B, k_BKd, v_BKd)
         where = (q_BHd.to(step.cache.dtype), k_SKd, v_SKd, step.block_table_BN, step.lengths_B)
-        out_BHd = decode_attention(*where, scale=self.scale, window=self.window)
+        out_BHd = decode_attention(*where, scale=self.scale, window=self.window, soft_cap=self.soft_cap)
         return self.o_proj(out_BHd.flatten(1).to(x_BD.dtype))
 
     def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from r1fast.models.checks import MAX_EXPERTS, MAX_LAYERS, Values, number, requir
 from r1fast.models.families import ALIASES, FAMILIES, FULL, ONE_ROPE, SLIDING, Family, Layer, check_keys
 from r1fast.wording import did_you_mean
 
+_FLOATS = ("initializer_range", "rms_norm_eps", "routed_scaling_factor", "attn_logit_softcapping")
 Size = Annotated[int, checks.SIZE]
 SizeOrNone = Annotated[int | None, checks.SIZE.or_null()]
 Count = Annotated[int, checks.COUNT]
@@ -48,6 +49,7 @@ class ModelConfig:
     layer_types: tuple[str, ...] = ()  # of each layer: full_attention or sliding_attention; (): all full
     no_rope_layers: tuple[int, ...] = ()  # SmolLM3: of each layer, 1 where there is a rotation; (): in all
     query_pre_attn_scalar: SizeOrNone = None  # 1 over its root scales the scores; None: 1 over that of head_dim
+    attn_logit_softcapping: Annotated[float | None, checks.CAP] = None  # that scaled scores stay within; None: no bound
     # MLA (DeepSeek)
     q_lora_rank: SizeOrNone = None  # None: one q_proj
     kv_lora_rank: Count = 0
@@ -87,7 +89,7 @@ class ModelConfig:
             "layer_types": self._of_each_layer("layer_types", (FULL, SLIDING), FULL),
             "no_rope_layers": self._of_each_layer("no_rope_layers", (0, 1), 1),
             # transformers takes no integer for them.
-            **{n: float(getattr(self, n)) for n in ("initializer_range", "rms_norm_eps", "routed_scaling_factor")},
+            **{n: float(value) for n in _FLOATS if (value := getattr(self, n)) is not None},
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)

@@ -82,6 +82,7 @@ def unknown_parts(config: ModelConfig, *, on_gpu: bool = False) -> list[str]:
         "frequencies that the length chooses": any(r["rope_type"] == "longrope" for r in config.ropes.values()),
         "partly rotated heads": not config.uses_mla and config.rope_dim < config.attention_head_dim,
         "windows": any(layer.window for layer in layers),
+        "soft caps": config.attn_logit_softcapping is not None,
         "a gate of the shared expert": family.shared_gate and config.has_router,
     }
     return [part for part, holds in found.items() if holds and not (on_gpu and part in TRITON_HAS)]

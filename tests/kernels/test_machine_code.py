@@ -23,8 +23,8 @@ from bench.cases import CASES, Case
 from bench.limits import Code, Work, blocks_per_multiprocessor, clocks_of, modelled
 from bench.machine_code import Block, blocks_of, parse
 from bench.modelled import RESULTS, Kernel, Row, kernel_of, row_of, rows, summary
-from bench.production import recorded
-from r1fast_kernels import dispatch, moe_experts_rows
+from bench.production import DECODE_HEADS, recorded
+from r1fast_kernels import decode_attention, dispatch, moe_experts_rows
 from tests.kernels.fake_gpu import Launch
 from tests.kernels.launch_cases import BF16, new
 
@@ -250,6 +250,26 @@ def test_instructions_a_logit_of_sampling(mode: str) -> None:
     (kernel,) = production()[f"sample_tokens B256-V151936-fp32-{mode}"].kernels
     found = by_loop(kernel)
     assert len(found) == 4 and all(x <= most for x, most in zip(found, SAMPLING[mode])), found
+
+
+# H, K, d, e of Gemma 2's 9B and 27B models, and of latents that 128 heads read.
+CAPPED = {"9b": (16, 8, 256, 256), "27b": (32, 16, 128, 128), "mla128": DECODE_HEADS["mla128"]}
+
+
+@pytest.mark.parametrize("heads", CAPPED.values(), ids=CAPPED)
+def test_a_soft_cap_costs_no_block_of_a_decode_step(heads: tuple[int, int, int, int]) -> None:
+    H, K, d, e = heads
+    with recorded(own=True) as call:
+        keys, lengths = new(4096, K, d, dtype=BF16), new(2, dtype=torch.int32)
+        values = keys[..., :e] if K == 1 else new(4096, K, e, dtype=BF16)
+        q, table = new(2, H, d, dtype=BF16), new(2, 128, dtype=torch.int32)
+        for soft_cap in (None, 50.0):
+            decode_attention(q, keys, values, table, lengths, scale=0.1, soft_cap=soft_cap)
+    plain, capped = (kernel_of(launch) for launch in call.launches)
+    count = [sum("MUFU" in x.opcode for x in kernel.code.whole.code) for kernel in (plain, capped)]
+    assert count[0] < count[1], "the cap is not in the kernel"
+    assert spilling([capped]) == multiplying_twice([capped]) == factors_in_registers([capped]) == set()
+    assert blocks_per_multiprocessor(capped.code) == blocks_per_multiprocessor(plain.code)
 
 
 def test_products_are_by_wgmma() -> None:

@@ -59,6 +59,11 @@ FAMILIES = {
         **_MLA, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_interleave": False,
         "tie_word_embeddings": True, "n_shared_experts": 2, "routed_scaling_factor": 1.0,
     },
+    "gemma2": {
+        "num_key_value_heads": 2, "head_dim": 10, "sliding_window": 9, "attention_bias": True,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": None, "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+    },
     "gemma3_text": {
         "num_key_value_heads": 2, "head_dim": 10, "sliding_window": 9, "attention_bias": True,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],

@@ -123,16 +123,16 @@ MODULES = {flash.FLASH3: flash_attention_3, flash.FLASH2: flash_attention_2}
 
 
 def install(
-    monkeypatch: pytest.MonkeyPatch, *names: str, capability: tuple[int, int] = (9, 0), softcap: bool = True
+    monkeypatch: pytest.MonkeyPatch, *names: str, capability: tuple[int, int] = (9, 0), softcap: bool | None = True
 ) -> Calls:
-    """A CPU that is taken for a GPU with these libraries alone; `softcap`: 3 was built with it."""
+    """A CPU that is taken for a GPU with these libraries alone; `softcap`: 3 was built with it; None: nobody says."""
     calls = Calls()
     for name, make in MODULES.items():
         module = make(calls) if name in names else None  # None: importing it raises ModuleNotFoundError
         monkeypatch.setitem(sys.modules, flash._MODULES[name], module)
     config = ModuleType("flash_attn_config")  # which the build of 3 writes
     vars(config)["CONFIG"] = {"build_flags": {"FLASHATTENTION_DISABLE_SOFTCAP": not softcap}}
-    monkeypatch.setitem(sys.modules, "flash_attn_config", config)
+    monkeypatch.setitem(sys.modules, "flash_attn_config", None if softcap is None else config)
     monkeypatch.setattr(flash, "capability", lambda device: capability)
     flash.libraries.cache_clear()
     return calls

@@ -32,6 +32,14 @@ def test_logits(checkpoint, documents: list[Tensor], pack: Pack) -> None:
         assert_near(checkpoint.load()(*pack(documents)), oracle_logits(checkpoint.oracle, documents))
 
 
+def test_a_soft_cap_that_one_layer_forgets_is_noticed(make_checkpoint, documents: list[Tensor], pack: Pack) -> None:
+    checkpoint = make_checkpoint("gemma2")
+    decoder = checkpoint.load()
+    decoder.layers[1].self_attn.soft_cap = None
+    with torch.no_grad(), pytest.raises(AssertionError):
+        assert_near(decoder(*pack(documents)), oracle_logits(checkpoint.oracle, documents))
+
+
 def test_gradient_of_every_parameter(checkpoint, documents: list[Tensor], pack: Pack) -> None:
     decoder, targets = checkpoint.load(), torch.cat(documents).roll(-1)
     loss = F.cross_entropy(decoder(*pack(documents)), targets)

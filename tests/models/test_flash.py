@@ -116,19 +116,25 @@ def test_a_soft_cap_with_sums_in_one_order(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls[-1]["deterministic"] is True and calls[-1]["softcap"] == 2.0 and calls[-1]["window_size"] == (6, 0)
 
 
-def test_a_soft_cap_goes_to_a_library_that_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("built", "said"), [(False, "it was built without soft caps"), (None, "its build does not say whether it has")]
+)
+def test_a_soft_cap_goes_to_a_library_that_has_one(
+    built: bool | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vllm#25502: a build without; flash-attention#1065: a version without its gradient. Last the reference."""
     shape = SHAPES["cap-window"]
-    calls = install(monkeypatch, FLASH3, FLASH2, softcap=False)
+    calls = install(monkeypatch, FLASH3, FLASH2, softcap=built)
     assert_as_reference(shape, inputs(shape))
     assert len(calls) == 1
-    assert "not FlashAttention 3: it was built without soft caps" in dispatch.choices["packed_attention", FLASH2]
+    assert f"not FlashAttention 3: {said}" in dispatch.choices["packed_attention", FLASH2]
     monkeypatch.setattr(sys.modules["flash_attn"], "__version__", "2.6.1")
     monkeypatch.setattr(flash, "_of_torch", lambda found: flash.Library(VARLEN, print, no_cap="it has no soft cap"))
     flash.libraries.cache_clear()
     assert_as_reference(shape, inputs(shape))
-    said = dispatch.choices["packed_attention", "reference"]
-    assert len(calls) == 1 and "2: version 2.6.1 has no gradient of a soft cap; not varlen_attn: it has no soft" in said
+    reason = dispatch.choices["packed_attention", "reference"]
+    assert "2: version 2.6.1 has no gradient of a soft cap; not varlen_attn: it has no soft cap" in reason
+    assert len(calls) == 1
     run((*shape[:5], None), inputs(shape))
     assert len(calls) == 2 and calls[-1]["softcap"] == 0.0
 
@@ -290,6 +296,7 @@ SHARED_S = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 0, 1, 2, 7, 8, 9])
 # MLA of DeepSeek's head sizes; windows and a head size of 12; grouped heads.
 MODELS = {
     "deepseek_v3": {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    "gemma2": {},
     "gemma3_text": {},
     "qwen3_moe": {},
 }

@@ -192,7 +192,8 @@ def test_a_partial_rotation_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
-        ("gemma2", "model_type='gemma2', expected one of deepseek_v2"),
+        ("gemma2", "final_logit_softcapping=30.0, expected null"),
+        ("nemotron", "model_type='nemotron', expected one of deepseek_v2"),
         ("starcoder2", "model_type='starcoder2', expected one of"),
         ("glm4", "architecture glm4 is not supported"),
     ],

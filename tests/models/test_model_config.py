@@ -62,6 +62,7 @@ def test_every_field_of_a_family_reaches_its_checkpoint(family: str) -> None:
         "norm_topk_prob": start.get("norm_topk_prob") is False, "decoder_sparse_step": 2, "mlp_only_layers": (0,),
         "sliding_window": 77, "layer_types": ("full_attention", "sliding_attention", "full_attention"),
         "no_rope_layers": (0, 1, 0), "query_pre_attn_scalar": 7, "shared_expert_intermediate_size": 18,
+        "attn_logit_softcapping": 9,
     }  # fmt: skip
     if family == "phi3":
         other["rope_parameters"] = {"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.25}

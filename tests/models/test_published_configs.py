@@ -68,6 +68,14 @@ _MISTRAL = _COMMON | {
     "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
     "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 32000,
 }  # fmt: skip
+_GEMMA2 = {name: value for name, value in _COMMON.items() if name not in ("hidden_act", "tie_word_embeddings")} | {
+    "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": 50.0, "bos_token_id": 2,
+    "cache_implementation": "hybrid", "eos_token_id": 1, "final_logit_softcapping": None, "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 3584,
+    "intermediate_size": 14336, "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 16,
+    "num_key_value_heads": 8, "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_size": 4096, "vocab_size": 256000,
+}  # fmt: skip
 _GEMMA3 = {name: value for name, value in _COMMON.items() if name not in ("hidden_act", "tie_word_embeddings")} | {
     "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": None, "bos_token_id": 2,
     "cache_implementation": "hybrid", "eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 256,
@@ -184,6 +192,7 @@ READ: dict[str, dict[str, Any]] = {
     "mistral-7b-v0.1": _MISTRAL,
     "mistral-7b-v0.3": _MISTRAL | {"rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32768},
     "mistral-nemo": _MISTRAL | {"head_dim": 128, "hidden_size": 5120, "sliding_window": None},
+    "gemma-2-9b-without-the-last-cap": _GEMMA2,
     "gemma-3-1b-it": _GEMMA3,
     "phi-4-mini": _PHI4_MINI,
     "phi-4": _PHI4_MINI | {
@@ -248,7 +257,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "deepseek-v2-groups": (
         _DEEPSEEK_V2 | {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}, "expected"
     ),
-    "gemma-2-softcap": (_GEMMA3 | {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0, expected null"),
+    "gemma-3-softcap": (_GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0, expected null"),
+    "gemma-2-9b": (_GEMMA2 | {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0, expected null: losses"),
+    "gemma-2-no-cap": (_GEMMA2 | {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping=0.0, expected a number ab"),
     "gemma-both-ways": (_GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention=True, expected"),
     "gemma-gelu": (_GEMMA3 | {"hidden_activation": "gelu"}, "hidden_activation='gelu', expected gelu_pytorch_tanh"),
     "olmoe-clip": (_OLMOE | {"clip_qkv": 8.0}, "clip_qkv=8.0, expected null"),

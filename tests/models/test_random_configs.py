@@ -80,9 +80,10 @@ def random_architecture(family: str, rng: random.Random) -> dict[str, Any]:
         values["moe_intermediate_size" if "moe_intermediate_size" in fields else "intermediate_size"] = 4
     layers = values["num_hidden_layers"]
     own = {
-        "sliding_window": rng.choice([1, 3, None]), "query_pre_attn_scalar": rng.choice([None, 3]),
+        "sliding_window": rng.choice([1, 3, None]), "query_pre_attn_scalar": rng.choice([None, 3, 5]),
         "layer_types": [rng.choice(["full_attention", "sliding_attention"]) for _ in range(layers)],
         "no_rope_layers": [rng.choice([0, 1]) for _ in range(layers)], "shared_expert_intermediate_size": 6,
+        "attn_logit_softcapping": rng.choice([None, 0.5, 3]),
     }  # fmt: skip
     values |= {name: value for name, value in own.items() if name in fields}
     if FAMILIES[family].norms[3]:
