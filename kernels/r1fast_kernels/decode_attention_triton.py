@@ -34,9 +34,9 @@ LOG2_E = 1.4426950408889634
 UNROLL = tl.constexpr(4)  # spans that are loaded together
 
 
-# The table is as wide as the longest sequence of a step: another width compiles nothing new. Where 16 divides the heads
-# of a group and Triton 3.6 knows it, ptxas takes other registers, and spills 16 bytes.
-@triton.jit(do_not_specialize=["stride_tb", "num_spans", "window"], do_not_specialize_on_alignment=["group"])
+# The table is as wide as the longest sequence of a step: another width compiles nothing new. Where Triton 3.6
+# knows that heads are one, or that 16 divides them, the assembler takes other registers, and spills 16 bytes.
+@triton.jit(do_not_specialize=["stride_tb", "num_spans", "window", "num_heads", "group"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr,  # [B, H, d], [S, K, d], [S, K, e], [B, N], [B]
     out_ptr, parts_ptr,  # [B, H, e], [B, H, spans, e]

@@ -66,6 +66,9 @@ class Blocks:
 # By rows per expert. Half of an expert's last tile is empty on average: at 128 rows a tile and 512 rows an expert that
 # is one product in eight, hence 64 below. A few rows an expert (sampling) only wait for weights.
 BLOCKS_16_BIT = {16: Blocks(16, 128, 128, 4, 4), 511: Blocks(64, 128, 64, 4, 4), 1 << 62: Blocks(128, 128, 64, 8, 3)}
+# Of 64 rows before Hopper, where shared memory has room for two blocks: the assembler of Triton 3.6 aims at three, and
+# spills.
+MOST_REGISTERS = 192
 BLOCKS_FP32 = {16: Blocks(16, 64, 32, 4, 3), 1 << 62: Blocks(64, 64, 16, 4, 2)}
 # With descriptors, of all three products. L2 is what binds: a tile of 128 x 128 reads a byte of it for 64 FLOPs, this
 # one for 85. And tensor cores read 80 bytes a clock of shared memory for 64 x 256, 96 for 64 x 128.
@@ -275,6 +278,7 @@ def _launch_gemm(x_MD: Tensor, weight: Tensor, offsets_E: Tensor, transpose_weig
     (num_rows, inner), num_experts = x_MD.shape, len(weight)
     out_MN = x_MD.new_empty(num_rows, weight.shape[1 if transpose_weight else 2])
     width, blocks = out_MN.shape[1], gemm_blocks(x_MD.dtype, num_rows, num_experts)
+    few_blocks = x_MD.element_size() == 2 and blocks.m == 64 and dispatch.capability(x_MD.device) < (9, 0)
     # 16 rows are multiplied in registers, where Triton 3.9 spills beside descriptors.
     described = can_describe(x_MD, weight) and inner % blocks.k == 0 and (blocks.m > 16 or INTERPRETING)
     if described and blocks.m == BLOCKS_DESCRIBED.m:
@@ -292,6 +296,7 @@ def _launch_gemm(x_MD: Tensor, weight: Tensor, offsets_E: Tensor, transpose_weig
             *factors, out_MN, offsets_E, num_rows, num_experts, inner, width, TRANSPOSE=transpose_weight,
             ZERO_SKIPPED=zero_skipped, DESCRIBED=described, EVEN_K=inner % blocks.k == 0,
             BLOCK_E=triton.next_power_of_2(num_experts + 1), **blocks.options,
+            maxnreg=MOST_REGISTERS if few_blocks else None,
         )  # fmt: skip
     return out_MN
 

@@ -56,6 +56,7 @@ METRICS = (
 ADVANTAGE_EPS = 1e-4
 # Two tokens a thread: with four, ptxas spills in some of the settings.
 BLOCK_T, BLOCK_N, NUM_WARPS = 512, 64, 8
+MOST_REGISTERS = 64  # four blocks a multiprocessor: the assembler aims at five, and spills in some of the settings
 
 Numbers = namedtuple("Numbers", NUMBERS)  # type: ignore[misc]  # what the kernel reads as o.beta; None is a constant
 
@@ -364,7 +365,7 @@ def _launch(logprobs_T: Tensor, cu_seqlens: Tensor, *given: Any) -> tuple[Tensor
         SCALE=words["scale_rewards"], CISPO=cispo, SAMPLE_MEAN=loss_type == "grpo",
         SEQUENCE=words["importance_level"] == "sequence", TOKEN_WEIGHTS=has_weights and not of_samples,
         SAMPLE_WEIGHTS=has_weights and of_samples, MASKS=words["is_mode"].endswith("mask"), KL=words["kl_estimator"],
-        BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+        BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return loss, grad_T, grad_entropy_T, metrics_M
 

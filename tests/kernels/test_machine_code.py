@@ -133,7 +133,7 @@ GROUPED = "r1fast_kernels.grouped_gemm"
 # Targets of bench/cases.py whose case the machine code does not allow yet, with the margin that there is (Row.margin; 1
 # is enough). One that closes, or grows, is to be written here.
 GAPS = {
-    "grpo_loss N1024-L1024-fp32-fwd+bwd": 0.50,
+    "grpo_loss N1024-L1024-fp32-fwd+bwd": 0.64,
     "moe_experts T8192-D2048-F768-E128-K8-bf16-fwd": 0.99,
     "moe_experts T8192-D2048-F768-E128-K8-bf16-fwd own": 0.84,
     "moe_experts T16384-D2048-F768-E128-K8-bf16-fwd own": 0.90,
@@ -147,9 +147,7 @@ NARROW = {
     "_zero_skipped_kernel",
 }  # fmt: skip
 # (kernel, blocks a multiprocessor takes as in modelled.json, with Triton 3.6): everywhere else they are the same.
-OTHER_BLOCKS = {
-    ("_grpo_kernel", 5, 4), ("_route_kernel", 8, 5),
-}  # fmt: skip
+OTHER_BLOCKS = {("_expert_swiglu_gradient_kernel", 8, 9), ("_route_kernel", 8, 5)}
 
 
 @cache
