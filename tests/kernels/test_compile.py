@@ -155,7 +155,7 @@ def test_random_settings_of_the_loss_compile_without_spills() -> None:
 def test_latents_fit_a_small_gpu() -> None:
     """Without wgmma tiles are those of sm_120, whose blocks have 99 KB (vllm#46721)."""
     with fake_gpu(arch=80) as gpu:
-        CASES["decode_attention"].call(torch.bfloat16, (576, 512), True, (128, 1), 40, None)
+        CASES["decode_attention"].call(torch.bfloat16, (576, 512), True, (128, 1), 40, None, None)
     assert compile_launch(gpu.launches[-1].specialisation, 80).shared_bytes <= 101_376
 
 
