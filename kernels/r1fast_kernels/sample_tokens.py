@@ -155,21 +155,29 @@ def _fringe(row_ptr, vocab, LANES: tl.constexpr):
 
 
 @triton.jit
+def _load_four(ptr, left, LANES: tl.constexpr):
+    """Of the `left` chunks from here four a thread."""
+    CHUNK: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+    lanes = tl.arange(0, LANES)
+    return (
+        load_chunks(ptr, lanes < left, LANES),
+        load_chunks(ptr + LANES * CHUNK, LANES + lanes < left, LANES),
+        load_chunks(ptr + 2 * LANES * CHUNK, 2 * LANES + lanes < left, LANES),
+        load_chunks(ptr + 3 * LANES * CHUNK, 3 * LANES + lanes < left, LANES),
+    )
+
+
+@triton.jit
 def _measure(row_ptr, vocab, least, top, scale, OF_MASS: tl.constexpr, LANES: tl.constexpr):
     """For each of seven logits above -inf the mass, or the number, of the tokens with at least that: one pass."""
     dtype: tl.constexpr = row_ptr.dtype.element_ty
     CHUNK: tl.constexpr = 128 // dtype.primitive_bitwidth
-    lanes = tl.arange(0, LANES)
     lead, num_chunks, x = _fringe(row_ptr, vocab, LANES)
     none = tl.zeros([LANES], tl.float32)
     reached = _add((none, none, none, none, none, none, none), x, least, top, scale, OF_MASS)
     ptr = row_ptr + lead
     for start in range(0, num_chunks, 4 * LANES):
-        left = num_chunks - start
-        a = load_chunks(ptr, lanes < left, LANES)
-        b = load_chunks(ptr + LANES * CHUNK, LANES + lanes < left, LANES)
-        c = load_chunks(ptr + 2 * LANES * CHUNK, 2 * LANES + lanes < left, LANES)
-        d = load_chunks(ptr + 3 * LANES * CHUNK, 3 * LANES + lanes < left, LANES)
+        a, b, c, d = _load_four(ptr, num_chunks - start, LANES)
         reached = _add(reached, unpack(a, dtype), least, top, scale, OF_MASS)
         reached = _add(reached, unpack(b, dtype), least, top, scale, OF_MASS)
         reached = _add(reached, unpack(c, dtype), least, top, scale, OF_MASS)
@@ -203,11 +211,7 @@ def _collect(row_ptr, vocab, list_ptr, least, most, LANES: tl.constexpr, SLOTS: 
     held = _append(list_ptr, tl.zeros([LANES], tl.int32), x, least, most, LANES, SLOTS)
     ptr = row_ptr + lead
     for start in range(0, num_chunks, 4 * LANES):
-        left = num_chunks - start
-        a = load_chunks(ptr, lanes < left, LANES)
-        b = load_chunks(ptr + LANES * CHUNK, LANES + lanes < left, LANES)
-        c = load_chunks(ptr + 2 * LANES * CHUNK, 2 * LANES + lanes < left, LANES)
-        d = load_chunks(ptr + 3 * LANES * CHUNK, 3 * LANES + lanes < left, LANES)
+        a, b, c, d = _load_four(ptr, num_chunks - start, LANES)
         held = _append(list_ptr, held, unpack(a, dtype), least, most, LANES, SLOTS)
         held = _append(list_ptr, held, unpack(b, dtype), least, most, LANES, SLOTS)
         held = _append(list_ptr, held, unpack(c, dtype), least, most, LANES, SLOTS)
