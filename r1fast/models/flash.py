@@ -99,9 +99,9 @@ def _no_cap(name: str, module: dict[str, Any]) -> str:
         return "" if TorchVersion(version) >= "2.6.2" else f"version {version} has no gradient of a soft cap"
     try:
         flags = vars(importlib.import_module("flash_attn_config"))["CONFIG"]["build_flags"]
-    except ModuleNotFoundError:  # builds of before October 2025
+        return "it was built without soft caps" if flags["FLASHATTENTION_DISABLE_SOFTCAP"] else ""
+    except (ModuleNotFoundError, KeyError):  # builds of before October 2025
         return "its build does not say whether it has soft caps"
-    return "it was built without soft caps" if flags["FLASHATTENTION_DISABLE_SOFTCAP"] else ""
 
 
 def _of_torch(found: tuple[int, int]) -> Library:

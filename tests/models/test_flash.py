@@ -116,6 +116,13 @@ def test_a_soft_cap_with_sums_in_one_order(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls[-1]["deterministic"] is True and calls[-1]["softcap"] == 2.0 and calls[-1]["window_size"] == (6, 0)
 
 
+def test_a_build_of_unknown_flags_attends_without_a_soft_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FLASH3)
+    monkeypatch.setattr(sys.modules["flash_attn_config"], "CONFIG", {"build_flags": {}})
+    library = flash._imported(FLASH3, (9, 0))
+    assert library.call is not None and library.no_cap == "its build does not say whether it has soft caps"
+
+
 @pytest.mark.parametrize(
     ("built", "said"), [(False, "it was built without soft caps"), (None, "its build does not say whether it has")]
 )
